@@ -1,0 +1,85 @@
+"""What a block remembers for its backward pass: CoLA-M and its neighbours as policies of selective checkpointing.
+
+A policy is asked about every operation of a block's forward pass and answers whether its result is kept or computed again.
+`keep_bottlenecks` is CoLA-M, and works on any architecture and any low-rank method because it looks at shapes alone.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+Policy = Callable[..., CheckpointPolicy]
+_aten = torch.ops.aten
+_ATTENTION = {
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def keep_bottlenecks(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """CoLA-M (arXiv 2502.10940, section 4): keep what a linear map narrower than its input gives, recompute the rest.
+
+    Of a CoLA block on [n, d] tokens the seven A x [n, r] are kept, and the block's input [n, d] by the checkpoint itself:
+    n d + 7 n r numbers. The paper keeps the residual stream between attention and MLP too (2 n d + 7 n r); here it comes for
+    free out of recomputing B. Backward re-runs the B factors and attention, but no A: 2 n r (4 d + 2 d_ff) + 4 n² d FLOPs,
+    where re-running all would cost twice the part in r. (The block's last B is not run again: backward needs its input only.)
+    """
+    if op is _aten.mm.default:
+        x, w = args
+    elif op is _aten.addmm.default:
+        _, x, w = args[:3]
+    else:
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    narrower = w.shape[1] < x.shape[1]  # x [n, d_in], w [d_in, d_out]
+    return CheckpointPolicy.MUST_SAVE if narrower else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def keep_bottlenecks_and_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """`keep_bottlenecks`, and the outputs of (fused) attention: n d more numbers per block, 4 n² d fewer FLOPs."""
+    return CheckpointPolicy.MUST_SAVE if op in _ATTENTION else keep_bottlenecks(ctx, op, *args, **kwargs)
+
+
+def keep_nothing(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Vanilla block checkpointing: keep the block's input [n, d] only and recompute the whole block."""
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+POLICIES: dict[str, Policy | None] = {
+    "none": None,
+    "bottlenecks": keep_bottlenecks,
+    "bottlenecks+attention": keep_bottlenecks_and_attention,
+    "blocks": keep_nothing,
+}
+"""Names of the policies on the command line and in recipes."""
+
+
+def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> None:
+    """Train the model's blocks under a checkpoint policy; None turns checkpointing off.
+
+    Losses and gradients do not change (on CPU not by a bit), only memory and time do. May be called again to switch.
+
+    Args:
+        model: a transformers model, dense or converted.
+        policy: `keep_bottlenecks`, `keep_bottlenecks_and_attention`, `keep_nothing`, or any policy function of
+            ``torch.utils.checkpoint.create_selective_checkpoint_contexts``.
+        every: checkpoint each `every`-th block and let the others keep all their activations.
+
+    Raises:
+        ValueError: `every` is not positive, or the model has no blocks that transformers can checkpoint.
+    """
+    if every < 1:
+        raise ValueError(f"every={every} is not positive; 1 checkpoints each block, 2 every other one")
+    if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
+        raise ValueError(f"{type(model).__name__} has no blocks that transformers can checkpoint")
+    if policy is None:
+        model.activation_checkpointing_disable()
+    else:
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts}, every_n_layers=every)

@@ -1,0 +1,304 @@
+"""`convert`: from a dense model to a low-rank one, on unmodified classes of transformers.
+
+Three steps, one function each: find the projections of the repeated blocks (`find_sites`), replace them (`rewrite`), and
+let the model remember what was done to it, so that saving and loading give the same model (`lorank.pretrained.record`).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import ACT2CLS
+from transformers.pytorch_utils import Conv1D
+
+from lorank.methods import find_method
+from lorank.parametrization import Parametrization, Site, compile_pattern
+
+Model = TypeVar("Model", bound=nn.Module)
+Patterns = str | Sequence[str] | None
+ACTIVATIONS = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
+
+
+def convert(
+    model: Model, method: Parametrization | str, *, targets: Patterns = None, exclude: Patterns = None
+) -> Model:
+    """Rewrite the linear layers inside a model's repeated blocks; embeddings, head and norms stay as they are.
+
+    The model is changed in place and returned. It may live on the meta device. The new layers take the device and dtype
+    of those they replace and are freshly initialised: a method trained from scratch does not keep the dense weights.
+
+    Args:
+        model: any model with a ``nn.ModuleList`` of blocks that hold ``nn.Linear`` or transformers' ``Conv1D``.
+        method: a method with its hyper-parameters, ``CoLA(rank=128)``, or the name of one, for its defaults.
+        targets: regular expression(s) searched in module names; only matching projections are rewritten. Default: all.
+        exclude: regular expression(s) of projections to leave dense; wins over `targets`.
+
+    Raises:
+        ValueError: the model is converted already, nothing in it matches, a pattern is no regular expression, or the method
+            refuses (for CoLA: the rank). The model is then unchanged.
+
+    Warns:
+        UserWarning: a rank at which the factors are no smaller than the dense layer.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    >>> convert(LlamaForCausalLM(shape), "cola").model.layers[1].mlp.down_proj
+    CoLALinear(
+      d_in=96, d_out=32, rank=8, activation=silu
+      (A): Linear(in_features=96, out_features=8, bias=False)
+      (B): Linear(in_features=8, out_features=32, bias=False)
+    )
+    """
+    if isinstance(method, str):
+        method = find_method(method)()
+    if (earlier := converted_with(model)) is not None:
+        raise ValueError(f"this model is already converted (method {earlier['method']!r}); convert a dense model instead")
+    rewrite(model, method, targets, exclude)
+    recorded = {
+        "method": method.name,
+        "arguments": method.to_dict(),
+        "targets": _listed(targets) or None,
+        "exclude": _listed(exclude) or None,
+    }
+    if isinstance(model, PreTrainedModel):
+        from lorank.pretrained import record
+
+        record(model, recorded)
+    else:
+        model._lorank = recorded  # type: ignore[assignment]
+    return model
+
+
+def converted_with(model: nn.Module) -> dict[str, Any] | None:
+    """What `convert` recorded on a model (method, arguments, targets, exclude), or None for a dense one."""
+    recorded = getattr(getattr(model, "config", None), "lorank", None)
+    return recorded if recorded is not None else getattr(model, "_lorank", None)
+
+
+def rewrite(model: nn.Module, method: Parametrization, targets: Patterns = None, exclude: Patterns = None) -> None:
+    """Replace the chosen projections of `model` by what `method` builds; all of them or, if it raises, none."""
+    sites = _choose(find_sites(model), targets, exclude)
+    method.check(sites)
+    stacks: dict[str, list[Site]] = {}
+    for site in sites:
+        stacks.setdefault(site.role, []).append(site)
+    replacements: dict[str, nn.Module] = {}
+    for stack in stacks.values():
+        for site, module in zip(stack, method.build_stack(stack), strict=True):
+            replacements[site.name] = module.train(site.linear.training)
+
+    undo = [_put(model, name, module) for name, module in _with_fused(model, replacements)]
+    try:
+        method.finish(model)
+    except ValueError:
+        for restore in undo:
+            restore()
+        raise
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the projections are
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
+    """The repeated blocks of a model as (name of their list, depth, block), in the model's order.
+
+    Blocks are the members of an outermost ``nn.ModuleList`` each of which has a linear map somewhere below it and is not one
+    itself; a list of heads or of embeddings is none.
+    """
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in seen)
+        if isinstance(module, nn.ModuleList) and not inside and len(module) and all(map(_holds_linear, module)):
+            seen.append(name)
+            for depth, block in enumerate(module):
+                yield name, depth, block
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every linear map inside the repeated blocks, in the model's order.
+
+    A matrix in which an architecture has fused several projections (GPT-2's query, key and value) gives one site for each
+    of them, named below it: ``transformer.h.0.attn.c_attn.query``. One bottleneck for all three would be another method.
+    """
+    sites = []
+    for stack, depth, block in blocks(model):
+        for inner, module in block.named_modules():
+            if not _is_linear(module):
+                continue
+            name, role = f"{stack}.{depth}.{inner}", f"{stack}.*.{inner}"
+            linear = _as_linear(module)
+            fused = _fusion(model, name)
+            if fused is None:
+                sites.append(Site(name, role, depth, linear))
+            else:
+                sites += [Site(f"{name}.{part}", f"{role}.{part}", depth, lin) for part, lin in fused.split(linear).items()]
+    return sites
+
+
+def drop_activations(model: nn.Module) -> None:
+    """Replace the non-linearity that each block has of its own (its SiLU, GELU, ...) by the identity.
+
+    Raises:
+        ValueError: a block has none that is a module of transformers or torch, so it cannot be found; nothing is changed.
+    """
+    found = []
+    for stack, depth, block in blocks(model):
+        own = [f"{stack}.{depth}.{name}" for name, module in block.named_modules() if isinstance(module, ACTIVATIONS)]
+        if not own:
+            raise ValueError(f"found no activation module in {stack}.{depth}; use nonlinearity='both' with this architecture")
+        found += own
+    for name in found:
+        _put(model, name, nn.Identity())
+
+
+def _choose(sites: list[Site], targets: Patterns, exclude: Patterns) -> list[Site]:
+    if not sites:
+        raise ValueError("found no linear layer inside a repeated block (a ModuleList of blocks); nothing to convert")
+    wanted = [compile_pattern(p, "targets") for p in _listed(targets)]
+    unwanted = [compile_pattern(p, "exclude") for p in _listed(exclude)]
+    roles = list(dict.fromkeys(site.role for site in sites))
+    for option, patterns in (("targets", wanted), ("exclude", unwanted)):
+        for pattern in patterns:
+            if not any(pattern.search(site.name) for site in sites):
+                raise ValueError(
+                    f"{option}={pattern.pattern!r} matches no linear layer of the blocks; they are: {', '.join(roles)}"
+                )
+    chosen = [
+        site
+        for site in sites
+        if (not wanted or any(p.search(site.name) for p in wanted)) and not any(p.search(site.name) for p in unwanted)
+    ]
+    if not chosen:
+        raise ValueError(f"exclude={exclude!r} leaves no linear layer to convert; the blocks hold: {', '.join(roles)}")
+    return chosen
+
+
+def _listed(patterns: Patterns) -> list[str]:
+    return [patterns] if isinstance(patterns, str) else list(patterns or [])
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, Conv1D)  # subclasses (quantised, tensor-parallel) have meanings of their own
+
+
+def _holds_linear(block: nn.Module) -> bool:
+    return not _is_linear(block) and any(_is_linear(module) for module in block.modules())
+
+
+def _as_linear(module: nn.Module) -> nn.Linear:
+    """The module itself, or a Conv1D (weight [d_in, d_out]) seen as the nn.Linear it amounts to."""
+    if isinstance(module, nn.Linear):
+        return module
+    assert isinstance(module, Conv1D)
+    return _linear(module.weight.T, module.bias, module.training)
+
+
+def _linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+    return linear.train(training)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> Callable[[], None]:
+    """Set a submodule by its full name; returns the way back."""
+    parent_name, _, attribute = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    before = getattr(parent, attribute)
+    setattr(parent, attribute, module)
+    return lambda: setattr(parent, attribute, before)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Projections that an architecture keeps in one matrix
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Fusion(NamedTuple):
+    """How one matrix [sum of sizes, d_in] is made of several projections' rows."""
+
+    sizes: dict[str, int]
+    """Rows of each projection, by name."""
+    heads: int = 1
+    """Groups in which the rows alternate: 1 means one projection after another, h that each head has all of them."""
+
+    def split(self, linear: nn.Linear) -> dict[str, nn.Linear]:
+        """One dense layer per projection, with that projection's rows of the fused weight and bias."""
+
+        def rows(fused: Tensor) -> list[Tensor]:
+            grouped = fused.unflatten(0, (self.heads, -1)).split([n // self.heads for n in self.sizes.values()], dim=1)
+            return [part.flatten(0, 1) for part in grouped]
+
+        biases = [None] * len(self.sizes) if linear.bias is None else rows(linear.bias)
+        parts = zip(self.sizes, rows(linear.weight), biases, strict=True)
+        return {name: _linear(weight, bias, linear.training) for name, weight, bias in parts}
+
+
+class FusedProjections(nn.Module):
+    """Several projections behind the one output [..., sum of sizes] that the architecture's code splits again."""
+
+    def __init__(self, parts: Mapping[str, nn.Module], heads: int):
+        super().__init__()
+        self.heads = heads
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [part(x).unflatten(-1, (self.heads, -1)) for part in self.children()]
+        return torch.cat(outputs, dim=-1).flatten(-2)
+
+
+def _thirds(config: Any) -> Fusion:
+    return Fusion(dict.fromkeys(("query", "key", "value"), config.hidden_size))
+
+
+def _thirds_by_head(config: Any) -> Fusion:
+    return Fusion(dict.fromkeys(("query", "key", "value"), config.hidden_size), heads=config.num_attention_heads)
+
+
+def _grouped_query(config: Any) -> Fusion:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv = config.num_key_value_heads * head
+    return Fusion({"query": config.num_attention_heads * head, "key": kv, "value": kv})
+
+
+def _gate_and_up(config: Any) -> Fusion:
+    return Fusion(dict.fromkeys(("gate", "up"), config.intermediate_size))
+
+
+FUSED: dict[tuple[str, str], Callable[[Any], Fusion]] = {
+    ("gpt2", "attn.c_attn"): _thirds,
+    ("gpt_neox", "attention.query_key_value"): _thirds_by_head,
+    ("phi3", "self_attn.qkv_proj"): _grouped_query,
+    ("phi3", "mlp.gate_up_proj"): _gate_and_up,
+}
+"""(model type, end of the module's name) -> its parts. Other architectures' fused matrices count as one projection."""
+
+
+def _fusion(model: nn.Module, name: str) -> Fusion | None:
+    config = getattr(model, "config", None)
+    for (model_type, ending), fusion in FUSED.items():
+        # a converted model's own type is "lorank_" + the architecture's
+        if getattr(config, "model_type", "").removeprefix("lorank_") == model_type and name.endswith(f".{ending}"):
+            return fusion(config)
+    return None
+
+
+def _with_fused(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """The replacements, those of one fused matrix gathered in one module; its projections not replaced stay dense."""
+    gathered = set()
+    for name, module in replacements.items():
+        fused_name = name.rpartition(".")[0]
+        fusion = _fusion(model, fused_name)
+        if fusion is None:
+            yield name, module
+        elif fused_name not in gathered:
+            gathered.add(fused_name)
+            dense = fusion.split(_as_linear(model.get_submodule(fused_name)))
+            parts = {part: replacements.get(f"{fused_name}.{part}", linear) for part, linear in dense.items()}
+            yield fused_name, FusedProjections(parts, fusion.heads)

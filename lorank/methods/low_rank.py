@@ -1,0 +1,46 @@
+"""Plain low-rank factorisation: the control of every comparison, CoLA without the non-linearity.
+
+    y = B A x (+ b)           x [..., d_in]   A [r, d_in]   B [d_out, r]   b [d_out]
+
+It has CoLA's parameters, initial values and FLOPs exactly, and the dense block's own activation. Whatever CoLA gains over it is
+due to σ. Trained from scratch with the usual recipe it is the row that the literature shows failing at scale.
+
+Source: Kamalakara et al., "Exploring Low Rank Training of Deep Neural Networks", arXiv 2209.13569; initial values as CoLA's,
+arXiv 2502.10940, so that the two start from the same point.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import nn
+
+from lorank.methods.cola import CoLALinear
+from lorank.parametrization import Parametrization, Rank, Site, check_rank, rank_at, warn_beyond_break_even
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRank(Parametrization):
+    """Linear factorisation with its rank; ValueError for a rank that is not positive."""
+
+    name: ClassVar[str] = "low-rank"
+
+    rank: Rank = 0.25
+    """Width of the bottlenecks: an integer, a fraction of the width, or {pattern: either}."""
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+
+    def check(self, sites: Sequence[Site]) -> None:
+        warn_beyond_break_even(self.rank, sites)
+
+    def build(self, site: Site) -> nn.Module:
+        return CoLALinear(
+            site.d_in,
+            site.d_out,
+            rank_at(self.rank, site),
+            bias=site.linear.bias is not None,
+            activation=None,  # the limit in which CoLA becomes a linear map of rank r
+            device=site.linear.weight.device,
+            dtype=site.linear.weight.dtype,
+        )

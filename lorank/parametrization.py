@@ -1,0 +1,130 @@
+"""What a method of lorank is: a frozen dataclass that says how the linear maps of a model are written.
+
+A method sees `Site`s (places where the dense model has a linear map) in stacks (all depths of one projection) and answers
+with modules. It never sees the model's code, so it works on any architecture, and cross-layer methods fit as well as
+layer-wise ones.
+"""
+
+import dataclasses
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Self
+
+from torch import nn
+
+Rank = int | float | Mapping[str, int | float]
+
+
+class Site(NamedTuple):
+    """One place in a model where a linear map lives."""
+
+    name: str
+    """Where it is: ``model.layers.3.self_attn.q_proj``."""
+    role: str
+    """The same with the depth left open, equal for all blocks: ``model.layers.*.self_attn.q_proj``."""
+    depth: int
+    """Index of the block: 3."""
+    linear: nn.Linear
+    """The dense map itself, weight [d_out, d_in]. Its weights may be read; its device and dtype are kept."""
+
+    @property
+    def d_in(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def d_out(self) -> int:
+        return self.linear.out_features
+
+    @property
+    def break_even_rank(self) -> float:
+        """Rank at which two factors hold as many weights as the dense map: d_in d_out / (d_in + d_out)."""
+        return self.d_in * self.d_out / (self.d_in + self.d_out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parametrization:
+    """Base of all structure methods; a subclass's fields are its hyper-parameters and are saved with the model.
+
+    Override `build` (one layer at a time), or `build_stack` if the depths of one projection know one another.
+    """
+
+    name: ClassVar[str]
+    """What the command line, recipes and saved configurations call the method."""
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise ValueError if the method cannot rewrite these sites (all that were chosen); nothing is changed yet."""
+
+    def build(self, site: Site) -> nn.Module:
+        """A module that maps [..., d_in] to [..., d_out] in place of `site.linear`."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither build nor build_stack")
+
+    def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
+        """One module per site, for all depths of one projection in order of depth."""
+        return [self.build(site) for site in sites]
+
+    def finish(self, model: nn.Module) -> None:
+        """Whatever the method changes beside its layers; called once, after all stacks are in place."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return {
+            field.name: dict(value) if isinstance(value := getattr(self, field.name), Mapping) else value
+            for field in dataclasses.fields(self)
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(**fields)
+
+
+def check_rank(rank: Rank) -> None:
+    """Raises ValueError unless `rank` is a positive integer, a fraction in (0, 1), or a non-empty table of these."""
+    if isinstance(rank, Mapping):
+        if not rank:
+            raise ValueError("rank={} is an empty table; give at least one pattern, for example {'.*': 0.25}")
+        for pattern, value in rank.items():
+            compile_pattern(pattern, "rank")
+            check_rank(value)
+    elif isinstance(rank, bool) or not isinstance(rank, int | float):
+        raise ValueError(f"rank={rank!r} is neither an integer, a fraction of the width, nor a table of patterns")
+    elif isinstance(rank, int) and rank < 1:
+        raise ValueError(f"rank={rank} is not positive; give an integer >= 1 or a fraction such as 0.25")
+    elif isinstance(rank, float) and not 0 < rank < 1:
+        raise ValueError(f"rank={rank} is not a fraction in (0, 1); give an integer for an absolute rank")
+
+
+def warn_beyond_break_even(rank: Rank, sites: Sequence[Site]) -> None:
+    """One warning that names the projections whose two factors would be no smaller than the dense map."""
+    beyond = {s.role: (rank_at(rank, s), s.break_even_rank) for s in sites if rank_at(rank, s) >= s.break_even_rank}
+    if beyond:
+        listed = ", ".join(f"{role} (rank {r}, break-even {limit:.0f})" for role, (r, limit) in beyond.items())
+        warnings.warn(f"the factors are no smaller than the dense layer in {listed}; lower the rank", stacklevel=2)
+
+
+def rank_at(rank: Rank, site: Site) -> int:
+    """The rank to use at a site.
+
+    An integer is taken as it is. A fraction is of the map's narrower side, which in a block with as many key as query heads
+    is the model's width (the papers' r/d), and under grouped-query attention shrinks the key and value ranks in step.
+    A table gives the value of the first pattern (regular expression, searched in the name) that matches.
+
+    >>> rank_at(0.25, Site("layers.0.k_proj", "layers.*.k_proj", 0, nn.Linear(512, 128, device="meta")))
+    32
+    """
+    if isinstance(rank, Mapping):
+        for pattern, value in rank.items():
+            if re.search(pattern, site.name):
+                return rank_at(value, site)
+        raise ValueError(
+            f"the rank table {list(rank)} has no pattern for {site.name}; add one ('.*' matches all) or exclude the module"
+        )
+    return rank if isinstance(rank, int) else max(1, round(rank * min(site.d_in, site.d_out)))
+
+
+def compile_pattern(pattern: str, option: str) -> re.Pattern[str]:
+    """A compiled regular expression; ValueError with the option's name if it is not one."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{option}={pattern!r} is not a regular expression: {error}") from None

@@ -1,0 +1,89 @@
+"""Saving and loading converted models with transformers' own methods.
+
+For every architecture there is a generated pair of classes, LorankLlamaConfig and LorankLlamaForCausalLM: subclasses of
+transformers' own with a `model_type` of their own, whose `__init__` applies the method that the configuration records. So
+``save_pretrained`` writes plain safetensors and JSON, ``from_pretrained`` builds the right modules before it fills them, and a
+transformers without lorank says that it does not know the type instead of loading noise.
+"""
+
+import copy
+import functools
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto import configuration_auto, modeling_auto
+
+from lorank.conversion import rewrite
+from lorank.methods import find_method
+from lorank.registry import PREFIX
+
+
+@functools.cache
+def config_class(base_type: str) -> type[PretrainedConfig]:
+    """The configuration class of converted models of an architecture ("llama"), registered with the Auto classes."""
+    base = configuration_auto.CONFIG_MAPPING[base_type]
+    derived = _derive(base, {"model_type": PREFIX + base_type})
+    configuration_auto.AutoConfig.register(derived.model_type, derived, exist_ok=True)
+    for auto in _auto_classes():
+        if base in auto._model_mapping:
+            models = auto._model_mapping[base]
+            for model in models if isinstance(models, tuple) else (models,):
+                auto.register(derived, model_class(model, derived), exist_ok=True)
+    return derived
+
+
+@functools.cache
+def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> type[PreTrainedModel]:
+    """The model class that applies, when it is built, the method recorded in its configuration."""
+
+    def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        recorded = getattr(config, "lorank", None)
+        if recorded is None:
+            raise ValueError(f"a {type(config).__name__} without the entry 'lorank' does not say how to build its model")
+        method = find_method(recorded["method"]).from_dict(recorded["arguments"])
+        rewrite(self, method, recorded["targets"], recorded["exclude"])
+
+    def _init_weights(self: Any, module: nn.Module) -> None:
+        if _is_native(module) or not hasattr(module, "reset_parameters"):
+            base._init_weights(self, module)
+        else:
+            module.reset_parameters()  # comes after its children: this draw is the one that counts
+
+    return _derive(base, {"config_class": config, "__init__": __init__, "_init_weights": _init_weights})
+
+
+def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
+    """Turn a converted model, in place, into an instance of its generated class, with `recorded` in its configuration.
+
+    The configuration is a copy: the caller's own object still describes the dense model.
+    """
+    dense = model.config
+    derived = config_class(dense.model_type)
+    config = copy.deepcopy(dense)
+    config.__class__ = derived
+    config.lorank = recorded
+    model.__class__ = model_class(type(model), derived)
+    for module in model.modules():
+        if getattr(module, "config", None) is dense:
+            module.config = config
+
+
+def _is_native(module: nn.Module) -> bool:
+    return type(module).__module__.partition(".")[0] in ("torch", "transformers")
+
+
+def _derive(base: type, body: dict[str, Any]) -> Any:
+    name = f"Lorank{base.__name__}"
+    derived = type(name, (base,), {**body, "__module__": __name__, "__doc__": f"{base.__name__} with a method of lorank."})
+    globals()[name] = derived  # so that instances can be pickled within a program (multiprocessing)
+    return derived
+
+
+@functools.cache
+def _auto_classes() -> list[Any]:
+    """AutoModel, AutoModelForCausalLM, ... : every Auto class that maps configurations to models."""
+    candidates = vars(modeling_auto).values()
+    return [auto for auto in candidates if inspect.isclass(auto) and getattr(auto, "_model_mapping", None) is not None]
