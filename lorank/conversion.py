@@ -53,8 +53,12 @@ def convert(
     """
     if isinstance(method, str):
         method = find_method(method)()
-    if (earlier := converted_with(model)) is not None:
+    if earlier := next(filter(None, map(converted_with, model.modules())), None):
         raise ValueError(f"this model is already converted (method {earlier['method']!r}); convert a dense model instead")
+    if isinstance(model, PreTrainedModel):
+        from lorank.pretrained import config_class, record
+
+        config_class(model.config.model_type)  # refuses an unknown architecture before anything is changed
     rewrite(model, method, targets, exclude)
     recorded = {
         "method": method.name,
@@ -63,8 +67,6 @@ def convert(
         "exclude": _listed(exclude) or None,
     }
     if isinstance(model, PreTrainedModel):
-        from lorank.pretrained import record
-
         record(model, recorded)
     else:
         model._lorank = recorded  # type: ignore[assignment]
@@ -89,12 +91,14 @@ def rewrite(model: nn.Module, method: Parametrization, targets: Patterns = None,
         for site, module in zip(stack, method.build_stack(stack), strict=True):
             replacements[site.name] = module.train(site.linear.training)
 
-    undo = [_put(model, name, module) for name, module in _with_fused(model, replacements)]
+    before = {module: dict(module._modules) for module in model.modules()}
     try:
+        for name, module in _with_fused(model, replacements):
+            _put(model, name, module)
         method.finish(model)
-    except ValueError:
-        for restore in undo:
-            restore()
+    except BaseException:
+        for module, children in before.items():
+            module._modules = children
         raise
 
 
@@ -139,14 +143,18 @@ def find_sites(model: nn.Module) -> list[Site]:
     return sites
 
 
-def drop_activations(model: nn.Module) -> None:
-    """Replace the non-linearity that each block has of its own (its SiLU, GELU, ...) by the identity.
+def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool]) -> None:
+    """Replace the non-linearity that a block has of its own (its SiLU, GELU, ...) by the identity.
+
+    Only in blocks with a projection of which `fed_by(name, module)` holds; a block left dense needs its activation.
 
     Raises:
-        ValueError: a block has none that is a module of transformers or torch, so it cannot be found; nothing is changed.
+        ValueError: such a block has none that is a module of transformers or torch, so it cannot be found; nothing is changed.
     """
     found = []
     for stack, depth, block in blocks(model):
+        if not any(fed_by(name, module) for name, module in block.named_modules()):
+            continue
         own = [f"{stack}.{depth}.{name}" for name, module in block.named_modules() if isinstance(module, ACTIVATIONS)]
         if not own:
             raise ValueError(f"found no activation module in {stack}.{depth}; use nonlinearity='both' with this architecture")
@@ -205,13 +213,16 @@ def _linear(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
     return linear.train(training)
 
 
-def _put(model: nn.Module, name: str, module: nn.Module) -> Callable[[], None]:
-    """Set a submodule by its full name; returns the way back."""
+def _copied(linear: nn.Linear) -> nn.Linear:
+    """The same layer in memory of its own, contiguous as safetensors wants it."""
+    bias = None if linear.bias is None else linear.bias.clone()
+    return _linear(linear.weight.clone(memory_format=torch.contiguous_format), bias, linear.training)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Set a submodule by its full name."""
     parent_name, _, attribute = name.rpartition(".")
-    parent = model.get_submodule(parent_name)
-    before = getattr(parent, attribute)
-    setattr(parent, attribute, module)
-    return lambda: setattr(parent, attribute, before)
+    setattr(model.get_submodule(parent_name), attribute, module)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -300,5 +311,9 @@ def _with_fused(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iter
         elif fused_name not in gathered:
             gathered.add(fused_name)
             dense = fusion.split(_as_linear(model.get_submodule(fused_name)))
-            parts = {part: replacements.get(f"{fused_name}.{part}", linear) for part, linear in dense.items()}
+            names = {part: f"{fused_name}.{part}" for part in dense}
+            parts = {
+                part: replacements[names[part]] if names[part] in replacements else _copied(linear)
+                for part, linear in dense.items()
+            }
             yield fused_name, FusedProjections(parts, fusion.heads)

@@ -67,15 +67,17 @@ class Parametrization:
         """Whatever the method changes beside its layers; called once, after all stacks are in place."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types."""
+        """The fields as JSON types; tables as lists of pairs, because transformers sorts the keys of its config.json."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
-            field.name: dict(value) if isinstance(value := getattr(self, field.name), Mapping) else value
-            for field in dataclasses.fields(self)
+            name: {"in_order": [[*pair] for pair in value.items()]} if isinstance(value, Mapping) else value
+            for name, value in fields.items()
         }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        return cls(**fields)
+        tables = {name: dict(v["in_order"]) for name, v in fields.items() if isinstance(v, Mapping) and "in_order" in v}
+        return cls(**{**fields, **tables})
 
 
 def check_rank(rank: Rank) -> None:

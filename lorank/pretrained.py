@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from lorank.conversion import rewrite
@@ -23,6 +24,11 @@ from lorank.registry import PREFIX
 @functools.cache
 def config_class(base_type: str) -> type[PretrainedConfig]:
     """The configuration class of converted models of an architecture ("llama"), registered with the Auto classes."""
+    if base_type not in configuration_auto.CONFIG_MAPPING:
+        raise ValueError(
+            f"transformers has no model type {base_type!r}, so the converted model could not be loaded again; make the type "
+            "known with AutoConfig.register"
+        )
     base = configuration_auto.CONFIG_MAPPING[base_type]
     derived = _derive(base, {"model_type": PREFIX + base_type})
     configuration_auto.AutoConfig.register(derived.model_type, derived, exist_ok=True)
@@ -46,13 +52,14 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         method = find_method(recorded["method"]).from_dict(recorded["arguments"])
         rewrite(self, method, recorded["targets"], recorded["exclude"])
 
-    def _init_weights(self: Any, module: nn.Module) -> None:
-        if _is_native(module) or not hasattr(module, "reset_parameters"):
-            base._init_weights(self, module)
-        else:
-            module.reset_parameters()  # comes after its children: this draw is the one that counts
+    @guard_torch_init_functions()  # parameters that came from a file keep their values
+    def initialize_weights(self: Any) -> None:
+        base.initialize_weights(self)
+        for module in self.modules():
+            if hasattr(module, "reset_parameters") and not _is_native(module):
+                module.reset_parameters()  # after transformers' own draw of the nested layers: this one counts
 
-    return _derive(base, {"config_class": config, "__init__": __init__, "_init_weights": _init_weights})
+    return _derive(base, {"config_class": config, "__init__": __init__, "initialize_weights": initialize_weights})
 
 
 def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:

@@ -147,7 +147,7 @@ class CoLA(Parametrization):
 
     def finish(self, model: nn.Module) -> None:
         if self._drops_original:
-            drop_activations(model)
+            drop_activations(model, lambda name, module: isinstance(module, CoLALinear) and bool(GATE.search(name)))
 
 
 @dataclass(frozen=True, kw_only=True)

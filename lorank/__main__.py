@@ -1,0 +1,3 @@
+from lorank.cli import main
+
+main()

@@ -1,0 +1,229 @@
+"""The command line: reads what the user wants, calls the library, prints what came out.
+
+Nothing heavy is imported before a command runs, so that ``lorank --help`` answers at once.
+"""
+
+import dataclasses
+import os
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import click
+
+import lorank
+from lorank.train.recipe import Recipe
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+
+
+@click.group(context_settings=SETTINGS)
+@click.version_option(lorank.__version__, prog_name="lorank")
+def cli() -> None:
+    """Train language models whose structure is low rank, from the first token on."""
+
+
+def main() -> None:
+    """Entry point: a mistake or a failing disk is one sentence on stderr and exit code 2, without a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        cli(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, ImportError) as error:
+        if os.environ.get("LORANK_TRACEBACK"):
+            raise
+        click.echo(f"lorank: {' '.join(str(error).split())}", err=True)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags made from the recipe's fields: one source of names, types and help
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Number(click.ParamType):
+    """An integer or a fraction."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        try:
+            return float(value) if any(c in str(value) for c in ".eE") else int(value)
+        except ValueError:
+            self.fail(f"{value!r} is neither an integer nor a fraction such as 0.25", param, ctx)
+
+
+def _flag(field: dataclasses.Field, kind: Any) -> Any:
+    alternatives = [t for t in (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)) if t is not type(None)]
+    first, name = alternatives[0], f"--{field.name.replace('_', '-')}"
+    default = field.default if field.default is not dataclasses.MISSING else None
+    shown = str(default) if default is not None else False
+    common: dict[str, Any] = {"help": field.metadata["help"], "default": None, "show_default": shown}
+    if field.name == "options":
+        return click.option("--option", "options", multiple=True, metavar="NAME=VALUE", **common)
+    if field.name == "betas":
+        return click.option("--betas", nargs=2, type=float, **{**common, "show_default": "0.9 0.999"})
+    if typing.get_origin(first) is list:
+        return click.option(name, multiple=True, metavar="TEXT", **common)
+    if first is bool:
+        return click.option(f"{name}/--no-{name[2:]}", **common)
+    if typing.get_origin(first) is typing.Literal:
+        return click.option(name, type=click.Choice(typing.get_args(first)), **common)
+    return click.option(name, type=Number() if len(alternatives) > 1 else first, **common)
+
+
+def recipe_flags(command: Any) -> Any:
+    """Give a command one flag per field of `Recipe`."""
+    kinds = typing.get_type_hints(Recipe)
+    for field in reversed(dataclasses.fields(Recipe)):
+        command = _flag(field, kinds[field.name])(command)
+    return command
+
+
+def _recipe(path: str | None, flags: dict[str, Any]) -> Recipe:
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    if "options" in given:
+        given["options"] = dict(_name_and_value(text) for text in given["options"])
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    return Recipe.read(path, **given) if path else Recipe.from_dict(given)
+
+
+def _name_and_value(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(f"--option {text!r} is not NAME=VALUE, for example nonlinearity=low-rank")
+    return name, yaml.safe_load(value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@cli.command(context_settings=SETTINGS)
+@click.argument("recipe", required=False)
+@recipe_flags
+@click.option("--out", default=None, help="Folder of the run.", show_default="runs/METHOD-SIZE")
+@click.option("--resume", metavar="RUN", default=None, help="Continue this run from its newest checkpoint, exactly as it began.")
+@click.option("--dry-run", is_flag=True, help="Print what becomes what, parameters, FLOPs and memory, and stop.")
+def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: bool, **flags: Any) -> None:
+    """Pre-train a language model from scratch. RECIPE is a YAML file; flags have the same names and win over it.
+
+    Without any argument a tiny CoLA model learns Python's standard library in a few minutes on a CPU.
+    """
+    given = [name for name, value in flags.items() if value not in (None, ())]
+    if resume and (recipe or out or given or dry_run):
+        other = recipe or ("--out" if out else "--dry-run" if dry_run else f"--{given[0].replace('_', '-')}")
+        raise ValueError(f"--resume continues a run exactly as it began, so {other} cannot be given with it")
+    if not resume:
+        settings = _recipe(recipe, flags)
+    console = _quiet_console()
+    if dry_run:
+        from lorank.report.tables import plan_tables
+        from lorank.train.plan import plan
+
+        return console.print(plan_tables(plan(settings)), highlight=False)
+    from lorank.report.progress import TerminalProgress
+    from lorank.report.tables import runs_table
+    from lorank.train import run
+
+    if resume:
+        settings = run.read_run(resume)
+    shape = settings.model.rstrip("/").split("/")[-1] if settings.model else settings.size
+    folder = Path(resume or out or f"runs/{settings.method}-{shape}")
+    progress = TerminalProgress(f"{settings.method} {shape}", console)
+    try:
+        summary = run.pretrain(settings, folder, resume=resume is not None, callbacks=[progress])
+    finally:
+        progress.close()
+    if summary is None:
+        console.print(f"stopped; continue with [bold]lorank pretrain --resume {folder}[/bold]", highlight=False)
+        sys.exit(130)
+    console.print(runs_table({settings.method: {**dataclasses.asdict(summary), "lr": settings.lr}}))
+    console.print(f"\n{summary.sample}\n", markup=False, highlight=False)
+    console.print(f"model, metrics and model card are in [bold]{folder}[/bold]", highlight=False)
+
+
+@cli.command(context_settings=SETTINGS)
+@click.argument("model")
+@click.option("--data", default="embedded", help="As in pretrain; of embedded and hub data the held-out part is used.")
+@click.option("--sequence-length", type=int, default=256, help="Tokens per sequence.")
+@click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain.")
+@click.option("--text-column", default="text", help="As in pretrain.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Sequences per batch.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=10_000_000, help="Stop after this many predicted tokens.")
+@click.option("--seed", type=int, default=42, help="The run's seed: it decides what was held out.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def evaluate(model: str, as_json: bool, **settings: Any) -> None:
+    """Perplexity of MODEL (a run, a folder, a hub name): unbiased, per byte, and as the published tables compute it."""
+    console = _quiet_console()
+    from lorank.report.tables import evaluation_table
+    from lorank.train.evaluation import evaluate_folder
+
+    found = evaluate_folder(model, **settings)
+    if as_json:
+        import json
+
+        click.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        console.print(evaluation_table(found), highlight=False)
+
+
+@cli.command(context_settings=SETTINGS)
+@click.argument("model")
+@click.option("--prompt", default="", help="Text to continue.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, help="Tokens to write.")
+@click.option("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time.")
+@click.option("--top-k", type=click.IntRange(min=0), default=50, help="Sample among the k likeliest tokens; 0: all.")
+@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample within this probability mass.")
+@click.option("--seed", type=int, default=None, help="Makes sampling repeatable.")
+def generate(model: str, **settings: Any) -> None:
+    """Text from MODEL (a run, a folder, a hub name)."""
+    _quiet_console()
+    from lorank.train.generation import generate_text
+    from lorank.train.run import load_model
+
+    click.echo(generate_text(*load_model(model), **settings))
+
+
+@cli.command(context_settings=SETTINGS)
+@click.option("--out", default="runs/demo", help="Folder of the two runs and the picture.")
+@click.option("--steps", type=click.IntRange(min=10), default=None, help="Optimizer steps of each run.", show_default="the recipe's")
+def demo(out: str, steps: int | None) -> None:
+    """Pre-train CoLA and its dense twin on Python's standard library, and compare them."""
+    console = _quiet_console()
+    from lorank.report.tables import runs_table
+    from lorank.train.demo import run_demo
+
+    summaries = run_demo(Path(out), steps, say=lambda line: console.print(f"[bold]{line}[/bold]", highlight=False))
+    console.rule("CoLA and its dense twin, each at the best learning rate of the same sweep")
+    console.print(runs_table(summaries))
+    for method, summary in summaries.items():
+        console.rule(f"{method} writes", align="left")
+        console.print(summary["sample"], markup=False, highlight=False)
+    console.rule()
+    console.print(f"runs and curves: [bold]{out}/dense[/bold], [bold]{out}/cola[/bold], [bold]{out}/loss.png[/bold]")
+
+
+def _quiet_console() -> Any:
+    """A console for results, with the chatter of libraries turned down."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from rich.console import Console
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    return Console()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Training on transformers.Trainer: from a recipe and text to a model."""

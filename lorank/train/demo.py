@@ -1,0 +1,57 @@
+"""The demonstration: CoLA and its dense twin on the embedded corpus, each at its own best learning rate.
+
+The learning rates come from a sweep, benchmarks/demo_sweep.py, in which both twins got the same grid; its printed result is in
+benchmarks/results/demo_sweep.txt.
+"""
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lorank.train.recipe import Recipe
+
+LEARNING_RATES = {"dense": 5e-3, "cola": 5e-3}
+
+
+def demo_recipe(method: str, steps: int | None = None) -> Recipe:
+    """The demonstration's recipe for a method of `LEARNING_RATES`: the defaults of `Recipe` but for the learning rate."""
+    changes = {} if steps is None else {"steps": steps, "warmup_steps": max(1, steps // 10)}
+    return Recipe(method=method, lr=LEARNING_RATES[method], **changes)
+
+
+def run_demo(out: Path, steps: int | None = None, *, say: Callable[[str], None] = print) -> dict[str, dict[str, Any]]:
+    """Train each twin in a process of its own, as a user would, and return their summaries by method.
+
+    `out` gets one run folder per method and loss.png. Processes of their own make the peaks of memory comparable.
+
+    Raises:
+        ValueError: `out` already holds a demo.
+        OSError: a run failed; its own message is on stderr.
+    """
+    taken = [out / method for method in LEARNING_RATES if (out / method / "recipe.yaml").exists()]
+    if taken:
+        raise ValueError(f"{taken[0]} already holds a run; choose another --out or remove it")
+    summaries = {}
+    for method in LEARNING_RATES:
+        recipe = demo_recipe(method, steps)
+        command = ["pretrain", "--method", method, "--lr", f"{recipe.lr:g}"]
+        if steps is not None:
+            command += ["--steps", str(recipe.steps), "--warmup-steps", str(recipe.warmup_steps)]
+        command += ["--out", str(out / method)]
+        say(f"$ lorank {shlex.join(command)}")
+        code = subprocess.run([sys.executable, "-m", "lorank", *command], check=False).returncode
+        if code == 130:
+            raise KeyboardInterrupt
+        if code:
+            raise OSError(f"the demo's {method} run failed with exit code {code}")
+        summaries[method] = {**json.loads((out / method / "summary.json").read_text()), "lr": recipe.lr}
+    from lorank.report.curves import draw_curves
+    from lorank.train.run import history
+
+    curves = {method: list(history(out / method)) for method in summaries}
+    draw_curves(curves, out / "loss.png", title="CoLA and its dense twin on Python's standard library")
+    return summaries

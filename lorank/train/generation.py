@@ -1,0 +1,51 @@
+"""Text from a language model."""
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def generate_text(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str = "",
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    top_p: float = 1.0,
+    seed: int | None = None,
+) -> str:
+    """The prompt and its continuation; temperature 0 takes the likeliest token each time.
+
+    A seed makes sampling repeatable and leaves torch's global generator as it was.
+
+    Raises:
+        ValueError: a negative temperature, or not a single token to start from.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature={temperature} is negative; 0 is greedy, 1 samples from the model as it is")
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if not ids and start is None:
+        raise ValueError("the tokenizer has no start token; give a prompt")
+    inputs = torch.tensor([ids or [start]], device=model.device)
+    sampling = (
+        {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {"do_sample": False}
+    )
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng(enabled=seed is not None):
+            if seed is not None:
+                torch.manual_seed(seed)
+            output = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                max_new_tokens=max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                use_cache=True,
+                **sampling,
+            )
+    finally:
+        model.train(training)
+    return tokenizer.decode(output[0], skip_special_tokens=True)

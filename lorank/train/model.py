@@ -1,0 +1,91 @@
+"""From a recipe to a model: the shape, then the method, then what is kept for backward."""
+
+import os
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from lorank.checkpointing import POLICIES, checkpoint
+from lorank.conversion import convert
+from lorank.methods import find_method
+from lorank.sizes import find_size, llama_config
+from lorank.train.recipe import Recipe
+
+
+def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PretrainedConfig:
+    """The dense model's configuration: of a size, a model type, or a folder, config.json or hub name.
+
+    Vocabulary and special tokens follow the tokenizer; a `vocab_size` of the recipe wins over the tokenizer's count (the papers
+    use 32,000 rows with T5's 32,100 entries, of which the last hundred never occur in text).
+
+    Raises:
+        ValueError: unknown size, no such configuration, one that is converted already, or sequences longer than its positions.
+    """
+    vocab_size = recipe.vocab_size or (len(tokenizer) if tokenizer is not None else 32_000)
+    if recipe.model is None:
+        config = llama_config(recipe.size, vocab_size=vocab_size, sequence_length=recipe.sequence_length)
+    elif recipe.model in CONFIG_MAPPING_NAMES and not os.path.exists(recipe.model):
+        config = AutoConfig.for_model(recipe.model)
+    else:
+        config = _read_config(recipe.model)
+    if getattr(config, "lorank", None) is not None:
+        raise ValueError(f"model={recipe.model!r} is converted already ({config.lorank['method']}); give its dense shape")
+    config.vocab_size = vocab_size
+    config.use_cache = False
+    if tokenizer is not None:
+        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, token, getattr(tokenizer, token))
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and positions < recipe.sequence_length:
+        raise ValueError(f"sequence_length={recipe.sequence_length} exceeds the model's {positions} positions")
+    return config
+
+
+def _read_config(name: str) -> PretrainedConfig:
+    looks_local = name.startswith((".", "/", "~")) or name.endswith(".json")
+    if looks_local and not os.path.exists(os.path.expanduser(name)):
+        raise ValueError(f"model={name!r} does not exist; give a folder with a config.json, or a model type such as gpt2")
+    try:
+        return AutoConfig.from_pretrained(os.path.expanduser(name))
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(f"model={name!r} gives no configuration of transformers: {reason}") from None
+
+
+def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
+    """A model with fresh weights, converted and checkpointed as the recipe says; seed torch before. Fits the meta device."""
+    try:
+        dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attention)
+    except (ValueError, ImportError) as error:
+        raise ValueError(f"no causal language model of {config.model_type!r} can be built: {_first_line(error)}") from None
+    if recipe.method != "dense":
+        convert(model, build_method(recipe), targets=recipe.targets, exclude=recipe.exclude)
+    elif recipe.rank is not None or recipe.options or recipe.targets or recipe.exclude:
+        raise ValueError("method=dense takes no rank, options, targets or exclude; drop them or choose another method")
+    if recipe.checkpoint is not None:
+        checkpoint(model, POLICIES[recipe.checkpoint], every=recipe.checkpoint_every)
+    return model
+
+
+def build_method(recipe: Recipe) -> Any:
+    """The recipe's method with its hyper-parameters; the rank is the recipe's, else the size's, else the method's default."""
+    method = find_method(recipe.method)
+    fields = dict(recipe.options)
+    known = list(method.__dataclass_fields__)
+    for name in fields:
+        if name not in known:
+            raise ValueError(f"options: {recipe.method} has no field {name!r}; it has {', '.join(known)}")
+    if recipe.rank is not None:
+        if "rank" not in known:
+            raise ValueError(f"rank={recipe.rank}: method {recipe.method} has no rank")
+        fields["rank"] = recipe.rank
+    elif recipe.model is None and "rank" in known and "rank" not in fields:
+        fields["rank"] = find_size(recipe.size).rank
+    return method(**fields)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

@@ -1,0 +1,352 @@
+"""One pre-training run: a recipe and a folder in, a model with its history out.
+
+    RUN/recipe.yaml       the resolved recipe
+    RUN/run.json          versions, device, commit: what else it takes to repeat the run
+    RUN/metrics.jsonl     one record per log line and evaluation, units in the names
+    RUN/checkpoint-N/     what --resume continues from
+    RUN/model.safetensors, config.json, tokenizer.json ...   the trained model, for from_pretrained(RUN)
+    RUN/summary.json, README.md                              its figures, and its model card
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import get_available_reporting_integrations
+
+import lorank
+from lorank import accounting
+from lorank.train import data
+from lorank.train.generation import generate_text
+from lorank.train.model import build_config, build_model
+from lorank.train.optimizers import build_optimizer
+from lorank.train.recipe import Recipe
+from lorank.train.trainer import MetricsFile, PretrainTrainer, StopOnNonFinite, StopOnSignal, write_whole
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What came out of a run; summary.json holds the same."""
+
+    method: str
+    parameters: int
+    block_parameters: int
+    flops_per_token: float
+    steps: int
+    tokens: int
+    tokens_per_second: float
+    mfu: float
+    peak_flops_source: str
+    peak_memory_gib: float
+    validation_loss_nats_per_token: float
+    validation_perplexity: float
+    validation_bits_per_byte: float | None
+    published_compatible_perplexity: float
+    sample: str
+    completed: bool = True
+    """False if a signal ended the run early; it can be resumed."""
+
+
+def pretrain(
+    recipe: Recipe, out: str | Path, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()
+) -> Summary | None:
+    """Train a model as the recipe says and leave it, its checkpoints and its history in the folder `out`.
+
+    Returns:
+        The summary, or None if a signal stopped the run after a checkpoint.
+
+    Raises:
+        ValueError: something in the recipe or the data is wrong, or `out` already holds a run and `resume` is False.
+        OSError: a file could not be read or written.
+        FloatingPointError: the loss or a gradient is no longer finite.
+    """
+    out = Path(out)
+    start_from = _last_whole_checkpoint(out) if resume else None
+    _prepare_folder(out, resume)
+    torch.set_float32_matmul_precision("high")
+
+    corpus = data.load_corpus(
+        recipe.data,
+        validation=recipe.validation,
+        tokenizer=recipe.tokenizer,
+        vocab_size=recipe.vocab_size or 4096,
+        sequence_length=recipe.sequence_length,
+        documents=recipe.documents,
+        text_column=recipe.text_column,
+        seed=recipe.seed,
+    )
+    config = build_config(recipe, corpus.tokenizer)
+    if (largest := max(max(row["input_ids"]) for row in corpus.validation)) >= config.vocab_size:
+        raise ValueError(f"vocab_size={config.vocab_size} is too small for the tokenizer, which gives id {largest}; leave it out")
+    with PeakMemory() as memory, StopOnSignal() as stop:
+        set_seed(recipe.seed)
+        model = build_model(recipe, config)
+        trainer = build_trainer(recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop])
+        if trainer.is_world_process_zero() and not resume:
+            write_whole(out / "recipe.yaml", recipe.to_yaml())
+            write_whole(out / "run.json", json.dumps(environment(corpus.description), indent=2))
+        trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
+        if stop.received is not None and trainer.state.global_step < recipe.steps:
+            return None
+        found = trainer.evaluation(max_tokens=None)
+    rate = trainer.throughput.steps * trainer.throughput.tokens_per_step / max(trainer.throughput.seconds, 1e-9)
+    counts = accounting.count_parameters(model)
+    summary = Summary(
+        method=recipe.method,
+        parameters=counts.total,
+        block_parameters=counts.blocks,
+        flops_per_token=trainer.flops_per_token,
+        steps=trainer.state.global_step,
+        tokens=trainer.state.global_step * trainer.throughput.tokens_per_step,
+        tokens_per_second=rate,
+        mfu=rate * trainer.flops_per_token / trainer.peak_flops,
+        peak_flops_source=trainer.peak_flops_source,
+        peak_memory_gib=memory.gib,
+        validation_loss_nats_per_token=found.loss,
+        validation_perplexity=found.perplexity,
+        validation_bits_per_byte=found.bits_per_byte,
+        published_compatible_perplexity=found.published_compatible_perplexity,
+        sample=generate_text(model, corpus.tokenizer, max_new_tokens=60, seed=recipe.seed),
+    )
+    if trainer.is_world_process_zero():
+        save_model(model, corpus.tokenizer, out)
+        write_whole(out / "README.md", model_card(recipe, summary, corpus.description))
+        write_whole(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2))
+    return summary
+
+
+def build_trainer(
+    recipe: Recipe, out: Path, model: PreTrainedModel, corpus: data.Corpus, callbacks: Sequence[TrainerCallback] = ()
+) -> PretrainTrainer:
+    """The recipe as a Trainer, ready to train."""
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = recipe.micro_batch_size or recipe.batch_size // devices
+    if recipe.batch_size % (micro * devices):
+        raise ValueError(
+            f"batch_size={recipe.batch_size} is not a multiple of micro_batch_size={micro} times {devices} processes"
+        )
+    arguments = TrainingArguments(
+        output_dir=str(out),
+        max_steps=recipe.steps,
+        per_device_train_batch_size=micro,
+        per_device_eval_batch_size=micro,
+        gradient_accumulation_steps=recipe.batch_size // (micro * devices),
+        learning_rate=recipe.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": recipe.min_lr_ratio},
+        warmup_steps=recipe.warmup_steps,
+        max_grad_norm=recipe.clip,
+        bf16=recipe.precision == "bf16",
+        use_cpu=torch.accelerator.current_accelerator() is None,
+        torch_compile=recipe.compile,
+        seed=recipe.seed,
+        logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps" if recipe.eval_every else "no",
+        eval_steps=recipe.eval_every or None,
+        save_strategy="steps" if recipe.save_every else "no",
+        save_steps=recipe.save_every or 500,
+        save_total_limit=recipe.keep,
+        report_to=recipe.report_to or "none",
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+    )
+    _check_trackers(recipe.report_to)
+    peak, source = accounting.achievable_flops()
+    trainer = PretrainTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=corpus.train,
+        eval_dataset=corpus.validation,
+        data_collator=data.collate,
+        processing_class=corpus.tokenizer,
+        callbacks=[*callbacks, StopOnNonFinite()],
+        make_optimizer=partial(
+            build_optimizer,
+            name=recipe.optimizer,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            decay=recipe.decay,
+            betas=recipe.betas,
+            eps=recipe.eps,
+        ),
+        tokens_per_step=recipe.batch_size * recipe.sequence_length,
+        flops_per_token=accounting.flops_per_token(model, recipe.sequence_length),
+        peak_flops=peak * devices,
+        eval_tokens=recipe.eval_tokens,
+        bytes_per_token=corpus.validation_bytes_per_token,
+    )
+    trainer.peak_flops_source = source
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    known = get_available_reporting_integrations()  # those of transformers whose packages are installed
+    for name in names:
+        if name not in (*known, "none", "all"):
+            raise ValueError(f"report_to={name!r} is not installed; installed trackers: {', '.join(known) or 'none'}")
+
+
+def read_run(folder: str | Path) -> Recipe:
+    """The recipe of a run on disk; ValueError if the folder holds none."""
+    path = Path(folder) / "recipe.yaml"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no run to resume: {path} does not exist")
+    return Recipe.read(path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _prepare_folder(out: Path, resume: bool) -> None:
+    if not resume and (out / "recipe.yaml").exists():
+        raise ValueError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out) as probe:  # better now than after an hour
+        probe.write(b"lorank")
+
+
+def _last_whole_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: trainer_state.json is its last file."""
+    whole = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Model and tokenizer into `out`, each file under a temporary name until all are written."""
+    staging = Path(tempfile.mkdtemp(prefix=".model-", dir=out))
+    try:
+        model.config.use_cache = True
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        for file in staging.iterdir():
+            os.replace(file, out / file.name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write the model to {out}: {str(error).splitlines()[0]}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A saved model and its tokenizer, in evaluation mode; ValueError in one sentence if `folder` has none."""
+    from transformers import AutoModelForCausalLM
+
+    path = Path(folder).expanduser()
+    looks_local = folder.startswith((".", "/", "~")) or path.exists()
+    if looks_local and not (path / "config.json").exists():
+        hint = "; it is an unfinished run, continue it with --resume" if (path / "recipe.yaml").exists() else ""
+        raise ValueError(f"{folder} is not a directory with a model (no config.json){hint}")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path if looks_local else folder)
+        return model.eval(), AutoTokenizer.from_pretrained(path if looks_local else folder)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise ValueError(f"no model could be loaded from {folder}: {str(error).strip().splitlines()[0]}") from None
+
+
+def environment(corpus: str) -> dict[str, Any]:
+    """What besides the recipe it takes to repeat a run: data, versions, device and commit."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    return {
+        "corpus": corpus,
+        "python": platform.python_version(),
+        "packages": {"lorank": lorank.__version__, **{name: version(name) for name in packages}},
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "commit": locals().get("commit"),
+    }
+
+
+def model_card(recipe: Recipe, summary: Summary, corpus: str) -> str:
+    """README.md of a trained model."""
+    bits = summary.validation_bits_per_byte
+    return f"""---
+library_name: transformers
+tags: [lorank, {recipe.method}]
+---
+# {recipe.method}, {summary.parameters:,} parameters
+
+Pre-trained from scratch with lorank on {corpus}.
+
+```python
+import lorank  # registers the architecture
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+| | |
+|---|---|
+| parameters (in blocks) | {summary.parameters:,} ({summary.block_parameters:,}) |
+| training FLOPs per token | {summary.flops_per_token:,.0f} |
+| tokens | {summary.tokens:,} in {summary.steps:,} steps |
+| validation perplexity (unbiased) | {summary.validation_perplexity:.2f} |
+| bits per byte | {"unknown" if bits is None else f"{bits:.3f}"} |
+| published-compatible perplexity, N/(N+1) | {summary.published_compatible_perplexity:.2f} |
+
+The recipe is in `recipe.yaml`, versions and device in `run.json`, the loss curve in `metrics.jsonl`.
+"""
+
+
+class PeakMemory:
+    """Largest growth of memory inside a ``with``: allocated on CUDA, resident (sampled each 5 ms) on CPU."""
+
+    gib: float = math.nan
+
+    def __enter__(self) -> "PeakMemory":
+        self._before = self._peak = psutil.Process().memory_info().rss
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        process = psutil.Process()
+        while not self._stop.wait(0.005):
+            self._peak = max(self._peak, process.memory_info().rss)
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stop.set()
+        self._thread.join()
+        grown = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else self._peak - self._before
+        self.gib = grown / 2**30
+
+
+def history(folder: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a run's metrics.jsonl."""
+    with (Path(folder) / "metrics.jsonl").open() as file:
+        for line in file:
+            yield json.loads(line)

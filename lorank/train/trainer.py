@@ -1,0 +1,198 @@
+"""transformers.Trainer with the four things pre-training wants different: optimizer, evaluation, throughput, safe saving."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorank.train.evaluation import Evaluation, evaluate
+
+
+class PretrainTrainer(Trainer):
+    """A Trainer that logs tokens per second and model FLOPs utilisation, and evaluates by token.
+
+    Args:
+        make_optimizer: called with the model when training begins.
+        tokens_per_step: positions that one optimizer step sees, over all devices.
+        flops_per_token: of training this model, recomputation not counted (MFU, arXiv 2204.02311).
+        peak_flops: FLOP/s that all devices together could reach.
+        eval_tokens: predicted tokens after which an evaluation during training stops.
+        bytes_per_token: of the validation text.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float,
+        eval_tokens: int,
+        bytes_per_token: float,
+        **kwargs: Any,
+    ):
+        self.throughput = Throughput(tokens_per_step)
+        super().__init__(*args, **kwargs)
+        self.make_optimizer = make_optimizer
+        self.flops_per_token = flops_per_token
+        self.peak_flops = peak_flops
+        self.eval_tokens = eval_tokens
+        self.bytes_per_token = bytes_per_token
+        self.add_callback(self.throughput)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer(self.model if model is None else model)
+        return self.optimizer
+
+    def evaluation(self, max_tokens: int | None) -> Evaluation:
+        """The model on the validation data, up to `max_tokens` (None: all)."""
+        with self.compute_loss_context_manager():
+            return evaluate(
+                self.model, self.get_eval_dataloader(), max_tokens=max_tokens, bytes_per_token=self.bytes_per_token
+            )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        found = self.evaluation(self.eval_tokens)
+        metrics = {f"eval_{name}": value for name, value in found.to_dict().items() if value is not None}
+        metrics["eval_loss"] = found.loss  # the name under which Trainer and its trackers expect it
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs and (rate := self.throughput.tokens_per_second()) is not None:
+            logs["tokens_per_second"] = rate
+            logs["mfu"] = rate * self.flops_per_token / self.peak_flops
+        logs["tokens"] = self.state.global_step * self.throughput.tokens_per_step
+        super().log(logs, *args, **kwargs)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        """As Trainer does it, but a checkpoint that cannot be written whole is taken away again, and said so."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise OSError(f"could not write {folder}: {str(error).splitlines()[0]}; earlier checkpoints are intact") from error
+
+
+class Throughput(TrainerCallback):
+    """Times the training steps alone: neither evaluation, nor saving, nor the first step, which warms up."""
+
+    def __init__(self, tokens_per_step: int):
+        self.tokens_per_step = tokens_per_step
+        self.seconds = 0.0
+        self.steps = 0
+        self._window = (0.0, 0)
+        self._mark: float | None = None
+
+    def tokens_per_second(self) -> float | None:
+        """Since the last call; None if no step was timed."""
+        seconds, steps = self.seconds - self._window[0], self.steps - self._window[1]
+        self._window = (self.seconds, self.steps)
+        return steps * self.tokens_per_step / seconds if steps else None
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        if self._mark is not None:
+            self.seconds += now - self._mark
+            self.steps += 1
+        self._mark = now
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._mark = time.perf_counter()
+
+    on_save = on_evaluate
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log record to metrics.jsonl; after a resume, the steps that will be run again are cut off first."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or not self.path.exists():
+            return
+        records = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+        write_whole(self.path, "".join(f"{record}\n" for record in records))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+            return
+        names = {"loss": "loss_nats_per_token", "grad_norm": "gradient_norm", "learning_rate": "lr"}
+        record = {names.get(k, k): v for k, v in logs.items() if k not in ("epoch", "eval_loss")}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **record}) + "\n")
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C (SIGINT) or SIGTERM ends training after the current step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __enter__(self) -> "StopOnSignal":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python delivers signals to the main thread only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Ends a run whose loss or gradient is no longer a number, instead of training noise to the end."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("loss", "grad_norm"):
+            if logs and name in logs and not math.isfinite(logs[name]):
+                raise FloatingPointError(
+                    f"{name} became {logs[name]} by step {state.global_step}; lower lr={args.learning_rate} or warm up longer"
+                )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it, so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

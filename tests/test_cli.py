@@ -1,0 +1,184 @@
+"""The command line as a user meets it: good commands end well, bad ones in one sentence and exit code 2."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lorank.cli import main
+
+TEXT = "".join(f"line {i}: the {'quick' if i % 3 else 'slow'} brown fox counts {i * i} lazy dogs\n" for i in range(600))
+QUICK = ["--vocab-size", "300", "--sequence-length", "32", "--batch-size", "4", "--steps", "4", "--warmup-steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def lorank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    """Run a command in this process; returns (exit code, stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lorank", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def trained(text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "fox"
+    command = [sys.executable, "-m", "lorank", "pretrain", "--data", text, *QUICK, "--out", folder]
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    return folder
+
+
+def test_pretrain_evaluate_generate(lorank, trained: Path, text: Path) -> None:
+    code, out, _ = lorank("evaluate", trained, "--data", text, "--sequence-length", 32, "--json")
+    figures = json.loads(out)
+    assert code == 0 and figures["perplexity"] > 1
+    # the biased figure is lower whenever the loss is positive
+    assert figures["published_compatible_perplexity"] < figures["perplexity"]
+    code, out, _ = lorank("evaluate", trained, "--data", text, "--sequence-length", 32)
+    assert code == 0 and "perplexity (unbiased)" in out and "published-compatible" in out and "bits per byte" in out
+    code, first, _ = lorank("generate", trained, "--prompt", "line 1", "--max-new-tokens", 8, "--seed", 1)
+    assert code == 0 and first.startswith("line 1")
+    assert lorank("generate", trained, "--prompt", "line 1", "--max-new-tokens", 8, "--seed", 1)[1] == first
+
+
+def test_a_recipe_file_and_flags_have_the_same_names(lorank, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(f"data: {text}\nvocab_size: 300\nsequence_length: 32\nbatch_size: 4\nmethod: low-rank\n")
+    code, _, err = lorank("pretrain", "my.yaml", "--steps", 2, "--warmup-steps", 1, "--rank", "0.2", "--out", "run")
+    assert code == 0, err
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["lorank"]["method"], config["lorank"]["arguments"]["rank"]) == ("low-rank", 0.2)
+
+
+def test_dry_run_shows_what_becomes_what_and_writes_nothing(lorank, tmp_path: Path) -> None:
+    code, out, _ = lorank("pretrain", "--size", "60m", "--vocab-size", 32000, "--dry-run")
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert "58,073,600" in out and "42,770,944" in out and "q_proj" in out and "rank=128" in out
+    assert "weights" in out and "activations" in out
+
+
+def test_dry_run_of_another_architecture(lorank) -> None:
+    code, out, _ = lorank("pretrain", "--model", "gpt2", "--method", "cola-m", "--dry-run")
+    assert code == 0 and "c_attn.query" in out and "recompute" in out
+
+
+BAD = {
+    "a missing file": (["pretrain", "--data", "nowhere.txt"], "nowhere.txt"),
+    "an empty corpus": (["pretrain", "--data", "{empty}", *QUICK], "empty"),
+    "a corpus shorter than a sequence": (["pretrain", "--data", "{short}", *QUICK], "sequence_length"),
+    "an unknown file type": (["pretrain", "--data", "{odd}", *QUICK], "odd.xyz"),
+    "an unknown method": (["pretrain", "--method", "colla"], "did you mean 'cola'"),
+    "an unknown size": (["pretrain", "--size", "61m"], "did you mean '60m'"),
+    "an unknown model": (["pretrain", "--model", "./nothing"], "./nothing"),
+    "a converted model": (["pretrain", "--model", "{trained}", "--data", "{text}", *QUICK], "converted already"),
+    "a negative rank": (["pretrain", "--rank", "-3", "--data", "{text}", *QUICK], "rank=-3 is not positive"),
+    "a rank that is no number": (["pretrain", "--rank", "few"], "'few'"),
+    "a field the method lacks": (["pretrain", "--option", "sparsity=1", "--data", "{text}", *QUICK], "sparsity"),
+    "an option without value": (["pretrain", "--option", "sparsity"], "NAME=VALUE"),
+    "a variant that does not exist": (["pretrain", "--option", "nonlinearity=some", "--data", "{text}", *QUICK], "nonlinearity"),
+    "a pattern without match": (["pretrain", "--targets", "conv", "--data", "{text}", *QUICK], "'conv'"),
+    "a rank for dense": (["pretrain", "--method", "dense", "--rank", "4", "--data", "{text}", *QUICK], "dense"),
+    "broken YAML": (["pretrain", "{broken}"], "not valid YAML"),
+    "a missing recipe": (["pretrain", "absent.yaml"], "absent.yaml"),
+    "an unknown flag": (["pretrain", "--learning-rate", "1"], "--learning-rate"),
+    "an unknown command": (["train"], "train"),
+    "an unwritable place": (["pretrain", "--data", "{text}", *QUICK, "--out", "{text}/run"], "fox.txt/run"),
+    "a run that is there": (["pretrain", "--data", "{text}", *QUICK, "--out", "{trained}"], "already holds a run"),
+    "nothing to resume": (["pretrain", "--resume", "nowhere"], "nowhere"),
+    "resume with other settings": (["pretrain", "--resume", "{trained}", "--lr", "1"], "--lr"),
+    "sequences beyond the model": (["pretrain", "--model", "gpt2", "--sequence-length", "2048"], "1024 positions"),
+    "a tracker that is not installed": (["pretrain", "--data", "{text}", *QUICK, "--report-to", "wandb"], "wandb"),
+    "evaluate without a model": (["evaluate", "{folder}"], "is not a directory with a model"),
+    "evaluate on nothing": (["evaluate", "{trained}", "--data", "nowhere.txt"], "nowhere.txt"),
+    "evaluate on too little": (["evaluate", "{trained}", "--data", "{short}"], "sequence_length"),
+    "evaluate what is broken": (["evaluate", "{corrupt}"], "no model could be loaded"),
+    "generate without a model": (["generate", "{folder}"], "is not a directory with a model"),
+    "generate at a negative temperature": (["generate", "{trained}", "--temperature", "-1"], "temperature=-1.0"),
+    "generate nothing": (["generate", "{trained}", "--max-new-tokens", "0"], "max-new-tokens"),
+    "a demo where one is": (["demo", "--out", "{demo}"], "already holds a run"),
+}
+
+
+@pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
+def test_bad_input_is_one_sentence(lorank, trained: Path, text: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "empty.txt").write_text(" ".strip())
+    (tmp_path / "short.txt").write_text("ab")
+    (tmp_path / "odd.xyz").write_text("ab")
+    (tmp_path / "broken.yaml").write_text("steps: [1")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "demo/dense").mkdir(parents=True)
+    (tmp_path / "demo/dense/recipe.yaml").write_text("")
+    corrupt = tmp_path / "corrupt"
+    corrupt.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (corrupt / name).write_bytes((trained / name).read_bytes())
+    (corrupt / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes()[:1000])
+    places = {"empty": tmp_path / "empty.txt", "short": tmp_path / "short.txt", "odd": tmp_path / "odd.xyz", "text": text}
+    places |= {"broken": tmp_path / "broken.yaml", "folder": tmp_path / "folder", "trained": trained, "corrupt": corrupt}
+    places |= {"demo": tmp_path / "demo"}
+    before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+    code, _, err = lorank(*(argument.format(**places) for argument in arguments))
+    assert code == 2
+    assert words in err and "Traceback" not in err
+    sentence = err.strip().splitlines()[-1]
+    assert words in sentence, "the sentence itself names what is wrong"
+    assert before == {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
+
+
+def test_a_full_disk_is_one_sentence(text: Path, tmp_path: Path) -> None:
+    """Files may not grow beyond 50 kB, as on a disk that fills: the run ends in one sentence, not in a traceback."""
+    code = f"""
+import resource, sys
+from lorank.cli import main
+import transformers
+sys.argv = ["lorank", "pretrain", "--data", {str(text)!r}, *{QUICK!r}, "--save-every", "2", "--out", {str(tmp_path / "run")!r}]
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+main()
+"""
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert end.returncode == 2, end.stderr
+    assert "Traceback" not in end.stderr and "could not" in end.stderr.strip().splitlines()[-1]
+
+
+def test_ctrl_c_leaves_a_run_that_resumes(text: Path, tmp_path: Path) -> None:
+    import signal
+
+    command = [sys.executable, "-m", "lorank", "pretrain", "--data", text, *QUICK, "--out", tmp_path / "run"]
+    command = [*map(str, command), "--steps", "100000", "--log-every", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in out and "Traceback" not in err
+    assert list((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = "import sys; sys.argv = ['lorank', '--help']; from lorank.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch', 'transformers', 'datasets', 'matplotlib') if name in sys.modules])"
+    out = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert out.strip().endswith("[]") and "pretrain" in out

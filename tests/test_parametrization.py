@@ -1,0 +1,134 @@
+"""The rank in its three spellings, what a site knows about itself, and what a method writes into a file."""
+
+import dataclasses
+import json
+import warnings
+from typing import ClassVar
+
+import pytest
+from torch import nn
+
+from lorank import CoLA, LowRank, Parametrization, Site
+from lorank.parametrization import Rank, check_rank, rank_at, warn_beyond_break_even
+
+
+def site(name: str, d_in: int, d_out: int) -> Site:
+    return Site(f"layers.0.{name}", f"layers.*.{name}", 0, nn.Linear(d_in, d_out, device="meta"))
+
+
+def test_a_site_reads_its_sizes_off_the_dense_layer() -> None:
+    up = site("up", 512, 1376)
+    assert (up.d_in, up.d_out) == (512, 1376)
+    assert up.break_even_rank == 512 * 1376 / (512 + 1376)
+
+
+@pytest.mark.parametrize("rank", [1, 128, 0.25, 0.999, {".*": 4}, {"q_proj$": 4, ".*": 0.5}])
+def test_ranks_that_make_sense_are_accepted(rank: Rank) -> None:
+    check_rank(rank)
+    assert CoLA(rank=rank).rank == LowRank(rank=rank).rank == rank
+
+
+@pytest.mark.parametrize("method", [CoLA, LowRank])
+@pytest.mark.parametrize(
+    "rank",
+    [0, -3, True, False, 1.5, 1.0, 0.0, -0.25, float("nan"), float("inf"), "x", "128", None, [4], {}, {".*": 0}, {".*": "x"}],
+)
+def test_any_other_rank_is_refused_in_one_sentence_that_shows_it(rank: object, method: type[CoLA]) -> None:
+    with pytest.raises(ValueError, match="rank=") as refusal:
+        method(rank=rank)  # type: ignore[arg-type]
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_pattern_of_a_rank_table_must_be_a_regular_expression() -> None:
+    with pytest.raises(ValueError, match=r"rank='\(' is not a regular expression"):
+        CoLA(rank={"(": 4})
+
+
+def test_an_integer_rank_is_taken_as_it_is() -> None:
+    assert rank_at(7, site("any", 32, 16)) == 7
+
+
+@pytest.mark.parametrize(
+    ("fraction", "d_in", "d_out", "rank"),
+    [
+        (0.25, 512, 512, 128),  # the paper's d / 4 in attention,
+        (0.25, 512, 1376, 128),  # ... in gate and up,
+        (0.25, 1376, 512, 128),  # ... and in down
+        (1 / 3, 768, 768, 256),  # 130M
+        (0.25, 512, 128, 32),  # key and value of grouped-query attention
+        (0.25, 4096, 5, 1),
+        (0.01, 32, 32, 1),  # never none at all
+    ],
+)
+def test_a_fraction_is_of_the_narrower_side(fraction: float, d_in: int, d_out: int, rank: int) -> None:
+    assert rank_at(fraction, site("any", d_in, d_out)) == rank
+
+
+def test_a_table_gives_the_value_of_its_first_pattern_that_matches() -> None:
+    table = {"q_proj": 4, "_proj": 0.5, ".*": 7}
+    assert rank_at(table, site("q_proj", 32, 32)) == 4
+    assert rank_at(table, site("k_proj", 32, 32)) == 16
+    assert rank_at(table, site("fc1", 32, 32)) == 7
+    assert rank_at({".*": 7, "q_proj": 4}, site("q_proj", 32, 32)) == 7
+
+
+def test_a_table_that_forgets_a_module_is_refused_by_the_name_of_that_module() -> None:
+    with pytest.raises(ValueError, match=r"\['q_proj'\] has no pattern for layers\.0\.fc1"):
+        rank_at({"q_proj": 4}, site("fc1", 32, 32))
+
+
+def test_the_warning_comes_exactly_at_the_break_even_rank() -> None:
+    square, wide = site("square", 32, 32), site("wide", 32, 96)  # break even at 16 and at 24
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_beyond_break_even(15, [square, wide])
+    with pytest.warns(UserWarning, match=r"layers\.\*\.square \(rank 16, break-even 16\)") as caught:
+        warn_beyond_break_even(16, [square, square, wide])
+    assert len(caught) == 1
+    assert "wide" not in str(caught[0].message)
+    with pytest.warns(UserWarning, match=r"square.*wide \(rank 24, break-even 24\)"):
+        warn_beyond_break_even(24, [square, wide])
+
+
+def test_two_factors_really_are_no_smaller_than_the_dense_layer_at_the_break_even_rank() -> None:
+    square = site("square", 32, 32)
+    rank = int(square.break_even_rank)
+    assert rank * (square.d_in + square.d_out) == square.d_in * square.d_out
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        CoLA(),
+        CoLA(rank=12, nonlinearity="low-rank", activation="gelu"),
+        LowRank(rank=0.125),
+        CoLA(rank={"q_proj": 4, "k_proj": 0.5, ".*": 8}),
+    ],
+)
+def test_a_method_survives_json_that_sorts_its_keys(method: Parametrization) -> None:
+    """transformers writes config.json with sorted keys, and of a rank table the first match counts."""
+    written = json.dumps(method.to_dict(), sort_keys=True)
+    back = type(method).from_dict(json.loads(written))
+    assert back == method
+    if isinstance(method.rank, dict):
+        assert list(back.rank) == list(method.rank)
+
+
+def test_a_plain_table_is_read_as_well() -> None:
+    assert CoLA.from_dict({"rank": {".*": 4}}) == CoLA(rank={".*": 4})
+
+
+def test_methods_are_frozen_and_take_keywords_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CoLA().rank = 3  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        CoLA(8)  # type: ignore[misc]
+
+
+def test_a_method_without_build_says_so() -> None:
+    @dataclasses.dataclass(frozen=True, kw_only=True)
+    class Empty(Parametrization):
+        name: ClassVar[str] = "empty"
+
+    with pytest.raises(NotImplementedError, match="Empty defines neither build nor build_stack"):
+        Empty().build_stack([site("q", 8, 8)])

@@ -1,0 +1,106 @@
+"""Parameter groups, and Muon beside AdamW as one optimizer."""
+
+import copy
+import io
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+import lorank
+from lorank.train.optimizers import MuonAdamW, build_optimizer, parameter_groups
+
+
+def llama(**changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **changes}))
+
+
+def names(model: torch.nn.Module, groups: list[dict], weight_decay: float) -> set[str]:
+    wanted = {id(p) for group in groups if group["weight_decay"] == weight_decay for p in group["params"]}
+    return {name for name, p in model.named_parameters() if id(p) in wanted}
+
+
+def test_matrices_decay_and_norms_biases_embeddings_do_not() -> None:
+    model = lorank.convert(llama(attention_bias=True), "cola")
+    hidden, others = parameter_groups(model, 0.1, "matrices")
+    assert names(model, hidden, 0.0) == set()
+    assert names(model, others, 0.1) == {"lm_head.weight"}
+    assert names(model, others, 0.0) == {n for n, p in model.named_parameters() if p.ndim == 1} | {"model.embed_tokens.weight"}
+    assert {n.rpartition(".")[0][-1] for n in names(model, hidden, 0.1)} == {"A", "B"}
+
+
+def test_all_means_all_as_in_the_papers() -> None:
+    model = llama()
+    hidden, others = parameter_groups(model, 0.1, "all")
+    assert names(model, hidden + others, 0.1) == {name for name, _ in model.named_parameters()}
+
+
+def test_each_parameter_is_in_one_group_also_when_tied() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    hidden, others = parameter_groups(model, 0.1, "matrices")
+    grouped = [id(p) for group in hidden + others for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert "transformer.wte.weight" in names(model, others, 0.0)
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randint(0, 40, (2, 8), generator=generator)
+    model(input_ids=x, labels=x).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_muon_and_adamw_together_equal_the_two_apart() -> None:
+    together = llama()
+    apart = copy.deepcopy(together)
+    one = build_optimizer(together, "muon", lr=0.01, weight_decay=0.1)
+    hidden, others = parameter_groups(apart, 0.1, "matrices")
+    muon = torch.optim.Muon(hidden, lr=0.01, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(others, lr=0.01)
+    for seed in range(3):
+        step(together, one, seed)
+        x = torch.randint(0, 40, (2, 8), generator=torch.Generator().manual_seed(seed))
+        apart(input_ids=x, labels=x).loss.backward()
+        muon.step(), adamw.step()
+        muon.zero_grad(), adamw.zero_grad()
+    for a, b in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_muon_adamw_state_travels_through_a_safe_file() -> None:
+    model = llama()
+    optimizer = build_optimizer(model, "muon", lr=0.01, weight_decay=0.1)
+    for seed in range(2):
+        step(model, optimizer, seed)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    other = copy.deepcopy(model)
+    resumed = build_optimizer(other, "muon", lr=0.5, weight_decay=0.5)
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    for seed in (2, 3):
+        step(model, optimizer, seed)
+        step(other, resumed, seed)
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_scheduler_drives_both_halves() -> None:
+    model = llama()
+    optimizer = build_optimizer(model, "muon", lr=0.01, weight_decay=0.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.0)
+    before = copy.deepcopy(model.state_dict())
+    step(model, optimizer, 0)
+    scheduler.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_closures_are_refused() -> None:
+    optimizer = build_optimizer(llama(), "muon", lr=0.01, weight_decay=0.0)
+    assert isinstance(optimizer, MuonAdamW)
+    with pytest.raises(ValueError, match="closure"):
+        optimizer.step(lambda: 0.0)

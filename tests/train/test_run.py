@@ -1,0 +1,210 @@
+"""Whole runs: same seed, same losses; stopping and resuming change nothing; what is on disk is whole."""
+
+import dataclasses
+import json
+import os
+import resource
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, TrainerCallback
+
+from lorank.train import run
+from lorank.train.recipe import Recipe
+
+TEXT = "".join(f"line {i}: the {'quick' if i % 3 else 'slow'} brown fox counts {i * i} lazy dogs\n" for i in range(1500))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def recipe(text: Path, **changes) -> Recipe:
+    settings = {
+        "data": str(text),
+        "vocab_size": 300,
+        "sequence_length": 32,
+        "batch_size": 4,
+        "steps": 8,
+        "warmup_steps": 2,
+        "log_every": 1,
+        "eval_every": 4,
+        "save_every": 4,
+        "lr": 1e-2,
+    }
+    return Recipe(**{**settings, **changes})
+
+
+def losses(folder: Path) -> list[tuple[int, float, float]]:
+    return [
+        (r["step"], r["loss_nats_per_token"], r["gradient_norm"]) for r in run.history(folder) if "loss_nats_per_token" in r
+    ]
+
+
+class KillAfter(TrainerCallback):
+    """Ends the process's run abruptly, as a crash would, after a step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise MemoryError("killed by the test")
+
+
+class Interrupt(KillAfter):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_run_leaves_everything_it_promises(text: Path, tmp_path: Path) -> None:
+    summary = run.pretrain(recipe(text), tmp_path / "run")
+    assert summary is not None and summary.steps == 8 and summary.tokens == 8 * 4 * 32
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == dataclasses.asdict(summary)
+    assert Recipe.read(tmp_path / "run/recipe.yaml") == recipe(text)
+    assert json.loads((tmp_path / "run/run.json").read_text())["packages"]["torch"] == torch.__version__
+    assert not list((tmp_path / "run").glob(".*")), "temporary files are gone"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert model.config.lorank["method"] == "cola"
+    assert sum(p.numel() for p in model.parameters()) == summary.parameters
+    assert 0 < summary.peak_memory_gib < 4 and summary.tokens_per_second > 0 and 0 < summary.mfu
+    card = (tmp_path / "run/README.md").read_text()
+    assert f"{summary.validation_perplexity:.2f}" in card
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": "cola-m", "micro_batch_size": 2}, {"optimizer": "muon"}, {"precision": "bf16", "method": "dense"}],
+    ids=["cola", "cola-m accumulating", "muon", "dense bf16"],
+)
+def test_resuming_after_a_crash_gives_the_losses_of_an_uninterrupted_run(text: Path, tmp_path: Path, changes: dict) -> None:
+    whole = run.pretrain(recipe(text, **changes), tmp_path / "whole")
+    with pytest.raises(MemoryError):
+        run.pretrain(recipe(text, **changes), tmp_path / "killed", callbacks=[KillAfter(6)])
+    assert losses(tmp_path / "killed")[-1][0] == 6, "steps 5 and 6 are logged and will be run again"
+    resumed = run.pretrain(run.read_run(tmp_path / "killed"), tmp_path / "killed", resume=True)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert resumed.validation_loss_nats_per_token == whole.validation_loss_nats_per_token
+
+
+def test_ctrl_c_saves_and_the_run_continues_as_if_nothing_had_been(text: Path, tmp_path: Path) -> None:
+    run.pretrain(recipe(text), tmp_path / "whole")
+    before = signal.getsignal(signal.SIGINT)
+    assert run.pretrain(recipe(text), tmp_path / "run", callbacks=[Interrupt(2)]) is None
+    assert signal.getsignal(signal.SIGINT) is before
+    assert (tmp_path / "run/checkpoint-3/trainer_state.json").exists()
+    run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_resuming_a_run_that_died_before_its_first_checkpoint_starts_it_again(text: Path, tmp_path: Path) -> None:
+    run.pretrain(recipe(text), tmp_path / "whole")
+    with pytest.raises(MemoryError):
+        run.pretrain(recipe(text), tmp_path / "run", callbacks=[KillAfter(2)])
+    run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_half_written_checkpoint_is_passed_over(text: Path, tmp_path: Path) -> None:
+    run.pretrain(recipe(text), tmp_path / "whole")
+    with pytest.raises(MemoryError):
+        run.pretrain(recipe(text), tmp_path / "run", callbacks=[KillAfter(6)])
+    (tmp_path / "run/checkpoint-6").mkdir()
+    (tmp_path / "run/checkpoint-6/model.safetensors").write_bytes(b"half")
+    run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+
+
+def test_a_second_run_does_not_overwrite_the_first(text: Path, tmp_path: Path) -> None:
+    run.pretrain(recipe(text, steps=3), tmp_path / "run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match="already holds a run"):
+        run.pretrain(recipe(text, steps=4), tmp_path / "run")
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+
+
+def test_a_disk_that_fills_costs_the_new_checkpoint_only(text: Path, tmp_path: Path) -> None:
+    class Fill(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 5:  # files may not grow beyond 100 kB from here on
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        with pytest.raises(OSError, match="could not write .*checkpoint-8.*earlier checkpoints are intact"):
+            run.pretrain(recipe(text), tmp_path / "run", callbacks=[Fill()])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "run/checkpoint-8").exists()
+    whole = run.pretrain(recipe(text), tmp_path / "whole")
+    resumed = run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True)
+    assert resumed.validation_loss_nats_per_token == whole.validation_loss_nats_per_token
+
+
+def test_the_same_seed_gives_the_same_run_and_another_does_not(text: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run.pretrain(recipe(text, steps=3, seed=seed), tmp_path / name)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b") != losses(tmp_path / "c")
+
+
+def test_gradient_accumulation_is_one_large_batch(text: Path, tmp_path: Path) -> None:
+    run.pretrain(recipe(text), tmp_path / "one")
+    run.pretrain(recipe(text, micro_batch_size=1), tmp_path / "four")
+    for (_, one, norm), (_, four, other_norm) in zip(losses(tmp_path / "one"), losses(tmp_path / "four"), strict=True):
+        assert one == pytest.approx(four, rel=1e-4) and norm == pytest.approx(other_norm, rel=1e-3)
+
+
+def test_the_learning_rate_follows_the_paper(text: Path, tmp_path: Path) -> None:
+    """Warm-up from 0, cosine to a tenth: the multipliers of T = 10,000, w = 2,000, at a thousandth of the steps and whole."""
+    from transformers import get_scheduler
+
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = get_scheduler("cosine_with_min_lr", optimizer, 2_000, 10_000, scheduler_specific_kwargs={"min_lr_rate": 0.1})
+    multiplier = schedule.lr_lambdas[0]
+    for step, expected in ((0, 0), (1, 0.0005), (1_000, 0.5), (2_000, 1.0), (6_000, 0.55), (10_000, 0.1)):
+        assert multiplier(step) == pytest.approx(expected)
+
+    corpus, out = _corpus(recipe(text)), tmp_path / "run"
+    model = run.build_model(recipe(text), run.build_config(recipe(text), corpus.tokenizer))
+    trainer = run.build_trainer(recipe(text, steps=10_000, warmup_steps=2_000, lr=6e-3), out, model, corpus)
+    trainer.create_optimizer_and_scheduler(10_000)
+    for step in (0, 1, 1_000, 2_000, 6_000, 10_000):
+        assert trainer.lr_scheduler.lr_lambdas[0](step) == pytest.approx(multiplier(step))
+
+
+def test_pure_bf16_keeps_weights_and_moments_in_two_bytes(text: Path, tmp_path: Path) -> None:
+    """Check 9: AdamW's state is 4 bytes per parameter, weights 2, nothing else persists."""
+    r = recipe(text, precision="bf16-pure", steps=3)
+    corpus = _corpus(r)
+    model = run.build_model(r, run.build_config(r, corpus.tokenizer))
+    trainer = run.build_trainer(r, tmp_path / "run", model, corpus)
+    trainer.train()
+    count = sum(p.numel() for p in model.parameters())
+    assert sum(p.numel() * p.element_size() for p in model.parameters()) == 2 * count
+    state = [t for s in trainer.optimizer.optimizer.state.values() for name, t in s.items() if name != "step"]
+    assert sum(t.numel() * t.element_size() for t in state) == 4 * count
+    assert all(t.device == model.device for t in state)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_with_advice(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(FloatingPointError, match="lower lr"):
+        run.pretrain(recipe(text, lr=1e20, clip=0.0, warmup_steps=0), tmp_path / "run")
+
+
+def test_run_folder_records_resolved_settings(text: Path, tmp_path: Path) -> None:
+    run.pretrain(recipe(text, steps=3), tmp_path / "run")
+    settings = yaml.safe_load((tmp_path / "run/recipe.yaml").read_text())
+    assert set(settings) == {field.name for field in dataclasses.fields(Recipe)}
+
+
+def _corpus(r: Recipe):
+    from lorank.train.data import load_corpus
+
+    return load_corpus(r.data, vocab_size=r.vocab_size, sequence_length=r.sequence_length, seed=r.seed)
