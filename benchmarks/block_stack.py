@@ -2,8 +2,9 @@
 
     python benchmarks/block_stack.py [--tokens 256] [--batch 1] [--rounds 15]
 
-Two blocks of the 1B shape (d 2048, d_ff 5461, r 512) run in turns in one process on the same input; the ratios are between
-medians. Beside each stands the ratio of FLOPs that PyTorch's counter measured for the very same call: the ceiling.
+Two blocks of the 1B shape (d 2048, d_ff 5461, r 512) run in turns in one process on the same input; the ratios are
+between medians. Beside each stands the ratio of FLOPs that PyTorch's counter measured for the very same call: the
+ceiling.
 """
 
 import argparse

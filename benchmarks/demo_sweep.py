@@ -2,8 +2,8 @@
 
     python benchmarks/demo_sweep.py [--rates 2.5e-3 5e-3 1e-2 2e-2] [--out runs/demo-sweep]
 
-Each run is the demo's own recipe (seed, tokens, order of data) but for the learning rate, in a process and on a thread of its own, two at
-a time. Finished runs are kept: started again, the sweep goes on where it was.
+Each run is the demo's own recipe (seed, tokens, order of data) but for the learning rate, in a process and on a thread
+of its own, two at a time. Finished runs are kept: started again, the sweep goes on where it was.
 """
 
 import argparse

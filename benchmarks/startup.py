@@ -38,4 +38,6 @@ if __name__ == "__main__":
     print(f"import lorank, beyond torch and transformers        {seconds_inside(IMPORT.format(use='')):.3f} s")
     use = "lorank.convert, lorank.CoLA, lorank.checkpoint"
     print(f"... and its functions used for the first time       {seconds_inside(IMPORT.format(use=use)):.3f} s")
-    print(f"lorank --help                                       {seconds_of([sys.executable, '-m', 'lorank', '--help']):.3f} s")
+    print(
+        f"lorank --help                                       {seconds_of([sys.executable, '-m', 'lorank', '--help']):.3f} s"
+    )

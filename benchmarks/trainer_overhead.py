@@ -1,9 +1,10 @@
-"""What does `lorank pretrain` cost beyond a bare PyTorch loop? Same model, data, optimizer, clipping, schedule and logging.
+"""What does `lorank pretrain` cost beyond a bare PyTorch loop? Same model, data, optimizer, clipping, schedule and
+logging.
 
     python benchmarks/trainer_overhead.py [--size tiny] [--steps 12] [--rounds 5]
 
-Both loops run in turns in one process, for a few steps each, from the same weights; the ratio is between the medians of their
-seconds per step. Both must arrive at the same loss, which is checked: they did the same work.
+Both loops run in turns in one process, for a few steps each, from the same weights; the ratio is between the medians of
+their seconds per step. Both must arrive at the same loss, which is checked: they did the same work.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import copy
 import statistics
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -40,15 +42,21 @@ def with_lorank(recipe: Recipe, model: torch.nn.Module, corpus, folder: Path) ->
     trainer = build_trainer(recipe, folder, model, corpus, [times])
     trainer.train()
     losses = [record["loss"] for record in trainer.state.log_history if "loss" in record]
-    return [b - a for a, b in zip(times.ends, times.ends[1:], strict=False)], losses
+    return [b - a for a, b in pairwise(times.ends)], losses
 
 
 def bare(recipe: Recipe, model: torch.nn.Module, corpus) -> tuple[list[float], list[float]]:
     """(seconds per step, losses) of the loop that anybody would write."""
     model.train()
-    optimizer = build_optimizer(model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=recipe.betas)
+    optimizer = build_optimizer(
+        model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=recipe.betas
+    )
     schedule = get_scheduler(
-        "cosine_with_min_lr", optimizer, recipe.warmup_steps, recipe.steps, scheduler_specific_kwargs={"min_lr_rate": 0.1}
+        "cosine_with_min_lr",
+        optimizer,
+        recipe.warmup_steps,
+        recipe.steps,
+        scheduler_specific_kwargs={"min_lr_rate": 0.1},
     )
     order = RandomSampler(corpus.train, generator=torch.Generator().manual_seed(recipe.seed))
     loader = DataLoader(corpus.train, batch_size=recipe.batch_size, sampler=order, collate_fn=collate, drop_last=True)
@@ -62,7 +70,7 @@ def bare(recipe: Recipe, model: torch.nn.Module, corpus) -> tuple[list[float], l
         optimizer.zero_grad()
         losses.append(loss.item())
         ends.append(time.perf_counter())
-    return [b - a for a, b in zip(ends, ends[1:], strict=False)], losses
+    return [b - a for a, b in pairwise(ends)], losses
 
 
 def main() -> None:
@@ -86,8 +94,12 @@ def main() -> None:
     ours, theirs = (statistics.median(times) for times in seconds.values())
     print(f"{options.size} CoLA, {recipe.batch_size} x {recipe.sequence_length} tokens per step, medians of "
           f"{len(seconds['bare loop'])} steps, torch {torch.__version__}, {torch.get_num_threads()} threads")  # fmt: skip
-    print(f"bare loop        {theirs * 1e3:8.1f} ms per step, first and last loss {their_losses[0]:.4f} {their_losses[-1]:.4f}")
-    print(f"lorank pretrain  {ours * 1e3:8.1f} ms per step, first and last loss {our_losses[0]:.4f} {our_losses[-1]:.4f}")
+    print(
+        f"bare loop        {theirs * 1e3:8.1f} ms per step, first and last loss {their_losses[0]:.4f} {their_losses[-1]:.4f}"
+    )
+    print(
+        f"lorank pretrain  {ours * 1e3:8.1f} ms per step, first and last loss {our_losses[0]:.4f} {our_losses[-1]:.4f}"
+    )
     print(f"overhead         {ours / theirs - 1:8.1%}")
 
 

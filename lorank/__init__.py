@@ -1,7 +1,8 @@
 """lorank: train language models whose structure is low rank, from the first token on.
 
-Importing this package is cheap: it loads neither torch nor transformers. It only promises transformers that models saved
-by lorank (``model_type`` "lorank_llama", "lorank_gpt2", ...) can be loaded by the Auto classes; see `lorank.registry`.
+Importing this package is cheap: it loads neither torch nor transformers. It only promises transformers that models
+saved by lorank (``model_type`` "lorank_llama", "lorank_gpt2", ...) can be loaded by the Auto classes; see
+`lorank.registry`.
 """
 
 import importlib

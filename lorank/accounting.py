@@ -1,8 +1,8 @@
 """What training costs: parameters, FLOPs and bytes, in closed form and measured on the model itself.
 
-The closed forms are those of the papers, for one Llama block with its seven projections on a sequence of n tokens; a multiply-add
-counts as two floating-point operations (FLOPs). The measurements take any transformers model and need no memory for its weights:
-they run a twin of it whose tensors have shapes but no data.
+The closed forms are those of the papers, for one Llama block with its seven projections on a sequence of n tokens; a
+multiply-add counts as two floating-point operations (FLOPs). The measurements take any transformers model and need no
+memory for its weights: they run a twin of it whose tensors have shapes but no data.
 """
 
 import copy
@@ -62,8 +62,9 @@ def block_forward_flops(method: Method, d: int, d_ff: int, r: int, n: int) -> in
 def block_training_flops(method: Method, d: int, d_ff: int, r: int, n: int) -> int:
     """Forward and backward FLOPs of one block on one sequence (arXiv 2502.10940, table of compute; re-derived).
 
-    Backward is twice forward, but ReLoRA's frozen weights need no gradient, and GaLore adds the projection of gradients, down and
-    up. What SLTrain and GaLore add does not depend on n: it is paid per call and per optimizer step.
+    Backward is twice forward, but ReLoRA's frozen weights need no gradient, and GaLore adds the projection of
+    gradients, down and up. What SLTrain and GaLore add does not depend on n: it is paid per call and per optimizer
+    step.
 
     >>> block_training_flops("cola", 512, 1376, 128, 256) / block_training_flops("dense", 512, 1376, 128, 256)
     0.4413875827...
@@ -86,9 +87,9 @@ def break_even_ratio(d: int, d_ff: int) -> float:
 def recompute_flops(scheme: Literal["blocks", "cola-m", "cola-m authors"], d: int, r: int, n: int) -> float:
     """FLOPs that backward spends on one block's forward pass again, at d_ff = 2.5 d (arXiv 2502.10940, section 4).
 
-    "blocks" is vanilla checkpointing of a dense block, 23 n d² + 4 n² d. CoLA-M is quoted with 18.5 n d r + 4 n² d, half of a CoLA
-    block's factors; the authors' code re-runs A as well and spends 37 n d r + 4 n² d. For what ours spends see
-    `bottleneck_recompute_flops`.
+    "blocks" is vanilla checkpointing of a dense block, 23 n d² + 4 n² d. CoLA-M is quoted with 18.5 n d r + 4 n² d,
+    half of a CoLA block's factors; the authors' code re-runs A as well and spends 37 n d r + 4 n² d. For what ours
+    spends see `bottleneck_recompute_flops`.
 
     >>> round(recompute_flops("blocks", 2048, 512, 256) / recompute_flops("cola-m", 2048, 512, 256), 3)
     4.585
@@ -100,13 +101,15 @@ def recompute_flops(scheme: Literal["blocks", "cola-m", "cola-m authors"], d: in
 def bottleneck_recompute_flops(d: int, d_ff: int, r: int, n: int) -> int:
     """What `lorank.keep_bottlenecks` re-runs per block, at any d_ff: 2 n r (4 d + 2 d_ff) + 4 n² d.
 
-    The B factors of q, k, v, o (d wide) and gate, up (d_ff wide), and attention. Down's B is not re-run: the backward pass needs
-    its input, not its output. At d_ff = 2.5 d that is 18 n d r + 4 n² d, a little below the paper's 18.5.
+    The B factors of q, k, v, o (d wide) and gate, up (d_ff wide), and attention. Down's B is not re-run: the backward
+    pass needs its input, not its output. At d_ff = 2.5 d that is 18 n d r + 4 n² d, a little below the paper's 18.5.
     """
     return 2 * n * r * (4 * d + 2 * d_ff) + 4 * n * n * d
 
 
-def block_activations(scheme: Literal["dense", "blocks", "cola", "cola-m"], d: int, r: int, n: int, heads: int) -> float:
+def block_activations(
+    scheme: Literal["dense", "blocks", "cola", "cola-m"], d: int, r: int, n: int, heads: int
+) -> float:
     """Numbers that one block keeps for backward at d_ff = 2.5 d (arXiv 2502.10940, table of memory).
 
     The 2 n² heads are the scores and their softmax, absent with fused attention.
@@ -121,7 +124,8 @@ def block_activations(scheme: Literal["dense", "blocks", "cola", "cola-m"], d: i
 
 
 def training_state_bytes(parameters: int, *, weights: int = 2, gradients: int = 2, moments: int = 4) -> int:
-    """Bytes of weights, gradients and Adam's two moments; 8 per parameter in pure bf16, as in the paper's memory column."""
+    """Bytes of weights, gradients and Adam's two moments; 8 per parameter in pure bf16, as in the paper's memory
+    column."""
     return parameters * (weights + gradients + moments)
 
 
@@ -179,9 +183,7 @@ def count_parameters(model: nn.Module) -> Parameters:
         return sum(parameter.numel() for parameter in parameters)
 
     inside = {parameter for _, _, block in blocks(model) for parameter in block.parameters()}
-    return Parameters(
-        total(model.parameters()), total(p for p in model.parameters() if p.requires_grad), total(inside)
-    )
+    return Parameters(total(model.parameters()), total(p for p in model.parameters() if p.requires_grad), total(inside))
 
 
 def _twin(model: nn.Module) -> nn.Module:
@@ -204,7 +206,9 @@ def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
 
 
 def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return 2 * sdpa_flop_count(q, k, v)  # as the closed forms; that flash attention forms the scores again is not counted
+    return 2 * sdpa_flop_count(
+        q, k, v
+    )  # as the closed forms; that flash attention forms the scores again is not counted
 
 
 _CPU_ATTENTION = {  # missing in torch's own table of FLOPs
@@ -214,7 +218,8 @@ _CPU_ATTENTION = {  # missing in torch's own table of FLOPs
 
 
 def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 256) -> Flops:
-    """Count the FLOPs of a causal language model's training call, [batch, sequence_length] tokens, head and loss included.
+    """Count the FLOPs of a causal language model's training call, [batch, sequence_length] tokens, head and loss
+    included.
 
     Runs a data-free twin under PyTorch's counter; recomputation is what checkpointing adds to the backward pass.
     """
@@ -231,14 +236,15 @@ def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 25
         forward, backward = count(twin)
         recompute = 0
         if getattr(twin, "is_activation_checkpointing", False):
-            twin.activation_checkpointing_disable()
+            twin.activation_checkpointing_disable()  # type: ignore[operator]
             plain = count(twin)[1]
             backward, recompute = plain, backward - plain
     return Flops(forward, backward, recompute)
 
 
 def flops_per_token(model: nn.Module, sequence_length: int) -> float:
-    """Training FLOPs per token, forward and backward, recomputation not counted: the numerator of MFU (arXiv 2204.02311)."""
+    """Training FLOPs per token, forward and backward, recomputation not counted: the numerator of MFU (arXiv
+    2204.02311)."""
     found = measure_flops(model, sequence_length=sequence_length)
     return (found.forward + found.backward) / sequence_length
 
@@ -246,9 +252,9 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
 def measure_saved(model: nn.Module, inputs: dict[str, Tensor]) -> Saved:
     """What a model keeps alive between its forward and its backward pass, from the tensors themselves.
 
-    Two sources together: autograd's saved tensors, seen by hooks; and everything else that is alive afterwards and was not before,
-    seen by the garbage collector: the inputs of checkpointed blocks and the cache of selective checkpointing, which hooks
-    do not see. One storage counts once, parameters, buffers and inputs not at all.
+    Two sources together: autograd's saved tensors, seen by hooks; and everything else that is alive afterwards and was
+    not before, seen by the garbage collector: the inputs of checkpointed blocks and the cache of selective
+    checkpointing, which hooks do not see. One storage counts once, parameters, buffers and inputs not at all.
     """
     known = {_storage(t) for t in [*model.parameters(), *model.buffers(), *inputs.values()]}
     known |= {_storage(t) for t in _alive()}
@@ -286,7 +292,8 @@ def memory_estimate(
     sequence_length: int,
     autocast: bool = False,
 ) -> Memory:
-    """Bytes of training `model` on micro-batches [batch, sequence_length]: exact for the state, measured on a twin for activations.
+    """Bytes of training `model` on micro-batches [batch, sequence_length]: exact for the state, measured on a twin for
+    activations.
 
     AdamW keeps two moments per trainable number. Muon keeps one for the matrices of the blocks and two for the rest.
     """
@@ -311,7 +318,8 @@ PEAK_FLOPS = {
 
 
 def achievable_flops() -> tuple[float, str]:
-    """(FLOP/s of one device, where the number comes from): a data sheet's, or else measured on a matrix product, in 0.3 s."""
+    """(FLOP/s of one device, where the number comes from): a data sheet's, or else measured on a matrix product, in 0.3
+    s."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         for piece, rate in PEAK_FLOPS.items():

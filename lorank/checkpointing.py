@@ -1,7 +1,8 @@
 """What a block remembers for its backward pass: CoLA-M and its neighbours as policies of selective checkpointing.
 
-A policy is asked about every operation of a block's forward pass and answers whether its result is kept or computed again.
-`keep_bottlenecks` is CoLA-M, and works on any architecture and any low-rank method because it looks at shapes alone.
+A policy is asked about every operation of a block's forward pass and answers whether its result is kept or computed
+again. `keep_bottlenecks` is CoLA-M, and works on any architecture and any low-rank method because it looks at shapes
+alone.
 """
 
 from collections.abc import Callable
@@ -26,10 +27,11 @@ _ATTENTION = {
 def keep_bottlenecks(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """CoLA-M (arXiv 2502.10940, section 4): keep what a linear map narrower than its input gives, recompute the rest.
 
-    Of a CoLA block on [n, d] tokens the seven A x [n, r] are kept, and the block's input [n, d] by the checkpoint itself:
-    n d + 7 n r numbers. The paper keeps the residual stream between attention and MLP too (2 n d + 7 n r); here it comes for
-    free out of recomputing B. Backward re-runs the B factors and attention, but no A: 2 n r (4 d + 2 d_ff) + 4 n² d FLOPs,
-    where re-running all would cost twice the part in r. (The block's last B is not run again: backward needs its input only.)
+    Of a CoLA block on [n, d] tokens the seven A x [n, r] are kept, and the block's input [n, d] by the checkpoint
+    itself: n d + 7 n r numbers. The paper keeps the residual stream between attention and MLP too (2 n d + 7 n r); here
+    it comes for free out of recomputing B. Backward re-runs the B factors and attention, but no A: 2 n r (4 d + 2 d_ff)
+    + 4 n² d FLOPs, where re-running all would cost twice the part in r. (The block's last B is not run again: backward
+    needs its input only.)
     """
     if op is _aten.mm.default:
         x, w = args

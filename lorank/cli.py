@@ -61,7 +61,8 @@ class Number(click.ParamType):
 
 
 def _flag(field: dataclasses.Field, kind: Any) -> Any:
-    alternatives = [t for t in (typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)) if t is not type(None)]
+    union = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    alternatives = [option for option in union if option is not type(None)]
     first, name = alternatives[0], f"--{field.name.replace('_', '-')}"
     default = field.default if field.default is not dataclasses.MISSING else None
     shown = str(default) if default is not None else False
@@ -113,7 +114,9 @@ def _name_and_value(text: str) -> tuple[str, Any]:
 @click.argument("recipe", required=False)
 @recipe_flags
 @click.option("--out", default=None, help="Folder of the run.", show_default="runs/METHOD-SIZE")
-@click.option("--resume", metavar="RUN", default=None, help="Continue this run from its newest checkpoint, exactly as it began.")
+@click.option(
+    "--resume", metavar="RUN", default=None, help="Continue this run from its newest checkpoint, exactly as it began."
+)
 @click.option("--dry-run", is_flag=True, help="Print what becomes what, parameters, FLOPs and memory, and stop.")
 def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: bool, **flags: Any) -> None:
     """Pre-train a language model from scratch. RECIPE is a YAML file; flags have the same names and win over it.
@@ -160,7 +163,9 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
 @click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain.")
 @click.option("--text-column", default="text", help="As in pretrain.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Sequences per batch.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=10_000_000, help="Stop after this many predicted tokens.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=10_000_000, help="Stop after this many predicted tokens."
+)
 @click.option("--seed", type=int, default=42, help="The run's seed: it decides what was held out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
@@ -184,7 +189,9 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, help="Tokens to write.")
 @click.option("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time.")
 @click.option("--top-k", type=click.IntRange(min=0), default=50, help="Sample among the k likeliest tokens; 0: all.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample within this probability mass.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample within this probability mass."
+)
 @click.option("--seed", type=int, default=None, help="Makes sampling repeatable.")
 def generate(model: str, **settings: Any) -> None:
     """Text from MODEL (a run, a folder, a hub name)."""
@@ -197,7 +204,13 @@ def generate(model: str, **settings: Any) -> None:
 
 @cli.command(context_settings=SETTINGS)
 @click.option("--out", default="runs/demo", help="Folder of the two runs and the picture.")
-@click.option("--steps", type=click.IntRange(min=10), default=None, help="Optimizer steps of each run.", show_default="the recipe's")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=10),
+    default=None,
+    help="Optimizer steps of each run.",
+    show_default="the recipe's",
+)
 def demo(out: str, steps: int | None) -> None:
     """Pre-train CoLA and its dense twin on Python's standard library, and compare them."""
     console = _quiet_console()

@@ -1,7 +1,8 @@
 """`convert`: from a dense model to a low-rank one, on unmodified classes of transformers.
 
-Three steps, one function each: find the projections of the repeated blocks (`find_sites`), replace them (`rewrite`), and
-let the model remember what was done to it, so that saving and loading give the same model (`lorank.pretrained.record`).
+Three steps, one function each: find the projections of the repeated blocks (`find_sites`), replace them (`rewrite`),
+and let the model remember what was done to it, so that saving and loading give the same model
+(`lorank.pretrained.record`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from lorank.parametrization import Parametrization, Site, compile_pattern
 
 Model = TypeVar("Model", bound=nn.Module)
 Patterns = str | Sequence[str] | None
-ACTIVATIONS = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
+ACTIVATIONS: tuple[Any, ...] = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
 
 
 def convert(
@@ -36,14 +37,15 @@ def convert(
         exclude: regular expression(s) of projections to leave dense; wins over `targets`.
 
     Raises:
-        ValueError: the model is converted already, nothing in it matches, a pattern is no regular expression, or the method
-            refuses (for CoLA: the rank). The model is then unchanged.
+        ValueError: the model is converted already, nothing in it matches, a pattern is no regular expression, or the
+            method refuses (for CoLA: the rank). The model is then unchanged.
 
     Warns:
         UserWarning: a rank at which the factors are no smaller than the dense layer.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> shape = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    >>> shape = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
+    num_attention_heads=4)
     >>> convert(LlamaForCausalLM(shape), "cola").model.layers[1].mlp.down_proj
     CoLALinear(
       d_in=96, d_out=32, rank=8, activation=silu
@@ -54,7 +56,9 @@ def convert(
     if isinstance(method, str):
         method = find_method(method)()
     if earlier := next(filter(None, map(converted_with, model.modules())), None):
-        raise ValueError(f"this model is already converted (method {earlier['method']!r}); convert a dense model instead")
+        raise ValueError(
+            f"this model is already converted (method {earlier['method']!r}); convert a dense model instead"
+        )
     if isinstance(model, PreTrainedModel):
         from lorank.pretrained import config_class, record
 
@@ -110,8 +114,8 @@ def rewrite(model: nn.Module, method: Parametrization, targets: Patterns = None,
 def blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
     """The repeated blocks of a model as (name of their list, depth, block), in the model's order.
 
-    Blocks are the members of an outermost ``nn.ModuleList`` each of which has a linear map somewhere below it and is not one
-    itself; a list of heads or of embeddings is none.
+    Blocks are the members of an outermost ``nn.ModuleList`` each of which has a linear map somewhere below it and is
+    not one itself; a list of heads or of embeddings is none.
     """
     seen: list[str] = []
     for name, module in model.named_modules():
@@ -125,8 +129,9 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
 def find_sites(model: nn.Module) -> list[Site]:
     """Every linear map inside the repeated blocks, in the model's order.
 
-    A matrix in which an architecture has fused several projections (GPT-2's query, key and value) gives one site for each
-    of them, named below it: ``transformer.h.0.attn.c_attn.query``. One bottleneck for all three would be another method.
+    A matrix in which an architecture has fused several projections (GPT-2's query, key and value) gives one site for
+    each of them, named below it: ``transformer.h.0.attn.c_attn.query``. One bottleneck for all three would be another
+    method.
     """
     sites = []
     for stack, depth, block in blocks(model):
@@ -139,7 +144,9 @@ def find_sites(model: nn.Module) -> list[Site]:
             if fused is None:
                 sites.append(Site(name, role, depth, linear))
             else:
-                sites += [Site(f"{name}.{part}", f"{role}.{part}", depth, lin) for part, lin in fused.split(linear).items()]
+                sites += [
+                    Site(f"{name}.{part}", f"{role}.{part}", depth, lin) for part, lin in fused.split(linear).items()
+                ]
     return sites
 
 
@@ -149,7 +156,8 @@ def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool])
     Only in blocks with a projection of which `fed_by(name, module)` holds; a block left dense needs its activation.
 
     Raises:
-        ValueError: such a block has none that is a module of transformers or torch, so it cannot be found; nothing is changed.
+        ValueError: such a block has none that is a module of transformers or torch, so it cannot be found; nothing is
+        changed.
     """
     found = []
     for stack, depth, block in blocks(model):
@@ -157,7 +165,9 @@ def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool])
             continue
         own = [f"{stack}.{depth}.{name}" for name, module in block.named_modules() if isinstance(module, ACTIVATIONS)]
         if not own:
-            raise ValueError(f"found no activation module in {stack}.{depth}; use nonlinearity='both' with this architecture")
+            raise ValueError(
+                f"found no activation module in {stack}.{depth}; use nonlinearity='both' with this architecture"
+            )
         found += own
     for name in found:
         _put(model, name, nn.Identity())

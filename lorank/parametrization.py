@@ -1,8 +1,8 @@
 """What a method of lorank is: a frozen dataclass that says how the linear maps of a model are written.
 
-A method sees `Site`s (places where the dense model has a linear map) in stacks (all depths of one projection) and answers
-with modules. It never sees the model's code, so it works on any architecture, and cross-layer methods fit as well as
-layer-wise ones.
+A method sees `Site`s (places where the dense model has a linear map) in stacks (all depths of one projection) and
+answers with modules. It never sees the model's code, so it works on any architecture, and cross-layer methods fit as
+well as layer-wise ones.
 """
 
 import dataclasses
@@ -67,7 +67,8 @@ class Parametrization:
         """Whatever the method changes beside its layers; called once, after all stacks are in place."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types; tables as lists of pairs, because transformers sorts the keys of its config.json."""
+        """The fields as JSON types; tables as lists of pairs, because transformers sorts the keys of its
+        config.json."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {
             name: {"in_order": [[*pair] for pair in value.items()]} if isinstance(value, Mapping) else value
@@ -107,9 +108,9 @@ def warn_beyond_break_even(rank: Rank, sites: Sequence[Site]) -> None:
 def rank_at(rank: Rank, site: Site) -> int:
     """The rank to use at a site.
 
-    An integer is taken as it is. A fraction is of the map's narrower side, which in a block with as many key as query heads
-    is the model's width (the papers' r/d), and under grouped-query attention shrinks the key and value ranks in step.
-    A table gives the value of the first pattern (regular expression, searched in the name) that matches.
+    An integer is taken as it is. A fraction is of the map's narrower side, which in a block with as many key as query
+    heads is the model's width (the papers' r/d), and under grouped-query attention shrinks the key and value ranks in
+    step. A table gives the value of the first pattern (regular expression, searched in the name) that matches.
 
     >>> rank_at(0.25, Site("layers.0.k_proj", "layers.*.k_proj", 0, nn.Linear(512, 128, device="meta")))
     32

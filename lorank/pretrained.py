@@ -1,9 +1,9 @@
 """Saving and loading converted models with transformers' own methods.
 
 For every architecture there is a generated pair of classes, LorankLlamaConfig and LorankLlamaForCausalLM: subclasses of
-transformers' own with a `model_type` of their own, whose `__init__` applies the method that the configuration records. So
-``save_pretrained`` writes plain safetensors and JSON, ``from_pretrained`` builds the right modules before it fills them, and a
-transformers without lorank says that it does not know the type instead of loading noise.
+transformers' own with a `model_type` of their own, whose `__init__` applies the method that the configuration records.
+So ``save_pretrained`` writes plain safetensors and JSON, ``from_pretrained`` builds the right modules before it fills
+them, and a transformers without lorank says that it does not know the type instead of loading noise.
 """
 
 import copy
@@ -36,7 +36,7 @@ def config_class(base_type: str) -> type[PretrainedConfig]:
         if base in auto._model_mapping:
             models = auto._model_mapping[base]
             for model in models if isinstance(models, tuple) else (models,):
-                auto.register(derived, model_class(model, derived), exist_ok=True)
+                auto.register(derived, model_class(model, derived), exist_ok=True)  # type: ignore[arg-type]
     return derived
 
 
@@ -48,7 +48,9 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         base.__init__(self, config, *args, **kwargs)
         recorded = getattr(config, "lorank", None)
         if recorded is None:
-            raise ValueError(f"a {type(config).__name__} without the entry 'lorank' does not say how to build its model")
+            raise ValueError(
+                f"a {type(config).__name__} without the entry 'lorank' does not say how to build its model"
+            )
         method = find_method(recorded["method"]).from_dict(recorded["arguments"])
         rewrite(self, method, recorded["targets"], recorded["exclude"])
 
@@ -72,10 +74,10 @@ def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
     config = copy.deepcopy(dense)
     config.__class__ = derived
     config.lorank = recorded
-    model.__class__ = model_class(type(model), derived)
+    model.__class__ = model_class(type(model), derived)  # type: ignore[arg-type]
     for module in model.modules():
         if getattr(module, "config", None) is dense:
-            module.config = config
+            module.config = config  # type: ignore[assignment]
 
 
 def _is_native(module: nn.Module) -> bool:
@@ -84,7 +86,9 @@ def _is_native(module: nn.Module) -> bool:
 
 def _derive(base: type, body: dict[str, Any]) -> Any:
     name = f"Lorank{base.__name__}"
-    derived = type(name, (base,), {**body, "__module__": __name__, "__doc__": f"{base.__name__} with a method of lorank."})
+    derived = type(
+        name, (base,), {**body, "__module__": __name__, "__doc__": f"{base.__name__} with a method of lorank."}
+    )
     globals()[name] = derived  # so that instances can be pickled within a program (multiprocessing)
     return derived
 

@@ -39,7 +39,8 @@ def find_size(name: str) -> Size:
 
 
 def llama_config(size: str, *, vocab_size: int = 32_000, sequence_length: int = 256) -> "LlamaConfig":
-    """The dense Llama of a size: RMSNorm eps 1e-6, RoPE theta 10,000, SiLU, untied embeddings, initial range 0.02, pad id 0."""
+    """The dense Llama of a size: RMSNorm eps 1e-6, RoPE theta 10,000, SiLU, untied embeddings, initial range 0.02, pad
+    id 0."""
     from transformers import LlamaConfig
 
     shape = find_size(size)

@@ -155,7 +155,9 @@ ARCHITECTURES = {
             },
         ),
         Architecture("bert", "BertConfig", {**_llama, **_no_dropout}, "bert.encoder.layer", BERT_BLOCK, causal=False),
-        Architecture("roberta", "RobertaConfig", {**_llama, **_no_dropout}, "roberta.encoder.layer", BERT_BLOCK, causal=False),
+        Architecture(
+            "roberta", "RobertaConfig", {**_llama, **_no_dropout}, "roberta.encoder.layer", BERT_BLOCK, causal=False
+        ),
     )
 }
 

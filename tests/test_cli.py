@@ -62,7 +62,9 @@ def test_pretrain_evaluate_generate(lorank, trained: Path, text: Path) -> None:
 
 
 def test_a_recipe_file_and_flags_have_the_same_names(lorank, text: Path, tmp_path: Path) -> None:
-    (tmp_path / "my.yaml").write_text(f"data: {text}\nvocab_size: 300\nsequence_length: 32\nbatch_size: 4\nmethod: low-rank\n")
+    (tmp_path / "my.yaml").write_text(
+        f"data: {text}\nvocab_size: 300\nsequence_length: 32\nbatch_size: 4\nmethod: low-rank\n"
+    )
     code, _, err = lorank("pretrain", "my.yaml", "--steps", 2, "--warmup-steps", 1, "--rank", "0.2", "--out", "run")
     assert code == 0, err
     config = json.loads((tmp_path / "run/config.json").read_text())
@@ -94,7 +96,10 @@ BAD = {
     "a rank that is no number": (["pretrain", "--rank", "few"], "'few'"),
     "a field the method lacks": (["pretrain", "--option", "sparsity=1", "--data", "{text}", *QUICK], "sparsity"),
     "an option without value": (["pretrain", "--option", "sparsity"], "NAME=VALUE"),
-    "a variant that does not exist": (["pretrain", "--option", "nonlinearity=some", "--data", "{text}", *QUICK], "nonlinearity"),
+    "a variant that does not exist": (
+        ["pretrain", "--option", "nonlinearity=some", "--data", "{text}", *QUICK],
+        "nonlinearity",
+    ),
     "a pattern without match": (["pretrain", "--targets", "conv", "--data", "{text}", *QUICK], "'conv'"),
     "a rank for dense": (["pretrain", "--method", "dense", "--rank", "4", "--data", "{text}", *QUICK], "dense"),
     "broken YAML": (["pretrain", "{broken}"], "not valid YAML"),
@@ -119,7 +124,9 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arguments", "words"), BAD.values(), ids=BAD)
-def test_bad_input_is_one_sentence(lorank, trained: Path, text: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_bad_input_is_one_sentence(
+    lorank, trained: Path, text: Path, tmp_path: Path, arguments: list[str], words: str
+) -> None:
     (tmp_path / "empty.txt").write_text(" ".strip())
     (tmp_path / "short.txt").write_text("ab")
     (tmp_path / "odd.xyz").write_text("ab")
@@ -132,8 +139,18 @@ def test_bad_input_is_one_sentence(lorank, trained: Path, text: Path, tmp_path: 
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (corrupt / name).write_bytes((trained / name).read_bytes())
     (corrupt / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes()[:1000])
-    places = {"empty": tmp_path / "empty.txt", "short": tmp_path / "short.txt", "odd": tmp_path / "odd.xyz", "text": text}
-    places |= {"broken": tmp_path / "broken.yaml", "folder": tmp_path / "folder", "trained": trained, "corrupt": corrupt}
+    places = {
+        "empty": tmp_path / "empty.txt",
+        "short": tmp_path / "short.txt",
+        "odd": tmp_path / "odd.xyz",
+        "text": text,
+    }
+    places |= {
+        "broken": tmp_path / "broken.yaml",
+        "folder": tmp_path / "folder",
+        "trained": trained,
+        "corrupt": corrupt,
+    }
     places |= {"demo": tmp_path / "demo"}
     before = {path: path.read_bytes() for path in trained.rglob("*") if path.is_file()}
     code, _, err = lorank(*(argument.format(**places) for argument in arguments))

@@ -31,7 +31,25 @@ def test_ranks_that_make_sense_are_accepted(rank: Rank) -> None:
 @pytest.mark.parametrize("method", [CoLA, LowRank])
 @pytest.mark.parametrize(
     "rank",
-    [0, -3, True, False, 1.5, 1.0, 0.0, -0.25, float("nan"), float("inf"), "x", "128", None, [4], {}, {".*": 0}, {".*": "x"}],
+    [
+        0,
+        -3,
+        True,
+        False,
+        1.5,
+        1.0,
+        0.0,
+        -0.25,
+        float("nan"),
+        float("inf"),
+        "x",
+        "128",
+        None,
+        [4],
+        {},
+        {".*": 0},
+        {".*": "x"},
+    ],
 )
 def test_any_other_rank_is_refused_in_one_sentence_that_shows_it(rank: object, method: type[CoLA]) -> None:
     with pytest.raises(ValueError, match="rank=") as refusal:

@@ -7,16 +7,17 @@ standard deviation τ = (d_in + d_out)^(-1/2). With σ in every layer the block'
 (`nonlinearity`).
 
 Cost of one layer, r = rank, for n tokens: r (d_in + d_out) parameters instead of d_in d_out; 2 n r (d_in + d_out)
-floating-point operations forward and twice that backward. Its input and two [n, r] tensors are kept for backward, so CoLA
-alone does not save activation memory. CoLA-M does: per block it keeps the block's input [n, d] and the seven A x [n, r], and
-re-runs everything else but the A's.
+floating-point operations forward and twice that backward. Its input and two [n, r] tensors are kept for backward, so
+CoLA alone does not save activation memory. CoLA-M does: per block it keeps the block's input [n, d] and the seven A x
+[n, r], and re-runs everything else but the A's.
 
-Source: Liu et al., "CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activation", EMNLP 2025, arXiv 2502.10940.
+Source: Liu et al., "CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activation", EMNLP 2025, arXiv
+2502.10940.
 
-Departures from the authors' code. A's output is kept before σ, so that backward re-runs σ and B but never A; theirs keeps it
-after σ and re-runs all. Fused projections (GPT-2's query, key and value) get one bottleneck each, and grouped-query attention
-works. σ is the `activation` field, not the model's `hidden_act`. "reduced" is our reading of a name in the paper's ablation; see
-`CoLA.nonlinearity`.
+Departures from the authors' code. A's output is kept before σ, so that backward re-runs σ and B but never A; theirs
+keeps it after σ and re-runs all. Fused projections (GPT-2's query, key and value) get one bottleneck each, and
+grouped-query attention works. σ is the `activation` field, not the model's `hidden_act`. "reduced" is our reading of a
+name in the paper's ablation; see `CoLA.nonlinearity`.
 """
 
 import re
@@ -108,9 +109,10 @@ class CoLA(Parametrization):
     rank: Rank = 0.25
     """Width of the bottlenecks: an integer, a fraction of the width (the paper's default d/4), or {pattern: either}."""
     nonlinearity: Nonlinearity = "both"
-    """Where a non-linearity remains (the paper's ablation): "both" in every bottleneck and at the block's own place (60M,
-    130M); "low-rank" in every bottleneck only (350M and up); "reduced" only in the bottleneck of the projection that fed the
-    block's own activation, which goes; "original" only at the block's own place, so that the factorisation is linear."""
+    """Where a non-linearity remains (the paper's ablation): "both" in every bottleneck and at the block's own place
+    (60M, 130M); "low-rank" in every bottleneck only (350M and up); "reduced" only in the bottleneck of the projection
+    that fed the block's own activation, which goes; "original" only at the block's own place, so that the factorisation
+    is linear."""
     activation: str = "silu"
     """σ: "silu", "gelu" or "relu"."""
 

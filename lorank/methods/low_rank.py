@@ -2,11 +2,12 @@
 
     y = B A x (+ b)           x [..., d_in]   A [r, d_in]   B [d_out, r]   b [d_out]
 
-It has CoLA's parameters, initial values and FLOPs exactly, and the dense block's own activation. Whatever CoLA gains over it is
-due to σ. Trained from scratch with the usual recipe it is the row that the literature shows failing at scale.
+It has CoLA's parameters, initial values and FLOPs exactly, and the dense block's own activation. Whatever CoLA gains
+over it is due to σ. Trained from scratch with the usual recipe it is the row that the literature shows failing at
+scale.
 
-Source: Kamalakara et al., "Exploring Low Rank Training of Deep Neural Networks", arXiv 2209.13569; initial values as CoLA's,
-arXiv 2502.10940, so that the two start from the same point.
+Source: Kamalakara et al., "Exploring Low Rank Training of Deep Neural Networks", arXiv 2209.13569; initial values as
+CoLA's, arXiv 2502.10940, so that the two start from the same point.
 """
 
 from collections.abc import Sequence

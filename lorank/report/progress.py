@@ -18,7 +18,9 @@ class TerminalProgress(TrainerCallback):
         self.bar: Progress | None = None
         self._printed = 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
         self.bar = Progress(

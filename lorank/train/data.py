@@ -42,8 +42,8 @@ VALIDATION_SHARE = 0.05
 SHUFFLE_BUFFER = 10_000  # documents of a stream
 TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer learns from so much training text at most
 MEASURED_BYTES = 10_000_000  # tokens are counted in so much validation text at most
-PIECE = 1 << 20  # characters tokenised as one text; with
-BATCH = 1 << 22  # characters tokenised in one call, it bounds the memory taken
+PIECE = 1 << 20  # characters tokenised as one text at most: long texts then use all cores, but not all memory
+BATCH = 1 << 22  # characters tokenised in one call
 LOADERS = {
     ".txt": "text",
     ".md": "text",
@@ -128,8 +128,8 @@ def load_corpus(
     """Read `data`, set validation text apart, find or train a tokenizer, and cut both parts into sequences.
 
     Args:
-        data: "embedded"; a file, folder or glob of txt, md, py (a file is a document), jsonl, json, parquet (a
-            row is one), each also with .gz; or a hub data set, "owner/name" or "owner/name:config".
+        data: "embedded"; a file, folder or glob of txt, md, py (a file is a document), jsonl, json, parquet
+            (a row is one), each also with .gz; or a hub data set, "owner/name" or "owner/name:config".
         validation: another such source, used whole. By default 5 % of local documents; of a hub data set its
             validation split, or without one its first documents, which training skips.
         tokenizer: name or folder; None trains byte-level BPE of `vocab_size` entries on the training text.
@@ -306,10 +306,10 @@ def _local_files(source: str) -> list[Path]:
     if path.is_dir():
         found: Iterable[Path] = _walk(path)
     elif set("*?[") & set(source):
-        found = filter(Path.is_file, map(Path, sorted(glob.glob(str(path), recursive=True))))
+        found = map(Path, sorted(glob.glob(str(path), recursive=True)))
     else:
         raise FileNotFoundError(f"file not found: {source}; name a file, folder, glob or hub data set")
-    files = [file for file in found if _loader(file)]
+    files = [file for file in found if _loader(file) and file.is_file()]
     if not files:
         raise ValueError(f"{source} holds no file that can be read; looked for {SUFFIXES}")
     return files
@@ -371,7 +371,7 @@ def _is_hub(source: str) -> bool:
 
 
 def _open_hub(source: str, text_column: str, seed: int) -> Source:
-    """Streams; without a validation split the first documents, 5 % at most, are set apart before shuffling."""
+    """Streams; without a validation split their first documents, 5 % at most, are held out."""
     name, _, config = source.partition(":")
     try:
         splits = datasets.load_dataset(name, config or None, streaming=True)

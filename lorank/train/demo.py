@@ -1,7 +1,7 @@
 """The demonstration: CoLA and its dense twin on the embedded corpus, each at its own best learning rate.
 
-The learning rates come from a sweep, benchmarks/demo_sweep.py, in which both twins got the same grid; its printed result is in
-benchmarks/results/demo_sweep.txt.
+The learning rates come from a sweep, benchmarks/demo_sweep.py, in which both twins got the same grid; its printed
+result is in benchmarks/results/demo_sweep.txt.
 """
 
 import json
@@ -18,8 +18,9 @@ LEARNING_RATES = {"dense": 5e-3, "cola": 5e-3}
 
 
 def demo_recipe(method: str, steps: int | None = None) -> Recipe:
-    """The demonstration's recipe for a method of `LEARNING_RATES`: the defaults of `Recipe` but for the learning rate."""
-    changes = {} if steps is None else {"steps": steps, "warmup_steps": max(1, steps // 10)}
+    """The demonstration's recipe for a method of `LEARNING_RATES`: the defaults of `Recipe` but for the learning
+    rate."""
+    changes: dict[str, Any] = {} if steps is None else {"steps": steps, "warmup_steps": max(1, steps // 10)}
     return Recipe(method=method, lr=LEARNING_RATES[method], **changes)
 
 

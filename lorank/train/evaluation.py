@@ -36,8 +36,9 @@ class Evaluation(NamedTuple):
     def published_compatible_perplexity(self) -> float:
         """What the evaluators of GaLore, SLTrain, Fira and CoLA print: exp(sum of N batch losses / (N + 1)).
 
-        Their batch counter starts at 1, so with N batches of loss l they report exp(l N / (N + 1)), which is too low. Use it
-        beside the unbiased figure when comparing with their tables, and never on its own; it depends on the batch size.
+        Their batch counter starts at 1, so with N batches of loss l they report exp(l N / (N + 1)), which is too low.
+        Use it beside the unbiased figure when comparing with their tables, and never on its own; it depends on the
+        batch size.
         """
         return _exp(self.sum_of_batch_losses / (self.batches + 1))
 
@@ -63,11 +64,17 @@ def _exp(x: float) -> float:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, batches: Iterable[dict[str, Any]], *, max_tokens: int | None = None, bytes_per_token: float | None = None
+    model: nn.Module,
+    batches: Iterable[dict[str, Any]],
+    *,
+    max_tokens: int | None = None,
+    bytes_per_token: float | None = None,
 ) -> Evaluation:
-    """Evaluate a causal language model of transformers on batches of ``input_ids`` and ``labels`` [b, n] (-100: not counted).
+    """Evaluate a causal language model of transformers on batches of ``input_ids`` and ``labels`` [b, n] (-100: not
+    counted).
 
-    Stops after the batch in which `max_tokens` predicted tokens are reached. The model's training mode is put back afterwards.
+    Stops after the batch in which `max_tokens` predicted tokens are reached. The model's training mode is put back
+    afterwards.
 
     Raises:
         ValueError: the batches hold no token to predict.

@@ -30,7 +30,9 @@ def generate_text(
         raise ValueError("the tokenizer has no start token; give a prompt")
     inputs = torch.tensor([ids or [start]], device=model.device)
     sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p} if temperature else {"do_sample": False}
+        {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        if temperature
+        else {"do_sample": False}
     )
     training = model.training
     model.eval()
@@ -38,7 +40,7 @@ def generate_text(
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
-            output = model.generate(
+            output = model.generate(  # type: ignore[operator]
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_new_tokens,
@@ -48,4 +50,4 @@ def generate_text(
             )
     finally:
         model.train(training)
-    return tokenizer.decode(output[0], skip_special_tokens=True)
+    return str(tokenizer.decode(output[0], skip_special_tokens=True))

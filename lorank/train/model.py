@@ -17,13 +17,15 @@ from lorank.train.recipe import Recipe
 def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PretrainedConfig:
     """The dense model's configuration: of a size, a model type, or a folder, config.json or hub name.
 
-    Vocabulary and special tokens follow the tokenizer; a `vocab_size` of the recipe wins over the tokenizer's count (the papers
-    use 32,000 rows with T5's 32,100 entries, of which the last hundred never occur in text).
+    Vocabulary and special tokens follow the tokenizer; a `vocab_size` of the recipe wins over the tokenizer's count
+    (the papers use 32,000 rows with T5's 32,100 entries, of which the last hundred never occur in text).
 
     Raises:
-        ValueError: unknown size, no such configuration, one that is converted already, or sequences longer than its positions.
+        ValueError: unknown size, no such configuration, one that is converted already, or sequences longer than its
+        positions.
     """
     vocab_size = recipe.vocab_size or (len(tokenizer) if tokenizer is not None else 32_000)
+    config: PretrainedConfig
     if recipe.model is None:
         config = llama_config(recipe.size, vocab_size=vocab_size, sequence_length=recipe.sequence_length)
     elif recipe.model in CONFIG_MAPPING_NAMES and not os.path.exists(recipe.model):
@@ -31,7 +33,9 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
     else:
         config = _read_config(recipe.model)
     if getattr(config, "lorank", None) is not None:
-        raise ValueError(f"model={recipe.model!r} is converted already ({config.lorank['method']}); give its dense shape")
+        raise ValueError(
+            f"model={recipe.model!r} is converted already ({config.lorank['method']}); give its dense shape"
+        )
     config.vocab_size = vocab_size
     config.use_cache = False
     if tokenizer is not None:
@@ -46,7 +50,9 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
 def _read_config(name: str) -> PretrainedConfig:
     looks_local = name.startswith((".", "/", "~")) or name.endswith(".json")
     if looks_local and not os.path.exists(os.path.expanduser(name)):
-        raise ValueError(f"model={name!r} does not exist; give a folder with a config.json, or a model type such as gpt2")
+        raise ValueError(
+            f"model={name!r} does not exist; give a folder with a config.json, or a model type such as gpt2"
+        )
     try:
         return AutoConfig.from_pretrained(os.path.expanduser(name))
     except (OSError, ValueError, KeyError) as error:
@@ -55,12 +61,15 @@ def _read_config(name: str) -> PretrainedConfig:
 
 
 def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
-    """A model with fresh weights, converted and checkpointed as the recipe says; seed torch before. Fits the meta device."""
+    """A model with fresh weights, converted and checkpointed as the recipe says; seed torch before. Fits the meta
+    device."""
     try:
         dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attention)
     except (ValueError, ImportError) as error:
-        raise ValueError(f"no causal language model of {config.model_type!r} can be built: {_first_line(error)}") from None
+        raise ValueError(
+            f"no causal language model of {config.model_type!r} can be built: {_first_line(error)}"
+        ) from None
     if recipe.method != "dense":
         convert(model, build_method(recipe), targets=recipe.targets, exclude=recipe.exclude)
     elif recipe.rank is not None or recipe.options or recipe.targets or recipe.exclude:
@@ -71,7 +80,8 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
 
 
 def build_method(recipe: Recipe) -> Any:
-    """The recipe's method with its hyper-parameters; the rank is the recipe's, else the size's, else the method's default."""
+    """The recipe's method with its hyper-parameters; the rank is the recipe's, else the size's, else the method's
+    default."""
     method = find_method(recipe.method)
     fields = dict(recipe.options)
     known = list(method.__dataclass_fields__)

@@ -12,8 +12,8 @@ def parameter_groups(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """(groups of hidden matrices, groups of the rest): lists of ``{"params", "weight_decay"}`` for torch.optim.
 
-    Hidden matrices are the 2-D weights that are neither embedding nor head. With decay="matrices" they and the head decay,
-    while norms, biases and embeddings do not; with "all" everything does.
+    Hidden matrices are the 2-D weights that are neither embedding nor head. With decay="matrices" they and the head
+    decay, while norms, biases and embeddings do not; with "all" everything does.
     """
     outside = set()  # parameters of embeddings and head, which may be one tensor
     for lookup in (getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)):
@@ -36,9 +36,9 @@ def parameter_groups(
 class MuonAdamW(torch.optim.Optimizer):
     """torch.optim.Muon on the hidden matrices and torch.optim.AdamW on everything else, as one optimizer.
 
-    Muon's updates are scaled to AdamW's root mean square (``adjust_lr_fn="match_rms_adamw"``, arXiv 2502.16982), so that one
-    learning rate, weight decay and schedule serve both. Both halves work on this object's `param_groups` and `state`: schedulers,
-    ``state_dict`` and hooks see one optimizer.
+    Muon's updates are scaled to AdamW's root mean square (``adjust_lr_fn="match_rms_adamw"``, arXiv 2502.16982), so
+    that one learning rate, weight decay and schedule serve both. Both halves work on this object's `param_groups` and
+    `state`: schedulers, ``state_dict`` and hooks see one optimizer.
     """
 
     def __init__(

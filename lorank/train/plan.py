@@ -1,10 +1,12 @@
 """What a recipe would do, without doing it: a model on the meta device, counted."""
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from lorank import accounting
 from lorank.conversion import find_sites
@@ -55,7 +57,14 @@ def plan(recipe: Recipe) -> Plan:
     tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
     if tokenizer is None and recipe.vocab_size is None:
         recipe = dataclasses.replace(recipe, vocab_size=4096)  # what a tokenizer trained on the data would have
-    plain = {"rank": None, "options": {}, "targets": [], "exclude": [], "checkpoint": None, "checkpoint_every": 1}
+    plain: dict[str, Any] = {
+        "rank": None,
+        "options": {},
+        "targets": [],
+        "exclude": [],
+        "checkpoint": None,
+        "checkpoint_every": 1,
+    }
     with torch.device("meta"):
         dense = build_model(dataclasses.replace(recipe, method="dense", **plain), build_config(recipe, tokenizer))
         model = build_model(recipe, build_config(recipe, tokenizer))
@@ -89,7 +98,7 @@ def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:
             role=site.role,
             depths=earlier.depths + 1,
             before=f"{site.d_in} → {site.d_out}",
-            after="as it was" if type(after) in (type(None), nn.Linear) or count == _size(site.linear) else _short(after),
+            after="stays dense" if after is None or isinstance(after, nn.Linear | Conv1D) else _short(after),
             parameters_before=earlier.parameters_before + _size(site.linear),
             parameters_after=earlier.parameters_after + count,
         )

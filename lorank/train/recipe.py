@@ -12,7 +12,8 @@ import yaml
 
 
 def _option(default: Any, help: str) -> Any:
-    make = {"default_factory": lambda: type(default)(default)} if isinstance(default, list | dict) else {"default": default}
+    mutable = isinstance(default, list | dict)
+    make = {"default_factory": lambda: type(default)(default)} if mutable else {"default": default}
     return dataclasses.field(**make, metadata={"help": help})
 
 
@@ -44,7 +45,8 @@ class Recipe:
 
     # the data
     data: str = _option(
-        "embedded", "embedded (Python's standard library), a file, folder or glob (txt md py jsonl parquet), or a hub name."
+        "embedded",
+        "embedded (Python's standard library), a file, folder or glob (txt md py jsonl parquet), or a hub name.",
     )
     validation: str | None = _option(None, "Where validation text comes from; default: a held-out part of --data.")
     text_column: str = _option("text", "Column of jsonl, parquet or hub data that holds the text.")
@@ -99,9 +101,13 @@ class Recipe:
         if self.min_lr_ratio > 1:
             raise ValueError(f"min_lr_ratio={self.min_lr_ratio} is above 1")
         if self.micro_batch_size is not None and not 0 < self.micro_batch_size <= self.batch_size:
-            raise ValueError(f"micro_batch_size={self.micro_batch_size} is not between 1 and batch_size={self.batch_size}")
+            raise ValueError(
+                f"micro_batch_size={self.micro_batch_size} is not between 1 and batch_size={self.batch_size}"
+            )
         if self.checkpoint_every != 1 and self.checkpoint in (None, "none"):
-            raise ValueError(f"checkpoint_every={self.checkpoint_every} needs a checkpoint policy; give checkpoint=bottlenecks")
+            raise ValueError(
+                f"checkpoint_every={self.checkpoint_every} needs a checkpoint policy; give checkpoint=bottlenecks"
+            )
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise ValueError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
 
@@ -121,7 +127,9 @@ class Recipe:
         try:
             settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
-            raise ValueError(f"recipe {path} does not exist; recipes are YAML files such as those in recipes/") from None
+            raise ValueError(
+                f"recipe {path} does not exist; recipes are YAML files such as those in recipes/"
+            ) from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             where = getattr(error, "problem_mark", None)
             line = f", line {where.line + 1}" if where else ""
@@ -145,11 +153,13 @@ def _types(recipe: Any) -> dict[str, Any]:
 
 
 def _alternatives(kind: Any) -> tuple[Any, ...]:
-    return typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
+    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if union else (kind,)
 
 
 def _coerce(value: Any, kind: Any) -> Any:
-    """YAML reads 6e-3 as a string (its floats want a dot) and one pattern where a list is meant; both are clear enough."""
+    """YAML reads 6e-3 as a string (its floats want a dot) and one pattern where a list is meant; both are clear
+    enough."""
     alternatives = _alternatives(kind)
     if isinstance(value, str) and float in alternatives:
         try:
@@ -174,6 +184,8 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
                 return
         elif isinstance(value, option) and not (isinstance(value, bool) and option is not bool):
             return
-    choices = [repr(c) for option in _alternatives(kind) if typing.get_origin(option) is Literal for c in typing.get_args(option)]
-    wanted = f"one of {', '.join(choices)}" if choices else str(getattr(kind, "__name__", kind)).replace("NoneType", "null")
+    literals = [option for option in _alternatives(kind) if typing.get_origin(option) is Literal]
+    choices = [repr(choice) for option in literals for choice in typing.get_args(option)]
+    named = str(getattr(kind, "__name__", kind)).replace("NoneType", "null")
+    wanted = f"one of {', '.join(choices)}" if choices else named
     raise ValueError(f"{name}={value!r} is not {wanted}")

@@ -1,11 +1,11 @@
 """One pre-training run: a recipe and a folder in, a model with its history out.
 
-    RUN/recipe.yaml       the resolved recipe
-    RUN/run.json          versions, device, commit: what else it takes to repeat the run
-    RUN/metrics.jsonl     one record per log line and evaluation, units in the names
-    RUN/checkpoint-N/     what --resume continues from
-    RUN/model.safetensors, config.json, tokenizer.json ...   the trained model, for from_pretrained(RUN)
-    RUN/summary.json, README.md                              its figures, and its model card
+RUN/recipe.yaml       the resolved recipe
+RUN/run.json          versions, device, commit: what else it takes to repeat the run
+RUN/metrics.jsonl     one record per log line and evaluation, units in the names
+RUN/checkpoint-N/     what --resume continues from
+RUN/model.safetensors, config.json, tokenizer.json ...   the trained model, for from_pretrained(RUN)
+RUN/summary.json, README.md                              its figures, and its model card
 """
 
 import contextlib
@@ -101,7 +101,9 @@ def pretrain(
     )
     config = build_config(recipe, corpus.tokenizer)
     if (largest := max(max(row["input_ids"]) for row in corpus.validation)) >= config.vocab_size:
-        raise ValueError(f"vocab_size={config.vocab_size} is too small for the tokenizer, which gives id {largest}; leave it out")
+        raise ValueError(
+            f"vocab_size={config.vocab_size} is too small for the tokenizer, which gives id {largest}; leave it out"
+        )
     with PeakMemory() as memory, StopOnSignal() as stop:
         set_seed(recipe.seed)
         model = build_model(recipe, config)
@@ -198,11 +200,10 @@ def build_trainer(
         ),
         tokens_per_step=recipe.batch_size * recipe.sequence_length,
         flops_per_token=accounting.flops_per_token(model, recipe.sequence_length),
-        peak_flops=peak * devices,
+        peak_flops=(peak * devices, source),
         eval_tokens=recipe.eval_tokens,
         bytes_per_token=corpus.validation_bytes_per_token,
     )
-    trainer.peak_flops_source = source
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -283,7 +284,9 @@ def environment(corpus: str) -> dict[str, Any]:
         "corpus": corpus,
         "python": platform.python_version(),
         "packages": {"lorank": lorank.__version__, **{name: version(name) for name in packages}},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine(),
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "commit": locals().get("commit"),
     }

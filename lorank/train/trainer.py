@@ -1,4 +1,5 @@
-"""transformers.Trainer with the four things pre-training wants different: optimizer, evaluation, throughput, safe saving."""
+"""transformers.Trainer with the four things pre-training wants different: optimizer, evaluation, throughput, safe
+saving."""
 
 import json
 import math
@@ -25,7 +26,7 @@ class PretrainTrainer(Trainer):
         make_optimizer: called with the model when training begins.
         tokens_per_step: positions that one optimizer step sees, over all devices.
         flops_per_token: of training this model, recomputation not counted (MFU, arXiv 2204.02311).
-        peak_flops: FLOP/s that all devices together could reach.
+        peak_flops: FLOP/s that all devices together could reach, and where that number comes from.
         eval_tokens: predicted tokens after which an evaluation during training stops.
         bytes_per_token: of the validation text.
     """
@@ -36,7 +37,7 @@ class PretrainTrainer(Trainer):
         make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
         tokens_per_step: int,
         flops_per_token: float,
-        peak_flops: float,
+        peak_flops: tuple[float, str],
         eval_tokens: int,
         bytes_per_token: float,
         **kwargs: Any,
@@ -45,18 +46,21 @@ class PretrainTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.make_optimizer = make_optimizer
         self.flops_per_token = flops_per_token
-        self.peak_flops = peak_flops
+        self.peak_flops, self.peak_flops_source = peak_flops
         self.eval_tokens = eval_tokens
         self.bytes_per_token = bytes_per_token
         self.add_callback(self.throughput)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
-            self.optimizer = self.make_optimizer(self.model if model is None else model)
+            trained = self.model if model is None else model
+            assert trained is not None
+            self.optimizer = self.make_optimizer(trained)
         return self.optimizer
 
     def evaluation(self, max_tokens: int | None) -> Evaluation:
         """The model on the validation data, up to `max_tokens` (None: all)."""
+        assert self.model is not None
         with self.compute_loss_context_manager():
             return evaluate(
                 self.model, self.get_eval_dataloader(), max_tokens=max_tokens, bytes_per_token=self.bytes_per_token
@@ -79,12 +83,14 @@ class PretrainTrainer(Trainer):
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """As Trainer does it, but a checkpoint that cannot be written whole is taken away again, and said so."""
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, SafetensorError, RuntimeError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(f"could not write {folder}: {str(error).splitlines()[0]}; earlier checkpoints are intact") from error
+            raise OSError(
+                f"could not write {folder}: {str(error).splitlines()[0]}; earlier checkpoints are intact"
+            ) from error
 
 
 class Throughput(TrainerCallback):
@@ -122,7 +128,9 @@ class MetricsFile(TrainerCallback):
     def __init__(self, path: Path):
         self.path = path
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if not state.is_world_process_zero or not self.path.exists():
             return
         records = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
@@ -145,7 +153,8 @@ class MetricsFile(TrainerCallback):
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C (SIGINT) or SIGTERM ends training after the current step, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C (SIGINT) or SIGTERM ends training after the current step, with a checkpoint; a second one ends it at
+    once."""
 
     def __init__(self) -> None:
         self.received: int | None = None

@@ -36,13 +36,12 @@ def test_at_full_rank_it_can_be_any_dense_layer(small: Callable[..., Any], token
 
 
 def test_it_starts_from_the_same_point_as_cola(small: Callable[..., Any]) -> None:
-    torch.manual_seed(5)
-    dense_then_low_rank = small("llama")
-    torch.manual_seed(5)
-    low_rank = convert(dense_then_low_rank, LowRank(rank=8)).state_dict()
-    dense_then_cola = small("llama")
-    torch.manual_seed(5)
-    cola = convert(dense_then_cola, CoLA(rank=8)).state_dict()
+    states = []
+    for method in (LowRank(rank=8), CoLA(rank=8)):
+        dense = small("llama")
+        torch.manual_seed(5)
+        states.append(convert(dense, method).state_dict())
+    low_rank, cola = states
     assert low_rank.keys() == cola.keys()
     assert all(torch.equal(low_rank[name], cola[name]) for name in cola)
 

@@ -12,7 +12,13 @@ from lorank.train.evaluation import Evaluation, evaluate
 @pytest.fixture
 def model() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(**shape))
 
 

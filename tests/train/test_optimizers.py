@@ -13,7 +13,13 @@ from lorank.train.optimizers import MuonAdamW, build_optimizer, parameter_groups
 
 def llama(**changes) -> LlamaForCausalLM:
     torch.manual_seed(0)
-    shape = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {
+        "vocab_size": 40,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return LlamaForCausalLM(LlamaConfig(**{**shape, **changes}))
 
 
@@ -27,7 +33,9 @@ def test_matrices_decay_and_norms_biases_embeddings_do_not() -> None:
     hidden, others = parameter_groups(model, 0.1, "matrices")
     assert names(model, hidden, 0.0) == set()
     assert names(model, others, 0.1) == {"lm_head.weight"}
-    assert names(model, others, 0.0) == {n for n, p in model.named_parameters() if p.ndim == 1} | {"model.embed_tokens.weight"}
+    assert names(model, others, 0.0) == {n for n, p in model.named_parameters() if p.ndim == 1} | {
+        "model.embed_tokens.weight"
+    }
     assert {n.rpartition(".")[0][-1] for n in names(model, hidden, 0.1)} == {"A", "B"}
 
 

@@ -1,0 +1,501 @@
+"""`convert`: what it rewrites, what it leaves alone, and what it refuses without having changed anything."""
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from lorank import CoLA, CoLAM, LowRank, Parametrization, Site, convert
+from lorank.conversion import FusedProjections, converted_with
+from lorank.methods.cola import CoLALinear
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verbatim(Parametrization):
+    """A method that changes nothing: every projection is replaced by a copy of itself."""
+
+    name: ClassVar[str] = "verbatim"
+
+    def build(self, site: Site) -> nn.Module:
+        return copy.deepcopy(site.linear)
+
+
+def spy() -> tuple[Parametrization, list[list[Site]]]:
+    """A verbatim method, and the stacks it is going to be shown."""
+    stacks: list[list[Site]] = []
+
+    class Spy(Verbatim):
+        def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
+            stacks.append(list(sites))
+            return super().build_stack(sites)
+
+    return Spy(), stacks
+
+
+class Block(nn.Module):
+    """A residual MLP of plain torch."""
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2 * width)
+        self.act = nn.ReLU()
+        self.fc2 = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc2(self.act(self.fc1(x)))
+
+
+class Plain(nn.Module):
+    """A network that transformers knows nothing of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(96, 32)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(32, 96) for _ in range(2))  # a list of heads is no list of blocks
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.layers:
+            x = block(x)
+        return self.heads[0](x)
+
+
+class Unchanged:
+    """Everything a refusal must not touch: classes, weights, configuration, checkpointing."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.before = self.look()
+        self.weights = copy.deepcopy(model.state_dict())
+
+    def look(self) -> Any:
+        config = getattr(self.model, "config", None)
+        return (
+            type(self.model),
+            type(config),
+            config and config.to_json_string(use_diff=False),
+            [(name, id(module), type(module)) for name, module in self.model.named_modules()],
+            [(name, id(parameter)) for name, parameter in self.model.named_parameters()],
+            getattr(self.model, "is_activation_checkpointing", None),
+        )
+
+    def check(self) -> None:
+        assert self.look() == self.before
+        after = self.model.state_dict()
+        assert after.keys() == self.weights.keys()
+        assert all(torch.equal(after[name], value) for name, value in self.weights.items())
+        assert converted_with(self.model) is None
+
+
+# ---- what is rewritten
+
+
+def test_every_projection_of_every_block_is_rewritten_with_its_sizes(architecture: Any) -> None:
+    dense = architecture.dense()
+    biased = {name for name, _ in dense.named_parameters() if name.endswith(".bias")}
+    blocks = convert(dense, CoLA(rank=5)).get_submodule(architecture.blocks)
+    assert len(blocks) == 2
+    for depth, block in enumerate(blocks):
+        found = {name: module for name, module in block.named_modules() if isinstance(module, CoLALinear)}
+        shapes = {name: (layer.A.in_features, layer.B.out_features) for name, layer in found.items()}
+        assert shapes == architecture.projections
+        for name, layer in found.items():
+            assert layer.A.out_features == layer.B.in_features == 5
+            fused = name.rpartition(".")[0]
+            had = f"{architecture.blocks}.{depth}.{name}.bias", f"{architecture.blocks}.{depth}.{fused}.bias"
+            assert (layer.B.bias is not None) == bool(biased.intersection(had)), name
+
+
+def test_everything_outside_the_projections_is_the_very_same_object(architecture: Any) -> None:
+    model = architecture.dense()
+    projections = {
+        name
+        for name, module in model.named_modules()
+        if name.startswith(f"{architecture.blocks}.") and isinstance(module, nn.Linear | Conv1D)
+    }
+    modules = {n: m for n, m in model.named_modules() if not list(m.children()) and n not in projections}
+    parameters = {
+        n: p for n, p in model.named_parameters(remove_duplicate=False) if n.rpartition(".")[0] not in projections
+    }
+    values = {name: value.detach().clone() for name, value in parameters.items()}
+    assert model.get_output_embeddings() in modules.values()
+    assert model.get_input_embeddings() in modules.values()
+    assert any("norm" in type(module).__name__.lower() for module in modules.values())
+
+    convert(model, CoLA())
+
+    after, now = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is module for name, module in modules.items())
+    assert all(now[name] is value and torch.equal(value, values[name]) for name, value in parameters.items())
+    assert {name for name in now if ".A." not in name and ".B." not in name} == set(parameters)
+
+
+def test_the_model_is_changed_in_place_and_returned(small: Callable[..., Any]) -> None:
+    model = small("llama")
+    assert convert(model, CoLA()) is model
+
+
+def test_training_mode_device_and_dtype_are_those_of_the_layer_replaced(small: Callable[..., Any]) -> None:
+    model = convert(small("llama").to(torch.bfloat16).train(), CoLA())
+    assert all(module.training for module in model.modules())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert not any(module.training for module in convert(small("llama"), CoLA()).modules())
+
+
+def test_a_method_may_be_called_by_name(small: Callable[..., Any]) -> None:
+    assert convert(small("llama"), "low-rank").config.lorank["arguments"] == {"rank": 0.25}
+    with pytest.raises(ValueError, match=r"unknown method 'colla'; did you mean 'cola'\? the methods are: cola"):
+        convert(small("llama"), "colla")
+
+
+def test_sites_come_in_stacks_of_one_projection_in_order_of_depth(architecture: Any) -> None:
+    method, stacks = spy()
+    convert(architecture.dense(), method)
+    assert len(stacks) == len(architecture.projections)
+    for stack, (inner, sizes) in zip(stacks, sorted_like(stacks, architecture.projections), strict=True):
+        assert [site.depth for site in stack] == [0, 1]
+        assert {site.role for site in stack} == {f"{architecture.blocks}.*.{inner}"}
+        assert [site.name for site in stack] == [f"{architecture.blocks}.{depth}.{inner}" for depth in (0, 1)]
+        assert {(site.d_in, site.d_out) for site in stack} == {sizes}
+
+
+def sorted_like(stacks: list[list[Site]], projections: dict[str, Any]) -> list[tuple[str, Any]]:
+    names = [next(inner for inner in projections if stack[0].name.endswith(f".0.{inner}")) for stack in stacks]
+    return [(name, projections[name]) for name in names]
+
+
+# ---- fused matrices and transposed weights
+
+
+def test_projections_split_off_a_fused_matrix_and_joined_again_are_the_model_itself(
+    architecture: Any, tokens: Tensor
+) -> None:
+    """With each part replaced by its own rows of the dense matrix, not a logit moves."""
+    dense, model = architecture.dense().double(), convert(architecture.dense().double(), Verbatim())
+    fused = [module for module in model.modules() if isinstance(module, FusedProjections)]
+    assert len(fused) == {"gpt2": 2, "gpt_neox": 2, "phi3": 4}.get(architecture.name, 0)  # two blocks
+    assert not any(isinstance(module, Conv1D) for module in model.modules())
+    torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "fused", "order"),
+    [
+        ("gpt2", "transformer.h.1.attn.c_attn", ["query", "key", "value"]),
+        ("gpt_neox", "gpt_neox.layers.1.attention.query_key_value", ["query", "key", "value"]),
+        ("phi3", "model.layers.1.self_attn.qkv_proj", ["query", "key", "value"]),
+        ("phi3", "model.layers.1.mlp.gate_up_proj", ["gate", "up"]),
+    ],
+)
+def test_each_part_of_a_fused_matrix_reaches_its_own_outputs_only(
+    name: str, fused: str, order: list[str], small: Callable[..., Any]
+) -> None:
+    """Setting one part to zero silences exactly the outputs that the architecture's own code reads as that part."""
+    model = convert(small(name), Verbatim())
+    module = model.get_submodule(fused)
+    assert [part for part, _ in module.named_children()] == order
+    x = torch.randn(3, 32)
+    whole = module(x)
+    for part in order:
+        silenced = copy.deepcopy(module)
+        for parameter in silenced.get_submodule(part).parameters():
+            nn.init.zeros_(parameter)
+        read = split_as_the_architecture_does(name, silenced(x), order)
+        untouched = split_as_the_architecture_does(name, whole, order)
+        assert torch.equal(read[part], torch.zeros_like(read[part]))
+        assert all(torch.equal(read[other], untouched[other]) for other in order if other != part)
+
+
+def split_as_the_architecture_does(name: str, y: Tensor, order: list[str]) -> dict[str, Tensor]:
+    if name == "gpt_neox":  # modeling_gpt_neox: view(..., heads, 3 * head_size), then chunk(3)
+        parts = y.view(*y.shape[:-1], 4, 3 * 8).chunk(3, dim=-1)
+    elif len(order) == 2:
+        parts = y.chunk(2, dim=-1)
+    else:  # gpt2: split(hidden_size); phi3: slices of the query's, key's and value's widths
+        parts = y.split([32, 32, 32] if name == "gpt2" else [32, 16, 16], dim=-1)
+    return dict(zip(order, parts, strict=True))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])
+def test_part_of_a_fused_matrix_may_be_converted_alone(name: str, small: Callable[..., Any], tokens: Tensor) -> None:
+    dense = small(name).double()
+    verbatim = convert(small(name).double(), Verbatim(), targets="query$")
+    torch.testing.assert_close(verbatim(tokens).logits, dense(tokens).logits, rtol=1e-12, atol=1e-12)
+
+    model = convert(small(name), CoLA(), targets="query$")
+    fused = [module for module in model.modules() if isinstance(module, FusedProjections)]
+    assert len(fused) == 2
+    for module in fused:
+        assert [type(part) for part in module.children()] == [CoLALinear, nn.Linear, nn.Linear]
+    assert not any(type(parameter) is not nn.Parameter for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])
+def test_the_parts_left_dense_have_memory_of_their_own(name: str, small: Callable[..., Any]) -> None:
+    parameters = list(convert(small(name), CoLA(), targets="query$").parameters())
+    assert all(parameter.is_contiguous() for parameter in parameters)
+    storages = [parameter.untyped_storage() for parameter in parameters]
+    assert len({storage.data_ptr() for storage in storages}) == len(parameters)
+    assert sum(storage.nbytes() for storage in storages) == sum(parameter.nbytes for parameter in parameters)
+
+
+def test_a_conv1d_is_shown_to_the_method_in_the_orientation_of_a_linear_layer(small: Callable[..., Any]) -> None:
+    model = small("gpt2")
+    conv = model.transformer.h[1].mlp.c_fc  # weight [d_in, d_out]
+    method, stacks = spy()
+    convert(model, method)
+    site = next(site for stack in stacks for site in stack if site.name == "transformer.h.1.mlp.c_fc")
+    assert site.linear.weight.shape == (80, 32)
+    x = torch.randn(4, 32)
+    torch.testing.assert_close(site.linear(x), conv(x))
+
+
+# ---- what to rewrite
+
+
+def converted_names(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, CoLALinear)}
+
+
+def test_targets_and_exclude_are_searched_in_the_names_and_exclude_wins(small: Callable[..., Any]) -> None:
+    mlp = {f"model.layers.{depth}.mlp.{name}_proj" for depth in (0, 1) for name in ("gate", "up", "down")}
+    attention = {f"model.layers.{depth}.self_attn.{name}_proj" for depth in (0, 1) for name in "qkvo"}
+
+    def names(**choice: Any) -> set[str]:
+        return converted_names(convert(small("llama"), CoLA(), **choice))
+
+    assert names() == names(targets=[]) == names(targets=None, exclude=()) == mlp | attention
+    assert names(targets="mlp") == names(targets=["mlp"]) == names(exclude="self_attn") == mlp
+    assert names(targets=["mlp", "q_proj$"], exclude=r"layers\.0") == {
+        *(name for name in mlp if ".1." in name),
+        "model.layers.1.self_attn.q_proj",
+    }
+    assert names(targets="q_proj|k_proj", exclude=["k_proj"]) == {name for name in attention if name.endswith("q_proj")}
+
+
+def test_what_is_not_chosen_stays_the_same_dense_layer(small: Callable[..., Any]) -> None:
+    model = small("llama")
+    kept = model.model.layers[0].self_attn.v_proj
+    convert(model, CoLA(), exclude="v_proj")
+    assert model.model.layers[0].self_attn.v_proj is kept
+
+
+def test_a_rank_table_gives_each_module_its_rank(small: Callable[..., Any]) -> None:
+    blocks = convert(small("llama"), CoLA(rank={r"layers\.0\..*q_proj": 3, "k_proj": 0.5, ".*": 6})).model.layers
+    assert blocks[0].self_attn.q_proj.A.out_features == 3
+    assert blocks[1].self_attn.q_proj.A.out_features == 6
+    assert blocks[0].self_attn.k_proj.A.out_features == 8  # half of the 16 key dimensions
+    assert blocks[1].mlp.down_proj.A.out_features == 6
+
+
+def test_a_fraction_follows_the_narrow_side_of_grouped_query_attention(small: Callable[..., Any]) -> None:
+    attention = convert(small("llama"), CoLA(rank=0.25)).model.layers[0].self_attn
+    assert {name: getattr(attention, f"{name}_proj").A.out_features for name in "qkvo"} == {
+        "q": 8,
+        "k": 4,
+        "v": 4,
+        "o": 8,
+    }
+
+
+def test_the_break_even_warning_comes_from_convert_at_exactly_that_rank(small: Callable[..., Any]) -> None:
+    square = {"num_key_value_heads": 4}  # attention is 32 x 32: 16 is where two factors are as large
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(small("llama", **square), CoLA(rank=15))
+    dense = small("llama", **square)
+    with pytest.warns(
+        UserWarning, match=r"no smaller than the dense layer in .*q_proj \(rank 16, break-even 16\)"
+    ) as caught:
+        model = convert(small("llama", **square), LowRank(rank=16), targets="self_attn")
+    assert len(caught) == 1
+    assert model.num_parameters() == dense.num_parameters()
+
+
+# ---- any torch module
+
+
+def test_a_plain_module_with_a_list_of_blocks_converts_too(tokens: Tensor) -> None:
+    model = Plain()
+    heads = list(model.heads)
+    assert convert(model, CoLA(rank=4), exclude=r"2\.fc2") is model
+    assert converted_names(model) == {f"layers.{i}.fc{j}" for i in range(3) for j in (1, 2)} - {"layers.2.fc2"}
+    assert list(model.heads) == heads
+    assert type(model) is Plain
+    assert converted_with(model) == {
+        "method": "cola",
+        "arguments": {"rank": 4, "nonlinearity": "both", "activation": "silu"},
+        "targets": None,
+        "exclude": [r"2\.fc2"],
+    }
+    model(tokens).sum().backward()
+    with pytest.raises(ValueError, match="already converted"):
+        convert(model, CoLA())
+
+
+def test_one_block_used_at_two_depths_stays_one_block(tokens: Tensor) -> None:
+    model = Plain()
+    shared = model.layers[0]
+    model.layers[2] = shared
+    convert(model, CoLA(rank=4))
+    assert model.layers[2] is model.layers[0] is shared
+    model(tokens)
+
+
+def test_the_callers_configuration_still_describes_the_dense_model(architectures: Any) -> None:
+    from transformers import LlamaForCausalLM
+
+    config = architectures["llama"].config()
+    before = config.to_json_string(use_diff=False)
+    model = convert(LlamaForCausalLM(config), CoLA())
+    assert type(config) is LlamaConfig
+    assert config.to_json_string(use_diff=False) == before
+    assert not hasattr(config, "lorank")
+    assert model.config is not config
+    assert type(LlamaForCausalLM(config)) is LlamaForCausalLM
+    assert converted_names(LlamaForCausalLM(config)) == set()
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"targets": "c_attn"},
+            r"targets='c_attn' matches no linear layer of the blocks; they are: model\.layers\.\*\.self_attn",
+        ),
+        ({"targets": "lm_head"}, r"targets='lm_head' matches no linear layer"),
+        ({"targets": ["q_proj", "nothing"]}, "targets='nothing' matches no linear layer"),
+        ({"exclude": "nothing"}, "exclude='nothing' matches no linear layer"),
+        ({"targets": "q_proj", "exclude": "self_attn"}, "exclude='self_attn' leaves no linear layer to convert"),
+        ({"targets": "("}, r"targets='\(' is not a regular expression"),
+        ({"exclude": ["q_proj", "["]}, r"exclude='\[' is not a regular expression"),
+        (
+            {"method": CoLA(rank={"q_proj": 4})},
+            r"rank table \['q_proj'\] has no pattern for model\.layers\.0\.self_attn\.k_proj",
+        ),
+        ({"method": CoLA(nonlinearity="low-rank"), "exclude": "gate_proj"}, "not among the projections to convert"),
+        ({"method": CoLAM(nonlinearity="reduced"), "exclude": "gate_proj"}, "not among the projections to convert"),
+    ],
+)
+def test_a_refusal_is_one_sentence_and_leaves_the_model_as_it_was(
+    options: dict[str, Any], message: str, small: Callable[..., Any]
+) -> None:
+    model = small("llama")
+    unchanged = Unchanged(model)
+    with pytest.raises(ValueError, match=message) as refusal:
+        convert(model, options.pop("method", CoLA()), **options)
+    assert "\n" not in str(refusal.value)
+    unchanged.check()
+    convert(model, CoLA())  # and can still be converted
+
+
+def test_a_model_is_converted_only_once(small: Callable[..., Any]) -> None:
+    model = convert(small("llama"), CoLA(rank=8))
+    weights, kind = copy.deepcopy(model.state_dict()), type(model)
+    for again in (model, model.model, nn.ModuleDict({"inside": model})):
+        with pytest.raises(ValueError, match=r"already converted \(method 'cola'\); convert a dense model instead"):
+            convert(again, LowRank(rank=4))
+    assert type(model) is kind
+    assert model.config.lorank["method"] == "cola"
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_model_whose_inside_is_converted_is_not_converted_once_more() -> None:
+    model = Plain()
+    outer = nn.ModuleDict({"inside": model})
+    convert(model, CoLA(rank=4))
+    with pytest.raises(ValueError, match="already converted"):
+        convert(outer, CoLA(rank=4))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+        nn.Linear(8, 8),
+        nn.ModuleList([nn.Embedding(8, 8)]),
+        nn.Module(),
+    ],
+    ids=["sequential", "linear", "embeddings", "empty"],
+)
+def test_a_model_without_blocks_is_refused(model: nn.Module) -> None:
+    unchanged = Unchanged(model)
+    with pytest.raises(ValueError, match="found no linear layer inside a repeated block"):
+        convert(model, CoLA())
+    unchanged.check()
+
+
+def test_cola_m_on_a_model_that_cannot_be_checkpointed_changes_nothing() -> None:
+    for choice in ("both", "low-rank"):
+        model = Plain()
+        unchanged = Unchanged(model)
+        with pytest.raises(ValueError, match="Plain has no blocks that transformers can checkpoint"):
+            convert(model, CoLAM(rank=4, nonlinearity=choice))  # type: ignore[arg-type]
+        unchanged.check()
+
+
+def test_an_activation_that_cannot_be_found_is_a_refusal() -> None:
+    model = Plain()
+    for block in model.layers:
+        block.act = nn.Bilinear(1, 1, 1)  # nothing known as an activation
+    unchanged = Unchanged(model)
+    with pytest.raises(ValueError, match=r"found no activation module in layers\.0; use nonlinearity='both'"):
+        convert(model, CoLA(rank=4, nonlinearity="low-rank"))
+    unchanged.check()
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
+def test_a_method_that_fails_at_the_end_leaves_the_model_as_it_was(
+    error: type[BaseException], small: Callable[..., Any]
+) -> None:
+    class Failing(CoLA):
+        def finish(self, model: nn.Module) -> None:
+            super().finish(model)
+            raise error("too late")
+
+    for name in ("llama", "gpt2"):
+        model = small(name)
+        unchanged = Unchanged(model)
+        with pytest.raises(error, match="too late"):
+            convert(model, Failing(nonlinearity="low-rank"))
+        unchanged.check()
+
+
+def test_an_architecture_that_could_not_be_loaded_again_is_refused_before_it_is_touched() -> None:
+    class HomeMadeConfig(PretrainedConfig):
+        model_type = "home_made"
+
+    class HomeMade(PreTrainedModel):
+        config_class = HomeMadeConfig
+
+        def __init__(self, config: HomeMadeConfig):
+            super().__init__(config)
+            self.layers = nn.ModuleList(Block() for _ in range(2))
+            self.post_init()
+
+    model = HomeMade(HomeMadeConfig())
+    unchanged = Unchanged(model)
+    with pytest.raises(ValueError, match="transformers has no model type 'home_made'.*AutoConfig.register"):
+        convert(model, CoLA(rank=4))
+    unchanged.check()
+
+
+def test_what_was_done_is_recorded_as_json(small: Callable[..., Any]) -> None:
+    model = convert(small("llama"), CoLA(rank={"q_proj": 4, ".*": 8}), targets=("q_proj", "mlp"), exclude="up_proj")
+    recorded = json.loads(json.dumps(converted_with(model)))
+    assert recorded["method"] == "cola"
+    assert recorded["targets"] == ["q_proj", "mlp"]
+    assert recorded["exclude"] == ["up_proj"]
+    assert CoLA.from_dict(recorded["arguments"]) == CoLA(rank={"q_proj": 4, ".*": 8})
