@@ -44,8 +44,7 @@ def convert(
         UserWarning: a rank at which the factors are no smaller than the dense layer.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
-    >>> shape = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=96, num_hidden_layers=2,
-    num_attention_heads=4)
+    >>> shape = LlamaConfig(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
     >>> convert(LlamaForCausalLM(shape), "cola").model.layers[1].mlp.down_proj
     CoLALinear(
       d_in=96, d_out=32, rank=8, activation=silu

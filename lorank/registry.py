@@ -55,7 +55,6 @@ class _AfterAutoConfig(importlib.abc.MetaPathFinder):
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != _AUTO_CONFIG:
             return None
-        sys.meta_path.remove(self)
         spec = importlib.machinery.PathFinder.find_spec(fullname, path)
         if spec is None or spec.loader is None:
             return None
@@ -63,6 +62,7 @@ class _AfterAutoConfig(importlib.abc.MetaPathFinder):
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
+            sys.meta_path.remove(self)  # here, not above: somebody may look for the module and not import it
             _register(module)
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]

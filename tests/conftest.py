@@ -1,4 +1,4 @@
-"""One small model of every architecture the core is examined on; no network, no progress bars, two threads.
+"""One small model of every architecture the core is examined on; no network, no progress bars, one thread (on busy cores two threads wait for each other).
 
 All models have width 32, two blocks, four heads, MLP width 80 and no dropout, so that results can be compared bit by bit.
 """
@@ -10,6 +10,7 @@ os.environ.update(
     HF_DATASETS_OFFLINE="1",
     HF_HUB_DISABLE_PROGRESS_BARS="1",
     HF_HUB_DISABLE_TELEMETRY="1",
+    OMP_NUM_THREADS="1",
     TOKENIZERS_PARALLELISM="false",
     TRANSFORMERS_VERBOSITY="error",
 )
@@ -30,7 +31,7 @@ import lorank
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 VOCABULARY, D, D_FF, HEADS, KV, LAYERS = 96, 32, 80, 4, 16, 2
 """KV is the width of two key (or value) heads under grouped-query attention."""

@@ -62,7 +62,9 @@ def saved(tmp_path_factory: pytest.TempPathFactory, architectures: Any) -> Path:
     return folder
 
 
-def test_import_lorank_is_all_a_new_process_needs_to_load_every_architecture(saved: Path, fresh_python: Callable[..., str]) -> None:
+def test_import_lorank_is_all_a_new_process_needs_to_load_every_architecture(
+    saved: Path, fresh_python: Callable[..., str]
+) -> None:
     said = fresh_python(
         """
         import sys
@@ -157,8 +159,12 @@ def test_the_order_of_a_rank_table_survives(small: Callable[..., Any], tmp_path:
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "phi3"])
-def test_a_partly_converted_model_survives(name: str, small: Callable[..., Any], tokens: Tensor, tmp_path: Path) -> None:
-    model = convert(small(name), CoLA(), targets=["query$", r"1\.mlp"], exclude=r"mlp\.(c_proj|dense_4h_to_h|gate_up_proj\.up)$")
+def test_a_partly_converted_model_survives(
+    name: str, small: Callable[..., Any], tokens: Tensor, tmp_path: Path
+) -> None:
+    model = convert(
+        small(name), CoLA(), targets=["query$", r"1\.mlp"], exclude=r"mlp\.(c_proj|dense_4h_to_h|gate_up_proj\.up)$"
+    )
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     assert same_weights(model, loaded)
@@ -205,7 +211,9 @@ def test_a_loaded_model_is_converted_already(small: Callable[..., Any], tmp_path
         convert(AutoModelForCausalLM.from_pretrained(tmp_path), CoLA())
 
 
-def test_a_converted_model_can_be_copied_and_pickled_within_a_program(small: Callable[..., Any], tokens: Tensor) -> None:
+def test_a_converted_model_can_be_copied_and_pickled_within_a_program(
+    small: Callable[..., Any], tokens: Tensor
+) -> None:
     model = convert(small("llama"), CoLA())
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(copied) is type(model)
@@ -215,7 +223,9 @@ def test_a_converted_model_can_be_copied_and_pickled_within_a_program(small: Cal
 # ---- other doors of the Auto classes
 
 
-def test_from_config_of_a_saved_model_gives_a_freshly_drawn_converted_model(small: Callable[..., Any], tmp_path: Path) -> None:
+def test_from_config_of_a_saved_model_gives_a_freshly_drawn_converted_model(
+    small: Callable[..., Any], tmp_path: Path
+) -> None:
     model = convert(small("llama"), CoLA(rank=8), exclude="v_proj")
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
@@ -230,7 +240,9 @@ def test_from_config_of_a_saved_model_gives_a_freshly_drawn_converted_model(smal
     assert relative_deviation(fresh) == pytest.approx({"A": 1, "B": 1}, rel=0.04)
 
 
-def test_a_body_without_head_converts_saves_and_loads(small: Callable[..., Any], tokens: Tensor, tmp_path: Path) -> None:
+def test_a_body_without_head_converts_saves_and_loads(
+    small: Callable[..., Any], tokens: Tensor, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     body = convert(AutoModel.from_config(small("llama").config), CoLA()).eval()
     body.save_pretrained(tmp_path)
@@ -249,7 +261,9 @@ def test_a_pretrained_body_gets_a_new_head(small: Callable[..., Any], tmp_path: 
     assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)).__name__ == "LorankBertForMaskedLM"
 
 
-def test_a_dense_model_of_the_same_configuration_is_dense_as_ever(architectures: Any, tokens: Tensor, tmp_path: Path) -> None:
+def test_a_dense_model_of_the_same_configuration_is_dense_as_ever(
+    architectures: Any, tokens: Tensor, tmp_path: Path
+) -> None:
     config = architectures["llama"].config()
     convert(LlamaForCausalLM(config), CoLA()).save_pretrained(tmp_path / "converted")
     dense = LlamaForCausalLM(config).eval()
@@ -297,7 +311,9 @@ def test_the_text_generation_pipeline_takes_a_saved_model(small: Callable[..., A
 
 
 @pytest.mark.parametrize("door", ["head", "body"])
-def test_init_weights_draws_the_methods_initial_values_not_transformers_own(door: str, small: Callable[..., Any]) -> None:
+def test_init_weights_draws_the_methods_initial_values_not_transformers_own(
+    door: str, small: Callable[..., Any]
+) -> None:
     model = small("llama", hidden_size=128, intermediate_size=320, attention_bias=True)
     model = convert(model if door == "head" else model.model, CoLA(rank=32))
     before = copy.deepcopy(model.state_dict())

@@ -76,7 +76,9 @@ def test_every_method_of_the_table_is_found_under_its_own_name() -> None:
 
 
 def test_an_unknown_method_is_answered_with_the_nearest_name() -> None:
-    with pytest.raises(ValueError, match=r"unknown method 'lowrank'; did you mean 'low-rank'\? the methods are: cola, cola-m"):
+    with pytest.raises(
+        ValueError, match=r"unknown method 'lowrank'; did you mean 'low-rank'\? the methods are: cola, cola-m"
+    ):
         find_method("lowrank")
     with pytest.raises(ValueError, match=r"^unknown method 'zzz'; the methods are: cola"):
         find_method("zzz")

@@ -284,9 +284,7 @@ def _embedded_files() -> list[Path]:
     folder = Path(sysconfig.get_path("stdlib"))
     files = [file for file in _walk(folder, NOT_EMBEDDED) if file.suffix == ".py" and _is_text(file)]
     if not files:
-        raise FileNotFoundError(
-            f"Python's own .py files, the embedded corpus, are not in {folder}; name data"
-        )
+        raise FileNotFoundError(f"Python's own .py files, the embedded corpus, are not in {folder}; name data")
     return files
 
 
@@ -337,19 +335,13 @@ def _read(loader: str, files: list[Path], text_column: str, cache: Path) -> Data
         rows = datasets.load_dataset(loader, data_files=names, split="train", cache_dir=folder, **options)
     except Exception as error:  # pyarrow, pandas, datasets and the file system each raise their own
         if len(files) > 1:  # one by one, to name the culprit, or because columns differ from file to file
-            return datasets.concatenate_datasets(
-                [_read(loader, [file], text_column, cache) for file in files]
-            )
+            return datasets.concatenate_datasets([_read(loader, [file], text_column, cache) for file in files])
         cause = _root(error)
         kind = OSError if isinstance(cause, OSError) else ValueError
-        wrong = (
-            "is not UTF-8 text" if isinstance(cause, UnicodeDecodeError) else f"is not readable as {loader}"
-        )
+        wrong = "is not UTF-8 text" if isinstance(cause, UnicodeDecodeError) else f"is not readable as {loader}"
         raise kind(f"{files[0]} {wrong} ({_first_line(cause)}); mend it or leave it out") from error
     if column not in rows.column_names:
-        raise ValueError(
-            f"{files[0]} has no column {column!r}; set text_column to one of {rows.column_names}"
-        )
+        raise ValueError(f"{files[0]} has no column {column!r}; set text_column to one of {rows.column_names}")
     dtype = getattr(rows.features[column], "dtype", "list")
     if dtype not in ("string", "large_string"):
         raise ValueError(f"column {column!r} of {files[0]} holds {dtype}, not text; set another text_column")
@@ -485,9 +477,7 @@ def _sequences(
     """Documents as rows, kept in the cache; a stream's are a stream too unless `max_tokens` ends them."""
     if form.tokenizer.eos_token_id is None:
         name = form.tokenizer.name_or_path
-        raise ValueError(
-            f"tokenizer {name!r} has no end-of-sequence token to end documents with; take another"
-        )
+        raise ValueError(f"tokenizer {name!r} has no end-of-sequence token to end documents with; take another")
     columns = ["input_ids"] if form.documents == "packed" else ["input_ids", "attention_mask", "labels"]
     features = Features({column: List(Value("int32"), length=form.sequence_length) for column in columns})
     arguments: dict[str, Any] = {"documents": documents, "form": form, "what": what, "max_tokens": max_tokens}

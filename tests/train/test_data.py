@@ -97,18 +97,14 @@ def test_embedded_is_the_standard_library_without_its_tests(monkeypatch, tmp_pat
     assert bytes_per_token == corpus.validation_bytes_per_token
 
 
-@pytest.mark.parametrize(
-    "suffix", [".txt", ".md", ".py", ".jsonl", ".json", ".parquet", ".txt.gz", ".jsonl.gz"]
-)
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".jsonl", ".json", ".parquet", ".txt.gz", ".jsonl.gz"])
 def test_every_suffix_gives_the_same_documents(tmp_path, suffix):
     texts = documents(20)
     folder = tmp_path / "da[t]a"
     kind = suffix.removesuffix(".gz")
     if kind in (".txt", ".md", ".py"):
         for i, text in enumerate(texts):
-            write(
-                folder / "deep" / f"{i:02}{suffix}", gzip.compress(text.encode()) if kind != suffix else text
-            )
+            write(folder / "deep" / f"{i:02}{suffix}", gzip.compress(text.encode()) if kind != suffix else text)
     elif kind == ".parquet":
         folder.mkdir()
         column = pa.array(texts, pa.large_string())
@@ -344,9 +340,7 @@ def test_nothing_stale_comes_from_the_cache(tmp_path):
     assert load("a.jsonl", documents="padded").train.column_names != packed.train.column_names
     assert tokens(load("a.jsonl", seed=7).train) != tokens(packed.train)
     write_jsonl(tmp_path / "a.jsonl", [text.upper() for text in documents(50)])
-    assert "DOCUMENT" in packed.tokenizer.decode(
-        tokens(load("a.jsonl", tokenizer=packed.tokenizer.name_or_path).train)
-    )
+    assert "DOCUMENT" in packed.tokenizer.decode(tokens(load("a.jsonl", tokenizer=packed.tokenizer.name_or_path).train))
     for text in ("abc " * 30, "xyz " * 30):
         write(tmp_path / "b.txt.gz", gzip.compress(text.encode()))
         corpus = load("b.txt.gz", sequence_length=2)
@@ -461,9 +455,7 @@ def test_hub(hub, name, held_out, form):
     assert found == list(held_out)[: len(found)] and len(found) >= len(held_out) - 1
     trained = set(numbers(corpus, corpus.train.take(1000)))
     assert trained == set(range(100)) - set(held_out)
-    rows, ratio = load_evaluation(
-        name, corpus.tokenizer, sequence_length=L, documents=form, text_column="body"
-    )
+    rows, ratio = load_evaluation(name, corpus.tokenizer, sequence_length=L, documents=form, text_column="body")
     assert tokens(rows) == tokens(corpus.validation) and ratio == corpus.validation_bytes_per_token
 
 
@@ -623,9 +615,7 @@ def test_a_hub_data_set_without_train_split(monkeypatch):
 
 def test_a_stream_without_enough_text_says_so_instead_of_going_round_for_ever(monkeypatch, tmp_path):
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": "x"}] * 5))
-    monkeypatch.setattr(
-        datasets, "load_dataset", lambda *_, **__: datasets.IterableDatasetDict({"train": stream})
-    )
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.IterableDatasetDict({"train": stream}))
     tokenizer = load_tokenizer(None, [prose(50)], vocab_size=300)
     with pytest.raises(ValueError, match="too few"):
         load("owner/name", tokenizer=tokenizer.name_or_path)

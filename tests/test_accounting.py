@@ -1,0 +1,216 @@
+"""Costs in closed form against the papers' integers, and measurements against both."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+import lorank
+from lorank import accounting
+from lorank.checkpointing import POLICIES
+from lorank.sizes import SIZES, llama_config
+
+# Training FLOPs per block on 256 tokens, dense and CoLA (arXiv 2502.10940, re-derived)
+PUBLISHED = {
+    "60m": (5_259_657_216, 2_321_547_264, 0.4414),
+    "130m": (11_475_615_744, 6_341_787_648, 0.5526),
+    "350m": (20_157_825_024, 8_462_008_320, 0.4198),
+    "1b": (78_916_878_336, 32_211_468_288, 0.4082),
+    "7b": (314_069_483_520, 126_030_446_592, 0.4013),
+}
+N = 256
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_block_flops_are_the_published_integers(name: str) -> None:
+    """Check 5."""
+    dense, cola, ratio = PUBLISHED[name]
+    size = SIZES[name]
+    shape = (size.hidden_size, size.intermediate_size, size.rank, N)
+    assert accounting.block_training_flops("dense", *shape) == dense
+    assert accounting.block_training_flops("cola", *shape) == cola
+    assert cola / dense == pytest.approx(ratio, abs=5e-5)
+
+
+def test_the_other_methods_as_the_papers_table_writes_them() -> None:
+    d, f, r, n = 512, 1376, 128, 256
+    dense = 24 * n * d**2 + 12 * n**2 * d + 18 * n * d * f
+    relora = 16 * n * d**2 + 12 * n**2 * d + 12 * n * d * f + 48 * n * d * r + 18 * n * r * (d + f)
+    assert accounting.block_training_flops("relora", d, f, r, n) == relora
+    assert accounting.block_training_flops("sltrain", d, f, r, n) == dense + 24 * d**2 * r + 18 * d * f * r
+    assert accounting.block_training_flops("galore", d, f, r, n) == dense + 16 * d**2 * r + 12 * d * f * r
+
+
+def test_sltrain_overhead_at_1b_depends_on_tokens_per_call() -> None:
+    """+196 % at 256 tokens per call, +6 % at 8,192: linear layers only, which is how the spec states it."""
+    d, f, r = 2048, 5461, 512
+    for n, overhead in ((256, 1.96), (8192, 0.06)):
+        linear = 24 * n * d**2 + 18 * n * d * f
+        dense = accounting.block_training_flops("dense", d, f, r, n)
+        extra = accounting.block_training_flops("sltrain", d, f, r, n) - dense
+        assert extra / linear == pytest.approx(overhead, abs=0.05)
+
+
+def test_break_even_rank() -> None:
+    assert accounting.break_even_ratio(512, 1376) == pytest.approx(0.6328, abs=5e-5)
+    assert accounting.break_even_ratio(2048, 5461) == pytest.approx(0.6316, abs=5e-5)
+    at = round(accounting.break_even_ratio(2048, 5461) * 2048)
+    dense = accounting.block_training_flops("dense", 2048, 5461, 0, N)
+    assert accounting.block_training_flops("cola", 2048, 5461, at - 1, N) < dense
+    assert accounting.block_training_flops("cola", 2048, 5461, at + 1, N) > dense
+
+
+def test_recompute_ratios_of_the_paper() -> None:
+    """Check 10: 4.585 by the formula, 2.41 if whole segments are run again."""
+    blocks, paper, authors = (
+        accounting.recompute_flops(s, 2048, 512, N) for s in ("blocks", "cola-m", "cola-m authors")
+    )
+    assert blocks / paper == pytest.approx(4.585, abs=5e-4)
+    assert blocks / authors == pytest.approx(2.41, abs=5e-3)
+
+
+def test_activation_table_of_the_paper() -> None:
+    """CoLA alone keeps more than dense at r = d/4 (21 n d against 20 n d); CoLA-M keeps 2 n d + 7 n r."""
+    d, r = 1024, 256
+    dense, cola, cola_m = (accounting.block_activations(s, d, r, N, 0) for s in ("dense", "cola", "cola-m"))
+    assert (dense, cola, cola_m) == (20 * N * d, 21 * N * d, 2 * N * d + 7 * N * r)
+
+
+def test_memory_column_of_the_paper() -> None:
+    """Check 7."""
+    for parameters, gib in ((42_770_944, 0.319), (609_310_720, 4.540), (1_339_082_752, 9.977)):
+        assert accounting.training_state_bytes(parameters) / 2**30 == pytest.approx(gib, abs=5e-4)
+
+
+@pytest.fixture(scope="module")
+def cola_1b() -> LlamaForCausalLM:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama_config("1b"))
+    del model.model.layers[2:]
+    return lorank.convert(model, lorank.CoLA(rank=512, nonlinearity="low-rank"))
+
+
+@pytest.mark.parametrize("method", ["dense", "cola"])
+@pytest.mark.parametrize("name", ["60m", "350m"])
+def test_a_flop_counter_on_the_meta_device_agrees_with_the_formula(name: str, method: str) -> None:
+    size = SIZES[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama_config(name))
+        if method == "cola":
+            lorank.convert(model, lorank.CoLA(rank=size.rank))
+        ids = torch.zeros(1, N, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    head = 3 * 2 * N * size.hidden_size * 32_000
+    expected = PUBLISHED[name][0 if method == "dense" else 1] * size.layers + head
+    assert counter.get_total_flops() == expected
+    measured = accounting.measure_flops(model, sequence_length=N)
+    assert measured.total == expected and measured.recompute == 0
+    assert accounting.flops_per_token(model, N) == expected / N
+
+
+def test_cola_m_runs_b_and_attention_again_and_nothing_else(cola_1b: LlamaForCausalLM) -> None:
+    d, f, r = 2048, 5461, 512
+    plain = accounting.measure_flops(cola_1b, sequence_length=N)
+    lorank.checkpoint(cola_1b, lorank.keep_bottlenecks)
+    measured = accounting.measure_flops(cola_1b, sequence_length=N)
+    per_block = 2 * N * r * (4 * d + 2 * f) + 4 * N**2 * d
+    assert (measured.forward, measured.backward) == (plain.forward, plain.backward)
+    assert measured.recompute == 2 * per_block == 2 * accounting.bottleneck_recompute_flops(d, f, r, N)
+    # the paper's count is 18.5 n d r + 4 n² d at d_ff = 2.5 d; d_ff is 2.67 d here
+    assert per_block < 18.5 * N * d * r * (4 * d + 2 * f) / (4 * d + 2 * 2.5 * d) + 4 * N**2 * d
+    assert per_block < accounting.recompute_flops("cola-m authors", d, r, N) / 1.8
+
+    lorank.checkpoint(cola_1b, POLICIES["bottlenecks+attention"])
+    assert accounting.measure_flops(cola_1b, sequence_length=N).recompute == 2 * 2 * N * r * (4 * d + 2 * f)
+    lorank.checkpoint(cola_1b, lorank.keep_bottlenecks, every=2)
+    assert accounting.measure_flops(cola_1b, sequence_length=N).recompute == per_block
+    lorank.checkpoint(cola_1b, None)
+    assert accounting.measure_flops(cola_1b, sequence_length=N) == plain
+
+
+def small(layers: int = 2) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=80, num_hidden_layers=layers, num_attention_heads=2
+    )
+    return LlamaForCausalLM(shape).train()
+
+
+def kept_per_block(policy: str) -> int:
+    """Bytes that one more block keeps, on the real device, 3 x 16 tokens: the difference of models of 3 and of 2 blocks."""
+    ids = torch.zeros(3, 16, dtype=torch.int64)
+    sizes = []
+    for layers in (2, 3):
+        model = lorank.convert(small(layers), lorank.CoLA(rank=8))
+        lorank.checkpoint(model, POLICIES[policy])
+        sizes.append(accounting.measure_saved(model, {"input_ids": ids, "labels": ids}).bytes)
+    return sizes[1] - sizes[0]
+
+
+def test_cola_m_keeps_the_block_input_and_seven_bottlenecks() -> None:
+    """From real tensors: n d + 7 n r numbers of 4 bytes, one n d below the paper's 2 n d + 7 n r."""
+    n, d, r = 3 * 16, 32, 8
+    dice = torch.get_rng_state().numel()  # bytes: each checkpoint remembers the random state, for dropout
+    assert kept_per_block("blocks") == dice + 4 * n * d
+    assert kept_per_block("bottlenecks") == dice + 4 * (n * d + 7 * n * r)
+    assert kept_per_block("bottlenecks+attention") == dice + 4 * (
+        n * d + 7 * n * r + n * d + n * 2
+    )  # and its log-sum-exp, 2 heads
+    assert kept_per_block("none") > 2 * kept_per_block("bottlenecks+attention")
+
+
+def test_the_measured_bottlenecks_are_the_seven_of_each_block() -> None:
+    ids = torch.zeros(3, 16, dtype=torch.int64)
+    model = lorank.convert(small(), lorank.CoLAM(rank=8))
+    shapes = accounting.measure_saved(model, {"input_ids": ids, "labels": ids}).shapes
+    assert sum(shape in ((48, 8), (3, 16, 8)) for shape in shapes) == 2 * 7
+
+
+def test_a_measurement_leaves_the_model_as_it_was() -> None:
+    model = lorank.convert(small(), lorank.CoLAM(rank=8))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    accounting.measure_flops(model, sequence_length=16)
+    accounting.memory_estimate(model, batch=2, sequence_length=16)
+    assert model.is_activation_checkpointing and all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_memory_estimate_equals_what_a_real_step_keeps() -> None:
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    for method in (None, "cola", "cola-m"):
+        model = small() if method is None else lorank.convert(small(), method)
+        estimate = accounting.memory_estimate(model, batch=2, sequence_length=16)
+        real = accounting.measure_saved(model, {"input_ids": ids, "labels": ids}).bytes
+        assert estimate.activations_bytes == pytest.approx(real, rel=0.02)
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer.step()
+        state = [t for s in optimizer.state.values() for name, t in s.items() if name != "step"]
+        assert estimate.optimizer_bytes == sum(t.numel() * t.element_size() for t in state)
+        assert estimate.gradients_bytes == sum(p.grad.numel() * 4 for p in model.parameters())
+        assert estimate.weights_bytes == sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_muon_keeps_one_moment_for_the_blocks_matrices() -> None:
+    from lorank.train.optimizers import build_optimizer
+
+    model = lorank.convert(small(), "cola")
+    ids = torch.zeros(2, 16, dtype=torch.int64)
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer = build_optimizer(model, "muon", lr=0.01, weight_decay=0.0)
+    optimizer.step()
+    state = [t for s in optimizer.state.values() for name, t in s.items() if name != "step"]
+    estimate = accounting.memory_estimate(model, optimizer="muon", batch=2, sequence_length=16)
+    assert estimate.optimizer_bytes == sum(t.numel() * t.element_size() for t in state)
+
+
+def test_counts_of_parameters() -> None:
+    counts = accounting.count_parameters(small())
+    block = 4 * 32**2 + 3 * 32 * 80 + 2 * 32
+    assert counts == (2 * 50 * 32 + 2 * block + 32, 2 * 50 * 32 + 2 * block + 32, 2 * block)
+
+
+def test_the_peak_of_this_device_says_where_it_comes_from() -> None:
+    rate, source = accounting.achievable_flops()
+    assert rate > 1e9 and ("measured" in source or "data sheet" in source)
