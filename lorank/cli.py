@@ -70,7 +70,7 @@ def _flag(field: dataclasses.Field, kind: Any) -> Any:
     if field.name == "options":
         return click.option("--option", "options", multiple=True, metavar="NAME=VALUE", **common)
     if field.name == "betas":
-        return click.option("--betas", nargs=2, type=float, **{**common, "show_default": "0.9 0.999"})
+        return click.option("--betas", nargs=2, type=float, **{**common, "show_default": "0.9 0.95"})
     if typing.get_origin(first) is list:
         return click.option(name, multiple=True, metavar="TEXT", **common)
     if first is bool:

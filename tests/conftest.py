@@ -1,4 +1,6 @@
-"""One small model of every architecture the core is examined on; no network, no progress bars, one thread (on busy cores two threads wait for each other).
+"""One small model of every architecture the core is examined on; no network, no progress bars.
+
+One thread: at these sizes a second one does nothing but wait, and on busy cores it waits long.
 
 All models have width 32, two blocks, four heads, MLP width 80 and no dropout, so that results can be compared bit by bit.
 """

@@ -64,7 +64,7 @@ class Recipe:
     decay: Literal["matrices", "all"] = _option(
         "matrices", "What decays: all but norms, biases and embeddings, or everything (the papers)."
     )
-    betas: list[float] = _option([0.9, 0.999], "Decay rates of Adam's two moments.")
+    betas: list[float] = _option([0.9, 0.95], "Decay rates of Adam's two moments; the papers keep torch's 0.9 0.999.")
     eps: float = _option(1e-8, "Adam's epsilon.")
     clip: float = _option(0.5, "Largest global gradient norm; 0 turns clipping off.")
     steps: int = _option(600, "Optimizer steps.")

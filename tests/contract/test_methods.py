@@ -1,0 +1,239 @@
+"""What every method must satisfy on every architecture, run over the table METHODS.
+
+A method earns its place by passing this file unchanged; what is particular to it is tested in ``tests/methods``.
+"""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorank import METHODS, checkpoint, convert
+from lorank.checkpointing import POLICIES
+from lorank.methods import find_method
+
+FACTORISED = ("cola", "cola-m", "low-rank")
+"""Methods whose layers hold r (d_in + d_out) weights; one that does not brings its own closed form below."""
+
+
+@pytest.fixture(params=METHODS)
+def method(request: pytest.FixtureRequest) -> Any:
+    return find_method(request.param)()
+
+
+@pytest.fixture
+def model(method: Any, architecture: Any) -> Any:
+    torch.manual_seed(0)
+    return convert(architecture.dense(), method)
+
+
+def loss_of(model: Any, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+def weights_of_block(method: Any, projections: dict[str, tuple[int, int]]) -> int:
+    """Closed form at the default rank, a quarter of each projection's narrower side."""
+    assert method.name in FACTORISED, f"write the closed-form parameter count of {method.name!r} here"
+    assert method.rank == 0.25
+    return sum((min(d_in, d_out) // 4) * (d_in + d_out) for d_in, d_out in projections.values())
+
+
+def test_the_number_of_parameters_is_the_closed_form(method: Any, architecture: Any, model: Any) -> None:
+    dense = sum(p.numel() for p in architecture.dense().parameters())
+    dense_block = sum(d_in * d_out for d_in, d_out in architecture.projections.values())
+    expected = dense + 2 * (weights_of_block(method, architecture.projections) - dense_block)  # two blocks, biases kept
+    assert sum(p.numel() for p in model.parameters()) == expected
+    assert model.num_parameters() == expected
+
+
+def test_every_parameter_is_trainable_and_gets_a_finite_gradient_that_is_not_zero(model: Any, tokens: Tensor) -> None:
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    loss_of(model.train(), tokens).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        # attention does not notice a constant added to all keys: without rotary positions, a key's bias has no gradient
+        if not (name.endswith(("key.B.bias", "k_proj.B.bias")) and "gpt_neox" not in name):
+            assert parameter.grad.abs().max() > 0, name
+
+
+def test_saved_in_shards_and_loaded_it_is_bitwise_the_same(
+    model: Any, architecture: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    model.save_pretrained(tmp_path, max_shard_size="15KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    loaded, report = architecture.auto.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert type(loaded) is type(model)
+    state, again = model.state_dict(), loaded.state_dict()
+    assert state.keys() == again.keys()
+    assert all(torch.equal(value, again[name]) for name, value in state.items())
+    assert [type(module) for module in loaded.modules()] == [type(module) for module in model.modules()]
+    assert torch.equal(model(tokens).logits, loaded.eval()(tokens).logits)
+
+
+def test_saved_in_one_file_after_a_step_and_loaded_it_is_bitwise_the_same(
+    model: Any, architecture: Any, tokens: Tensor, tmp_path: Path
+) -> None:
+    a_step(model, tokens)
+    model.eval().save_pretrained(tmp_path)
+    assert [file.name for file in tmp_path.glob("*.safetensors")] == ["model.safetensors"]
+    loaded = architecture.auto.from_pretrained(tmp_path).eval()
+    assert torch.equal(model(tokens).logits, loaded(tokens).logits)
+
+
+def test_generation_with_a_cache_is_generation_without(model: Any, architecture: Any, tokens: Tensor) -> None:
+    if not architecture.causal:
+        pytest.skip("does not generate")
+    options = {"max_new_tokens": 10, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    mask = torch.ones_like(tokens)
+    cached, plain = (model.generate(tokens, attention_mask=mask, use_cache=cache, **options) for cache in (True, False))
+    assert cached.shape == (2, 22)
+    assert torch.equal(cached, plain)
+    with torch.no_grad():
+        first = model(tokens, use_cache=True)
+        second = model(cached[:, 12:], past_key_values=first.past_key_values).logits
+        torch.testing.assert_close(second, model(cached).logits[:, 12:], rtol=1e-4, atol=1e-5)
+
+
+def a_step(model: Any, tokens: Tensor, lr: float = 1e-2) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    loss_of(model.train(), tokens).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_copy_made_after_a_training_step_lives_a_life_of_its_own(model: Any, tokens: Tensor) -> None:
+    a_step(model, tokens)
+    copied = copy.deepcopy(model)
+    originals = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    assert not originals.intersection(map(id, copied.state_dict(keep_vars=True).values()))
+    before = model.eval()(tokens).logits
+    assert torch.equal(copied.eval()(tokens).logits, before)
+    a_step(copied, tokens)
+    assert not torch.equal(copied.eval()(tokens).logits, before)
+    assert torch.equal(model.eval()(tokens).logits, before)
+
+
+def test_training_lowers_the_loss(model: Any, tokens: Tensor) -> None:
+    first = loss_of(model, tokens).item()
+    for _ in range(5):
+        a_step(model, tokens, lr=3e-3)
+    assert loss_of(model.eval(), tokens).item() < 0.95 * first
+
+
+def test_conversion_on_the_meta_device_allocates_nothing_and_gives_the_same_shapes(
+    method: Any, architecture: Any, model: Any
+) -> None:
+    with torch.device("meta"):
+        dense = architecture.dense()
+    empty = convert(dense, method)
+    assert all(parameter.is_meta for parameter in empty.parameters())
+    expected = {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    assert {name: (p.shape, p.dtype, p.requires_grad) for name, p in empty.named_parameters()} == expected
+    assert type(empty) is type(model)
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert not any(parameter.is_meta for parameter in empty.parameters())
+
+
+def test_bfloat16_in_bfloat16_out(method: Any, architecture: Any, tokens: Tensor) -> None:
+    model = convert(architecture.dense().to(torch.bfloat16), method)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    seen = []
+    hooks = [m.register_forward_hook(lambda m, args, y: seen.append(y.dtype)) for m in layers_of(model)]
+    loss = loss_of(model.train(), tokens)
+    assert model(tokens).logits.dtype == torch.bfloat16
+    loss.backward()
+    assert len(hooks) == 2 * len(architecture.projections)
+    assert set(seen) == {torch.bfloat16}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad.dtype == torch.bfloat16, name
+        assert parameter.grad.isfinite().all(), name
+    reference = convert(architecture.dense(), method).train()
+    reference.load_state_dict(model.state_dict())
+    torch.testing.assert_close(loss.float(), loss_of(reference, tokens), rtol=0.02, atol=0.02)
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that stand in place of the dense layers."""
+    ours = [module for module in model.modules() if type(module).__module__.startswith("lorank.methods")]
+    nested = {id(inner) for module in ours for inner in list(module.modules())[1:]}
+    return [module for module in ours if id(module) not in nested]
+
+
+def test_autocast_computes_in_bfloat16_and_keeps_single_precision_weights(
+    method: Any, tokens: Tensor, small: Any
+) -> None:
+    model = convert(small("llama"), method).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(tokens, labels=tokens)
+    out.loss.backward()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("policy", [name for name, policy in POLICIES.items() if policy is not None])
+def test_checkpoint_policies_change_no_bit_of_loss_and_gradients(model: Any, policy: str, tokens: Tensor) -> None:
+    model.train()
+    results = []
+    for choice in (None, POLICIES[policy]):
+        checkpoint(model, choice)
+        assert model.is_activation_checkpointing == (choice is not None)
+        model.zero_grad()
+        loss = loss_of(model, tokens)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    assert all(map(torch.equal, *results))
+
+
+def test_padding_does_not_change_the_real_tokens(model: Any, architecture: Any, tokens: Tensor) -> None:
+    """Projections act token by token: what a mask hides stays hidden."""
+    mask = torch.ones_like(tokens)
+    mask[1, 8:] = 0
+    changed = tokens.clone()
+    changed[1, 8:] = 5
+    with torch.no_grad():
+        a, b = (model(ids, attention_mask=mask).logits for ids in (tokens, changed))
+    torch.testing.assert_close(a[0], b[0], rtol=0, atol=0)
+    torch.testing.assert_close(a[1, :8], b[1, :8], rtol=1e-5, atol=1e-6)
+
+
+def test_the_compiler_gets_one_graph_forward_and_backward(method: Any, tokens: Tensor, small: Any) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = convert(small("llama"), method).train()
+    checkpoint(model, None)  # the checkpointed graph is the next test's
+    expected = loss_of(model, tokens)
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    loss = compiled(input_ids=tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    assert counter.frame_count == 1
+    torch.testing.assert_close(loss, expected)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_the_compiler_takes_the_checkpointed_blocks_too(tokens: Tensor, small: Any) -> None:
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model = convert(small("llama"), "cola-m").train()
+    expected = loss_of(model, tokens)
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    counter = CompileCounterWithBackend("aot_eager")
+    loss = torch.compile(model, fullgraph=True, backend=counter)(input_ids=tokens, labels=tokens, use_cache=False).loss
+    loss.backward()
+    assert counter.frame_count == 1
+    torch.testing.assert_close(loss, expected)
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
