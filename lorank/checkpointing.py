@@ -65,7 +65,8 @@ POLICIES: dict[str, Policy | None] = {
 def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> None:
     """Train the model's blocks under a checkpoint policy; None turns checkpointing off.
 
-    Losses and gradients do not change (on CPU not by a bit), only memory and time do. May be called again to switch.
+    Losses and gradients do not change (on CPU and without dropout not by a bit), only memory and time do. May be called
+    again to switch.
 
     Args:
         model: a transformers model, dense or converted.
@@ -74,8 +75,11 @@ def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> No
         every: checkpoint each `every`-th block and let the others keep all their activations.
 
     Raises:
-        ValueError: `every` is not positive, or the model has no blocks that transformers can checkpoint.
+        ValueError: `policy` is no function, `every` is not positive, or the model has no blocks that transformers can
+            checkpoint.
     """
+    if policy is not None and not callable(policy):
+        raise ValueError(f"policy={policy!r} is not a function; the named ones are lorank.checkpointing.POLICIES[name]")
     if every < 1:
         raise ValueError(f"every={every} is not positive; 1 checkpoints each block, 2 every other one")
     if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:

@@ -23,7 +23,11 @@ ACTIVATIONS: tuple[Any, ...] = tuple(entry[0] if isinstance(entry, tuple) else e
 
 
 def convert(
-    model: Model, method: Parametrization | str, *, targets: Patterns = None, exclude: Patterns = None
+    model: Model,
+    method: Parametrization | type[Parametrization] | str,
+    *,
+    targets: Patterns = None,
+    exclude: Patterns = None,
 ) -> Model:
     """Rewrite the linear layers inside a model's repeated blocks; embeddings, head and norms stay as they are.
 
@@ -31,8 +35,10 @@ def convert(
     of those they replace and are freshly initialised: a method trained from scratch does not keep the dense weights.
 
     Args:
-        model: any model with a ``nn.ModuleList`` of blocks that hold ``nn.Linear`` or transformers' ``Conv1D``.
-        method: a method with its hyper-parameters, ``CoLA(rank=128)``, or the name of one, for its defaults.
+        model: any model with a ``nn.ModuleList`` of blocks that hold ``nn.Linear`` or transformers' ``Conv1D`` and call them
+            as modules (T5 and Mamba read a projection's weight themselves). Give the outermost model, the one that will be
+            saved: it is its configuration that remembers the method.
+        method: a method with its hyper-parameters, ``CoLA(rank=128)``; or, for its defaults, its class or its name.
         targets: regular expression(s) searched in module names; only matching projections are rewritten. Default: all.
         exclude: regular expression(s) of projections to leave dense; wins over `targets`.
 
@@ -53,7 +59,9 @@ def convert(
     )
     """
     if isinstance(method, str):
-        method = find_method(method)()
+        method = find_method(method)
+    if isinstance(method, type):
+        method = method()
     if earlier := next(filter(None, map(converted_with, model.modules())), None):
         raise ValueError(
             f"this model is already converted (method {earlier['method']!r}); convert a dense model instead"

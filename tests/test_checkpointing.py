@@ -112,6 +112,17 @@ def test_linear_bottlenecks_are_kept_alike(block_model: Callable[..., Any]) -> N
     assert kept_by_one_block(block_model, keep_bottlenecks, method=LowRank(rank=R)) == floats(nd=1, nr=7)
 
 
+@pytest.mark.parametrize("name", ["llama", "opt"])  # without and with biases
+def test_of_a_dense_block_only_the_map_narrower_than_its_input_is_kept(name: str, small: Callable[..., Any]) -> None:
+    """Square maps, [n, 32] from [n, 32], and widening ones are recomputed; down, [n, 32] from [n, 80], is kept."""
+    alive = []
+    for layers in (3, 4):
+        model = small(name, num_hidden_layers=layers, **({"num_key_value_heads": 4} if name == "llama" else {})).train()
+        checkpoint(model, keep_bottlenecks)
+        alive.append(kept_by(model))
+    assert alive[1] - alive[0] == Counter({4 * N * 32: 2})  # the block's input, and down
+
+
 def test_with_attention_kept_a_block_has_its_output_and_logsumexp_more(block_model: Callable[..., Any]) -> None:
     assert kept_by_one_block(block_model, keep_bottlenecks_and_attention) == floats(nd=2, nr=7, nh=1)
 
@@ -293,3 +304,8 @@ def test_a_model_without_blocks_that_transformers_can_checkpoint_is_refused(smal
     for model in (nn.Sequential(nn.Linear(4, 4)), small("llama").model.layers[0]):
         with pytest.raises(ValueError, match=f"{type(model).__name__} has no blocks that transformers can checkpoint"):
             checkpoint(model, keep_bottlenecks)
+
+
+def test_a_policy_by_name_is_refused_with_the_way_to_it(small: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="POLICIES"):
+        checkpoint(small("llama"), "bottlenecks")

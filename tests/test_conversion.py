@@ -499,3 +499,8 @@ def test_what_was_done_is_recorded_as_json(small: Callable[..., Any]) -> None:
     assert recorded["targets"] == ["q_proj", "mlp"]
     assert recorded["exclude"] == ["up_proj"]
     assert CoLA.from_dict(recorded["arguments"]) == CoLA(rank={"q_proj": 4, ".*": 8})
+
+
+def test_a_class_stands_for_its_defaults(small: Callable[..., Any]) -> None:
+    model = lorank.convert(small("llama"), lorank.LowRank)
+    assert model.config.lorank["method"] == "low-rank" and model.config.lorank["arguments"] == {"rank": 0.25}

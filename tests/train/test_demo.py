@@ -1,0 +1,32 @@
+"""The demonstration, shortened: both twins train, the table and the picture come out."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lorank.train.demo import LEARNING_RATES, demo_recipe, run_demo
+from lorank.train.recipe import Recipe
+
+
+def test_both_twins_see_the_same_tokens_in_the_same_order() -> None:
+    dense, cola = demo_recipe("dense"), demo_recipe("cola")
+    differing = {name for name, value in dense.to_dict().items() if cola.to_dict()[name] != value}
+    assert differing <= {"method", "lr"} and set(LEARNING_RATES) == {"dense", "cola"}
+    assert demo_recipe("cola", 50).steps == 50
+
+
+def test_the_demo_leaves_two_runs_and_a_picture(tmp_path: Path) -> None:
+    said: list[str] = []
+    summaries = run_demo(tmp_path, 10, say=said.append)
+    assert [line.split()[:4] for line in said] == [["$", "lorank", "pretrain", "--method"]] * 2
+    for method in LEARNING_RATES:
+        folder = tmp_path / method
+        assert Recipe.read(folder / "recipe.yaml") == demo_recipe(method, 10)
+        assert json.loads((folder / "summary.json").read_text())["validation_perplexity"] < 4096
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+    ratio = summaries["cola"]["block_parameters"] / summaries["dense"]["block_parameters"]
+    assert 0.45 < ratio < 0.55
+    assert summaries["cola"]["flops_per_token"] < 0.75 * summaries["dense"]["flops_per_token"]
+    with pytest.raises(ValueError, match="already holds a run"):
+        run_demo(tmp_path, 10)
