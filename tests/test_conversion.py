@@ -502,5 +502,5 @@ def test_what_was_done_is_recorded_as_json(small: Callable[..., Any]) -> None:
 
 
 def test_a_class_stands_for_its_defaults(small: Callable[..., Any]) -> None:
-    model = lorank.convert(small("llama"), lorank.LowRank)
+    model = convert(small("llama"), LowRank)
     assert model.config.lorank["method"] == "low-rank" and model.config.lorank["arguments"] == {"rank": 0.25}

@@ -59,7 +59,7 @@ class Recipe:
 
     # the optimizer
     optimizer: Literal["adamw", "muon"] = _option("adamw", "PyTorch's AdamW, or its Muon with AdamW beside it.")
-    lr: float = _option(5e-3, "Peak learning rate.")
+    lr: float = _option(3e-3, "Peak learning rate.")
     weight_decay: float = _option(0.01, "Decoupled weight decay.")
     decay: Literal["matrices", "all"] = _option(
         "matrices", "What decays: all but norms, biases and embeddings, or everything (the papers)."
@@ -67,8 +67,8 @@ class Recipe:
     betas: list[float] = _option([0.9, 0.95], "Decay rates of Adam's two moments; the papers keep torch's 0.9 0.999.")
     eps: float = _option(1e-8, "Adam's epsilon.")
     clip: float = _option(0.5, "Largest global gradient norm; 0 turns clipping off.")
-    steps: int = _option(600, "Optimizer steps.")
-    warmup_steps: int = _option(60, "Steps of linear warm-up from 0; a cosine follows.")
+    steps: int = _option(400, "Optimizer steps.")
+    warmup_steps: int = _option(80, "Steps of linear warm-up from 0; a cosine follows.")
     min_lr_ratio: float = _option(0.1, "Learning rate at the end, as a part of the peak.")
     batch_size: int = _option(8, "Sequences per optimizer step, over all devices.")
     micro_batch_size: int | None = _option(None, "Sequences per device and forward pass; default: no accumulation.")

@@ -36,7 +36,7 @@ def test_changes_win_over_the_file(tmp_path: Path) -> None:
         ({"precision": "fp64"}, "precision='fp64' is not one of"),
         ({"betas": [0.9]}, "betas=[0.9]"),
         ({"betas": [0.9, 1.0]}, "betas"),
-        ({"warmup_steps": 600}, "leaves none of steps=600"),
+        ({"warmup_steps": 400}, "leaves none of steps=400"),
         ({"micro_batch_size": 3}, "micro_batch_size=3 does not divide batch_size=8"),
         ({"micro_batch_size": 32}, "is not between 1 and batch_size=8"),
         ({"sequence_length": 1}, "no token to predict"),
