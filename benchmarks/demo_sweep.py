@@ -1,6 +1,6 @@
 """The sweep behind `lorank demo`: CoLA and its dense twin get the same grid of learning rates, and each keeps its best.
 
-    python benchmarks/demo_sweep.py [--rates 2e-3 4e-3 8e-3] [--out runs/demo-sweep]
+    python benchmarks/demo_sweep.py [--rates 2e-3 3e-3 5e-3] [--out runs/demo-sweep]
 
 Each run is the demo's own recipe (seed, tokens, order of data) but for the learning rate, in a process and on a thread
 of its own, two at a time. Finished runs are kept: started again, the sweep goes on where it was.
@@ -18,7 +18,7 @@ from pathlib import Path
 def run(out: Path, method: str, rate: str) -> dict:
     folder = out / f"{method}-{rate}"
     if not (folder / "summary.json").exists():
-        command = [sys.executable, "-m", "lorank", "pretrain", "--optimizer", "muon", "--method", method, "--lr", rate]
+        command = [sys.executable, "-m", "lorank", "pretrain", "--method", method, "--lr", rate]
         subprocess.run(
             [*command, "--save-every", "0", "--out", str(folder)],
             check=True,
@@ -30,7 +30,7 @@ def run(out: Path, method: str, rate: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", nargs="+", default=["2e-3", "4e-3", "8e-3"])
+    parser.add_argument("--rates", nargs="+", default=["2e-3", "3e-3", "5e-3"])
     parser.add_argument("--methods", nargs="+", default=["dense", "cola"])
     parser.add_argument("--out", type=Path, default=Path("runs/demo-sweep"))
     options = parser.parse_args()
@@ -38,7 +38,7 @@ def main() -> None:
     with ThreadPoolExecutor(2) as pool:
         found = dict(zip(jobs, pool.map(lambda job: run(options.out, *job), jobs), strict=True))
 
-    print(f"validation perplexity after {found[jobs[0]]['tokens']:,} tokens, Muon, seed 42; * marks each method's best")
+    print(f"validation perplexity after {found[jobs[0]]['tokens']:,} tokens, seed 42; * marks each method's best")
     print(f"{'method':10} {'in blocks':>10} " + " ".join(f"lr {rate:>8}" for rate in options.rates))
     best = {}
     for method in options.methods:

@@ -18,7 +18,7 @@ class Size(NamedTuple):
 
 
 SIZES = {
-    "tiny": Size(192, 512, 4, 4, 64),  # ours: the demo's, 1.8 M parameters in its dense blocks
+    "tiny": Size(256, 688, 2, 4, 88),  # ours: the demo's, 1.6 M parameters in its dense blocks
     "20m": Size(256, 688, 4, 4, 64),  # ours: 19.5 M with a vocabulary of 32,000
     "60m": Size(512, 1376, 8, 8, 128),
     "130m": Size(768, 2048, 12, 12, 256),

@@ -1,4 +1,4 @@
-"""The demonstration: CoLA and its dense twin on the embedded corpus, under Muon, each at its own best learning rate.
+"""The demonstration: CoLA and its dense twin on the embedded corpus, each at its own best learning rate.
 
 The learning rates come from a sweep, benchmarks/demo_sweep.py, in which both twins got the same grid; its printed
 result is in benchmarks/results/demo_sweep.txt.
@@ -14,13 +14,13 @@ from typing import Any
 
 from lorank.train.recipe import Recipe
 
-LEARNING_RATES = {"dense": 5e-3, "cola": 5e-3}
+LEARNING_RATES = {"dense": 3e-3, "cola": 3e-3}
 
 
 def demo_recipe(method: str, steps: int | None = None) -> Recipe:
-    """The recipe of a method of `LEARNING_RATES`: Muon at that rate, and the defaults of `Recipe` for everything else."""
+    """The recipe of a method of `LEARNING_RATES`: that rate, and the defaults of `Recipe` for everything else."""
     changes: dict[str, Any] = {} if steps is None else {"steps": steps, "warmup_steps": max(1, steps // 5)}
-    return Recipe(method=method, optimizer="muon", lr=LEARNING_RATES[method], **changes)
+    return Recipe(method=method, lr=LEARNING_RATES[method], **changes)
 
 
 def run_demo(out: Path, steps: int | None = None, *, say: Callable[[str], None] = print) -> dict[str, dict[str, Any]]:
@@ -38,7 +38,7 @@ def run_demo(out: Path, steps: int | None = None, *, say: Callable[[str], None] 
     summaries = {}
     for method in LEARNING_RATES:
         recipe = demo_recipe(method, steps)
-        command = ["pretrain", "--method", method, "--optimizer", recipe.optimizer, "--lr", f"{recipe.lr:g}"]
+        command = ["pretrain", "--method", method, "--lr", f"{recipe.lr:g}"]
         if steps is not None:
             command += ["--steps", str(recipe.steps), "--warmup-steps", str(recipe.warmup_steps)]
         command += ["--out", str(out / method)]

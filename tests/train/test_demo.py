@@ -12,7 +12,7 @@ from lorank.train.recipe import Recipe
 def test_both_twins_see_the_same_tokens_in_the_same_order() -> None:
     dense, cola = demo_recipe("dense"), demo_recipe("cola")
     differing = {name for name, value in dense.to_dict().items() if cola.to_dict()[name] != value}
-    assert differing <= {"method", "lr"} and dense.optimizer == "muon" and set(LEARNING_RATES) == {"dense", "cola"}
+    assert differing <= {"method", "lr"} and set(LEARNING_RATES) == {"dense", "cola"}
     assert demo_recipe("cola", 50).steps == 50
 
 
