@@ -12,10 +12,11 @@ import statistics
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel
 
 import lorank
-from lorank.accounting import measure_flops
+from lorank.accounting import CPU_ATTENTION
 
 
 def build(method: str | None) -> LlamaModel:
@@ -45,17 +46,24 @@ def step(model: LlamaModel, x: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
+def flops_of(model: LlamaModel, x: torch.Tensor) -> int:
+    """FLOPs of one step, recomputation included."""
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        step(model, x)
+    return counter.get_total_flops()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=256, help="tokens per sequence")
-    parser.add_argument("--batch", type=int, default=4, help="sequences")
-    parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--batch", type=int, default=1, help="sequences")
+    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     models = {"dense": build(None).to(device), "CoLA": build("CoLA").to(device), "CoLA-M": build("CoLA-M").to(device)}
     x = torch.randn(options.batch, options.tokens, 2048, device=device)
-    flops = {name: measure_flops(model, options.batch, options.tokens) for name, model in models.items()}
+    flops = {name: flops_of(model, x) for name, model in models.items()}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for round_ in range(options.rounds + 2):
         for name, model in models.items():

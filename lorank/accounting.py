@@ -211,7 +211,7 @@ def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *args: Any, **k
     )  # as the closed forms; that flash attention forms the scores again is not counted
 
 
-_CPU_ATTENTION = {  # missing in torch's own table of FLOPs
+CPU_ATTENTION = {  # missing in torch's own table of FLOPs
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
@@ -225,7 +225,7 @@ def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 25
     """
 
     def count(model: nn.Module) -> tuple[int, int]:
-        with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             loss = model(**_example(batch, sequence_length)).loss
             forward = counter.get_total_flops()
             loss.backward()

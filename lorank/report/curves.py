@@ -22,20 +22,28 @@ def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, 
     from matplotlib.ticker import FuncFormatter
 
     figure, axes = plt.subplots(figsize=(8, 4.5), dpi=160)
-    lowest, highest = float("inf"), 0.0
+    lowest, highest, ends = float("inf"), 0.0, []
     for (name, records), colour in zip(runs.items(), COLOURS, strict=False):
         train = [(r["tokens"], r["loss_nats_per_token"]) for r in records if "eval_perplexity" not in r]
         valid = [(r["tokens"], r["eval_loss_nats_per_token"]) for r in records if "eval_perplexity" in r]
         axes.plot(*zip(*train, strict=True), color=colour, linewidth=1, alpha=0.35)
         if valid:
             axes.plot(*zip(*valid, strict=True), color=colour, linewidth=2, marker="o", markersize=3.5)
-        last_tokens, last_loss = (valid or train)[-1]
-        axes.annotate(
-            f"{name}  {last_loss:.3f}", (last_tokens, last_loss), xytext=(6, 0), textcoords="offset points", color=colour,
-            va="center", fontsize=9, fontweight="bold",
-        )  # fmt: skip
+        ends.append(((valid or train)[-1], name, colour))
         lowest = min(lowest, *(loss for _, loss in train + valid))
         highest = max(highest, valid[0][1] if valid else train[0][1])
+    for place, (end, name, colour) in enumerate(sorted(ends, key=lambda entry: entry[0][1])):
+        below = 13 * (place - (len(ends) - 1) / 2)  # points; curves that end together keep their names apart
+        axes.annotate(
+            f"{name}  {end[1]:.3f}",
+            end,
+            xytext=(8, below),
+            textcoords="offset points",
+            color=colour,
+            va="center",
+            fontsize=9,
+            fontweight="bold",
+        )
     axes.set_ylim(lowest - 0.15, highest + 0.6)
     axes.margins(x=0.02)
     axes.set_xlabel("tokens")
