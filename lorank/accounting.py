@@ -249,7 +249,7 @@ def flops_per_token(model: nn.Module, sequence_length: int) -> float:
     return (found.forward + found.backward) / sequence_length
 
 
-def measure_saved(model: nn.Module, inputs: dict[str, Tensor]) -> Saved:
+def measure_saved(model: nn.Module, inputs: dict[str, Tensor], *, autocast: bool = False) -> Saved:
     """What a model keeps alive between its forward and its backward pass, from the tensors themselves.
 
     Two sources together: autograd's saved tensors, seen by hooks; and everything else that is alive afterwards and was
@@ -268,7 +268,8 @@ def measure_saved(model: nn.Module, inputs: dict[str, Tensor]) -> Saved:
         note(tensor)
         return tensor
 
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
+    bf16 = torch.autocast("cpu", torch.bfloat16, enabled=autocast)  # its cache of weights ends with it
+    with saved_tensors_hooks(pack, lambda tensor: tensor), bf16:
         loss = model(**inputs).loss  # noqa: F841 (keeps the graph alive)
     for tensor in _alive():
         note(tensor)
@@ -302,8 +303,8 @@ def memory_estimate(
     gradients = sum(p.numel() * p.element_size() for p in parameters)
     inside = {p for _, _, block in blocks(model) for p in block.parameters() if p.ndim == 2}
     moments = sum(p.numel() * p.element_size() * (1 if optimizer == "muon" and p in inside else 2) for p in parameters)
-    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        saved = measure_saved(_twin(model), _example(batch, sequence_length))
+    with FakeTensorMode():
+        saved = measure_saved(_twin(model), _example(batch, sequence_length), autocast=autocast)
     return Memory(weights, gradients, moments, saved.bytes)
 
 

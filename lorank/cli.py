@@ -61,7 +61,7 @@ class Number(click.ParamType):
 
 
 def _flag(field: dataclasses.Field, kind: Any) -> Any:
-    union = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    union = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
     alternatives = [option for option in union if option is not type(None)]
     first, name = alternatives[0], f"--{field.name.replace('_', '-')}"
     default = field.default if field.default is not dataclasses.MISSING else None
@@ -218,7 +218,7 @@ def demo(out: str, steps: int | None) -> None:
     from lorank.train.demo import run_demo
 
     summaries = run_demo(Path(out), steps, say=lambda line: console.print(f"[bold]{line}[/bold]", highlight=False))
-    console.rule("CoLA and its dense twin, each at the best learning rate of the same sweep")
+    console.rule("CoLA and its dense twin: same tokens, same order, same learning rate")
     console.print(runs_table(summaries))
     for method, summary in summaries.items():
         console.rule(f"{method} writes", align="left")

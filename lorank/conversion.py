@@ -170,7 +170,12 @@ def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool])
     for stack, depth, block in blocks(model):
         if not any(fed_by(name, module) for name, module in block.named_modules()):
             continue
-        own = [f"{stack}.{depth}.{name}" for name, module in block.named_modules() if isinstance(module, ACTIVATIONS)]
+        gates = [name for name, module in block.named_modules() if fed_by(name, module)]
+        own = [
+            f"{stack}.{depth}.{name}"
+            for name, module in block.named_modules()
+            if isinstance(module, ACTIVATIONS) and any(gate.startswith(name.rpartition(".")[0]) for gate in gates)
+        ]
         if not own:
             raise ValueError(
                 f"found no activation module in {stack}.{depth}; use nonlinearity='both' with this architecture"

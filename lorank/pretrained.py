@@ -6,6 +6,7 @@ So ``save_pretrained`` writes plain safetensors and JSON, ``from_pretrained`` bu
 them, and a transformers without lorank says that it does not know the type instead of loading noise.
 """
 
+import contextvars
 import copy
 import functools
 import inspect
@@ -19,6 +20,10 @@ from transformers.models.auto import configuration_auto, modeling_auto
 from lorank.conversion import rewrite
 from lorank.methods import find_method
 from lorank.registry import PREFIX
+
+_inside: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "inside the __init__ of a generated class", default=False
+)
 
 
 @functools.cache
@@ -45,7 +50,14 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
     """The model class that applies, when it is built, the method recorded in its configuration."""
 
     def __init__(self: Any, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        base.__init__(self, config, *args, **kwargs)
+        outermost = not _inside.get()
+        token = _inside.set(True)
+        try:
+            base.__init__(self, config, *args, **kwargs)
+        finally:
+            _inside.reset(token)
+        if not outermost:  # the body of a model with a head: the head's class rewrites it
+            return
         recorded = getattr(config, "lorank", None)
         if recorded is None:
             raise ValueError(

@@ -199,3 +199,12 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     code += "print([name for name in ('torch', 'transformers', 'datasets', 'matplotlib') if name in sys.modules])"
     out = subprocess.check_output([sys.executable, "-c", code], text=True)
     assert out.strip().endswith("[]") and "pretrain" in out
+
+
+@pytest.mark.parametrize("policy", ["none", "bottlenecks", "bottlenecks+attention", "blocks"])
+def test_every_checkpoint_policy_is_a_flag(lorank, policy: str) -> None:
+    code, out, err = lorank(
+        "pretrain", "--vocab-size", "300", "--sequence-length", "32", "--checkpoint", policy, "--dry-run"
+    )
+    assert code == 0, err
+    assert ("recompute" in out) == (policy != "none")

@@ -351,3 +351,14 @@ def test_a_factor_missing_from_the_file_is_drawn_by_the_method_and_the_others_ar
     state = loaded.state_dict()
     assert all(torch.equal(state[name], value) for name, value in weights.items())
     assert state[missing].std().item() == pytest.approx(entry_std(128, 320, 32), rel=0.05)
+
+
+def test_a_head_around_a_converted_body_is_converted_once(small: Any, tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    convert(small("llama"), CoLA(rank=4)).save_pretrained(tmp_path)
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    assert [type(module).__name__ for module in model.model.layers[0].self_attn.q_proj.children()] == [
+        "Linear",
+        "Linear",
+    ]

@@ -1,7 +1,7 @@
-"""The demonstration: CoLA and its dense twin on the embedded corpus, each at its own best learning rate.
+"""The demonstration: CoLA and its dense twin on the embedded corpus.
 
-The learning rates come from a sweep, benchmarks/demo_sweep.py, in which both twins got the same grid; its printed
-result is in benchmarks/results/demo_sweep.txt.
+Each twin has its own learning rate. benchmarks/demo_sweep.py gives both the same grid; what has been measured of it is in
+benchmarks/results/demo_sweep.txt.
 """
 
 import json

@@ -29,6 +29,11 @@ def generate_text(
     if not ids and start is None:
         raise ValueError("the tokenizer has no start token; give a prompt")
     inputs = torch.tensor([ids or [start]], device=model.device)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None:
+        if inputs.shape[1] >= positions:
+            raise ValueError(f"the prompt has {inputs.shape[1]} tokens, the model {positions} positions; shorten it")
+        max_new_tokens = min(max_new_tokens, positions - inputs.shape[1])
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         if temperature

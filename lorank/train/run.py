@@ -85,6 +85,8 @@ def pretrain(
         FloatingPointError: the loss or a gradient is no longer finite.
     """
     out = Path(out)
+    if resume and (out / "summary.json").exists():
+        raise ValueError(f"{out} is finished: there is nothing to resume; start another run with --out")
     start_from = _last_whole_checkpoint(out) if resume else None
     _prepare_folder(out, resume)
     torch.set_float32_matmul_precision("high")
@@ -104,6 +106,11 @@ def pretrain(
         raise ValueError(
             f"vocab_size={config.vocab_size} is too small for the tokenizer, which gives id {largest}; leave it out"
         )
+    if hasattr(corpus.train, "__len__") and len(corpus.train) < recipe.batch_size:
+        raise ValueError(
+            f"data={recipe.data!r} gives {len(corpus.train)} sequences of sequence_length={recipe.sequence_length}, fewer than "
+            f"batch_size={recipe.batch_size}; give more text or a smaller batch"
+        )
     with PeakMemory() as memory, StopOnSignal() as stop:
         set_seed(recipe.seed)
         model = build_model(recipe, config)
@@ -115,6 +122,10 @@ def pretrain(
         if stop.received is not None and trainer.state.global_step < recipe.steps:
             return None
         found = trainer.evaluation(max_tokens=None)
+    if not math.isfinite(found.loss):
+        raise FloatingPointError(f"the validation loss became {found.loss}; lower lr={recipe.lr} or warm up longer")
+    if trainer.is_world_process_zero():
+        save_model(model, corpus.tokenizer, out)
     rate = trainer.throughput.steps * trainer.throughput.tokens_per_step / max(trainer.throughput.seconds, 1e-9)
     counts = accounting.count_parameters(model)
     summary = Summary(
@@ -135,7 +146,6 @@ def pretrain(
         sample=generate_text(model, corpus.tokenizer, max_new_tokens=60, seed=recipe.seed),
     )
     if trainer.is_world_process_zero():
-        save_model(model, corpus.tokenizer, out)
         write_whole(out / "README.md", model_card(recipe, summary, corpus.description))
         write_whole(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2))
     return summary
@@ -146,7 +156,7 @@ def build_trainer(
 ) -> PretrainTrainer:
     """The recipe as a Trainer, ready to train."""
     devices = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = recipe.micro_batch_size or recipe.batch_size // devices
+    micro = recipe.micro_batch_size or max(1, recipe.batch_size // devices)
     if recipe.batch_size % (micro * devices):
         raise ValueError(
             f"batch_size={recipe.batch_size} is not a multiple of micro_batch_size={micro} times {devices} processes"
@@ -238,7 +248,9 @@ def _prepare_folder(out: Path, resume: bool) -> None:
 
 def _last_whole_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint that was written to its end: trainer_state.json is its last file."""
-    whole = [path for path in out.glob("checkpoint-*") if (path / "trainer_state.json").exists()]
+    whole = [
+        path for path in out.glob("checkpoint-*") if path.name[11:].isdigit() and (path / "trainer_state.json").exists()
+    ]
     return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorank.train.evaluation import Evaluation, evaluate
@@ -57,6 +58,11 @@ class PretrainTrainer(Trainer):
             assert trained is not None
             self.optimizer = self.make_optimizer(trained)
         return self.optimizer
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """All validation rows, none dropped, on each process: the figures do not depend on batch size or device count."""
+        rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
+        return DataLoader(rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
 
     def evaluation(self, max_tokens: int | None) -> Evaluation:
         """The model on the validation data, up to `max_tokens` (None: all)."""
@@ -133,7 +139,7 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero or not self.path.exists():
             return
-        records = [line for line in self.path.read_text().splitlines() if json.loads(line)["step"] <= state.global_step]
+        records = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
         write_whole(self.path, "".join(f"{record}\n" for record in records))
 
     def on_log(
@@ -150,6 +156,13 @@ class MetricsFile(TrainerCallback):
         record = {names.get(k, k): v for k, v in logs.items() if k not in ("epoch", "eval_loss")}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **record}) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:  # half a line: the process died while it wrote
+        return math.inf
 
 
 class StopOnSignal(TrainerCallback):

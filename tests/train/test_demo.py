@@ -27,6 +27,6 @@ def test_the_demo_leaves_two_runs_and_a_picture(tmp_path: Path) -> None:
     assert (tmp_path / "loss.png").stat().st_size > 10_000
     ratio = summaries["cola"]["block_parameters"] / summaries["dense"]["block_parameters"]
     assert 0.45 < ratio < 0.55
-    assert summaries["cola"]["flops_per_token"] < 0.75 * summaries["dense"]["flops_per_token"]
+    assert summaries["cola"]["flops_per_token"] < 0.8 * summaries["dense"]["flops_per_token"]
     with pytest.raises(ValueError, match="already holds a run"):
         run_demo(tmp_path, 10)
