@@ -6,7 +6,6 @@ Nothing heavy is imported before a command runs, so that ``lorank --help`` answe
 import dataclasses
 import os
 import sys
-import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import click
 
 import lorank
-from lorank.train.recipe import Recipe
+from lorank.train.recipe import Recipe, alternatives_of, setting_types
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 
@@ -61,8 +60,7 @@ class Number(click.ParamType):
 
 
 def _flag(field: dataclasses.Field, kind: Any) -> Any:
-    union = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
-    alternatives = [option for option in union if option is not type(None)]
+    alternatives = [option for option in alternatives_of(kind) if option is not type(None)]
     first, name = alternatives[0], f"--{field.name.replace('_', '-')}"
     default = field.default if field.default is not dataclasses.MISSING else None
     shown = str(default) if default is not None else False
@@ -82,7 +80,7 @@ def _flag(field: dataclasses.Field, kind: Any) -> Any:
 
 def recipe_flags(command: Any) -> Any:
     """Give a command one flag per field of `Recipe`."""
-    kinds = typing.get_type_hints(Recipe)
+    kinds = setting_types()
     for field in reversed(dataclasses.fields(Recipe)):
         command = _flag(field, kinds[field.name])(command)
     return command

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -84,7 +85,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), _types(self)[field.name])
+            _check_type(field.name, getattr(self, field.name), setting_types()[field.name])
         positive = ("checkpoint_every", "sequence_length", "steps", "batch_size", "log_every", "keep", "lr")
         for name in positive:
             if not getattr(self, name) > 0:
@@ -119,7 +120,7 @@ class Recipe:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)
                 raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        return cls(**{name: _coerce(value, _types(cls)[name]) for name, value in settings.items()})
+        return cls(**{name: _coerce(value, setting_types()[name]) for name, value in settings.items()})
 
     @classmethod
     def read(cls, path: str | Path, **changes: Any) -> Self:
@@ -148,11 +149,14 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-def _types(recipe: Any) -> dict[str, Any]:
+@functools.cache
+def setting_types() -> dict[str, Any]:
+    """The type of each setting, by name."""
     return typing.get_type_hints(Recipe)
 
 
-def _alternatives(kind: Any) -> tuple[Any, ...]:
+def alternatives_of(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, in either of Python's spellings; of any other type, the type itself."""
     union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
     return typing.get_args(kind) if union else (kind,)
 
@@ -160,7 +164,7 @@ def _alternatives(kind: Any) -> tuple[Any, ...]:
 def _coerce(value: Any, kind: Any) -> Any:
     """YAML reads 6e-3 as a string (its floats want a dot) and one pattern where a list is meant; both are clear
     enough."""
-    alternatives = _alternatives(kind)
+    alternatives = alternatives_of(kind)
     if isinstance(value, str) and float in alternatives:
         try:
             return float(value)
@@ -174,7 +178,7 @@ def _coerce(value: Any, kind: Any) -> Any:
 
 
 def _check_type(name: str, value: Any, kind: Any) -> None:
-    for option in _alternatives(kind):
+    for option in alternatives_of(kind):
         origin = typing.get_origin(option)
         if origin is Literal:
             if value in typing.get_args(option):
@@ -184,7 +188,7 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
                 return
         elif isinstance(value, option) and not (isinstance(value, bool) and option is not bool):
             return
-    literals = [option for option in _alternatives(kind) if typing.get_origin(option) is Literal]
+    literals = [option for option in alternatives_of(kind) if typing.get_origin(option) is Literal]
     choices = [repr(choice) for option in literals for choice in typing.get_args(option)]
     named = str(getattr(kind, "__name__", kind)).replace("NoneType", "null")
     wanted = f"one of {', '.join(choices)}" if choices else named

@@ -28,6 +28,7 @@ import psutil
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -67,8 +68,6 @@ class Summary:
     validation_bits_per_byte: float | None
     published_compatible_perplexity: float
     sample: str
-    completed: bool = True
-    """False if a signal ended the run early; it can be resumed."""
 
 
 def pretrain(
@@ -271,8 +270,6 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
 
 def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A saved model and its tokenizer, in evaluation mode; ValueError in one sentence if `folder` has none."""
-    from transformers import AutoModelForCausalLM
-
     path = Path(folder).expanduser()
     looks_local = folder.startswith((".", "/", "~")) or path.exists()
     if looks_local and not (path / "config.json").exists():
@@ -288,6 +285,7 @@ def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def environment(corpus: str) -> dict[str, Any]:
     """What besides the recipe it takes to repeat a run: data, versions, device and commit."""
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+    commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         commit = subprocess.check_output(
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
@@ -300,7 +298,7 @@ def environment(corpus: str) -> dict[str, Any]:
         if torch.cuda.is_available()
         else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
-        "commit": locals().get("commit"),
+        "commit": commit,
     }
 
 
