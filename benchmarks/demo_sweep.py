@@ -1,6 +1,6 @@
 """The sweep behind `lorank demo`: CoLA and its dense twin get the same grid of learning rates, and each keeps its best.
 
-    python benchmarks/demo_sweep.py [--rates 2e-3 3e-3 5e-3] [--out runs/demo-sweep]
+    python benchmarks/demo_sweep.py [--rates 8e-4 1.3e-3 2e-3 3e-3 5e-3 8e-3] [--out runs/demo-sweep]
 
 Each run is the demo's own recipe (seed, tokens, order of data) but for the learning rate, in a process and on a thread
 of its own, two at a time. Finished runs are kept: started again, the sweep goes on where it was.
@@ -30,7 +30,7 @@ def run(out: Path, method: str, rate: str) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rates", nargs="+", default=["2e-3", "3e-3", "5e-3"])
+    parser.add_argument("--rates", nargs="+", default=["8e-4", "1.3e-3", "2e-3", "3e-3", "5e-3", "8e-3"])
     parser.add_argument("--methods", nargs="+", default=["dense", "cola"])
     parser.add_argument("--out", type=Path, default=Path("runs/demo-sweep"))
     options = parser.parse_args()

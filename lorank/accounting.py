@@ -7,6 +7,7 @@ memory for its weights: they run a twin of it whose tensors have shapes but no d
 
 import copy
 import gc
+import math
 import time
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
@@ -169,10 +170,11 @@ class Memory(NamedTuple):
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
-    activations_bytes: int
+    activations_bytes: float
+    """Not a number where it is unknown: mixtures of experts."""
 
     @property
-    def total_bytes(self) -> int:
+    def total_bytes(self) -> float:
         return sum(self)
 
 
@@ -194,6 +196,11 @@ def _twin(model: nn.Module) -> nn.Module:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype)
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
     return copy.deepcopy(model, memo).train()
+
+
+def _has_experts(model: nn.Module) -> bool:
+    """Whether blocks hold experts, which transformers keeps in one tensor [experts, d_out, d_in]."""
+    return any(parameter.ndim == 3 for _, _, block in blocks(model) for parameter in block.parameters())
 
 
 def _example(batch: int, sequence_length: int) -> dict[str, Tensor]:
@@ -233,6 +240,8 @@ def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 25
 
     with FakeTensorMode():
         twin = _twin(model)
+        if _has_experts(twin):  # the grouped product, the default, takes bf16 only where there are no data
+            twin.set_experts_implementation("batched_mm")  # type: ignore[operator]
         forward, backward = count(twin)
         recompute = 0
         if getattr(twin, "is_activation_checkpointing", False):
@@ -303,9 +312,11 @@ def memory_estimate(
     gradients = sum(p.numel() * p.element_size() for p in parameters)
     inside = {p for _, _, block in blocks(model) for p in block.parameters() if p.ndim == 2}
     moments = sum(p.numel() * p.element_size() * (1 if optimizer == "muon" and p in inside else 2) for p in parameters)
-    with FakeTensorMode():
-        saved = measure_saved(_twin(model), _example(batch, sequence_length), autocast=autocast)
-    return Memory(weights, gradients, moments, saved.bytes)
+    activations = math.nan
+    if not _has_experts(model):
+        with FakeTensorMode():
+            activations = measure_saved(_twin(model), _example(batch, sequence_length), autocast=autocast).bytes
+    return Memory(weights, gradients, moments, activations)
 
 
 PEAK_FLOPS = {

@@ -5,6 +5,7 @@ again. `keep_bottlenecks` is CoLA-M, and works on any architecture and any low-r
 alone.
 """
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -75,17 +76,41 @@ def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> No
         every: checkpoint each `every`-th block and let the others keep all their activations.
 
     Raises:
-        ValueError: `policy` is no function, `every` is not positive, or the model has no blocks that transformers can
-            checkpoint.
+        ValueError: `policy` is no function, `every` is not a positive integer, the model has no blocks that transformers
+            can checkpoint, or it has no fused attention (``attn_implementation="sdpa"``) whose output could be kept.
+
+    Warns:
+        UserWarning: attention dropout, under which attention on a CPU is not fused and its output not kept.
     """
     if policy is not None and not callable(policy):
         raise ValueError(f"policy={policy!r} is not a function; the named ones are lorank.checkpointing.POLICIES[name]")
-    if every < 1:
-        raise ValueError(f"every={every} is not positive; 1 checkpoints each block, 2 every other one")
+    if not isinstance(every, int) or every < 1:
+        raise ValueError(f"every={every} is not a positive integer; 1 checkpoints each block, 2 every other one")
     if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
         raise ValueError(f"{type(model).__name__} has no blocks that transformers can checkpoint")
+    if policy is keep_bottlenecks_and_attention:
+        _check_attention(model)
     if policy is None:
         model.activation_checkpointing_disable()
-    else:
-        contexts = partial(create_selective_checkpoint_contexts, policy)
-        model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts}, every_n_layers=every)
+        return
+    contexts = partial(create_selective_checkpoint_contexts, policy)
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts}, every_n_layers=every)
+    model.disable_input_require_grads()  # a hook for reentrant checkpointing, one more at each call
+
+
+def _check_attention(model: PreTrainedModel) -> None:
+    """What cannot be kept should not be promised."""
+    if (kind := model.config._attn_implementation) != "sdpa":
+        raise ValueError(
+            f"attention outputs can be kept with attn_implementation='sdpa', not {kind!r}; load the model with it, or use "
+            "keep_bottlenecks"
+        )
+    dropout = max(
+        getattr(model.config, name, None) or 0
+        for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+    )
+    if dropout > 0:
+        warnings.warn(
+            f"with attention dropout {dropout} attention is not fused on a CPU: its outputs are computed again, not kept",
+            stacklevel=3,
+        )

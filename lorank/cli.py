@@ -16,6 +16,7 @@ import lorank
 from lorank.train.recipe import Recipe, alternatives_of, setting_types
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+SEED = click.IntRange(min=0, max=2**32 - 1)
 
 
 @click.group(context_settings=SETTINGS)
@@ -30,7 +31,8 @@ def main() -> None:
     try:
         cli(standalone_mode=False)
     except click.ClickException as error:
-        error.show()
+        help = f"; see {error.ctx.command_path} --help" if isinstance(error, click.UsageError) and error.ctx else ""
+        click.echo(f"lorank: {error.format_message().rstrip('.')}{help}", err=True)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted", err=True)
@@ -157,14 +159,14 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
 @cli.command(context_settings=SETTINGS)
 @click.argument("model")
 @click.option("--data", default="embedded", help="As in pretrain; of embedded and hub data the held-out part is used.")
-@click.option("--sequence-length", type=int, default=256, help="Tokens per sequence.")
+@click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens per sequence.")
 @click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain.")
 @click.option("--text-column", default="text", help="As in pretrain.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Sequences per batch.")
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=10_000_000, help="Stop after this many predicted tokens."
 )
-@click.option("--seed", type=int, default=42, help="The run's seed: it decides what was held out.")
+@click.option("--seed", type=SEED, default=42, help="The run's seed: it decides what was held out.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """Perplexity of MODEL (a run, a folder, a hub name): unbiased, per byte, and as the published tables compute it."""
@@ -190,7 +192,7 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
 @click.option(
     "--top-p", type=click.FloatRange(0, 1, min_open=True), default=1.0, help="Sample within this probability mass."
 )
-@click.option("--seed", type=int, default=None, help="Makes sampling repeatable.")
+@click.option("--seed", type=SEED, default=None, help="Makes sampling repeatable.")
 def generate(model: str, **settings: Any) -> None:
     """Text from MODEL (a run, a folder, a hub name)."""
     _quiet_console()
@@ -216,7 +218,7 @@ def demo(out: str, steps: int | None) -> None:
     from lorank.train.demo import run_demo
 
     summaries = run_demo(Path(out), steps, say=lambda line: console.print(f"[bold]{line}[/bold]", highlight=False))
-    console.rule("CoLA and its dense twin: same tokens, same order, same learning rate")
+    console.rule("CoLA and its dense twin: same tokens, each at its best learning rate of one sweep")
     console.print(runs_table(summaries))
     for method, summary in summaries.items():
         console.rule(f"{method} writes", align="left")
@@ -233,7 +235,7 @@ def _quiet_console() -> Any:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    return Console()
+    return Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun the first process speaks
 
 
 if __name__ == "__main__":

@@ -5,6 +5,9 @@ and let the model remember what was done to it, so that saving and loading give 
 (`lorank.pretrained.record`).
 """
 
+import functools
+import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -36,15 +39,16 @@ def convert(
 
     Args:
         model: any model with a ``nn.ModuleList`` of blocks that hold ``nn.Linear`` or transformers' ``Conv1D`` and call them
-            as modules (T5 and Mamba read a projection's weight themselves). Give the outermost model, the one that will be
-            saved: it is its configuration that remembers the method.
+            as modules. Give the outermost model, the one that will be saved: it is its configuration that remembers the
+            method.
         method: a method with its hyper-parameters, ``CoLA(rank=128)``; or, for its defaults, its class or its name.
         targets: regular expression(s) searched in module names; only matching projections are rewritten. Default: all.
         exclude: regular expression(s) of projections to leave dense; wins over `targets`.
 
     Raises:
-        ValueError: the model is converted already, nothing in it matches, a pattern is no regular expression, or the
-            method refuses (for CoLA: the rank). The model is then unchanged.
+        ValueError: the model is converted already or is a wrapper around one of transformers, its code reads the weight of
+            a projection (T5, Mamba), nothing in it matches, a pattern is no regular expression, or the method refuses (for
+            CoLA: the rank). The model is then unchanged.
 
     Warns:
         UserWarning: a rank at which the factors are no smaller than the dense layer.
@@ -70,7 +74,15 @@ def convert(
         from lorank.pretrained import config_class, record
 
         config_class(model.config.model_type)  # refuses an unknown architecture before anything is changed
-    rewrite(model, method, targets, exclude)
+    elif inner := next((type(m).__name__ for m in model.modules() if isinstance(m, PreTrainedModel)), None):
+        raise ValueError(
+            f"{type(model).__name__} is a wrapper around {inner}, which could not be saved; convert that one, before it is "
+            "compiled or wrapped"
+        )
+    sites = choose_sites(find_sites(model), targets, exclude)
+    _check_callers(model, sites)
+    method.check(sites)
+    rewrite(model, method, sites)
     recorded = {
         "method": method.name,
         "arguments": method.to_dict(),
@@ -78,7 +90,7 @@ def convert(
         "exclude": _listed(exclude) or None,
     }
     if isinstance(model, PreTrainedModel):
-        record(model, recorded)
+        record(model, {**recorded, "prefix": base_prefix(model)})
     else:
         model._lorank = recorded  # type: ignore[assignment]
     return model
@@ -90,17 +102,28 @@ def converted_with(model: nn.Module) -> dict[str, Any] | None:
     return recorded if recorded is not None else getattr(model, "_lorank", None)
 
 
-def rewrite(model: nn.Module, method: Parametrization, targets: Patterns = None, exclude: Patterns = None) -> None:
-    """Replace the chosen projections of `model` by what `method` builds; all of them or, if it raises, none."""
-    sites = _choose(find_sites(model), targets, exclude)
-    method.check(sites)
+def base_prefix(model: nn.Module) -> str:
+    """What names of modules begin with because the model is a body under a head: "model." of a LlamaForCausalLM, else
+    nothing."""
+    has_head = isinstance(model, PreTrainedModel) and model.base_model is not model
+    return f"{model.base_model_prefix}." if has_head else ""
+
+
+def rewrite(
+    model: nn.Module, method: Parametrization, sites: Sequence[Site], names: Mapping[str, str] | None = None
+) -> None:
+    """Replace projections of `model` by what `method` builds; all of them or, if it raises, none.
+
+    `names` tells where in this model a site is that goes by the name it has in another.
+    """
+    names = names or {}
     stacks: dict[str, list[Site]] = {}
     for site in sites:
         stacks.setdefault(site.role, []).append(site)
     replacements: dict[str, nn.Module] = {}
     for stack in stacks.values():
         for site, module in zip(stack, method.build_stack(stack), strict=True):
-            replacements[site.name] = module.train(site.linear.training)
+            replacements[names.get(site.name, site.name)] = module.train(site.linear.training)
 
     before = {module: dict(module._modules) for module in model.modules()}
     try:
@@ -134,7 +157,7 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every linear map inside the repeated blocks, in the model's order.
+    """Every linear map inside the repeated blocks, in the model's order, but for those from or to a single number.
 
     A matrix in which an architecture has fused several projections (GPT-2's query, key and value) gives one site for
     each of them, named below it: ``transformer.h.0.attn.c_attn.query``. One bottleneck for all three would be another
@@ -143,7 +166,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     sites = []
     for stack, depth, block in blocks(model):
         for inner, module in block.named_modules():
-            if not _is_linear(module):
+            if not _is_linear(module) or 1 in module.weight.shape:
                 continue
             name, role = f"{stack}.{depth}.{inner}", f"{stack}.*.{inner}"
             linear = _as_linear(module)
@@ -185,7 +208,8 @@ def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool])
         _put(model, name, nn.Identity())
 
 
-def _choose(sites: list[Site], targets: Patterns, exclude: Patterns) -> list[Site]:
+def choose_sites(sites: list[Site], targets: Patterns = None, exclude: Patterns = None) -> list[Site]:
+    """Those that match a pattern of `targets` (None: all) and none of `exclude`; ValueError for a pattern without use."""
     if not sites:
         raise ValueError("found no linear layer inside a repeated block (a ModuleList of blocks); nothing to convert")
     wanted = [compile_pattern(p, "targets") for p in _listed(targets)]
@@ -208,7 +232,39 @@ def _choose(sites: list[Site], targets: Patterns, exclude: Patterns) -> list[Sit
 
 
 def _listed(patterns: Patterns) -> list[str]:
-    return [patterns] if isinstance(patterns, str) else list(patterns or [])
+    listed = [patterns] if isinstance(patterns, str | re.Pattern) else list(patterns or [])
+    if odd := next((pattern for pattern in listed if not isinstance(pattern, str)), None):
+        raise ValueError(f"{odd!r} is not a string; give regular expressions as strings, they are saved with the model")
+    return listed
+
+
+def _check_callers(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse a projection whose weight is read by the code around it, which would not find it in what takes its place."""
+    modules = dict(model.named_modules())
+    for site in sites:
+        name = site.name if site.name in modules else site.name.rpartition(".")[0]  # a part of a fused matrix
+        parent, _, attribute = name.rpartition(".")
+        caller = type(modules[parent])
+        code = _code(caller)  # type: ignore[arg-type]
+        if (
+            re.search(rf"self\.{attribute}\.weight\b", code) and "pretraining_tp" not in code
+        ):  # Bloom: a branch for tests
+            raise ValueError(
+                f"the code of {caller.__name__} reads the weight of {site.role} itself, so it cannot be replaced; exclude it "
+                f"(exclude={attribute!r}) or take another architecture"
+            )
+
+
+@functools.cache
+def _code(module: type[nn.Module]) -> str:
+    """Source of what a class of modules does once it is built."""
+    functions = [
+        f for name, f in vars(module).items() if inspect.isfunction(f) and name not in ("__init__", "_init_weights")
+    ]
+    try:
+        return "\n".join(map(inspect.getsource, functions))
+    except OSError:  # made at run time, without a file
+        return ""
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -306,9 +362,14 @@ def _gate_and_up(config: Any) -> Fusion:
 
 FUSED: dict[tuple[str, str], Callable[[Any], Fusion]] = {
     ("gpt2", "attn.c_attn"): _thirds,
+    ("gpt2", "crossattention.c_attn"): lambda config: Fusion(dict.fromkeys(("key", "value"), config.hidden_size)),
     ("gpt_neox", "attention.query_key_value"): _thirds_by_head,
+    ("bloom", "self_attention.query_key_value"): _thirds_by_head,
+    ("mpt", "attn.Wqkv"): _thirds,
     ("phi3", "self_attn.qkv_proj"): _grouped_query,
     ("phi3", "mlp.gate_up_proj"): _gate_and_up,
+    ("glm", "mlp.gate_up_proj"): _gate_and_up,
+    ("glm4", "mlp.gate_up_proj"): _gate_and_up,
 }
 """(model type, end of the module's name) -> its parts. Other architectures' fused matrices count as one projection."""
 

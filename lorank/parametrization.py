@@ -51,6 +51,8 @@ class Parametrization:
 
     name: ClassVar[str]
     """What the command line, recipes and saved configurations call the method."""
+    checkpoint_policy: ClassVar[str | None] = None
+    """What blocks keep for backward unless the user says otherwise, by its name in `lorank.checkpointing.POLICIES`."""
 
     def check(self, sites: Sequence[Site]) -> None:
         """Raise ValueError if the method cannot rewrite these sites (all that were chosen); nothing is changed yet."""
@@ -97,8 +99,23 @@ def check_rank(rank: Rank) -> None:
         raise ValueError(f"rank={rank} is not a fraction in (0, 1); give an integer for an absolute rank")
 
 
-def warn_beyond_break_even(rank: Rank, sites: Sequence[Site]) -> None:
-    """One warning that names the projections whose two factors would be no smaller than the dense map."""
+def check_ranks(rank: Rank, sites: Sequence[Site]) -> None:
+    """A rank against the sites it is for.
+
+    Raises:
+        ValueError: a site for which a table has no pattern, or a pattern that is the first to match nowhere.
+
+    Warns:
+        UserWarning: the projections whose two factors would be no smaller than the dense map, all in one.
+    """
+    if isinstance(rank, Mapping):
+        used = {next((pattern for pattern in rank if re.search(pattern, site.name)), None) for site in sites}
+        for pattern in rank:
+            if pattern not in used:
+                raise ValueError(
+                    f"rank: the pattern {pattern!r} decides nothing (no projection matches, or an earlier pattern takes all "
+                    "that do); drop it or mend it"
+                )
     beyond = {s.role: (rank_at(rank, s), s.break_even_rank) for s in sites if rank_at(rank, s) >= s.break_even_rank}
     if beyond:
         listed = ", ".join(f"{role} (rank {r}, break-even {limit:.0f})" for role, (r, limit) in beyond.items())

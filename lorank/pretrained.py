@@ -12,12 +12,13 @@ import functools
 import inspect
 from typing import Any
 
+import transformers
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from lorank.conversion import rewrite
+from lorank.conversion import base_prefix, choose_sites, find_sites, rewrite
 from lorank.methods import find_method
 from lorank.registry import PREFIX
 
@@ -64,7 +65,12 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
                 f"a {type(config).__name__} without the entry 'lorank' does not say how to build its model"
             )
         method = find_method(recorded["method"]).from_dict(recorded["arguments"])
-        rewrite(self, method, recorded["targets"], recorded["exclude"])
+        # patterns were written for names in the model that was converted, which had a head, or had none, unlike this one
+        here, there = base_prefix(self), recorded["prefix"]
+        then = lambda name: name if here == there else there + name.removeprefix(here)  # noqa: E731
+        sites = [site._replace(name=then(site.name), role=then(site.role)) for site in find_sites(self)]
+        names = {then(site.name): site.name for site in find_sites(self)}
+        rewrite(self, method, choose_sites(sites, recorded["targets"], recorded["exclude"]), names)
 
     @guard_torch_init_functions()  # parameters that came from a file keep their values
     def initialize_weights(self: Any) -> None:
@@ -93,7 +99,8 @@ def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
 
 
 def _is_native(module: nn.Module) -> bool:
-    return type(module).__module__.partition(".")[0] in ("torch", "transformers")
+    """Not ours, or a factor, which the layer it belongs to draws."""
+    return isinstance(module, nn.Linear) or type(module).__module__.partition(".")[0] in ("torch", "transformers")
 
 
 def _derive(base: type, body: dict[str, Any]) -> Any:
@@ -101,8 +108,18 @@ def _derive(base: type, body: dict[str, Any]) -> Any:
     derived = type(
         name, (base,), {**body, "__module__": __name__, "__doc__": f"{base.__name__} with a method of lorank."}
     )
-    globals()[name] = derived  # so that instances can be pickled within a program (multiprocessing)
+    globals()[name] = derived  # where pickle looks for it
     return derived
+
+
+def __getattr__(name: str) -> Any:
+    """A generated class by its name, LorankLlamaForCausalLM: made when a pickle of another process asks for it."""
+    base: Any = getattr(transformers, name.removeprefix("Lorank"), None) if name.startswith("Lorank") else None
+    if base is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    config = base if issubclass(base, PretrainedConfig) else base.config_class
+    derived = config_class(config.model_type)
+    return derived if base is config else model_class(base, derived)  # type: ignore[arg-type]
 
 
 @functools.cache

@@ -1,9 +1,11 @@
 """Costs in closed form against the papers' integers, and measurements against both."""
 
+import math
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 import lorank
 from lorank import accounting
@@ -214,3 +216,19 @@ def test_counts_of_parameters() -> None:
 def test_the_peak_of_this_device_says_where_it_comes_from() -> None:
     rate, source = accounting.achievable_flops()
     assert rate > 1e9 and ("measured" in source or "data sheet" in source)
+
+
+def test_of_a_mixture_of_experts_only_the_chosen_ones_are_counted() -> None:
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+    n, found = 16, {}
+    for experts in (4, 8):
+        config = MixtralConfig(
+            vocab_size=96, num_hidden_layers=1, num_local_experts=experts, num_experts_per_tok=2, **shape
+        )
+        model = MixtralForCausalLM(config)
+        found[experts] = accounting.measure_flops(model, sequence_length=n).forward
+    projections = 2 * n * (2 * 32 * 32 + 2 * 32 * 16)
+    chosen = 2 * n * 2 * 3 * 32 * 64
+    for experts, flops in found.items():
+        assert flops == projections + 4 * n * n * 32 + 2 * n * 32 * experts + chosen + 2 * n * 32 * 96
+    assert math.isnan(accounting.memory_estimate(model, batch=1, sequence_length=n).activations_bytes)

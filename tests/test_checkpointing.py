@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
 
 from lorank import CoLA, CoLAM, LowRank, checkpoint, convert, keep_bottlenecks, keep_bottlenecks_and_attention
 from lorank.checkpointing import POLICIES, keep_nothing
@@ -295,7 +296,7 @@ def test_the_caller_s_evaluation_and_cached_generation_are_not_disturbed(small: 
 @pytest.mark.parametrize("every", [0, -1])
 def test_every_must_be_positive(every: int, small: Callable[..., Any]) -> None:
     model = small("llama")
-    with pytest.raises(ValueError, match=f"every={every} is not positive"):
+    with pytest.raises(ValueError, match=f"every={every} is not a positive integer"):
         checkpoint(model, keep_bottlenecks, every=every)
     assert not model.is_activation_checkpointing
 
@@ -309,3 +310,26 @@ def test_a_model_without_blocks_that_transformers_can_checkpoint_is_refused(smal
 def test_a_policy_by_name_is_refused_with_the_way_to_it(small: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="POLICIES"):
         checkpoint(small("llama"), "bottlenecks")
+
+
+def test_every_is_an_integer(small: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=r"every=1\.5 is not a positive integer"):
+        checkpoint(small("llama"), keep_bottlenecks, every=1.5)  # type: ignore[arg-type]
+
+
+def test_switching_policies_leaves_no_hooks_behind(small: Callable[..., Any]) -> None:
+    model = small("llama")
+    for policy in (*POLICIES.values(), keep_bottlenecks):
+        checkpoint(model, policy)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_attention_that_cannot_be_kept_is_not_promised(architectures: Any) -> None:
+    config = architectures["llama"].config()
+    eager = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa', not 'eager'"):
+        checkpoint(eager, keep_bottlenecks_and_attention)
+    assert not eager.is_activation_checkpointing
+    dropping = AutoModelForCausalLM.from_config(architectures["llama"].config(attention_dropout=0.1))
+    with pytest.warns(UserWarning, match=r"attention dropout 0\.1"):
+        checkpoint(dropping, keep_bottlenecks_and_attention)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,12 +10,13 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorank import CoLA, CoLAM, LowRank, Parametrization, Site, convert
-from lorank.conversion import FusedProjections, converted_with
+from lorank.conversion import FusedProjections, converted_with, find_sites
 from lorank.methods.cola import CoLALinear
 
 
@@ -385,8 +387,8 @@ def test_the_callers_configuration_still_describes_the_dense_model(architectures
             {"method": CoLA(rank={"q_proj": 4})},
             r"rank table \['q_proj'\] has no pattern for model\.layers\.0\.self_attn\.k_proj",
         ),
-        ({"method": CoLA(nonlinearity="low-rank"), "exclude": "gate_proj"}, "not among the projections to convert"),
-        ({"method": CoLAM(nonlinearity="reduced"), "exclude": "gate_proj"}, "not among the projections to convert"),
+        ({"method": CoLA(nonlinearity="low-rank"), "exclude": "gate_proj"}, "no projection to convert is known"),
+        ({"method": CoLAM(nonlinearity="reduced"), "exclude": "gate_proj"}, "no projection to convert is known"),
     ],
 )
 def test_a_refusal_is_one_sentence_and_leaves_the_model_as_it_was(
@@ -504,3 +506,101 @@ def test_what_was_done_is_recorded_as_json(small: Callable[..., Any]) -> None:
 def test_a_class_stands_for_its_defaults(small: Callable[..., Any]) -> None:
     model = convert(small("llama"), LowRank)
     assert model.config.lorank["method"] == "low-rank" and model.config.lorank["arguments"] == {"rank": 0.25}
+
+
+# ---- models that could not work afterwards
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, on importing its compiler
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, lambda model: nn.Sequential(model), lambda model: nn.ModuleDict({"m": model})]
+)
+def test_a_wrapper_around_a_model_of_transformers_is_refused(wrap: Any, small: Callable[..., Any]) -> None:
+    model = small("llama")
+    unchanged = Unchanged(model)
+    with pytest.raises(ValueError, match="is a wrapper around LlamaForCausalLM, which could not be saved"):
+        convert(wrap(model), "cola")
+    unchanged.check()
+
+
+def test_a_projection_whose_weight_the_code_around_it_reads_is_refused() -> None:
+    shape = {"d_model": 32, "d_ff": 80, "num_layers": 2, "num_heads": 4, "d_kv": 8}
+    t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=96, **shape))
+    with pytest.raises(ValueError, match="T5DenseActDense reads the weight of .*wo itself.*exclude='wo'"):
+        convert(t5, "cola")
+    convert(t5, "cola", exclude="wo")  # the way out that the sentence names
+    ids = torch.randint(3, 96, (2, 5))
+    t5(input_ids=ids, decoder_input_ids=ids).logits.sum().backward()
+
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2))
+    with pytest.raises(ValueError, match="MambaMixer reads the weight of"):
+        convert(mamba, "cola")
+
+
+def test_a_map_to_a_single_number_is_no_site() -> None:
+    """Qwen2-MoE weighs its shared expert by one number per token."""
+    config = transformers.Qwen2MoeConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=1, num_attention_heads=4, num_experts=2
+    )
+    with torch.device("meta"):
+        model = transformers.Qwen2MoeForCausalLM(config)
+    assert any("shared_expert_gate" in name for name, _ in model.named_modules())
+    assert not any("shared_expert_gate" in site.name for site in find_sites(model))
+
+
+@pytest.mark.parametrize("patterns", [re.compile("q_proj"), ["q_proj", 3]])
+def test_patterns_are_strings(patterns: Any, small: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match="is not a string"):
+        convert(small("llama"), "cola", targets=patterns)
+
+
+_narrow = {"vocab_size": 96, "n_layer": 2, "n_head": 4}
+FURTHER_FUSED = {
+    "bloom": lambda: transformers.BloomConfig(hidden_size=32, **_narrow),
+    "mpt": lambda: transformers.MptConfig(d_model=32, vocab_size=96, n_layers=2, n_heads=4, max_seq_len=64),
+    "glm": lambda: _glm(transformers.GlmConfig),
+    "glm4": lambda: _glm(transformers.Glm4Config),
+}
+
+
+def _glm(config: Any) -> Any:
+    return config(
+        vocab_size=96, hidden_size=32, intermediate_size=80, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, pad_token_id=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FURTHER_FUSED)
+def test_each_part_of_a_fused_matrix_elsewhere_does_what_its_name_says(name: str, tokens: Tensor) -> None:
+    """Silencing the values (or what the gate multiplies) by hand silences the block; silencing another part does not."""
+    torch.manual_seed(0)
+    dense = transformers.AutoModelForCausalLM.from_config(FURTHER_FUSED[name]()).double().eval()
+    model = convert(copy.deepcopy(dense), Verbatim()).eval()
+    torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-10, atol=1e-10)
+    module = next(module for module in model.modules() if isinstance(module, FusedProjections))
+    caller = next(parent for parent in model.modules() if module in parent.children())
+    outputs: list[Tensor] = []
+    last = [child for child in caller.children() if isinstance(child, nn.Linear)][-1]
+    last.register_forward_pre_hook(lambda _, inputs: outputs.append(inputs[0].detach()))
+    silent = {}
+    for part, layer in module.named_children():
+        kept = {p: p.detach().clone() for p in layer.parameters()}
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+        outputs.clear()
+        model(tokens)
+        silent[part] = not outputs[0].any()
+        for parameter, value in kept.items():
+            parameter.data.copy_(value)
+    # silu(0) = 0, so that a silent gate silences too; a silent query or key only makes attention uniform
+    expected = {"query": False, "key": False, "value": True, "gate": True, "up": True}
+    assert silent == {part: expected[part] for part in silent}
+
+
+def test_gpt2_cross_attention_has_a_key_and_a_value() -> None:
+    config = transformers.GPT2Config(n_embd=32, add_cross_attention=True, **_narrow)
+    with torch.device("meta"):
+        sites = [site.name for site in find_sites(transformers.GPT2LMHeadModel(config))]
+    assert {name.rpartition("crossattention.")[2] for name in sites if "crossattention" in name} == {
+        "c_attn.key", "c_attn.value", "q_attn", "c_proj"
+    }  # fmt: skip

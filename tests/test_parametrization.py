@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from lorank import CoLA, LowRank, Parametrization, Site
-from lorank.parametrization import Rank, check_rank, rank_at, warn_beyond_break_even
+from lorank.parametrization import Rank, check_rank, check_ranks, rank_at
 
 
 def site(name: str, d_in: int, d_out: int) -> Site:
@@ -99,13 +99,13 @@ def test_the_warning_comes_exactly_at_the_break_even_rank() -> None:
     square, wide = site("square", 32, 32), site("wide", 32, 96)  # break even at 16 and at 24
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_beyond_break_even(15, [square, wide])
+        check_ranks(15, [square, wide])
     with pytest.warns(UserWarning, match=r"layers\.\*\.square \(rank 16, break-even 16\)") as caught:
-        warn_beyond_break_even(16, [square, square, wide])
+        check_ranks(16, [square, square, wide])
     assert len(caught) == 1
     assert "wide" not in str(caught[0].message)
     with pytest.warns(UserWarning, match=r"square.*wide \(rank 24, break-even 24\)"):
-        warn_beyond_break_even(24, [square, wide])
+        check_ranks(24, [square, wide])
 
 
 def test_two_factors_really_are_no_smaller_than_the_dense_layer_at_the_break_even_rank() -> None:
@@ -150,3 +150,10 @@ def test_a_method_without_build_says_so() -> None:
 
     with pytest.raises(NotImplementedError, match="Empty defines neither build nor build_stack"):
         Empty().build_stack([site("q", 8, 8)])
+
+
+@pytest.mark.parametrize("table", [{"conv": 4, ".*": 8}, {".*": 8, "q_proj": 4}])
+def test_a_pattern_that_decides_nothing_is_refused(table: Rank) -> None:
+    dead = "conv" if "conv" in table else "q_proj"  # type: ignore[operator]
+    with pytest.raises(ValueError, match=f"the pattern '{dead}' decides nothing"):
+        check_ranks(table, [site("q_proj", 32, 32), site("fc1", 32, 32)])

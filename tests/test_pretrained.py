@@ -4,12 +4,14 @@ import copy
 import json
 import math
 import pickle
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -143,6 +145,7 @@ def test_config_json_records_the_method(saved: Path) -> None:
         },
         "targets": None,
         "exclude": None,
+        "prefix": "model.",
     }
 
 
@@ -362,3 +365,34 @@ def test_a_head_around_a_converted_body_is_converted_once(small: Any, tmp_path: 
         "Linear",
         "Linear",
     ]
+
+
+@pytest.mark.parametrize(("saved_with", "loaded_with"), [("head", "body"), ("body", "head")])
+def test_patterns_anchored_to_one_model_s_names_hold_for_its_other_form(
+    saved_with: str, loaded_with: str, architectures: Any, tmp_path: Path
+) -> None:
+    auto = {"head": transformers.AutoModelForCausalLM, "body": transformers.AutoModel}
+    first = {"head": r"^model\.layers\.0\.", "body": r"^layers\.0\."}[saved_with]
+    model = auto[saved_with].from_config(architectures["llama"].config())
+    convert(model, CoLA(rank={f"{first}mlp": 5, ".*": 3}), targets=first).save_pretrained(tmp_path)
+    loaded = auto[loaded_with].from_pretrained(tmp_path)
+    ranks = {
+        name.removeprefix("model."): m.A.out_features for name, m in loaded.named_modules() if isinstance(m, CoLALinear)
+    }
+    assert len(ranks) == 7
+    assert all(rank == (5 if ".mlp." in name else 3) for name, rank in ranks.items())
+
+
+def test_a_pickled_model_opens_in_a_fresh_process(small: Callable[..., Any], tmp_path: Path, fresh_python: Any) -> None:
+    """As multiprocessing with spawn wants it."""
+    (tmp_path / "model.pickle").write_bytes(pickle.dumps(convert(small("llama"), "cola")))
+    program = "import pickle, sys; print(type(pickle.load(open(sys.argv[1], 'rb'))).__name__)"
+    assert fresh_python(program, str(tmp_path / "model.pickle")).strip() == "LorankLlamaForCausalLM"
+
+
+def test_the_break_even_warning_does_not_come_back_with_the_model(small: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="lower the rank"):
+        convert(small("llama"), CoLA(rank=20)).save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -9,10 +9,13 @@ standard deviation τ = (d_in + d_out)^(-1/2). With σ in every layer the block'
 Cost of one layer, r = rank, for n tokens: r (d_in + d_out) parameters instead of d_in d_out; 2 n r (d_in + d_out)
 floating-point operations forward and twice that backward. Its input and two [n, r] tensors are kept for backward, so
 CoLA alone does not save activation memory. CoLA-M does: per block it keeps the block's input [n, d] and the seven A x
-[n, r], and re-runs everything else but the A's.
+[n, r], and re-runs everything else but the A's and the last B: 18 n d r + 4 n² d operations at d_ff = 2.5 d.
 
 Source: Liu et al., "CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activation", EMNLP 2025, arXiv
 2502.10940.
+
+Departures from the paper. It keeps the residual stream twice per block, 2 n d + 7 n r, and quotes 18.5 n d r + 4 n² d;
+here the second n d comes out of re-running B, and the last B is not needed again.
 
 Departures from the authors' code. A's output is kept before σ, so that backward re-runs σ and B but never A; theirs
 keeps it after σ and re-runs all. Fused projections (GPT-2's query, key and value) get one bottleneck each, and
@@ -31,7 +34,8 @@ from torch import Tensor, nn
 
 from lorank.checkpointing import checkpoint, keep_bottlenecks
 from lorank.conversion import drop_activations
-from lorank.parametrization import Parametrization, Rank, Site, check_rank, rank_at, warn_beyond_break_even
+from lorank.layers import linear
+from lorank.parametrization import Parametrization, Rank, Site, check_rank, check_ranks, rank_at
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -68,7 +72,7 @@ class CoLALinear(nn.Module):
         super().__init__()
         self.activation = activation
         self.A = nn.Linear(d_in, rank, bias=False, device=device, dtype=dtype)
-        self.B = nn.Linear(rank, d_out, bias=bias, device=device, dtype=dtype)
+        self.B = linear(rank, d_out, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -128,11 +132,11 @@ class CoLA(Parametrization):
         return self.nonlinearity in ("low-rank", "reduced")
 
     def check(self, sites: Sequence[Site]) -> None:
-        warn_beyond_break_even(self.rank, sites)
+        check_ranks(self.rank, sites)
         if self._drops_original and not any(GATE.search(site.name) for site in sites):
             raise ValueError(
-                f"nonlinearity={self.nonlinearity!r} moves the block's own activation into the projection before it, which is "
-                "not among the projections to convert; convert that one too or use nonlinearity='both'"
+                f"nonlinearity={self.nonlinearity!r} moves the block's own activation into the projection before it, and no "
+                f"projection to convert is known, by its name, to be that one; convert it too or use nonlinearity='both'"
             )
 
     def build(self, site: Site) -> nn.Module:
@@ -157,6 +161,7 @@ class CoLAM(CoLA):
     """CoLA-M: the same model, training with only the bottlenecks kept for backward (`lorank.keep_bottlenecks`)."""
 
     name: ClassVar[str] = "cola-m"
+    checkpoint_policy: ClassVar[str | None] = "bottlenecks"
 
     def finish(self, model: nn.Module) -> None:
         super().finish(model)

@@ -17,7 +17,7 @@ from typing import ClassVar
 from torch import nn
 
 from lorank.methods.cola import CoLALinear
-from lorank.parametrization import Parametrization, Rank, Site, check_rank, rank_at, warn_beyond_break_even
+from lorank.parametrization import Parametrization, Rank, Site, check_rank, check_ranks, rank_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +33,7 @@ class LowRank(Parametrization):
         check_rank(self.rank)
 
     def check(self, sites: Sequence[Site]) -> None:
-        warn_beyond_break_even(self.rank, sites)
+        check_ranks(self.rank, sites)
 
     def build(self, site: Site) -> nn.Module:
         return CoLALinear(

@@ -1,5 +1,6 @@
 """Tables for the terminal."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,9 +78,10 @@ def plan_tables(plan: Plan) -> RenderableType:
         totals.add_column(title, justify="left" if not title else "right")
 
     def line(label: str, dense: float, ours: float, show: Callable[[float], str]) -> None:
-        totals.add_row(label, show(dense), show(ours), f"{ours / dense:.3f}" if dense else "")
+        ratio = f"{ours / dense:.3f}" if dense and not math.isnan(ours / dense) else ""
+        totals.add_row(label, show(dense), show(ours), ratio)
 
-    count, gib = (lambda n: f"{n:,.0f}"), (lambda b: f"{b / 2**30:.3f} GiB")
+    count, gib = (lambda n: f"{n:,.0f}"), (lambda b: "unknown" if math.isnan(b) else f"{b / 2**30:.3f} GiB")
     dense, ours = plan.dense, plan.model
     line("parameters", dense.parameters.total, ours.parameters.total, count)
     line("  in the blocks", dense.parameters.blocks, ours.parameters.blocks, count)

@@ -9,6 +9,7 @@ document is on both sides of the split; packing loses no token but those that do
 
 import atexit
 import contextlib
+import functools
 import glob
 import hashlib
 import itertools
@@ -75,6 +76,20 @@ class Corpus:
     """UTF-8 bytes of validation text per token, the tokens that end documents included, for bits per byte."""
     description: str
     """One line for humans: "embedded: 612 documents, 11.8 MB, 3.4 M tokens"."""
+
+    @functools.cached_property
+    def largest_id(self) -> int:
+        """The largest token id of the rows; those of a stream are not known."""
+        return max(max(map(int, map(np.max, _ids(rows)))) for rows in (self.train, self.validation) if _ids(rows))
+
+    @functools.cached_property
+    def hash(self) -> str:
+        """Of the tokenizer and of all token ids; of a stream, of its tokenizer and its validation rows."""
+        digest = hashlib.blake2b(_identity(self.tokenizer).encode(), digest_size=16)
+        for rows in (self.train, self.validation):
+            for ids in _ids(rows):
+                digest.update(ids.tobytes())
+        return digest.hexdigest()
 
 
 class Source(NamedTuple):
@@ -164,7 +179,7 @@ def load_corpus(
     if isinstance(rows, Dataset):
         tokens = _quantity(len(rows) * sequence_length, "tokens")
         description += f", {tokens if documents == 'packed' else f'{len(rows):,} sequences'} to train on"
-    return Corpus(tok, rows, held_out_rows, _bytes_per_token(held_out, tok), description)
+    return Corpus(tok, rows, held_out_rows, _bytes_per_token(held_out, form), description)
 
 
 @_quiet()
@@ -188,15 +203,29 @@ def load_evaluation(
     held_out = _open_for_evaluation(data, text_column, seed, cache)
     form = Form(tokenizer, sequence_length, documents)
     rows = _sequences(held_out, form, f"the text of {data}", cache, validation_tokens)
-    return rows, _bytes_per_token(held_out, tokenizer)
+    return rows, _bytes_per_token(held_out, form)
 
 
-def collate(rows: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, torch.Tensor]:
-    """Rows as one batch of int64 tensors [batch, sequence_length]; packed rows are their own labels."""
+def collate(rows: Sequence[Mapping[str, Sequence[int]]], vocab_size: int | None = None) -> dict[str, torch.Tensor]:
+    """Rows as one batch of int64 tensors [batch, sequence_length]; packed rows are their own labels.
+
+    Raises:
+        ValueError: an id is not below `vocab_size` (an embedding would only say that an index is out of range).
+    """
     columns = {name: np.array([row[name] for row in rows], dtype=np.int64) for name in rows[0]}
+    if vocab_size is not None:
+        check_ids(int(columns["input_ids"].max()), vocab_size)
     batch = {name: torch.from_numpy(column) for name, column in columns.items()}
     batch.setdefault("labels", batch["input_ids"].clone())
     return batch
+
+
+def check_ids(largest: int, vocab_size: int) -> None:
+    """Raises ValueError if a vocabulary does not hold the largest token id."""
+    if largest >= vocab_size:
+        raise ValueError(
+            f"vocab_size={vocab_size} is too small for the tokenizer, which gives id {largest}; leave it out"
+        )
 
 
 def _check(documents: str, sequence_length: int) -> None:
@@ -525,23 +554,35 @@ def _packed(documents: Documents, form: Form) -> Iterator[Row]:
 
 
 def _padded(documents: Documents, form: Form) -> Iterator[Row]:
-    """One row a document, with its tokenizer's own special tokens, and eos if it lacks and has room."""
+    """One row a document."""
     tokenizer, length, _ = form
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    beginnings = (Piece(text[:PIECE], True) for text in _texts(documents))
-    for _, ids in _encode(beginnings, tokenizer, truncation=True, max_length=length):
-        if len(ids) < length and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
+    for _, ids in _beginnings(documents, form):
         if len(ids) > 1:  # one token predicts nothing
             n = length - len(ids)
             mask = [1] * len(ids) + [0] * n
             yield {"input_ids": ids + [pad] * n, "attention_mask": mask, "labels": ids + [-100] * n}
 
 
-def _bytes_per_token(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> float:
+def _beginnings(documents: Documents, form: Form) -> Iterator[tuple["Piece", list[int]]]:
+    """Documents with the token ids that fit in a row: their tokenizer's own special ones, and eos if it lacks and has
+    room."""
+    tokenizer, length, _ = form
+    beginnings = (Piece(text[:PIECE], True) for text in _texts(documents))
+    for piece, ids in _encode(beginnings, tokenizer, truncation=True, max_length=length):
+        if len(ids) < length and ids[-1:] != [tokenizer.eos_token_id]:
+            ids.append(tokenizer.eos_token_id)
+        yield piece, ids
+
+
+def _bytes_per_token(documents: Documents, form: Form) -> float:
+    """UTF-8 bytes per token of the text that is in the rows."""
     size = tokens = 0
-    for piece, ids in _tokens(documents, tokenizer):
-        size += len(piece.text.encode())
+    packed = form.documents == "packed"
+    for piece, ids in _tokens(documents, form.tokenizer) if packed else _beginnings(documents, form):
+        fits = packed or len(ids) < form.sequence_length
+        text = piece.text if fits else form.tokenizer.decode(ids, skip_special_tokens=True)
+        size += len(str(text).encode())
         tokens += len(ids)
         if size >= MEASURED_BYTES:
             break
@@ -601,6 +642,13 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
             return
         yield piece.text
         characters -= len(piece.text)
+
+
+def _ids(rows: Dataset | IterableDataset) -> list[np.ndarray]:
+    """The token ids of rows on disk, chunk by chunk, not copied; of a stream, none."""
+    if isinstance(rows, IterableDataset):
+        return []
+    return [chunk.flatten().to_numpy() for chunk in rows.data.column("input_ids").chunks if len(chunk)]
 
 
 def _texts(documents: Documents) -> Iterator[str]:

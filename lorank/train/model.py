@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -24,7 +25,9 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
         ValueError: unknown size, no such configuration, one that is converted already, or sequences longer than its
         positions.
     """
-    vocab_size = recipe.vocab_size or (len(tokenizer) if tokenizer is not None else 32_000)
+    vocab_size = recipe.vocab_size
+    if vocab_size is None:
+        vocab_size = len(tokenizer) if tokenizer is not None else 32_000
     config: PretrainedConfig
     if recipe.model is None:
         config = llama_config(recipe.size, vocab_size=vocab_size, sequence_length=recipe.sequence_length)
@@ -55,9 +58,10 @@ def _read_config(name: str) -> PretrainedConfig:
         )
     try:
         return AutoConfig.from_pretrained(os.path.expanduser(name))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(f"model={name!r} gives no configuration of transformers: {reason}") from None
+    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        # a field that a configuration class refuses is told of in the last line, all else in the first
+        reason = str(error).strip().splitlines()[-1 if isinstance(error, StrictDataclassError) else 0]
+        raise ValueError(f"model={name!r} gives no configuration of transformers: {reason.strip()}") from None
 
 
 def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
@@ -66,16 +70,22 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     try:
         dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attention)
-    except (ValueError, ImportError) as error:
-        raise ValueError(
-            f"no causal language model of {config.model_type!r} can be built: {_first_line(error)}"
-        ) from None
+    except Exception as error:  # whatever the modelling code makes of a shape that makes no sense
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"no causal language model of {config.model_type!r} can be built: {reason}") from None
     if recipe.method != "dense":
         convert(model, build_method(recipe), targets=recipe.targets, exclude=recipe.exclude)
     elif recipe.rank is not None or recipe.options or recipe.targets or recipe.exclude:
         raise ValueError("method=dense takes no rank, options, targets or exclude; drop them or choose another method")
-    if recipe.checkpoint is not None:
-        checkpoint(model, POLICIES[recipe.checkpoint], every=recipe.checkpoint_every)
+    policy: str | None = recipe.checkpoint
+    if policy is None and recipe.method != "dense":
+        policy = find_method(recipe.method).checkpoint_policy
+    if recipe.checkpoint_every != 1 and policy in (None, "none"):
+        raise ValueError(
+            f"checkpoint_every={recipe.checkpoint_every} needs a checkpoint policy; give checkpoint=bottlenecks"
+        )
+    if policy is not None:
+        checkpoint(model, POLICIES[policy], every=recipe.checkpoint_every)
     return model
 
 
@@ -95,7 +105,3 @@ def build_method(recipe: Recipe) -> Any:
     elif recipe.model is None and "rank" in known and "rank" not in fields:
         fields["rank"] = find_size(recipe.size).rank
     return method(**fields)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

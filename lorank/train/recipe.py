@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import functools
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -85,14 +86,31 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            _check_type(field.name, getattr(self, field.name), setting_types()[field.name])
-        positive = ("checkpoint_every", "sequence_length", "steps", "batch_size", "log_every", "keep", "lr")
-        for name in positive:
-            if not getattr(self, name) > 0:
+            value = getattr(self, field.name)
+            _check_type(field.name, value, setting_types()[field.name])
+            if any(
+                isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])
+            ):
+                raise ValueError(f"{field.name}={value} is not a finite number")
+        for name in (
+            "checkpoint_every",
+            "sequence_length",
+            "steps",
+            "batch_size",
+            "log_every",
+            "keep",
+            "lr",
+            "eval_tokens",
+        ):
+            if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} is not positive")
         for name in ("weight_decay", "clip", "warmup_steps", "eval_every", "save_every", "eps", "min_lr_ratio", "seed"):
-            if not getattr(self, name) >= 0:
+            if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed={self.seed} is not below 2**32")
+        if self.vocab_size is not None and self.vocab_size <= 0:
+            raise ValueError(f"vocab_size={self.vocab_size} is not positive")
         if self.sequence_length < 2:
             raise ValueError("sequence_length=1 leaves no token to predict; give at least 2")
         if self.warmup_steps >= self.steps:
@@ -104,10 +122,6 @@ class Recipe:
         if self.micro_batch_size is not None and not 0 < self.micro_batch_size <= self.batch_size:
             raise ValueError(
                 f"micro_batch_size={self.micro_batch_size} is not between 1 and batch_size={self.batch_size}"
-            )
-        if self.checkpoint_every != 1 and self.checkpoint in (None, "none"):
-            raise ValueError(
-                f"checkpoint_every={self.checkpoint_every} needs a checkpoint policy; give checkpoint=bottlenecks"
             )
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise ValueError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
@@ -131,6 +145,8 @@ class Recipe:
             raise ValueError(
                 f"recipe {path} does not exist; recipes are YAML files such as those in recipes/"
             ) from None
+        except IsADirectoryError:
+            raise ValueError(f"recipe {path} is a folder; give a YAML file, or continue a run with --resume") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             where = getattr(error, "problem_mark", None)
             line = f", line {where.line + 1}" if where else ""

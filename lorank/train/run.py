@@ -1,16 +1,18 @@
 """One pre-training run: a recipe and a folder in, a model with its history out.
 
 RUN/recipe.yaml       the resolved recipe
-RUN/run.json          versions, device, commit: what else it takes to repeat the run
+RUN/run.json          versions, device, commit, hash of the data: what else it takes to repeat the run
 RUN/metrics.jsonl     one record per log line and evaluation, units in the names
-RUN/checkpoint-N/     what --resume continues from
+RUN/checkpoint-N/     what --resume continues from; its optimizer's state is read as tensors only
 RUN/model.safetensors, config.json, tokenizer.json ...   the trained model, for from_pretrained(RUN)
 RUN/summary.json, README.md                              its figures, and its model card
 """
 
 import contextlib
 import dataclasses
+import glob
 import json
+import logging
 import math
 import os
 import platform
@@ -18,6 +20,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
+import zipfile
 from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib.metadata import version
@@ -26,7 +29,7 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -46,7 +49,9 @@ from lorank.train.generation import generate_text
 from lorank.train.model import build_config, build_model
 from lorank.train.optimizers import build_optimizer
 from lorank.train.recipe import Recipe
-from lorank.train.trainer import MetricsFile, PretrainTrainer, StopOnNonFinite, StopOnSignal, write_whole
+from lorank.train.trainer import STAGING, MetricsFile, PretrainTrainer, StopOnNonFinite, StopOnSignal, write_whole
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,27 +88,29 @@ def pretrain(
         OSError: a file could not be read or written.
         FloatingPointError: the loss or a gradient is no longer finite.
     """
-    out = Path(out)
+    out, recipe = Path(out), _absolute(recipe)
     if resume and (out / "summary.json").exists():
         raise ValueError(f"{out} is finished: there is nothing to resume; start another run with --out")
-    start_from = _last_whole_checkpoint(out) if resume else None
     _prepare_folder(out, resume)
+    start_from = _last_whole_checkpoint(out) if resume else None
     torch.set_float32_matmul_precision("high")
 
     corpus = data.load_corpus(
         recipe.data,
         validation=recipe.validation,
         tokenizer=recipe.tokenizer,
-        vocab_size=recipe.vocab_size or 4096,
+        vocab_size=4096 if recipe.vocab_size is None else recipe.vocab_size,
         sequence_length=recipe.sequence_length,
         documents=recipe.documents,
         text_column=recipe.text_column,
         seed=recipe.seed,
     )
     config = build_config(recipe, corpus.tokenizer)
-    if (largest := max(max(row["input_ids"]) for row in corpus.validation)) >= config.vocab_size:
+    data.check_ids(corpus.largest_id, config.vocab_size)
+    if resume and (began := json.loads((out / "run.json").read_text())["data_hash"]) != corpus.hash:
         raise ValueError(
-            f"vocab_size={config.vocab_size} is too small for the tokenizer, which gives id {largest}; leave it out"
+            f"data={recipe.data!r} are not what {out} began with (hash {corpus.hash}, was {began}); restore them, or start "
+            "another run with --out"
         )
     if hasattr(corpus.train, "__len__") and len(corpus.train) < recipe.batch_size:
         raise ValueError(
@@ -115,8 +122,8 @@ def pretrain(
         model = build_model(recipe, config)
         trainer = build_trainer(recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop])
         if trainer.is_world_process_zero() and not resume:
-            write_whole(out / "recipe.yaml", recipe.to_yaml())
-            write_whole(out / "run.json", json.dumps(environment(corpus.description), indent=2))
+            write_whole(out / "run.json", json.dumps(environment(corpus), indent=2))
+            write_whole(out / "recipe.yaml", recipe.to_yaml())  # the last of the two: it makes the folder a run
         trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
         if stop.received is not None and trainer.state.global_step < recipe.steps:
             return None
@@ -195,7 +202,7 @@ def build_trainer(
         args=arguments,
         train_dataset=corpus.train,
         eval_dataset=corpus.validation,
-        data_collator=data.collate,
+        data_collator=partial(data.collate, vocab_size=model.config.vocab_size),
         processing_class=corpus.tokenizer,
         callbacks=[*callbacks, StopOnNonFinite()],
         make_optimizer=partial(
@@ -237,20 +244,56 @@ def read_run(folder: str | Path) -> Recipe:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def _absolute(recipe: Recipe) -> Recipe:
+    """The recipe with local paths made absolute, so that the run can be resumed from anywhere."""
+    changes = {
+        name: os.path.abspath(os.path.expanduser(value))
+        for name in ("data", "validation", "tokenizer", "model")
+        if (value := getattr(recipe, name)) not in (None, "embedded")
+        and (os.path.exists(os.path.expanduser(value)) or glob.glob(os.path.expanduser(value)))
+    }
+    return dataclasses.replace(recipe, **changes)
+
+
 def _prepare_folder(out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give --out a folder")
     if not resume and (out / "recipe.yaml").exists():
         raise ValueError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=out) as probe:  # better now than after an hour
         probe.write(b"lorank")
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(out / STAGING, ignore_errors=True)  # of a run that was killed while it saved
 
 
 def _last_whole_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: trainer_state.json is its last file."""
-    whole = [
-        path for path in out.glob("checkpoint-*") if path.name[11:].isdigit() and (path / "trainer_state.json").exists()
-    ]
-    return max(whole, key=lambda path: int(path.name.partition("-")[2]), default=None)
+    """The newest checkpoint all of whose files can be read; those passed over are logged."""
+    found = [path for path in out.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    for path in sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+        if damaged := _damaged_file(path):
+            logger.warning("%s is passed over: %s is missing or cut short", path, damaged.name)
+        else:
+            return path
+    return None
+
+
+def _damaged_file(checkpoint: Path) -> Path | None:
+    """The first file of a checkpoint that is not there or was not written to its end."""
+    state = checkpoint / "trainer_state.json"
+    try:
+        json.loads(state.read_text())
+    except (OSError, ValueError):
+        return state
+    tensors = [*checkpoint.glob("*.safetensors")] or [checkpoint / "model.safetensors"]
+    for file in tensors:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return file
+    needed = {checkpoint / name for name in ("optimizer.pt", "scheduler.pt")}
+    return next((file for file in sorted(needed | {*checkpoint.glob("*.pt*")}) if not zipfile.is_zipfile(file)), None)
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -282,7 +325,7 @@ def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         raise ValueError(f"no model could be loaded from {folder}: {str(error).strip().splitlines()[0]}") from None
 
 
-def environment(corpus: str) -> dict[str, Any]:
+def environment(corpus: data.Corpus) -> dict[str, Any]:
     """What besides the recipe it takes to repeat a run: data, versions, device and commit."""
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
     commit = None
@@ -291,7 +334,8 @@ def environment(corpus: str) -> dict[str, Any]:
             ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
         ).strip()
     return {
-        "corpus": corpus,
+        "corpus": corpus.description,
+        "data_hash": corpus.hash,
         "python": platform.python_version(),
         "packages": {"lorank": lorank.__version__, **{name: version(name) for name in packages}},
         "device": torch.cuda.get_device_name()

@@ -16,8 +16,12 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from lorank.train.evaluation import Evaluation, evaluate
+
+STAGING = ".saving"
+"""Folder of a run in which a checkpoint is written before it gets its name."""
 
 
 class PretrainTrainer(Trainer):
@@ -44,6 +48,7 @@ class PretrainTrainer(Trainer):
         **kwargs: Any,
     ):
         self.throughput = Throughput(tokens_per_step)
+        self._staging: Path | None = None
         super().__init__(*args, **kwargs)
         self.make_optimizer = make_optimizer
         self.flops_per_token = flops_per_token
@@ -88,15 +93,28 @@ class PretrainTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer does it, but a checkpoint that cannot be written whole is taken away again, and said so."""
-        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        """As Trainer does it, but in a folder of its own until all is written, so that a checkpoint is there whole or
+        not at all."""
+        out = Path(str(self.args.output_dir))
+        folder, self._staging = out / f"checkpoint-{self.state.global_step}", out / STAGING
         try:
             super()._save_checkpoint(*args, **kwargs)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)  # one that could not be read, or the same one again
+                os.replace(self._staging / folder.name, folder)
+                rotate_checkpoints(str(out), self.args.save_total_limit)
         except (OSError, SafetensorError, RuntimeError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
             raise OSError(
                 f"could not write {folder}: {str(error).splitlines()[0]}; earlier checkpoints are intact"
             ) from error
+        finally:
+            if self.args.should_save:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            self._staging = None
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._staging or super()._get_output_dir(trial))
 
 
 class Throughput(TrainerCallback):

@@ -244,7 +244,7 @@ def test_a_block_that_stays_dense_keeps_its_activation(small: Callable[..., Any]
 
 @pytest.mark.parametrize("choice", ["low-rank", "reduced"])
 def test_dropping_the_activation_needs_the_projection_that_fed_it(choice: str, small: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=f"nonlinearity='{choice}'.*not among the projections to convert"):
+    with pytest.raises(ValueError, match=f"nonlinearity='{choice}'.*no projection to convert is known"):
         convert(small("llama"), CoLA(nonlinearity=choice), targets="self_attn")  # type: ignore[arg-type]
 
 

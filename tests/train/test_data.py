@@ -622,3 +622,37 @@ def test_a_stream_without_enough_text_says_so_instead_of_going_round_for_ever(mo
     form = data.Form(tokenizer, L, "packed")
     with pytest.raises(ValueError, match="the text has 10 tokens, too few"):
         next(iter(data._sequences(stream, form, "the text", tmp_path)))
+
+
+def test_bytes_of_padded_rows_are_those_of_the_text_they_hold(tmp_path):
+    """A document ten times longer than a row counts as the row's worth of text that it gives."""
+    words = [prose(300, seed) for seed in range(40)]
+    source = write_jsonl(tmp_path / "long.jsonl", words)
+    padded, packed = (load(source, sequence_length=16, documents=form) for form in ("padded", "packed"))
+    rows = padded.validation["input_ids"]
+    held = "".join(padded.tokenizer.decode(row, skip_special_tokens=True) for row in rows)
+    assert padded.validation_bytes_per_token == pytest.approx(len(held.encode()) / sum(map(len, rows)))
+    # the same kind of text: the same bytes per token, where whole documents over cut rows would give many times more
+    assert padded.validation_bytes_per_token == pytest.approx(packed.validation_bytes_per_token, rel=0.1)
+
+
+def test_a_corpus_knows_its_largest_id_and_its_hash(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(200))
+    corpus, again = load(source), load(source)
+    assert corpus.largest_id == max(max(tokens(corpus.train)), max(tokens(corpus.validation)))
+    assert corpus.hash == again.hash
+    assert corpus.hash != load(source, seed=1).hash, "another order"
+    changed = documents(200)
+    changed[100] = changed[100].upper()
+    assert corpus.hash != load(write_jsonl(tmp_path / "b.jsonl", changed)).hash
+
+
+def test_an_id_beyond_the_vocabulary_is_one_sentence(hub):
+    corpus = load("owner/whole", text_column="body")
+    rows = list(itertools.islice(corpus.train, 4))
+    largest = max(max(row["input_ids"]) for row in rows)
+    data.collate(rows, largest + 1)
+    with pytest.raises(
+        ValueError, match=f"vocab_size={largest} is too small for the tokenizer, which gives id {largest}"
+    ):
+        data.collate(rows, largest)

@@ -40,7 +40,6 @@ def test_changes_win_over_the_file(tmp_path: Path) -> None:
         ({"micro_batch_size": 3}, "micro_batch_size=3 does not divide batch_size=8"),
         ({"micro_batch_size": 32}, "is not between 1 and batch_size=8"),
         ({"sequence_length": 1}, "no token to predict"),
-        ({"checkpoint_every": 2}, "needs a checkpoint policy"),
         ({"min_lr_ratio": 2.0}, "above 1"),
         ({"rank": [1]}, "rank=[1]"),
         ({"rank": True}, "rank=True"),

@@ -1,0 +1,73 @@
+"""From a recipe to a model: shapes, methods, policies, and one sentence for what cannot be built."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPT2LMHeadModel, LlamaForCausalLM
+
+from lorank.methods.cola import CoLALinear
+from lorank.train.model import build_config, build_method, build_model
+from lorank.train.recipe import Recipe
+
+
+def build(**settings: Any) -> Any:
+    recipe = Recipe(**{"vocab_size": 300, **settings})
+    with torch.device("meta"):
+        return build_model(recipe, build_config(recipe))
+
+
+def test_a_size_brings_its_rank_and_the_recipe_may_change_it() -> None:
+    assert build_method(Recipe(size="60m")).rank == 128
+    assert build_method(Recipe(size="60m", rank=0.5)).rank == 0.5
+    assert build_method(Recipe(size="60m", options={"rank": 7})).rank == 7
+    assert build_method(Recipe(model="gpt2")).rank == 0.25
+    layers = [module for module in build(size="60m").modules() if isinstance(module, CoLALinear)]
+    assert len(layers) == 8 * 7 and {layer.A.out_features for layer in layers} == {128}
+
+
+def test_a_model_is_a_type_a_file_or_a_folder(tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "intermediate_size": 64}))
+    for model in (tmp_path, tmp_path / "config.json"):
+        built = build(model=str(model), method="dense")
+        assert type(built) is LlamaForCausalLM and built.config.hidden_size == 32 and built.config.vocab_size == 300
+    assert type(build(model="gpt2", method="dense")) is GPT2LMHeadModel
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ({"hidden_size": 50, "num_attention_heads": 4}, "not a multiple of the number of attention heads"),
+        ({"hidden_size": "wide"}, "hidden_size"),
+        ({"hidden_act": "nothing", "hidden_size": 32, "num_attention_heads": 4}, "nothing"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_one_sentence(shape: dict[str, Any], words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1, **shape}))
+    with pytest.raises(ValueError, match=words) as refusal:
+        build(model=str(tmp_path / "config.json"))
+    assert "\n" not in str(refusal.value)
+
+
+def test_precision_decides_the_type_of_the_weights() -> None:
+    for precision, dtype in (("fp32", torch.float32), ("bf16", torch.float32), ("bf16-pure", torch.bfloat16)):
+        assert {p.dtype for p in build(precision=precision).parameters()} == {dtype}
+
+
+def test_every_second_block_of_cola_m_needs_no_word_about_its_policy() -> None:
+    model = build(size="20m", method="cola-m", checkpoint_every=2)
+    assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False]
+    assert all(layer.gradient_checkpointing for layer in build(size="20m", method="cola-m").model.layers)
+    assert not build(method="cola-m", checkpoint="none").is_activation_checkpointing
+    for method in ("cola", "dense"):
+        with pytest.raises(ValueError, match="checkpoint_every=2 needs a checkpoint policy"):
+            build(method=method, checkpoint_every=2)
+
+
+def test_dense_refuses_what_it_would_ignore() -> None:
+    for setting in ({"rank": 3}, {"options": {"activation": "relu"}}, {"targets": ["q"]}, {"exclude": ["q"]}):
+        with pytest.raises(ValueError, match="method=dense takes no rank"):
+            build(method="dense", **setting)

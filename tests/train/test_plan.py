@@ -1,0 +1,55 @@
+"""The dry run: what becomes what, and the counts beside the dense twin's."""
+
+import math
+from typing import Any
+
+import pytest
+
+from lorank import accounting
+from lorank.train.plan import plan
+from lorank.train.recipe import Recipe
+
+
+def test_the_published_60m_row() -> None:
+    found = plan(Recipe(size="60m", vocab_size=32_000))
+    assert (found.dense.parameters.total, found.model.parameters.total) == (58_073_600, 42_770_944)
+    blocks = {m: accounting.block_training_flops(m, 512, 1376, 128, 256) * 8 for m in ("dense", "cola")}  # type: ignore[arg-type]
+    head = 6 * 256 * 512 * 32_000
+    assert found.dense.flops_per_token * 256 == blocks["dense"] + head
+    assert found.model.flops_per_token * 256 == blocks["cola"] + head
+    assert not found.checkpoint
+
+
+def test_rows_add_up_to_the_blocks() -> None:
+    found = plan(Recipe(size="20m", vocab_size=300))
+    norms = 4 * 2 * 256
+    assert sum(row.parameters_before for row in found.rows) + norms == found.dense.parameters.blocks
+    assert sum(row.parameters_after for row in found.rows) + norms == found.model.parameters.blocks
+    assert [row.before for row in found.rows] == ["256 → 256"] * 4 + ["256 → 688"] * 2 + ["688 → 256"]
+    assert all(row.depths == 4 and row.after.startswith("CoLALinear(rank=64") for row in found.rows)
+
+
+def test_what_is_left_out_is_shown_as_dense() -> None:
+    found = plan(Recipe(vocab_size=300, exclude=["mlp"]))
+    assert [row.after == "stays dense" for row in found.rows] == [False] * 4 + [True] * 3
+
+
+def test_recomputation_is_counted_and_said() -> None:
+    whole, saving = (plan(Recipe(vocab_size=300, method=method)) for method in ("cola", "cola-m"))
+    assert saving.checkpoint and saving.model.flops_per_token > whole.model.flops_per_token
+    assert saving.model.memory.activations_bytes < whole.model.memory.activations_bytes
+    assert saving.model.parameters == whole.model.parameters
+
+
+@pytest.mark.parametrize(("batch", "micro", "expected"), [(8, None, 8), (8, 2, 2)])
+def test_activations_are_those_of_one_micro_batch(batch: int, micro: int | None, expected: int) -> None:
+    settings: dict[str, Any] = {"vocab_size": 300, "sequence_length": 32}
+    found = plan(Recipe(batch_size=batch, micro_batch_size=micro, **settings)).model.memory.activations_bytes
+    assert found == plan(Recipe(batch_size=expected, **settings)).model.memory.activations_bytes
+    assert 0 < found < math.inf
+
+
+def test_autocast_needs_no_more_activations_than_fp32() -> None:
+    fp32, bf16 = (plan(Recipe(vocab_size=300, precision=p)).model.memory for p in ("fp32", "bf16"))
+    assert bf16.activations_bytes <= fp32.activations_bytes
+    assert bf16.weights_bytes == fp32.weights_bytes, "autocast keeps fp32 weights"

@@ -1,0 +1,65 @@
+"""What our Trainer adds: timing of steps alone, evaluation by token, metrics with units."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from lorank.train import trainer
+from lorank.train.trainer import MetricsFile, StopOnNonFinite, Throughput, write_whole
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
+    now = SimpleNamespace(value=100.0)
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now.value)
+    return now
+
+
+def test_only_steps_are_timed(clock: Any) -> None:
+    watch = Throughput(tokens_per_step=50)
+    assert watch.tokens_per_second() is None
+    for seconds in (9.0, 2.0, 2.0):  # the first step warms up
+        clock.value += seconds
+        watch.on_step_end()
+    assert watch.tokens_per_second() == 25.0
+    assert watch.tokens_per_second() is None, "a window ends when it is read"
+    clock.value += 1000.0
+    watch.on_evaluate()
+    clock.value += 5.0
+    watch.on_step_end()
+    clock.value += 1000.0
+    watch.on_save()
+    assert watch.tokens_per_second() == 10.0
+    assert (watch.steps, watch.seconds) == (3, 9.0)
+
+
+def test_metrics_have_units_and_only_the_main_process_writes(tmp_path: Any) -> None:
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    state, control = TrainerState(global_step=7), TrainerControl()
+    arguments: Any = None
+    state.is_world_process_zero = False
+    file.on_log(arguments, state, control, {"loss": 1.0})
+    assert not file.path.exists()
+    state.is_world_process_zero = True
+    file.on_log(arguments, state, control, {"loss": 1.5, "grad_norm": 0.5, "learning_rate": 1e-3, "epoch": 0.1})
+    file.on_log(arguments, state, control, {"train_runtime": 3.0})
+    assert file.path.read_text() == '{"step": 7, "loss_nats_per_token": 1.5, "gradient_norm": 0.5, "lr": 0.001}\n'
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_ends_the_run(name: str, value: float, tmp_path: Any) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), learning_rate=0.25, use_cpu=True)
+    with pytest.raises(FloatingPointError, match=f"{name} became {value} by step 7; lower lr=0.25"):
+        StopOnNonFinite().on_log(arguments, TrainerState(global_step=7), TrainerControl(), {name: value})
+    StopOnNonFinite().on_log(arguments, TrainerState(global_step=7), TrainerControl(), {name: 1.0})
+
+
+def test_a_text_file_is_there_whole_or_not_at_all(tmp_path: Any) -> None:
+    path = tmp_path / "a.json"
+    write_whole(path, "one")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "two \ud800")  # fails after the temporary file was opened
+    assert path.read_text() == "one"
