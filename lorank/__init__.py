@@ -12,16 +12,18 @@ from lorank import registry
 
 if TYPE_CHECKING:
     from lorank.checkpointing import checkpoint, keep_bottlenecks, keep_bottlenecks_and_attention
-    from lorank.conversion import convert
+    from lorank.conversion import convert, merge, step_hook
     from lorank.methods import METHODS
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.low_rank import LowRank
-    from lorank.parametrization import Parametrization, Site
+    from lorank.parametrization import Parametrization, Site, StepHook
 
 __version__ = "0.1.0"
 
 _HOME = {
     "convert": "conversion",
+    "merge": "conversion",
+    "step_hook": "conversion",
     "checkpoint": "checkpointing",
     "keep_bottlenecks": "checkpointing",
     "keep_bottlenecks_and_attention": "checkpointing",
@@ -31,6 +33,7 @@ _HOME = {
     "LowRank": "methods.low_rank",
     "Parametrization": "parametrization",
     "Site": "parametrization",
+    "StepHook": "parametrization",
 }
 __all__ = [
     "METHODS",
@@ -39,10 +42,13 @@ __all__ = [
     "LowRank",
     "Parametrization",
     "Site",
+    "StepHook",
     "checkpoint",
     "convert",
     "keep_bottlenecks",
     "keep_bottlenecks_and_attention",
+    "merge",
+    "step_hook",
 ]
 
 

@@ -5,6 +5,7 @@ and let the model remember what was done to it, so that saving and loading give 
 (`lorank.pretrained.record`).
 """
 
+import copy
 import functools
 import inspect
 import re
@@ -18,7 +19,7 @@ from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
 from lorank.methods import find_method
-from lorank.parametrization import Parametrization, Site, compile_pattern
+from lorank.parametrization import Parametrization, Site, StepHook, compile_pattern
 
 Model = TypeVar("Model", bound=nn.Module)
 Patterns = str | Sequence[str] | None
@@ -107,6 +108,58 @@ def base_prefix(model: nn.Module) -> str:
     nothing."""
     has_head = isinstance(model, PreTrainedModel) and model.base_model is not model
     return f"{model.base_model_prefix}." if has_head else ""
+
+
+def method_of(model: nn.Module) -> Parametrization | None:
+    """The method that a model was converted with, with its hyper-parameters; None for a dense one."""
+    recorded = converted_with(model)
+    return None if recorded is None else find_method(recorded["method"]).from_dict(recorded["arguments"])
+
+
+def merge(model: PreTrainedModel) -> PreTrainedModel:
+    """An ordinary model of transformers with the same outputs: every converted layer is one dense layer again.
+
+    The model itself stays as it is. What comes back is saved, loaded and used without lorank.
+
+    Raises:
+        ValueError: the model is not a converted one of transformers, or its method has no dense equivalent (CoLA).
+    """
+    method = method_of(model)
+    if method is None or not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"this {type(model).__name__} is no converted model of transformers; there is nothing to merge"
+        )
+    from lorank.pretrained import forget
+
+    dense = copy.deepcopy(model)
+    forget(dense)
+    with torch.device("meta"):
+        shapes = type(dense)(dense.config)  # where the architecture has linear layers, and of which kind
+    for name, was in shapes.named_modules():
+        if _is_linear(was) and type(now := dense.get_submodule(name)) is not type(was):
+            weight, bias = _joined(method, now) if isinstance(now, FusedProjections) else method.merged(now)
+            linear = _copied(_linear(weight, bias, now.training))
+            _put(dense, name, _as_conv1d(linear) if isinstance(was, Conv1D) else linear)
+    method.undo(dense)
+    dense.activation_checkpointing_disable()
+    return dense
+
+
+def step_hook(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, seed: int = 0) -> StepHook | None:
+    """Let a converted model's method act between the steps of `optimizer`, in a training loop of any kind.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        seed: of whatever the method draws on its way.
+
+    Returns:
+        The hook, which is already at work, for its `state_dict`; None if the method needs none, or the model is dense.
+
+    Raises:
+        ValueError: the method cannot live with this optimizer or with so few steps.
+    """
+    method = method_of(model)
+    return None if method is None else method.hook(model, optimizer, steps=steps, seed=seed)
 
 
 def rewrite(
@@ -297,6 +350,13 @@ def _copied(linear: nn.Linear) -> nn.Linear:
     return _linear(linear.weight.clone(memory_format=torch.contiguous_format), bias, linear.training)
 
 
+def _as_conv1d(linear: nn.Linear) -> Conv1D:
+    conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+    conv.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias.detach())
+    return conv.train(linear.training)
+
+
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Set a submodule by its full name."""
     parent_name, _, attribute = name.rpartition(".")
@@ -340,6 +400,17 @@ class FusedProjections(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         outputs = [part(x).unflatten(-1, (self.heads, -1)) for part in self.children()]
         return torch.cat(outputs, dim=-1).flatten(-2)
+
+
+def _joined(method: Parametrization, fused: FusedProjections) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the one matrix that several projections were."""
+    parts = [(p.weight, p.bias) if isinstance(p, nn.Linear) else method.merged(p) for p in fused.children()]
+
+    def join(rows: list[Tensor]) -> Tensor:
+        return torch.cat([part.unflatten(0, (fused.heads, -1)) for part in rows], dim=1).flatten(0, 1)
+
+    biases = [bias for _, bias in parts if bias is not None]
+    return join([weight for weight, _ in parts]), join(biases) if biases else None
 
 
 def _thirds(config: Any) -> Fusion:

@@ -8,10 +8,12 @@ well as layer-wise ones.
 import dataclasses
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 Rank = int | float | Mapping[str, int | float]
 
@@ -68,6 +70,32 @@ class Parametrization:
     def finish(self, model: nn.Module) -> None:
         """Whatever the method changes beside its layers; called once, after all stacks are in place."""
 
+    def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weight [d_out, d_in] and bias of the dense layer that a module of this method amounts to.
+
+        Raises:
+            ValueError: there is none; why.
+        """
+        raise ValueError(f"{self.name} cannot be merged: its layers are not linear maps")
+
+    def undo(self, model: nn.Module) -> None:
+        """Take away what `finish` added; called when a model is merged, after its layers are dense again."""
+
+    def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> "StepHook | None":
+        """What happens to `model` and the state of `optimizer` between the `steps` steps of a run; None: nothing.
+
+        Raises:
+            ValueError: the method cannot live with this optimizer or with so few steps.
+        """
+        return None
+
+    def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float] | None:
+        """Multiplier of the learning rate by steps done, where the method needs one of its own; None: cosine."""
+        return None
+
+    adamw: ClassVar[type[Optimizer] | None] = None
+    """The AdamW that the method needs, called as torch's is; None: torch's own."""
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types; tables as lists of pairs, because transformers sorts the keys of its
         config.json."""
@@ -81,6 +109,40 @@ class Parametrization:
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         tables = {name: dict(v["in_order"]) for name, v in fields.items() if isinstance(v, Mapping) and "in_order" in v}
         return cls(**{**fields, **tables})
+
+
+class StepHook:
+    """Something that happens between optimizer steps; it rides on the optimizer's own hooks, in any training loop.
+
+    A subclass overrides `before_step` (gradients are final, clipped and accumulated) or `after_step`. Tensors of the
+    model change only in place; what must survive a restart and is in neither the model nor the optimizer's state
+    belongs in `state_dict`.
+    """
+
+    def __init__(self, optimizer: Optimizer):
+        self.optimizer = optimizer
+        self.step = 0
+        """Optimizer steps done: 0 in the first call of `before_step`, 1 in the first of `after_step`."""
+        optimizer.register_step_pre_hook(lambda *_: self.before_step())
+        optimizer.register_step_post_hook(self._after_step)
+
+    def before_step(self) -> None:
+        """Called before each optimizer step."""
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+
+    def _after_step(self, *_: Any) -> None:
+        self.step += 1
+        self.after_step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs to go on exactly as this one; tensors only."""
+        return {"step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from where `state_dict` was taken; model and optimizer are loaded already."""
+        self.step = int(state["step"])
 
 
 def check_rank(rank: Rank) -> None:

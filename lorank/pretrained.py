@@ -98,6 +98,19 @@ def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
             module.config = config  # type: ignore[assignment]
 
 
+def forget(model: PreTrainedModel) -> None:
+    """The opposite of `record`: the classes of transformers again, and a configuration that knows nothing of lorank."""
+    configs = {
+        id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None and hasattr(c, "lorank")
+    }
+    for config in configs.values():
+        config.__class__ = type(config).__bases__[0]
+        del config.lorank
+    for module in model.modules():
+        if type(module).__module__ == __name__:
+            module.__class__ = type(module).__bases__[0]
+
+
 def _is_native(module: nn.Module) -> bool:
     """Not ours, or a factor, which the layer it belongs to draws."""
     return isinstance(module, nn.Linear) or type(module).__module__.partition(".")[0] in ("torch", "transformers")

@@ -151,6 +151,11 @@ class CoLA(Parametrization):
             dtype=site.linear.weight.dtype,
         )
 
+    def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        raise ValueError(
+            f"{self.name} cannot be merged: with the non-linearity between A and B no layer is a dense one"
+        )
+
     def finish(self, model: nn.Module) -> None:
         if self._drops_original:
             drop_activations(model, lambda name, module: isinstance(module, CoLALinear) and bool(GATE.search(name)))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorank.methods.cola import CoLALinear
 from lorank.parametrization import Parametrization, Rank, Site, check_rank, check_ranks, rank_at
@@ -34,6 +34,10 @@ class LowRank(Parametrization):
 
     def check(self, sites: Sequence[Site]) -> None:
         check_ranks(self.rank, sites)
+
+    def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(module, CoLALinear)
+        return module.B.weight @ module.A.weight, module.B.bias
 
     def build(self, site: Site) -> nn.Module:
         return CoLALinear(

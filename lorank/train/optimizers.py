@@ -87,10 +87,15 @@ def build_optimizer(
     decay: Literal["matrices", "all"] = "matrices",
     betas: Iterable[float] = (0.9, 0.999),
     eps: float = 1e-8,
+    adamw: type[torch.optim.Optimizer] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW in PyTorch's fused form, or `MuonAdamW`, over `parameter_groups`."""
+    """AdamW in PyTorch's fused form, or `MuonAdamW`, over `parameter_groups`; `adamw` is a method's own AdamW."""
     hidden, others = parameter_groups(model, weight_decay, decay)
     beta1, beta2 = betas
+    if adamw is not None:
+        if name != "adamw":
+            raise ValueError(f"optimizer={name!r}: the method needs {adamw.__name__}; take optimizer=adamw")
+        return adamw(hidden + others, lr=lr, betas=(beta1, beta2), eps=eps)  # type: ignore[call-arg]
     if name == "muon":
         return MuonAdamW(hidden, others, lr=lr, betas=(beta1, beta2), eps=eps)
     return torch.optim.AdamW(hidden + others, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)

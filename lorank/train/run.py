@@ -44,6 +44,7 @@ from transformers.integrations import get_available_reporting_integrations
 
 import lorank
 from lorank import accounting
+from lorank.conversion import method_of
 from lorank.train import data
 from lorank.train.generation import generate_text
 from lorank.train.model import build_config, build_model
@@ -196,6 +197,7 @@ def build_trainer(
         disable_tqdm=True,
     )
     _check_trackers(recipe.report_to)
+    method = method_of(model)
     peak, source = accounting.achievable_flops()
     trainer = PretrainTrainer(
         model=model,
@@ -213,7 +215,11 @@ def build_trainer(
             decay=recipe.decay,
             betas=recipe.betas,
             eps=recipe.eps,
+            adamw=method.adamw if method is not None else None,
         ),
+        schedule=method.schedule(recipe.steps, recipe.warmup_steps, recipe.min_lr_ratio)
+        if method is not None
+        else None,
         tokens_per_step=recipe.batch_size * recipe.sequence_length,
         flops_per_token=accounting.flops_per_token(model, recipe.sequence_length),
         peak_flops=(peak * devices, source),

@@ -14,14 +14,20 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from lorank.conversion import step_hook
+from lorank.parametrization import StepHook
 from lorank.train.evaluation import Evaluation, evaluate
 
 STAGING = ".saving"
 """Folder of a run in which a checkpoint is written before it gets its name."""
+HOOK_FILE = "hook.safetensors"
+"""File of a checkpoint with the state of the method's `StepHook`."""
 
 
 class PretrainTrainer(Trainer):
@@ -29,6 +35,7 @@ class PretrainTrainer(Trainer):
 
     Args:
         make_optimizer: called with the model when training begins.
+        schedule: multiplier of the learning rate by steps done; None: what the arguments say.
         tokens_per_step: positions that one optimizer step sees, over all devices.
         flops_per_token: of training this model, recomputation not counted (MFU, arXiv 2204.02311).
         peak_flops: FLOP/s that all devices together could reach, and where that number comes from.
@@ -40,6 +47,7 @@ class PretrainTrainer(Trainer):
         self,
         *args: Any,
         make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
+        schedule: Callable[[int], float] | None = None,
         tokens_per_step: int,
         flops_per_token: float,
         peak_flops: tuple[float, str],
@@ -51,6 +59,8 @@ class PretrainTrainer(Trainer):
         self._staging: Path | None = None
         super().__init__(*args, **kwargs)
         self.make_optimizer = make_optimizer
+        self.schedule = schedule
+        self.hook: StepHook | None = None
         self.flops_per_token = flops_per_token
         self.peak_flops, self.peak_flops_source = peak_flops
         self.eval_tokens = eval_tokens
@@ -62,7 +72,24 @@ class PretrainTrainer(Trainer):
             trained = self.model if model is None else model
             assert trained is not None
             self.optimizer = self.make_optimizer(trained)
+            self.hook = step_hook(trained, self.optimizer, steps=self.args.max_steps, seed=self.args.seed)
         return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
+        if self.lr_scheduler is None and self.schedule is not None:
+            trained: Any = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = LambdaLR(trained, self.schedule)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.hook is not None and self.args.should_save:
+            save_file(self.hook.state_dict(), os.path.join(output_dir, HOOK_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.hook is not None and checkpoint is not None:
+            self.hook.load_state_dict(load_file(os.path.join(checkpoint, HOOK_FILE)))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All validation rows, none dropped, on each process: the figures do not depend on batch size or device count."""
