@@ -66,6 +66,7 @@ class Summary:
     steps: int
     tokens: int
     tokens_per_second: float
+    """By the median step of training."""
     mfu: float
     peak_flops_source: str
     peak_memory_gib: float
@@ -133,7 +134,7 @@ def pretrain(
         raise FloatingPointError(f"the validation loss became {found.loss}; lower lr={recipe.lr} or warm up longer")
     if trainer.is_world_process_zero():
         save_model(model, corpus.tokenizer, out)
-    rate = trainer.throughput.steps * trainer.throughput.tokens_per_step / max(trainer.throughput.seconds, 1e-9)
+    rate = trainer.throughput.typical_tokens_per_second()
     counts = accounting.count_parameters(model)
     summary = Summary(
         method=recipe.method,

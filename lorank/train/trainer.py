@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import threading
 import time
 from collections.abc import Callable
@@ -149,22 +150,24 @@ class Throughput(TrainerCallback):
 
     def __init__(self, tokens_per_step: int):
         self.tokens_per_step = tokens_per_step
-        self.seconds = 0.0
-        self.steps = 0
-        self._window = (0.0, 0)
+        self.seconds: list[float] = []
+        """Of each step timed."""
+        self._read = 0
         self._mark: float | None = None
 
     def tokens_per_second(self) -> float | None:
-        """Since the last call; None if no step was timed."""
-        seconds, steps = self.seconds - self._window[0], self.steps - self._window[1]
-        self._window = (self.seconds, self.steps)
-        return steps * self.tokens_per_step / seconds if steps else None
+        """Mean since the last call; None if no step was timed."""
+        window, self._read = self.seconds[self._read :], len(self.seconds)
+        return self.tokens_per_step / statistics.fmean(window) if window else None
+
+    def typical_tokens_per_second(self) -> float:
+        """By the median step: what else the machine did for a moment does not count; 0 if no step was timed."""
+        return self.tokens_per_step / statistics.median(self.seconds) if self.seconds else 0.0
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         now = time.perf_counter()
         if self._mark is not None:
-            self.seconds += now - self._mark
-            self.steps += 1
+            self.seconds.append(now - self._mark)
         self._mark = now
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
