@@ -43,6 +43,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/startup.py
 	$(BIN)/python benchmarks/block_stack.py
 	$(BIN)/python benchmarks/trainer_overhead.py
+	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/demo_sweep.py
 
 clean:

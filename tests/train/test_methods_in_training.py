@@ -1,0 +1,142 @@
+"""Every method in whole runs: it learns, it resumes bit by bit, and it combines with what else a run may ask for."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import TrainerCallback
+
+from lorank.methods import METHODS
+from lorank.train import run
+from lorank.train.data import _embedded_files, load_corpus
+from lorank.train.recipe import Recipe
+
+TEXT = "".join(
+    f"line {i}: the {'quick' if i % 3 else 'slow'} brown fox counts {i * i} lazy dogs\n" for i in range(1500)
+)
+OPTIONS: dict[str, dict[str, Any]] = {
+    "relora": {"cycle": 2, "restart_warmup_steps": 1},
+    "switchlora": {"interval": 10},
+    "sst": {"interval": 2, "restart_warmup_steps": 1},
+}
+"""Settings with which what a method does between steps happens within a run of eight."""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def recipe(text: Path, method: str, **changes: Any) -> Recipe:
+    settings = {"data": str(text), "vocab_size": 300, "sequence_length": 32, "batch_size": 4, "steps": 8, "lr": 1e-2}
+    quick = {"warmup_steps": 1, "log_every": 1, "eval_every": 0, "save_every": 1, "keep": 20, "rank": 16}
+    if method == "masa":
+        del quick["rank"]
+    return Recipe(**{**settings, **quick, "method": method, "options": OPTIONS.get(method, {}), **changes})
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    return [(r["step"], r["loss_nats_per_token"]) for r in run.history(folder) if "loss_nats_per_token" in r]
+
+
+class KillAfter(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise MemoryError("killed by the test")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_killed_after_any_step_resumes_as_if_it_had_not_been(method: str, text: Path, tmp_path: Path) -> None:
+    r = recipe(text, method)
+    run.pretrain(r, tmp_path / "whole")
+    for step in (1, 2, 3, 4, 5):  # right before and right after a merge, a swap, a decomposition
+        out = tmp_path / f"killed-{step}"
+        with pytest.raises(MemoryError):
+            run.pretrain(r, out, callbacks=[KillAfter(step)])
+        run.pretrain(run.read_run(out), out, resume=True)
+        assert losses(out) == losses(tmp_path / "whole"), f"killed after step {step}"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 2},
+        {"clip": 0.05},
+        {"precision": "bf16"},
+        {"precision": "bf16-pure"},
+        {"checkpoint": "bottlenecks"},
+        {"checkpoint": "blocks"},
+        {"checkpoint": "blocks", "micro_batch_size": 2, "precision": "bf16", "clip": 0.05},
+    ],
+    ids=lambda changes: ",".join(f"{name}={value}" for name, value in changes.items()),
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_it_combines(method: str, changes: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    """Accumulation and checkpointing change nothing but the order of sums; the others train to a finite, lower loss."""
+    plain = recipe(text, method, save_every=0)
+    if "dropout" in find_fields(method):
+        plain = dataclasses.replace(plain, options={**plain.options, "dropout": 0.0})
+    found = run.pretrain(dataclasses.replace(plain, **changes), tmp_path / "combined")
+    curve = [loss for _, loss in losses(tmp_path / "combined")]
+    assert found is not None and curve[-1] < curve[0]
+    if not {"clip", "precision"} & set(changes):
+        run.pretrain(plain, tmp_path / "plain")
+        assert curve == pytest.approx([loss for _, loss in losses(tmp_path / "plain")], rel=2e-4)
+
+
+def find_fields(method: str) -> set[str]:
+    from lorank.methods import find_method
+
+    return {field.name for field in dataclasses.fields(find_method(method))}
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of the embedded corpus: whole modules of the standard library, until they are a million characters."""
+    folder = tmp_path_factory.mktemp("library")
+    size = 0
+    for file in _embedded_files():
+        text = file.read_text(encoding="utf-8")
+        (folder / f"{len(list(folder.iterdir()))}-{file.name}").write_text(text)
+        size += len(text)
+        if size > 1_000_000:
+            return folder
+    return folder
+
+
+@pytest.mark.parametrize("method", ["dense", *METHODS])
+def test_it_learns_more_than_the_frequencies_of_tokens(method: str, library: Path, tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "num_attention_heads": 4, "num_key_value_heads": 4}))
+    options = {"relora": {"cycle": 25, "restart_warmup_steps": 5}, "sst": {"interval": 20, "restart_warmup_steps": 5}}
+    settings: dict[str, Any] = {
+        "method": method,
+        "model": str(tmp_path / "config.json"),
+        "data": str(library),
+        "vocab_size": 512,
+        "sequence_length": 64,
+        "batch_size": 16,
+        "steps": 100,
+        "warmup_steps": 20,
+        "lr": 1e-2,
+        "eval_every": 0,
+        "save_every": 0,
+        "options": options.get(method, {}),
+    }
+    if method not in ("dense", "masa"):
+        settings["rank"] = 16
+    found = run.pretrain(Recipe(**settings), tmp_path / "run")
+    corpus = load_corpus(str(library), vocab_size=512, sequence_length=64, seed=42)
+    ids = np.concatenate(corpus.validation["input_ids"])
+    share = np.bincount(ids) / len(ids)
+    entropy = -sum(p * np.log(p) for p in share if p)  # of the validation text itself: no unigram model does better
+    assert found is not None
+    assert found.validation_loss_nats_per_token < entropy - 0.3
