@@ -89,3 +89,12 @@ def test_one_version_everywhere() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert lorank.__version__ == version
     assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()
+
+
+@pytest.mark.parametrize("example", [path.name for path in (ROOT / "examples").glob("*.py")])
+@pytest.mark.parametrize("method", ["cola", "low-rank"])
+def test_the_examples_run_and_learn(example: str, method: str, fresh_python) -> None:
+    program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
+    said = fresh_python(program, str(ROOT / "examples" / example), method)
+    losses = [float(loss) for loss in re.findall(r"\bloss'?:? '?([0-9.]+)", said)]
+    assert len(losses) >= 3 and losses[-1] < 0.8 * losses[0], said

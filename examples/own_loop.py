@@ -1,0 +1,33 @@
+"""A method in a training loop of your own: convert, build an optimizer, let the method act between its steps.
+
+python examples/own_loop.py [METHOD]
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import lorank
+
+STEPS = 30
+method = sys.argv[1] if len(sys.argv) > 1 else "cola"
+
+torch.manual_seed(0)
+shape = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4)
+model = lorank.convert(AutoModelForCausalLM.from_config(shape), method).train()
+optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)  # SwitchLoRA: lorank.optim.VectorAdamW
+lorank.step_hook(model, optimizer, steps=STEPS)  # does nothing for CoLA, merges for ReLoRA, swaps for SST
+
+text = torch.frombuffer(bytearray(Path(__file__).read_bytes()), dtype=torch.uint8).long()
+for step in range(STEPS):
+    starts = torch.randint(len(text) - 65, (8,))
+    batch = torch.stack([text[start : start + 65] for start in starts])
+    loss = model(input_ids=batch[:, :-1], labels=batch[:, :-1]).loss
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    if step % 10 == 0 or step == STEPS - 1:
+        print(f"step {step}  loss {loss.item():.3f}")
