@@ -1,0 +1,61 @@
+"""GaLore: Adam inside the leading singular subspace of each matrix's gradient, found anew every T steps.
+
+    every T steps:   P = first r left singular vectors of G  (m < n),  or Q = first r right ones  (m >= n)
+    R = Pᵀ G  or  G Qᵀ
+    M ← β₁ M + (1 - β₁) R         V ← β₂ V + (1 - β₂) R²         N = M / (√V + ε)
+    W ← W - lr √(1 - β₂ᵗ) / (1 - β₁ᵗ) α P N  (or α N Q),  then W ← W - lr λ W
+
+    G, W [m, n]     P [m, r]     Q [r, n]     R, M, V, N [r, n] or [m, r]
+
+The basis is that of the very gradient it projects, and the moments are not turned when it changes. State of a matrix:
+2 r max(m, n) numbers and r min(m, n) for the basis, where Adam keeps 2 m n. The α of a projected group is a fraction of the
+learning rate and does not depend on r.
+
+Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024, arXiv 2403.03507.
+
+Departures from the authors' code. ε defaults to the paper's 1e-8 (theirs: 1e-6). "reverse_std" goes back on the side it
+came from. Matrices of equal shape share one batched product. Tensors that are no matrices are refused, not decomposed.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from lorank.optim.subspace import Subspace
+
+
+class GaLoreAdamW(Subspace):
+    """AdamW whose groups with a `rank` are projected; arguments and errors as in `Subspace` and ``torch.optim.AdamW``.
+
+    >>> from torch import nn
+    >>> linear = nn.Linear(64, 32)
+    >>> groups = [{"params": [linear.weight], "rank": 4}, {"params": [linear.bias]}]
+    >>> optimizer = GaLoreAdamW(groups, lr=0.01)
+    >>> linear(torch.ones(64)).sum().backward()
+    >>> _ = optimizer.step()
+    >>> tuple(optimizer.state[linear.weight]["left"].shape)
+    (32, 4)
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        **subspace: Any,
+    ):
+        self.eps = eps
+        super().__init__(
+            params, torch.optim.AdamW, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True, **subspace
+        )
+
+    def prepare(self) -> None:
+        """Put ε beside √V: torch adds it to √(V / (1 - β₂ᵗ)), where it has to be larger by that root."""
+        for group in self.inner.param_groups:
+            taken = [int(state["step"]) for p in group["params"] if (state := self.inner.state.get(p))]
+            t = 1 + max(taken, default=0)
+            group["eps"] = self.eps / (1 - group["betas"][1] ** t) ** 0.5

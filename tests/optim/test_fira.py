@@ -1,0 +1,126 @@
+"""Fira against its equations in float64, in both readings, and in the limits in which it is GaLore."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lorank.optim import FiraAdamW, GaLoreAdamW
+from lorank.optim.fira import column_factors, limited
+from tests.optim.test_galore import gradients, matrices, run
+
+
+def fira_by_hand(
+    W: Tensor, grads: list[Tensor], rank: int, *, lr: float, T: int, alpha: float, repo: bool, matrix: bool
+) -> Tensor:
+    W, M, V, stored, (b1, b2) = W.clone(), 0.0, 0.0, None, (0.9, 0.999)
+    for t, G in enumerate(grads):
+        right = G.shape[0] >= G.shape[1]
+        if t % T == 0:
+            U, _, Vt = torch.linalg.svd(G.float(), full_matrices=False)
+            P = (Vt[:rank] if right else U[:, :rank]).double()
+        R = G @ P.T if right else P.T @ G
+        M, V = b1 * M + (1 - b1) * R, b2 * V + (1 - b2) * R * R
+        N = (1 - b2 ** (t + 1)) ** 0.5 / (1 - b1 ** (t + 1)) * M / (V**0.5 + 1e-8)
+        inside = R @ P if right else P @ R
+        E = G - (alpha if repo else 1) * inside
+        if matrix:
+            S = N.norm() / (R.norm() + 1e-8) * E
+        elif right:
+            S = (N.norm(dim=1) / (R.norm(dim=1) + 1e-8))[:, None] * E
+        else:
+            S = (N.norm(dim=0) / (R.norm(dim=0) + 1e-8))[None, :] * E
+        if stored is not None:
+            S = S * 1.01 / max(S.norm().item() / (stored + 1e-8), 1.01)
+        stored = S.norm().item()
+        W = W - lr * (alpha * (N @ P if right else P @ N) + (1 if repo else alpha) * S)
+    return W
+
+
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12), (16, 16)])
+@pytest.mark.parametrize("residual", ["paper", "repo"])
+@pytest.mark.parametrize("scaling", ["column", "matrix"])
+def test_the_equations(shape: tuple[int, int], residual: Any, scaling: Any) -> None:
+    [p] = matrices(shape)
+    start = p.detach().clone()
+    group = {"params": [p], "rank": 4, "update_gap": 3}
+    run(FiraAdamW([group], lr=0.02, residual=residual, scaling=scaling), [p], range(8))
+    expected = fira_by_hand(
+        start, [gradients(s, [p])[0] for s in range(8)], 4, lr=0.02, T=3, alpha=0.25,
+        repo=residual == "repo", matrix=scaling == "matrix",
+    )  # fmt: skip
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_state_is_galores_and_one_number_per_matrix() -> None:
+    sizes = []
+    for kind in (GaLoreAdamW, FiraAdamW):
+        parameters = matrices((12, 20), (20, 12))
+        optimizer = kind([{"params": parameters, "rank": 4}], lr=0.1)
+        run(optimizer, parameters, range(2))
+        flat = [t for s in optimizer.state.values() for t in (*s.values(), *s["inner"].values()) if torch.is_tensor(t)]
+        sizes.append(sum(t.numel() for t in flat))
+    assert sizes[1] == sizes[0] + 2
+
+
+def test_at_full_rank_nothing_is_left_and_fira_is_galore() -> None:
+    ours, theirs = matrices((12, 20)), matrices((12, 20))
+    run(FiraAdamW([{"params": ours, "rank": 12}], lr=0.1), ours, range(4))
+    run(GaLoreAdamW([{"params": theirs, "rank": 12}], lr=0.1), theirs, range(4))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_residual_grows_by_a_hundredth_at_most_and_shrinks_freely() -> None:
+    shape = torch.ones(1, 2, 2) / 2  # norm 1
+    stored, norms = torch.tensor([-1.0]), []
+    for norm in (1.0, 10.0, 10.0, 0.5, 0.4):
+        S = limited(norm * shape, stored)
+        stored = S.norm(dim=(-2, -1))
+        norms.append(stored.item())
+    assert norms == pytest.approx([1, 1.01, 1.0201, 0.5, 0.4], rel=1e-5)
+
+
+def test_one_factor_per_column_or_per_row() -> None:
+    R = torch.randn(2, 4, 20)
+    assert column_factors(R, R, columns=True).shape == (2, 1, 20)
+    assert column_factors(R.mT, R.mT, columns=False).shape == (2, 20, 1)
+    zero = torch.zeros(1, 4, 3, dtype=torch.bfloat16)
+    assert torch.equal(column_factors(zero, zero, columns=True), torch.zeros(1, 1, 3, dtype=torch.bfloat16))
+
+
+def test_the_limiter_outlives_a_refresh_and_a_restart() -> None:
+    whole, broken = matrices((12, 20)), matrices((12, 20))
+    make = lambda p: FiraAdamW([{"params": p, "rank": 4, "update_gap": 2}], lr=0.1)  # noqa: E731
+    run(make(whole), whole, range(6))
+    first = make(broken)
+    run(first, broken, range(3))
+    second = make(broken)
+    second.load_state_dict(first.state_dict())
+    run(second, broken, range(3, 6))
+    assert torch.equal(whole[0], broken[0])
+
+
+def test_a_transposed_gradient_takes_a_transposed_step() -> None:
+    [wide] = matrices((12, 20))
+    tall = torch.nn.Parameter(wide.detach().T.clone())
+    a, b = (FiraAdamW([{"params": [p], "rank": 4, "update_gap": 9}], lr=0.1) for p in (wide, tall))
+    for step in range(5):
+        wide.grad = gradients(step, [wide])[0]
+        tall.grad = wide.grad.T.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(wide, tall.T, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"residual": "both"}, "residual='both' is neither"),
+        ({"scaling": "row"}, "scaling='row' is neither"),
+        ({"projection": "full"}, "leaves no columns to scale"),
+    ],
+)
+def test_refusals(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        FiraAdamW([{"params": matrices((12, 20)), "rank": 4}], lr=0.1, **changes)

@@ -1,0 +1,321 @@
+"""GaLore against its equations, written out in float64 one matrix at a time, and against torch's optimizers in its limits."""
+
+import copy
+import io
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lorank.optim import GaLoreAdamW, Subspace
+from lorank.optim.subspace import randomised_basis, sides, singular_basis
+
+SHAPES = [(12, 20), (20, 12), (16, 16)]
+
+
+def matrices(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    return [nn.Parameter(torch.randn(shape, generator=generator, dtype=dtype)) for shape in shapes]
+
+
+def gradients(step: int, parameters: list[nn.Parameter]) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) for p in parameters]
+
+
+def run(optimizer: Any, parameters: list[nn.Parameter], steps: range, sign: float = 1.0) -> None:
+    for step in steps:
+        for p, gradient in zip(parameters, gradients(step, parameters), strict=True):
+            p.grad = sign * gradient
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def galore_by_hand(
+    W: Tensor, grads: list[Tensor], rank: int, *, lr: float, T: int, alpha: float, eps: float, wd: float
+) -> Tensor:
+    """The specification's lines for one matrix, with the projector of the longer side."""
+    W, M, V, (b1, b2) = W.clone(), 0.0, 0.0, (0.9, 0.999)
+    for t, G in enumerate(grads):
+        right = G.shape[0] >= G.shape[1]
+        if t % T == 0:
+            U, _, Vt = torch.linalg.svd(G.float(), full_matrices=False)
+            P = (Vt[:rank] if right else U[:, :rank]).double()
+        R = G @ P.T if right else P.T @ G
+        M, V = b1 * M + (1 - b1) * R, b2 * V + (1 - b2) * R * R
+        N = M / (V**0.5 + eps)
+        update = alpha * (N @ P if right else P @ N)
+        W = W - lr * (1 - b2 ** (t + 1)) ** 0.5 / (1 - b1 ** (t + 1)) * update
+        W = W - lr * wd * W
+    return W
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_equations(shape: tuple[int, int]) -> None:
+    [p] = matrices(shape)
+    start = p.detach().clone()
+    settings = {"lr": 0.02, "eps": 1e-3}
+    run(GaLoreAdamW([{"params": [p], "rank": 4, "update_gap": 3}], **settings, weight_decay=0.1), [p], range(8))
+    grads = [gradients(step, [p])[0] for step in range(8)]
+    expected = galore_by_hand(start, grads, 4, T=3, alpha=0.25, wd=0.1, **settings)
+    torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_matrices_of_one_shape_in_one_product_are_those_one_by_one() -> None:
+    shapes = [(12, 20), (20, 12), (12, 20), (12, 20)]
+    together, alone = matrices(*shapes), matrices(*shapes)
+    run(GaLoreAdamW([{"params": together, "rank": 4, "update_gap": 2}], lr=0.1), together, range(5))
+    for i, p in enumerate(alone):
+        optimizer = GaLoreAdamW([{"params": [p], "rank": 4, "update_gap": 2}], lr=0.1)
+        for step in range(5):
+            p.grad = gradients(step, alone)[i]
+            optimizer.step()
+        torch.testing.assert_close(p, together[i], rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    ("projection", "m", "n", "expected"),
+    [
+        ("std", 20, 12, (False, True)),
+        ("std", 12, 20, (True, False)),
+        ("std", 16, 16, (False, True)),
+        ("reverse_std", 20, 12, (True, False)),
+        ("reverse_std", 12, 20, (False, True)),
+        ("left", 20, 12, (True, False)),
+        ("right", 12, 20, (False, True)),
+        ("full", 12, 20, (True, True)),
+    ],
+)
+def test_the_side_of_each_projector_type_and_the_shapes_of_its_state(
+    projection: Any, m: int, n: int, expected: tuple[bool, bool]
+) -> None:
+    assert sides(projection, m, n) == expected
+    [p] = matrices((m, n))
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 4, "projection": projection}], lr=0.1)
+    run(optimizer, [p], range(1))
+    state = optimizer.state[p]
+    moment = (4 if expected[0] else m, 4 if expected[1] else n)
+    assert state["inner"]["exp_avg"].shape == state["inner"]["exp_avg_sq"].shape == moment
+    assert {k: tuple(state[k].shape) for k in ("left", "right") if k in state} == (
+        ({"left": (m, 4)} if expected[0] else {}) | ({"right": (4, n)} if expected[1] else {})
+    )
+    for side, basis in (("left", state.get("left")), ("right", state.get("right"))):
+        if basis is not None:
+            gram = basis.T @ basis if side == "left" else basis @ basis.T
+            torch.testing.assert_close(gram, torch.eye(4, dtype=gram.dtype), atol=1e-5, rtol=0)
+
+
+def test_on_a_refresh_the_subspace_holds_the_largest_singular_values() -> None:
+    [p] = matrices((20, 12))
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 4}], lr=0.1)
+    run(optimizer, [p], range(1))
+    G = gradients(0, [p])[0]
+    R = G @ optimizer.state[p]["right"].T
+    assert R.norm() ** 2 == pytest.approx(torch.linalg.svdvals(G)[:4].square().sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("eps", [0.0, 1e-2])
+def test_the_first_step(eps: float) -> None:
+    [p] = matrices((20, 12))
+    before = p.detach().clone()
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 4, "scale": 0.5}], lr=0.1, eps=eps)
+    run(optimizer, [p], range(1))
+    Q = optimizer.state[p]["right"]
+    R = gradients(0, [p])[0] @ Q.T
+    expected = 0.1 * 0.5 * (R / (R.abs() + eps / (1 - 0.999) ** 0.5)) @ Q
+    torch.testing.assert_close(before - p.detach(), expected, rtol=1e-8, atol=1e-10)
+
+
+def test_bases_change_at_0_T_2T_only_and_a_change_leaves_the_moments() -> None:
+    [p] = matrices((20, 12))
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 4, "update_gap": 3}], lr=0.1)
+    bases = []
+    for step in range(7):
+        run(optimizer, [p], range(step, step + 1))
+        bases.append(optimizer.state[p]["right"].clone())
+    changed = [not torch.equal(a, b) for a, b in itertools.pairwise(bases)]
+    assert changed == [False, False, True, False, False, True]
+    M = optimizer.state[p]["inner"]["exp_avg"].clone()
+    p.grad = torch.zeros_like(p)
+    p.grad[0, 0] = 1e-30  # nothing to see, and no refresh: the moments decay by beta and nothing else
+    optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["inner"]["exp_avg"], 0.9 * M)
+
+
+def test_scale_is_linear_and_weight_decay_does_not_know_it() -> None:
+    moved = {}
+    for scale in (0.25, 0.5):
+        for decay in (0.0, 0.1):
+            [p] = matrices((20, 12))
+            before = p.detach().clone()
+            run(GaLoreAdamW([{"params": [p], "rank": 4, "scale": scale}], lr=0.1, weight_decay=decay), [p], range(1))
+            moved[scale, decay] = p.detach() - before
+    torch.testing.assert_close(moved[0.5, 0.0], 2 * moved[0.25, 0.0])
+    for scale in (0.25, 0.5):
+        after = matrices((20, 12))[0].detach() + moved[scale, 0.0]
+        torch.testing.assert_close(moved[scale, 0.1], moved[scale, 0.0] - 0.1 * 0.1 * after)
+
+
+def test_at_full_rank_with_the_identity_as_basis_it_is_adam() -> None:
+    ours, theirs = matrices((12, 20)), matrices((12, 20))
+
+    def identity(G: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        return tuple(torch.eye(size).expand(len(G), size, size)[:, :rank] for size in G.shape[1:])  # type: ignore[return-value]
+
+    group = {"params": ours, "rank": 12, "scale": 1.0, "update_gap": 2}
+    run(Subspace([group], torch.optim.AdamW, lr=0.1, basis=identity), ours, range(6))
+    run(torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.0), theirs, range(6))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
+
+
+def test_a_transposed_gradient_takes_a_transposed_step() -> None:
+    """Between two refreshes: the signs of new singular vectors are the decomposition's own business."""
+    [wide] = matrices((12, 20))
+    tall = nn.Parameter(wide.detach().T.clone())
+    a, b = (GaLoreAdamW([{"params": [p], "rank": 4, "update_gap": 9}], lr=0.1) for p in (wide, tall))
+    for step in range(5):
+        wide.grad = gradients(step, [wide])[0]
+        tall.grad = wide.grad.T.clone()
+        a.step()
+        b.step()
+    torch.testing.assert_close(wide, tall.T, rtol=1e-4, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        (torch.optim.AdamW, {}),
+        (torch.optim.SGD, {"momentum": 0.9}),
+        (torch.optim.Adafactor, {}),
+        (torch.optim.Muon, {}),
+        (torch.optim.RMSprop, {}),
+    ],
+    ids=lambda inner: inner[0].__name__,
+)
+def test_any_optimizer_works_inside(inner: tuple[Any, dict[str, Any]]) -> None:
+    """At full rank and with the identity as basis it is that very optimizer; at low rank it moves within the subspace."""
+    kind, options = inner
+    ours, theirs = matrices((12, 20), (12, 20), dtype=torch.float32), matrices((12, 20), (12, 20), dtype=torch.float32)
+    eye = lambda G, rank: (torch.eye(12).expand(len(G), 12, 12), torch.eye(20).expand(len(G), 20, 20))  # noqa: E731
+    group = {"params": ours, "rank": 12, "scale": 1.0}
+    run(Subspace([group], kind, lr=0.01, basis=eye, **options), ours, range(4))
+    if kind is not torch.optim.Adafactor:  # whose step grows with the size of the weights, which are zero inside
+        run(kind(theirs, lr=0.01, weight_decay=0.0, **options), theirs, range(4))
+        torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+    [p] = matrices((20, 12))
+    before = p.detach().clone()
+    run(Subspace([{"params": [p], "rank": 3}], kind, lr=0.01, **options), [p], range(4))
+    assert torch.linalg.matrix_rank(p.detach() - before, rtol=1e-4) == 3
+
+
+def test_parameters_without_rank_are_adamw() -> None:
+    ours, theirs = matrices((12, 20)), matrices((12, 20))
+    run(GaLoreAdamW(ours, lr=0.1, eps=0.0), ours, range(5))
+    run(torch.optim.AdamW(theirs, lr=0.1, eps=0.0, weight_decay=0.0), theirs, range(5))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
+
+
+def test_state_survives_torch_load_weights_only_and_a_resumed_run_is_the_same_bit_by_bit() -> None:
+    for stop in range(7):
+        whole, broken = matrices(*SHAPES), matrices(*SHAPES)
+
+        def make(p: list[nn.Parameter]) -> GaLoreAdamW:
+            return GaLoreAdamW([{"params": p[:2], "rank": 4, "update_gap": 3}, {"params": p[2:]}], lr=0.1)
+
+        run(make(whole), whole, range(7))
+        first = make(broken)
+        run(first, broken, range(stop))
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        second = make(broken)
+        second.load_state_dict(torch.load(file, weights_only=True))
+        run(second, broken, range(stop, 7))
+        assert all(map(torch.equal, whole, broken)), stop
+
+
+def test_a_schedule_on_the_optimizer_reaches_the_subspace() -> None:
+    [p] = matrices((20, 12))
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 4}], lr=0.1)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: float(step > 0))
+    before = p.detach().clone()
+    run(optimizer, [p], range(1))
+    assert torch.equal(p, before)
+    schedule.step()
+    run(optimizer, [p], range(1, 2))
+    assert not torch.equal(p, before)
+
+
+def test_state_of_the_60m_model_is_what_the_paper_counts() -> None:
+    d, d_ff, layers, r = 512, 1376, 8, 128
+    shapes = ([(d, d)] * 4 + [(d_ff, d)] * 2 + [(d, d_ff)]) * layers
+    parameters = [nn.Parameter(torch.zeros(shape, dtype=torch.bfloat16)) for shape in shapes]
+    basis = lambda G, rank: (  # noqa: E731
+        torch.zeros(len(G), G.shape[1], rank),
+        torch.zeros(len(G), rank, G.shape[2]),
+    )
+    optimizer = Subspace([{"params": parameters, "rank": r}], torch.optim.AdamW, lr=0.01, basis=basis)
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer.step()
+    states = list(optimizer.state.values())
+    assert sum(s["inner"][k].numel() for s in states for k in ("exp_avg", "exp_avg_sq")) == 12_648_448
+    assert sum(s[k].numel() for s in states for k in ("left", "right") if k in s) == 3_670_016
+    assert all(p.numel() == 0 for p in optimizer._inside.values()), "nothing else stays between steps"
+
+
+def test_the_randomised_basis_keeps_nearly_as_much() -> None:
+    """Of gradients whose singular values fall like 1/i: within 1 % of the exact basis's energy."""
+    torch.manual_seed(0)
+    U, V = (torch.linalg.qr(torch.randn(3, n, n)).Q for n in (64, 96))
+    G = U @ torch.diag(1 / torch.arange(1, 65.0)) @ V[:, :64]
+    for exact, quick in zip(singular_basis(G, 8), randomised_basis(G, 8), strict=True):
+        assert quick.shape == exact.shape
+    exact, quick = ((basis(G, 8)[0].mT @ G).norm() for basis in (singular_basis, randomised_basis))
+    assert 0.99 * exact < quick <= exact * (1 + 1e-5)
+
+
+def test_where_the_decomposition_does_not_converge_there_is_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    G = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(0))
+    P, Q = singular_basis(G, 4)
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr(torch.linalg, "svd", fails)
+    other_P, other_Q = singular_basis(G, 4)
+    torch.testing.assert_close(P @ P.mT, other_P @ other_P.mT, atol=1e-4, rtol=0)
+    torch.testing.assert_close(Q.mT @ Q, other_Q.mT @ other_Q, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_changes_nothing(value: float) -> None:
+    parameters = matrices(*SHAPES)
+    optimizer = GaLoreAdamW([{"params": parameters, "rank": 4}], lr=0.1)
+    run(optimizer, parameters, range(2))
+    before = copy.deepcopy([p.detach() for p in parameters]), copy.deepcopy(optimizer.state_dict())
+    for p, gradient in zip(parameters, gradients(2, parameters), strict=True):
+        p.grad = gradient
+    parameters[1].grad[3, 3] = value  # type: ignore[index]
+    with pytest.raises(FloatingPointError, match=r"gradient of a matrix \(20, 12\) is not finite"):
+        optimizer.step()
+    assert all(map(torch.equal, parameters, before[0]))
+    after = optimizer.state_dict()["state"]
+    for index, state in before[1]["state"].items():
+        assert int(state["steps"]) == int(after[index]["steps"])
+        assert torch.equal(state["inner"]["exp_avg"], after[index]["inner"]["exp_avg"])
+
+
+def test_refusals() -> None:
+    [p] = matrices((20, 12))
+    vector = nn.Parameter(torch.zeros(5))
+    with pytest.raises(ValueError, match=r"shape \(5,\) is no matrix; put it in a group without rank"):
+        GaLoreAdamW([{"params": [vector], "rank": 4}], lr=0.1)
+    with pytest.raises(ValueError, match="projection='up' is none of std"):
+        GaLoreAdamW([{"params": [p], "rank": 4, "projection": "up"}], lr=0.1)
+    with pytest.raises(ValueError, match="rank=0 and update_gap=200 must be positive"):
+        GaLoreAdamW([{"params": [p], "rank": 0}], lr=0.1)
+    with pytest.raises(ValueError, match="evaluates no closure"):
+        GaLoreAdamW([{"params": [p], "rank": 4}], lr=0.1).step(lambda: 0.0)
