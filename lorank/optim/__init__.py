@@ -4,12 +4,20 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lorank.optim.dct_adamw import DCTAdamW
     from lorank.optim.fira import FiraAdamW
     from lorank.optim.galore import GaLoreAdamW
     from lorank.optim.subspace import Subspace
+    from lorank.optim.trion import Trion
 
-_HOME = {"FiraAdamW": "fira", "GaLoreAdamW": "galore", "Subspace": "subspace"}
-__all__ = ["FiraAdamW", "GaLoreAdamW", "Subspace"]
+_HOME = {
+    "DCTAdamW": "dct_adamw",
+    "FiraAdamW": "fira",
+    "GaLoreAdamW": "galore",
+    "Subspace": "subspace",
+    "Trion": "trion",
+}
+__all__ = ["DCTAdamW", "FiraAdamW", "GaLoreAdamW", "Subspace", "Trion"]
 
 
 def __getattr__(name: str) -> object:

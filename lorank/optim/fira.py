@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from lorank.optim.galore import GaLoreAdamW
-from lorank.optim.subspace import Bucket, lift, project
+from lorank.optim.matrices import Stack
+from lorank.optim.subspace import lift, project
 
 GAMMA = 1.01
 """Largest growth of the residual's norm from one step to the next."""
@@ -69,18 +70,18 @@ class FiraAdamW(GaLoreAdamW):
             raise ValueError("projection='full' leaves no columns to scale; take std, left or right")
         self.residual, self.scaling = residual, scaling
 
-    def move(self, bucket: Bucket, inside: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-        lr, alpha = bucket.group["lr"], bucket.group["scale"]
+    def move(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+        lr, alpha = stack.group["lr"], stack.group["scale"]
         if lr == 0:
-            return torch.zeros_like(bucket.gradients)
-        G, N = bucket.gradients, inside / -lr
+            return torch.zeros_like(stack.gradients())
+        G, N = stack.gradients(), inside / -lr
         R = project(G, left, right)
         E = G - (alpha if self.residual == "repo" else 1.0) * lift(R, left, right)
         if self.scaling == "matrix":
             k = N.norm(dim=(-2, -1), keepdim=True) / (R.norm(dim=(-2, -1), keepdim=True) + EPS)
         else:
             k = column_factors(N, R, columns=left is not None)
-        states = [self.state[p] for p in bucket.parameters]
+        states = [self.state[p] for p in stack.parameters]
         before = torch.stack([state.get("norm", G.new_tensor(-1.0)) for state in states])
         S = limited(k * E, before)
         for state, norm in zip(states, S.norm(dim=(-2, -1)), strict=True):

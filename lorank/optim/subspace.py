@@ -11,18 +11,18 @@ function. GaLore is the singular basis with AdamW (lorank/optim/galore.py); Fira
 State per matrix: that of the inner optimizer on R, and the basis.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lorank.optim.matrices import Stack, check_groups, restore, stacks
+
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
 Basis = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 """From gradients [k, m, n] in fp32 and a rank r: columns P [k, m, r] and rows Q [k, r, n]."""
-STACKED = 1 << 26
-"""Numbers in one stack of matrices of equal shape, at most."""
 
 
 # ---- the mathematics
@@ -73,17 +73,6 @@ def lift(inside: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
 # ---- the optimizer
 
 
-class Bucket(NamedTuple):
-    """Matrices of equal shape that took equally many steps, so that one product serves all."""
-
-    parameters: list[nn.Parameter]
-    group: dict[str, Any]
-
-    @property
-    def gradients(self) -> Tensor:
-        return torch.stack([p.grad for p in self.parameters])  # type: ignore[misc]
-
-
 class Subspace(Optimizer):
     """Any optimizer, for the groups that have a `rank` in a subspace of that rank, for the others as it is.
 
@@ -119,6 +108,7 @@ class Subspace(Optimizer):
     ):
         defaults = {"lr": lr, "rank": None, "update_gap": update_gap, "scale": scale, "projection": projection}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
+        check_groups(self.param_groups)
         self.basis = basis
         self._inside = {p: self._check(group, p) for group in self.param_groups for p in group["params"]}
         self.inner = inner(
@@ -131,31 +121,28 @@ class Subspace(Optimizer):
         """What stands for a parameter in the inner optimizer: itself, or an empty one that is filled for each step."""
         if group["rank"] is None:
             return p
-        if p.ndim != 2:
-            raise ValueError(f"a parameter of shape {tuple(p.shape)} is no matrix; put it in a group without rank")
         if group["projection"] not in ("std", "reverse_std", "left", "right", "full"):
             raise ValueError(f"projection={group['projection']!r} is none of std, reverse_std, left, right, full")
-        if group["rank"] < 1 or group["update_gap"] < 1:
-            raise ValueError(f"rank={group['rank']} and update_gap={group['update_gap']} must be positive")
+        if group["update_gap"] < 1:
+            raise ValueError(f"update_gap={group['update_gap']} is not positive")
         return nn.Parameter(p.new_empty(0, 0))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if closure is not None:
             raise ValueError(f"{type(self).__name__} evaluates no closure; call backward() before step()")
-        buckets = list(self._buckets())
-        for bucket in buckets:
-            if not bucket.gradients.isfinite().all():
-                shape = tuple(bucket.parameters[0].shape)
-                raise FloatingPointError(f"the gradient of a matrix {shape} is not finite; lower lr or clip gradients")
-        for bucket in buckets:
-            self._enter(bucket)
+        found = stacks(self.param_groups, self.state)
+        for stack in found:
+            self._enter(stack)
         for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
             its["lr"] = ours["lr"]
         self.prepare()
         self.inner.step()
-        for bucket in buckets:
-            self._leave(bucket)
+        for p, inside in self._inside.items():
+            if inside in self.inner.state:
+                self.state[p]["inner"] = self.inner.state[inside]
+        for stack in found:
+            self._leave(stack)
         for group in self.param_groups:
             if group["weight_decay"]:
                 moved = [p for p in group["params"] if p.grad is not None]
@@ -165,55 +152,42 @@ class Subspace(Optimizer):
     def prepare(self) -> None:
         """Called before the inner optimizer steps."""
 
-    def move(self, bucket: Bucket, inside: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    def move(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
         """What is added to the weights [k, m, n], from the inner optimizer's step `inside`."""
-        return bucket.group["scale"] * lift(inside, left, right)
+        return stack.group["scale"] * lift(inside, left, right)
 
-    def _buckets(self) -> Iterator[Bucket]:
-        for group in self.param_groups:
-            alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
-            for p in group["params"]:
-                state = self.state[p]
-                state.setdefault("inner", self.inner.state[self._inside[p]])
-                if group["rank"] is not None and p.grad is not None:
-                    steps = int(state.setdefault("steps", torch.tensor(0)))
-                    alike.setdefault((p.shape, p.dtype, p.device, steps), []).append(p)
-            for (shape, *_), parameters in alike.items():
-                most = max(1, STACKED // shape.numel())
-                for start in range(0, len(parameters), most):
-                    yield Bucket(parameters[start : start + most], group)
-
-    def _enter(self, bucket: Bucket) -> None:
+    def _enter(self, stack: Stack) -> None:
         """Refresh the basis if it is time, and give the inner optimizer zeros with the projected gradients."""
-        G, group = bucket.gradients, bucket.group
-        first = self.state[bucket.parameters[0]]
+        G, group = stack.gradients(), stack.group
+        first = self.state[stack.parameters[0]]
         if int(first["steps"]) % group["update_gap"] == 0:
             on_left, on_right = sides(group["projection"], *G.shape[1:])
             P, Q = self.basis(G.float(), min(group["rank"], *G.shape[1:]))
-            for p, columns, rows in zip(bucket.parameters, P, Q, strict=True):
+            for p, columns, rows in zip(stack.parameters, P, Q, strict=True):
                 kept = {"left": columns} if on_left else {}
                 kept |= {"right": rows} if on_right else {}
                 self.state[p].update({side: basis.to(G.dtype).contiguous() for side, basis in kept.items()})
-        for p, R in zip(bucket.parameters, project(G, *self._bases(bucket)), strict=True):
+        for p, R in zip(stack.parameters, project(G, *self._bases(stack)), strict=True):
             inside = self._inside[p]
             inside.data = torch.zeros_like(R)
             inside.grad = R
             self.state[p]["steps"] += 1
 
-    def _leave(self, bucket: Bucket) -> None:
-        inside = [self._inside[p] for p in bucket.parameters]
-        moves = self.move(bucket, torch.stack([p.data for p in inside]), *self._bases(bucket))
-        torch._foreach_add_(list[Tensor](bucket.parameters), list(moves))
+    def _leave(self, stack: Stack) -> None:
+        inside = [self._inside[p] for p in stack.parameters]
+        moves = self.move(stack, torch.stack([p.data for p in inside]), *self._bases(stack))
+        stack.add(moves)
         for p in inside:
             p.data, p.grad = p.new_empty(0, 0), None
 
-    def _bases(self, bucket: Bucket) -> tuple[Tensor | None, Tensor | None]:
-        states = [self.state[p] for p in bucket.parameters]
+    def _bases(self, stack: Stack) -> tuple[Tensor | None, Tensor | None]:
+        states = [self.state[p] for p in stack.parameters]
         left, right = (torch.stack([s[k] for s in states]) if k in states[0] else None for k in ("left", "right"))
         return left, right
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        restore(self, state_dict)
         for p, inside in self._inside.items():
             if "inner" in self.state[p]:
                 self.inner.state[inside] = self.state[p]["inner"]

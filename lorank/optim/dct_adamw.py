@@ -1,0 +1,101 @@
+"""DCT-AdamW: Adam on the r columns of each gradient that weigh most in a cosine basis, chosen anew at every step.
+
+    A = G + E                                      E: what earlier steps left out (error feedback, if asked for)
+    every T steps:  I ← r columns of A Qᵀ with the largest norms,  moments carried over to them
+    a = (A Qᵀ)[:, I]                               E ← A - a Q[I]
+    M ← β₁ M + (1 - β₁) a        V ← β₂ V + (1 - β₂) a²        u = M̂ / (√V̂ + ε)
+    W ← (1 - lr λ) W - lr u Q[I]
+
+    G, W, A, E [m, n], m >= n (else transposed)     Q [n, n]     I [r]     a, M, V, u [m, r]
+
+State: 2 m r numbers and r indices per matrix; error feedback adds m n numbers, or m n bytes quantised.
+
+Source: "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models", arXiv
+2505.17967.
+
+Departures from the authors' code. Moments are carried by a gather, which is what their product with a 0/1 matrix does. The
+previous indices are needed within a step only and are not stored. The quantiser has 256 levels (theirs: 16 in a byte).
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorank.optim.dct import Transform, back, carry, columns, dequantise, quantise, select, transform
+from lorank.optim.matrices import MatrixOptimizer, Stack
+
+
+class DCTAdamW(MatrixOptimizer):
+    """AdamW whose groups with a `rank` are projected on cosines; see `MatrixOptimizer` for the errors.
+
+    Args:
+        params: parameters or groups; a group with ``rank`` is projected, a rank above the shorter side is that side.
+        update_gap: steps between two choices of columns.
+        ell_norm: 1 as the paper, or 2, which leaves the smallest residual.
+        transform: "matmul" or "fft".
+        error_feedback: "none", "full" (in the parameter's dtype), or "8bit".
+        rotate: carry the moments of columns that stay; False leaves them where they are.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        update_gap: int = 1,
+        ell_norm: float = 1,
+        transform: Transform = "matmul",
+        error_feedback: Literal["none", "full", "8bit"] = "none",
+        rotate: bool = True,
+    ):
+        if error_feedback not in ("none", "full", "8bit"):
+            raise ValueError(f"error_feedback={error_feedback!r} is none of none, full, 8bit")
+        if transform not in ("matmul", "fft"):
+            raise ValueError(f"transform={transform!r} is neither matmul nor fft")
+        if update_gap < 1:
+            raise ValueError(f"update_gap={update_gap} is not positive")
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update_gap": update_gap}
+        super().__init__(params, defaults, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        self.ell_norm, self.transform, self.error_feedback, self.rotate = ell_norm, transform, error_feedback, rotate
+
+    def step_stack(self, stack: Stack, G: Tensor) -> Tensor:
+        group, n, t = stack.group, G.shape[-1], int(stack.states[0]["steps"]) + 1
+        A = G if t == 1 else G + self._left_out(stack, G)
+        S = transform(A, self.transform)
+        refreshed = t == 1 or t % group["update_gap"] == 0
+        now = select(S, min(group["rank"], n), self.ell_norm) if refreshed else stack.get("indices").long()
+        a = columns(S, now)
+        if t == 1:
+            M, V = torch.zeros_like(a), torch.zeros_like(a)
+        else:
+            M, V = stack.get("exp_avg"), stack.get("exp_avg_sq")
+            if refreshed and self.rotate:
+                before = stack.get("indices").long()
+                M, V = carry(M, before, now, n), carry(V, before, now, n)
+        (b1, b2), lr = group["betas"], group["lr"]
+        M, V = M.lerp(a, 1 - b1), V.lerp(a * a, 1 - b2)
+        u = M / (1 - b1**t) / ((V / (1 - b2**t)).sqrt() + group["eps"])
+        for name, value in (("exp_avg", M), ("exp_avg_sq", V), ("indices", now.int())):
+            stack.put(name, value)
+        self._leave_out(stack, A - back(a, now, n) if self.error_feedback != "none" else None)
+        return -lr * back(u, now, n)
+
+    def _left_out(self, stack: Stack, G: Tensor) -> Tensor | float:
+        if self.error_feedback == "none":
+            return 0.0
+        if self.error_feedback == "full":
+            return stack.get("error")
+        return dequantise(*(stack.get(f"error_{part}") for part in ("codes", "low", "step"))).to(G.dtype)
+
+    def _leave_out(self, stack: Stack, E: Tensor | None) -> None:
+        if E is None:
+            return
+        if self.error_feedback == "full":
+            return stack.put("error", E)
+        for part, values in zip(("codes", "low", "step"), quantise(E), strict=True):
+            stack.put(f"error_{part}", values)

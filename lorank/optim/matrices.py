@@ -1,0 +1,137 @@
+"""What optimizers of matrices share: groups with a `rank`, and stacks of equal shape, so that one product serves all."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+STACKED = 1 << 26
+"""Numbers in one stack, at most."""
+
+
+class Stack(NamedTuple):
+    """Parameters of one group that have equal shapes and took equally many steps."""
+
+    parameters: list[nn.Parameter]
+    group: dict[str, Any]
+    states: list[dict[str, Any]]
+
+    def gradients(self) -> Tensor:
+        """[k, m, n]."""
+        return torch.stack([p.grad for p in self.parameters])  # type: ignore[misc]
+
+    def get(self, name: str) -> Tensor:
+        """An entry of all states [k, ...]."""
+        return torch.stack([state[name] for state in self.states])
+
+    def put(self, name: str, values: Tensor) -> None:
+        for state, value in zip(self.states, values, strict=True):
+            state[name] = value.clone()
+
+    def add(self, moves: Tensor) -> None:
+        """W ← W + moves [k, m, n]."""
+        weights: list[Tensor] = list(self.parameters)
+        torch._foreach_add_(weights, list(moves.to(weights[0].dtype)))
+
+
+def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
+    """Raises ValueError if a group with a rank has a parameter that is no matrix, or a rank that is not positive."""
+    for group in groups:
+        if group["rank"] is None:
+            continue
+        if group["rank"] < 1:
+            raise ValueError(f"rank={group['rank']} is not positive")
+        for p in group["params"]:
+            if p.ndim != 2:
+                raise ValueError(f"a parameter of shape {tuple(p.shape)} is no matrix; put it in a group without rank")
+
+
+def stacks(groups: Iterable[dict[str, Any]], state: Mapping[Any, dict[str, Any]]) -> list[Stack]:
+    """The matrices of groups with a rank that have gradients; their states count `steps`.
+
+    Raises:
+        FloatingPointError: a gradient is not finite; nothing has been changed.
+    """
+    found = [stack for group in groups if group["rank"] is not None for stack in _alike(group, state)]
+    for stack in found:
+        if not stack.gradients().isfinite().all():
+            shape = tuple(stack.parameters[0].shape)
+            raise FloatingPointError(f"the gradient of a matrix {shape} is not finite; lower lr or clip gradients")
+    return found
+
+
+def _alike(group: dict[str, Any], state: Mapping[Any, dict[str, Any]]) -> Iterator[Stack]:
+    alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for p in group["params"]:
+        if p.grad is not None:
+            steps = int(state[p].setdefault("steps", torch.tensor(0)))
+            alike.setdefault((p.shape, p.dtype, p.device, steps), []).append(p)
+    for (shape, *_), parameters in alike.items():
+        most = max(1, STACKED // shape.numel())
+        for start in range(0, len(parameters), most):
+            some = parameters[start : start + most]
+            yield Stack(some, group, [state[p] for p in some])
+
+
+def restore(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Give an optimizer's state, just loaded, the types it was saved with: torch casts all of it to the parameters' type, in
+    which indices and counters may not be exact."""
+    ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    for index, p in zip(ids, parameters, strict=True):
+        if index in state_dict["state"]:
+            optimizer.state[p] = _copied(state_dict["state"][index], optimizer.state[p])
+
+
+def _copied(saved: Any, loaded: Any) -> Any:
+    if isinstance(saved, Tensor):
+        return saved.detach().clone().to(loaded.device)
+    return {k: _copied(v, loaded[k]) for k, v in saved.items()} if isinstance(saved, dict) else saved
+
+
+class MatrixOptimizer(Optimizer):
+    """Groups with a `rank` are stepped as stacks of matrices, the others by ``torch.optim.AdamW``.
+
+    Raises:
+        ValueError: as `check_groups`; or a closure.
+        FloatingPointError: as `stacks`.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any], **adamw: Any):
+        super().__init__(params, {"rank": None, **defaults})
+        check_groups(self.param_groups)
+        plain = [{"params": group["params"]} for group in self.param_groups if group["rank"] is None]
+        self._adamw = torch.optim.AdamW(plain, **adamw) if plain else None
+
+    def step_stack(self, stack: Stack, G: Tensor) -> Tensor:
+        """The move of a stack [k, long, short] by its gradients, which lie with their short side on the right."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError(f"{type(self).__name__} evaluates no closure; call backward() before step()")
+        for stack in stacks(self.param_groups, self.state):
+            G = stack.gradients()
+            tall = G.shape[-2] >= G.shape[-1]
+            move = self.step_stack(stack, G if tall else G.mT)
+            torch._foreach_mul_(list[Tensor](stack.parameters), 1 - stack.group["lr"] * stack.group["weight_decay"])
+            stack.add(move if tall else move.mT)
+            for state in stack.states:
+                state["steps"] += 1
+        if self._adamw is not None:
+            plain = [group for group in self.param_groups if group["rank"] is None]
+            for ours, its in zip(plain, self._adamw.param_groups, strict=True):
+                its.update(lr=ours["lr"] * ours.get("adamw_lr_ratio", 1.0), weight_decay=ours["weight_decay"])
+            self._adamw.step()
+            self.state.update({p: self._adamw.state[p] for group in plain for p in group["params"]})
+        return None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        restore(self, state_dict)
+        for group in self.param_groups:
+            if group["rank"] is None and self._adamw is not None:
+                self._adamw.state.update({p: self.state[p] for p in group["params"] if p in self.state})

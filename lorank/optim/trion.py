@@ -1,0 +1,94 @@
+"""Trion: orthonormalised momentum (Muon) in r columns of a cosine basis, with what is left out fed back.
+
+    B = M + G
+    I = r columns of B Qᵀ with the largest norms,  b = (B Qᵀ)[:, I]
+    M ← μ B + (1 - μ) (B - b Q[I])                 error feedback through the momentum
+    o = NS₅(b)                                     b with its singular values brought near 1
+    W ← (1 - lr λ) W - lr scale o Q[I]
+
+    G, W, M, B [m, n], m >= n (else transposed)     Q [n, n]     I [r]     b, o [m, r]
+
+The Newton-Schulz products are r wide instead of n. State: m n numbers per matrix. Groups without rank take AdamW with
+betas (0.9, 0.95), eps 1e-10 and `adamw_lr`.
+
+Source: "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models", arXiv
+2505.17967; NS₅ with Jordan's coefficients (Muon).
+
+Departures from the authors' code, whose left projection by FFT goes back in another basis than it came in: here both sides
+use the rows of Q.
+"""
+
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lorank.optim.dct import Transform, back, columns, select, transform
+from lorank.optim.matrices import MatrixOptimizer, Stack
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+SCALES = {
+    "dion": lambda m, n: (m / n) ** 0.5,
+    "kj": lambda m, n: max(1.0, m / n) ** 0.5,
+    "kimi": lambda m, n: 0.2 * max(m, n) ** 0.5,
+    "none": lambda m, n: 1.0,
+}
+"""Length of an update by d_out = m and d_in = n."""
+
+
+def newton_schulz(b: Tensor, steps: int = 5) -> Tensor:
+    """b [..., m, r] with singular values near 1 (0.68 to 1.16 where they were not below 0.005 of its norm)."""
+    x, y, z = COEFFICIENTS
+    X = b / (b.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    wide = X.shape[-2] <= X.shape[-1]
+    X = X if wide else X.mT
+    for _ in range(steps):
+        A = X @ X.mT
+        X = x * X + (y * A + z * A @ A) @ X
+    return X if wide else X.mT
+
+
+class Trion(MatrixOptimizer):
+    """Muon in a cosine subspace, for the groups with a `rank`; see `MatrixOptimizer` for the errors.
+
+    Args:
+        params: parameters or groups; a rank above a matrix's shorter side is that side.
+        momentum: μ; 1 accumulates everything.
+        scale: "dion" √(m/n), "kj" √max(1, m/n), "kimi" 0.2 √max(m, n), or "none", with m = d_out and n = d_in.
+        adamw_lr: learning rate of the groups without rank; it follows `lr`'s schedule.
+        orthonormalise_in: dtype of the Newton-Schulz products; None: the gradient's.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        scale: Literal["dion", "kj", "kimi", "none"] = "dion",
+        adamw_lr: float = 3e-4,
+        ell_norm: float = 1,
+        transform: Transform = "matmul",
+        orthonormalise_in: torch.dtype | None = None,
+    ):
+        if scale not in SCALES:
+            raise ValueError(f"scale={scale!r} is none of {', '.join(SCALES)}")
+        if transform not in ("matmul", "fft"):
+            raise ValueError(f"transform={transform!r} is neither matmul nor fft")
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adamw_lr_ratio": adamw_lr / lr}
+        super().__init__(params, defaults, lr=adamw_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=weight_decay)
+        self.scale, self.ell_norm, self.transform = scale, ell_norm, transform
+        self.orthonormalise_in = orthonormalise_in
+
+    def step_stack(self, stack: Stack, G: Tensor) -> Tensor:
+        group, n = stack.group, G.shape[-1]
+        B = G + stack.get("momentum") if int(stack.states[0]["steps"]) else G
+        S = transform(B, self.transform)
+        chosen = select(S, min(group["rank"], n), self.ell_norm)
+        b = columns(S, chosen)
+        stack.put("momentum", B - (1 - group["momentum"]) * back(b, chosen, n))
+        o = newton_schulz(b.to(self.orthonormalise_in or b.dtype)).to(b.dtype)
+        length = group["lr"] * SCALES[self.scale](*stack.parameters[0].shape)
+        return -length * back(o, chosen, n)

@@ -1,0 +1,89 @@
+"""Trion: momentum with error feedback, Newton-Schulz in the subspace, and where it is Muon."""
+
+import pytest
+import torch
+from torch import nn
+
+from lorank.optim import Trion
+from lorank.optim.dct import dct_matrix
+from lorank.optim.trion import newton_schulz
+from tests.optim.test_galore import gradients, matrices, run
+
+
+@pytest.mark.parametrize("shape", [(20, 12), (16, 16)])
+@pytest.mark.parametrize("momentum", [0.95, 1.0])
+def test_the_equations(shape: tuple[int, int], momentum: float) -> None:
+    [p] = matrices(shape)
+    W, M = p.detach().clone(), torch.zeros(shape, dtype=torch.float64)
+    optimizer = Trion([{"params": [p], "rank": 4}], lr=0.1, momentum=momentum, weight_decay=0.1)
+    Q = dct_matrix(shape[1], torch.device("cpu"), torch.float64)
+    for step in range(5):
+        G = gradients(step, [p])[0]
+        p.grad = G
+        optimizer.step()
+        B = M + G
+        chosen = (B @ Q.T).abs().sum(0).argsort(descending=True)[:4].sort().values
+        P = Q[chosen].T
+        b = B @ P
+        M = momentum * B + (1 - momentum) * (B - b @ P.T)
+        U, S, Vt = torch.linalg.svd(b / (b.norm() + 1e-7), full_matrices=False)
+        for _ in range(5):  # the polynomial on the singular values
+            S = 3.4445 * S - 4.7750 * S**3 + 2.0315 * S**5
+        W = (1 - 0.1 * 0.1) * W - 0.1 * (shape[0] / shape[1]) ** 0.5 * (U * S) @ Vt @ P.T
+        torch.testing.assert_close(optimizer.state[p]["momentum"], M, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(p.detach(), W, rtol=1e-8, atol=1e-8)
+
+
+def test_with_momentum_one_everything_is_accumulated() -> None:
+    [p] = matrices((20, 12))
+    optimizer = Trion([{"params": [p], "rank": 4}], lr=0.1, momentum=1.0)
+    run(optimizer, [p], range(5))
+    torch.testing.assert_close(optimizer.state[p]["momentum"], sum(gradients(s, [p])[0] for s in range(5)))
+
+
+def test_newton_schulz_brings_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    S = torch.logspace(-1.9, 0, 12, dtype=torch.float64)
+    U, V = (torch.linalg.qr(torch.randn(n, 12, dtype=torch.float64)).Q for n in (40, 12))
+    for x in (S, S.flip(0)):
+        b = (U * x) @ V.T
+        found = torch.linalg.svdvals(newton_schulz(b))
+        assert (x / b.norm()).min() > 0.005
+        assert found.max() < 1.16
+        assert found.min() > 0.68
+    torch.testing.assert_close(newton_schulz(b.T), newton_schulz(b).T)
+
+
+@pytest.mark.parametrize(
+    ("scale", "length"),
+    [("dion", (20 / 12) ** 0.5), ("kj", (20 / 12) ** 0.5), ("kimi", 0.2 * 20**0.5), ("none", 1.0)],
+)
+def test_lengths_of_the_update(scale: str, length: float) -> None:
+    moved = []
+    for name in (scale, "none"):
+        [p] = matrices((20, 12))
+        before = p.detach().clone()
+        run(Trion([{"params": [p], "rank": 4}], lr=0.1, scale=name), [p], range(1))  # type: ignore[arg-type]
+        moved.append(p.detach() - before)
+    torch.testing.assert_close(moved[0], length * moved[1])
+
+
+def test_other_parameters_take_adamw_at_its_own_rate_under_the_same_schedule() -> None:
+    ours, theirs = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
+    trion = Trion([ours], lr=0.02, adamw_lr=3e-4)
+    adamw = torch.optim.AdamW([theirs], lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)) for o in (trion, adamw)]
+    for step in range(4):
+        ours.grad = theirs.grad = torch.arange(5.0) - step
+        trion.step()
+        adamw.step()
+        for schedule in schedules:
+            schedule.step()
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="scale='muon' is none of dion"):
+        Trion(matrices((12, 20)), scale="muon")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="evaluates no closure"):
+        Trion(matrices((12, 20))).step(lambda: 0.0)
