@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-STACKED = 1 << 26
-"""Numbers in one stack, at most."""
+STACKED = {"cpu": 1 << 18}
+"""Numbers in one stack, at most: a CPU is busy with one large product, which a copy into a stack would only delay."""
 
 
 class Stack(NamedTuple):
@@ -20,11 +20,11 @@ class Stack(NamedTuple):
 
     def gradients(self) -> Tensor:
         """[k, m, n]."""
-        return torch.stack([p.grad for p in self.parameters])  # type: ignore[misc]
+        return _stacked([p.grad for p in self.parameters])  # type: ignore[misc]
 
     def get(self, name: str) -> Tensor:
         """An entry of all states [k, ...]."""
-        return torch.stack([state[name] for state in self.states])
+        return _stacked([state[name] for state in self.states])
 
     def put(self, name: str, values: Tensor) -> None:
         for state, value in zip(self.states, values, strict=True):
@@ -34,6 +34,10 @@ class Stack(NamedTuple):
         """W ← W + moves [k, m, n]."""
         weights: list[Tensor] = list(self.parameters)
         torch._foreach_add_(weights, list(moves.to(weights[0].dtype)))
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
@@ -68,8 +72,8 @@ def _alike(group: dict[str, Any], state: Mapping[Any, dict[str, Any]]) -> Iterat
         if p.grad is not None:
             steps = int(state[p].setdefault("steps", torch.tensor(0)))
             alike.setdefault((p.shape, p.dtype, p.device, steps), []).append(p)
-    for (shape, *_), parameters in alike.items():
-        most = max(1, STACKED // shape.numel())
+    for (shape, _, device, _), parameters in alike.items():
+        most = max(1, STACKED.get(device.type, 1 << 26) // shape.numel())
         for start in range(0, len(parameters), most):
             some = parameters[start : start + most]
             yield Stack(some, group, [state[p] for p in some])

@@ -181,8 +181,7 @@ class Subspace(Optimizer):
             p.data, p.grad = p.new_empty(0, 0), None
 
     def _bases(self, stack: Stack) -> tuple[Tensor | None, Tensor | None]:
-        states = [self.state[p] for p in stack.parameters]
-        left, right = (torch.stack([s[k] for s in states]) if k in states[0] else None for k in ("left", "right"))
+        left, right = (stack.get(side) if side in stack.states[0] else None for side in ("left", "right"))
         return left, right
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

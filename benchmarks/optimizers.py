@@ -1,0 +1,139 @@
+"""What do the low-rank optimizers cost per step, in time and in state, beside torch's fused AdamW and the original GaLore?
+
+    pip install --no-deps galore-torch                     (the original; left out of the table if it is not there)
+    python benchmarks/optimizers.py [--layers 2] [--rounds 5]
+
+The matrices of blocks of the 130M model (d 768, d_ff 2048), fp32, rank 256. All optimizers move the same weights by the same
+gradients in turns in one process; a step without and a step with a new basis are timed apart, and "mean" is what a step costs
+on average at the usual gap of 200 (DCT-AdamW and Trion choose anew at each step). The table ends with the largest difference
+between the updates of our GaLore and of the original.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import statistics
+import sys
+import time
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Trion
+from lorank.optim.subspace import randomised_basis
+
+RANK, GAP = 256, 200
+BLOCK = [(768, 768)] * 4 + [(2048, 768)] * 2 + [(768, 2048)]
+
+
+def original() -> type[Optimizer] | None:
+    """galore_torch's AdamW, imported without the rest of its package, which wants bitsandbytes."""
+    if "galore_torch.adamw" in sys.modules:
+        return sys.modules["galore_torch.adamw"].AdamW
+    found = importlib.util.find_spec("galore_torch")
+    if found is None or found.submodule_search_locations is None:
+        return None
+    package = types.ModuleType("galore_torch")
+    package.__path__ = list(found.submodule_search_locations)
+    sys.modules["galore_torch"] = package
+    return importlib.import_module("galore_torch.adamw").AdamW
+
+
+def optimizers(gap: int) -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
+    ours: dict[str, Any] = {"rank": RANK, "update_gap": gap}
+    theirs = {"rank": RANK, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
+    table: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+        "AdamW (fused)": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0, fused=True),
+        "GaLore": lambda p: GaLoreAdamW([{"params": p, **ours}], lr=0.01, eps=1e-6),
+        "GaLore, randomised": lambda p: GaLoreAdamW([{"params": p, **ours}], lr=0.01, basis=randomised_basis),
+        "Fira": lambda p: FiraAdamW([{"params": p, **ours}], lr=0.01),
+        "DCT-AdamW": lambda p: DCTAdamW([{"params": p, "rank": RANK}], lr=0.01),
+        "DCT-AdamW, FFT": lambda p: DCTAdamW([{"params": p, "rank": RANK}], lr=0.01, transform="fft"),
+        "Trion": lambda p: Trion([{"params": p, "rank": RANK}], lr=0.01),
+    }
+    if (reference := original()) is not None:
+        table["GaLore, original"] = lambda p: reference([{"params": p, **theirs}], lr=0.01, no_deprecation_warning=True)
+    return table
+
+
+def bytes_of(state: Any) -> int:
+    if isinstance(state, Tensor):
+        return state.numel() * state.element_size()
+    if isinstance(state, dict):
+        return sum(map(bytes_of, state.values()))
+    return sum(map(bytes_of, vars(state).values())) if hasattr(state, "ortho_matrix") else 0  # the original's projector
+
+
+def weights(layers: int) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(0)
+    parameters = [nn.Parameter(torch.randn(shape, generator=generator) * 0.02) for shape in BLOCK * layers]
+    for p in parameters:
+        p.grad = torch.randn(p.shape, generator=generator) * 1e-3
+    return parameters
+
+
+def difference(layers: int, steps: int = 4) -> float | None:
+    """Largest difference between the weights after some steps of ours and of the original, as a part of the largest move."""
+    moved = []
+    for name in ("GaLore", "GaLore, original"):
+        table = optimizers(gap=2)
+        if name not in table:
+            return None
+        parameters = weights(layers)
+        before = [p.detach().clone() for p in parameters]
+        optimizer = table[name](parameters)
+        for step in range(steps):
+            for i, p in enumerate(parameters):
+                p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step * 100 + i))
+            optimizer.step()
+        moved.append([p.detach() - b for p, b in zip(parameters, before, strict=True)])
+    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*moved, strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+
+    parameters = weights(options.layers)
+    made = {name: make(parameters) for name, make in optimizers(GAP).items()}
+    refresh, plain = {}, {name: [] for name in made}
+    for name, optimizer in made.items():
+        start = time.perf_counter()
+        optimizer.step()
+        refresh[name] = time.perf_counter() - start
+    for _ in range(options.rounds):
+        for name, optimizer in made.items():
+            start = time.perf_counter()
+            optimizer.step()
+            plain[name].append(time.perf_counter() - start)
+
+    print(
+        f"{options.layers} blocks of the 130M model, rank {RANK}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(
+        f"{'':20} {'state MiB':>10} {'step ms':>9} {'with new basis':>15} {'mean ms':>9} {'/ AdamW':>9} {'/ original':>11}"
+    )
+    mean = {}
+    for name, times in plain.items():
+        median = statistics.median(times)
+        every_step = name.startswith(("AdamW", "DCT", "Trion"))
+        mean[name] = median if every_step else ((GAP - 1) * median + refresh[name]) / GAP
+    for name, optimizer in made.items():
+        state = sum(bytes_of(optimizer.state[p]) for p in parameters) / 2**20
+        against = f"{mean[name] / mean['GaLore, original']:11.2f}" if "GaLore, original" in mean else ""
+        print(
+            f"{name:20} {state:10.1f} {statistics.median(plain[name]) * 1e3:9.1f} {refresh[name] * 1e3:15.1f} "
+            f"{mean[name] * 1e3:9.1f} {mean[name] / mean['AdamW (fused)']:9.2f} {against}"
+        )
+    if (off := difference(1)) is not None:
+        print(f"updates of GaLore and of the original differ by {off:.1e} of the largest")
+
+
+if __name__ == "__main__":
+    main()
