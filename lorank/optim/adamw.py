@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 
 class VectorAdamW(Optimizer):
-    """``torch.optim.AdamW`` with a counter ``state[parameter]["step"]`` of any shape that broadcasts (`vector_state`).
+    """``torch.optim.AdamW`` with a counter ``state[parameter]["step"]`` of any shape that broadcasts; see `reset_vectors`.
 
     Raises ValueError for a negative lr, eps or weight_decay and for betas outside [0, 1).
     """
@@ -53,7 +53,7 @@ class VectorAdamW(Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        states = [vector_state(self, parameter) for parameter in parameters]
+        states = [_state(self, parameter) for parameter in parameters]
         t, m, v = ([state[name] for state in states] for name in ("step", "exp_avg", "exp_avg_sq"))
         gradients: Any = [parameter.grad for parameter in parameters]
         beta1, beta2 = group["betas"]
@@ -81,15 +81,25 @@ class VectorAdamW(Optimizer):
                 state["step"] = state["step"].to(parameter.device, torch.float32)
 
 
-def vector_state(optimizer: Optimizer, parameter: Tensor, shape: tuple[int, ...] | None = None) -> dict[str, Tensor]:
-    """State of a parameter, made where there is none; a counter of another shape than `shape` is spread over it."""
+def reset_vectors(optimizer: Optimizer, parameter: Tensor, dim: int, rows: Tensor) -> None:
+    """Start some vectors of a matrix anew: moments and counters, one for each vector from now on, become zero.
+
+    `dim` is the dimension that counts the vectors, 0 for rows and 1 for columns; `rows` are their numbers.
+    """
+    state = _state(optimizer, parameter)
+    shape = [size if d == dim else 1 for d, size in enumerate(parameter.shape)]
+    state["step"] = state["step"].expand(shape).clone()
+    for value in state.values():
+        value.index_fill_(dim, rows, 0)
+
+
+def _state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
+    """State of a parameter, made where there is none."""
     state = optimizer.state[parameter]
     if not state:
-        state["step"] = torch.zeros((), device=parameter.device)
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-    if shape is not None and state["step"].shape != shape:
-        state["step"] = state["step"].expand(shape).clone()
     return state
 
 
