@@ -12,7 +12,7 @@ a_i, and rests for five updates; c_j keeps the moments of a_i, for its gradient 
 step s of T about r θ(s) / 40 vectors of each factor are exchanged, and θ falls to 0.3 by T / 10.
 
 Cost of a layer: r (d_in + d_out) trained parameters and d_in d_out frozen ones; pools of c (d_in + d_out) numbers, in
-host memory. For n tokens 2 n (d_in d_out + r (d_in + d_out)) operations forward; backward the first half once more,
+host memory. For n tokens 2 n (d_in d_out + r (d_in + d_out)) operations forward; backward the first term once more,
 the second twice. Exchanging k vectors of a factor takes 2 k d_in d_out, once a step. Merged it is dense, W + (1/r) B A.
 
 Source: "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information", arXiv 2406.06564, and the authors'
@@ -98,7 +98,6 @@ class SwitchLoRALinear(nn.Module):
         self.W = dense
         self.A = nn.Linear(dense.in_features, rank, bias=False, **like)
         self.B = linear(rank, dense.out_features, bias=False, **like)
-        self.W.weight.requires_grad_(False)
         self._draw()
         self._take_out()
 
@@ -109,6 +108,7 @@ class SwitchLoRALinear(nn.Module):
             self._take_out()
 
     def _draw(self) -> None:
+        self.W.weight.requires_grad_(False)  # again and again: transformers makes what it loads trainable
         stds = entry_stds(self.W.in_features, self.W.out_features, self.A.out_features)
         for factor, std in zip((self.A, self.B), stds, strict=True):
             nn.init.uniform_(factor.weight, -(3**0.5) * std, 3**0.5 * std)

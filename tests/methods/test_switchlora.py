@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import lorank
 from lorank import Site, SwitchLoRA, convert, merge, step_hook
+from lorank.checkpointing import POLICIES
 from lorank.methods.switchlora import SwitchLoRALinear, entry_stds, exchange_, theta
 from lorank.optim.adamw import VectorAdamW
 from lorank.sizes import llama_config
@@ -229,7 +230,7 @@ def test_an_exchange_keeps_the_function(rows: list[int], factor: str, dtype: tor
 @pytest.mark.parametrize("mode", ["continuous", "discontinuous"])
 @pytest.mark.parametrize(
     ("d_in", "d_out", "rank", "interval", "freeze"),
-    [(12, 20, 8, 4, 2), (20, 12, 7, 1, 0), (9, 9, 8, 2, 1), (16, 16, 3, 2, 1), (30, 24, 10, 10, 5), (6, 8, 2, 1, 0)],
+    [(16, 24, 8, 4, 2), (20, 12, 7, 1, 0), (9, 40, 7, 2, 1), (16, 16, 3, 2, 1), (30, 24, 10, 10, 5), (6, 8, 2, 1, 0)],
 )
 def test_pointers_pools_and_rests_over_many_steps(
     mode: str, d_in: int, d_out: int, rank: int, interval: int, freeze: int
@@ -251,13 +252,14 @@ def test_pointers_pools_and_rests_over_many_steps(
         for factor in "AB":
             selected, frozen, vectors = before[factor]
             assert len(set(pools[factor].selected.tolist())) == rank
-            for i in (~torch.eq(vectors, views[factor]).all(1)).nonzero().flatten().tolist():
-                exchanged += 1
-                assert frozen[i] == 0, "it rested"
-                leaving, coming = (factor, int(selected[i])), (factor, int(pools[factor].selected[i]))
-                put_away[leaving] = vectors[i]
-                assert torch.equal(pools[factor].candidates[leaving[1]], vectors[i])
-                if coming in put_away:
+            changed = (vectors != views[factor]).any(1).nonzero().flatten().tolist()
+            assert not frozen[changed].any(), "it rested"
+            exchanged += len(changed)
+            for i in changed:
+                put_away[factor, int(selected[i])] = vectors[i]
+                assert torch.equal(pools[factor].candidates[selected[i]], vectors[i])
+            for i in changed:
+                if (coming := (factor, int(pools[factor].selected[i]))) in put_away:
                     returned += 1
                     assert torch.equal(views[factor][i], put_away[coming]), "it came back changed"
     assert exchanged > 100
@@ -265,10 +267,10 @@ def test_pointers_pools_and_rests_over_many_steps(
 
 
 def test_in_continuous_mode_candidates_come_in_turn_and_through_the_whole_pool() -> None:
-    bench = Bench(12, 20, rank=8, interval=4, freeze_steps=2, **ALWAYS).attach()
+    bench = Bench(16, 24, rank=8, interval=4, freeze_steps=2, **ALWAYS).attach()
     for pool, pointer in ((bench.a, 0), (bench.b, 4)):
         assert pool.pointer == pointer
-        assert [int(pool.selected[(pointer + i) % 8]) for i in range(8)] == list(range(4, 12))  # the last 8 of 12
+        assert [int(pool.selected[(pointer + i) % 8]) for i in range(8)] == list(range(8, 16))  # the last 8 of 16
     taken: dict[str, list[int]] = {"A": [], "B": []}
     for _ in range(60):
         before = {"A": bench.a.selected.clone(), "B": bench.b.selected.clone()}
@@ -280,8 +282,8 @@ def test_in_continuous_mode_candidates_come_in_turn_and_through_the_whole_pool()
             assert torch.equal(before[factor] != pool.selected, torch.isin(torch.arange(8), torch.tensor(rows)))
             taken[factor] += pool.selected[rows].tolist()
     for order in taken.values():
-        assert len(order) > 36
-        assert order == [i % 12 for i in range(len(order))]
+        assert len(order) > 48
+        assert order == [i % 16 for i in range(len(order))]
 
 
 def test_in_discontinuous_mode_any_candidate_not_in_use_may_come() -> None:
@@ -311,11 +313,11 @@ def test_a_rank_that_uses_the_whole_pool_exchanges_nothing() -> None:
 
 
 def test_after_an_exchange_the_counterpart_starts_anew_and_rests_and_the_vector_goes_on() -> None:
-    bench = Bench(16, 24, lr=0.01, rank=10, interval=10, **ONCE)
+    bench = Bench(24, 32, lr=0.01, rank=10, interval=10, **ONCE)
     for _ in range(3):
         bench.step(2.0)
     bench.attach()
-    before = copy.deepcopy(bench.optimizer.state)
+    before = {parameter: copy.deepcopy(state) for parameter, state in bench.optimizer.state.items()}
     A, B = bench.A.detach().clone(), bench.B.detach().clone()
     bench.step(2.0)  # row 0 of A and column 5 of B are exchanged
     assert (bench.a.selected[0], bench.b.selected[5]) == (0, 0)
@@ -346,7 +348,7 @@ def test_after_an_exchange_the_counterpart_starts_anew_and_rests_and_the_vector_
 
 def test_with_the_hook_s_steps_an_oracle_that_moves_one_vector_at_a_time_agrees() -> None:
     """The whole algorithm on lists of vectors, in plain loops, gradients in closed form, over 60 steps of regression."""
-    d_in, d_out, r, c, freeze, lr = 12, 20, 8, 12, 2, 0.02
+    d_in, d_out, r, c, freeze, lr = 16, 24, 8, 16, 2, 0.02
     bench = Bench(d_in, d_out, lr=lr, rank=r, interval=4, freeze_steps=freeze, **ALWAYS).attach()
     bench.layer.W.bias.requires_grad_(False)
     x, target = numbers(40, d_in), numbers(40, d_out, seed=1)
@@ -420,16 +422,13 @@ def test_without_exchanges_the_hook_changes_no_bit(small: Callable[..., Any], to
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("policy", [None, "full"])
+@pytest.mark.parametrize("policy", ["none", "blocks"])
 def test_training_with_accumulation_and_clipping_learns(
-    dtype: torch.dtype, policy: str | None, small: Callable[..., Any], tokens: Tensor
+    dtype: torch.dtype, policy: str, small: Callable[..., Any], tokens: Tensor
 ) -> None:
-    from lorank.checkpointing import POLICIES
-
     torch.manual_seed(0)
     model = convert(small("llama").to(dtype), SwitchLoRA(interval=4, freeze_steps=1, ratio=10.0)).train()
-    if policy is not None:
-        lorank.checkpoint(model, POLICIES[policy])
+    lorank.checkpoint(model, POLICIES[policy])
     optimizer = VectorAdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     hook: Any = step_hook(model, optimizer, steps=30)
     first = last = 0.0
@@ -440,7 +439,7 @@ def test_training_with_accumulation_and_clipping_learns(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        last = float(sum(losses))
+        last = sum(loss.item() for loss in losses)
         first = first if step else last
     assert hook.step == 30
     assert any(int(a.pointer) != 0 for a, _ in hook.pools.values())
