@@ -56,6 +56,11 @@ def entry_stds(d_in: int, d_out: int, rank: int) -> tuple[float, float]:
     return (d_out**0.5 * rank / d_in**1.5) ** 0.25 * gain**0.5, (rank / (d_in * d_out) ** 0.5) ** 0.25 * gain**0.5
 
 
+def draw_(tensor: Tensor, std: float, generator: torch.Generator | None = None) -> Tensor:
+    """Fill with uniform numbers of mean 0 and a standard deviation."""
+    return nn.init.uniform_(tensor, -(3**0.5) * std, 3**0.5 * std, generator)
+
+
 def theta(step: int, steps: int, ratio: float, frequency: Frequency) -> float:
     """How often vectors are exchanged at a step, as a fraction of the most.
 
@@ -109,13 +114,16 @@ class SwitchLoRALinear(nn.Module):
 
     def _draw(self) -> None:
         self.W.weight.requires_grad_(False)  # again and again: transformers makes what it loads trainable
-        stds = entry_stds(self.W.in_features, self.W.out_features, self.A.out_features)
-        for factor, std in zip((self.A, self.B), stds, strict=True):
-            nn.init.uniform_(factor.weight, -(3**0.5) * std, 3**0.5 * std)
+        for factor, std in zip((self.A, self.B), self.entry_stds, strict=True):
+            draw_(factor.weight, std)
 
     @torch.no_grad()
     def _take_out(self) -> None:
         self.W.weight.sub_(self.product())
+
+    @property
+    def entry_stds(self) -> tuple[float, float]:
+        return entry_stds(self.W.in_features, self.W.out_features, self.A.out_features)
 
     def product(self) -> Tensor:
         """(1/r) B A [d_out, d_in], in single precision or better."""
@@ -124,6 +132,9 @@ class SwitchLoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.add(self.W(x), self.B(self.A(x)), alpha=1 / self.A.out_features)
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.W.in_features}, d_out={self.W.out_features}, rank={self.A.out_features}"
 
 
 # ---- the method
@@ -187,13 +198,17 @@ class SwitchLoRA(Parametrization):
 class Pool:
     """One factor and its candidates; `dim` is the dimension of `weight` that counts vectors, 0 in A and 1 in B."""
 
-    def __init__(self, weight: Tensor, dim: int, candidates: Tensor, start: int):
-        self.weight, self.dim = weight, dim
+    def __init__(self, weight: Tensor, dim: int, candidates: Tensor):
         c, r = len(candidates), weight.shape[dim]
-        self.candidates = candidates  # [c, width]; what one in use has learned is noted when it leaves
-        self.selected = torch.arange(c - r, c).roll(start)  # [r]: the last is just before the pointer, the first next
-        self.pointer = torch.tensor(start)  # the vector to go next
-        self.frozen = torch.zeros(r, dtype=torch.int64)  # updates for which each vector still rests
+        start = dim * (r // 2)  # B's pointer runs half a round ahead
+        self.weight, self.dim = weight, dim
+        self.state = {
+            "candidates": candidates,  # [c, width]; what one in use has learned is noted when it leaves
+            "selected": torch.arange(c - r, c).roll(start),  # [r]: the last is just before the pointer, the first next
+            "pointer": torch.tensor(start),  # the vector to go next
+            "frozen": torch.zeros(r, dtype=torch.int64),  # updates for which each vector still rests
+        }
+        self.candidates, self.selected, self.pointer, self.frozen = self.state.values()
 
     @property
     def vectors(self) -> Tensor:
@@ -202,13 +217,12 @@ class Pool:
 
     def swap(self, rows: Tensor, leaving: Tensor, draw: torch.Generator | None) -> Tensor:
         """Note what leaves `rows` and hand out its successors: the next in turn or, with `draw`, any not in use."""
+        c, k = len(self.candidates), len(rows)
         self.candidates[self.selected[rows]] = leaving.to(self.candidates.device)
         if draw is None:
-            last = self.selected[rows[0] - 1]
-            chosen = (last + 1 + torch.arange(len(rows))) % len(self.candidates)
+            chosen = (self.selected[rows[0] - 1] + 1 + torch.arange(k)) % c
         else:
-            free = torch.ones(len(self.candidates)).index_fill_(0, self.selected, 0)
-            chosen = torch.multinomial(free, len(rows), generator=draw)
+            chosen = torch.multinomial(torch.ones(c).index_fill_(0, self.selected, 0), k, generator=draw)
         self.selected[rows] = chosen
         self.pointer.copy_((rows[-1] + 1) % len(self.selected))
         return self.candidates[chosen].to(leaving.device)
@@ -219,34 +233,29 @@ class Pool:
             self.weight.grad.transpose(0, self.dim)[(self.frozen > 0).to(self.weight.device)] = 0
         self.frozen.sub_(1).clamp_(min=0)
 
-    def tensors(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in ("candidates", "selected", "pointer", "frozen")}
-
 
 class SwitchLoRAHook(StepHook):
     """Before each step: exchange vectors of A, then of B, and hold still those whose counterpart is new.
 
-    Raises ValueError for an optimizer other than `VectorAdamW` or without the factors, and for sharded factors.
+    Raises ValueError for an optimizer other than `VectorAdamW` or without the factors, sharded factors, and no steps.
     """
 
     def __init__(self, method: SwitchLoRA, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int):
         self.method, self.steps, self.seed = method, steps, seed
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SwitchLoRALinear)}
-        _check(optimizer, layers)
+        _check(optimizer, layers, steps)
         super().__init__(optimizer)
         self.layers = {n: layer for n, layer in layers.items() if layer.A.out_features < min(layer.W.weight.shape)}
         self.pools = {name: self._pools(name, layer) for name, layer in self.layers.items()}
 
-    def _pools(self, name: str, layer: SwitchLoRALinear) -> tuple[Pool, Pool]:
-        d_in, d_out, r = layer.W.in_features, layer.W.out_features, layer.A.out_features
-        std_A, std_B = entry_stds(d_in, d_out, r)
+    def _pools(self, name: str, layer: SwitchLoRALinear) -> Sequence[Pool]:
+        def candidates(factor: str, weight: Tensor, width: int, std: float) -> Tensor:
+            drawn = torch.empty(min(layer.W.weight.shape), width, device="cpu")
+            draw_(drawn, std, generator(self.seed, name, factor))
+            return drawn.to("cpu" if self.method.offload else weight.device, weight.dtype)
 
-        def pool(weight: Tensor, dim: int, width: int, std: float, start: int) -> Pool:
-            drawn = torch.empty(min(d_in, d_out), width, device="cpu")
-            drawn.uniform_(-(3**0.5) * std, 3**0.5 * std, generator=generator(self.seed, name, dim))
-            return Pool(weight, dim, drawn.to("cpu" if self.method.offload else weight.device, weight.dtype), start)
-
-        return pool(layer.A.weight, 0, d_in, std_A, 0), pool(layer.B.weight, 1, d_out, std_B, r // 2)
+        A, B, (std_A, std_B) = layer.A.weight, layer.B.weight, layer.entry_stds
+        return Pool(A, 0, candidates("A", A, len(A.T), std_A)), Pool(B, 1, candidates("B", B, len(B), std_B))
 
     @torch.no_grad()
     def before_step(self) -> None:
@@ -277,12 +286,8 @@ class SwitchLoRAHook(StepHook):
         reset_vectors(self.optimizer, partner.weight, partner.dim, here)
 
     def _tensors(self) -> dict[str, Tensor]:
-        pools = {
-            f"{name}.{factor}": pool
-            for name, pair in self.pools.items()
-            for factor, pool in zip("AB", pair, strict=True)
-        }
-        return {f"{name}.{field}": tensor for name, pool in pools.items() for field, tensor in pool.tensors().items()}
+        factors = {f"{name}.{'AB'[pool.dim]}": pool for name, pair in self.pools.items() for pool in pair}
+        return {f"{name}.{field}": value for name, pool in factors.items() for field, value in pool.state.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         return {**super().state_dict(), **self._tensors()}
@@ -293,7 +298,9 @@ class SwitchLoRAHook(StepHook):
             tensor.copy_(state[name])
 
 
-def _check(optimizer: Optimizer, layers: Mapping[str, SwitchLoRALinear]) -> None:
+def _check(optimizer: Optimizer, layers: Mapping[str, SwitchLoRALinear], steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps={steps} is not positive; switchlora's frequency falls over the steps of the whole run")
     if not isinstance(optimizer, VectorAdamW):
         raise ValueError(
             f"switchlora resets the state of single vectors, which {type(optimizer).__name__} does not keep; take "
@@ -304,9 +311,7 @@ def _check(optimizer: Optimizer, layers: Mapping[str, SwitchLoRALinear]) -> None
         factors = (layer.A.weight, layer.B.weight)
         if not moved.issuperset(map(id, factors)):
             raise ValueError(
-                f"the optimizer lacks the factors of {name}; give it all parameters that require gradients"
+                f"the optimizer lacks the factors of {name}; give it all parameters that are to be trained"
             )
         if any(hasattr(factor, "device_mesh") for factor in factors):
-            raise ValueError(
-                f"the factors of {name} are sharded, but switchlora moves whole vectors; replicate them (DDP)"
-            )
+            raise ValueError(f"switchlora moves whole vectors, but the factors of {name} are sharded; use DDP instead")
