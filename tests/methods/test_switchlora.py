@@ -230,7 +230,16 @@ def test_an_exchange_keeps_the_function(rows: list[int], factor: str, dtype: tor
 @pytest.mark.parametrize("mode", ["continuous", "discontinuous"])
 @pytest.mark.parametrize(
     ("d_in", "d_out", "rank", "interval", "freeze"),
-    [(16, 24, 8, 4, 2), (20, 12, 7, 1, 0), (9, 40, 7, 2, 1), (16, 16, 3, 2, 1), (30, 24, 10, 10, 5), (6, 8, 2, 1, 0)],
+    [
+        (16, 24, 8, 4, 2),
+        (20, 12, 7, 1, 0),
+        (9, 40, 7, 2, 1),  # more at once than the pool has spare ones
+        (16, 16, 3, 2, 1),
+        (30, 24, 10, 10, 5),
+        (30, 24, 7, 6, 3),  # pointers run up against what rests
+        (30, 40, 9, 8, 4),
+        (6, 8, 2, 1, 0),
+    ],
 )
 def test_pointers_pools_and_rests_over_many_steps(
     mode: str, d_in: int, d_out: int, rank: int, interval: int, freeze: int
