@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorank.methods import METHODS
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.low_rank import LowRank
+    from lorank.methods.switchlora import SwitchLoRA
     from lorank.parametrization import Parametrization, Site, StepHook
 
 __version__ = "0.1.0"
@@ -34,6 +35,7 @@ _HOME = {
     "Parametrization": "parametrization",
     "Site": "parametrization",
     "StepHook": "parametrization",
+    "SwitchLoRA": "methods.switchlora",
 }
 __all__ = [
     "METHODS",
@@ -43,6 +45,7 @@ __all__ = [
     "Parametrization",
     "Site",
     "StepHook",
+    "SwitchLoRA",
     "checkpoint",
     "convert",
     "keep_bottlenecks",

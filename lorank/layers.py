@@ -1,4 +1,4 @@
-"""A linear layer for output widths that matrix libraries are slow at."""
+"""Linear layers: one for output widths that matrix libraries are slow at, and one with memory of its own."""
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,15 @@ ALIGNED = 8
 def linear(d_in: int, d_out: int, **options: object) -> nn.Linear:
     """An ``nn.Linear``; where `d_out` is not aligned, one that lays its output out column by column."""
     return (nn.Linear if d_out % ALIGNED == 0 else ColumnMajorLinear)(d_in, d_out, **options)  # type: ignore[arg-type]
+
+
+def own_memory(layer: nn.Linear) -> nn.Linear:
+    """The same layer, its tensors copied where they are views (parts of a fused matrix), which files cannot hold."""
+    for name, value in list(layer.named_parameters()):
+        if not value.is_contiguous() or value.untyped_storage().nbytes() != value.nbytes:
+            copied = value.detach().clone(memory_format=torch.contiguous_format)
+            setattr(layer, name, nn.Parameter(copied, requires_grad=value.requires_grad))
+    return layer
 
 
 class ColumnMajorLinear(nn.Linear):

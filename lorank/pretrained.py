@@ -71,13 +71,14 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         sites = [site._replace(name=then(site.name), role=then(site.role)) for site in find_sites(self)]
         names = {then(site.name): site.name for site in find_sites(self)}
         rewrite(self, method, choose_sites(sites, recorded["targets"], recorded["exclude"]), names)
+        _mark_drawn(self)
 
     @guard_torch_init_functions()  # parameters that came from a file keep their values
     def initialize_weights(self: Any) -> None:
+        undrawn = [module for module in _own_layers(self) if not getattr(module, "_is_hf_initialized", False)]
         base.initialize_weights(self)
-        for module in self.modules():
-            if hasattr(module, "reset_parameters") and not _is_native(module):
-                module.reset_parameters()  # after transformers' own draw of the nested layers: this one counts
+        for module in undrawn:
+            module.reset_parameters()  # after transformers' own draw of the nested layers: this one counts
 
     return _derive(base, {"config_class": config, "__init__": __init__, "initialize_weights": initialize_weights})
 
@@ -93,6 +94,7 @@ def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
     config.__class__ = derived
     config.lorank = recorded
     model.__class__ = model_class(type(model), derived)  # type: ignore[arg-type]
+    _mark_drawn(model)
     for module in model.modules():
         if getattr(module, "config", None) is dense:
             module.config = config  # type: ignore[assignment]
@@ -109,6 +111,18 @@ def forget(model: PreTrainedModel) -> None:
     for module in model.modules():
         if type(module).__module__ == __name__:
             module.__class__ = type(module).__bases__[0]
+
+
+def _own_layers(model: nn.Module) -> list[Any]:
+    return [m for m in model.modules() if hasattr(m, "reset_parameters") and not _is_native(m)]
+
+
+def _mark_drawn(model: nn.Module) -> None:
+    """Layers built with memory have their initial values: `init_weights` is to pass them by as it does transformers' own."""
+    for layer in _own_layers(model):
+        if not any(parameter.is_meta for parameter in layer.parameters()):
+            for module in layer.modules():
+                module._is_hf_initialized = True
 
 
 def _is_native(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from torch import nn
 
 from lorank import CoLA, convert, keep_bottlenecks
 from lorank.checkpointing import checkpoint
-from lorank.layers import ColumnMajorLinear, linear
+from lorank.layers import ColumnMajorLinear, linear, own_memory
 from lorank.methods.cola import entry_std
 
 
@@ -57,3 +57,17 @@ def test_its_initial_values_are_the_method_s_also_when_transformers_draws(archit
     config = convert(architectures["llama"].dense(intermediate_size=2001), CoLA(rank=6)).config
     up = architectures["llama"].auto.from_config(config).model.layers[0].mlp.up_proj
     assert up.B.weight.std().item() == pytest.approx(entry_std(32, 2001, 6), rel=0.03)
+
+
+def test_only_views_are_copied_into_memory_of_their_own() -> None:
+    fused = torch.arange(24.0).reshape(6, 4)
+    layer = nn.Linear(4, 3)
+    whole = layer.weight
+    assert own_memory(layer).weight is whole
+    for view in (fused[:3], fused[3:], fused.T[:, :3]):
+        layer.weight = nn.Parameter(view, requires_grad=False)
+        assert own_memory(layer) is layer
+        assert torch.equal(layer.weight, view)
+        assert layer.weight.is_contiguous()
+        assert layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
+        assert not layer.weight.requires_grad

@@ -1,9 +1,10 @@
-"""Optimizers that are low rank where the weights are not."""
+"""Optimizers that are low rank where the weights are not, and those that methods of `lorank.methods` need."""
 
 import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from lorank.optim.adamw import VectorAdamW
     from lorank.optim.dct_adamw import DCTAdamW
     from lorank.optim.fira import FiraAdamW
     from lorank.optim.galore import GaLoreAdamW
@@ -16,8 +17,9 @@ _HOME = {
     "GaLoreAdamW": "galore",
     "Subspace": "subspace",
     "Trion": "trion",
+    "VectorAdamW": "adamw",
 }
-__all__ = ["DCTAdamW", "FiraAdamW", "GaLoreAdamW", "Subspace", "Trion"]
+__all__ = ["DCTAdamW", "FiraAdamW", "GaLoreAdamW", "Subspace", "Trion", "VectorAdamW"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,0 +1,317 @@
+"""SwitchLoRA: a frozen dense weight plus factors whose vectors are exchanged, a few a step, for others of a large pool.
+
+    y = W x + (1/r) B A x (+ b)            x [..., d_in]   A [r, d_in]   B [d_out, r]   W [d_out, d_in] frozen
+
+W starts as W_0 - (1/r) B A, so that the model starts as the dense one, W_0. Rows of A come from a pool C_A [c, d_in],
+columns of B from C_B [c, d_out], c = min(d_in, d_out). Exchanging row a_i of A for candidate c_j keeps the function:
+
+    W <- W + (1/r) B[:, i] (a_i - c_j)^T,   C_A[old j] <- a_i,   A[i] <- c_j                                       (1)
+
+and likewise for B. The counterpart, column i of B, loses its Adam moments and step counter, which belong to the old
+a_i, and rests for five updates; c_j keeps the moments of a_i, for its gradient depends on the counterpart alone. At
+step s of T about r θ(s) / 40 vectors of each factor are exchanged, and θ falls to 0.3 by T / 10.
+
+Cost of a layer: r (d_in + d_out) trained parameters and d_in d_out frozen ones; pools of c (d_in + d_out) numbers, in
+host memory. For n tokens 2 n (d_in d_out + r (d_in + d_out)) operations forward; backward the first term once more,
+the second twice. Exchanging k vectors of a factor takes 2 k d_in d_out, once a step. Merged it is dense, W + (1/r) B A.
+
+Source: "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information", arXiv 2406.06564, and the authors'
+repository asfsdsf/SwitchLoRA.
+
+Departures from the authors' code. All projections of the blocks are converted, whatever their names; biases train.
+Pools and choices come from seeded generators, so that a run resumes exactly. In discontinuous mode the pointers still
+say which vectors go; only their successors are drawn. Left out: LoRA's own start, and a learning rate raised to make
+up for rests (off in theirs). A layer with r = 1 or r >= c exchanges nothing.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorank.layers import linear, own_memory
+from lorank.optim.adamw import VectorAdamW, reset_vectors
+from lorank.parametrization import Parametrization, Rank, Site, StepHook, check_rank, check_ranks, rank_at
+
+Frequency = Literal["exponential", "z"]
+Mode = Literal["continuous", "discontinuous"]
+
+
+# ---- the mathematics
+
+
+def entry_stds(d_in: int, d_out: int, rank: int) -> tuple[float, float]:
+    """Standard deviations of the entries of A and of B: those of (1/r) B A have 1 / sqrt(3 d_in), as Kaiming's do, and
+    the authors' ratio (d_out / d_in)^(1/4) makes B dA and dB A equally large.
+
+    >>> [round(std, 6) for std in entry_stds(1024, 2736, 256)]
+    [0.607515, 0.475174]
+    """
+    gain = 3**-0.5  # of a leaky ReLU of slope sqrt(5)
+    return (d_out**0.5 * rank / d_in**1.5) ** 0.25 * gain**0.5, (rank / (d_in * d_out) ** 0.5) ** 0.25 * gain**0.5
+
+
+def draw_(tensor: Tensor, std: float, generator: torch.Generator | None = None) -> Tensor:
+    """Fill with uniform numbers of mean 0 and a standard deviation."""
+    return nn.init.uniform_(tensor, -(3**0.5) * std, 3**0.5 * std, generator)
+
+
+def theta(step: int, steps: int, ratio: float, frequency: Frequency) -> float:
+    """How often vectors are exchanged at a step, as a fraction of the most.
+
+    >>> round(theta(3999, 40_000, 0.1, "exponential"), 6), theta(4000, 40_000, 0.1, "z")
+    (0.3, 0.5)
+    """
+    end = ratio * steps
+    if frequency == "exponential":
+        return max(0.3 ** ((step + 1) / end), 1e-8)
+    return 0.5 - 0.5 * math.tanh(5 * (step - end) / end)  # = 1 - 1 / (1 + exp(-(10 / end) (step - end)))
+
+
+@torch.no_grad()
+def exchange_(W: Tensor, vectors: Tensor, partners: Tensor, rows: Tensor, new: Tensor) -> None:
+    """(1) for several rows: vectors[rows] <- new and W + (1/r) partners^T vectors stays, all in place.
+
+    W [p, q], vectors [r, q], partners [r, p], rows [k], new [k, q]: W, A, B^T; or, to exchange columns of B, W^T, B^T, A.
+    """
+    wide = torch.promote_types(W.dtype, torch.float32)
+    difference = vectors[rows].to(wide) - new.to(wide)  # [k, q]
+    W.add_(partners[rows].to(wide).T @ difference, alpha=1 / len(vectors))
+    vectors[rows] = new
+
+
+def generator(*seeds: int | str) -> torch.Generator:
+    """A generator for one purpose: what is drawn anew from the same seeds need not be saved."""
+    digest = hashlib.sha256(repr(seeds).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# ---- the layer
+
+
+class SwitchLoRALinear(nn.Module):
+    """y = W x + (1/r) B A x + b, where `dense` becomes W and the sum starts as the dense layer was."""
+
+    def __init__(self, dense: nn.Linear, rank: int):
+        super().__init__()
+        like = {"device": dense.weight.device, "dtype": dense.weight.dtype}
+        self.W = dense
+        self.A = nn.Linear(dense.in_features, rank, bias=False, **like)
+        self.B = linear(rank, dense.out_features, bias=False, **like)
+        self._draw()
+        self._take_out()
+
+    def reset_parameters(self) -> None:
+        """Draw A and B and take (1/r) B A out of W, which is expected to hold the dense W_0, newly drawn."""
+        self._draw()
+        if not getattr(self.W.weight, "_is_hf_initialized", False):  # transformers' mark of what came from a file
+            self._take_out()
+
+    def _draw(self) -> None:
+        self.W.weight.requires_grad_(False)  # again and again: transformers makes what it loads trainable
+        for factor, std in zip((self.A, self.B), self.entry_stds, strict=True):
+            draw_(factor.weight, std)
+
+    @torch.no_grad()
+    def _take_out(self) -> None:
+        self.W.weight.sub_(self.product())
+
+    @property
+    def entry_stds(self) -> tuple[float, float]:
+        return entry_stds(self.W.in_features, self.W.out_features, self.A.out_features)
+
+    def product(self) -> Tensor:
+        """(1/r) B A [d_out, d_in], in single precision or better."""
+        wide = torch.promote_types(self.W.weight.dtype, torch.float32)
+        return self.B.weight.to(wide) @ self.A.weight.to(wide) / self.A.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.add(self.W(x), self.B(self.A(x)), alpha=1 / self.A.out_features)
+
+    def extra_repr(self) -> str:
+        return f"d_in={self.W.in_features}, d_out={self.W.out_features}, rank={self.A.out_features}"
+
+
+# ---- the method
+
+
+@dataclass(frozen=True, kw_only=True)
+class SwitchLoRA(Parametrization):
+    """SwitchLoRA with its hyper-parameters; ValueError for names and numbers outside of what the fields say."""
+
+    name: ClassVar[str] = "switchlora"
+    adamw: ClassVar[type[Optimizer] | None] = VectorAdamW
+
+    rank: Rank = 0.25
+    """Vectors of each factor: an integer, a fraction of the width (the paper's d/4), or {pattern: either}."""
+    interval: float = 40
+    """Steps between two exchanges of one vector when they are most frequent; at least 1 and 2 freeze_steps."""
+    ratio: float = 0.1
+    """Fraction of the run by which the frequency is down to 0.3 ("exponential") or half ("z") of the most; positive."""
+    frequency: Frequency = "exponential"
+    """How it falls: as 0.3^((s + 1) / (ratio T)), or in the shape of a Z, a falling sigmoid around ratio T."""
+    mode: Mode = "continuous"
+    """Which candidates come next: all in turn, or any that are not in use, at random."""
+    freeze_steps: int = 5
+    """Updates for which the counterpart of an exchanged vector rests; 0: none."""
+    offload: bool = True
+    """Pools in host memory; otherwise on their layer's device."""
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        for field, names in (("frequency", get_args(Frequency)), ("mode", get_args(Mode))):
+            if getattr(self, field) not in names:
+                raise ValueError(f"{field}={getattr(self, field)!r} is none of {', '.join(names)}")
+        if not 0 < self.ratio < math.inf:
+            raise ValueError(f"ratio={self.ratio} is not positive; give a fraction of the run, the authors' is 0.1")
+        if self.freeze_steps < 0:
+            raise ValueError(f"freeze_steps={self.freeze_steps} is negative; give 0 to freeze nothing")
+        if not max(1, 2 * self.freeze_steps) <= self.interval < math.inf:
+            raise ValueError(
+                f"interval={self.interval} is not at least 1 and twice freeze_steps={self.freeze_steps}, so vectors would rest "
+                "longer than they train; raise interval or lower freeze_steps"
+            )
+
+    def check(self, sites: Sequence[Site]) -> None:
+        check_ranks(self.rank, sites)
+
+    def build(self, site: Site) -> nn.Module:
+        return SwitchLoRALinear(own_memory(site.linear), rank_at(self.rank, site))
+
+    def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(module, SwitchLoRALinear)
+        weight = module.W.weight
+        return (weight + module.product()).to(weight.dtype), module.W.bias
+
+    def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook:
+        return SwitchLoRAHook(self, model, optimizer, steps=steps, seed=seed)
+
+
+# ---- between steps
+
+
+class Pool:
+    """One factor and its candidates; `dim` is the dimension of `weight` that counts vectors, 0 in A and 1 in B."""
+
+    def __init__(self, weight: Tensor, dim: int, candidates: Tensor):
+        c, r = len(candidates), weight.shape[dim]
+        start = dim * (r // 2)  # B's pointer runs half a round ahead
+        self.weight, self.dim = weight, dim
+        self.state = {
+            "candidates": candidates,  # [c, width]; what one in use has learned is noted when it leaves
+            "selected": torch.arange(c - r, c).roll(start),  # [r]: the last is just before the pointer, the first next
+            "pointer": torch.tensor(start),  # the vector to go next
+            "frozen": torch.zeros(r, dtype=torch.int64),  # updates for which each vector still rests
+        }
+        self.candidates, self.selected, self.pointer, self.frozen = self.state.values()
+
+    @property
+    def vectors(self) -> Tensor:
+        """[r, width], a view."""
+        return self.weight.transpose(0, self.dim)
+
+    def swap(self, rows: Tensor, leaving: Tensor, draw: torch.Generator | None) -> Tensor:
+        """Note what leaves `rows` and hand out its successors: the next in turn or, with `draw`, any not in use."""
+        c, k = len(self.candidates), len(rows)
+        self.candidates[self.selected[rows]] = leaving.to(self.candidates.device)
+        if draw is None:
+            chosen = (self.selected[rows[0] - 1] + 1 + torch.arange(k)) % c
+        else:
+            chosen = torch.multinomial(torch.ones(c).index_fill_(0, self.selected, 0), k, generator=draw)
+        self.selected[rows] = chosen
+        self.pointer.copy_((rows[-1] + 1) % len(self.selected))
+        return self.candidates[chosen].to(leaving.device)
+
+    def hold(self) -> None:
+        """No gradient for vectors that rest; one update less to go."""
+        if self.weight.grad is not None and self.frozen.any():
+            self.weight.grad.transpose(0, self.dim)[(self.frozen > 0).to(self.weight.device)] = 0
+        self.frozen.sub_(1).clamp_(min=0)
+
+
+class SwitchLoRAHook(StepHook):
+    """Before each step: exchange vectors of A, then of B, and hold still those whose counterpart is new.
+
+    Raises ValueError for an optimizer other than `VectorAdamW` or without the factors, sharded factors, and no steps.
+    """
+
+    def __init__(self, method: SwitchLoRA, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int):
+        self.method, self.steps, self.seed = method, steps, seed
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, SwitchLoRALinear)}
+        _check(optimizer, layers, steps)
+        super().__init__(optimizer)
+        self.layers = {n: layer for n, layer in layers.items() if layer.A.out_features < min(layer.W.weight.shape)}
+        self.pools = {name: self._pools(name, layer) for name, layer in self.layers.items()}
+
+    def _pools(self, name: str, layer: SwitchLoRALinear) -> Sequence[Pool]:
+        def candidates(factor: str, weight: Tensor, width: int, std: float) -> Tensor:
+            drawn = torch.empty(min(layer.W.weight.shape), width, device="cpu")
+            draw_(drawn, std, generator(self.seed, name, factor))
+            return drawn.to("cpu" if self.method.offload else weight.device, weight.dtype)
+
+        A, B, (std_A, std_B) = layer.A.weight, layer.B.weight, layer.entry_stds
+        return Pool(A, 0, candidates("A", A, len(A.T), std_A)), Pool(B, 1, candidates("B", B, len(B), std_B))
+
+    @torch.no_grad()
+    def before_step(self) -> None:
+        draw = generator(self.seed, self.step)
+        for name, (a, b) in self.pools.items():
+            if count := self._count(a, b, draw):
+                W = self.layers[name].W.weight
+                self._exchange(W, a, b, count, draw)
+                self._exchange(W.T, b, a, count, draw)
+            a.hold()
+            b.hold()
+
+    def _count(self, a: Pool, b: Pool, draw: torch.Generator) -> int:
+        """How many vectors to exchange: r θ / interval, rounded at random, as far as there is room."""
+        r, c = len(a.selected), len(a.candidates)
+        mean = r / self.method.interval * theta(self.step, self.steps, self.method.ratio, self.method.frequency)
+        count = math.floor(mean + torch.rand((), generator=draw).item())
+        for ahead, after in ((a, b), (b, a)):  # just behind A's pointer lie B's frozen columns: B's pointer stops there
+            count = min(count, int((ahead.pointer - (after.frozen > 0).sum() - after.pointer) % r))
+        return count if self.method.mode == "continuous" else min(count, c - r)
+
+    def _exchange(self, W: Tensor, pool: Pool, partner: Pool, count: int, draw: torch.Generator) -> None:
+        rows = (pool.pointer + torch.arange(count)) % len(pool.selected)
+        here = rows.to(W.device)
+        new = pool.swap(rows, pool.vectors[here], draw if self.method.mode == "discontinuous" else None)
+        exchange_(W, pool.vectors, partner.vectors, here, new)
+        partner.frozen[rows] = self.method.freeze_steps
+        reset_vectors(self.optimizer, partner.weight, partner.dim, here)
+
+    def _tensors(self) -> dict[str, Tensor]:
+        factors = {f"{name}.{'AB'[pool.dim]}": pool for name, pair in self.pools.items() for pool in pair}
+        return {f"{name}.{field}": value for name, pool in factors.items() for field, value in pool.state.items()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {**super().state_dict(), **self._tensors()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        super().load_state_dict(state)
+        for name, tensor in self._tensors().items():
+            tensor.copy_(state[name])
+
+
+def _check(optimizer: Optimizer, layers: Mapping[str, SwitchLoRALinear], steps: int) -> None:
+    if steps < 1:
+        raise ValueError(f"steps={steps} is not positive; switchlora's frequency falls over the steps of the whole run")
+    if not isinstance(optimizer, VectorAdamW):
+        raise ValueError(
+            f"switchlora resets the state of single vectors, which {type(optimizer).__name__} does not keep; take "
+            "lorank.optim.adamw.VectorAdamW"
+        )
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, layer in layers.items():
+        factors = (layer.A.weight, layer.B.weight)
+        if not moved.issuperset(map(id, factors)):
+            raise ValueError(
+                f"the optimizer lacks the factors of {name}; give it all parameters that are to be trained"
+            )
+        if any(hasattr(factor, "device_mesh") for factor in factors):
+            raise ValueError(f"switchlora moves whole vectors, but the factors of {name} are sharded; use DDP instead")
