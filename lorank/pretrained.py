@@ -72,6 +72,7 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         names = {then(site.name): site.name for site in find_sites(self)}
         rewrite(self, method, choose_sites(sites, recorded["targets"], recorded["exclude"]), names)
         _mark_drawn(self)
+        self._frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
 
     @guard_torch_init_functions()  # parameters that came from a file keep their values
     def initialize_weights(self: Any) -> None:
@@ -79,6 +80,8 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         base.initialize_weights(self)
         for module in undrawn:
             module.reset_parameters()  # after transformers' own draw of the nested layers: this one counts
+        for name in getattr(self, "_frozen", ()):
+            self.get_parameter(name).requires_grad_(False)  # what transformers loads it makes trainable
 
     return _derive(base, {"config_class": config, "__init__": __init__, "initialize_weights": initialize_weights})
 
