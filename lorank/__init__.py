@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorank.methods import METHODS
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.low_rank import LowRank
+    from lorank.methods.relora import ReLoRA
     from lorank.methods.switchlora import SwitchLoRA
     from lorank.parametrization import Parametrization, Site, StepHook
 
@@ -35,6 +36,7 @@ _HOME = {
     "Parametrization": "parametrization",
     "Site": "parametrization",
     "StepHook": "parametrization",
+    "ReLoRA": "methods.relora",
     "SwitchLoRA": "methods.switchlora",
 }
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "CoLAM",
     "LowRank",
     "Parametrization",
+    "ReLoRA",
     "Site",
     "StepHook",
     "SwitchLoRA",

@@ -6,6 +6,7 @@ well as layer-wise ones.
 """
 
 import dataclasses
+import hashlib
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -143,6 +144,12 @@ class StepHook:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from where `state_dict` was taken; model and optimizer are loaded already."""
         self.step = int(state["step"])
+
+
+def seeded_generator(*seeds: int | str) -> torch.Generator:
+    """A generator for one purpose on the CPU, the same in every process: what can be drawn again need not be saved."""
+    digest = hashlib.sha256(repr(seeds).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def check_rank(rank: Rank) -> None:

@@ -24,7 +24,6 @@ say which vectors go; only their successors are drawn. Left out: LoRA's own star
 up for rests (off in theirs). A layer with r = 1 or r >= c exchanges nothing.
 """
 
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,16 @@ from torch.optim import Optimizer
 
 from lorank.layers import linear, own_memory
 from lorank.optim.adamw import VectorAdamW, reset_vectors
-from lorank.parametrization import Parametrization, Rank, Site, StepHook, check_rank, check_ranks, rank_at
+from lorank.parametrization import (
+    Parametrization,
+    Rank,
+    Site,
+    StepHook,
+    check_rank,
+    check_ranks,
+    rank_at,
+    seeded_generator,
+)
 
 Frequency = Literal["exponential", "z"]
 Mode = Literal["continuous", "discontinuous"]
@@ -83,12 +91,6 @@ def exchange_(W: Tensor, vectors: Tensor, partners: Tensor, rows: Tensor, new: T
     difference = vectors[rows].to(wide) - new.to(wide)  # [k, q]
     W.add_(partners[rows].to(wide).T @ difference, alpha=1 / len(vectors))
     vectors[rows] = new
-
-
-def generator(*seeds: int | str) -> torch.Generator:
-    """A generator for one purpose: what is drawn anew from the same seeds need not be saved."""
-    digest = hashlib.sha256(repr(seeds).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 # ---- the layer
@@ -251,7 +253,7 @@ class SwitchLoRAHook(StepHook):
     def _pools(self, name: str, layer: SwitchLoRALinear) -> Sequence[Pool]:
         def candidates(factor: str, weight: Tensor, width: int, std: float) -> Tensor:
             drawn = torch.empty(min(layer.W.weight.shape), width, device="cpu")
-            draw_(drawn, std, generator(self.seed, name, factor))
+            draw_(drawn, std, seeded_generator(self.seed, name, factor))
             return drawn.to("cpu" if self.method.offload else weight.device, weight.dtype)
 
         A, B, (std_A, std_B) = layer.A.weight, layer.B.weight, layer.entry_stds
@@ -259,7 +261,7 @@ class SwitchLoRAHook(StepHook):
 
     @torch.no_grad()
     def before_step(self) -> None:
-        draw = generator(self.seed, self.step)
+        draw = seeded_generator(self.seed, self.step)
         for name, (a, b) in self.pools.items():
             if count := self._count(a, b, draw):
                 W = self.layers[name].W.weight

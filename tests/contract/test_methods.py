@@ -22,7 +22,10 @@ IN_FP32 = {"crnet": "beta$"}
 """Parameters that a method keeps in single precision, as a pattern of their names."""
 NOT_LINEAR = ("cola", "cola-m", "crnet")
 """Methods whose layers are no linear maps of their input, and which therefore refuse to be merged."""
-SHORT_LIVED: dict[str, Any] = {"switchlora": find_method("switchlora")(interval=2, freeze_steps=1, ratio=10.0)}
+SHORT_LIVED: dict[str, Any] = {
+    "relora": find_method("relora")(cycle=2, restart_warmup_steps=1, reset="magnitude"),
+    "switchlora": find_method("switchlora")(interval=2, freeze_steps=1, ratio=10.0),
+}
 """Settings with which whatever a method does between steps happens within eight of them; default: its own."""
 FACTORISED = ("cola", "cola-m", "low-rank")
 """Methods whose layers hold r (d_in + d_out) weights; one that does not states its count in its own test file."""
