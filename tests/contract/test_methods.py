@@ -20,10 +20,12 @@ from lorank.methods import find_method
 
 IN_FP32 = {"crnet": "beta$"}
 """Parameters that a method keeps in single precision, as a pattern of their names."""
+WITHOUT_NOISE: dict[str, Any] = {"relora": {"dropout": 0.0}}
+"""Settings without which two calls of one model would differ; default: the method's own."""
 NOT_LINEAR = ("cola", "cola-m", "crnet")
 """Methods whose layers are no linear maps of their input, and which therefore refuse to be merged."""
 SHORT_LIVED: dict[str, Any] = {
-    "relora": find_method("relora")(cycle=2, restart_warmup_steps=1, reset="magnitude"),
+    "relora": find_method("relora")(cycle=2, restart_warmup_steps=1, reset="magnitude", dropout=0.1),
     "switchlora": find_method("switchlora")(interval=2, freeze_steps=1, ratio=10.0),
 }
 """Settings with which whatever a method does between steps happens within eight of them; default: its own."""
@@ -33,7 +35,7 @@ FACTORISED = ("cola", "cola-m", "low-rank")
 
 @pytest.fixture(params=METHODS)
 def method(request: pytest.FixtureRequest) -> Any:
-    return find_method(request.param)()
+    return find_method(request.param)(**WITHOUT_NOISE.get(request.param, {}))
 
 
 @pytest.fixture
