@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorank.methods import METHODS
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.low_rank import LowRank
+    from lorank.methods.sst import SST
     from lorank.parametrization import Parametrization, Site, StepHook
 
 __version__ = "0.1.0"
@@ -31,12 +32,14 @@ _HOME = {
     "CoLA": "methods.cola",
     "CoLAM": "methods.cola",
     "LowRank": "methods.low_rank",
+    "SST": "methods.sst",
     "Parametrization": "parametrization",
     "Site": "parametrization",
     "StepHook": "parametrization",
 }
 __all__ = [
     "METHODS",
+    "SST",
     "CoLA",
     "CoLAM",
     "LowRank",
