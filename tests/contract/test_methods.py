@@ -225,6 +225,7 @@ def test_padding_does_not_change_the_real_tokens(model: Any, architecture: Any, 
     torch.testing.assert_close(a[1, :8], b[1, :8], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by torch, compiling a Function
 def test_the_compiler_gets_one_graph_forward_and_backward(method: Any, tokens: Tensor, small: Any) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
