@@ -185,10 +185,11 @@ class SSTLinear(nn.Module):
         return wide(U) * self.S @ wide(V).T
 
     def forward(self, x: Tensor) -> Tensor:
-        flat, U, V = x.reshape(-1, self.d_in), self.U_active, self.V_active
+        flat = x.reshape(-1, self.d_in)
+        inputs: list[Tensor] = [flat, self.U_active, self.V_active]
         if torch.is_autocast_enabled(x.device.type):  # it ends before a Function's backward: types are settled here
-            flat, U, V = (tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in (flat, U, V))
-        active = ActivePairs.apply(flat, U, V, self.S[: self.rank], self.enhanced)
+            inputs = [tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in inputs]
+        active = ActivePairs.apply(*inputs, self.S[: self.rank], self.enhanced)
         y = torch.addmm(active, flat @ self.V_frozen * self.S[self.rank :], self.U_frozen.T)
         return (y if self.bias is None else y + self.bias.to(y.dtype)).view(*x.shape[:-1], self.d_out)
 
@@ -219,8 +220,10 @@ class SST(Parametrization):
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
-        if self.interval < 1:
-            raise ValueError(f"interval={self.interval} is not positive; give the steps between two draws, such as 200")
+        if not isinstance(self.interval, int) or self.interval < 1:
+            raise ValueError(
+                f"interval={self.interval} is not a positive integer; give steps between draws, such as 200"
+            )
         if not 0 <= self.restart_warmup_steps <= self.interval:
             raise ValueError(
                 f"restart_warmup_steps={self.restart_warmup_steps} is not between 0 and interval={self.interval}: the "
