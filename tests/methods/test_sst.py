@@ -382,6 +382,7 @@ def test_parameters_of_a_model_are_the_closed_form(architecture: Any) -> None:
         stored += 2 * m * (d_in + d_out + 1)
         trained += 2 * (m // 4 * (d_in + d_out) + m)
     assert found.total == dense.total - weights + stored
+    assert found.blocks == dense.blocks - weights + stored
     assert found.trainable == dense.total - weights + trained
 
 
