@@ -15,12 +15,13 @@ m (d_in + d_out + 1) stored ones, up to twice the dense weight: SST saves optimi
 small r. Its input and V^T x [n, m] are kept for backward.
 
 Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML 2025,
-arXiv 2405.15481. The authors' code could not be reached: nothing here is taken from or compared with it.
+arXiv 2405.15481, as summaries of it report; neither its full text nor the authors' code was at hand. Not confirmed are
+the Kaiming draw, 200 steps an iteration, m/r iterations a round and 20 steps of warm-up.
 
-Choices where the paper is silent. The moments of S wander with their values when pairs change places and are reset with
-the SVD. Step counters are reset with the moments: under an old counter Adam's first step is three times too long. m/r is
-rounded up. The run's own warm-up serves the first iteration. SVDs are taken one by one, which costs LAPACK no time and
-spares memory. Weight decay of U and V acts on what is normalised next; W shrinks only if vectors (S) decay too.
+Choices where the summaries are silent. The moments of S wander with their values when pairs change places and are reset
+with the SVD. Step counters are reset with the moments: under an old counter Adam's first step is three times too long.
+m/r is rounded up. The run's own warm-up serves the first iteration. SVDs are taken one by one, which costs LAPACK no time
+and spares memory. Weight decay of U and V acts on what is normalised next; W shrinks only if vectors (S) decay too.
 """
 
 import hashlib
@@ -210,7 +211,7 @@ class SST(Parametrization):
     """Pairs that learn at a time: an integer, a fraction of the width (the paper: d/8 for widths up to 256, d/12 to d/32
     for language models), or {pattern: either}."""
     interval: int = 200
-    """Steps of an iteration, after which other pairs are drawn (the paper's T3)."""
+    """Steps of an iteration, after which other pairs are drawn (T3)."""
     restart_warmup_steps: int = 20
     """Steps in which the learning rate rises again at the start of an iteration; 0: none."""
     enhanced: bool = True
