@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.low_rank import LowRank
     from lorank.methods.relora import ReLoRA
+    from lorank.methods.sst import SST
     from lorank.methods.switchlora import SwitchLoRA
     from lorank.parametrization import Parametrization, Site, StepHook
 
@@ -33,6 +34,7 @@ _HOME = {
     "CoLA": "methods.cola",
     "CoLAM": "methods.cola",
     "LowRank": "methods.low_rank",
+    "SST": "methods.sst",
     "Parametrization": "parametrization",
     "Site": "parametrization",
     "StepHook": "parametrization",
@@ -41,6 +43,7 @@ _HOME = {
 }
 __all__ = [
     "METHODS",
+    "SST",
     "CoLA",
     "CoLAM",
     "LowRank",

@@ -177,6 +177,7 @@ def rewrite(
     for stack in stacks.values():
         for site, module in zip(stack, method.build_stack(stack), strict=True):
             replacements[names.get(site.name, site.name)] = module.train(site.linear.training)
+            module.stands_for_linear = True  # type: ignore[assignment]
 
     before = {module: dict(module._modules) for module in model.modules()}
     try:
@@ -197,8 +198,8 @@ def rewrite(
 def blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
     """The repeated blocks of a model as (name of their list, depth, block), in the model's order.
 
-    Blocks are the members of an outermost ``nn.ModuleList`` each of which has a linear map somewhere below it and is
-    not one itself; a list of heads or of embeddings is none.
+    Blocks are the members of an outermost ``nn.ModuleList`` each of which has a linear map, or what `rewrite` put in
+    place of one, somewhere below it and is not one itself; a list of heads or of embeddings is none.
     """
     seen: list[str] = []
     for name, module in model.named_modules():
@@ -325,7 +326,9 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _holds_linear(block: nn.Module) -> bool:
-    return not _is_linear(block) and any(_is_linear(module) for module in block.modules())
+    return not _is_linear(block) and any(
+        _is_linear(module) or hasattr(module, "stands_for_linear") for module in block.modules()
+    )
 
 
 def _as_linear(module: nn.Module) -> nn.Linear:

@@ -168,16 +168,11 @@ def check_rank(rank: Rank) -> None:
         raise ValueError(f"rank={rank} is not a fraction in (0, 1); give an integer for an absolute rank")
 
 
-def check_ranks(rank: Rank, sites: Sequence[Site]) -> None:
-    """A rank against the sites it is for.
-
-    Raises:
-        ValueError: a site for which a table has no pattern, or a pattern that is the first to match nowhere.
-
-    Warns:
-        UserWarning: the projections whose two factors would be no smaller than the dense map, all in one.
-    """
+def check_table(rank: Rank, sites: Sequence[Site]) -> None:
+    """Raises ValueError for a table of ranks without a pattern for a site, or with one that decides nothing."""
     if isinstance(rank, Mapping):
+        for site in sites:
+            rank_at(rank, site)
         used = {next((pattern for pattern in rank if re.search(pattern, site.name)), None) for site in sites}
         for pattern in rank:
             if pattern not in used:
@@ -185,6 +180,18 @@ def check_ranks(rank: Rank, sites: Sequence[Site]) -> None:
                     f"rank: the pattern {pattern!r} decides nothing (no projection matches, or an earlier pattern takes all "
                     "that do); drop it or mend it"
                 )
+
+
+def check_ranks(rank: Rank, sites: Sequence[Site]) -> None:
+    """A rank against the sites it is for, where the method has two factors of that rank.
+
+    Raises:
+        ValueError: a site for which a table has no pattern, or a pattern that is the first to match nowhere.
+
+    Warns:
+        UserWarning: the projections whose two factors would be no smaller than the dense map, all in one.
+    """
+    check_table(rank, sites)
     beyond = {s.role: (rank_at(rank, s), s.break_even_rank) for s in sites if rank_at(rank, s) >= s.break_even_rank}
     if beyond:
         listed = ", ".join(f"{role} (rank {r}, break-even {limit:.0f})" for role, (r, limit) in beyond.items())

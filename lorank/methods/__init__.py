@@ -17,6 +17,7 @@ METHODS = {
     "low-rank": "lorank.methods.low_rank:LowRank",
     "relora": "lorank.methods.relora:ReLoRA",
     "switchlora": "lorank.methods.switchlora:SwitchLoRA",
+    "sst": "lorank.methods.sst:SST",
 }
 
 
