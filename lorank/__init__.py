@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorank.methods import METHODS
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.low_rank import LowRank
+    from lorank.methods.masa import MASA, freeze_coefficients, matrix_pca
     from lorank.parametrization import Parametrization, Site, StepHook
 
 __version__ = "0.1.0"
@@ -31,11 +32,15 @@ _HOME = {
     "CoLA": "methods.cola",
     "CoLAM": "methods.cola",
     "LowRank": "methods.low_rank",
+    "MASA": "methods.masa",
+    "freeze_coefficients": "methods.masa",
+    "matrix_pca": "methods.masa",
     "Parametrization": "parametrization",
     "Site": "parametrization",
     "StepHook": "parametrization",
 }
 __all__ = [
+    "MASA",
     "METHODS",
     "CoLA",
     "CoLAM",
@@ -45,8 +50,10 @@ __all__ = [
     "StepHook",
     "checkpoint",
     "convert",
+    "freeze_coefficients",
     "keep_bottlenecks",
     "keep_bottlenecks_and_attention",
+    "matrix_pca",
     "merge",
     "step_hook",
 ]
