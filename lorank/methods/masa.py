@@ -14,9 +14,10 @@ L S while the network is there. Each call of a layer spends 2 S d_in d_out FLOPs
 the dense layer's. W_l is kept for backward unless the block is checkpointed, so MASA saves weights, gradients and
 optimizer state, not activations. Decoding forms W_l for each token: `lorank.merge` first where that matters.
 
-Source: "Share Your Attention: Transformer Weight Sharing via Matrix-based Dictionary Learning", arXiv 2508.04581.
+Source: Zhussip et al., "Share Your Attention: Transformer Weight Sharing via Matrix-based Dictionary Learning", AAAI
+2026, arXiv 2508.04581.
 
-Choices where the paper's text is silent (no code is published): all widths of the network and all initial values, which
+Choices where the paper's text is silent (we had neither its appendix nor code): all widths of the network and all initial values, which
 make c_ls = 1/√S + N(0, 0.02²), D ~ N(0, 0.02²), so that W_l has an atom's variance. W_l is formed in the parameters' own
 precision also under autocast. Departures: Matrix PCA treats all blocks as one group and drops the residual; the paper
 groups blocks by drift and keeps a low-rank part of the whitened residual.
