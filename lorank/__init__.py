@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorank.methods import METHODS
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.low_rank import LowRank
+    from lorank.methods.masa import MASA, freeze_coefficients, matrix_pca
     from lorank.methods.relora import ReLoRA
     from lorank.methods.sst import SST
     from lorank.methods.switchlora import SwitchLoRA
@@ -35,6 +36,9 @@ _HOME = {
     "CoLAM": "methods.cola",
     "LowRank": "methods.low_rank",
     "SST": "methods.sst",
+    "MASA": "methods.masa",
+    "freeze_coefficients": "methods.masa",
+    "matrix_pca": "methods.masa",
     "Parametrization": "parametrization",
     "Site": "parametrization",
     "StepHook": "parametrization",
@@ -42,6 +46,7 @@ _HOME = {
     "SwitchLoRA": "methods.switchlora",
 }
 __all__ = [
+    "MASA",
     "METHODS",
     "SST",
     "CoLA",
@@ -54,8 +59,10 @@ __all__ = [
     "SwitchLoRA",
     "checkpoint",
     "convert",
+    "freeze_coefficients",
     "keep_bottlenecks",
     "keep_bottlenecks_and_attention",
+    "matrix_pca",
     "merge",
     "step_hook",
 ]

@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lorank.conversion import blocks
+from lorank.parametrization import SHARED
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Closed forms: d = hidden size, d_ff = intermediate size, r = rank, n = tokens of a sequence
@@ -141,7 +142,7 @@ class Parameters(NamedTuple):
     total: int
     trainable: int
     blocks: int
-    """Inside the repeated blocks; the rest is embeddings, head and final norm."""
+    """Inside the repeated blocks, or shared by them; the rest is embeddings, head and final norm."""
 
 
 class Flops(NamedTuple):
@@ -178,6 +179,11 @@ class Memory(NamedTuple):
         return sum(self)
 
 
+def shared_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, module) of what the blocks of a converted model share."""
+    return [(name, module) for name, module in model.named_modules() if name.rpartition(".")[2].startswith(SHARED)]
+
+
 def count_parameters(model: nn.Module) -> Parameters:
     """Counts over distinct parameters; works on the meta device."""
 
@@ -185,6 +191,7 @@ def count_parameters(model: nn.Module) -> Parameters:
         return sum(parameter.numel() for parameter in parameters)
 
     inside = {parameter for _, _, block in blocks(model) for parameter in block.parameters()}
+    inside |= {p for _, module in shared_modules(model) for p in module.parameters()}
     return Parameters(total(model.parameters()), total(p for p in model.parameters() if p.requires_grad), total(inside))
 
 

@@ -80,7 +80,7 @@ def convert(
             f"{type(model).__name__} is a wrapper around {inner}, which could not be saved; convert that one, before it is "
             "compiled or wrapped"
         )
-    sites = choose_sites(find_sites(model), targets, exclude)
+    sites = choose_sites(wanted_sites(method, find_sites(model)), targets, exclude)
     _check_callers(model, sites)
     method.check(sites)
     rewrite(model, method, sites)
@@ -260,6 +260,15 @@ def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool])
         found += own
     for name in found:
         _put(model, name, nn.Identity())
+
+
+def wanted_sites(method: Parametrization, sites: list[Site]) -> list[Site]:
+    """Those that the method rewrites; ValueError if there are sites, but none for it."""
+    wanted = [site for site in sites if method.wants(site)]
+    if sites and not wanted:
+        roles = dict.fromkeys(site.role for site in sites)
+        raise ValueError(f"{method.name} recognises none of this model's projections: {', '.join(roles)}")
+    return wanted
 
 
 def choose_sites(sites: list[Site], targets: Patterns = None, exclude: Patterns = None) -> list[Site]:

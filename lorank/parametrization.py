@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Rank = int | float | Mapping[str, int | float]
+SHARED = "lorank_"
+"""Beginning of the name under which a model's body holds what its blocks share; it counts as part of the blocks."""
 
 
 class Site(NamedTuple):
@@ -57,6 +59,11 @@ class Parametrization:
     checkpoint_policy: ClassVar[str | None] = None
     """What blocks keep for backward unless the user says otherwise, by its name in `lorank.checkpointing.POLICIES`."""
 
+    def wants(self, site: Site) -> bool:
+        """Whether the method rewrites such a place at all; if not it stays dense, whatever `targets` say. By its names
+        and depth alone: the same is asked when a saved model is built again."""
+        return True
+
     def check(self, sites: Sequence[Site]) -> None:
         """Raise ValueError if the method cannot rewrite these sites (all that were chosen); nothing is changed yet."""
 
@@ -69,7 +76,10 @@ class Parametrization:
         return [self.build(site) for site in sites]
 
     def finish(self, model: nn.Module) -> None:
-        """Whatever the method changes beside its layers; called once, after all stacks are in place."""
+        """Whatever the method changes beside its layers; called once, after all stacks are in place.
+
+        What blocks share is registered here, once, under a name that begins with `SHARED`, and not in a block.
+        """
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Weight [d_out, d_in] and bias of the dense layer that a module of this method amounts to.

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from lorank.conversion import base_prefix, choose_sites, find_sites, rewrite
+from lorank.conversion import base_prefix, choose_sites, find_sites, rewrite, wanted_sites
 from lorank.methods import find_method
 from lorank.registry import PREFIX
 
@@ -70,7 +70,8 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         then = lambda name: name if here == there else there + name.removeprefix(here)  # noqa: E731
         sites = [site._replace(name=then(site.name), role=then(site.role)) for site in find_sites(self)]
         names = {then(site.name): site.name for site in find_sites(self)}
-        rewrite(self, method, choose_sites(sites, recorded["targets"], recorded["exclude"]), names)
+        chosen = choose_sites(wanted_sites(method, sites), recorded["targets"], recorded["exclude"])
+        rewrite(self, method, chosen, names)
         _mark_drawn(self)
         self._frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 METHODS = {
     "cola": "lorank.methods.cola:CoLA",
     "cola-m": "lorank.methods.cola:CoLAM",
+    "masa": "lorank.methods.masa:MASA",
     "low-rank": "lorank.methods.low_rank:LowRank",
     "relora": "lorank.methods.relora:ReLoRA",
     "switchlora": "lorank.methods.switchlora:SwitchLoRA",

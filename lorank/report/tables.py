@@ -71,7 +71,7 @@ def plan_tables(plan: Plan) -> RenderableType:
     modules.add_column("parameters, all depths", justify="right", no_wrap=True)
     for row in plan.rows:
         change = f"{row.parameters_before:,} → {row.parameters_after:,}"
-        modules.add_row(row.role.partition(".*.")[2], str(row.depths), row.before, row.after, change)
+        modules.add_row(row.role.partition(".*.")[2] or row.role, str(row.depths), row.before, row.after, change)
 
     totals = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("", "dense", "this recipe", "ratio"):

@@ -27,7 +27,7 @@ def parameter_groups(
         if parameter.requires_grad:
             plain = parameter.ndim < 2 or parameter in embeddings
             decayed = weight_decay if decay == "all" or not plain else 0.0
-            side = others if plain or parameter in outside else hidden
+            side = others if plain or parameter.ndim > 2 or parameter in outside else hidden
             side.setdefault(decayed, []).append(parameter)
     as_groups = lambda side: [{"params": params, "weight_decay": wd} for wd, params in side.items()]  # noqa: E731
     return as_groups(hidden), as_groups(others)

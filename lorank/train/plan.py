@@ -102,7 +102,10 @@ def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:
             parameters_before=earlier.parameters_before + _size(site.linear),
             parameters_after=earlier.parameters_after + count,
         )
-    return list(rows.values())
+    shared = [
+        Row(name, 1, "", "shared by the blocks", 0, _size(module)) for name, module in accounting.shared_modules(model)
+    ]
+    return [*rows.values(), *shared]
 
 
 def _size(module: nn.Module) -> int:

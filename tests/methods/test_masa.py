@@ -1,0 +1,480 @@
+"""MASA: its sizes, limits, gradients, frozen coefficients and Matrix PCA, and where its atoms live."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from lorank import MASA, convert, freeze_coefficients, matrix_pca, merge
+from lorank.accounting import count_parameters
+from lorank.methods.masa import CoefficientNetwork, CoefficientTable, Dictionary, MASALinear, projection_type
+from lorank.parametrization import SHARED
+from lorank.train.optimizers import build_optimizer
+from lorank.train.plan import plan
+from lorank.train.recipe import Recipe
+
+TABLE: dict[str, Any] = {"coefficients": "table"}
+
+
+def dictionaries(model: Any) -> dict[str, Dictionary]:
+    return dict(getattr(model, "base_model", model).lorank_atoms.items())
+
+
+def layers(model: nn.Module) -> dict[str, MASALinear]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, MASALinear)}
+
+
+def loss_of(model: Any, tokens: Tensor) -> Tensor:
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+def deep(small: Callable[..., Any], name: str = "llama", **changes: Any) -> Any:
+    """Six blocks: a third of them is two atoms."""
+    return small(name, num_hidden_layers=6, **changes)
+
+
+def elements(tensors: Any) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+# ---- 1, 5: sizes
+
+
+@pytest.mark.parametrize(
+    ("d", "blocks", "heads", "total", "attention", "atoms", "coefficients"),
+    [
+        (768, 12, 12, 109_510_656, 28_311_552, 9_437_184, 192),
+        (1024, 24, 16, 334_757_888, 100_663_296, 33_554_432, 768),
+        (1536, 24, 12, 728_629_248, 226_492_416, 75_497_472, 768),
+    ],
+)
+def test_the_papers_sizes(
+    d: int, blocks: int, heads: int, total: int, attention: int, atoms: int, coefficients: int
+) -> None:
+    with torch.device("meta"):
+        model: Any = GPT2LMHeadModel(GPT2Config(vocab_size=32_000, n_embd=d, n_layer=blocks, n_head=heads))
+
+    def matrices() -> int:  # the paper's formula omits biases, norms and positions
+        inside = [p for p in model.transformer.parameters() if p.ndim > 1]
+        return elements(inside) - model.transformer.wpe.weight.numel()
+
+    before = matrices()
+    assert before == total
+    convert(model, MASA(**TABLE))
+    found = dictionaries(model).values()
+    assert elements(d.atoms for d in found) == atoms
+    assert elements(d.coefficients.values for d in found) == coefficients
+    assert before - matrices() == attention - atoms - coefficients
+    assert 1 - atoms / attention == pytest.approx(2 / 3, abs=1e-12)
+    if d == 768:
+        assert 1 - (atoms + coefficients) / attention == pytest.approx(0.66665988, abs=5e-9)
+
+
+@pytest.mark.parametrize("atoms", [1, 2, 4])
+def test_without_the_output_projection_three_quarters_of_the_saving_remain(
+    small: Callable[..., Any], atoms: int
+) -> None:
+    heads = {"num_key_value_heads": 4}  # four square projections, as in the paper
+    dense, model = (deep(small, **heads) for _ in range(2))
+    convert(model, MASA(atoms=atoms, variant="qkv", **TABLE))
+    for before, after in zip(dense.model.layers, model.model.layers, strict=True):
+        assert type(after.self_attn.o_proj) is nn.Linear
+        assert torch.equal(after.self_attn.o_proj.weight, before.self_attn.o_proj.weight)
+    saved = dense.num_parameters() - model.num_parameters() + 3 * 6 * atoms  # coefficients aside
+    assert saved / (4 * 6 * 32 * 32) == pytest.approx(0.75 * (1 - atoms / 6), abs=1e-12)
+
+
+def test_parameters_of_the_coefficient_network(small: Callable[..., Any]) -> None:
+    network: Any = next(iter(dictionaries(convert(deep(small), MASA())).values())).coefficients
+    assert elements(network.parameters()) == 6 * 32 + 6272 + 65 * 2
+
+
+def test_atoms_count_as_part_of_the_blocks(small: Callable[..., Any]) -> None:
+    dense, model = deep(small), convert(deep(small), MASA(**TABLE))
+    saved = dense.num_parameters() - model.num_parameters()
+    assert saved > 0
+    assert count_parameters(dense).blocks - count_parameters(model).blocks == saved
+    assert all(name.startswith(SHARED) for name, _ in model.model.named_children() if "atoms" in name)
+    assert sum(row.parameters_after for row in plan(Recipe(method="masa", rank=None)).rows) == pytest.approx(
+        plan(Recipe(method="masa", rank=None)).model.parameters.blocks, rel=0.01
+    )  # but for norms
+
+
+def test_flops_of_a_layer() -> None:
+    layer = MASALinear(Dictionary("q", 6, (24, 16), 3, "network"), 2, False)
+    with FlopCounterMode(display=False) as counter:
+        y = layer(torch.randn(10, 16, requires_grad=True))
+        assert counter.get_total_flops() == 2 * 10 * 24 * 16 + 2 * 3 * 24 * 16
+        y.sum().backward()
+    assert counter.get_total_flops() == 3 * (2 * 10 * 24 * 16 + 2 * 3 * 24 * 16)
+
+
+# ---- 2: limits
+
+
+def test_one_atom_per_block_is_the_dense_model(small: Callable[..., Any], tokens: Tensor) -> None:
+    dense = deep(small)
+    with pytest.warns(UserWarning, match="no fewer atoms than blocks in model"):
+        model = convert(deep(small), MASA(atoms=6, **TABLE))
+    for name, layer in layers(model).items():
+        assert not torch.equal(layer.dictionary(layer.depth), dense.get_submodule(name).weight)
+        with torch.no_grad():
+            layer.dictionary.atoms[layer.depth] = dense.get_submodule(name).weight
+            nn.init.eye_(layer.dictionary.coefficients.values)  # type: ignore[arg-type]
+    assert torch.equal(model(tokens).logits, dense(tokens).logits)
+
+
+def test_a_single_atom_is_one_matrix_for_all_blocks(small: Callable[..., Any], tokens: Tensor) -> None:
+    dense, model = deep(small), convert(deep(small), MASA(atoms=1, **TABLE))
+    for name, layer in layers(model).items():
+        nn.init.ones_(layer.dictionary.coefficients.values)  # type: ignore[arg-type]
+        dense.get_submodule(name).weight.data = layer.dictionary.atoms[0].detach()
+    assert torch.equal(model(tokens).logits, dense(tokens).logits)
+
+
+# ---- 3, 6: gradients
+
+
+def test_gradients_follow_from_those_of_the_dense_weights(small: Callable[..., Any], tokens: Tensor) -> None:
+    model = convert(deep(small).double(), MASA(**TABLE))
+    dense = merge(model)
+    loss_of(model, tokens).backward()
+    loss_of(dense, tokens).backward()
+    for dictionary in dictionaries(model).values():
+        names = [name for name, layer in layers(model).items() if layer.dictionary is dictionary]
+        weights: Any = torch.stack([dense.get_submodule(name).weight.grad for name in names])  # [L, d_out, d_in]
+        c: Any = dictionary.coefficients.values
+        assert len(names) == 6
+        expected = torch.einsum("ls,lio->sio", c, weights)
+        torch.testing.assert_close(dictionary.atoms.grad, expected, rtol=1e-10, atol=1e-12)
+        expected = torch.einsum("lio,sio->ls", weights, dictionary.atoms)
+        torch.testing.assert_close(c.grad, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_projection_types_share_nothing(small: Callable[..., Any], tokens: Tensor) -> None:
+    model = convert(deep(small), MASA())
+    found = dictionaries(model)
+    assert [name.rpartition("attn_")[2] for name in found] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    addresses = [parameter.data_ptr() for d in found.values() for parameter in d.parameters()]
+    assert len(set(addresses)) == len(addresses) == 4 * 8
+    model.model.layers[3].self_attn.q_proj(torch.randn(5, 32)).sum().backward()
+    for name, dictionary in found.items():
+        assert all((p.grad is None) == (not name.endswith("q_proj")) for p in dictionary.parameters())
+
+
+# ---- 4: frozen coefficients
+
+
+@pytest.mark.parametrize("atoms", [1, 2, 3, 5])
+def test_freezing_changes_no_bit_of_the_outputs(
+    small: Callable[..., Any], tokens: Tensor, tmp_path: Path, atoms: int
+) -> None:
+    model = convert(deep(small, "gpt2"), MASA(atoms=atoms))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loss_of(model, tokens).backward()
+    optimizer.step()
+    before, with_networks = model(tokens).logits, copy.deepcopy(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = model(tokens).logits
+
+    assert freeze_coefficients(model) is model
+    assert torch.equal(model(tokens).logits, before)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(tokens).logits, rounded)
+    assert not any(isinstance(module, CoefficientNetwork) for module in model.modules())
+    assert not any("embedding" in name for name, _ in model.transformer.lorank_atoms.named_parameters())
+    assert all(d.coefficients.values.shape == (6, atoms) for d in dictionaries(model).values())
+    loss_of(model, tokens).backward()
+    assert all(d.coefficients.values.grad.abs().max() > 0 for d in dictionaries(model).values())
+
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(loaded.eval()(tokens).logits, before)
+    assert torch.equal(merge(loaded)(tokens).logits, merge(with_networks)(tokens).logits)
+    assert with_networks.config.lorank["arguments"]["coefficients"] == "network"
+    with pytest.raises(ValueError, match="no coefficient network to freeze"):
+        freeze_coefficients(loaded)
+
+
+def test_only_masa_has_coefficients_to_freeze(small: Callable[..., Any]) -> None:
+    for model in (small("llama"), convert(small("llama"), "low-rank")):
+        with pytest.raises(ValueError, match="no coefficient network to freeze; convert with MASA"):
+            freeze_coefficients(model)
+
+
+# ---- 7: Matrix PCA
+
+
+@pytest.mark.parametrize("atoms", [1, 3, 5])
+def test_matrix_pca_keeps_the_leading_eigenvalues_of_the_gram_matrix(atoms: int) -> None:
+    weights = torch.randn(5, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    d, c, error = matrix_pca(weights, atoms)
+    inner = torch.einsum("iab,jab->ij", d, d)
+    torch.testing.assert_close(inner, torch.eye(atoms, dtype=torch.float64), rtol=0, atol=1e-12)
+    for block in range(5):
+        for s in range(atoms):
+            torch.testing.assert_close(c[block, s], torch.trace(d[s].T @ weights[block]))
+    residual = weights - sum(c[:, s, None, None] * d[s] for s in range(atoms))
+    eigenvalues = torch.linalg.eigvalsh(torch.einsum("iab,jab->ij", weights, weights))  # ascending
+    discarded = eigenvalues[: 5 - atoms].sum()
+    torch.testing.assert_close(residual.square().sum(), discarded, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(error, discarded, rtol=1e-10, atol=1e-12)
+    assert error > 0.1 or atoms == 5
+
+
+def test_atoms_stay_orthonormal_where_blocks_are_equal() -> None:
+    weights = torch.ones(4, 3, 5) * torch.tensor([1.0, 1.0, 2.0, 2.0])[:, None, None]
+    d, c, error = matrix_pca(weights, 3)
+    torch.testing.assert_close(torch.einsum("iab,jab->ij", d, d), torch.eye(3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(torch.einsum("ls,sab->lab", c, d), weights)
+    assert error < 1e-9
+
+
+def test_matrix_pca_needs_as_many_matrices_as_atoms() -> None:
+    for atoms in (0, 4):
+        with pytest.raises(ValueError, match=f"atoms={atoms}: 3 matrices span 1 to 3 atoms"):
+            matrix_pca(torch.randn(3, 2, 2), atoms)
+
+
+def trained(model: Any) -> Any:
+    """Biases that are not zero, as after training."""
+    for module in model.modules():
+        if getattr(module, "bias", None) is not None:
+            nn.init.normal_(module.bias, std=0.1)
+    return model
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
+def test_a_trained_model_is_kept_by_pca(small: Callable[..., Any], tokens: Tensor, tmp_path: Path, name: str) -> None:
+    dense = trained(deep(small, name))
+    with pytest.warns(UserWarning, match="no fewer atoms"):
+        whole = convert(copy.deepcopy(dense), MASA(atoms=6, start="pca", **TABLE))
+    torch.testing.assert_close(whole(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-5)
+
+    model = convert(copy.deepcopy(dense), MASA(atoms=4, start="pca", **TABLE))
+    if name == "llama":
+        for role in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            weights = torch.stack([block.self_attn.get_submodule(role).weight for block in dense.model.layers])
+            kept = torch.stack(
+                [b.self_attn.get_submodule(role).dictionary(i) for i, b in enumerate(model.model.layers)]
+            )
+            eigenvalues = torch.linalg.eigvalsh(torch.einsum("iab,jab->ij", weights, weights))
+            torch.testing.assert_close((weights - kept).square().sum(), eigenvalues[:2].sum())
+    model.save_pretrained(tmp_path)
+    assert model.config.lorank["arguments"]["start"] == "pca"
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
+    torch.manual_seed(0)
+    fresh = AutoModelForCausalLM.from_config(model.config)  # no weights to analyse: a random start
+    assert all(0.015 < d.atoms.std() < 0.025 for d in dictionaries(fresh).values())
+
+
+# ---- 8, 9: training state, initial values
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_optimizer_state_is_that_of_atoms_and_coefficients(
+    small: Callable[..., Any], tokens: Tensor, optimizer: Any
+) -> None:
+    model = convert(deep(small), MASA())
+    built = build_optimizer(model, optimizer, lr=1e-3, weight_decay=0.1)
+    loss_of(model, tokens).backward()
+    built.step()
+    shared = sum(elements(d.parameters()) for d in dictionaries(model).values())
+    assert shared == 2 * 32 * (32 + 16 + 16 + 32) + 4 * (6 * 32 + 6272 + 65 * 2)
+    moments = [t for state in built.state.values() for t in state.values() if t.ndim > 0]
+    assert {t.shape for t in moments} <= {p.shape for p in model.parameters()}
+    assert not {(6, 32, 32), (6, 16, 32)} & {tuple(t.shape) for t in moments}
+    if optimizer == "adamw":
+        rest = elements(p for name, p in model.named_parameters() if SHARED not in name)
+        assert elements(moments) == 2 * (shared + rest) == 2 * model.num_parameters()
+
+
+@pytest.mark.parametrize("coefficients", ["network", "table"])
+@pytest.mark.parametrize("atoms", [1, 4, 9])
+def test_every_block_starts_with_the_variance_of_an_atom(coefficients: str, atoms: int) -> None:
+    torch.manual_seed(0)
+    drawn = [Dictionary("q", 6, (96, 128), atoms, coefficients) for _ in range(8)]
+    weights = torch.stack([dictionary(block).detach() for dictionary in drawn for block in range(6)])
+    stds = weights.std((1, 2))
+    assert stds.mean().item() == pytest.approx(0.02, rel=0.02)
+    # the noise of the coefficients alone moves a block's by 2 % of its size, one standard deviation
+    assert (stds / 0.02 - 1).abs().median() < 0.05
+    assert abs(weights.mean().item()) < 5e-4
+
+
+def test_coefficients_start_around_the_inverse_root_of_the_number_of_atoms() -> None:
+    torch.manual_seed(0)
+    drawn = torch.cat([CoefficientNetwork(1, 16)(0).detach() for _ in range(400)])
+    assert drawn.mean().item() == pytest.approx(0.25, abs=1e-3)
+    assert drawn.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_a_table_starts_with_the_depth_in_it() -> None:
+    table: Any = CoefficientTable(12, 4).values
+    assert table.argmax(1).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3]
+    torch.testing.assert_close(table.square().sum(1), torch.ones(12))
+
+
+# ---- where the atoms live
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "opt", "bert"])
+@pytest.mark.parametrize("coefficients", ["network", "table"])
+def test_a_body_and_a_model_with_a_head_load_each_others_atoms(
+    architectures: Any, tokens: Tensor, tmp_path: Path, name: str, coefficients: Any
+) -> None:
+    architecture = architectures[name]
+    model = convert(architecture.dense(), MASA(coefficients=coefficients))
+    model.save_pretrained(tmp_path / "head")
+    body, report = AutoModel.from_pretrained(tmp_path / "head", output_loading_info=True)
+    body.eval()
+    if name != "bert":  # whose body has a pooler that the model with a head lacks
+        assert not report["missing_keys"]
+    assert not any("lorank" in key for key in [*report["missing_keys"], *report["unexpected_keys"]])
+    hidden = lambda m: m(tokens)[0]  # noqa: E731
+    assert torch.equal(hidden(body), hidden(model.base_model))
+
+    converted = convert(AutoModel.from_config(architecture.config()).eval(), MASA(coefficients=coefficients))
+    for source, folder in ((body, "body"), (converted, "converted")):
+        source.save_pretrained(tmp_path / folder)
+        again, report = architecture.auto.from_pretrained(tmp_path / folder, output_loading_info=True)
+        assert not any("lorank" in key for key in [*report["missing_keys"], *report["unexpected_keys"]])
+        assert torch.equal(hidden(again.eval().base_model), hidden(source))
+
+
+def test_atoms_are_listed_once_and_outside_the_blocks(small: Callable[..., Any]) -> None:
+    names = [name for name in convert(small("llama"), MASA(**TABLE)).state_dict() if "atoms" in name or "attn" in name]
+    keys = [f"model.lorank_atoms.model_layers_self_attn_{p}_proj" for p in "qkvo"]
+    assert names == [f"{key}.{end}" for key in keys for end in ("atoms", "coefficients.values")]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_layers_of_a_copy_use_the_copys_atoms(small: Callable[..., Any], tokens: Tensor, how: Any) -> None:
+    model = convert(small("llama"), MASA())
+    before = model(tokens).logits
+    copied = how(model)
+    assert torch.equal(copied(tokens).logits, before)
+    for layer in layers(copied).values():
+        assert any(layer.dictionary is own for own in dictionaries(copied).values())
+        nn.init.zeros_(layer.dictionary.atoms)
+    assert not torch.equal(copied(tokens).logits, before)
+    assert torch.equal(model(tokens).logits, before)
+
+
+def test_it_works_on_a_model_that_is_not_of_transformers() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.ModuleDict({f"{p}_proj": nn.Linear(8, 8) for p in "qkvo"})
+            self.up = nn.Linear(8, 8)
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList(Block() for _ in range(3))
+    convert(model, MASA())
+    assert len(dictionaries(model)) == 4
+    freeze_coefficients(model)
+    assert len(layers(model)) == 12
+
+
+# ---- which modules
+
+
+def test_exactly_the_attention_projections_are_rewritten(architecture: Any) -> None:
+    model = convert(architecture.dense(), MASA())
+    found = {name.removeprefix(f"{architecture.blocks}.0.") for name in layers(model) if ".0." in name}
+    assert found == {name for name in architecture.projections if "attn" in name or "attention." in name}
+    dense = dict(architecture.dense().named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and "lorank_atoms" not in name:
+            assert type(module) is type(dense[name])
+            assert torch.equal(module.weight, dense[name].weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.layers.0.self_attn.q_proj", "query"),
+        ("transformer.h.0.attn.c_attn.key", "key"),
+        ("gpt_neox.layers.0.attention.query_key_value.value", "value"),
+        ("encoder.layer.0.attention.output.dense", "output"),
+        ("transformer.h.0.self_attention.dense", "output"),
+        ("transformer.h.0.mlp.c_proj", None),
+        ("encoder.layer.0.output.dense", None),
+        ("encoder.layer.0.crossattention.self.query", None),
+        ("model.decoder.layers.0.encoder_attn.q_proj", None),
+        ("model.layers.0.linear_attn.out_proj", None),
+    ],
+)
+def test_types_of_projections(name: str, kind: str | None) -> None:
+    assert projection_type(name) == kind
+
+
+def test_cross_attention_stays_dense() -> None:
+    shape: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 80}
+    config = BertConfig(vocab_size=96, num_hidden_layers=3, is_decoder=True, add_cross_attention=True, **shape)
+    model = convert(BertModel(config), MASA())
+    assert len(layers(model)) == 12
+    assert not any("cross" in name for name in layers(model))
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"atoms": 0}, "atoms=0 is neither an integer >= 1 nor a fraction of the blocks in"),
+        ({"atoms": 1.0}, "atoms=1.0 is neither"),
+        ({"atoms": True}, "atoms=True is neither"),
+        ({"atoms": "4"}, "atoms='4' is neither"),
+        ({"variant": "qk"}, "variant='qk' is none of qkv, qkvo"),
+        ({"coefficients": "mlp"}, "coefficients='mlp' is none of network, table"),
+        ({"start": "dense"}, "start='dense' is none of random, pca"),
+        ({"start": "pca"}, "start='pca' finds coefficients that no network holds; add coefficients='table'"),
+    ],
+)
+def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MASA(**fields)
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "message"),
+    [
+        ({"targets": "mlp"}, {}, "targets='mlp' matches no linear layer of the blocks; they are: .*q_proj"),
+        ({"exclude": "v_proj"}, {}, "finds no value among .*; choose another variant, targets or architecture"),
+        ({"targets": "o_proj"}, {}, "finds no query nor key nor value among model"),
+        ({}, {"atoms": 7, "start": "pca", **TABLE}, "atoms=7: PCA of 6 blocks gives no more than that; lower it"),
+    ],
+)
+def test_what_cannot_be_converted_is_refused(
+    small: Callable[..., Any], options: dict[str, Any], fields: dict[str, Any], message: str
+) -> None:
+    model = deep(small)
+    with pytest.raises(ValueError, match=message):
+        convert(model, MASA(**fields), **options)
+    assert not layers(model)
+
+
+def test_blocks_of_different_shapes_cannot_share(small: Callable[..., Any]) -> None:
+    model = deep(small)
+    model.model.layers[2].self_attn.k_proj = nn.Linear(32, 32, bias=False)
+    with pytest.raises(ValueError, match=r"self_attn\.k_proj differs from block to block .* exclude those that differ"):
+        convert(model, MASA())
+
+
+def test_a_model_without_known_attention_is_refused() -> None:
+    model = nn.Module()
+    model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
+    with pytest.raises(ValueError, match=r"masa recognises none of this model's projections: blocks\.\*\.0"):
+        convert(model, MASA())
