@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING
 from lorank import registry
 
 if TYPE_CHECKING:
-    from lorank.checkpointing import checkpoint, keep_bottlenecks, keep_bottlenecks_and_attention
+    from lorank.checkpointing import (
+        checkpoint,
+        keep_bottlenecks,
+        keep_bottlenecks_and_attention,
+        keep_recurrence,
+    )
     from lorank.conversion import convert, merge, step_hook
     from lorank.methods import METHODS
     from lorank.methods.cola import CoLA, CoLAM
+    from lorank.methods.crnet import CRNet
     from lorank.methods.low_rank import LowRank
     from lorank.parametrization import Parametrization, Site, StepHook
 
@@ -27,9 +33,11 @@ _HOME = {
     "checkpoint": "checkpointing",
     "keep_bottlenecks": "checkpointing",
     "keep_bottlenecks_and_attention": "checkpointing",
+    "keep_recurrence": "checkpointing",
     "METHODS": "methods",
     "CoLA": "methods.cola",
     "CoLAM": "methods.cola",
+    "CRNet": "methods.crnet",
     "LowRank": "methods.low_rank",
     "Parametrization": "parametrization",
     "Site": "parametrization",
@@ -37,6 +45,7 @@ _HOME = {
 }
 __all__ = [
     "METHODS",
+    "CRNet",
     "CoLA",
     "CoLAM",
     "LowRank",
@@ -47,6 +56,7 @@ __all__ = [
     "convert",
     "keep_bottlenecks",
     "keep_bottlenecks_and_attention",
+    "keep_recurrence",
     "merge",
     "step_hook",
 ]

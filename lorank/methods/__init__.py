@@ -15,6 +15,7 @@ METHODS = {
     "cola": "lorank.methods.cola:CoLA",
     "cola-m": "lorank.methods.cola:CoLAM",
     "low-rank": "lorank.methods.low_rank:LowRank",
+    "crnet": "lorank.methods.crnet:CRNet",
 }
 
 

@@ -1,0 +1,187 @@
+"""What a layer hands to the layer of the same projection in the next block, beside the hidden states.
+
+Model code passes hidden states only, so a method whose layers read their neighbours' outputs needs a way round it: a
+`Tape` per stack, on which each depth leaves its output and the next one takes it off. Outside of a forward pass a tape
+is empty; it is not in the state_dict, and a copy of it (deepcopy, pickle) is a new one.
+
+A block under activation checkpointing runs a second time in the backward pass, when its neighbour does not run before
+it. `Rerun` is what one such call of a block remembers: the results that the checkpoint policy keeps, and what was taken
+off tapes, or, where that was dropped, the way to compute it backwards from the block's own output (`keep_recurrence`).
+Every call has one of its own, so several forward passes may wait for their backward passes.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import CheckpointPolicy
+
+ANCHORS = 8
+"""Where outputs are dropped and rebuilt, every eighth is stored: at most seven are rebuilt from one another."""
+
+
+class Slot:
+    """An output for blocks that run again, without its graph: None where it was dropped and is not rebuilt yet."""
+
+    value: Tensor | None = None
+
+
+class Tape:
+    """The outputs of one projection on their way from depth to depth, counted from 0 within the stack.
+
+    Args:
+        role: of the projection, for messages.
+        depths: how many layers there are.
+    """
+
+    def __init__(self, role: str, depths: int):
+        self.role = role
+        self.depths = depths
+        self.waiting: dict[int, tuple[Tensor, Slot]] = {}
+
+    def __reduce__(self) -> Any:
+        return Tape, (self.role, self.depths)
+
+    def is_anchor(self, depth: int) -> bool:
+        """Whether the output is stored even under `keep_recurrence`: every eighth one, the last included and the first
+        not."""
+        return depth > 0 and (self.depths - 1 - depth) % ANCHORS == 0
+
+    def put(self, depth: int, y: Tensor) -> None:
+        """Leave the output of `depth` for the next one."""
+        rerun = _running[-1] if _running else None
+        if rerun is not None and rerun.again:
+            return
+        slot = Slot()
+        if rerun is not None:
+            rerun.own[self, depth] = slot
+        if depth == 0:
+            self.waiting.clear()  # of a forward pass that was broken off
+        if depth + 1 < self.depths:
+            self.waiting[depth] = y, slot
+        elif rerun is not None and rerun.rebuilds:
+            slot.value = y.detach()
+
+    def take(self, depth: int, invert: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output that the depth before `depth` left; `invert` gives it from the output of `depth` itself.
+
+        Raises:
+            RuntimeError: there is none, because blocks run twice, are skipped or out of order, or run again under an
+                activation checkpointing that does not know of tapes.
+        """
+        rerun = _running[-1] if _running else None
+        if rerun is not None and rerun.again:
+            return rerun.taken_again(self, depth, invert)
+        if depth - 1 not in self.waiting:
+            raise RuntimeError(
+                f"{self.role}: depth {depth} finds no output of depth {depth - 1}; blocks must run once each and in order, "
+                "and activation checkpointing must be turned on by lorank.checkpoint"
+            )
+        y, slot = self.waiting.pop(depth - 1)
+        drop = rerun is not None and rerun.rebuilds and not self.is_anchor(depth - 1)
+        slot.value = None if drop else y.detach()
+        if rerun is not None:
+            rerun.previous[self, depth] = Previous(slot, y.dtype, y.requires_grad)
+        return y
+
+
+class Previous(NamedTuple):
+    """What a layer took off its tape."""
+
+    slot: Slot
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+class Rerun:
+    """One call of a checkpointed block, to be repeated in the backward pass.
+
+    Args:
+        policy: asked about every operation of both runs; what it keeps in the first is not computed in the second.
+        rebuilds: drop what layers take off tapes, but for anchors, and compute it backwards.
+    """
+
+    def __init__(self, policy: Callable[..., CheckpointPolicy], rebuilds: bool):
+        self.policy = policy
+        self.rebuilds = rebuilds
+        self.again = False
+        self.kept: list[Any] = []
+        self.own: dict[tuple[Tape, int], Slot] = {}
+        self.previous: dict[tuple[Tape, int], Previous] = {}
+
+    def taken_again(self, tape: Tape, depth: int, invert: Callable[[Tensor], Tensor]) -> Tensor:
+        slot, dtype, requires_grad = self.previous[tape, depth]
+        if slot.value is None:
+            output = self.own[tape, depth].value
+            if output is None:
+                raise RuntimeError(
+                    f"{tape.role}: depth {depth} cannot be rebuilt before depth {depth + 1}; a loss that does not come from "
+                    "the last block needs another checkpoint policy than keep_recurrence, for example keep_bottlenecks"
+                )
+            with torch.no_grad():
+                slot.value = invert(output).to(dtype)
+        return slot.value.detach().requires_grad_(requires_grad)
+
+    def keeps(self, func: Any, args: Any, kwargs: Any) -> bool:
+        return self.policy(None, func, *args, **kwargs) is CheckpointPolicy.MUST_SAVE
+
+
+_running: list[Rerun] = []
+"""The checkpointed call that runs now, innermost last."""
+
+
+class _Run(TorchDispatchMode):
+    """One of the two runs of a block; every operation passes by here."""
+
+    def __init__(self, rerun: Rerun, again: bool):
+        super().__init__()
+        self.rerun = rerun
+        self.again = again
+
+    def __enter__(self) -> Any:
+        self.rerun.again = self.again
+        _running.append(self.rerun)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        _running.pop()
+        super().__exit__(*exception)
+
+
+class _First(_Run):
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        if self.rerun.rebuilds and not self.rerun.previous:  # the dense first block: it has no bottlenecks
+            self.rerun.kept.clear()
+            self.rerun.policy = lambda *args, **kwargs: CheckpointPolicy.PREFER_RECOMPUTE
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if self.rerun.keeps(func, args, kwargs):
+            self.rerun.kept.append(tree_map_only(Tensor, Tensor.detach, out))
+        return out
+
+
+class _Again(_Run):
+    def __enter__(self) -> Any:
+        self.kept = iter(self.rerun.kept)
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.rerun.keeps(func, args, kwargs):  # in the same order: a policy looks at operations and shapes
+            return tree_map_only(Tensor, Tensor.detach, next(self.kept))
+        return func(*args, **kwargs)
+
+
+def contexts(policy: Callable[..., CheckpointPolicy], rebuilds: bool) -> tuple[_Run, _Run]:
+    """The two contexts of a checkpointed call (`context_fn` of ``torch.utils.checkpoint``) in a model with tapes.
+
+    torch's own selective contexts would refuse the operations of a rebuilding, which the first run has not.
+    """
+    rerun = Rerun(policy, rebuilds)
+    return _First(rerun, again=False), _Again(rerun, again=True)
