@@ -62,15 +62,15 @@ class Tape:
             self.waiting.clear()  # of a forward pass that was broken off
         if depth + 1 < self.depths:
             self.waiting[depth] = y, slot
-        elif rerun is not None and rerun.rebuilds:
+        elif rerun is not None and rerun.rebuilds and self.is_anchor(depth):
             slot.value = y.detach()
 
-    def take(self, depth: int, invert: Callable[[Tensor], Tensor]) -> Tensor:
-        """The output that the depth before `depth` left; `invert` gives it from the output of `depth` itself.
+    def take(self, depth: int, shape: torch.Size, invert: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output of this shape that the depth before `depth` left; `invert` gives it from the output of `depth` itself.
 
         Raises:
             RuntimeError: there is none, because blocks run twice, are skipped or out of order, or run again under an
-                activation checkpointing that does not know of tapes.
+                activation checkpointing that does not know of tapes; or it is for other tokens.
         """
         rerun = _running[-1] if _running else None
         if rerun is not None and rerun.again:
@@ -81,6 +81,11 @@ class Tape:
                 "and activation checkpointing must be turned on by lorank.checkpoint"
             )
         y, slot = self.waiting.pop(depth - 1)
+        if y.shape != shape:
+            raise RuntimeError(
+                f"{self.role}: depth {depth - 1} left an output {[*y.shape]} for depth {depth}, which needs {[*shape]}; all blocks "
+                "must see the same tokens"
+            )
         drop = rerun is not None and rerun.rebuilds and not self.is_anchor(depth - 1)
         slot.value = None if drop else y.detach()
         if rerun is not None:
@@ -122,8 +127,8 @@ class Rerun:
                     "the last block needs another checkpoint policy than keep_recurrence, for example keep_bottlenecks"
                 )
             with torch.no_grad():
-                slot.value = invert(output).to(dtype)
-        return slot.value.detach().requires_grad_(requires_grad)
+                slot.value = invert(output)
+        return slot.value.detach().to(dtype).requires_grad_(requires_grad)
 
     def keeps(self, func: Any, args: Any, kwargs: Any) -> bool:
         return self.policy(None, func, *args, **kwargs) is CheckpointPolicy.MUST_SAVE

@@ -51,7 +51,7 @@ def bounded(beta: Tensor) -> Tensor:
     >>> bounded(torch.tensor([-0.3, 0.0], dtype=torch.float64)).tolist()
     [-0.300001, 1e-06]
     """
-    return beta + torch.where(beta < 0, -EPS, EPS)
+    return torch.where(beta < 0, beta - EPS, beta + EPS)
 
 
 def next_output(previous: Tensor, change: Tensor, b: Tensor) -> Tensor:
@@ -107,7 +107,7 @@ class CRNetLinear(CoLALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         change, b = self.B(self.A(x)), bounded(self.beta)
-        previous = self.tape.take(self.depth, lambda y: previous_output(y, change, b))
+        previous = self.tape.take(self.depth, change.shape, lambda y: previous_output(y, change, b))
         y = next_output(previous, change, b)
         self.tape.put(self.depth, y)
         return y
