@@ -48,8 +48,8 @@ DENSE_STD = 0.02
 def bounded(beta: Tensor) -> Tensor:
     """b(β) = sign(β) (|β| + 1e-6) with sign(0) = 1; its derivative is 1 everywhere.
 
-    >>> bounded(torch.tensor([-0.3, 0.0], dtype=torch.float64)).tolist()
-    [-0.300001, 1e-06]
+    >>> bounded(torch.tensor([-0.5, 0.0], dtype=torch.float64)).tolist()
+    [-0.500001, 1e-06]
     """
     return torch.where(beta < 0, beta - EPS, beta + EPS)
 
@@ -125,7 +125,7 @@ class CRNetLinear(CoLALinear):
         return super()._apply(at_least_single, recurse=False)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, depth={self.depth}"
+        return super().extra_repr().removesuffix(", activation=None")
 
 
 # ---- the method

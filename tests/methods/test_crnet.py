@@ -252,7 +252,7 @@ def test_the_rank_may_differ_from_block_to_block(build: Callable[..., Any]) -> N
 @pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)])
 def test_the_first_of_eight_outputs_is_rebuilt_from_the_last(dtype: torch.dtype, limit: float) -> None:
     betas = 0.5 + torch.rand(8, 1, generator=torch.Generator().manual_seed(0))
-    changes = [(0.1 * numbers(64, 96, seed=i, dtype=torch.float32)).to(dtype) for i in range(8)]
+    changes = [numbers(64, 96, seed=i, dtype=torch.float32).to(dtype) for i in range(8)]
     first = y = numbers(64, 96, seed=9, dtype=torch.float32).to(dtype)
     for i in range(1, 8):
         y = next_output(y, changes[i], bounded(betas[i]))
@@ -576,6 +576,14 @@ def test_widths_that_differ_between_depths_are_refused() -> None:
 def test_a_rank_for_the_dense_block_alone_decides_nothing(small: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="decides nothing"):
         convert(small("llama"), CRNet(rank={r"layers\.0\.": 4, ".*": 8}))
+
+
+def test_the_plan_says_that_the_first_block_stays_dense() -> None:
+    from lorank.train.plan import plan
+    from lorank.train.recipe import Recipe
+
+    becomes = {row.after for row in plan(Recipe(method="crnet", rank=8)).rows}
+    assert becomes == {"CRNetDense(), then CRNetLinear(rank=8)"}
 
 
 def test_it_cannot_be_merged(build: Callable[..., Any]) -> None:
