@@ -80,13 +80,13 @@ POLICIES: dict[str, Policy | None] = {
 def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> None:
     """Train the model's blocks under a checkpoint policy; None turns checkpointing off.
 
-    Losses and gradients do not change (on CPU and without dropout not by a bit), only memory and time do. May be called
-    again to switch.
+    Losses and gradients do not change (on CPU and without dropout not by a bit, but for `keep_recurrence`), only memory
+    and time do. May be called again to switch. CR-Net needs its blocks checkpointed by this function and no other.
 
     Args:
         model: a transformers model, dense or converted.
-        policy: `keep_bottlenecks`, `keep_bottlenecks_and_attention`, `keep_nothing`, or any policy function of
-            ``torch.utils.checkpoint.create_selective_checkpoint_contexts``.
+        policy: `keep_bottlenecks`, `keep_bottlenecks_and_attention`, `keep_recurrence`, `keep_nothing`, or any policy
+            function of ``torch.utils.checkpoint.create_selective_checkpoint_contexts``.
         every: checkpoint each `every`-th block and let the others keep all their activations.
 
     Raises:

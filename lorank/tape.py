@@ -10,17 +10,18 @@ off tapes, or, where that was dropped, the way to compute it backwards from the 
 Every call has one of its own, so several forward passes may wait for their backward passes.
 """
 
+from collections import Counter
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
 
 ANCHORS = 8
-"""Where outputs are dropped and rebuilt, every eighth is stored: at most seven are rebuilt from one another."""
+"""Where outputs are dropped and rebuilt, each so many-th is stored, which bounds how far rounding errors can grow."""
 
 
 class Slot:
@@ -105,33 +106,36 @@ class Rerun:
     """One call of a checkpointed block, to be repeated in the backward pass.
 
     Args:
-        policy: asked about every operation of both runs; what it keeps in the first is not computed in the second.
         rebuilds: drop what layers take off tapes, but for anchors, and compute it backwards.
     """
 
-    def __init__(self, policy: Callable[..., CheckpointPolicy], rebuilds: bool):
-        self.policy = policy
+    def __init__(self, rebuilds: bool):
         self.rebuilds = rebuilds
         self.again = False
-        self.kept: list[Any] = []
+        self.aside = False
+        """Whether the second run is at something that the first did not do."""
+        self.kept: dict[tuple[Any, int], Any] = {}
+        """Results by operation and how many calls of it went before."""
         self.own: dict[tuple[Tape, int], Slot] = {}
         self.previous: dict[tuple[Tape, int], Previous] = {}
 
     def taken_again(self, tape: Tape, depth: int, invert: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `Tape.take` gave in the first run, up to rounding if it was dropped since."""
         slot, dtype, requires_grad = self.previous[tape, depth]
-        if slot.value is None:
-            output = self.own[tape, depth].value
-            if output is None:
-                raise RuntimeError(
-                    f"{tape.role}: depth {depth} cannot be rebuilt before depth {depth + 1}; a loss that does not come from "
-                    "the last block needs another checkpoint policy than keep_recurrence, for example keep_bottlenecks"
-                )
-            with torch.no_grad():
+        output = self.own[tape, depth].value
+        if slot.value is None and output is None:
+            raise RuntimeError(
+                f"{tape.role}: depth {depth} cannot be rebuilt before depth {depth + 1}; a loss that does not come from "
+                "the last block needs another checkpoint policy than keep_recurrence, for example keep_bottlenecks"
+            )
+        self.aside = True
+        with torch.no_grad():
+            if slot.value is None:
+                assert output is not None
                 slot.value = invert(output)
-        return slot.value.detach().to(dtype).requires_grad_(requires_grad)
-
-    def keeps(self, func: Any, args: Any, kwargs: Any) -> bool:
-        return self.policy(None, func, *args, **kwargs) is CheckpointPolicy.MUST_SAVE
+            y = slot.value.detach().to(dtype)
+        self.aside = False
+        return y.requires_grad_(requires_grad)
 
 
 _running: list[Rerun] = []
@@ -141,13 +145,16 @@ _running: list[Rerun] = []
 class _Run(TorchDispatchMode):
     """One of the two runs of a block; every operation passes by here."""
 
-    def __init__(self, rerun: Rerun, again: bool):
+    again: ClassVar[bool]
+
+    def __init__(self, rerun: Rerun):
         super().__init__()
         self.rerun = rerun
-        self.again = again
+        self.calls: Counter[Any] = Counter()
 
     def __enter__(self) -> Any:
         self.rerun.again = self.again
+        self.calls.clear()
         _running.append(self.rerun)
         return super().__enter__()
 
@@ -155,38 +162,54 @@ class _Run(TorchDispatchMode):
         _running.pop()
         super().__exit__(*exception)
 
+    def call(self, func: Any) -> tuple[Any, int]:
+        """The name of this call of an operation, the same in both runs."""
+        self.calls[func] += 1
+        return func, self.calls[func]
+
 
 class _First(_Run):
+    again = False
+
+    def __init__(self, rerun: Rerun, policy: Callable[..., CheckpointPolicy | bool]):
+        super().__init__(rerun)
+        self.policy = policy
+
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         if self.rerun.rebuilds and not self.rerun.previous:  # the dense first block: it has no bottlenecks
             self.rerun.kept.clear()
-            self.rerun.policy = lambda *args, **kwargs: CheckpointPolicy.PREFER_RECOMPUTE
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
-        if self.rerun.keeps(func, args, kwargs):
-            self.rerun.kept.append(tree_map_only(Tensor, Tensor.detach, out))
+        if func in SAC_IGNORED_OPS:
+            return out
+        call = self.call(func)
+        context = SelectiveCheckpointContext(is_recompute=False, op_output=out)
+        if self.policy(context, func, *args, **kwargs) in _KEPT:
+            self.rerun.kept[call] = tree_map_only(Tensor, Tensor.detach, out)
         return out
 
 
 class _Again(_Run):
-    def __enter__(self) -> Any:
-        self.kept = iter(self.rerun.kept)
-        return super().__enter__()
+    again = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if self.rerun.keeps(func, args, kwargs):  # in the same order: a policy looks at operations and shapes
-            return tree_map_only(Tensor, Tensor.detach, next(self.kept))
-        return func(*args, **kwargs)
+        passes = self.rerun.aside or func in SAC_IGNORED_OPS
+        if not passes and (call := self.call(func)) in self.rerun.kept:
+            return tree_map_only(Tensor, Tensor.detach, self.rerun.kept[call])
+        return func(*args, **(kwargs or {}))
 
 
-def contexts(policy: Callable[..., CheckpointPolicy], rebuilds: bool) -> tuple[_Run, _Run]:
+_KEPT = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE, True)
+
+
+def contexts(policy: Callable[..., CheckpointPolicy | bool], rebuilds: bool) -> tuple[_First, _Again]:
     """The two contexts of a checkpointed call (`context_fn` of ``torch.utils.checkpoint``) in a model with tapes.
 
-    torch's own selective contexts would refuse the operations of a rebuilding, which the first run has not.
+    They do what torch's own selective contexts do, but those refuse operations that the first run has not, such as those
+    that rebuild.
     """
-    rerun = Rerun(policy, rebuilds)
-    return _First(rerun, again=False), _Again(rerun, again=True)
+    rerun = Rerun(rebuilds)
+    return _First(rerun, policy), _Again(rerun)

@@ -9,18 +9,18 @@ ever (rotary positions, attention, gate) and hands to block l + 1 on a `lorank.t
 changes. There is no non-linearity between A and B.
 
 Cost of one layer beyond the first, r = rank, n tokens: r (d_in + d_out) + 1 parameters; 2 n r (d_in + d_out) + 2 n d_out
-floating-point operations forward. Backward needs Y_{l-1} as well, for ∂β. Under `lorank.keep_recurrence` a block keeps its
-input [n, d] and the seven A x [n, r], every eighth block its seven outputs too, and those between are rebuilt from the
-last block to the first as Y_{l-1} = (Y_l - B z_l - c_l) / b(β_l), z_l = A_l X_l: one B product per projection and no A product. Each
-step back multiplies rounding errors by 1/|b|.
+floating-point operations forward. Backward needs Y_{l-1} as well, for ∂β. Under `lorank.keep_recurrence` a block keeps
+its input [n, d] and the seven z_l = A_l X_l [n, r], every eighth block also its seven outputs, and those between are
+rebuilt, from the last block to the first, as Y_{l-1} = (Y_l - B_l z_l - c_l) / b(β_l): one B product per projection and
+no A product. Each step back multiplies rounding errors by 1/|b|.
 
 Source: "CR-Net: Scaling Parameter-Efficient Training with Cross-Layer Low-Rank Structure", arXiv 2509.18993. The authors'
 code could not be reached; equation and recomputation are taken from summaries of the paper.
 
-Our choices where these are silent. A and B are drawn as CoLA's, W as N(0, 0.02²), β = 1. A bias is part of the raw output,
-hence of what is handed on. β stays in single precision in a model of half precision, and b Y + B A X is added up in it:
-bfloat16 would round the 1e-6 away, and every change of β below 0.4 %. The paper's recomputation also stores the four
-inputs X_l of a block; here they come out of the block's input again, as in CoLA-M, for one more attention.
+Our choices where these are silent. A and B are drawn as CoLA's, W as N(0, 0.02²), β = 1. A bias is part of the raw
+output, hence of what is handed on. β stays in single precision in a model of half precision, and b Y + B A X is added
+up in it: bfloat16 would round the 1e-6 away, and every change of β below 0.4 %. The paper's recomputation stores the
+four inputs X_l of a block too; here they come out of the block's input, as in CoLA-M, for one more attention.
 """
 
 import itertools

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -420,6 +421,26 @@ def test_evaluation_generation_and_another_model_between_forward_and_backward_ch
     assert_same({name: parameter.grad for name, parameter in model.named_parameters()}, expected, policy)
     assert_same({name: parameter.grad for name, parameter in other.named_parameters()}, expected_other, policy)
     assert_same(gradients(copied), expected, policy)
+
+
+def test_any_policy_function_is_asked_once_per_operation_of_the_first_run(build: Callable[..., Any]) -> None:
+    model = build(3)
+    expected = gradients(model)
+    asked = []
+
+    def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> Any:
+        assert not context.is_recompute
+        asked.append(op)
+        return CheckpointPolicy.PREFER_SAVE if op is torch.ops.aten.silu.default else len(asked) % 3 == 0
+
+    checkpoint(model, policy)
+    loss = loss_of(model, a_batch())
+    count = len(asked)
+    assert asked.count(torch.ops.aten.silu.default) == 3
+    model.zero_grad()
+    loss.backward()
+    assert len(asked) == count
+    assert all(torch.equal(p.grad, expected[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("policy", [keep_nothing, keep_recurrence])
