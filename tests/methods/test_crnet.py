@@ -1,6 +1,7 @@
 """CR-Net against its paper: the recurrence, its inversion, its counts, and a chain that survives how models are used."""
 
 import copy
+import gc
 import pickle
 from collections import Counter
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from lorank import (
 from lorank.accounting import crnet_parameters, measure_saved
 from lorank.checkpointing import keep_nothing
 from lorank.methods.crnet import CRNetDense, CRNetLinear, bounded, next_output, previous_output
-from lorank.tape import Tape
+from lorank.tape import Rerun, Slot, Tape
 
 D, D_FF, N, R = 48, 112, 20, 9
 PROJECTIONS = [*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down"))]
@@ -471,6 +472,23 @@ def test_a_tape_is_empty_after_use_and_copies_share_one_of_their_own(build: Call
         assert len(tapes(copied)) == 7
         assert not tapes(copied) & tapes(model)
         assert {tape.role for tape in tapes(copied)} == {tape.role for tape in tapes(model)}
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_nothing_is_left_in_memory_after_a_backward_pass_or_without_one(policy: Any, build: Callable[..., Any]) -> None:
+    model = build(3)
+    checkpoint(model, policy)
+    gc.collect()
+    gc.disable()  # no cycles either
+    try:
+        for backward in (True, False):
+            loss = loss_of(model, a_batch())
+            if backward:
+                loss.backward()
+            del loss
+            assert not any(type(left) in (Slot, Rerun) for left in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_a_loss_from_a_middle_block_needs_a_policy_that_keeps_outputs(build: Callable[..., Any]) -> None:
