@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING
 from lorank import registry
 
 if TYPE_CHECKING:
-    from lorank.checkpointing import checkpoint, keep_bottlenecks, keep_bottlenecks_and_attention
+    from lorank.checkpointing import (
+        checkpoint,
+        keep_bottlenecks,
+        keep_bottlenecks_and_attention,
+        keep_recurrence,
+    )
     from lorank.conversion import convert, merge, step_hook
     from lorank.methods import METHODS
     from lorank.methods.cola import CoLA, CoLAM
+    from lorank.methods.crnet import CRNet
     from lorank.methods.low_rank import LowRank
     from lorank.methods.masa import MASA, freeze_coefficients, matrix_pca
     from lorank.methods.relora import ReLoRA
@@ -31,9 +37,11 @@ _HOME = {
     "checkpoint": "checkpointing",
     "keep_bottlenecks": "checkpointing",
     "keep_bottlenecks_and_attention": "checkpointing",
+    "keep_recurrence": "checkpointing",
     "METHODS": "methods",
     "CoLA": "methods.cola",
     "CoLAM": "methods.cola",
+    "CRNet": "methods.crnet",
     "LowRank": "methods.low_rank",
     "SST": "methods.sst",
     "MASA": "methods.masa",
@@ -49,6 +57,7 @@ __all__ = [
     "MASA",
     "METHODS",
     "SST",
+    "CRNet",
     "CoLA",
     "CoLAM",
     "LowRank",
@@ -62,6 +71,7 @@ __all__ = [
     "freeze_coefficients",
     "keep_bottlenecks",
     "keep_bottlenecks_and_attention",
+    "keep_recurrence",
     "matrix_pca",
     "merge",
     "step_hook",

@@ -46,6 +46,16 @@ def cola_parameters(vocab_size: int, d: int, d_ff: int, layers: int, r: int) -> 
     return 2 * vocab_size * d + layers * (8 * d * r + 3 * r * (d + d_ff) + 2 * d) + d
 
 
+def crnet_parameters(vocab_size: int, d: int, d_ff: int, layers: int, r: int) -> int:
+    """With CR-Net: 2 V d + L 2 d + d + (4 d² + 3 d d_ff) + (L - 1) (11 d r + 3 d_ff r + 7) (arXiv 2509.18993).
+
+    >>> crnet_parameters(32_000, 2048, 5461, 24, 448)
+    582441057
+    """
+    first, later = 4 * d * d + 3 * d * d_ff, 11 * d * r + 3 * d_ff * r + 7
+    return 2 * vocab_size * d + layers * 2 * d + d + first + (layers - 1) * later
+
+
 def block_forward_flops(method: Method, d: int, d_ff: int, r: int, n: int) -> int:
     """Forward FLOPs of one block on one sequence (arXiv 2502.10940, table of compute; re-derived)."""
     dense = 8 * n * d * d + 6 * n * d * d_ff

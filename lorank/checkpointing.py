@@ -15,6 +15,8 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from lorank.tape import Tape, contexts
+
 Policy = Callable[..., CheckpointPolicy]
 _aten = torch.ops.aten
 _ATTENTION = {
@@ -49,6 +51,17 @@ def keep_bottlenecks_and_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any)
     return CheckpointPolicy.MUST_SAVE if op in _ATTENTION else keep_bottlenecks(ctx, op, *args, **kwargs)
 
 
+def keep_recurrence(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """CR-Net's recomputation (arXiv 2509.18993): `keep_bottlenecks`, and what layers hand to one another is rebuilt.
+
+    Under the other policies the previous block's outputs, which a layer of CR-Net adds to its own, are kept too. Here
+    only those of every eighth block are (`lorank.tape`), and the rest come out of the recurrence run backwards,
+    Y_prev = (Y - B z) / b. That is the one B product which `keep_bottlenecks` re-runs anyway, so it costs nothing.
+    Gradients agree up to rounding. In a model whose layers hand nothing over it is `keep_bottlenecks`.
+    """
+    return keep_bottlenecks(ctx, op, *args, **kwargs)
+
+
 def keep_nothing(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Vanilla block checkpointing: keep the block's input [n, d] only and recompute the whole block."""
     return CheckpointPolicy.PREFER_RECOMPUTE
@@ -59,6 +72,7 @@ POLICIES: dict[str, Policy | None] = {
     "bottlenecks": keep_bottlenecks,
     "bottlenecks+attention": keep_bottlenecks_and_attention,
     "blocks": keep_nothing,
+    "recurrence": keep_recurrence,
 }
 """Names of the policies on the command line and in recipes."""
 
@@ -66,13 +80,13 @@ POLICIES: dict[str, Policy | None] = {
 def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> None:
     """Train the model's blocks under a checkpoint policy; None turns checkpointing off.
 
-    Losses and gradients do not change (on CPU and without dropout not by a bit), only memory and time do. May be called
-    again to switch.
+    Losses and gradients do not change (on CPU and without dropout not by a bit, but for `keep_recurrence`), only memory
+    and time do. May be called again to switch. CR-Net needs its blocks checkpointed by this function and no other.
 
     Args:
         model: a transformers model, dense or converted.
-        policy: `keep_bottlenecks`, `keep_bottlenecks_and_attention`, `keep_nothing`, or any policy function of
-            ``torch.utils.checkpoint.create_selective_checkpoint_contexts``.
+        policy: `keep_bottlenecks`, `keep_bottlenecks_and_attention`, `keep_recurrence`, `keep_nothing`, or any policy
+            function of ``torch.utils.checkpoint.create_selective_checkpoint_contexts``.
         every: checkpoint each `every`-th block and let the others keep all their activations.
 
     Raises:
@@ -93,8 +107,12 @@ def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> No
     if policy is None:
         model.activation_checkpointing_disable()
         return
-    contexts = partial(create_selective_checkpoint_contexts, policy)
-    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts}, every_n_layers=every)
+    has_tapes = any(isinstance(getattr(module, "tape", None), Tape) for module in model.modules())
+    if has_tapes:
+        context_fn = partial(contexts, policy, rebuilds=policy is keep_recurrence)
+    else:
+        context_fn = partial(create_selective_checkpoint_contexts, policy)
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn}, every_n_layers=every)
     model.disable_input_require_grads()  # a hook for reentrant checkpointing, one more at each call
 
 

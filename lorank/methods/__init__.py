@@ -19,6 +19,7 @@ METHODS = {
     "relora": "lorank.methods.relora:ReLoRA",
     "switchlora": "lorank.methods.switchlora:SwitchLoRA",
     "sst": "lorank.methods.sst:SST",
+    "crnet": "lorank.methods.crnet:CRNet",
 }
 
 

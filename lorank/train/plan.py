@@ -93,12 +93,13 @@ def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:
         # a fused projection none of whose parts was converted is still one module, under its own name
         after = modules.get(site.name)
         count = _size(site.linear) if after is None else _size(after)
+        now = "stays dense" if after is None or isinstance(after, nn.Linear | Conv1D) else _short(after)
         earlier = rows.get(site.role, Row(site.role, 0, "", "", 0, 0))
         rows[site.role] = Row(
             role=site.role,
             depths=earlier.depths + 1,
             before=f"{site.d_in} → {site.d_out}",
-            after="stays dense" if after is None or isinstance(after, nn.Linear | Conv1D) else _short(after),
+            after=now if now in earlier.after or not earlier.after else f"{earlier.after}, then {now}",
             parameters_before=earlier.parameters_before + _size(site.linear),
             parameters_after=earlier.parameters_after + count,
         )

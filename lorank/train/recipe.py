@@ -35,7 +35,7 @@ class Recipe:
     options: dict = _option({}, "Further fields of the method, NAME=VALUE, for example nonlinearity=low-rank.")
     targets: list[str] = _option([], "Regular expression(s): convert only projections whose names match.")
     exclude: list[str] = _option([], "Regular expression(s): leave matching projections dense.")
-    checkpoint: Literal["none", "bottlenecks", "bottlenecks+attention", "blocks"] | None = _option(
+    checkpoint: Literal["none", "bottlenecks", "bottlenecks+attention", "blocks", "recurrence"] | None = _option(
         None, "What blocks keep for backward; default bottlenecks for cola-m, none otherwise."
     )
     checkpoint_every: int = _option(1, "Checkpoint each n-th block only.")

@@ -1,0 +1,192 @@
+"""CR-Net: cross-layer residuals. What a projection gives is what the block before gave, scaled, plus a low-rank change.
+
+    Y_1 = W X_1 (+ c)                            W [d_out, d_in]: the first block stays dense and is trained
+    Y_l = b(β_l) Y_{l-1} + B_l A_l X_l (+ c_l)   l = 2 .. L;  A_l [r, d_in]  B_l [d_out, r]  c_l [d_out]  β_l one number
+    b(β) = sign(β) (|β| + 1e-6)                  sign(0) = 1: b never vanishes, so that the recurrence can be inverted
+
+X_l [..., d_in] is the projection's usual input in block l and Y_l [..., d_out] its raw output, which block l uses as
+ever (rotary positions, attention, gate) and hands to block l + 1 on a `lorank.tape.Tape`. Nothing else in the model
+changes. There is no non-linearity between A and B.
+
+Cost of one layer beyond the first, r = rank, n tokens: r (d_in + d_out) + 1 parameters; 2 n r (d_in + d_out) + 2 n d_out
+floating-point operations forward. Backward needs Y_{l-1} as well, for ∂β. Under `lorank.keep_recurrence` a block keeps
+its input [n, d] and the seven z_l = A_l X_l [n, r], every eighth block also its seven outputs, and those between are
+rebuilt, from the last block to the first, as Y_{l-1} = (Y_l - B_l z_l - c_l) / b(β_l): one B product per projection and
+no A product. Each step back multiplies rounding errors by 1/|b|.
+
+Source: "CR-Net: Scaling Parameter-Efficient Training with Cross-Layer Low-Rank Structure", arXiv 2509.18993. The authors'
+code could not be reached; equation and recomputation are taken from summaries of the paper.
+
+Our choices where these are silent. A and B are drawn as CoLA's, W as N(0, 0.02²), β = 1. A bias is part of the raw
+output, hence of what is handed on. β stays in single precision in a model of half precision, and b Y + B A X is added
+up in it: bfloat16 would round the 1e-6 away, and every change of β below 0.4 %. The paper's recomputation stores the
+four inputs X_l of a block too; here they come out of the block's input, as in CoLA-M, for one more attention.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorank.layers import linear
+from lorank.methods.cola import CoLALinear
+from lorank.parametrization import Parametrization, Rank, Site, check_rank, check_ranks, rank_at
+from lorank.tape import Tape
+
+EPS = 1e-6
+DENSE_STD = 0.02
+"""Standard deviation of W's entries."""
+
+
+# ---- the mathematics
+
+
+def bounded(beta: Tensor) -> Tensor:
+    """b(β) = sign(β) (|β| + 1e-6) with sign(0) = 1; its derivative is 1 everywhere.
+
+    >>> bounded(torch.tensor([-0.5, 0.0], dtype=torch.float64)).tolist()
+    [-0.500001, 1e-06]
+    """
+    return torch.where(beta < 0, beta - EPS, beta + EPS)
+
+
+def next_output(previous: Tensor, change: Tensor, b: Tensor) -> Tensor:
+    """Y_l from Y_{l-1} and the low-rank change; summed in b's precision, returned in that of the change."""
+    return (b * previous + change).to(change.dtype)
+
+
+def previous_output(y: Tensor, change: Tensor, b: Tensor) -> Tensor:
+    """The inverse of `next_output` up to rounding: Y_{l-1} from Y_l, in b's precision."""
+    return (y - change.to(b.dtype)) / b
+
+
+# ---- the layers
+
+
+class CRNetDense(nn.Module):
+    """The first layer of a chain, y = W x + c."""
+
+    def __init__(self, d_in: int, d_out: int, *, tape: Tape, **options: Any):
+        super().__init__()
+        self.tape = tape
+        self.W = linear(d_in, d_out, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.W.weight, std=DENSE_STD)
+        if self.W.bias is not None:
+            nn.init.zeros_(self.W.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.W(x)
+        self.tape.put(0, y)
+        return y
+
+
+class CRNetLinear(CoLALinear):
+    """A later one, y = b(β) y_previous + B A x + c; `depth` is its place in the chain, 1 or more."""
+
+    def __init__(self, d_in: int, d_out: int, rank: int, *, beta: float, tape: Tape, depth: int, **options: Any):
+        super().__init__(d_in, d_out, rank, activation=None, **options)
+        self.start = beta
+        self.tape = tape
+        self.depth = depth
+        weight = self.A.weight
+        # of shape [1], not []: it then decides the precision of b Y, and FSDP2 can shard it
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        self.beta = nn.Parameter(torch.full((1,), beta, device=weight.device, dtype=wide))
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if hasattr(self, "beta"):  # not yet while the parent class draws A and B
+            nn.init.constant_(self.beta, self.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        change, b = self.B(self.A(x)), bounded(self.beta)
+        previous = self.tape.take(self.depth, change.shape, lambda y: previous_output(y, change, b))
+        y = next_output(previous, change, b)
+        self.tape.put(self.depth, y)
+        return y
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CRNetLinear":
+        """What ``model.to(torch.bfloat16)`` calls: it reaches A and B, and of β only the device."""
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+
+        def at_least_single(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return tensor.to(moved.device) if moved.dtype.itemsize < 4 else moved
+
+        return super()._apply(at_least_single, recurse=False)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr().removesuffix(", activation=None")
+
+
+# ---- the method
+
+
+@dataclass(frozen=True, kw_only=True)
+class CRNet(Parametrization):
+    """CR-Net with its hyper-parameters; ValueError for a rank that is not positive or a `beta` that is no finite number.
+
+    A projection is chained over the blocks in which it was chosen, which must be neighbours; the first of them is dense.
+    """
+
+    name: ClassVar[str] = "crnet"
+
+    rank: Rank = 0.25
+    """Width of the bottlenecks: an integer, a fraction of the width, or {pattern: either}, for example by block
+    ("layers.[0-3].": 0.2, ".*": 0.3): the paper's best models are wider in the middle."""
+    beta: float = 1.0
+    """What β starts from, in every layer."""
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not math.isfinite(self.beta):
+            raise ValueError(f"beta={self.beta!r} is not a finite number; give one such as 1.0 or 0.5")
+
+    def check(self, sites: Sequence[Site]) -> None:
+        stacks: dict[str, list[Site]] = {}
+        for site in sites:
+            stacks.setdefault(site.role, []).append(site)
+        for stack in stacks.values():
+            for one, other in itertools.pairwise(stack):
+                _check_neighbours(one, other)
+        check_ranks(self.rank, [site for stack in stacks.values() for site in stack[1:]])
+
+    def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
+        tape = Tape(sites[0].role, len(sites))
+        return [self._layer(site, tape, depth) for depth, site in enumerate(sites)]
+
+    def _layer(self, site: Site, tape: Tape, depth: int) -> nn.Module:
+        weight, bias = site.linear.weight, site.linear.bias is not None
+        options: dict[str, Any] = {"bias": bias, "device": weight.device, "dtype": weight.dtype, "tape": tape}
+        if depth == 0:
+            return CRNetDense(site.d_in, site.d_out, **options)
+        rank = rank_at(self.rank, site)
+        return CRNetLinear(site.d_in, site.d_out, rank, beta=self.beta, depth=depth, **options)
+
+    def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        raise ValueError(
+            f"{self.name} cannot be merged: what a layer gives depends on the layer before, not on its input alone"
+        )
+
+
+def _check_neighbours(one: Site, other: Site) -> None:
+    """Raise ValueError unless the second can add the first one's output to its own."""
+    if other.depth != one.depth + 1:
+        raise ValueError(
+            f"crnet chains {one.role} from block to block, and depth {other.depth} was chosen without depth {other.depth - 1}; "
+            f"choose neighbouring blocks or exclude {one.role}"
+        )
+    if other.d_out != one.d_out:
+        raise ValueError(
+            f"crnet chains {one.role} from block to block, but it is {one.d_out} wide at depth {one.depth} and {other.d_out} wide "
+            f"at depth {other.depth}; exclude it"
+        )

@@ -1,0 +1,215 @@
+"""What a layer hands to the layer of the same projection in the next block, beside the hidden states.
+
+Model code passes hidden states only, so a method whose layers read their neighbours' outputs needs a way round it: a
+`Tape` per stack, on which each depth leaves its output and the next one takes it off. Outside of a forward pass a tape
+is empty; it is not in the state_dict, and a copy of it (deepcopy, pickle) is a new one.
+
+A block under activation checkpointing runs a second time in the backward pass, when its neighbour does not run before
+it. `Rerun` is what one such call of a block remembers: the results that the checkpoint policy keeps, and what was taken
+off tapes, or, where that was dropped, the way to compute it backwards from the block's own output (`keep_recurrence`).
+Every call has one of its own, so several forward passes may wait for their backward passes.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
+
+ANCHORS = 8
+"""Where outputs are dropped and rebuilt, each so many-th is stored, which bounds how far rounding errors can grow."""
+
+
+class Slot:
+    """An output for blocks that run again, without its graph: None where it was dropped and is not rebuilt yet."""
+
+    value: Tensor | None = None
+
+
+class Tape:
+    """The outputs of one projection on their way from depth to depth, counted from 0 within the stack.
+
+    Args:
+        role: of the projection, for messages.
+        depths: how many layers there are.
+    """
+
+    def __init__(self, role: str, depths: int):
+        self.role = role
+        self.depths = depths
+        self.waiting: dict[int, tuple[Tensor, Slot]] = {}
+
+    def __reduce__(self) -> Any:
+        return Tape, (self.role, self.depths)
+
+    def is_anchor(self, depth: int) -> bool:
+        """Whether the output is stored even under `keep_recurrence`: every eighth one, the last included and the first
+        not."""
+        return depth > 0 and (self.depths - 1 - depth) % ANCHORS == 0
+
+    def put(self, depth: int, y: Tensor) -> None:
+        """Leave the output of `depth` for the next one."""
+        rerun = _running[-1] if _running else None
+        if rerun is not None and rerun.again:
+            return
+        slot = Slot()
+        if rerun is not None:
+            rerun.own[self, depth] = slot
+        if depth == 0:
+            self.waiting.clear()  # of a forward pass that was broken off
+        if depth + 1 < self.depths:
+            self.waiting[depth] = y, slot
+        elif rerun is not None and rerun.rebuilds and self.is_anchor(depth):
+            slot.value = y.detach()
+
+    def take(self, depth: int, shape: torch.Size, invert: Callable[[Tensor], Tensor]) -> Tensor:
+        """The output of this shape that the depth before `depth` left; `invert` gives it from the output of `depth` itself.
+
+        Raises:
+            RuntimeError: there is none, because blocks run twice, are skipped or out of order, or run again under an
+                activation checkpointing that does not know of tapes; or it is for other tokens.
+        """
+        rerun = _running[-1] if _running else None
+        if rerun is not None and rerun.again:
+            return rerun.taken_again(self, depth, invert)
+        if depth - 1 not in self.waiting:
+            raise RuntimeError(
+                f"{self.role}: depth {depth} finds no output of depth {depth - 1}; blocks must run once each and in order, "
+                "and activation checkpointing must be turned on by lorank.checkpoint"
+            )
+        y, slot = self.waiting.pop(depth - 1)
+        if y.shape != shape:
+            raise RuntimeError(
+                f"{self.role}: depth {depth - 1} left an output {[*y.shape]} for depth {depth}, which needs {[*shape]}; all blocks "
+                "must see the same tokens"
+            )
+        drop = rerun is not None and rerun.rebuilds and not self.is_anchor(depth - 1)
+        slot.value = None if drop else y.detach()
+        if rerun is not None:
+            rerun.previous[self, depth] = Previous(slot, y.dtype, y.requires_grad)
+        return y
+
+
+class Previous(NamedTuple):
+    """What a layer took off its tape."""
+
+    slot: Slot
+    dtype: torch.dtype
+    requires_grad: bool
+
+
+class Rerun:
+    """One call of a checkpointed block, to be repeated in the backward pass.
+
+    Args:
+        rebuilds: drop what layers take off tapes, but for anchors, and compute it backwards.
+    """
+
+    def __init__(self, rebuilds: bool):
+        self.rebuilds = rebuilds
+        self.again = False
+        self.aside = False
+        """Whether the second run is at something that the first did not do."""
+        self.kept: dict[tuple[Any, int], Any] = {}
+        """Results by operation and how many calls of it went before."""
+        self.own: dict[tuple[Tape, int], Slot] = {}
+        self.previous: dict[tuple[Tape, int], Previous] = {}
+
+    def taken_again(self, tape: Tape, depth: int, invert: Callable[[Tensor], Tensor]) -> Tensor:
+        """What `Tape.take` gave in the first run, up to rounding if it was dropped since."""
+        slot, dtype, requires_grad = self.previous[tape, depth]
+        output = self.own[tape, depth].value
+        if slot.value is None and output is None:
+            raise RuntimeError(
+                f"{tape.role}: depth {depth} cannot be rebuilt before depth {depth + 1}; a loss that does not come from "
+                "the last block needs another checkpoint policy than keep_recurrence, for example keep_bottlenecks"
+            )
+        self.aside = True
+        with torch.no_grad():
+            if slot.value is None:
+                assert output is not None
+                slot.value = invert(output)
+            y = slot.value.detach().to(dtype)
+        self.aside = False
+        return y.requires_grad_(requires_grad)
+
+
+_running: list[Rerun] = []
+"""The checkpointed call that runs now, innermost last."""
+
+
+class _Run(TorchDispatchMode):
+    """One of the two runs of a block; every operation passes by here."""
+
+    again: ClassVar[bool]
+
+    def __init__(self, rerun: Rerun):
+        super().__init__()
+        self.rerun = rerun
+        self.calls: Counter[Any] = Counter()
+
+    def __enter__(self) -> Any:
+        self.rerun.again = self.again
+        self.calls.clear()
+        _running.append(self.rerun)
+        return super().__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        _running.pop()
+        super().__exit__(*exception)
+
+    def call(self, func: Any) -> tuple[Any, int]:
+        """The name of this call of an operation, the same in both runs."""
+        self.calls[func] += 1
+        return func, self.calls[func]
+
+
+class _First(_Run):
+    again = False
+
+    def __init__(self, rerun: Rerun, policy: Callable[..., CheckpointPolicy | bool]):
+        super().__init__(rerun)
+        self.policy = policy
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        if self.rerun.rebuilds and not self.rerun.previous:  # the dense first block: it has no bottlenecks
+            self.rerun.kept.clear()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if func in SAC_IGNORED_OPS:
+            return out
+        call = self.call(func)
+        context = SelectiveCheckpointContext(is_recompute=False, op_output=out)
+        if self.policy(context, func, *args, **kwargs) in _KEPT:
+            self.rerun.kept[call] = tree_map_only(Tensor, Tensor.detach, out)
+        return out
+
+
+class _Again(_Run):
+    again = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        passes = self.rerun.aside or func in SAC_IGNORED_OPS
+        if not passes and (call := self.call(func)) in self.rerun.kept:
+            return tree_map_only(Tensor, Tensor.detach, self.rerun.kept[call])
+        return func(*args, **(kwargs or {}))
+
+
+_KEPT = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE, True)
+
+
+def contexts(policy: Callable[..., CheckpointPolicy | bool], rebuilds: bool) -> tuple[_First, _Again]:
+    """The two contexts of a checkpointed call (`context_fn` of ``torch.utils.checkpoint``) in a model with tapes.
+
+    They do what torch's own selective contexts do, but those refuse operations that the first run has not, such as those
+    that rebuild.
+    """
+    rerun = Rerun(rebuilds)
+    return _First(rerun, policy), _Again(rerun)
