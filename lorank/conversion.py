@@ -36,7 +36,8 @@ def convert(
     """Rewrite the linear layers inside a model's repeated blocks; embeddings, head and norms stay as they are.
 
     The model is changed in place and returned. It may live on the meta device. The new layers take the device and dtype
-    of those they replace and are freshly initialised: a method trained from scratch does not keep the dense weights.
+    of those they replace. Whether they start as the dense ones is the method's business: CoLA draws its factors anew,
+    ReLoRA, SwitchLoRA and SST compute what the dense model does.
 
     Args:
         model: any model with a ``nn.ModuleList`` of blocks that hold ``nn.Linear`` or transformers' ``Conv1D`` and call them

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 METHODS = {
     "cola": "lorank.methods.cola:CoLA",
     "cola-m": "lorank.methods.cola:CoLAM",
-    "masa": "lorank.methods.masa:MASA",
     "low-rank": "lorank.methods.low_rank:LowRank",
+    "crnet": "lorank.methods.crnet:CRNet",
     "relora": "lorank.methods.relora:ReLoRA",
     "switchlora": "lorank.methods.switchlora:SwitchLoRA",
     "sst": "lorank.methods.sst:SST",
-    "crnet": "lorank.methods.crnet:CRNet",
+    "masa": "lorank.methods.masa:MASA",
 }
 
 
