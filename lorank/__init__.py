@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorank.methods import METHODS
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.low_rank import LowRank
+    from lorank.methods.sltrain import SLTrain
     from lorank.parametrization import Parametrization, Site, StepHook
 
 __version__ = "0.1.0"
@@ -31,6 +32,7 @@ _HOME = {
     "CoLA": "methods.cola",
     "CoLAM": "methods.cola",
     "LowRank": "methods.low_rank",
+    "SLTrain": "methods.sltrain",
     "Parametrization": "parametrization",
     "Site": "parametrization",
     "StepHook": "parametrization",
@@ -41,6 +43,7 @@ __all__ = [
     "CoLAM",
     "LowRank",
     "Parametrization",
+    "SLTrain",
     "Site",
     "StepHook",
     "checkpoint",

@@ -168,6 +168,7 @@ class Memory(NamedTuple):
     """Bytes of training on one device."""
 
     weights_bytes: int
+    """Parameters, and buffers that are saved with them."""
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: float
@@ -308,7 +309,7 @@ def memory_estimate(
     AdamW keeps two moments per trainable number. Muon keeps one for the matrices of the blocks and two for the rest.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(t.numel() * t.element_size() for t in set(model.state_dict(keep_vars=True).values()))
     gradients = sum(p.numel() * p.element_size() for p in parameters)
     inside = {p for _, _, block in blocks(model) for p in block.parameters() if p.ndim == 2}
     moments = sum(p.numel() * p.element_size() * (1 if optimizer == "muon" and p in inside else 2) for p in parameters)
