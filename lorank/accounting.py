@@ -252,11 +252,11 @@ def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 25
     return Flops(forward, backward, recompute)
 
 
-def flops_per_token(model: nn.Module, sequence_length: int) -> float:
+def flops_per_token(model: nn.Module, sequence_length: int, *, batch: int = 1) -> float:
     """Training FLOPs per token, forward and backward, recomputation not counted: the numerator of MFU (arXiv
-    2204.02311)."""
-    found = measure_flops(model, sequence_length=sequence_length)
-    return (found.forward + found.backward) / sequence_length
+    2204.02311). The batch matters where a method works on its weights once per call, as SLTrain does."""
+    found = measure_flops(model, batch=batch, sequence_length=sequence_length)
+    return (found.forward + found.backward) / (batch * sequence_length)
 
 
 def measure_saved(model: nn.Module, inputs: dict[str, Tensor], *, autocast: bool = False) -> Saved:

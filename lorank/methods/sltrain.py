@@ -7,18 +7,18 @@ I holds nnz = ⌊density · d_out · d_in⌋ places, drawn once for each matrix,
 changed: sorted flat row-major indices in a buffer that is saved with the model. B starts at zero, so W = S at first.
 
 Cost of one layer, r = rank: r (d_in + d_out) + nnz parameters, and 8 nnz bytes of indices. FLOPs are a dense layer's
-and those of forming W, 2 d_out d_in r forward; W is not kept but formed again in backward, where the gradients of A and
-B take as much each. So a Llama block spends 8 d² r + 6 d d_ff r more than a dense one forward and 24 d² r + 18 d d_ff r
-more backward, however many tokens there are; a token generated alone pays for all of W, so merge before serving. Kept
-for backward are x, B, s A, v and I; W and its gradient G, both [d_out, d_in], live for moments, one layer at a time.
+and those of forming W, 2 d_out d_in r, in forward; backward forms W again and takes as much for the gradients of A and
+of B. A Llama block so spends 8 d² r + 6 d d_ff r more than a dense one forward and 24 d² r + 18 d d_ff r more backward,
+per call, however few its tokens are (so merge before serving). Kept for backward are x, B, s A, v and I; W and its
+gradient G, both [d_out, d_in], come and go layer by layer, two such matrices at a time.
 
 Source: Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining", NeurIPS
 2024, arXiv 2406.02214.
 
 Departures from the authors' code. The backward pass is this file's, not a C++ extension: same formulas, any device, one
-graph under torch.compile. S goes into the product that forms W instead of being added into its result, which would
-break checkpoint policies that keep products. Each support comes from `support_seed` and the projection's name, not from
-the global generator. Biases start at zero. There is no trainable scale, and no dropout, which theirs never applies.
+graph under torch.compile, any checkpoint policy. Each support comes from `support_seed` and the projection's name, not
+from the global generator, so that it does not depend on what else is drawn. Biases start at zero. There is no trainable
+scale, and no dropout, which theirs never applies.
 """
 
 import hashlib
@@ -62,14 +62,13 @@ def site_seed(support_seed: int, name: str) -> int:
 
 def dense_weight(B: Tensor, A: Tensor, v: Tensor, support: Tensor) -> Tensor:
     """W = B A + S, [d_out, d_in]."""
-    low_rank = B @ A
-    # into a new tensor: a checkpoint policy may have kept the product, which must not change then
-    return low_rank.flatten().index_add(0, support, v).view_as(low_rank)
+    product = B @ A  # not changed in place: a checkpoint policy may have kept it
+    return product.flatten().index_add(0, support, v).view_as(product)
 
 
 @torch.library.custom_op("lorank::not_before", mutates_args=())
 def not_before(B: Tensor, dy: Tensor) -> Tensor:
-    """A copy of B that seems to depend on dy; without it compilers find W = W in forward and backward, and keep W."""
+    """A copy of B that seems to depend on dy: else a compiler finds W in forward and in backward equal, and keeps it."""
     return B.clone()
 
 
@@ -122,35 +121,35 @@ class SLTrainLinear(nn.Module):
     ):
         super().__init__()
         self.scale, self.seed = scale, seed
-        # no nn.Linear: whatever would be hung on one (an adapter, another precision) forward would pass by
-        self.A = nn.Parameter(torch.empty(rank, d_in, device=device, dtype=dtype))
-        self.B = nn.Parameter(torch.empty(d_out, rank, device=device, dtype=dtype))
+        self.A = nn.Linear(d_in, rank, bias=False, device=device, dtype=dtype)  # of both only the weights are used
+        self.B = nn.Linear(rank, d_out, bias=bias, device=device, dtype=dtype)
         self.values = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.empty(d_out, device=device, dtype=dtype)) if bias else None
         self.register_buffer("support", torch.empty(nnz, device=device, dtype=torch.int64))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        (d_out, _), (_, d_in) = self.B.shape, self.A.shape
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))  # within ± d_in^(-1/2)
-        nn.init.zeros_(self.B)
+        d_in, d_out = self.A.in_features, self.B.out_features
+        nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))  # within ± d_in^(-1/2)
+        nn.init.zeros_(self.B.weight)
         nn.init.uniform_(self.values, -(d_in**-0.5), d_in**-0.5)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        if self.B.bias is not None:
+            nn.init.zeros_(self.B.bias)
         nn.init.constant_(self.support, -1)  # passes over one that came from a file, which is to stay
         if not self.support.is_meta and (self.support < 0).any():
             self.support.copy_(draw_support(d_in, d_out, len(self.support), self.seed))
 
     def forward(self, x: Tensor) -> Tensor:
-        operands = (x, self.B, self.scale * self.A, self.values)
+        operands: tuple[Tensor, ...] = (x, self.B.weight, self.scale * self.A.weight, self.values)
         if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
             operands = tuple(t.to(torch.get_autocast_dtype(x.device.type)) for t in operands)
         y = SparsePlusLowRank.apply(*operands, self.support)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if self.B.bias is None else y + self.B.bias.to(y.dtype)
 
     def extra_repr(self) -> str:
-        (d_out, rank), (_, d_in) = self.B.shape, self.A.shape
-        return f"d_in={d_in}, d_out={d_out}, rank={rank}, nnz={len(self.values)}, scale={self.scale:g}"
+        return (
+            f"d_in={self.A.in_features}, d_out={self.B.out_features}, rank={self.A.out_features}, "
+            f"nnz={len(self.values)}, scale={self.scale:g}"
+        )
 
 
 # ---- the method
@@ -176,9 +175,9 @@ class SLTrain(Parametrization):
 
     def __post_init__(self) -> None:
         check_rank(self.rank)
-        if not _is_number(self.alpha) or not 0 < self.alpha < math.inf:
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha!r} is not a positive number; the paper takes 8 to 32")
-        if not _is_number(self.density) or not 0 <= self.density <= 1:
+        if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 <= self.density <= 1:
             raise ValueError(f"density={self.density!r} is not a fraction in [0, 1]; the paper takes 0.03")
         if isinstance(self.support_seed, bool) or not isinstance(self.support_seed, int):
             raise ValueError(f"support_seed={self.support_seed!r} is not an integer; give one, for example 0")
@@ -202,8 +201,5 @@ class SLTrain(Parametrization):
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         assert isinstance(module, SLTrainLinear)
-        return dense_weight(module.B, module.scale * module.A, module.values, module.support), module.bias
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        A, B = module.scale * module.A.weight, module.B.weight
+        return dense_weight(B, A, module.values, module.support), module.B.bias
