@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorank.methods.low_rank import LowRank
     from lorank.methods.masa import MASA, freeze_coefficients, matrix_pca
     from lorank.methods.relora import ReLoRA
+    from lorank.methods.sltrain import SLTrain
     from lorank.methods.sst import SST
     from lorank.methods.switchlora import SwitchLoRA
     from lorank.parametrization import Parametrization, Site, StepHook
@@ -43,6 +44,7 @@ _HOME = {
     "CoLAM": "methods.cola",
     "CRNet": "methods.crnet",
     "LowRank": "methods.low_rank",
+    "SLTrain": "methods.sltrain",
     "SST": "methods.sst",
     "MASA": "methods.masa",
     "freeze_coefficients": "methods.masa",
@@ -63,6 +65,7 @@ __all__ = [
     "LowRank",
     "Parametrization",
     "ReLoRA",
+    "SLTrain",
     "Site",
     "StepHook",
     "SwitchLoRA",

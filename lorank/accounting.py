@@ -179,6 +179,7 @@ class Memory(NamedTuple):
     """Bytes of training on one device."""
 
     weights_bytes: int
+    """Parameters, and buffers that are saved with them."""
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: float
@@ -268,11 +269,11 @@ def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 25
     return Flops(forward, backward, recompute)
 
 
-def flops_per_token(model: nn.Module, sequence_length: int) -> float:
+def flops_per_token(model: nn.Module, sequence_length: int, *, batch: int = 1) -> float:
     """Training FLOPs per token, forward and backward, recomputation not counted: the numerator of MFU (arXiv
-    2204.02311)."""
-    found = measure_flops(model, sequence_length=sequence_length)
-    return (found.forward + found.backward) / sequence_length
+    2204.02311). The batch matters where a method works on its weights once per call, as SLTrain does."""
+    found = measure_flops(model, batch=batch, sequence_length=sequence_length)
+    return (found.forward + found.backward) / (batch * sequence_length)
 
 
 def measure_saved(model: nn.Module, inputs: dict[str, Tensor], *, autocast: bool = False) -> Saved:
@@ -325,7 +326,7 @@ def memory_estimate(
     AdamW keeps two moments per trainable number. Muon keeps one for the matrices of the blocks and two for the rest.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    weights = sum(t.numel() * t.element_size() for t in set(model.state_dict(keep_vars=True).values()))
     gradients = sum(p.numel() * p.element_size() for p in parameters)
     inside = {p for _, _, block in blocks(model) for p in block.parameters() if p.ndim == 2}
     moments = sum(p.numel() * p.element_size() * (1 if optimizer == "muon" and p in inside else 2) for p in parameters)

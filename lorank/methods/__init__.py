@@ -15,6 +15,7 @@ METHODS = {
     "cola": "lorank.methods.cola:CoLA",
     "cola-m": "lorank.methods.cola:CoLAM",
     "low-rank": "lorank.methods.low_rank:LowRank",
+    "sltrain": "lorank.methods.sltrain:SLTrain",
     "crnet": "lorank.methods.crnet:CRNet",
     "relora": "lorank.methods.relora:ReLoRA",
     "switchlora": "lorank.methods.switchlora:SwitchLoRA",

@@ -72,14 +72,15 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _counts(recipe: Recipe, model: PreTrainedModel) -> Counts:
-    flops = accounting.measure_flops(model, sequence_length=recipe.sequence_length)
+    batch = recipe.micro_batch_size or recipe.batch_size
+    flops = accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length)
     return Counts(
         accounting.count_parameters(model),
-        flops.total / recipe.sequence_length,
+        flops.total / (batch * recipe.sequence_length),
         accounting.memory_estimate(
             model,
             optimizer=recipe.optimizer,
-            batch=recipe.micro_batch_size or recipe.batch_size,
+            batch=batch,
             sequence_length=recipe.sequence_length,
             autocast=recipe.precision == "bf16",
         ),

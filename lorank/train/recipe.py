@@ -28,7 +28,10 @@ class Recipe:
     model: str | None = _option(
         None, "Instead of --size: a model type of transformers (gpt2), or a folder, config.json or hub name."
     )
-    method: str = _option("cola", "cola, cola-m, low-rank, sltrain, crnet, relora, switchlora, sst, masa, dense, or of an installed package.")
+    method: str = _option(
+        "cola",
+        "cola, cola-m, low-rank, sltrain, crnet, relora, switchlora, sst, masa, dense, or of an installed package.",
+    )
     rank: int | float | dict | None = _option(
         None, "Bottleneck width: integer, fraction of the width, or (YAML) {pattern: either}. Default: the size's own."
     )

@@ -222,7 +222,7 @@ def build_trainer(
         if method is not None
         else None,
         tokens_per_step=recipe.batch_size * recipe.sequence_length,
-        flops_per_token=accounting.flops_per_token(model, recipe.sequence_length),
+        flops_per_token=accounting.flops_per_token(model, recipe.sequence_length, batch=micro),
         peak_flops=(peak * devices, source),
         eval_tokens=recipe.eval_tokens,
         bytes_per_token=corpus.validation_bytes_per_token,

@@ -1,0 +1,205 @@
+"""SLTrain: sparse plus low rank. Every projection of a transformer block is a low-rank map plus a few trained entries.
+
+    y = x Wᵀ (+ b)     W = s B A + S     s = alpha / r
+    x [..., d_in]   A [r, d_in]   B [d_out, r]   b [d_out]   S [d_out, d_in]: v [nnz] at the places I [nnz], 0 elsewhere
+
+I holds nnz = ⌊density · d_out · d_in⌋ places, drawn once for each matrix, uniformly and without repetition, and never
+changed: sorted flat row-major indices in a buffer that is saved with the model. B starts at zero, so W = S at first.
+
+Cost of one layer, r = rank: r (d_in + d_out) + nnz parameters, and 8 nnz bytes of indices. FLOPs are a dense layer's
+and those of forming W, 2 d_out d_in r, in forward; backward forms W again and takes as much for the gradients of A and
+of B. A Llama block so spends 8 d² r + 6 d d_ff r more than a dense one forward and 24 d² r + 18 d d_ff r more backward,
+per call, however few its tokens are (so merge before serving). Kept for backward are x, B, s A, v and I; W and its
+gradient G, both [d_out, d_in], come and go layer by layer, two such matrices at a time.
+
+Source: Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining", NeurIPS
+2024, arXiv 2406.02214.
+
+Departures from the authors' code. The backward pass is this file's, not a C++ extension: same formulas, any device, one
+graph under torch.compile, any checkpoint policy. Each support comes from `support_seed` and the projection's name, not
+from the global generator, so that it does not depend on what else is drawn. Biases start at zero. There is no trainable
+scale, and no dropout, which theirs never applies.
+"""
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorank.parametrization import Parametrization, Rank, Site, check_rank, check_ranks, rank_at
+
+# ---- the mathematics
+
+
+def support_size(density: float, d_in: int, d_out: int) -> int:
+    """nnz, rounded down for each matrix.
+
+    >>> support_size(0.03, 512, 512), support_size(0.03, 512, 1376)
+    (7864, 21135)
+    """
+    return math.floor(density * (d_out * d_in))
+
+
+def draw_support(d_in: int, d_out: int, nnz: int, seed: int) -> Tensor:
+    """The places I [nnz]: the beginning of a random permutation of 0 .. d_out d_in - 1, sorted; on the CPU, int64."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randperm(d_out * d_in, generator=generator, device="cpu")[:nnz].sort().values
+
+
+def site_seed(support_seed: int, name: str) -> int:
+    """A seed for each matrix of a model, the same in every process.
+
+    >>> site_seed(0, "model.layers.0.mlp.up_proj")
+    36091265102494767
+    """
+    return int.from_bytes(hashlib.blake2b(f"{support_seed} {name}".encode(), digest_size=7).digest(), "big")
+
+
+def dense_weight(B: Tensor, A: Tensor, v: Tensor, support: Tensor) -> Tensor:
+    """W = B A + S, [d_out, d_in]."""
+    product = B @ A  # not changed in place: a checkpoint policy may have kept it
+    return product.flatten().index_add(0, support, v).view_as(product)
+
+
+@torch.library.custom_op("lorank::not_before", mutates_args=())
+def not_before(B: Tensor, dy: Tensor) -> Tensor:
+    """A copy of B that seems to depend on dy: else a compiler finds W in forward and in backward equal, and keeps it."""
+    return B.clone()
+
+
+@not_before.register_fake
+def _(B: Tensor, dy: Tensor) -> Tensor:
+    return torch.empty_like(B)
+
+
+class SparsePlusLowRank(torch.autograd.Function):
+    """y = x (B A + S)ᵀ that forgets W; the gradients are the paper's, section 3. A comes multiplied by s."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, B: Tensor, A: Tensor, v: Tensor, support: Tensor) -> Tensor:
+        ctx.save_for_backward(x, B, A, v, support)
+        return F.linear(x, dense_weight(B, A, v, support))
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, B, A, v, support = ctx.saved_tensors
+        dx = dB = dA = dv = None
+        if ctx.needs_input_grad[0]:
+            later = not_before(B, dy) if torch.compiler.is_compiling() else B
+            dx = dy @ dense_weight(later, A, v, support)  # W is gone before G comes
+        if any(ctx.needs_input_grad[1:]):
+            G = dy.reshape(-1, B.shape[0]).T @ x.reshape(-1, A.shape[1])  # dW [d_out, d_in]
+            dB, dA, dv = G @ A.T, B.T @ G, G.flatten()[support]
+        return dx, dB, dA, dv, None
+
+
+# ---- the layer
+
+
+class SLTrainLinear(nn.Module):
+    """y = x (s B A + S)ᵀ + b in place of a dense layer, with the support of S fixed by `seed`."""
+
+    support: Tensor
+
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        *,
+        scale: float,
+        nnz: int,
+        seed: int,
+        bias: bool = False,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        self.scale, self.seed = scale, seed
+        self.A = nn.Linear(d_in, rank, bias=False, device=device, dtype=dtype)  # of both only the weights are used
+        self.B = nn.Linear(rank, d_out, bias=bias, device=device, dtype=dtype)
+        self.values = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype))
+        self.register_buffer("support", torch.empty(nnz, device=device, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        d_in, d_out = self.A.in_features, self.B.out_features
+        nn.init.kaiming_uniform_(self.A.weight, a=math.sqrt(5))  # within ± d_in^(-1/2)
+        nn.init.zeros_(self.B.weight)
+        nn.init.uniform_(self.values, -(d_in**-0.5), d_in**-0.5)
+        if self.B.bias is not None:
+            nn.init.zeros_(self.B.bias)
+        nn.init.constant_(self.support, -1)  # passes over one that came from a file, which is to stay
+        if not self.support.is_meta and (self.support < 0).any():
+            self.support.copy_(draw_support(d_in, d_out, len(self.support), self.seed))
+
+    def forward(self, x: Tensor) -> Tensor:
+        operands: tuple[Tensor, ...] = (x, self.B.weight, self.scale * self.A.weight, self.values)
+        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
+            operands = tuple(t.to(torch.get_autocast_dtype(x.device.type)) for t in operands)
+        y = SparsePlusLowRank.apply(*operands, self.support)
+        return y if self.B.bias is None else y + self.B.bias.to(y.dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"d_in={self.A.in_features}, d_out={self.B.out_features}, rank={self.A.out_features}, "
+            f"nnz={len(self.values)}, scale={self.scale:g}"
+        )
+
+
+# ---- the method
+
+
+@dataclass(frozen=True, kw_only=True)
+class SLTrain(Parametrization):
+    """SLTrain with its hyper-parameters; ``lorank.convert(model, SLTrain(rank=128, alpha=32))``.
+
+    Raises ValueError for a rank or alpha that is not positive, a density outside [0, 1], or a seed that is no integer.
+    """
+
+    name: ClassVar[str] = "sltrain"
+
+    rank: Rank = 0.25
+    """Width r of the factors: an integer, a fraction of the width, or {pattern: either}."""
+    alpha: float = 32.0
+    """The low-rank part is multiplied by alpha / r. The paper's: 32 (60M), 16 (130M, 350M), 8 (1B, 7B)."""
+    density: float = 0.03
+    """Part of a matrix's entries that S may fill; 0.05 in the authors' 7B script. With 0 the layer is B A."""
+    support_seed: int = 0
+    """Fixes, together with the projections' names, which entries these are."""
+
+    def __post_init__(self) -> None:
+        check_rank(self.rank)
+        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha={self.alpha!r} is not a positive number; the paper takes 8 to 32")
+        if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 <= self.density <= 1:
+            raise ValueError(f"density={self.density!r} is not a fraction in [0, 1]; the paper takes 0.03")
+        if isinstance(self.support_seed, bool) or not isinstance(self.support_seed, int):
+            raise ValueError(f"support_seed={self.support_seed!r} is not an integer; give one, for example 0")
+
+    def check(self, sites: Sequence[Site]) -> None:
+        check_ranks(self.rank, sites)
+
+    def build(self, site: Site) -> nn.Module:
+        rank = rank_at(self.rank, site)
+        return SLTrainLinear(
+            site.d_in,
+            site.d_out,
+            rank,
+            scale=self.alpha / rank,
+            nnz=support_size(self.density, site.d_in, site.d_out),
+            seed=site_seed(self.support_seed, site.name),
+            bias=site.linear.bias is not None,
+            device=site.linear.weight.device,
+            dtype=site.linear.weight.dtype,
+        )
+
+    def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(module, SLTrainLinear)
+        A, B = module.scale * module.A.weight, module.B.weight
+        return dense_weight(B, A, module.values, module.support), module.B.bias
