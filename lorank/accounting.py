@@ -293,7 +293,7 @@ def measure_saved(model: nn.Module, inputs: dict[str, Tensor], *, autocast: bool
 
     def pack(tensor: Tensor) -> Tensor:
         note(tensor)
-        return tensor
+        return tensor.detach()  # a node that held its own output would never be freed
 
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=autocast)  # its cache of weights ends with it
     with saved_tensors_hooks(pack, lambda tensor: tensor), bf16:

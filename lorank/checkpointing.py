@@ -34,7 +34,8 @@ def keep_bottlenecks(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoint
     itself: n d + 7 n r numbers. The paper keeps the residual stream between attention and MLP too (2 n d + 7 n r); here
     it comes for free out of recomputing B. Backward re-runs the B factors and attention, but no A: 2 n r (4 d + 2 d_ff)
     + 4 n² d FLOPs, where re-running all would cost twice the part in r. (The block's last B is not run again: backward
-    needs its input only.)
+    needs its input only.) A rank above the width of a grouped-query key makes that key's B narrower than its input too,
+    and its output is then kept as well.
     """
     if op is _aten.mm.default:
         x, w = args

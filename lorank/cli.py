@@ -218,7 +218,8 @@ def demo(out: str, steps: int | None) -> None:
     from lorank.train.demo import run_demo
 
     summaries = run_demo(Path(out), steps, say=lambda line: console.print(f"[bold]{line}[/bold]", highlight=False))
-    console.rule("CoLA and its dense twin: same tokens, each at its best learning rate of one sweep")
+    rates = "its best learning rate of one sweep" + (" (of the whole demo, not of this short one)" if steps else "")
+    console.rule(f"CoLA and its dense twin: same tokens, each at {rates}")
     console.print(runs_table(summaries))
     for method, summary in summaries.items():
         console.rule(f"{method} writes", align="left")
@@ -231,6 +232,9 @@ def _quiet_console() -> Any:
     """A console for results, with the chatter of libraries turned down."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    import warnings
+
+    warnings.formatwarning = lambda message, *args, **kwargs: f"lorank: {message}\n"  # without the line of the code
     from rich.console import Console
     from transformers.utils import logging
 

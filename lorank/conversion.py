@@ -275,7 +275,10 @@ def wanted_sites(method: Parametrization, sites: list[Site]) -> list[Site]:
 def choose_sites(sites: list[Site], targets: Patterns = None, exclude: Patterns = None) -> list[Site]:
     """Those that match a pattern of `targets` (None: all) and none of `exclude`; ValueError for a pattern without use."""
     if not sites:
-        raise ValueError("found no linear layer inside a repeated block (a ModuleList of blocks); nothing to convert")
+        raise ValueError(
+            "found no linear layer (nn.Linear or transformers' Conv1D, not a class derived from them) inside a repeated block (a "
+            "ModuleList of blocks); nothing to convert"
+        )
     wanted = [compile_pattern(p, "targets") for p in _listed(targets)]
     unwanted = [compile_pattern(p, "exclude") for p in _listed(exclude)]
     roles = list(dict.fromkeys(site.role for site in sites))

@@ -163,7 +163,7 @@ def seeded_generator(*seeds: int | str) -> torch.Generator:
 
 
 def check_rank(rank: Rank) -> None:
-    """Raises ValueError unless `rank` is a positive integer, a fraction in (0, 1), or a non-empty table of these."""
+    """Raises ValueError unless `rank` is a positive integer, a fraction in (0, 1], or a non-empty table of these."""
     if isinstance(rank, Mapping):
         if not rank:
             raise ValueError("rank={} is an empty table; give at least one pattern, for example {'.*': 0.25}")
@@ -174,8 +174,8 @@ def check_rank(rank: Rank) -> None:
         raise ValueError(f"rank={rank!r} is neither an integer, a fraction of the width, nor a table of patterns")
     elif isinstance(rank, int) and rank < 1:
         raise ValueError(f"rank={rank} is not positive; give an integer >= 1 or a fraction such as 0.25")
-    elif isinstance(rank, float) and not 0 < rank < 1:
-        raise ValueError(f"rank={rank} is not a fraction in (0, 1); give an integer for an absolute rank")
+    elif isinstance(rank, float) and not 0 < rank <= 1:
+        raise ValueError(f"rank={rank} is not a fraction in (0, 1]; give an integer for an absolute rank")
 
 
 def check_table(rank: Rank, sites: Sequence[Site]) -> None:

@@ -232,3 +232,15 @@ def test_of_a_mixture_of_experts_only_the_chosen_ones_are_counted() -> None:
     for experts, flops in found.items():
         assert flops == projections + 4 * n * n * 32 + 2 * n * 32 * experts + chosen + 2 * n * 32 * 96
     assert math.isnan(accounting.memory_estimate(model, batch=1, sequence_length=n).activations_bytes)
+
+
+def test_a_measurement_leaves_no_tensors_behind() -> None:
+    import gc
+
+    model, ids = small(), torch.zeros(1, 16, dtype=torch.int64)
+    counts = []
+    for _ in range(3):
+        accounting.measure_saved(model, {"input_ids": ids, "labels": ids})
+        gc.collect()
+        counts.append(sum(isinstance(o, torch.Tensor) for o in gc.get_objects()))
+    assert counts[2] <= counts[1]

@@ -130,6 +130,7 @@ BAD = {
         ["pretrain", "--data", "{text}", "--tokenizer", "{trained}", *QUICK[2:], "--vocab-size", "100"],
         "vocab_size=100 is too small for the tokenizer",
     ),
+    "no name of data": (["pretrain", "--data", ""], "data is empty"),
     "a seed too large": (["pretrain", "--seed", "4294967296"], "seed=4294967296 is not below"),
     "evaluate with a negative seed": (["evaluate", "{trained}", "--seed", "-1"], "--seed"),
     "generate with a huge seed": (["generate", "{trained}", "--seed", "99999999999999999999"], "--seed"),

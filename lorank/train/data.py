@@ -78,6 +78,16 @@ class Corpus:
     """One line for humans: "embedded: 612 documents, 11.8 MB, 3.4 M tokens"."""
 
     @functools.cached_property
+    def fill(self) -> float:
+        """Share of the positions of training rows that hold text, not padding; of a stream, of its validation rows."""
+        rows = self.validation if isinstance(self.train, IterableDataset) else self.train
+        if "attention_mask" not in rows.column_names:
+            return 1.0
+        return float(
+            np.mean([chunk.flatten().to_numpy().mean() for chunk in rows.data.column("attention_mask").chunks])
+        )
+
+    @functools.cached_property
     def largest_id(self) -> int:
         """The largest token id of the rows; those of a stream are not known."""
         return max(max(map(int, map(np.max, _ids(rows)))) for rows in (self.train, self.validation) if _ids(rows))

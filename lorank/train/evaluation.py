@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -133,5 +134,6 @@ def evaluate_folder(
         seed=seed,
         validation_tokens=max_tokens,
     )
-    batches = DataLoader(rows, batch_size=batch_size, collate_fn=collate)
+    vocab_size: int = loaded.get_input_embeddings().weight.shape[0]  # type: ignore
+    batches = DataLoader(rows, batch_size=batch_size, collate_fn=partial(collate, vocab_size=vocab_size))
     return evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)

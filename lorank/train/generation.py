@@ -20,7 +20,8 @@ def generate_text(
     A seed makes sampling repeatable and leaves torch's global generator as it was.
 
     Raises:
-        ValueError: a negative temperature, or not a single token to start from.
+        ValueError: a negative temperature, not a single token to start from, a token that the model does not know, or a
+            prompt as long as the model's positions.
     """
     if temperature < 0:
         raise ValueError(f"temperature={temperature} is negative; 0 is greedy, 1 samples from the model as it is")
@@ -29,6 +30,9 @@ def generate_text(
     if not ids and start is None:
         raise ValueError("the tokenizer has no start token; give a prompt")
     inputs = torch.tensor([ids or [start]], device=model.device)
+    rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore
+    if (largest := int(inputs.max())) >= rows:
+        raise ValueError(f"the prompt has token id {largest}, the model's vocabulary {rows} entries; change the prompt")
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None:
         if inputs.shape[1] >= positions:

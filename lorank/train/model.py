@@ -41,9 +41,13 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
         )
     config.vocab_size = vocab_size
     config.use_cache = False
-    if tokenizer is not None:
-        for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+    if getattr(config, "is_decoder", None) is False:
+        config.is_decoder = True  # BERT and its kin look at what comes next unless told not to
+    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if tokenizer is not None:
             setattr(config, token, getattr(tokenizer, token))
+        elif isinstance(index := getattr(config, token, None), int) and index >= vocab_size:
+            setattr(config, token, None)  # the architecture's own, of a larger vocabulary
     positions = getattr(config, "max_position_embeddings", None)
     if positions is not None and positions < recipe.sequence_length:
         raise ValueError(f"sequence_length={recipe.sequence_length} exceeds the model's {positions} positions")
@@ -89,10 +93,28 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
+@torch.no_grad()
+def check_causal(model: PreTrainedModel) -> None:
+    """Raises ValueError if what a model says of a position depends on later ones: its perplexity would mean nothing."""
+    training = model.training
+    ids = torch.zeros(2, 8, dtype=torch.int64, device=model.device)
+    ids[1, -1] = 1
+    one, other = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1]
+    model.train(training)
+    if (one - other).abs().max() > 64 * torch.finfo(one.dtype).eps * one.abs().max():  # more than rounding
+        raise ValueError(
+            f"model type {model.config.model_type!r} sees tokens that are still to come, so it cannot be pre-trained to "
+            "predict them; take a decoder"
+        )
+
+
 def build_method(recipe: Recipe) -> Any:
     """The recipe's method with its hyper-parameters; the rank is the recipe's, else the size's, else the method's
     default."""
-    method = find_method(recipe.method)
+    try:
+        method = find_method(recipe.method)
+    except ValueError as error:
+        raise ValueError(f"{error}, dense") from None
     fields = dict(recipe.options)
     known = list(method.__dataclass_fields__)
     for name in fields:

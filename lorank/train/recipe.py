@@ -110,6 +110,9 @@ class Recipe:
         for name in ("weight_decay", "clip", "warmup_steps", "eval_every", "save_every", "eps", "min_lr_ratio", "seed"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} is negative")
+        for name in ("data", "validation", "tokenizer", "model"):
+            if getattr(self, name) == "":
+                raise ValueError(f"{name} is empty; name something or leave it out")
         if self.seed >= 2**32:
             raise ValueError(f"seed={self.seed} is not below 2**32")
         if self.vocab_size is not None and self.vocab_size <= 0:

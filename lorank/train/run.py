@@ -47,7 +47,7 @@ from lorank import accounting
 from lorank.conversion import method_of
 from lorank.train import data
 from lorank.train.generation import generate_text
-from lorank.train.model import build_config, build_model
+from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.optimizers import build_optimizer
 from lorank.train.recipe import Recipe
 from lorank.train.trainer import STAGING, MetricsFile, PretrainTrainer, StopOnNonFinite, StopOnSignal, write_whole
@@ -122,6 +122,7 @@ def pretrain(
     with PeakMemory() as memory, StopOnSignal() as stop:
         set_seed(recipe.seed)
         model = build_model(recipe, config)
+        check_causal(model)
         trainer = build_trainer(recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop])
         if trainer.is_world_process_zero() and not resume:
             write_whole(out / "run.json", json.dumps(environment(corpus), indent=2))
@@ -142,9 +143,9 @@ def pretrain(
         block_parameters=counts.blocks,
         flops_per_token=trainer.flops_per_token,
         steps=trainer.state.global_step,
-        tokens=trainer.state.global_step * trainer.throughput.tokens_per_step,
+        tokens=round(trainer.state.global_step * trainer.throughput.tokens_per_step),
         tokens_per_second=rate,
-        mfu=rate * trainer.flops_per_token / trainer.peak_flops,
+        mfu=trainer.mfu(rate),
         peak_flops_source=trainer.peak_flops_source,
         peak_memory_gib=memory.gib,
         validation_loss_nats_per_token=found.loss,
@@ -221,7 +222,8 @@ def build_trainer(
         schedule=method.schedule(recipe.steps, recipe.warmup_steps, recipe.min_lr_ratio)
         if method is not None
         else None,
-        tokens_per_step=recipe.batch_size * recipe.sequence_length,
+        tokens_per_step=recipe.batch_size * recipe.sequence_length * corpus.fill,
+        fill=corpus.fill,
         flops_per_token=accounting.flops_per_token(model, recipe.sequence_length, batch=micro),
         peak_flops=(peak * devices, source),
         eval_tokens=recipe.eval_tokens,

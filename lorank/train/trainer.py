@@ -37,7 +37,8 @@ class PretrainTrainer(Trainer):
     Args:
         make_optimizer: called with the model when training begins.
         schedule: multiplier of the learning rate by steps done; None: what the arguments say.
-        tokens_per_step: positions that one optimizer step sees, over all devices.
+        tokens_per_step: tokens that one optimizer step sees on average, over all devices, padding not counted.
+        fill: share of positions that hold tokens and not padding.
         flops_per_token: of training this model, recomputation not counted (MFU, arXiv 2204.02311).
         peak_flops: FLOP/s that all devices together could reach, and where that number comes from.
         eval_tokens: predicted tokens after which an evaluation during training stops.
@@ -49,7 +50,8 @@ class PretrainTrainer(Trainer):
         *args: Any,
         make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
         schedule: Callable[[int], float] | None = None,
-        tokens_per_step: int,
+        tokens_per_step: float,
+        fill: float = 1.0,
         flops_per_token: float,
         peak_flops: tuple[float, str],
         eval_tokens: int,
@@ -63,6 +65,7 @@ class PretrainTrainer(Trainer):
         self.schedule = schedule
         self.hook: StepHook | None = None
         self.flops_per_token = flops_per_token
+        self.fill = fill
         self.peak_flops, self.peak_flops_source = peak_flops
         self.eval_tokens = eval_tokens
         self.bytes_per_token = bytes_per_token
@@ -113,11 +116,15 @@ class PretrainTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
+    def mfu(self, tokens_per_second: float) -> float:
+        """Model FLOPs utilisation; positions of padding are computed and count."""
+        return tokens_per_second / self.fill * self.flops_per_token / self.peak_flops
+
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and (rate := self.throughput.tokens_per_second()) is not None:
             logs["tokens_per_second"] = rate
-            logs["mfu"] = rate * self.flops_per_token / self.peak_flops
-        logs["tokens"] = self.state.global_step * self.throughput.tokens_per_step
+            logs["mfu"] = self.mfu(rate)
+        logs["tokens"] = round(self.state.global_step * self.throughput.tokens_per_step)
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
@@ -133,9 +140,9 @@ class PretrainTrainer(Trainer):
                 os.replace(self._staging / folder.name, folder)
                 rotate_checkpoints(str(out), self.args.save_total_limit)
         except (OSError, SafetensorError, RuntimeError) as error:
-            raise OSError(
-                f"could not write {folder}: {str(error).splitlines()[0]}; earlier checkpoints are intact"
-            ) from error
+            reason = "the disk is full" if shutil.disk_usage(out).free < 1 << 20 else str(error).splitlines()[0]
+            kept = "earlier checkpoints are intact" if any(out.glob("checkpoint-*")) else "there is no earlier one"
+            raise OSError(f"could not write {folder}: {reason}; {kept}") from error
         finally:
             if self.args.should_save:
                 shutil.rmtree(self._staging, ignore_errors=True)
@@ -148,7 +155,7 @@ class PretrainTrainer(Trainer):
 class Throughput(TrainerCallback):
     """Times the training steps alone: neither evaluation, nor saving, nor the first step, which warms up."""
 
-    def __init__(self, tokens_per_step: int):
+    def __init__(self, tokens_per_step: float):
         self.tokens_per_step = tokens_per_step
         self.seconds: list[float] = []
         """Of each step timed."""

@@ -656,3 +656,12 @@ def test_an_id_beyond_the_vocabulary_is_one_sentence(hub):
         ValueError, match=f"vocab_size={largest} is too small for the tokenizer, which gives id {largest}"
     ):
         data.collate(rows, largest)
+
+
+def test_fill_is_the_share_of_positions_that_hold_text(tmp_path):
+    source = write_jsonl(tmp_path / "short.jsonl", documents(100, words=3))
+    padded, packed = (load(source, sequence_length=32, documents=form) for form in ("padded", "packed"))
+    mask = np.array(padded.train["attention_mask"])
+    assert padded.fill == pytest.approx(mask.mean())
+    assert 0 < padded.fill < 0.9
+    assert packed.fill == 1.0

@@ -64,3 +64,9 @@ def test_the_training_mode_comes_back(model: Any, tokenizer: Any) -> None:
     assert model.training
     with pytest.raises(ValueError, match="temperature=-1 is negative"):
         generate_text(model, tokenizer, "w5", temperature=-1)
+
+
+def test_a_token_beyond_the_vocabulary_is_one_sentence(model: Any, tokenizer: Any) -> None:
+    tokenizer.add_tokens(["zebra"])
+    with pytest.raises(ValueError, match="the prompt has token id 96, the model's vocabulary 96 entries"):
+        generate_text(model, tokenizer, "w5 zebra")

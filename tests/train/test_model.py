@@ -9,7 +9,7 @@ import torch
 from transformers import GPT2LMHeadModel, LlamaForCausalLM
 
 from lorank.methods.cola import CoLALinear
-from lorank.train.model import build_config, build_method, build_model
+from lorank.train.model import build_config, build_method, build_model, check_causal
 from lorank.train.recipe import Recipe
 
 
@@ -71,3 +71,52 @@ def test_dense_refuses_what_it_would_ignore() -> None:
     for setting in ({"rank": 3}, {"options": {"activation": "relu"}}, {"targets": ["q"]}, {"exclude": ["q"]}):
         with pytest.raises(ValueError, match="method=dense takes no rank"):
             build(method="dense", **setting)
+
+
+@pytest.mark.parametrize(
+    "kind", ["bert", "roberta", "electra", "gpt2", "opt", "gpt_neox", "qwen3", "mistral", "phi3", "glm4"]
+)
+def test_what_is_trained_to_predict_does_not_see_what_comes_next(kind: str, tmp_path: Path) -> None:
+    """Also of the encoders, and with the special tokens of vocabularies larger than ours."""
+    shape = {
+        "model_type": kind,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    keys = {"num_key_value_heads": 2, "head_dim": 8, "n_embd": 32, "n_layer": 1, "n_head": 4, "ffn_dim": 64}
+    (tmp_path / "config.json").write_text(
+        json.dumps({**shape, **keys, "word_embed_proj_dim": 32, "embedding_size": 32})
+    )
+    recipe = Recipe(model=str(tmp_path / "config.json"), vocab_size=300, sequence_length=32)
+    model = build_model(recipe, build_config(recipe))
+    check_causal(model)
+    ids = torch.randint(3, 300, (1, 12), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[0, -1] = 5
+    with torch.no_grad():
+        one, other = (model.eval()(input_ids=x).logits[:, :-1] for x in (ids, changed))
+    torch.testing.assert_close(one, other)
+
+
+def test_a_model_that_sees_the_future_is_refused() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    shape = {
+        "vocab_size": 50,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    model = BertLMHeadModel(BertConfig(**shape))
+    with pytest.raises(ValueError, match="'bert' sees tokens that are still to come"):
+        check_causal(model.train())
+    assert model.training
+    check_causal(BertLMHeadModel(BertConfig(**shape, is_decoder=True)))
+
+
+def test_an_unknown_method_is_told_all_that_could_be_meant() -> None:
+    with pytest.raises(ValueError, match=r"did you mean 'cola'\? the methods are: cola, .*masa, dense"):
+        build(method="colo")

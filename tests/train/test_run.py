@@ -7,12 +7,14 @@ import resource
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lorank.train import run
+from lorank.train.data import load_corpus
 from lorank.train.recipe import Recipe
 
 TEXT = "".join(
@@ -325,3 +327,13 @@ def test_golden_loss_curve(method: str, text: Path, tmp_path: Path) -> None:
     curve = [float(line.split()[1]) for line in found]
     assert curve == pytest.approx([float(loss) for _, loss in expected], rel=5e-4)
     assert curve[-1] < 0.8 * curve[0]
+
+
+def test_padding_is_not_counted_as_tokens(tmp_path: Path) -> None:
+    path = tmp_path / "short.jsonl"
+    path.write_text("".join(json.dumps({"text": f"fox {i} counts"}) + "\n" for i in range(400)))
+    r = recipe(path, documents="padded")
+    corpus = load_corpus(r.data, documents="padded", vocab_size=300, sequence_length=32, seed=r.seed)
+    summary = run.pretrain(r, tmp_path / "run")
+    real = np.mean([sum(row["attention_mask"]) for row in corpus.train])
+    assert summary is not None and summary.tokens == round(8 * 4 * real) < 8 * 4 * 32
