@@ -57,7 +57,7 @@ class KillAfter(TrainerCallback):
 def test_a_run_killed_after_any_step_resumes_as_if_it_had_not_been(method: str, text: Path, tmp_path: Path) -> None:
     r = recipe(text, method)
     run.pretrain(r, tmp_path / "whole")
-    for step in (1, 2, 3, 4, 5):  # right before and right after a merge, a swap, a decomposition
+    for step in (2, 3, 4):  # right before and right after a merge, a swap, a decomposition
         out = tmp_path / f"killed-{step}"
         with pytest.raises(MemoryError):
             run.pretrain(r, out, callbacks=[KillAfter(step)])
