@@ -116,7 +116,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_learns_more_than_the_frequencies_of_tokens(method: str, library: Path, tmp_path: Path) -> None:
     shape = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps({**shape, "num_attention_heads": 4, "num_key_value_heads": 4}))
-    options = {"relora": {"warm_start": 40, "cycle": 30, "restart_warmup_steps": 5}, "sst": {"interval": 20, "restart_warmup_steps": 5}}
+    options = {
+        "relora": {"warm_start": 40, "cycle": 30, "restart_warmup_steps": 5},
+        "sst": {"interval": 20, "restart_warmup_steps": 5},
+    }
     settings: dict[str, Any] = {
         "method": method,
         "model": str(tmp_path / "config.json"),
