@@ -237,7 +237,7 @@ def test_of_a_mixture_of_experts_only_the_chosen_ones_are_counted() -> None:
 def test_a_measurement_leaves_no_tensors_behind() -> None:
     import gc
 
-    """Types, not `isinstance`: asking some objects of torch for their class warns."""
+    # By type and not `isinstance`, which reads `__class__`: some objects of torch warn when asked for it.
     model, ids = small(), torch.zeros(1, 16, dtype=torch.int64)
     counts = []
     for _ in range(3):
