@@ -46,7 +46,7 @@ def limited(residual: Tensor, before: Tensor) -> Tensor:
 
 
 class FiraAdamW(GaLoreAdamW):
-    """GaLoreAdamW with the residual; not for projection="full", which has no columns to scale.
+    """GaLoreAdamW with the residual; not for projection="full", which has no columns to scale, nor for in_backward.
 
     Args:
         residual: "paper" or "repo", see above.
@@ -68,12 +68,14 @@ class FiraAdamW(GaLoreAdamW):
         super().__init__(params, **galore)
         if any(group["rank"] is not None and group["projection"] == "full" for group in self.param_groups):
             raise ValueError("projection='full' leaves no columns to scale; take std, left or right")
+        if self.in_backward:
+            raise ValueError("in_backward=True frees the gradient whose residual Fira needs; leave it out")
         self.residual, self.scaling = residual, scaling
 
-    def move(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
+    def leave(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> None:
         lr, alpha = stack.group["lr"], stack.group["scale"]
         if lr == 0:
-            return torch.zeros_like(stack.gradients())
+            return
         G, N = stack.gradients(), inside / -lr
         R = project(G, left, right)
         E = G - (alpha if self.residual == "repo" else 1.0) * lift(R, left, right)
@@ -86,4 +88,4 @@ class FiraAdamW(GaLoreAdamW):
         S = limited(k * E, before)
         for state, norm in zip(states, S.norm(dim=(-2, -1)), strict=True):
             state["norm"] = norm.clone()
-        return -lr * (alpha * lift(N, left, right) + (1.0 if self.residual == "repo" else alpha) * S)
+        stack.add(-lr * (alpha * lift(N, left, right) + (1.0 if self.residual == "repo" else alpha) * S))

@@ -4,11 +4,31 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 STACKED = {"cpu": 1 << 18}
 """Numbers in one stack, at most: a CPU is busy with one large product, which a copy into a stack would only delay."""
+
+
+# ---- parameters that are sharded (FSDP2): each process gathers the gradient, computes the same, and keeps its part
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _part(values: Tensor, of: Tensor) -> Tensor:
+    """The part of `values`, the same in all processes, that lies where this process's part of `of` does."""
+    if not isinstance(of, DTensor):
+        return values
+    return distribute_tensor(values, of.device_mesh, of.placements, src_data_rank=None).to_local()
 
 
 class Stack(NamedTuple):
@@ -20,7 +40,7 @@ class Stack(NamedTuple):
 
     def gradients(self) -> Tensor:
         """[k, m, n]."""
-        return _stacked([p.grad for p in self.parameters])  # type: ignore[misc]
+        return _stacked([whole(p.grad) for p in self.parameters])  # type: ignore[arg-type]
 
     def get(self, name: str) -> Tensor:
         """An entry of all states [k, ...]."""
@@ -32,8 +52,16 @@ class Stack(NamedTuple):
 
     def add(self, moves: Tensor) -> None:
         """W ← W + moves [k, m, n]."""
-        weights: list[Tensor] = list(self.parameters)
-        torch._foreach_add_(weights, list(moves.to(weights[0].dtype)))
+        for p, move in zip(self.parameters, moves.to(self.parameters[0].dtype), strict=True):
+            local(p).add_(_part(move, p))
+
+    def add_product(self, a: Tensor, b: Tensor, scale: float) -> None:
+        """W ← W + scale a b for a [k, m, r] and b [k, r, n], without a matrix m x n in between."""
+        for p, left, right in zip(self.parameters, a, b, strict=True):
+            if isinstance(p, DTensor):
+                local(p).add_(_part(left @ right, p), alpha=scale)
+            else:
+                p.addmm_(left, right, alpha=scale)
 
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
@@ -52,24 +80,31 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is no matrix; put it in a group without rank")
 
 
-def stacks(groups: Iterable[dict[str, Any]], state: Mapping[Any, dict[str, Any]]) -> list[Stack]:
-    """The matrices of groups with a rank that have gradients; their states count `steps`.
+def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
+    """Raises FloatingPointError, in all processes of a sharded run, if a gradient of a matrix is not finite."""
+    watched = {p: local(G) for p, G in gradients.items() if G is not None and p.ndim == 2}
+    if not watched:
+        return
+    sums = torch.stack([G.sum(dtype=torch.float32) for G in watched.values()])  # of what is not finite: neither
+    if any(isinstance(p, DTensor) for p in watched):
+        dist.all_reduce(sums)
+    if not sums.isfinite().all():
+        shape = next(tuple(p.shape) for p, s in zip(watched, sums, strict=True) if not s.isfinite())
+        raise FloatingPointError(f"the gradient of a matrix {shape} is not finite; lower lr or clip gradients")
 
-    Raises:
-        FloatingPointError: a gradient is not finite; nothing has been changed.
-    """
-    found = [stack for group in groups if group["rank"] is not None for stack in _alike(group, state)]
-    for stack in found:
-        if not stack.gradients().isfinite().all():
-            shape = tuple(stack.parameters[0].shape)
-            raise FloatingPointError(f"the gradient of a matrix {shape} is not finite; lower lr or clip gradients")
-    return found
+
+def stacks(
+    groups: Iterable[dict[str, Any]], state: Mapping[Any, dict[str, Any]], moved: Iterable[nn.Parameter]
+) -> list[Stack]:
+    """The matrices of groups with a rank that are among `moved`; their states count `steps`."""
+    wanted = set(moved)
+    return [stack for group in groups if group["rank"] is not None for stack in _alike(group, state, wanted)]
 
 
-def _alike(group: dict[str, Any], state: Mapping[Any, dict[str, Any]]) -> Iterator[Stack]:
+def _alike(group: dict[str, Any], state: Mapping[Any, dict[str, Any]], wanted: set[nn.Parameter]) -> Iterator[Stack]:
     alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for p in group["params"]:
-        if p.grad is not None:
+        if p in wanted:
             steps = int(state[p].setdefault("steps", torch.tensor(0)))
             alike.setdefault((p.shape, p.dtype, p.device, steps), []).append(p)
     for (shape, _, device, _), parameters in alike.items():
@@ -100,7 +135,7 @@ class MatrixOptimizer(Optimizer):
 
     Raises:
         ValueError: as `check_groups`; or a closure.
-        FloatingPointError: as `stacks`.
+        FloatingPointError: as `check_finite`; nothing has been changed.
     """
 
     def __init__(self, params: Any, defaults: dict[str, Any], **adamw: Any):
@@ -117,7 +152,9 @@ class MatrixOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if closure is not None:
             raise ValueError(f"{type(self).__name__} evaluates no closure; call backward() before step()")
-        for stack in stacks(self.param_groups, self.state):
+        moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        check_finite({p: p.grad for p in moved})
+        for stack in stacks(self.param_groups, self.state, moved):
             G = stack.gradients()
             tall = G.shape[-2] >= G.shape[-1]
             move = self.step_stack(stack, G if tall else G.mT)

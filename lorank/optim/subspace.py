@@ -6,23 +6,29 @@
 
     G, W [m, n]     P [m, r], orthonormal columns     Q [r, n], orthonormal rows     R, D [r, n], [m, r] or [r, r]
 
-Basis and optimizer are independent of each other: `Subspace` takes any class of torch.optim, and a `Basis` is a
-function. GaLore is the singular basis with AdamW (lorank/optim/galore.py); Fira lifts differently (lorank/optim/fira.py).
-State per matrix: that of the inner optimizer on R, and the basis.
+Basis and optimizer are independent of each other: `Subspace` takes any class of torch.optim, and a basis is a function
+(lorank/optim/bases.py). GaLore is the singular basis with AdamW (lorank/optim/galore.py); Fira lifts differently
+(lorank/optim/fira.py). State per matrix: that of the inner optimizer on R, and the basis.
+
+Projected as it arrives. With `in_backward` each gradient is projected in a hook as soon as backward has finished it, and
+freed; micro-batches add up inside the subspace, where they are r max(m, n) numbers instead of m n. The step, and with it
+a schedule, still comes once per update. Two things differ: a basis that is due is that of the first micro-batch's
+gradient, and a norm to clip is that of `seen_parameters`, which is what the optimizer sees of the gradient.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.optim.matrices import Stack, check_groups, restore, stacks
+from lorank.optim.bases import BASES, Basis
+from lorank.optim.matrices import Stack, check_finite, check_groups, local, restore, stacks
 
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
-Basis = Callable[[Tensor, int], tuple[Tensor, Tensor]]
-"""From gradients [k, m, n] in fp32 and a rank r: columns P [k, m, r] and rows Q [k, r, n]."""
 
 
 # ---- the mathematics
@@ -34,28 +40,6 @@ def sides(projection: Projection, m: int, n: int) -> tuple[bool, bool]:
         return True, True
     right = {"std": m >= n, "reverse_std": m < n, "left": False, "right": True}[projection]
     return not right, right
-
-
-def singular_basis(gradients: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The first r singular vectors; where LAPACK does not converge, from the Gram matrices in float64."""
-    try:
-        U, _, Vh = torch.linalg.svd(gradients, full_matrices=False)
-    except torch.linalg.LinAlgError:
-        G = gradients.double()
-        U = torch.linalg.eigh(G @ G.mT).eigenvectors.flip(-1).to(gradients.dtype)
-        Vh = torch.linalg.eigh(G.mT @ G).eigenvectors.flip(-1).mT.to(gradients.dtype)
-    return U[..., :rank], Vh[..., :rank, :]
-
-
-def randomised_basis(gradients: Tensor, rank: int, iterations: int = 2, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Nearly the same at a fraction of the time: subspace iteration on r random directions (arXiv 0909.4061)."""
-    generator = torch.Generator(gradients.device).manual_seed(seed)
-    shape = (*gradients.shape[:-2], gradients.shape[-1], rank)
-    Q = torch.randn(shape, generator=generator, device=gradients.device, dtype=gradients.dtype)
-    for _ in range(iterations):
-        P = torch.linalg.qr(gradients @ Q).Q
-        Q = torch.linalg.qr(gradients.mT @ P).Q
-    return torch.linalg.qr(gradients @ Q).Q, Q.mT
 
 
 def project(gradients: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
@@ -77,19 +61,23 @@ class Subspace(Optimizer):
     """Any optimizer, for the groups that have a `rank` in a subspace of that rank, for the others as it is.
 
     Args:
-        params: parameters or groups of them. The keys of a projected group are ``rank`` (a rank above the narrower side
-            is that side), and, to differ from the arguments below, ``update_gap``, ``scale`` and ``projection``.
+        params: parameters or groups of them, for example of `lorank.optim.low_rank_groups`. The keys of a projected
+            group are ``rank`` (a rank above the narrower side is that side), and, to differ from the arguments below,
+            ``update_gap``, ``scale`` and ``projection``.
         inner: class of the optimizer that works inside, called with groups and `options`.
         lr: learning rate, of the group as everywhere in torch.
         update_gap: steps between two refreshes of a basis; the first step has one.
         scale: factor of what is lifted back.
         projection: "std" projects the longer side away and keeps the moments r wide on the shorter (m >= n from the
             right), "reverse_std" the other way round, "left", "right", or "full" from both sides.
-        basis: `singular_basis`, `randomised_basis`, or a function of yours.
+        basis: "singular", "svd", "randomised", or a function of yours; see lorank/optim/bases.py.
+        stagger: refresh the bases of a k-th of the matrices at a time instead of all in one long step.
+        in_backward: project each gradient when it arrives, see above.
         weight_decay: decoupled: W ← W - lr weight_decay W after the step, not scaled.
 
     Raises:
-        ValueError: a parameter of a projected group is not a matrix, an unknown projection, or a closure.
+        ValueError: a parameter of a projected group is not a matrix, an unknown projection or basis, a closure, or
+            `in_backward` in a distributed run, where each process would project its own part of the gradient.
         FloatingPointError: a gradient is not finite; nothing has been changed.
     """
 
@@ -102,20 +90,35 @@ class Subspace(Optimizer):
         update_gap: int = 200,
         scale: float = 0.25,
         projection: Projection = "std",
-        basis: Basis = singular_basis,
+        basis: str | Basis = "singular",
+        stagger: bool = False,
+        in_backward: bool = False,
         weight_decay: float = 0.0,
         **options: Any,
     ):
         defaults = {"lr": lr, "rank": None, "update_gap": update_gap, "scale": scale, "projection": projection}
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
         check_groups(self.param_groups)
-        self.basis = basis
+        if isinstance(basis, str) and basis not in BASES:
+            raise ValueError(f"basis={basis!r} is none of {', '.join(BASES)}")
+        if in_backward and dist.is_initialized() and dist.get_world_size() > 1:
+            raise ValueError("in_backward=True sees the gradient of one process only; leave it out in distributed runs")
+        self.basis: Basis = BASES[basis] if isinstance(basis, str) else basis
+        self.in_backward = in_backward
         self._inside = {p: self._check(group, p) for group in self.param_groups for p in group["params"]}
         self.inner = inner(
-            [{"params": [self._inside[p] for p in group["params"]], "lr": lr} for group in self.param_groups],
+            [
+                {"params": [self._inside[p] for p in group["params"]], "lr": lr, "rank": group["rank"]}
+                for group in self.param_groups
+            ],
             weight_decay=0.0,
             **options,
         )
+        projected = [(p, group) for group in self.param_groups if group["rank"] for p in group["params"]]
+        self._phase = {p: i * g["update_gap"] // len(projected) * stagger for i, (p, g) in enumerate(projected)}
+        if in_backward:
+            for p, group in projected:
+                p.register_post_accumulate_grad_hook(partial(self._arrive, group))
 
     def _check(self, group: dict[str, Any], p: nn.Parameter) -> nn.Parameter:
         """What stands for a parameter in the inner optimizer: itself, or an empty one that is filled for each step."""
@@ -125,15 +128,32 @@ class Subspace(Optimizer):
             raise ValueError(f"projection={group['projection']!r} is none of std, reverse_std, left, right, full")
         if group["update_gap"] < 1:
             raise ValueError(f"update_gap={group['update_gap']} is not positive")
-        return nn.Parameter(p.new_empty(0, 0))
+        return nn.Parameter(local(p).new_empty(0, 0))
+
+    def seen_parameters(self) -> list[nn.Parameter]:
+        """Parameters whose ``.grad`` is what the optimizer sees; with `in_backward`, give these to ``clip_grad_norm_``."""
+        return [self._inside[p] if self.in_backward else p for group in self.param_groups for p in group["params"]]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        for p, inside in self._inside.items():
+            if inside is not p:
+                inside.grad = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if closure is not None:
             raise ValueError(f"{type(self).__name__} evaluates no closure; call backward() before step()")
-        found = stacks(self.param_groups, self.state)
+        seen = dict(zip(self._inside, self.seen_parameters(), strict=True))
+        moved = [p for p, sees in seen.items() if sees.grad is not None]
+        check_finite({p: seen[p].grad for p in moved})
+        found = stacks(self.param_groups, self.state, moved)
         for stack in found:
-            self._enter(stack)
+            if not self.in_backward:
+                self._enter(stack, stack.gradients())
+            for p, state in zip(stack.parameters, stack.states, strict=True):
+                self._inside[p].data = torch.zeros_like(self._inside[p].grad)  # type: ignore[arg-type]
+                state["steps"] += 1
         for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
             its["lr"] = ours["lr"]
         self.prepare()
@@ -142,47 +162,55 @@ class Subspace(Optimizer):
             if inside in self.inner.state:
                 self.state[p]["inner"] = self.inner.state[inside]
         for stack in found:
-            self._leave(stack)
+            self.leave(stack, torch.stack([self._inside[p].data for p in stack.parameters]), *_bases(stack))
+            for p in stack.parameters:
+                self._inside[p].data, self._inside[p].grad = local(p).new_empty(0, 0), None
         for group in self.param_groups:
-            if group["weight_decay"]:
-                moved = [p for p in group["params"] if p.grad is not None]
-                torch._foreach_mul_(moved, 1 - group["lr"] * group["weight_decay"])
+            decayed: list[Tensor] = [p for p in group["params"] if p in set(moved)] if group["weight_decay"] else []
+            if decayed:
+                torch._foreach_mul_(decayed, 1 - group["lr"] * group["weight_decay"])
         return None
 
     def prepare(self) -> None:
         """Called before the inner optimizer steps."""
 
-    def move(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-        """What is added to the weights [k, m, n], from the inner optimizer's step `inside`."""
-        return stack.group["scale"] * lift(inside, left, right)
+    def leave(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> None:
+        """Add to the weights [k, m, n] what belongs to the inner optimizer's step `inside`."""
+        if right is None:
+            stack.add_product(left, inside, stack.group["scale"])
+        else:
+            stack.add_product(inside if left is None else left @ inside, right, stack.group["scale"])
 
-    def _enter(self, stack: Stack) -> None:
-        """Refresh the basis if it is time, and give the inner optimizer zeros with the projected gradients."""
-        G, group = stack.gradients(), stack.group
-        first = self.state[stack.parameters[0]]
-        if int(first["steps"]) % group["update_gap"] == 0:
-            on_left, on_right = sides(group["projection"], *G.shape[1:])
-            P, Q = self.basis(G.float(), min(group["rank"], *G.shape[1:]))
-            for p, columns, rows in zip(stack.parameters, P, Q, strict=True):
-                kept = {"left": columns} if on_left else {}
-                kept |= {"right": rows} if on_right else {}
-                self.state[p].update({side: basis.to(G.dtype).contiguous() for side, basis in kept.items()})
-        for p, R in zip(stack.parameters, project(G, *self._bases(stack)), strict=True):
-            inside = self._inside[p]
-            inside.data = torch.zeros_like(R)
-            inside.grad = R
-            self.state[p]["steps"] += 1
+    @torch.no_grad()
+    def _arrive(self, group: dict[str, Any], p: nn.Parameter) -> None:
+        """Project a gradient that backward has just finished, and free it."""
+        check_finite({p: p.grad})
+        [stack] = stacks([{**group, "params": [p]}], self.state, [p])
+        self._enter(stack, stack.gradients())
+        p.grad = None
 
-    def _leave(self, stack: Stack) -> None:
-        inside = [self._inside[p] for p in stack.parameters]
-        moves = self.move(stack, torch.stack([p.data for p in inside]), *self._bases(stack))
-        stack.add(moves)
-        for p in inside:
-            p.data, p.grad = p.new_empty(0, 0), None
-
-    def _bases(self, stack: Stack) -> tuple[Tensor | None, Tensor | None]:
-        left, right = (stack.get(side) if side in stack.states[0] else None for side in ("left", "right"))
-        return left, right
+    def _enter(self, stack: Stack, G: Tensor) -> None:
+        """Refresh the bases that are due, unless this update has begun, and project gradients [k, m, n] into `.grad`."""
+        group, inside = stack.group, [self._inside[p] for p in stack.parameters]
+        steps = int(stack.states[0]["steps"])
+        due = [
+            i
+            for i, p in enumerate(stack.parameters)
+            if not steps or (steps + self._phase[p]) % group["update_gap"] == 0
+        ]
+        if due and inside[0].grad is None:
+            some = G if len(due) == len(G) else G[due]
+            rank = min(group["rank"], *G.shape[1:])
+            for side, asked in zip(("left", "right"), sides(group["projection"], *G.shape[1:]), strict=True):
+                if asked:
+                    found = self.basis(some.float(), rank) if side == "left" else self.basis(some.float().mT, rank).mT
+                    for i, basis in zip(due, found.to(G.dtype), strict=True):
+                        stack.states[i][side] = basis.contiguous()
+        for its, R in zip(inside, project(G, *_bases(stack)), strict=True):
+            if its.grad is None:
+                its.data, its.grad = torch.empty_like(R), R
+            else:
+                its.grad += R
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
@@ -190,3 +218,8 @@ class Subspace(Optimizer):
         for p, inside in self._inside.items():
             if "inner" in self.state[p]:
                 self.inner.state[inside] = self.state[p]["inner"]
+
+
+def _bases(stack: Stack) -> tuple[Tensor | None, Tensor | None]:
+    left, right = (stack.get(side) if side in stack.states[0] else None for side in ("left", "right"))
+    return left, right

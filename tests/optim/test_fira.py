@@ -18,8 +18,10 @@ def fira_by_hand(
     for t, G in enumerate(grads):
         right = G.shape[0] >= G.shape[1]
         if t % T == 0:
-            U, _, Vt = torch.linalg.svd(G.float(), full_matrices=False)
-            P = (Vt[:rank] if right else U[:, :rank]).double()
+            U, _, Vt = torch.linalg.svd(G, full_matrices=False)
+            P = Vt[:rank] if right else U[:, :rank]
+            for vector in P if right else P.T:  # a singular vector is one up to its sign
+                vector *= vector[vector.abs().argmax()].sign()
         R = G @ P.T if right else P.T @ G
         M, V = b1 * M + (1 - b1) * R, b2 * V + (1 - b2) * R * R
         N = (1 - b2 ** (t + 1)) ** 0.5 / (1 - b1 ** (t + 1)) * M / (V**0.5 + 1e-8)
