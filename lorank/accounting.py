@@ -315,7 +315,7 @@ def _alive() -> list[Tensor]:
 def memory_estimate(
     model: nn.Module,
     *,
-    optimizer: Literal["adamw", "muon"] = "adamw",
+    optimizer_bytes: int | None = None,
     batch: int,
     sequence_length: int,
     autocast: bool = False,
@@ -323,13 +323,12 @@ def memory_estimate(
     """Bytes of training `model` on micro-batches [batch, sequence_length]: exact for the state, measured on a twin for
     activations.
 
-    AdamW keeps two moments per trainable number. Muon keeps one for the matrices of the blocks and two for the rest.
+    Without `optimizer_bytes`, those of AdamW: two moments per trainable number.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     weights = sum(t.numel() * t.element_size() for t in set(model.state_dict(keep_vars=True).values()))
     gradients = sum(p.numel() * p.element_size() for p in parameters)
-    inside = {p for _, _, block in blocks(model) for p in block.parameters() if p.ndim == 2}
-    moments = sum(p.numel() * p.element_size() * (1 if optimizer == "muon" and p in inside else 2) for p in parameters)
+    moments = 2 * gradients if optimizer_bytes is None else optimizer_bytes
     activations = math.nan
     if not _has_experts(model):
         with FakeTensorMode():

@@ -219,20 +219,24 @@ def find_sites(model: nn.Module) -> list[Site]:
     method.
     """
     sites = []
-    for stack, depth, block in blocks(model):
-        for inner, module in block.named_modules():
-            if not _is_linear(module) or 1 in module.weight.shape:
-                continue
-            name, role = f"{stack}.{depth}.{inner}", f"{stack}.*.{inner}"
-            linear = _as_linear(module)
-            fused = _fusion(model, name)
-            if fused is None:
-                sites.append(Site(name, role, depth, linear))
-            else:
-                sites += [
-                    Site(f"{name}.{part}", f"{role}.{part}", depth, lin) for part, lin in fused.split(linear).items()
-                ]
+    for site in linear_layers(model):
+        fused = _fusion(model, site.name)
+        if fused is None:
+            sites.append(site)
+        else:
+            name, role, depth, linear = site
+            sites += [Site(f"{name}.{part}", f"{role}.{part}", depth, lin) for part, lin in fused.split(linear).items()]
     return sites
+
+
+def linear_layers(model: nn.Module) -> list[Site]:
+    """The same with fused projections as the one matrix they are."""
+    return [
+        Site(f"{stack}.{depth}.{inner}", f"{stack}.*.{inner}", depth, _as_linear(module))
+        for stack, depth, block in blocks(model)
+        for inner, module in block.named_modules()
+        if _is_linear(module) and 1 not in module.weight.shape
+    ]
 
 
 def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool]) -> None:

@@ -195,7 +195,7 @@ def test_memory_estimate_equals_what_a_real_step_keeps() -> None:
 
 
 def test_muon_keeps_one_moment_for_the_blocks_matrices() -> None:
-    from lorank.train.optimizers import build_optimizer
+    from lorank.train.optimizers import build_optimizer, state_bytes
 
     model = lorank.convert(small(), "cola")
     ids = torch.zeros(2, 16, dtype=torch.int64)
@@ -203,7 +203,9 @@ def test_muon_keeps_one_moment_for_the_blocks_matrices() -> None:
     optimizer = build_optimizer(model, "muon", lr=0.01, weight_decay=0.0)
     optimizer.step()
     state = [t for s in optimizer.state.values() for name, t in s.items() if name != "step"]
-    estimate = accounting.memory_estimate(model, optimizer="muon", batch=2, sequence_length=16)
+    estimate = accounting.memory_estimate(
+        model, optimizer_bytes=state_bytes(model, "muon"), batch=2, sequence_length=16
+    )
     assert estimate.optimizer_bytes == sum(t.numel() * t.element_size() for t in state)
 
 

@@ -1,13 +1,24 @@
-"""Optimizers that are low rank where the weights are not, and those that methods of `lorank.methods` need."""
+"""Optimizers that are low rank where the weights are not, and those that methods of `lorank.methods` need.
+
+`OPTIMIZERS` names those that ``lorank pretrain --method NAME`` takes; other packages add theirs under the entry-point
+group ``lorank.optimizers`` (name -> "package.module:Class"). Such a class is called with parameter groups, of which those
+with a ``rank`` are low rank, and lr, betas, eps, weight_decay; its other keyword arguments are the options.
+"""
 
 import importlib
+import inspect
 from typing import TYPE_CHECKING
 
+from lorank import lookup
+
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
     from lorank.optim.adamw import VectorAdamW
     from lorank.optim.dct_adamw import DCTAdamW
     from lorank.optim.fira import FiraAdamW
     from lorank.optim.galore import GaLoreAdamW
+    from lorank.optim.groups import low_rank_groups
     from lorank.optim.subspace import Subspace
     from lorank.optim.trion import Trion
 
@@ -18,11 +29,51 @@ _HOME = {
     "Subspace": "subspace",
     "Trion": "trion",
     "VectorAdamW": "adamw",
+    "low_rank_groups": "groups",
 }
-__all__ = ["DCTAdamW", "FiraAdamW", "GaLoreAdamW", "Subspace", "Trion", "VectorAdamW"]
+OPTIMIZERS = {
+    "galore": "lorank.optim.galore:GaLoreAdamW",
+    "fira": "lorank.optim.fira:FiraAdamW",
+    "dct-adamw": "lorank.optim.dct_adamw:DCTAdamW",
+    "trion": "lorank.optim.trion:Trion",
+}
+GROUP = "lorank.optimizers"
+__all__ = [
+    "OPTIMIZERS",
+    "DCTAdamW",
+    "FiraAdamW",
+    "GaLoreAdamW",
+    "Subspace",
+    "Trion",
+    "VectorAdamW",
+    "find_optimizer",
+    "low_rank_groups",
+    "optimizer_names",
+]
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'lorank.optim' has no attribute {name!r}")
     return getattr(importlib.import_module(f"lorank.optim.{_HOME[name]}"), name)
+
+
+def optimizer_names() -> list[str]:
+    """Names of all low-rank optimizers, ours and those of installed packages."""
+    return lookup.names(OPTIMIZERS, GROUP)
+
+
+def find_optimizer(name: str) -> "type[Optimizer] | None":
+    """The class of a low-rank optimizer, None if there is none of that name."""
+    return lookup.find(name, OPTIMIZERS, GROUP)
+
+
+def option_names(optimizer: "type[Optimizer]") -> list[str]:
+    """Keyword arguments of a low-rank optimizer beside those that every one has."""
+    found: list[str] = []
+    for kind in optimizer.__mro__:
+        parameters = inspect.signature(kind).parameters.values()
+        found += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in found]
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return [name for name in found if name not in ("lr", "betas", "eps", "weight_decay")]

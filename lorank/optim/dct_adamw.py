@@ -63,6 +63,12 @@ class DCTAdamW(MatrixOptimizer):
         super().__init__(params, defaults, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.ell_norm, self.transform, self.error_feedback, self.rotate = ell_norm, transform, error_feedback, rotate
 
+    @staticmethod
+    def state_bytes(m: int, n: int, rank: int, itemsize: int, *, error_feedback: str = "none", **_: Any) -> int:
+        """Bytes kept for a matrix [m, n] of `itemsize` bytes per number: moments, indices, error feedback."""
+        error = {"none": 0, "full": m * n * itemsize, "8bit": m * n + 8 * max(m, n)}[error_feedback]
+        return 2 * max(m, n) * rank * itemsize + 4 * rank + error
+
     def step_stack(self, stack: Stack, G: Tensor) -> Tensor:
         group, n, t = stack.group, G.shape[-1], int(stack.states[0]["steps"]) + 1
         A = G if t == 1 else G + self._left_out(stack, G)

@@ -72,6 +72,11 @@ class FiraAdamW(GaLoreAdamW):
             raise ValueError("in_backward=True frees the gradient whose residual Fira needs; leave it out")
         self.residual, self.scaling = residual, scaling
 
+    @staticmethod
+    def state_bytes(m: int, n: int, rank: int, itemsize: int, **options: Any) -> int:
+        """GaLore's, and one number."""
+        return GaLoreAdamW.state_bytes(m, n, rank, itemsize, **options) + itemsize
+
     def leave(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> None:
         lr, alpha = stack.group["lr"], stack.group["scale"]
         if lr == 0:

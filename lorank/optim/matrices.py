@@ -1,6 +1,7 @@
 """What optimizers of matrices share: groups with a `rank`, and stacks of equal shape, so that one product serves all."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +67,11 @@ class Stack(NamedTuple):
 
 def _stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def adamw_bytes(shape: Sequence[int], itemsize: int) -> int:
+    """Of Adam's two moments."""
+    return 2 * math.prod(shape) * itemsize
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:

@@ -16,7 +16,7 @@ a schedule, still comes once per update. Two things differ: a basis that is due 
 gradient, and a norm to clip is that of `seen_parameters`, which is what the optimizer sees of the gradient.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorank.optim.bases import BASES, Basis
-from lorank.optim.matrices import Stack, check_finite, check_groups, local, restore, stacks
+from lorank.optim.matrices import Stack, adamw_bytes, check_finite, check_groups, local, restore, stacks
 
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
 
@@ -120,6 +120,21 @@ class Subspace(Optimizer):
             for p, group in projected:
                 p.register_post_accumulate_grad_hook(partial(self._arrive, group))
 
+    @staticmethod
+    def state_bytes(
+        m: int,
+        n: int,
+        rank: int,
+        itemsize: int,
+        *,
+        moments: Callable[[Sequence[int], int], int] = adamw_bytes,
+        projection: Projection = "std",
+        **_: Any,
+    ) -> int:
+        """Bytes kept for a matrix [m, n] of `itemsize` bytes per number, `moments` of them by the inner optimizer on R."""
+        left, right = sides(projection, m, n)
+        return moments((rank if left else m, rank if right else n), itemsize) + rank * (m * left + n * right) * itemsize
+
     def _check(self, group: dict[str, Any], p: nn.Parameter) -> nn.Parameter:
         """What stands for a parameter in the inner optimizer: itself, or an empty one that is filled for each step."""
         if group["rank"] is None:
@@ -176,10 +191,10 @@ class Subspace(Optimizer):
 
     def leave(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> None:
         """Add to the weights [k, m, n] what belongs to the inner optimizer's step `inside`."""
-        if right is None:
-            stack.add_product(left, inside, stack.group["scale"])
-        else:
+        if right is not None:
             stack.add_product(inside if left is None else left @ inside, right, stack.group["scale"])
+        elif left is not None:
+            stack.add_product(left, inside, stack.group["scale"])
 
     @torch.no_grad()
     def _arrive(self, group: dict[str, Any], p: nn.Parameter) -> None:

@@ -8,8 +8,8 @@
 
     G, W, M, B [m, n], m >= n (else transposed)     Q [n, n]     I [r]     b, o [m, r]
 
-The Newton-Schulz products are r wide instead of n. State: m n numbers per matrix. Groups without rank take AdamW with
-betas (0.9, 0.95), eps 1e-10 and `adamw_lr`.
+The Newton-Schulz products are r wide instead of n. State: m n numbers per matrix. Groups without rank take AdamW at
+the rate `adamw_lr`.
 
 Source: "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models", arXiv
 2505.17967; NS₅ with Jordan's coefficients (Muon).
@@ -56,6 +56,7 @@ class Trion(MatrixOptimizer):
         params: parameters or groups; a rank above a matrix's shorter side is that side.
         momentum: μ; 1 accumulates everything.
         scale: "dion" √(m/n), "kj" √max(1, m/n), "kimi" 0.2 √max(m, n), or "none", with m = d_out and n = d_in.
+        betas, eps: of AdamW, for the groups without rank.
         adamw_lr: learning rate of the groups without rank; it follows `lr`'s schedule.
         orthonormalise_in: dtype of the Newton-Schulz products; None: the gradient's.
     """
@@ -66,6 +67,8 @@ class Trion(MatrixOptimizer):
         *,
         lr: float = 0.02,
         momentum: float = 0.95,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-10,
         weight_decay: float = 0.0,
         scale: Literal["dion", "kj", "kimi", "none"] = "dion",
         adamw_lr: float = 3e-4,
@@ -78,9 +81,14 @@ class Trion(MatrixOptimizer):
         if transform not in ("matmul", "fft"):
             raise ValueError(f"transform={transform!r} is neither matmul nor fft")
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adamw_lr_ratio": adamw_lr / lr}
-        super().__init__(params, defaults, lr=adamw_lr, betas=(0.9, 0.95), eps=1e-10, weight_decay=weight_decay)
+        super().__init__(params, defaults, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay)
         self.scale, self.ell_norm, self.transform = scale, ell_norm, transform
         self.orthonormalise_in = orthonormalise_in
+
+    @staticmethod
+    def state_bytes(m: int, n: int, rank: int, itemsize: int, **_: Any) -> int:
+        """Bytes kept for a matrix [m, n] of `itemsize` bytes per number: its momentum."""
+        return m * n * itemsize
 
     def step_stack(self, stack: Stack, G: Tensor) -> Tensor:
         group, n = stack.group, G.shape[-1]

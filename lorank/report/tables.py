@@ -63,16 +63,7 @@ def evaluation_table(found: Evaluation) -> Table:
 
 def plan_tables(plan: Plan) -> RenderableType:
     """Which module becomes what, then parameters, FLOPs and memory beside the dense twin's."""
-    modules = Table(box=None, pad_edge=False, header_style="bold")
-    modules.add_column("projection", overflow="fold")
-    modules.add_column("×", justify="right")
-    modules.add_column("in → out", no_wrap=True)
-    modules.add_column("becomes", overflow="fold")
-    modules.add_column("parameters, all depths", justify="right", no_wrap=True)
-    for row in plan.rows:
-        change = f"{row.parameters_before:,} → {row.parameters_after:,}"
-        modules.add_row(row.role.partition(".*.")[2] or row.role, str(row.depths), row.before, row.after, change)
-
+    modules = _treatments(plan) if plan.treatments else _modules(plan)
     totals = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("", "dense", "this recipe", "ratio"):
         totals.add_column(title, justify="left" if not title else "right")
@@ -91,3 +82,25 @@ def plan_tables(plan: Plan) -> RenderableType:
         line(label, getattr(dense.memory, f"{part}_bytes"), getattr(ours.memory, f"{part}_bytes"), gib)
     note = "blocks recompute part of their forward pass; its FLOPs are counted" if plan.checkpoint else ""
     return Group(modules, "", totals, note)
+
+
+def _modules(plan: Plan) -> Table:
+    modules = Table(box=None, pad_edge=False, header_style="bold")
+    modules.add_column("projection", overflow="fold")
+    modules.add_column("×", justify="right")
+    modules.add_column("in → out", no_wrap=True)
+    modules.add_column("becomes", overflow="fold")
+    modules.add_column("parameters, all depths", justify="right", no_wrap=True)
+    for row in plan.rows:
+        change = f"{row.parameters_before:,} → {row.parameters_after:,}"
+        modules.add_row(row.role.partition(".*.")[2] or row.role, str(row.depths), row.before, row.after, change)
+    return modules
+
+
+def _treatments(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("parameter", "×", "shape", "stepped by"):
+        table.add_column(title, overflow="fold", justify="right" if title == "×" else "left")
+    for row in plan.treatments:
+        table.add_row(row.role, str(row.depths), row.shape, row.treatment)
+    return table

@@ -1,16 +1,22 @@
 """From a recipe to a model: the shape, then the method, then what is kept for backward."""
 
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from torch import nn
+from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from lorank import lookup
 from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
-from lorank.methods import find_method
+from lorank.methods import find_method, method_names
+from lorank.optim import find_optimizer, optimizer_names, option_names
+from lorank.optim.groups import ranks
 from lorank.sizes import find_size, llama_config
 from lorank.train.recipe import Recipe
 
@@ -77,12 +83,14 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     except Exception as error:  # whatever the modelling code makes of a shape that makes no sense
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no causal language model of {config.model_type!r} can be built: {reason}") from None
-    if recipe.method != "dense":
+    optimizer = find_optimizer(recipe.method)
+    structure = recipe.method != "dense" and optimizer is None
+    if structure:
         convert(model, build_method(recipe), targets=recipe.targets, exclude=recipe.exclude)
-    elif recipe.rank is not None or recipe.options or recipe.targets or recipe.exclude:
+    elif optimizer is None and (recipe.rank is not None or recipe.options or recipe.targets or recipe.exclude):
         raise ValueError("method=dense takes no rank, options, targets or exclude; drop them or choose another method")
     policy: str | None = recipe.checkpoint
-    if policy is None and recipe.method != "dense":
+    if policy is None and structure:
         policy = find_method(recipe.method).checkpoint_policy
     if recipe.checkpoint_every != 1 and policy in (None, "none"):
         raise ValueError(
@@ -111,15 +119,13 @@ def check_causal(model: PreTrainedModel) -> None:
 def build_method(recipe: Recipe) -> Any:
     """The recipe's method with its hyper-parameters; the rank is the recipe's, else the size's, else the method's
     default."""
-    try:
-        method = find_method(recipe.method)
-    except ValueError as error:
-        raise ValueError(f"{error}, dense") from None
+    known_methods = [*method_names(), *optimizer_names(), "dense"]
+    if recipe.method not in known_methods:
+        raise lookup.unknown("method", "methods", recipe.method, known_methods)
+    method = find_method(recipe.method)
     fields = dict(recipe.options)
     known = list(method.__dataclass_fields__)
-    for name in fields:
-        if name not in known:
-            raise ValueError(f"options: {recipe.method} has no field {name!r}; it has {', '.join(known)}")
+    check_options(recipe, known)
     if recipe.rank is not None:
         if "rank" not in known:
             raise ValueError(f"rank={recipe.rank}: method {recipe.method} has no rank")
@@ -127,3 +133,35 @@ def build_method(recipe: Recipe) -> Any:
     elif recipe.model is None and "rank" in known and "rank" not in fields:
         fields["rank"] = find_size(recipe.size).rank
     return method(**fields)
+
+
+def check_options(recipe: Recipe, known: Sequence[str]) -> None:
+    """Raises ValueError for an option that the method does not have."""
+    for name in recipe.options:
+        if name not in known:
+            raise ValueError(f"options: {recipe.method} has no field {name!r}; it has {', '.join(known)}")
+
+
+class Projection(NamedTuple):
+    """A low-rank optimizer, and the matrices of a model that it projects."""
+
+    kind: type[Optimizer]
+    ranks: dict[nn.Parameter, int]
+
+
+def find_projection(recipe: Recipe, model: nn.Module) -> Projection | None:
+    """What the recipe's method projects, if it is a low-rank optimizer; the rank is the recipe's, else the size's.
+
+    Raises:
+        ValueError: an unknown option, a pattern that matches nothing, or no rank.
+    """
+    kind = find_optimizer(recipe.method)
+    if kind is None:
+        return None
+    check_options(recipe, option_names(kind))
+    rank = recipe.rank
+    if rank is None and recipe.model is None:
+        rank = find_size(recipe.size).rank
+    if rank is None:
+        raise ValueError(f"method={recipe.method} needs a rank for model={recipe.model!r}; give rank=0.25, for example")
+    return Projection(kind, ranks(model, rank, targets=recipe.targets, exclude=recipe.exclude))

@@ -1,10 +1,19 @@
-"""PyTorch's own optimizers over the parameters of a language model, with the groups that pre-training wants."""
+"""Optimizers over the parameters of a language model, with the groups that pre-training wants."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from lorank.optim.galore import GaLoreAdamW
+from lorank.optim.groups import split
+from lorank.optim.matrices import adamw_bytes
+from lorank.optim.subspace import Subspace
+
+Rule = Literal["adamw", "adamw-8bit", "adafactor", "muon"]
 
 
 def parameter_groups(
@@ -78,9 +87,29 @@ class MuonAdamW(torch.optim.Optimizer):
         self._share()  # loading made new groups and a new state
 
 
+def adamw_8bit(groups: Any, **settings: Any) -> torch.optim.Optimizer:
+    """bitsandbytes' AdamW, whose moments of tensors from 4,096 numbers on take a byte each, with a scale per 256."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError:
+        raise ImportError("optimizer=adamw-8bit needs bitsandbytes; pip install 'lorank[8bit]'") from None
+    return AdamW8bit(groups, **settings)
+
+
+def adafactor(groups: Any, *, betas: tuple[float, float], eps: float, **settings: Any) -> torch.optim.Optimizer:
+    """torch's Adafactor, which has neither betas nor Adam's epsilon."""
+    return torch.optim.Adafactor(groups, **settings)
+
+
+def muon_inside(groups: list[dict[str, Any]], *, weight_decay: float, **settings: Any) -> MuonAdamW:
+    """Muon on what is projected, which comes first, and AdamW on the rest."""
+    groups = [{**group, "weight_decay": weight_decay} for group in groups]
+    return MuonAdamW([g for g in groups if g["rank"]], [g for g in groups if not g["rank"]], **settings)
+
+
 def build_optimizer(
     model: nn.Module,
-    name: Literal["adamw", "muon"],
+    name: Rule,
     *,
     lr: float,
     weight_decay: float,
@@ -89,7 +118,7 @@ def build_optimizer(
     eps: float = 1e-8,
     adamw: type[torch.optim.Optimizer] | None = None,
 ) -> torch.optim.Optimizer:
-    """AdamW in PyTorch's fused form, or `MuonAdamW`, over `parameter_groups`; `adamw` is a method's own AdamW."""
+    """The optimizer of that name over `parameter_groups`; `adamw` is a method's own AdamW."""
     hidden, others = parameter_groups(model, weight_decay, decay)
     beta1, beta2 = betas
     if adamw is not None:
@@ -98,4 +127,76 @@ def build_optimizer(
         return adamw(hidden + others, lr=lr, betas=(beta1, beta2), eps=eps)  # type: ignore[call-arg]
     if name == "muon":
         return MuonAdamW(hidden, others, lr=lr, betas=(beta1, beta2), eps=eps)
-    return torch.optim.AdamW(hidden + others, lr=lr, betas=(beta1, beta2), eps=eps, fused=True)
+    return _RULES[name](hidden + others, lr=lr, betas=(beta1, beta2), eps=eps)
+
+
+def build_low_rank_optimizer(
+    model: nn.Module,
+    kind: type[torch.optim.Optimizer],
+    ranks: dict[nn.Parameter, int],
+    name: Rule = "adamw",
+    *,
+    lr: float,
+    weight_decay: float,
+    decay: Literal["matrices", "all"] = "matrices",
+    betas: Iterable[float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    options: Mapping[str, Any] | None = None,
+) -> torch.optim.Optimizer:
+    """An optimizer of `lorank.optim` over the same groups, of which `ranks` are projected.
+
+    GaLore's basis goes with any rule; then `name` is the optimizer that works inside.
+
+    Raises:
+        ValueError: another optimizer than AdamW is asked for, and `kind` is one of its own.
+    """
+    hidden, others = parameter_groups(model, weight_decay, decay)
+    settings = {"lr": lr, "betas": tuple(betas), "eps": eps, **(options or {})}
+    groups = split(hidden + others, ranks)
+    if name == "adamw":
+        return kind(groups, **settings)
+    if kind is not GaLoreAdamW:
+        raise ValueError(f"optimizer={name!r}: {kind.__name__} is an optimizer of its own; leave optimizer out")
+    return Subspace(groups, muon_inside if name == "muon" else _RULES[name], **settings)
+
+
+_RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "adamw-8bit": adamw_8bit,
+    "adafactor": adafactor,
+}
+
+
+# ---- bytes of state
+
+
+def _adamw_8bit_bytes(shape: Sequence[int], itemsize: int) -> int:
+    numel = math.prod(shape)
+    return 2 * numel * 4 if numel < 4096 else 2 * (numel + 4 * math.ceil(numel / 256)) + 2 * 256 * 4
+
+
+def _adafactor_bytes(shape: Sequence[int], itemsize: int) -> int:
+    factored = len(shape) > 1
+    return itemsize * (math.prod(shape[:-1]) + math.prod([*shape[:-2], shape[-1]]) if factored else math.prod(shape))
+
+
+def state_bytes(
+    model: nn.Module,
+    name: Rule = "adamw",
+    kind: type[torch.optim.Optimizer] | None = None,
+    ranks: Mapping[nn.Parameter, int] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> int:
+    """Bytes that `build_optimizer`, or with a `kind` `build_low_rank_optimizer`, keeps between steps; counters left out."""
+    rest = {"adamw-8bit": _adamw_8bit_bytes, "adafactor": _adafactor_bytes}.get(name, adamw_bytes)
+    moment = lambda shape, itemsize: math.prod(shape) * itemsize  # noqa: E731 (Muon's)
+    hidden, others = parameter_groups(model, 0.0, "all")
+    total = 0
+    for group, inside in ((hidden, moment if name == "muon" and kind is None else rest), (others, rest)):
+        for p in (p for part in group for p in part["params"]):
+            if kind is not None and ranks and p in ranks:
+                chosen: Any = {**(options or {}), "moments": moment if name == "muon" else rest}
+                total += kind.state_bytes(*p.shape, ranks[p], p.element_size(), **chosen)  # type: ignore[attr-defined]
+            else:
+                total += inside(p.shape, p.element_size())
+    return total

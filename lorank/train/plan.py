@@ -1,6 +1,7 @@
 """What a recipe would do, without doing it: a model on the meta device, counted."""
 
 import dataclasses
+import re
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from lorank import accounting
 from lorank.conversion import find_sites
 from lorank.train.data import load_tokenizer
-from lorank.train.model import build_config, build_model
+from lorank.train.model import Projection, build_config, build_model, find_projection
+from lorank.train.optimizers import state_bytes
 from lorank.train.recipe import Recipe
 
 
@@ -29,6 +31,16 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
+class Treatment:
+    """What the optimizer does with one parameter, at all depths."""
+
+    role: str
+    depths: int
+    shape: str
+    treatment: str
+
+
+@dataclasses.dataclass(frozen=True)
 class Counts:
     """A model's cost of training; FLOPs with recomputation, memory for one micro-batch on one device."""
 
@@ -42,6 +54,8 @@ class Plan:
     """A recipe's model beside its dense twin."""
 
     rows: list[Row]
+    treatments: list[Treatment]
+    """Of all parameters, where the method is a low-rank optimizer."""
     model: Counts
     dense: Counts
     checkpoint: bool
@@ -68,18 +82,26 @@ def plan(recipe: Recipe) -> Plan:
     with torch.device("meta"):
         dense = build_model(dataclasses.replace(recipe, method="dense", **plain), build_config(recipe, tokenizer))
         model = build_model(recipe, build_config(recipe, tokenizer))
-    return Plan(_rows(dense, model), _counts(recipe, model), _counts(recipe, dense), model.is_activation_checkpointing)
+    projection = find_projection(recipe, model)
+    return Plan(
+        _rows(dense, model),
+        _treatments(recipe, model, projection) if projection else [],
+        _counts(recipe, model, projection),
+        _counts(recipe, dense, None),
+        model.is_activation_checkpointing,
+    )
 
 
-def _counts(recipe: Recipe, model: PreTrainedModel) -> Counts:
+def _counts(recipe: Recipe, model: PreTrainedModel, projection: Projection | None) -> Counts:
     batch = recipe.micro_batch_size or recipe.batch_size
     flops = accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length)
+    kind, ranks = projection or (None, None)
     return Counts(
         accounting.count_parameters(model),
         flops.total / (batch * recipe.sequence_length),
         accounting.memory_estimate(
             model,
-            optimizer=recipe.optimizer,
+            optimizer_bytes=state_bytes(model, recipe.optimizer, kind, ranks, recipe.options),
             batch=batch,
             sequence_length=recipe.sequence_length,
             autocast=recipe.precision == "bf16",
@@ -108,6 +130,19 @@ def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:
         Row(name, 1, "", "shared by the blocks", 0, _size(module)) for name, module in accounting.shared_modules(model)
     ]
     return [*rows.values(), *shared]
+
+
+def _treatments(recipe: Recipe, model: nn.Module, projection: Projection) -> list[Treatment]:
+    found: dict[tuple[str, str, str], int] = {}
+    for name, p in model.named_parameters():
+        rank = projection.ranks.get(p)
+        rest = "" if recipe.optimizer == "adamw" else f" ({recipe.optimizer})"
+        how = (
+            f"{recipe.method}{rest}, rank {rank}" if rank else "muon's AdamW" if rest == " (muon)" else recipe.optimizer
+        )
+        key = (re.sub(r"\.\d+\.", ".*.", name), " × ".join(map(str, p.shape)), how)
+        found[key] = found.get(key, 0) + 1
+    return [Treatment(role, depths, shape, how) for (role, shape, how), depths in found.items()]
 
 
 def _size(module: nn.Module) -> int:

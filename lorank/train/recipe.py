@@ -30,14 +30,18 @@ class Recipe:
     )
     method: str = _option(
         "cola",
-        "cola, cola-m, low-rank, sltrain, crnet, relora, switchlora, sst, masa, dense, or of an installed package.",
+        "cola, cola-m, low-rank, sltrain, crnet, relora, switchlora, sst, masa; dense; dense with a low-rank optimizer: "
+        "galore, fira, dct-adamw, trion; or of an installed package.",
     )
     rank: int | float | dict | None = _option(
-        None, "Bottleneck width: integer, fraction of the width, or (YAML) {pattern: either}. Default: the size's own."
+        None,
+        "Bottleneck width, or rank of the projected gradients: integer, fraction of the width, or (YAML) {pattern: either}. Default: the size's own.",
     )
-    options: dict = _option({}, "Further fields of the method, NAME=VALUE, for example nonlinearity=low-rank.")
-    targets: list[str] = _option([], "Regular expression(s): convert only projections whose names match.")
-    exclude: list[str] = _option([], "Regular expression(s): leave matching projections dense.")
+    options: dict = _option(
+        {}, "Further settings of the method, NAME=VALUE, for example nonlinearity=low-rank, update_gap=500."
+    )
+    targets: list[str] = _option([], "Regular expression(s): convert (project) only layers whose names match.")
+    exclude: list[str] = _option([], "Regular expression(s): leave matching layers dense.")
     checkpoint: Literal["none", "bottlenecks", "bottlenecks+attention", "blocks", "recurrence"] | None = _option(
         None, "What blocks keep for backward; default bottlenecks for cola-m, none otherwise."
     )
@@ -63,7 +67,9 @@ class Recipe:
     )
 
     # the optimizer
-    optimizer: Literal["adamw", "muon"] = _option("adamw", "PyTorch's AdamW, or its Muon with AdamW beside it.")
+    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "muon"] = _option(
+        "adamw", "Of PyTorch, 8-bit of bitsandbytes; muon has AdamW beside it. With galore: what works in the subspace."
+    )
     lr: float = _option(3e-3, "Peak learning rate.")
     weight_decay: float = _option(0.01, "Decoupled weight decay.")
     decay: Literal["matrices", "all"] = _option(

@@ -47,8 +47,8 @@ from lorank import accounting
 from lorank.conversion import method_of
 from lorank.train import data
 from lorank.train.generation import generate_text
-from lorank.train.model import build_config, build_model, check_causal
-from lorank.train.optimizers import build_optimizer
+from lorank.train.model import build_config, build_model, check_causal, find_projection
+from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
 from lorank.train.recipe import Recipe
 from lorank.train.trainer import STAGING, MetricsFile, PretrainTrainer, StopOnNonFinite, StopOnSignal, write_whole
 
@@ -200,6 +200,14 @@ def build_trainer(
     )
     _check_trackers(recipe.report_to)
     method = method_of(model)
+    settings: dict[str, Any] = {name: getattr(recipe, name) for name in ("lr", "weight_decay", "decay", "betas", "eps")}
+
+    def make_optimizer(trained: torch.nn.Module) -> torch.optim.Optimizer:
+        projection = find_projection(recipe, trained)  # of its own parameters, which sharding has replaced
+        if projection is not None:
+            return build_low_rank_optimizer(trained, *projection, recipe.optimizer, options=recipe.options, **settings)
+        return build_optimizer(trained, recipe.optimizer, adamw=method.adamw if method else None, **settings)
+
     peak, source = accounting.achievable_flops()
     trainer = PretrainTrainer(
         model=model,
@@ -209,16 +217,7 @@ def build_trainer(
         data_collator=partial(data.collate, vocab_size=model.config.vocab_size),
         processing_class=corpus.tokenizer,
         callbacks=[*callbacks, StopOnNonFinite()],
-        make_optimizer=partial(
-            build_optimizer,
-            name=recipe.optimizer,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            decay=recipe.decay,
-            betas=recipe.betas,
-            eps=recipe.eps,
-            adamw=method.adamw if method is not None else None,
-        ),
+        make_optimizer=make_optimizer,
         schedule=method.schedule(recipe.steps, recipe.warmup_steps, recipe.min_lr_ratio)
         if method is not None
         else None,

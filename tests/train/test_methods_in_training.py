@@ -10,6 +10,7 @@ import pytest
 from transformers import TrainerCallback
 
 from lorank.methods import METHODS
+from lorank.optim import OPTIMIZERS
 from lorank.train import run
 from lorank.train.data import _embedded_files, load_corpus
 from lorank.train.recipe import Recipe
@@ -21,6 +22,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "relora": {"cycle": 2, "restart_warmup_steps": 1},
     "switchlora": {"interval": 10},
     "sst": {"interval": 2, "restart_warmup_steps": 1},
+    "galore": {"update_gap": 3},
+    "fira": {"update_gap": 3},
+    "dct-adamw": {"update_gap": 2, "error_feedback": "8bit"},
 }
 """Settings with which what a method does between steps happens within a run of eight."""
 
@@ -53,7 +57,7 @@ class KillAfter(TrainerCallback):
             raise MemoryError("killed by the test")
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *OPTIMIZERS])
 def test_a_run_killed_after_any_step_resumes_as_if_it_had_not_been(method: str, text: Path, tmp_path: Path) -> None:
     r = recipe(text, method)
     run.pretrain(r, tmp_path / "whole")
@@ -78,7 +82,7 @@ def test_a_run_killed_after_any_step_resumes_as_if_it_had_not_been(method: str, 
     ],
     ids=lambda changes: ",".join(f"{name}={value}" for name, value in changes.items()),
 )
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *OPTIMIZERS])
 def test_it_combines(method: str, changes: dict[str, Any], text: Path, tmp_path: Path) -> None:
     """Accumulation and checkpointing change nothing but the order of sums; the others train to a finite, lower loss."""
     plain = recipe(text, method, save_every=0)
@@ -95,6 +99,8 @@ def test_it_combines(method: str, changes: dict[str, Any], text: Path, tmp_path:
 def find_fields(method: str) -> set[str]:
     from lorank.methods import find_method
 
+    if method in OPTIMIZERS:
+        return set()
     return {field.name for field in dataclasses.fields(find_method(method))}
 
 
@@ -112,13 +118,15 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("method", ["dense", *METHODS])
+@pytest.mark.parametrize("method", ["dense", *METHODS, *OPTIMIZERS])
 def test_it_learns_more_than_the_frequencies_of_tokens(method: str, library: Path, tmp_path: Path) -> None:
     shape = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps({**shape, "num_attention_heads": 4, "num_key_value_heads": 4}))
     options = {
         "relora": {"warm_start": 40, "cycle": 30, "restart_warmup_steps": 5},
         "sst": {"interval": 20, "restart_warmup_steps": 5},
+        "galore": {"scale": 1.0},
+        "trion": {"adamw_lr": 1e-2},
     }
     settings: dict[str, Any] = {
         "method": method,
