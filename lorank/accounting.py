@@ -5,11 +5,12 @@ multiply-add counts as two floating-point operations (FLOPs). The measurements t
 memory for its weights: they run a twin of it whose tensors have shapes but no data.
 """
 
+import contextlib
 import copy
 import gc
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -242,11 +243,24 @@ CPU_ATTENTION = {  # missing in torch's own table of FLOPs
 }
 
 
+@contextlib.contextmanager
+def _told_as(what: str) -> Iterator[None]:
+    """ValueError for modelling code that cannot run without data, or on such a shape."""
+    try:
+        yield
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"the model cannot be {what} without its data: {reason}") from error
+
+
 def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 256) -> Flops:
     """Count the FLOPs of a causal language model's training call, [batch, sequence_length] tokens, head and loss
     included.
 
     Runs a data-free twin under PyTorch's counter; recomputation is what checkpointing adds to the backward pass.
+
+    Raises:
+        ValueError: modelling code that looks into the data, or a shape it cannot run.
     """
 
     def count(model: nn.Module) -> tuple[int, int]:
@@ -256,7 +270,7 @@ def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 25
             loss.backward()
         return forward, counter.get_total_flops() - forward
 
-    with FakeTensorMode():
+    with FakeTensorMode(), _told_as("counted"):
         twin = _twin(model)
         if _has_experts(twin):  # the grouped product, the default, takes bf16 only where there are no data
             twin.set_experts_implementation("batched_mm")  # type: ignore[operator]
@@ -331,7 +345,7 @@ def memory_estimate(
     moments = 2 * gradients if optimizer_bytes is None else optimizer_bytes
     activations = math.nan
     if not _has_experts(model):
-        with FakeTensorMode():
+        with FakeTensorMode(), _told_as("measured"):
             activations = measure_saved(_twin(model), _example(batch, sequence_length), autocast=autocast).bytes
     return Memory(weights, gradients, moments, activations)
 

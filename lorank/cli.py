@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs, so that ``lorank --help`` answe
 """
 
 import dataclasses
+import errno
 import os
 import sys
 import typing
@@ -40,8 +41,26 @@ def main() -> None:
     except (ValueError, OSError, FloatingPointError, ImportError) as error:
         if os.environ.get("LORANK_TRACEBACK"):
             raise
-        click.echo(f"lorank: {' '.join(str(error).split())}", err=True)
+        click.echo(f"lorank: {_sentence(error)}", err=True)
         sys.exit(2)
+    except Exception as error:
+        if os.environ.get("LORANK_TRACEBACK"):
+            raise
+        click.echo(
+            f"lorank: unexpected {type(error).__name__}: {_sentence(error)} (LORANK_TRACEBACK=1 shows where; please report it)",
+            err=True,
+        )
+        sys.exit(1)
+
+
+def _sentence(error: Exception) -> str:
+    """What an error says, on one line; a full disk, which names no file, with where to look."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
+        return (
+            "the disk is full: free some space where --out, the cache (XDG_CACHE_HOME) or temporary files (TMPDIR) lie"
+        )
+    text = " ".join(str(error).split())
+    return text if len(text) < 1000 else f"{text[:1000]} ..."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -168,6 +168,8 @@ def check_rank(rank: Rank) -> None:
         if not rank:
             raise ValueError("rank={} is an empty table; give at least one pattern, for example {'.*': 0.25}")
         for pattern, value in rank.items():
+            if not isinstance(pattern, str):
+                raise ValueError(f"rank: the pattern {pattern!r} is not a string; write it in quotes")
             compile_pattern(pattern, "rank")
             check_rank(value)
     elif isinstance(rank, bool) or not isinstance(rank, int | float):

@@ -91,7 +91,7 @@ def test_methods_of_other_packages_join_by_entry_point(monkeypatch: pytest.Monke
         EntryPoint("theirs", "lorank.methods.low_rank:LowRank", "lorank.methods"),
         EntryPoint("cola", "lorank.methods.low_rank:LowRank", "lorank.methods"),  # must not displace ours
     ]
-    monkeypatch.setattr("lorank.methods.entry_points", lambda group: points if group == "lorank.methods" else [])
+    monkeypatch.setattr("lorank.lookup.entry_points", lambda group: points if group == "lorank.methods" else [])
     assert method_names() == [*METHODS, "theirs"]
     assert find_method("theirs") is lorank.LowRank
     assert find_method("cola") is lorank.CoLA

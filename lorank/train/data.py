@@ -9,6 +9,7 @@ document is on both sides of the split; packing loses no token but those that do
 
 import atexit
 import contextlib
+import errno
 import functools
 import glob
 import hashlib
@@ -250,7 +251,8 @@ def _cache_folder(cache_dir: Path | None) -> Path:
     folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lorank"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(1 << 16))
             return folder
     except OSError as error:
         logger.warning("the cache %s cannot be written, the next run will tokenise again: %s", folder, error)
@@ -373,9 +375,11 @@ def _read(loader: str, files: list[Path], text_column: str, cache: Path) -> Data
     try:
         rows = datasets.load_dataset(loader, data_files=names, split="train", cache_dir=folder, **options)
     except Exception as error:  # pyarrow, pandas, datasets and the file system each raise their own
+        cause = _root(error)
+        if "disk space" in str(cause) or getattr(cause, "errno", None) == errno.ENOSPC:
+            raise OSError(f"the disk of the cache {cache} is full; free some space or set XDG_CACHE_HOME") from error
         if len(files) > 1:  # one by one, to name the culprit, or because columns differ from file to file
             return datasets.concatenate_datasets([_read(loader, [file], text_column, cache) for file in files])
-        cause = _root(error)
         kind = OSError if isinstance(cause, OSError) else ValueError
         wrong = "is not UTF-8 text" if isinstance(cause, UnicodeDecodeError) else f"is not readable as {loader}"
         raise kind(f"{files[0]} {wrong} ({_first_line(cause)}); mend it or leave it out") from error

@@ -116,15 +116,16 @@ def evaluate_folder(
     """`evaluate` for a saved model (run folder, model folder or hub name) on any source of text that training takes.
 
     Raises:
-        ValueError: no model there, or no text there, or sequences longer than the model's positions.
+        ValueError: no model there, one that sees the tokens it is to predict, or no text there, or sequences longer than
+            the model's positions.
     """
     from lorank.train.data import collate, load_evaluation
+    from lorank.train.model import check_causal, check_positions
     from lorank.train.run import load_model
 
     loaded, tokenizer = load_model(model)
-    positions = getattr(loaded.config, "max_position_embeddings", None)
-    if positions is not None and sequence_length > positions:
-        raise ValueError(f"sequence_length={sequence_length} exceeds the model's {positions} positions")
+    check_positions(loaded, sequence_length)
+    check_causal(loaded)
     rows, bytes_per_token = load_evaluation(
         data,
         tokenizer,

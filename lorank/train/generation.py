@@ -1,7 +1,11 @@
 """Text from a language model."""
 
+import re
+
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorank.train.model import positions_of
 
 
 def generate_text(
@@ -20,11 +24,15 @@ def generate_text(
     A seed makes sampling repeatable and leaves torch's global generator as it was.
 
     Raises:
-        ValueError: a negative temperature, not a single token to start from, a token that the model does not know, or a
+        ValueError: a temperature or top_p out of range, not a single token to start from, a token that the model does not know, or a
             prompt as long as the model's positions.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} is negative; 0 is greedy, 1 samples from the model as it is")
+    if not (temperature == 0 or 1e-3 <= temperature <= 1e3):
+        raise ValueError(f"temperature={temperature} is neither 0, which is greedy, nor in [0.001, 1000]; take 0.8")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} is no probability mass in (0, 1]")
+    if not prompt.isprintable() and (broken := re.search("[\ud800-\udfff]", prompt)):
+        raise ValueError(f"the prompt is not UTF-8 text at character {broken.start()}; mend it")
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if not ids and start is None:
@@ -33,7 +41,7 @@ def generate_text(
     rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore
     if (largest := int(inputs.max())) >= rows:
         raise ValueError(f"the prompt has token id {largest}, the model's vocabulary {rows} entries; change the prompt")
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = positions_of(model)
     if positions is not None:
         if inputs.shape[1] >= positions:
             raise ValueError(f"the prompt has {inputs.shape[1]} tokens, the model {positions} positions; shorten it")

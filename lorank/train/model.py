@@ -28,8 +28,7 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
     (the papers use 32,000 rows with T5's 32,100 entries, of which the last hundred never occur in text).
 
     Raises:
-        ValueError: unknown size, no such configuration, one that is converted already, or sequences longer than its
-        positions.
+        ValueError: unknown size, no such configuration, or one that is converted already.
     """
     vocab_size = recipe.vocab_size
     if vocab_size is None:
@@ -50,13 +49,10 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True  # BERT and its kin look at what comes next unless told not to
     for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if tokenizer is not None:
+        if tokenizer is not None and (token != "pad_token_id" or tokenizer.pad_token_id is not None):
             setattr(config, token, getattr(tokenizer, token))
         elif isinstance(index := getattr(config, token, None), int) and index >= vocab_size:
             setattr(config, token, None)  # the architecture's own, of a larger vocabulary
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None and positions < recipe.sequence_length:
-        raise ValueError(f"sequence_length={recipe.sequence_length} exceeds the model's {positions} positions")
     return config
 
 
@@ -76,13 +72,18 @@ def _read_config(name: str) -> PretrainedConfig:
 
 def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     """A model with fresh weights, converted and checkpointed as the recipe says; seed torch before. Fits the meta
-    device."""
+    device.
+
+    Raises:
+        ValueError: a shape that cannot be built, sequences longer than its positions, or a method it cannot take.
+    """
     try:
         dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attention)
     except Exception as error:  # whatever the modelling code makes of a shape that makes no sense
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no causal language model of {config.model_type!r} can be built: {reason}") from None
+    check_positions(model, recipe.sequence_length)
     optimizer = find_optimizer(recipe.method)
     structure = recipe.method != "dense" and optimizer is None
     if structure:
@@ -101,18 +102,50 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     return model
 
 
-@torch.no_grad()
+def positions_of(model: nn.Module) -> int | None:
+    """The longest sequence that a model takes; None: any."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or positions <= 0:
+        return None
+    learned = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
+    return positions - max([m.padding_idx + 1 for m in learned if m.padding_idx is not None], default=0)  # RoBERTa's
+
+
+def check_positions(model: nn.Module, sequence_length: int) -> None:
+    """Raises ValueError if sequences are longer than the model's positions."""
+    positions = positions_of(model)
+    if positions is not None and sequence_length > positions:
+        raise ValueError(f"sequence_length={sequence_length} exceeds the model's {positions} positions")
+
+
 def check_causal(model: PreTrainedModel) -> None:
-    """Raises ValueError if what a model says of a position depends on later ones: its perplexity would mean nothing."""
-    training = model.training
-    ids = torch.zeros(2, 8, dtype=torch.int64, device=model.device)
-    ids[1, -1] = 1
-    one, other = model.eval()(input_ids=ids, use_cache=False).logits[:, :-1]
-    model.train(training)
-    if (one - other).abs().max() > 64 * torch.finfo(one.dtype).eps * one.abs().max():  # more than rounding
+    """Raises ValueError if a model cannot be run, or if what it says of a position depends on later ones: its perplexity
+    would mean nothing.
+
+    Where a mask hides the last token, the gradient of earlier outputs with respect to it is zero, and exactly so in any
+    precision.
+    """
+    found: list[torch.Tensor] = []
+
+    def cut(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        found.append(output.detach().requires_grad_())
+        return found[0]
+
+    kind, training = model.config.model_type, model.training
+    hook = model.get_input_embeddings().register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            logits = model.eval()(input_ids=torch.arange(8, device=model.device)[None], use_cache=False).logits
+            [influence] = torch.autograd.grad(logits[:, :-1].float().square().sum(), found[:1])
+    except Exception as error:  # whatever the modelling code makes of a shape that makes no sense
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"a model of type {kind!r} with this configuration cannot be run: {reason}") from error
+    finally:
+        hook.remove()
+        model.train(training)
+    if influence[:, -1].any():
         raise ValueError(
-            f"model type {model.config.model_type!r} sees tokens that are still to come, so it cannot be pre-trained to "
-            "predict them; take a decoder"
+            f"model type {kind!r} sees tokens that are still to come, so its perplexity would mean nothing; take a decoder"
         )
 
 
@@ -132,7 +165,10 @@ def build_method(recipe: Recipe) -> Any:
         fields["rank"] = recipe.rank
     elif recipe.model is None and "rank" in known and "rank" not in fields:
         fields["rank"] = find_size(recipe.size).rank
-    return method(**fields)
+    try:
+        return method(**fields)
+    except TypeError as error:  # a list where a name is meant, and the like
+        raise ValueError(f"options: {recipe.method} cannot take {recipe.options}: {error}") from None
 
 
 def check_options(recipe: Recipe, known: Sequence[str]) -> None:

@@ -97,6 +97,8 @@ class Recipe:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             _check_type(field.name, value, setting_types()[field.name])
+            if isinstance(value, int) and abs(value) >= 2**32:
+                raise ValueError(f"{field.name}={value} is not below 2**32")
             if any(
                 isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])
             ):
@@ -119,8 +121,6 @@ class Recipe:
         for name in ("data", "validation", "tokenizer", "model"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} is empty; name something or leave it out")
-        if self.seed >= 2**32:
-            raise ValueError(f"seed={self.seed} is not below 2**32")
         if self.vocab_size is not None and self.vocab_size <= 0:
             raise ValueError(f"vocab_size={self.vocab_size} is not positive")
         if self.sequence_length < 2:
@@ -199,7 +199,7 @@ def _coerce(value: Any, kind: Any) -> Any:
         except ValueError:
             return value
     if isinstance(value, int) and not isinstance(value, bool) and float in alternatives and int not in alternatives:
-        return float(value)
+        return float(value) if abs(value) < 1e300 else math.inf  # told of as not finite
     if isinstance(value, str) and list[str] in alternatives:
         return [value]
     return value

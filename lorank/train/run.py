@@ -17,6 +17,7 @@ import math
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import tempfile
 import threading
@@ -109,7 +110,8 @@ def pretrain(
     )
     config = build_config(recipe, corpus.tokenizer)
     data.check_ids(corpus.largest_id, config.vocab_size)
-    if resume and (began := json.loads((out / "run.json").read_text())["data_hash"]) != corpus.hash:
+    began = _read_json(out / "run.json")["data_hash"] if resume else corpus.hash
+    if began != corpus.hash:
         raise ValueError(
             f"data={recipe.data!r} are not what {out} began with (hash {corpus.hash}, was {began}); restore them, or start "
             "another run with --out"
@@ -125,17 +127,20 @@ def pretrain(
         check_causal(model)
         trainer = build_trainer(recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop])
         if trainer.is_world_process_zero() and not resume:
-            write_whole(out / "run.json", json.dumps(environment(corpus), indent=2))
+            write_whole(out / "run.json", json.dumps({**environment(corpus), "recipe": recipe.to_dict()}, indent=2))
             write_whole(out / "recipe.yaml", recipe.to_yaml())  # the last of the two: it makes the folder a run
-        trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
-        if stop.received is not None and trainer.state.global_step < recipe.steps:
+        if start_from and _step_of(start_from) >= recipe.steps:  # the run died after its last step
+            trainer.restore(start_from)
+        else:
+            trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
+        if stop.received is not None:
             return None
         found = trainer.evaluation(max_tokens=None)
     if not math.isfinite(found.loss):
         raise FloatingPointError(f"the validation loss became {found.loss}; lower lr={recipe.lr} or warm up longer")
     if trainer.is_world_process_zero():
         save_model(model, corpus.tokenizer, out)
-    rate = trainer.throughput.typical_tokens_per_second()
+    rate = trainer.throughput.typical_tokens_per_second() or _logged_rate(out)
     counts = accounting.count_parameters(model)
     summary = Summary(
         method=recipe.method,
@@ -240,11 +245,19 @@ def _check_trackers(names: Sequence[str]) -> None:
 
 
 def read_run(folder: str | Path) -> Recipe:
-    """The recipe of a run on disk; ValueError if the folder holds none."""
+    """The recipe of a run on disk; ValueError if the folder holds none, or one that was changed since."""
     path = Path(folder) / "recipe.yaml"
     if not path.exists():
         raise ValueError(f"{folder} holds no run to resume: {path} does not exist")
-    return Recipe.read(path)
+    recipe = Recipe.read(path)
+    began = _read_json(Path(folder) / "run.json").get("recipe")
+    now = json.loads(json.dumps(recipe.to_dict()))
+    changed = [name for name, value in now.items() if began and began.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"{path}: {changed[0]} was {began[changed[0]]!r} when the run began; put it back, or start another run with --out"
+        )
+    return recipe
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -269,8 +282,11 @@ def _prepare_folder(out: Path, resume: bool) -> None:
     if not resume and (out / "recipe.yaml").exists():
         raise ValueError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=out) as probe:  # better now than after an hour
-        probe.write(b"lorank")
+    try:
+        with tempfile.TemporaryFile(dir=out) as probe:  # better now than after an hour
+            probe.write(b"lorank")
+    except OSError as error:
+        raise OSError(f"cannot write to {out}: {error.strerror}") from None
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(out / STAGING, ignore_errors=True)  # of a run that was killed while it saved
 
@@ -278,12 +294,29 @@ def _prepare_folder(out: Path, resume: bool) -> None:
 def _last_whole_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint all of whose files can be read; those passed over are logged."""
     found = [path for path in out.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
-    for path in sorted(found, key=lambda path: int(path.name.partition("-")[2]), reverse=True):
+    for path in sorted(found, key=_step_of, reverse=True):
         if damaged := _damaged_file(path):
             logger.warning("%s is passed over: %s is missing or cut short", path, damaged.name)
         else:
             return path
     return None
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def _logged_rate(out: Path) -> float:
+    """The median of the rates in a run's metrics.jsonl, 0 if it has none."""
+    rates = [record["tokens_per_second"] for record in history(out) if "tokens_per_second" in record]
+    return statistics.median(rates) if rates else 0.0
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); the run cannot be resumed without it") from None
 
 
 def _damaged_file(checkpoint: Path) -> Path | None:
@@ -301,6 +334,7 @@ def _damaged_file(checkpoint: Path) -> Path | None:
         except (OSError, SafetensorError):
             return file
     needed = {checkpoint / name for name in ("optimizer.pt", "scheduler.pt")}
+    needed |= set(checkpoint.glob("rng_state*.pth")) or {checkpoint / "rng_state.pth"}
     return next((file for file in sorted(needed | {*checkpoint.glob("*.pt*")}) if not zipfile.is_zipfile(file)), None)
 
 

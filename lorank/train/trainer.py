@@ -95,6 +95,11 @@ class PretrainTrainer(Trainer):
         if self.hook is not None and checkpoint is not None:
             self.hook.load_state_dict(load_file(os.path.join(checkpoint, HOOK_FILE)))
 
+    def restore(self, checkpoint: Path) -> None:
+        """Model and history of a checkpoint that has all its steps behind it."""
+        self._load_from_checkpoint(str(checkpoint))
+        self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """All validation rows, none dropped, on each process: the figures do not depend on batch size or device count."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
@@ -216,20 +221,21 @@ class MetricsFile(TrainerCallback):
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except ValueError:  # half a line: the process died while it wrote
+    except (ValueError, TypeError, KeyError):  # half a line: the process died while it wrote
         return math.inf
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C (SIGINT) or SIGTERM ends training after the current step, with a checkpoint; a second one ends it at
-    once."""
+    """Ctrl-C (SIGINT) or SIGTERM ends training after the current step, with a checkpoint; a second one, or one when
+    nothing trains, at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._training = False
         self._before: dict[int, Any] = {}
 
     def _receive(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self.received is not None or not self._training:
             raise KeyboardInterrupt
         self.received = number
 
@@ -243,6 +249,12 @@ class StopOnSignal(TrainerCallback):
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._training = True
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._training = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.received is not None:

@@ -62,7 +62,7 @@ def test_generation_ends_where_the_positions_do(small: Any, tokenizer: Any) -> N
 def test_the_training_mode_comes_back(model: Any, tokenizer: Any) -> None:
     generate_text(model.train(), tokenizer, "w5", max_new_tokens=2, seed=0)
     assert model.training
-    with pytest.raises(ValueError, match="temperature=-1 is negative"):
+    with pytest.raises(ValueError, match="temperature=-1 is neither 0"):
         generate_text(model, tokenizer, "w5", temperature=-1)
 
 

@@ -32,7 +32,7 @@ def test_changes_win_over_the_file(tmp_path: Path) -> None:
         ({"lr": 0}, "lr=0.0 is not positive"),
         ({"lr": "fast"}, "lr='fast' is not float"),
         ({"clip": -1.0}, "clip=-1.0 is negative"),
-        ({"optimizer": "sgd"}, "optimizer='sgd' is not one of 'adamw', 'muon'"),
+        ({"optimizer": "sgd"}, "optimizer='sgd' is not one of 'adamw', 'adamw-8bit', 'adafactor', 'muon'"),
         ({"precision": "fp64"}, "precision='fp64' is not one of"),
         ({"betas": [0.9]}, "betas=[0.9]"),
         ({"betas": [0.9, 1.0]}, "betas"),
