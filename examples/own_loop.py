@@ -18,6 +18,7 @@ torch.manual_seed(0)
 shape = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4)
 model = lorank.convert(AutoModelForCausalLM.from_config(shape), method).train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)  # SwitchLoRA: lorank.optim.VectorAdamW
+schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lorank.lr_schedule(model, steps=STEPS, warmup_steps=3))
 lorank.step_hook(model, optimizer, steps=STEPS)  # does nothing for CoLA, merges for ReLoRA, swaps for SST
 
 text = torch.frombuffer(bytearray(Path(__file__).read_bytes()), dtype=torch.uint8).long()
@@ -28,6 +29,7 @@ for step in range(STEPS):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
+    schedule.step()
     optimizer.zero_grad()
     if step % 10 == 0 or step == STEPS - 1:
         print(f"step {step}  loss {loss.item():.3f}")

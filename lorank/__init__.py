@@ -17,8 +17,8 @@ if TYPE_CHECKING:
         keep_bottlenecks_and_attention,
         keep_recurrence,
     )
-    from lorank.conversion import convert, merge, step_hook
-    from lorank.methods import METHODS
+    from lorank.conversion import convert, lr_schedule, merge, step_hook
+    from lorank.methods import METHODS, register
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.crnet import CRNet
     from lorank.methods.low_rank import LowRank
@@ -33,6 +33,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "convert": "conversion",
+    "lr_schedule": "conversion",
     "merge": "conversion",
     "step_hook": "conversion",
     "checkpoint": "checkpointing",
@@ -40,6 +41,7 @@ _HOME = {
     "keep_bottlenecks_and_attention": "checkpointing",
     "keep_recurrence": "checkpointing",
     "METHODS": "methods",
+    "register": "methods",
     "CoLA": "methods.cola",
     "CoLAM": "methods.cola",
     "CRNet": "methods.crnet",
@@ -75,8 +77,10 @@ __all__ = [
     "keep_bottlenecks",
     "keep_bottlenecks_and_attention",
     "keep_recurrence",
+    "lr_schedule",
     "matrix_pca",
     "merge",
+    "register",
     "step_hook",
 ]
 

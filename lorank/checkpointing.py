@@ -56,7 +56,7 @@ def keep_recurrence(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointP
     """CR-Net's recomputation (arXiv 2509.18993): `keep_bottlenecks`, and what layers hand to one another is rebuilt.
 
     Under the other policies the previous block's outputs, which a layer of CR-Net adds to its own, are kept too. Here
-    only those of every eighth block are (`lorank.tape`), and the rest come out of the recurrence run backwards,
+    only those of every eighth block are, and more where β is small (`lorank.tape`), and the rest come out of the recurrence run backwards,
     Y_prev = (Y - B z) / b. That is the one B product which `keep_bottlenecks` re-runs anyway, so it costs nothing.
     Gradients agree up to rounding. In a model whose layers hand nothing over it is `keep_bottlenecks`.
     """

@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
-from lorank.methods import find_method
-from lorank.parametrization import Parametrization, Site, StepHook, compile_pattern
+from lorank.methods import find_method, method_names
+from lorank.parametrization import Parametrization, Site, StepHook, compile_pattern, warmup_cosine
 
 Model = TypeVar("Model", bound=nn.Module)
 Patterns = str | Sequence[str] | None
@@ -68,6 +68,11 @@ def convert(
         method = find_method(method)
     if isinstance(method, type):
         method = method()
+    if method.name not in method_names() or find_method(method.name) is not type(method):
+        raise ValueError(
+            f"{type(method).__name__} could not be found again under the name {method.name!r}; call lorank.register on the "
+            "class, here and wherever the model is loaded"
+        )
     if earlier := next(filter(None, map(converted_with, model.modules())), None):
         raise ValueError(
             f"this model is already converted (method {earlier['method']!r}); convert a dense model instead"
@@ -120,7 +125,8 @@ def method_of(model: nn.Module) -> Parametrization | None:
 def merge(model: PreTrainedModel) -> PreTrainedModel:
     """An ordinary model of transformers with the same outputs: every converted layer is one dense layer again.
 
-    The model itself stays as it is. What comes back is saved, loaded and used without lorank.
+    The model itself stays as it is. What comes back is saved, loaded and used without lorank; its new layers can be
+    trained.
 
     Raises:
         ValueError: the model is not a converted one of transformers, or its method has no dense equivalent (CoLA).
@@ -139,7 +145,7 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     for name, was in shapes.named_modules():
         if _is_linear(was) and type(now := dense.get_submodule(name)) is not type(was):
             weight, bias = _joined(method, now) if isinstance(now, FusedProjections) else method.merged(now)
-            linear = _copied(_linear(weight, bias, now.training))
+            linear = _copied(_linear(weight, bias, now.training)).requires_grad_()
             _put(dense, name, _as_conv1d(linear) if isinstance(was, Conv1D) else linear)
     method.undo(dense)
     dense.activation_checkpointing_disable()
@@ -161,6 +167,20 @@ def step_hook(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int,
     """
     method = method_of(model)
     return None if method is None else method.hook(model, optimizer, steps=steps, seed=seed)
+
+
+def lr_schedule(
+    model: nn.Module, *, steps: int, warmup_steps: int = 0, min_lr_ratio: float = 0.1
+) -> Callable[[int], float]:
+    """Multiplier of the learning rate by steps done, for ``torch.optim.lr_scheduler.LambdaLR``: the one that a model's
+    method needs (ReLoRA and SST climb again after each restart), or else a linear warm-up and a cosine.
+
+    Raises:
+        ValueError: the method's cycles do not fit into the steps.
+    """
+    method = method_of(model)
+    own = None if method is None else method.schedule(steps, warmup_steps, min_lr_ratio)
+    return own or (lambda step: warmup_cosine(step, steps, warmup_steps, min_lr_ratio))
 
 
 def rewrite(

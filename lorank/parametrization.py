@@ -7,6 +7,7 @@ well as layer-wise ones.
 
 import dataclasses
 import hashlib
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -92,6 +93,9 @@ class Parametrization:
     def undo(self, model: nn.Module) -> None:
         """Take away what `finish` added; called when a model is merged, after its layers are dense again."""
 
+    def finalize(self, model: nn.Module) -> None:
+        """What becomes of a model when its training is over; its outputs stay the same."""
+
     def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> "StepHook | None":
         """What happens to `model` and the state of `optimizer` between the `steps` steps of a run; None: nothing.
 
@@ -154,6 +158,18 @@ class StepHook:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from where `state_dict` was taken; model and optimizer are loaded already."""
         self.step = int(state["step"])
+
+
+def warmup_cosine(step: int, steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
+    """Multiplier of the learning rate: up a line from 0, then down half a cosine to `min_lr_ratio`.
+
+    >>> [warmup_cosine(step, 100, 10, 0.1) for step in (0, 5, 10, 55, 100)]
+    [0.0, 0.5, 1.0, 0.55, 0.1]
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
 def seeded_generator(*seeds: int | str) -> torch.Generator:

@@ -21,7 +21,11 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
 
 ANCHORS = 8
-"""Where outputs are dropped and rebuilt, each so many-th is stored, which bounds how far rounding errors can grow."""
+"""Where outputs are dropped and rebuilt, each so many-th at least is stored."""
+GROWTH = {torch.bfloat16: 4.0, torch.float16: 4.0}
+"""How far rebuilding may magnify a rounding error of these types, and of wider ones `WIDE_GROWTH`: before it would be
+more, an output is stored."""
+WIDE_GROWTH = 128.0
 
 
 class Slot:
@@ -42,6 +46,8 @@ class Tape:
         self.role = role
         self.depths = depths
         self.waiting: dict[int, tuple[Tensor, Slot]] = {}
+        self.growth = 1.0
+        """By how much an error of the next output would have grown by the time the first one dropped is rebuilt from it."""
 
     def __reduce__(self) -> Any:
         return Tape, (self.role, self.depths)
@@ -50,6 +56,15 @@ class Tape:
         """Whether the output is stored even under `keep_recurrence`: every eighth one, the last included and the first
         not."""
         return depth > 0 and (self.depths - 1 - depth) % ANCHORS == 0
+
+    def may_drop(self, depth: int, dtype: torch.dtype, slope: Callable[[], float]) -> bool:
+        """Whether the output of `depth` may be dropped, to be rebuilt from the next, of which it is `slope` times a part."""
+        if not self.is_anchor(depth):
+            self.growth = max(1.0, self.growth) / max(slope(), 1e-30)
+            if self.growth <= GROWTH.get(dtype, WIDE_GROWTH):
+                return True
+        self.growth = 1.0
+        return False
 
     def put(self, depth: int, y: Tensor) -> None:
         """Leave the output of `depth` for the next one."""
@@ -61,13 +76,17 @@ class Tape:
             rerun.own[self, depth] = slot
         if depth == 0:
             self.waiting.clear()  # of a forward pass that was broken off
+            self.growth = 1.0
         if depth + 1 < self.depths:
             self.waiting[depth] = y, slot
         elif rerun is not None and rerun.rebuilds and self.is_anchor(depth):
             slot.value = y.detach()
 
-    def take(self, depth: int, shape: torch.Size, invert: Callable[[Tensor], Tensor]) -> Tensor:
-        """The output of this shape that the depth before `depth` left; `invert` gives it from the output of `depth` itself.
+    def take(
+        self, depth: int, shape: torch.Size, invert: Callable[[Tensor], Tensor], slope: Callable[[], float]
+    ) -> Tensor:
+        """The output of this shape that the depth before `depth` left; `invert` gives it from the output of `depth` itself,
+        which changes by `slope` where it changes by 1.
 
         Raises:
             RuntimeError: there is none, because blocks run twice, are skipped or out of order, or run again under an
@@ -87,7 +106,7 @@ class Tape:
                 f"{self.role}: depth {depth - 1} left an output {[*y.shape]} for depth {depth}, which needs {[*shape]}; all blocks "
                 "must see the same tokens"
             )
-        drop = rerun is not None and rerun.rebuilds and not self.is_anchor(depth - 1)
+        drop = rerun is not None and rerun.rebuilds and self.may_drop(depth - 1, y.dtype, slope)
         slot.value = None if drop else y.detach()
         if rerun is not None:
             rerun.previous[self, depth] = Previous(slot, y.dtype, y.requires_grad)

@@ -1,9 +1,13 @@
 """Documents do not lie: their examples run, their commands exist, their links lead somewhere."""
 
-import importlib.metadata
+import json
+import os
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,25 +40,53 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert AutoModelForCausalLM.from_pretrained("out").config.lorank["method"] == "cola"
 
 
-def test_the_example_method_of_contributing_is_a_whole_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A package of somebody else's adds it through the entry point: converting, saving, loading, without an edit here."""
+def test_the_example_method_of_contributing_is_a_whole_method(tmp_path: Path) -> None:
+    """A package of somebody else's adds it through its entry point: trained, resumed, generating, without an edit here."""
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package/gained.py").write_text(code("CONTRIBUTING.md", "python")[0])
-    monkeypatch.syspath_prepend(str(tmp_path))
-    point = importlib.metadata.EntryPoint("gained", "my_package.gained:Gained", "lorank.methods")
-    monkeypatch.setattr("lorank.methods.entry_points", lambda group: [point])
+    line = 'gained = "my_package.gained:Gained"'
+    assert line in (ROOT / "CONTRIBUTING.md").read_text()
+    unquoted = line.replace('"', "")
+    (tmp_path / "my_package-1.dist-info").mkdir()  # what pip would have written
+    (tmp_path / "my_package-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1\n")
+    (tmp_path / "my_package-1.dist-info/entry_points.txt").write_text(f"[lorank.methods]\n{unquoted}\n")
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of a text that counts {i * i}\n" for i in range(900)))
+
+    def lorank_says(*arguments: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "XDG_CACHE_HOME": str(tmp_path)}
+        command = [sys.executable, "-m", "lorank", *arguments]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    small = (
+        "--data text.txt --vocab-size 300 --sequence-length 32 --batch-size 4 --steps 4 --warmup-steps 1 --save-every 2"
+    )
+    lorank_says("pretrain", "--method", "gained", *small.split(), "--out", "run")
+    (tmp_path / "run/summary.json").rename(tmp_path / "summary.json")
+    shutil.rmtree(tmp_path / "run/checkpoint-4")
+    lorank_says("pretrain", "--resume", "run")
+    found, again = (json.loads((tmp_path / p).read_text()) for p in ("summary.json", "run/summary.json"))
+    assert found["validation_loss_nats_per_token"] == again["validation_loss_nats_per_token"]
+    assert lorank_says("generate", "run", "--prompt", "line", "--max-new-tokens", "5").startswith("line")
+    assert json.loads((tmp_path / "run/config.json").read_text())["lorank"]["method"] == "gained"
+
+
+def test_a_method_of_a_script_is_registered_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorank.methods._registered", {})
+    scope: dict[str, Any] = {"__name__": "script"}
+    exec(code("CONTRIBUTING.md", "python")[0], scope)
+    with pytest.raises(ValueError, match=r"could not be found again under the name 'gained'; call lorank\.register"):
+        lorank.convert(small(), scope["Gained"]())
+    lorank.register(scope["Gained"])
     model = lorank.convert(small(), "gained").eval()
-    assert 'gained = "my_package.gained:Gained"' in (ROOT / "CONTRIBUTING.md").read_text()
-    x = torch.arange(8)[None]
-    model(input_ids=x, labels=x).loss.backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
-    model.save_pretrained(tmp_path / "saved")
+    model.save_pretrained(tmp_path)
     from transformers import AutoModelForCausalLM
 
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
-    assert torch.equal(model(x).logits, again(x).logits)
-    assert "my_package" in type(again.model.layers[0].self_attn.q_proj).__module__
-    sys.modules.pop("my_package.gained")
+    x = torch.arange(8)[None]
+    assert torch.equal(model(x).logits, AutoModelForCausalLM.from_pretrained(tmp_path).eval()(x).logits)
+    with pytest.raises(ValueError, match="there is a method 'cola' already"):
+        lorank.register(type("Mine", (lorank.LowRank,), {"name": "cola"}))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

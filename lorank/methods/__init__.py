@@ -1,14 +1,17 @@
 """The one table of structure methods: a name for the command line and recipes, and the file that holds the mathematics.
 
-Methods of other packages join through the entry-point group ``lorank.methods`` (name -> "package.module:Class").
+Methods of other packages join through the entry-point group ``lorank.methods`` (name -> "package.module:Class"), those of
+a script by `register`.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from lorank import lookup
 
 if TYPE_CHECKING:
     from lorank.parametrization import Parametrization
+
+    Class = TypeVar("Class", bound=type[Parametrization])
 
 METHODS = {
     "cola": "lorank.methods.cola:CoLA",
@@ -26,14 +29,30 @@ METHODS = {
 GROUP = "lorank.methods"
 
 
+_registered: dict[str, "type[Parametrization]"] = {}
+
+
+def register(method: "Class") -> "Class":
+    """Let a method of yours be found by its `name`, wherever this ran; a decorator for its class.
+
+    Raises:
+        ValueError: there is another method of that name.
+    """
+    if _registered.get(method.name, method).__qualname__ != method.__qualname__ or method.name in METHODS:
+        raise ValueError(f"there is a method {method.name!r} already; give {method.__name__} another name")
+    _registered[method.name] = method
+    return method
+
+
 def method_names() -> list[str]:
-    """Names of all methods, ours and those of installed packages."""
-    return lookup.names(METHODS, GROUP)
+    """Names of all methods: ours, those of installed packages, and those registered."""
+    known = lookup.names(METHODS, GROUP)
+    return [*known, *(name for name in _registered if name not in known)]
 
 
 def find_method(name: str) -> "type[Parametrization]":
     """The class of a method; ValueError that lists the known ones, the nearest first, if there is none of that name."""
-    found = lookup.find(name, METHODS, GROUP)
+    found = _registered.get(name) or lookup.find(name, METHODS, GROUP)
     if found is None:
         raise lookup.unknown("method", "methods", name, method_names())
     return found

@@ -12,7 +12,8 @@ Cost of one layer beyond the first, r = rank, n tokens: r (d_in + d_out) + 1 par
 floating-point operations forward. Backward needs Y_{l-1} as well, for ∂β. Under `lorank.keep_recurrence` a block keeps
 its input [n, d] and the seven z_l = A_l X_l [n, r], every eighth block also its seven outputs, and those between are
 rebuilt, from the last block to the first, as Y_{l-1} = (Y_l - B_l z_l - c_l) / b(β_l): one B product per projection and
-no A product. Each step back multiplies rounding errors by 1/|b|.
+no A product. Each step back multiplies rounding errors by 1/|b|, so where these come to more than 4 (in fp32: 128) an
+output is stored in between: with |b| = 1/2 in half precision every third block's.
 
 Source: "CR-Net: Scaling Parameter-Efficient Training with Cross-Layer Low-Rank Structure", arXiv 2509.18993. The authors'
 code could not be reached; equation and recomputation are taken from summaries of the paper.
@@ -31,6 +32,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lorank.layers import linear
 from lorank.methods.cola import CoLALinear
@@ -99,6 +101,7 @@ class CRNetLinear(CoLALinear):
         # of shape [1], not []: it then decides the precision of b Y, and FSDP2 can shard it
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.beta = nn.Parameter(torch.full((1,), beta, device=weight.device, dtype=wide))
+        self._read = -1, 1.0
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -107,10 +110,18 @@ class CRNetLinear(CoLALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         change, b = self.B(self.A(x)), bounded(self.beta)
-        previous = self.tape.take(self.depth, change.shape, lambda y: previous_output(y, change, b))
+        previous = self.tape.take(self.depth, change.shape, lambda y: previous_output(y, change, b), self.slope)
         y = next_output(previous, change, b)
         self.tape.put(self.depth, y)
         return y
+
+    def slope(self) -> float:
+        """|b(β)|, read from the device once per optimizer step."""
+        if isinstance(self.beta, FakeTensor):
+            return abs(self.start) + EPS
+        if self._read[0] != self.beta._version:
+            self._read = self.beta._version, abs(self.beta.item()) + EPS
+        return self._read[1]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CRNetLinear":
         """What ``model.to(torch.bfloat16)`` calls: it reaches A and B, and of β only the device."""

@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorank.conversion import converted_with
+from lorank.conversion import convert, converted_with
 from lorank.parametrization import Parametrization, Site
 
 WIDTH, HIDDEN, STD = 32, 64, 0.02
@@ -287,8 +287,18 @@ class MASA(Parametrization):
         assert isinstance(module, MASALinear)
         return module.dictionary(module.depth), module.bias
 
+    def finalize(self, model: nn.Module) -> None:
+        if self.coefficients == "network":
+            freeze_coefficients(model)
+
     def undo(self, model: nn.Module) -> None:
         del _body(model).lorank_atoms
+
+    @classmethod
+    def from_dense(cls, model: Model, **fields: Any) -> Model:
+        """Rewrite an existing model in place, keeping its weights as well as S atoms can (Matrix PCA); `fields` as of the
+        class."""
+        return convert(model, cls(**{"coefficients": "table", "start": "pca", **fields}))
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:

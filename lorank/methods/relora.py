@@ -39,6 +39,7 @@ from lorank.parametrization import (
     check_ranks,
     rank_at,
     seeded_generator,
+    warmup_cosine,
 )
 
 Reset = Literal["reset", "random", "magnitude"]
@@ -55,15 +56,10 @@ def jagged_cosine(step: int, steps: int, warmup: int, restart_warmup: int, cycle
     [0.802615, 0.0, 0.397203, 0.794406, 0.1]
     """
 
-    def cosine(s: int) -> float:
-        return floor + (1 - floor) / 2 * (1 + math.cos(math.pi * (s - warmup) / (steps - warmup)))
-
-    if step < warmup:
-        return step / warmup
     since = step % cycle
     if step >= cycle and since < restart_warmup:
-        return since / restart_warmup * cosine(step - since + restart_warmup)
-    return cosine(step)
+        return since / restart_warmup * warmup_cosine(step - since + restart_warmup, steps, warmup, floor)
+    return warmup_cosine(step, steps, warmup, floor)
 
 
 @torch.no_grad()
@@ -143,10 +139,10 @@ class ReLoRA(Parametrization):
     dropout: float = 0.1
     """Of the factors' input while training."""
     cycle: int | None = None
-    """K: updates between two restarts; at least 2, and a divisor of the run's steps after the warm start. None: a quarter
-    of these."""
-    restart_warmup_steps: int = 50
-    """Updates in which the learning rate climbs back after a restart; fewer than `cycle`."""
+    """K: updates between two restarts; at least 2, and a divisor of the run's steps after the warm start. None: the divisor
+    nearest to a quarter of these."""
+    restart_warmup_steps: int | None = None
+    """Updates in which the learning rate climbs back after a restart; None: 50, or half of shorter cycles."""
     reset: Reset = "reset"
     """What is zeroed of the factors' moments: 99.9 % at random, `reset_ratio` at random, or the smallest `reset_ratio`."""
     reset_ratio: float = 0.9
@@ -165,7 +161,7 @@ class ReLoRA(Parametrization):
                 raise ValueError(f"{field}={getattr(self, field)!r} is none of {', '.join(names)}")
         if self.cycle is not None and self.cycle < 2:
             raise ValueError(f"cycle={self.cycle} leaves no update between restarts; give at least 2")
-        if self.restart_warmup_steps < 0:
+        if (self.restart_warmup_steps or 0) < 0:
             raise ValueError(f"restart_warmup_steps={self.restart_warmup_steps} is negative")
         if not 0 <= self.dropout < 1 or not 0 <= self.reset_ratio <= 1:
             raise ValueError(f"dropout={self.dropout} or reset_ratio={self.reset_ratio} is not a fraction")
@@ -194,34 +190,30 @@ class ReLoRA(Parametrization):
         weight = module.W.weight
         return (weight + module.product()).to(weight.dtype), module.W.bias
 
-    def period(self, steps: int, warmup_steps: int = 0) -> int:
-        """K in a run of so many steps.
-
-        Raises:
-            ValueError: the steps after the warm start are not whole cycles, or a warm-up does not fit into one.
-        """
+    def period(self, steps: int) -> int:
+        """K in a run of so many steps; ValueError if those after the warm start are not whole cycles."""
         low_rank = steps - self.warm_start
-        cycle = self.cycle or max(2, low_rank // 4)
-        if low_rank < 1 or low_rank % cycle:
+        divisors = [k for k in range(2, low_rank) if low_rank % k == 0]
+        cycle = self.cycle or min(divisors, key=lambda k: abs(math.log(4 * k / low_rank)), default=low_rank)
+        if low_rank < 2 or low_rank % cycle or not divisors:
             raise ValueError(
-                f"relora: steps={steps} less warm_start={self.warm_start} are not a multiple of cycle={cycle}; change one of "
+                f"relora: steps={steps} less warm_start={self.warm_start} are not several times cycle={cycle}; change one of "
                 "the three"
             )
-        for name, warmup in (("warmup_steps", warmup_steps), ("restart_warmup_steps", self.restart_warmup_steps)):
-            if warmup > cycle:
-                raise ValueError(f"relora: {name}={warmup} do not fit into cycle={cycle}; give fewer or longer cycles")
         return cycle
 
     def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float]:
-        cycle = self.period(steps, warmup_steps)
+        cycle = self.period(steps)
+        again = min(50, cycle // 2) if self.restart_warmup_steps is None else self.restart_warmup_steps
+        for name, warmup in (("warmup_steps", warmup_steps), ("restart_warmup_steps", again)):
+            if warmup > cycle:
+                raise ValueError(f"relora: {name}={warmup} do not fit into cycle={cycle}; give fewer or longer cycles")
 
         def multiplier(step: int) -> float:
             if step < self.warm_start:
                 return self.warm_start_lr_ratio * jagged_cosine(step, steps, warmup_steps, 0, steps + 1, min_lr_ratio)
             low_rank = steps - self.warm_start
-            return jagged_cosine(
-                step - self.warm_start, low_rank, warmup_steps, self.restart_warmup_steps, cycle, min_lr_ratio
-            )
+            return jagged_cosine(step - self.warm_start, low_rank, warmup_steps, again, cycle, min_lr_ratio)
 
         return multiplier
 
@@ -250,12 +242,15 @@ class ReLoRAHook(StepHook):
         super().__init__(optimizer)
         self.method, self.cycle, self.seed = method, cycle, seed
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, ReLoRALinear)}
+        if method.warm_start:
+            for layer in self.layers.values():
+                for factor in (layer.A.weight, layer.B.weight):
+                    factor.register_post_accumulate_grad_hook(self._idle)
 
-    def before_step(self) -> None:
-        idle = ("A", "B") if self.step < self.method.warm_start else ()
-        for layer in self.layers.values():
-            for factor in idle:
-                getattr(layer, factor).weight.grad = None  # optimizers pass parameters by that have no gradient
+    def _idle(self, factor: Tensor) -> None:
+        """During the warm start factors have no gradient: neither clipping nor the optimizer sees them."""
+        if self.step < self.method.warm_start:
+            factor.grad = None
 
     def after_step(self) -> None:
         updates = self.step - self.method.warm_start

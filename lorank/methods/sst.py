@@ -24,7 +24,6 @@ m/r is rounded up. The run's own warm-up serves the first iteration. SVDs are ta
 and spares memory. Weight decay of U and V acts on what is normalised next; W shrinks only if vectors (S) decay too.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,7 +34,17 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.optim import Adam, Optimizer
 
-from lorank.parametrization import Parametrization, Rank, Site, StepHook, check_rank, check_table, rank_at
+from lorank.parametrization import (
+    Parametrization,
+    Rank,
+    Site,
+    StepHook,
+    check_rank,
+    check_table,
+    rank_at,
+    seeded_generator,
+    warmup_cosine,
+)
 
 # ---- the mathematics
 
@@ -80,23 +89,9 @@ def probabilities(S: Tensor) -> Tensor:
     return (uniform + (S / S.sum() if S.sum() > 0 else uniform)) / 2
 
 
-def generator(seed: int, iteration: int, key: str) -> torch.Generator:
-    """Random numbers of one layer (`key`) in one iteration, whatever was drawn before and elsewhere."""
-    digest = hashlib.sha256(f"{seed} {iteration} {key}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big"))
-
-
 def exchange(a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> None:
     """Columns (or entries) i of `a` and j of `b` change places, in place; done twice it is undone."""
     a[..., i], b[..., j] = b[..., j], a[..., i]  # the right-hand sides are copies
-
-
-def cosine(step: int, steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
-    """Linear warm-up, then half a cosine down to `min_lr_ratio`: what a run without a method has."""
-    if step < warmup_steps:
-        return step / warmup_steps
-    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
-    return min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
 
 
 # ---- the layer
@@ -144,7 +139,7 @@ class SSTLinear(nn.Module):
     def start_from(self, weight: Tensor) -> None:
         """Become the dense map `weight` [d_out, d_in], and draw the first active pairs."""
         self.decompose(weight)
-        self.resample(generator(self.seed, 0, self.key))
+        self.resample(seeded_generator(self.seed, 0, self.key))
 
     @torch.no_grad()
     def decompose(self, weight: Tensor) -> None:
@@ -275,7 +270,7 @@ class SST(Parametrization):
         def multiplier(step: int) -> float:
             again = step >= self.interval and step % self.interval < self.restart_warmup_steps
             rise = (step % self.interval + 1) / self.restart_warmup_steps if again else 1.0
-            return rise * cosine(step, steps, warmup_steps, min_lr_ratio)
+            return rise * warmup_cosine(step, steps, warmup_steps, min_lr_ratio)
 
         return multiplier
 
@@ -307,7 +302,7 @@ class Resampling(StepHook):
         if iteration % math.ceil(len(layer.S) / layer.rank) == 0:
             layer.decompose(layer.weight())
             self._restart(layer.S)
-        places = layer.resample(generator(self.seed, iteration, layer.key))
+        places = layer.resample(seeded_generator(self.seed, iteration, layer.key))
         for moment in self._state(layer.S):
             if moment.shape == layer.S.shape:  # all but the step counter
                 exchange(moment, moment, *places)

@@ -24,6 +24,7 @@ say which vectors go; only their successors are drawn. Left out: LoRA's own star
 up for rests (off in theirs). A layer with r = 1 or r >= c exchanges nothing.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -230,10 +231,17 @@ class Pool:
         return self.candidates[chosen].to(leaving.device)
 
     def hold(self) -> None:
-        """No gradient for vectors that rest; one update less to go."""
-        if self.weight.grad is not None and self.frozen.any():
-            self.weight.grad.transpose(0, self.dim)[(self.frozen > 0).to(self.weight.device)] = 0
+        """Before a step: no gradient for vectors that rest, and a note of where they are; one update less to go."""
+        rows = self.frozen.nonzero()[:, 0].to(self.weight.device)
+        self.resting = rows, self.vectors[rows]
+        if self.weight.grad is not None and len(rows):
+            self.weight.grad.transpose(0, self.dim)[rows] = 0
         self.frozen.sub_(1).clamp_(min=0)
+
+    def put_back(self) -> None:
+        """After it: weight decay needs no gradient to move a vector."""
+        rows, values = self.resting
+        self.vectors[rows] = values
 
 
 class SwitchLoRAHook(StepHook):
@@ -269,6 +277,11 @@ class SwitchLoRAHook(StepHook):
                 self._exchange(W.T, b, a, count, draw)
             a.hold()
             b.hold()
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        for pool in itertools.chain(*self.pools.values()):
+            pool.put_back()
 
     def _count(self, a: Pool, b: Pool, draw: torch.Generator) -> int:
         """How many vectors to exchange: r θ / interval, rounded at random, as far as there is room."""

@@ -135,6 +135,8 @@ def pretrain(
             trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
         if stop.received is not None:
             return None
+        if (method := method_of(model)) is not None:
+            method.finalize(model)
         found = trainer.evaluation(max_tokens=None)
     if not math.isfinite(found.loss):
         raise FloatingPointError(f"the validation loss became {found.loss}; lower lr={recipe.lr} or warm up longer")

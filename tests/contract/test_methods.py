@@ -286,7 +286,9 @@ def test_merged_it_is_a_dense_model_that_says_the_same(
         with pytest.raises(ValueError, match=f"{method.name} cannot be merged: "):
             merge(model)
         return
-    dense = merge(model)
+    with torch.no_grad():
+        dense = merge(model)
+    assert all(p.requires_grad for p in dense.parameters())
     assert type(dense) is type(architecture.dense())
     assert [(n, p.shape) for n, p in dense.named_parameters()] == [
         (n, p.shape) for n, p in architecture.dense().named_parameters()

@@ -307,6 +307,35 @@ def test_in_double_precision_every_single_beta_gets_its_gradient(build: Callable
         torch.testing.assert_close(grad, expected[name], rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("beta", [1.0, 0.7, 0.5, -0.3, 0.1, 0.02, 0.0])
+@pytest.mark.parametrize(("dtype", "autocast", "limit"), [(torch.float32, False, 1e-5), (torch.float32, True, 5e-2)])
+def test_small_betas_store_more_outputs_and_gradients_stay_the_same(
+    beta: float, dtype: torch.dtype, autocast: bool, limit: float, build: Callable[..., Any]
+) -> None:
+    model = build(16, dtype, beta=beta)
+    results: list[tuple[Tensor, ...]] = []
+    for policy in (None, keep_recurrence):
+        checkpoint(model, policy)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = loss_of(model, a_batch())
+        model.zero_grad()
+        loss.backward()
+        named = [(name, p.grad.flatten()) for name, p in model.named_parameters()]
+        results.append(tuple(torch.cat([g for name, g in named if name.endswith(end)]) for end in ("", "beta")))
+    for one, other in zip(*results, strict=True):
+        assert ((one - other).norm() / one.norm()).item() < limit
+
+
+def test_the_growth_of_errors_decides_where_outputs_are_stored() -> None:
+    def stored(beta: float, dtype: torch.dtype, depths: int = 17) -> list[int]:
+        tape = Tape("", depths)
+        return [d + 1 for d in range(depths - 1) if not tape.may_drop(d, dtype, lambda: beta)]
+
+    assert stored(1.0, torch.bfloat16) == stored(0.6, torch.float32) == [9]
+    assert stored(0.5, torch.bfloat16) == [3, 6, 9, 12, 15]  # 1 / 0.5² = 4 is allowed, 1 / 0.5³ is not
+    assert stored(0.2, torch.bfloat16) == list(range(1, 17))
+
+
 def test_rebuilding_works_in_bfloat16_and_under_autocast(build: Callable[..., Any]) -> None:
     for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
         model = build(4, dtype)

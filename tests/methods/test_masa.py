@@ -205,6 +205,31 @@ def test_freezing_changes_no_bit_of_the_outputs(
         freeze_coefficients(loaded)
 
 
+def test_a_run_keeps_coefficients_and_no_network(tmp_path: Path) -> None:
+    from lorank.train import run
+    from lorank.train.recipe import Recipe
+
+    (tmp_path / "text.txt").write_text("".join(f"line {i} of a text that counts {i * i}\n" for i in range(900)))
+    recipe = Recipe(
+        method="masa", data=str(tmp_path / "text.txt"), vocab_size=300, sequence_length=32, batch_size=4, steps=2,
+        warmup_steps=1, eval_every=0,
+    )  # fmt: skip
+    found = run.pretrain(recipe, tmp_path / "run")
+    model, _ = run.load_model(str(tmp_path / "run"))
+    assert not any("embedding" in name for name in model.state_dict() if "lorank_atoms" in name)
+    assert model.config.lorank["arguments"]["coefficients"] == "table"
+    assert found is not None and found.parameters == model.num_parameters()
+
+
+def test_from_dense_keeps_a_model_that_its_atoms_span(small: Callable[..., Any], tokens: Tensor) -> None:
+    dense = small("llama").eval()
+    expected = dense(tokens).logits
+    with pytest.warns(UserWarning, match="no fewer atoms than blocks"):
+        model = MASA.from_dense(dense, atoms=len(dense.model.layers))
+    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
+    assert merge(model).config.model_type == "llama"
+
+
 def test_only_masa_has_coefficients_to_freeze(small: Callable[..., Any]) -> None:
     for model in (small("llama"), convert(small("llama"), "low-rank")):
         with pytest.raises(ValueError, match="no coefficient network to freeze; convert with MASA"):

@@ -188,6 +188,35 @@ def test_a_warm_start_moves_w_alone_and_then_gives_up_its_state(small: Any, toke
     assert all(layer.B.weight.any() for layer in layers_of(model))
 
 
+def test_idle_factors_are_not_in_the_norm_that_is_clipped(small: Any, tokens: Tensor) -> None:
+    model = convert(small("llama"), ReLoRA(rank=4, cycle=3, warm_start=2, dropout=0.0)).train()
+    dense = small("llama").train()
+    optimizer, _ = trainer(model, 8)
+    norms = []
+    for m in (model, dense):
+        m(input_ids=tokens, labels=tokens).loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(m.parameters(), 0.5))
+    torch.testing.assert_close(*norms)
+    for _ in range(2):
+        optimizer.step()
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    assert all(layer.A.weight.grad is not None for layer in layers_of(model))
+
+
+@pytest.mark.parametrize(
+    ("steps", "warm_start", "cycle"), [(400, 0, 100), (402, 0, 134), (802, 0, 401), (30, 0, 6), (420, 20, 100)]
+)
+def test_a_cycle_that_nobody_gave_divides_the_steps(steps: int, warm_start: int, cycle: int) -> None:
+    method = ReLoRA(warm_start=warm_start)
+    assert method.period(steps) == cycle
+    assert method.schedule(steps, 0, 0.1)(warm_start + cycle) == 0.0, "the restart"
+
+
+def test_a_prime_number_of_steps_has_no_cycles() -> None:
+    with pytest.raises(ValueError, match="steps=401 less warm_start=0 are not several times cycle=401"):
+        ReLoRA().period(401)
+
+
 @pytest.mark.parametrize("reset", ["reset", "random", "magnitude"])
 @pytest.mark.parametrize("warm_start", [0, 3])
 def test_stopped_and_started_again_at_any_step(reset: Any, warm_start: int, small: Any, tokens: Tensor) -> None:
@@ -232,7 +261,7 @@ def test_refusals(options: dict[str, Any], words: str) -> None:
 
 def test_a_run_of_broken_cycles_and_an_optimizer_without_moments_are_refused(small: Any) -> None:
     method = ReLoRA(rank=4, cycle=4, restart_warmup_steps=1)
-    with pytest.raises(ValueError, match="steps=10 less warm_start=0 are not a multiple of cycle=4"):
+    with pytest.raises(ValueError, match="steps=10 less warm_start=0 are not several times cycle=4"):
         method.schedule(10, 1, 0.1)
     with pytest.raises(ValueError, match="warmup_steps=5 do not fit into cycle=4"):
         method.schedule(8, 5, 0.1)

@@ -16,7 +16,8 @@ from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback, get_c
 from lorank import SST, Site, convert, merge, step_hook
 from lorank.accounting import count_parameters
 from lorank.conversion import find_sites
-from lorank.methods.sst import SSTLinear, generator, probabilities
+from lorank.methods.sst import SSTLinear, probabilities
+from lorank.parametrization import seeded_generator
 from lorank.train import run
 from lorank.train.recipe import Recipe
 
@@ -296,7 +297,7 @@ def test_an_iteration_gives_the_active_set_that_its_seed_draws_and_moves_nothing
         draw = torch.multinomial(
             (1 / len(layer.S) + layer.S.detach().double() / layer.S.detach().double().sum()) / 2,
             layer.rank,
-            generator=generator(3, 1, layer.key),
+            generator=seeded_generator(3, 1, layer.key),
         )
         expected.append(set(layer.index[draw].tolist()))
     optimizer.param_groups[0].update(lr=0.0)
@@ -334,7 +335,7 @@ def test_draws_follow_the_probabilities_and_are_distinct() -> None:
     layer = layer_of(5, 5, 1)
     for i in range(2000):
         layer.decompose(weight)
-        layer.resample(generator(0, i, "x"))
+        layer.resample(seeded_generator(0, i, "x"))
         counts[layer.index[0]] += 1
     expected = (1 / 5 + torch.tensor([8.0, 4, 2, 1, 1]).double() / 16) / 2
     assert (counts / 2000 - expected).abs().max() < 4 * math.sqrt(0.25 / 2000)
@@ -346,17 +347,17 @@ def test_draws_follow_the_probabilities_and_are_distinct() -> None:
 
 def test_every_layer_iteration_and_seed_has_draws_of_its_own_that_can_be_repeated() -> None:
     def first(*arguments: Any) -> int:
-        return int(torch.randint(2**60, (), generator=generator(*arguments)))
+        return int(torch.randint(2**60, (), generator=seeded_generator(*arguments)))
 
     keys = [(seed, iteration, key) for seed in (0, 1, 12) for iteration in (0, 1, 12) for key in ("a.1", "a.11", "a.2")]
     assert len({first(*key) for key in keys}) == len(keys)
     assert [first(*key) for key in keys] == [first(*key) for key in keys]
     state = torch.get_rng_state()
-    layer_of(16, 16, 4).resample(generator(0, 1, "x"))
+    layer_of(16, 16, 4).resample(seeded_generator(0, 1, "x"))
     torch.manual_seed(0)
     layer = SSTLinear(16, 16, 4)
     after_init = torch.get_rng_state()
-    layer.resample(generator(0, 2, "x"))
+    layer.resample(seeded_generator(0, 2, "x"))
     assert torch.equal(torch.get_rng_state(), after_init), "drawing leaves the global generator alone"
     torch.set_rng_state(state)
 

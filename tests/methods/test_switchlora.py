@@ -321,6 +321,21 @@ def test_a_rank_that_uses_the_whole_pool_exchanges_nothing() -> None:
 # ---- optimizer state and rests
 
 
+def test_what_rests_is_not_moved_by_weight_decay_either() -> None:
+    bench = Bench(16, 24, lr=0.1, rank=8, interval=10, freeze_steps=3, **ALWAYS).attach()
+    for group in bench.optimizer.param_groups:
+        group["weight_decay"] = 0.5
+    rested = 0
+    for _ in range(12):
+        before = bench.B.detach().clone()
+        bench.step()
+        columns = bench.b.resting[0]
+        rested += len(columns)
+        unchanged = (before == bench.B).all(dim=0)
+        assert unchanged[columns].all() and unchanged.sum() == len(columns)
+    assert rested > 8
+
+
 def test_after_an_exchange_the_counterpart_starts_anew_and_rests_and_the_vector_goes_on() -> None:
     bench = Bench(24, 32, lr=0.01, rank=10, interval=10, **ONCE)
     for _ in range(3):
