@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 Basis = Callable[[Tensor, int], Tensor]
-"""From gradients G [k, m, n] in fp32 and a rank r <= min(m, n): P [k, m, r] with orthonormal columns."""
+"""From gradients G [k, m, n] in fp32 or fp64 and a rank r <= min(m, n): P [k, m, r] with orthonormal columns."""
 
 
 def singular_basis(G: Tensor, rank: int) -> Tensor:

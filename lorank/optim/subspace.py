@@ -215,10 +215,10 @@ class Subspace(Optimizer):
         ]
         if due and inside[0].grad is None:
             some = G if len(due) == len(G) else G[due]
-            rank = min(group["rank"], *G.shape[1:])
+            wide, rank = some.to(torch.promote_types(G.dtype, torch.float32)), min(group["rank"], *G.shape[1:])
             for side, asked in zip(("left", "right"), sides(group["projection"], *G.shape[1:]), strict=True):
                 if asked:
-                    found = self.basis(some.float(), rank) if side == "left" else self.basis(some.float().mT, rank).mT
+                    found = self.basis(wide, rank) if side == "left" else self.basis(wide.mT, rank).mT
                     for i, basis in zip(due, found.to(G.dtype), strict=True):
                         stack.states[i][side] = basis.contiguous()
         for its, R in zip(inside, project(G, *_bases(stack)), strict=True):

@@ -79,6 +79,13 @@ class PretrainTrainer(Trainer):
             self.hook = step_hook(trained, self.optimizer, steps=self.args.max_steps, seed=self.args.seed)
         return self.optimizer
 
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        """Of what the optimizer sees, if that projects gradients as they arrive."""
+        made = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper keeps it there
+        if getattr(made, "in_backward", False):
+            return torch.nn.utils.clip_grad_norm_(made.seen_parameters(), self.args.max_grad_norm)  # type: ignore[union-attr]
+        return super()._clip_grad_norm(model)
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         if self.lr_scheduler is None and self.schedule is not None:
             trained: Any = self.optimizer if optimizer is None else optimizer

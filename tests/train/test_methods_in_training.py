@@ -98,6 +98,26 @@ def test_it_combines(method: str, changes: dict[str, Any], text: Path, tmp_path:
         assert curve == pytest.approx([loss for _, loss in losses(tmp_path / "plain")], rel=2e-4)
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 2])
+def test_gradients_projected_as_they_arrive_are_clipped_by_what_is_seen(
+    micro_batch_size: int | None, text: Path, tmp_path: Path
+) -> None:
+    """At full rank that is the whole gradient, so the run is the same."""
+    plain = recipe(
+        text, "galore", save_every=0, clip=0.05, rank=256, micro_batch_size=micro_batch_size, targets=["q_proj"]
+    )
+    whole = {"update_gap": 100, "in_backward": True}
+    run.pretrain(dataclasses.replace(plain, options={"update_gap": 100}), tmp_path / "plain")
+    run.pretrain(dataclasses.replace(plain, options=whole), tmp_path / "projected")
+    gradients = [
+        [r["gradient_norm"] for r in run.history(tmp_path / name) if "gradient_norm" in r]
+        for name in ("plain", "projected")
+    ]
+    assert gradients[1][0] == pytest.approx(gradients[0][0], rel=1e-4)
+    if micro_batch_size is None:  # else the basis is that of the first half of the batch
+        assert gradients[1] == pytest.approx(gradients[0], rel=1e-3)
+
+
 def find_fields(method: str) -> set[str]:
     from lorank.methods import find_method
 

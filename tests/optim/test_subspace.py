@@ -1,0 +1,231 @@
+"""What `Subspace` adds to GaLore's equations: staggered refreshes, gradients projected as they arrive, rules of 8 bits."""
+
+import io
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lorank.optim import FiraAdamW, GaLoreAdamW, Subspace, low_rank_groups
+from tests.optim.test_galore import gradients, matrices, run
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 8)).double()
+
+
+def groups(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
+    projected = [p for p in model.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if p.ndim != 2]
+    return [{"params": projected, "rank": 3, "update_gap": 3, **settings}, {"params": rest}]
+
+
+def train(model: nn.Module, optimizer: Any, steps: range, parts: int = 1, clip: float | None = None) -> list[float]:
+    """Losses of steps on batches of 12 rows, in so many micro-batches."""
+    losses = []
+    for step in steps:
+        x = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        total = 0.0
+        for part in x.chunk(parts):
+            loss = (model(part) - part[:, :8].sin()).square().mean() / parts
+            loss.backward()
+            total += loss.item()
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(optimizer.seen_parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(total)
+    return losses
+
+
+def test_projected_as_it_arrives_the_step_is_the_same_bit_by_bit() -> None:
+    together, apart = net(), net()
+    one = GaLoreAdamW(groups(together), lr=0.05)
+    other = GaLoreAdamW(groups(apart), lr=0.05, in_backward=True)
+    assert train(together, one, range(8)) == train(apart, other, range(8))
+    assert all(map(torch.equal, together.parameters(), apart.parameters()))
+
+
+def test_no_gradient_of_a_matrix_outlives_its_backward_pass() -> None:
+    model = net()
+    optimizer = GaLoreAdamW(groups(model), lr=0.05, in_backward=True)
+    model(torch.ones(2, 12, dtype=torch.float64)).sum().backward()
+    assert [p.grad is None for p in model.parameters()] == [True, False, True, False]
+    seen = {tuple(p.shape): p.grad.shape for p in optimizer.seen_parameters()}  # type: ignore[union-attr]
+    assert seen == {(20, 3): (20, 3), (3, 20): (3, 20), (20,): (20,), (8,): (8,)}
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in optimizer.seen_parameters())
+
+
+def test_micro_batches_add_up_inside_the_subspace() -> None:
+    """Between refreshes, projecting is linear; a basis itself is that of the first micro-batch."""
+    together, apart = net(), net()
+    bases: dict[torch.Size, Tensor] = {}
+
+    def noted(G: Tensor, rank: int) -> Tensor:  # the same for both: of the first basis of each shape
+        return bases.setdefault(G.shape[1:], torch.linalg.svd(G).U[..., :rank])
+
+    one = GaLoreAdamW(groups(together), lr=0.05, basis=noted)
+    other = GaLoreAdamW(groups(apart), lr=0.05, basis=noted, in_backward=True)
+    assert train(together, one, range(6), parts=3) == pytest.approx(train(apart, other, range(6), parts=3), rel=1e-12)
+    for p, q in zip(together.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_the_norm_that_is_clipped_is_that_of_what_the_optimizer_sees() -> None:
+    free, clipped = net(), net()
+    other = GaLoreAdamW(groups(clipped), lr=0.05, in_backward=True)
+    x = torch.ones(2, 12, dtype=torch.float64)
+    for model in (free, clipped):
+        model(x).square().sum().backward()
+    norm = torch.nn.utils.clip_grad_norm_(other.seen_parameters(), 0.01)
+    full = [
+        torch.linalg.svdvals(m)[:3]
+        for m in torch.autograd.grad(free(x).square().sum(), [free[0].weight, free[2].weight])
+    ]
+    rest = [p.grad for p in (free[0].bias, free[2].bias)]
+    assert norm == pytest.approx(torch.cat([*full, *rest]).norm().item(), rel=1e-9)
+    scaled = torch.cat([p.grad.flatten() for p in other.seen_parameters()])  # type: ignore[union-attr]
+    assert scaled.norm() == pytest.approx(0.01, rel=1e-4)
+
+
+def test_a_gradient_that_is_no_number_stops_the_backward_pass() -> None:
+    model = net()
+    optimizer = GaLoreAdamW(groups(model), lr=0.05, in_backward=True)
+    train(model, optimizer, range(2))
+    with pytest.raises(FloatingPointError, match=r"gradient of a matrix \(8, 20\) is not finite"):
+        (model(torch.ones(2, 12, dtype=torch.float64)) * float("nan")).sum().backward()
+
+
+def test_fira_needs_the_whole_gradient() -> None:
+    with pytest.raises(ValueError, match="in_backward=True frees the gradient whose residual Fira needs"):
+        FiraAdamW(groups(net()), lr=0.1, in_backward=True)
+
+
+def test_staggered_refreshes_take_turns() -> None:
+    parameters = matrices(*[(12, 20)] * 4)
+    optimizer = GaLoreAdamW([{"params": parameters, "rank": 4, "update_gap": 4}], lr=0.1, stagger=True)
+    changed = []
+    before: dict[nn.Parameter, Tensor] = {}
+    for step in range(9):
+        run(optimizer, parameters, range(step, step + 1))
+        now = {p: optimizer.state[p]["left"].clone() for p in parameters}
+        changed.append([i for i, p in enumerate(parameters) if p not in before or not torch.equal(before[p], now[p])])
+        before = now
+    assert changed == [[0, 1, 2, 3], [3], [2], [1], [0], [3], [2], [1], [0]]
+
+
+def test_a_staggered_matrix_is_one_alone_with_its_own_steps() -> None:
+    together, alone = matrices(*[(12, 20)] * 2), matrices(*[(12, 20)] * 2)
+    run(GaLoreAdamW([{"params": together, "rank": 4, "update_gap": 4}], lr=0.1, stagger=True), together, range(9))
+    run(GaLoreAdamW([{"params": alone, "rank": 4, "update_gap": 4}], lr=0.1), alone, range(9))
+    torch.testing.assert_close(together[0], alone[0], rtol=1e-9, atol=1e-9)
+    assert not torch.equal(together[1], alone[1])
+
+
+def test_it_goes_on_bit_by_bit_when_stopped_between_two_staggered_refreshes() -> None:
+    for stop in range(1, 6):
+        whole, broken = matrices(*[(12, 20)] * 3), matrices(*[(12, 20)] * 3)
+        make = lambda p: GaLoreAdamW([{"params": p, "rank": 4, "update_gap": 3}], lr=0.1, stagger=True)  # noqa: E731
+        run(make(whole), whole, range(6))
+        first, second = make(broken), make(broken)
+        run(first, broken, range(stop))
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        second.load_state_dict(torch.load(file, weights_only=True))
+        run(second, broken, range(stop, 6))
+        assert all(map(torch.equal, whole, broken)), stop
+
+
+# ---- 8 bits
+
+
+def eight_bit(parameters: list[nn.Parameter], **settings: Any) -> Subspace:
+    from lorank.train.optimizers import adamw_8bit
+
+    return Subspace([{"params": parameters, "rank": 64}], adamw_8bit, lr=0.01, **settings)
+
+
+def test_small_moments_of_8_bit_adamw_stay_in_32_and_the_step_is_that_of_adamw() -> None:
+    ours, theirs = (matrices((60, 90), dtype=torch.float32) for _ in range(2))  # R [60, 64]: 3,840 numbers
+    run(Subspace([{"params": ours, "rank": 40}], adamw8(), lr=0.01), ours, range(5))
+    run(Subspace([{"params": theirs, "rank": 40}], torch.optim.AdamW, lr=0.01), theirs, range(5))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
+
+
+def adamw8() -> Any:
+    from lorank.train.optimizers import adamw_8bit
+
+    return adamw_8bit
+
+
+def test_large_moments_take_a_byte_and_stay_near() -> None:
+    ours, theirs = (matrices((128, 160), dtype=torch.float32) for _ in range(2))
+    optimizer = eight_bit(ours)
+    run(optimizer, ours, range(5))
+    run(Subspace([{"params": theirs, "rank": 64}], torch.optim.AdamW, lr=0.01), theirs, range(5))
+    inner = optimizer.state[ours[0]]["inner"]
+    assert inner["state1"].dtype == inner["state2"].dtype == torch.uint8
+    moved = (theirs[0] - matrices((128, 160), dtype=torch.float32)[0]).norm()
+    assert ((ours[0] - theirs[0]).norm() / moved).item() < 0.1
+
+
+def test_8_bit_state_survives_a_safe_file_bit_by_bit() -> None:
+    for stop in (1, 3):
+        whole, broken = (matrices((128, 160), (20, 12), dtype=torch.float32) for _ in range(2))
+        run(eight_bit(whole, update_gap=2), whole, range(5))
+        first, second = eight_bit(broken, update_gap=2), eight_bit(broken, update_gap=2)
+        run(first, broken, range(stop))
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        second.load_state_dict(torch.load(file, weights_only=True))
+        run(second, broken, range(stop, 5))
+        assert all(map(torch.equal, whole, broken))
+
+
+# ---- groups of a model
+
+
+def names_of(model: nn.Module, groups: list[dict[str, Any]]) -> dict[int | None, set[str]]:
+    named = {id(p): name for name, p in model.named_parameters()}
+    found: dict[int | None, set[str]] = {}
+    for group in groups:
+        found.setdefault(group["rank"], set()).update(named[id(p)] for p in group["params"])
+    return found
+
+
+def test_block_matrices_are_projected_embeddings_head_and_norms_are_not() -> None:
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    found = names_of(model, low_rank_groups(model, 4))
+    projected = {n for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n}
+    assert len(projected) == 14
+    assert found == {4: projected, None: {n for n, _ in model.named_parameters()} - projected}
+    some = names_of(model, low_rank_groups(model, {"mlp": 0.5, ".*": 100}, exclude="o_proj"))
+    assert some[8] == {n for n in projected if "mlp" in n}, "a fraction is of the narrower side"
+    assert some[16] == {n for n in projected if "self_attn" in n and "o_proj" not in n}, "a rank is at most that side"
+    with pytest.raises(ValueError, match="targets='conv' matches no linear layer"):
+        low_rank_groups(model, 4, targets="conv")
+
+
+def test_a_fused_matrix_is_projected_as_the_one_it_is() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    found = names_of(model, low_rank_groups(model, 4))
+    inside = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert found[4] == {f"transformer.h.0.{name}.weight" for name in inside}
+    assert "transformer.wte.weight" in found[None]
+
+
+def test_at_full_rank_plain_gradient_descent_moves_by_the_gradient_itself() -> None:
+    [p] = matrices((12, 20))
+    optimizer = Subspace([{"params": [p], "rank": 12, "scale": 1.0}], torch.optim.SGD, lr=1.0)
+    before = p.detach().clone()
+    run(optimizer, [p], range(1))
+    torch.testing.assert_close(before - p, gradients(0, [p])[0])
