@@ -30,11 +30,18 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """A model's cost of training; FLOPs with recomputation, memory for one micro-batch on one device."""
+    """A model's cost of training; FLOPs and memory are those of one micro-batch on one device."""
 
     parameters: accounting.Parameters
-    flops_per_token: float
+    flops: accounting.Flops
+    tokens: int
+    """Of the micro-batch."""
     memory: accounting.Memory
+
+    @property
+    def flops_per_token(self) -> float:
+        """Recomputation included."""
+        return self.flops.total / self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +61,6 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         ValueError: as building the model would.
     """
-    tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
-    if tokenizer is None and recipe.vocab_size is None:
-        recipe = dataclasses.replace(recipe, vocab_size=4096)  # what a tokenizer trained on the data would have
     plain: dict[str, Any] = {
         "rank": None,
         "options": {},
@@ -65,25 +69,40 @@ def plan(recipe: Recipe) -> Plan:
         "checkpoint": None,
         "checkpoint_every": 1,
     }
+    dense = empty_model(dataclasses.replace(recipe, method="dense", **plain))
+    model = empty_model(recipe)
+    return Plan(_rows(dense, model), count(recipe, model), count(recipe, dense), model.is_activation_checkpointing)
+
+
+def empty_model(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's model on the meta device: shapes without data."""
+    tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
+    if tokenizer is None and recipe.vocab_size is None:
+        recipe = dataclasses.replace(recipe, vocab_size=4096)  # what a tokenizer trained on the data would have
     with torch.device("meta"):
-        dense = build_model(dataclasses.replace(recipe, method="dense", **plain), build_config(recipe, tokenizer))
-        model = build_model(recipe, build_config(recipe, tokenizer))
-    return Plan(_rows(dense, model), _counts(recipe, model), _counts(recipe, dense), model.is_activation_checkpointing)
+        return build_model(recipe, build_config(recipe, tokenizer))
 
 
-def _counts(recipe: Recipe, model: PreTrainedModel) -> Counts:
+def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts:
+    """What training `recipe`'s model takes; gradients are accumulated if the batch is more than all devices' micro-batches."""
     batch = recipe.micro_batch_size or recipe.batch_size
-    flops = accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length)
     return Counts(
         accounting.count_parameters(model),
-        flops.total / (batch * recipe.sequence_length),
-        accounting.memory_estimate(
-            model,
-            optimizer=recipe.optimizer,
-            batch=batch,
-            sequence_length=recipe.sequence_length,
-            autocast=recipe.precision == "bf16",
-        ),
+        accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length),
+        batch * recipe.sequence_length,
+        memory(recipe, model, batch, accumulate=batch * devices < recipe.batch_size),
+    )
+
+
+def memory(recipe: Recipe, model: PreTrainedModel, batch: int, *, accumulate: bool) -> accounting.Memory:
+    """What a device holds that trains `recipe`'s model on `batch` sequences at a time."""
+    return accounting.memory_estimate(
+        model,
+        optimizer=recipe.optimizer,
+        batch=batch,
+        sequence_length=recipe.sequence_length,
+        autocast=recipe.precision == "bf16",
+        accumulate=accumulate,
     )
 
 
