@@ -225,14 +225,12 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
         raise ValueError("--json and --csv exclude each other; give one of them")
     console = _quiet_console()
     if paper is not None:
-        set_ = click.core.ParameterSource.DEFAULT
-        other = [
-            n for n in ctx.params if n not in ("paper", "as_json", "as_csv") and ctx.get_parameter_source(n) != set_
-        ]
-        if other:
-            raise ValueError(
-                f"--paper prints published costs at the paper's own settings; drop --{other[0].replace('_', '-')}"
-            )
+        flags = {option.name: option.opts[0] for option in ctx.command.params}
+        untouched = click.core.ParameterSource.DEFAULT
+        free = ("paper", "as_json", "as_csv")
+        for name in ctx.params:
+            if name not in free and ctx.get_parameter_source(name) != untouched:
+                raise ValueError(f"--paper prints published costs at the paper's own settings; drop {flags[name]}")
         return _print_papers(console, paper, as_json, as_csv)
     from lorank.accelerators import Fleet, find_accelerator
     from lorank.report import plans

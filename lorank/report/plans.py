@@ -8,24 +8,23 @@ from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
+from rich.text import Text
 
 from lorank.report.tables import quantity
 from lorank.train.forecast import TOKENS_PER_PARAMETER, Fit, Forecast
 
 
-def _table(title: str, *columns: str, left: int = 1) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=None,
-        pad_edge=False,
-        header_style="dim",
-        padding=(0, 1),
-    )
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index < left else "right", no_wrap=True)
+def _table(*columns: str) -> Table:
+    """Names to the left, where long ones may wrap, figures to the right."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     return table
+
+
+def _under(title: str, table: Table) -> Group:
+    return Group(Text(title, "bold"), table)
 
 
 def forecast_tables(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float = 0) -> RenderableType:
@@ -56,17 +55,17 @@ def _title(what: str, found: Sequence[Forecast]) -> str:
     return f"{what}, {_shape(found[0].shape)}" if len(shapes) == 1 else what
 
 
-def _parameters(found: Sequence[Forecast]) -> Table:
-    table = _table(_title("Parameters", found), "", "total", "trainable", "in the blocks", "÷ dense")
+def _parameters(found: Sequence[Forecast]) -> Group:
+    table = _table("total", "trainable", "in the blocks", "÷ dense")
     for name, f in zip(_names(found), found, strict=True):
         dense = _first(found, f)
         ratio = f"{f.counts.parameters.total / dense.counts.parameters.total:.3f}" if dense else "-"
         table.add_row(name, *(f"{n:,}" for n in f.counts.parameters), ratio)
-    return table
+    return _under(_title("Parameters", found), table)
 
 
-def _flops(found: Sequence[Forecast]) -> Table:
-    table = _table("FLOPs per token, and of a step", "", "forward", "backward", "again", "sum", "a step", "÷ dense")
+def _flops(found: Sequence[Forecast]) -> Group:
+    table = _table("forward", "backward", "again", "sum", "a step", "÷ dense")
     for name, f in zip(_names(found), found, strict=True):
         dense, each = _first(found, f), f.counts.flops_per_token
         table.add_row(
@@ -76,7 +75,7 @@ def _flops(found: Sequence[Forecast]) -> Table:
             quantity(each * f.tokens_per_step),
             f"{each / dense.counts.flops_per_token:.3f}" if dense else "-",
         )
-    return table
+    return _under("FLOPs per token, and of a step", table)
 
 
 def _gib(size: float) -> str:
@@ -85,25 +84,25 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.3g}" if size < 1000 * 2**30 else f"{size / 2**30:,.0f}"
 
 
-def _memory(found: Sequence[Forecast]) -> Table:
+def _memory(found: Sequence[Forecast]) -> Group:
     r = found[0].recipe
     title = (
         f"Memory of one device in GiB, {r.micro_batch_size} sequences of {r.sequence_length} at a time, {r.precision}"
     )
-    table = _table(title, "", "weights", "gradients", r.optimizer, "activations", "peak", "when")
+    table = _table("weights", "gradients", r.optimizer, "activations", "peak", "when")
     for name, f in zip(_names(found), found, strict=True):
         m = f.counts.memory
         parts = (m.weights_bytes, m.gradients_bytes, m.optimizer_bytes, m.activations_bytes, m.peak_bytes)
         table.add_row(name, *map(_gib, parts), "-" if math.isnan(m.peak_bytes) else m.peak_when)
-    return table
+    return _under(title, table)
 
 
-def _run(found: Sequence[Forecast]) -> Table:
+def _run(found: Sequence[Forecast]) -> Group:
     fleet, budgets = found[0].fleet, {f.tokens for f in found}
     on = f"{fleet.devices} × {fleet.accelerator.name}" if fleet.devices > 1 else fleet.accelerator.name
     title = f"A run of {quantity(found[0].tokens)} tokens on {on}" if len(budgets) == 1 else f"A run on {on}"
     more = ["tokens"] if len(budgets) > 1 else []
-    table = _table(title, "", *more, "steps", "sent per step", "time", "energy", "price", "")
+    table = _table(*more, "steps", "sent per step", "time", "energy", "price", "")
     for name, f in zip(_names(found), found, strict=True):
         hours, energy, dollars = f.run
         table.add_row(
@@ -116,7 +115,7 @@ def _run(found: Sequence[Forecast]) -> Table:
             f"${dollars:,.0f}" if dollars >= 100 else f"${dollars:.2f}",
             "" if f.fits else f"does not fit in {f.fleet.accelerator.memory_gib:g} GiB",
         )
-    return table
+    return _under(title, table)
 
 
 def _duration(hours: float) -> str:
@@ -132,14 +131,12 @@ def _duration(hours: float) -> str:
     )
 
 
-def _fits(fits: Sequence[Fit], gib: float) -> Table:
+def _fits(fits: Sequence[Fit], gib: float) -> Group:
     shapes = list(fits[0].micro_batch)
-    table = _table(
-        f"What fits in {gib:g} GiB", "", *(f"micro-batch, {_shape(s)}" for s in shapes), "largest size at micro-batch 1"
-    )
+    table = _table(*(f"micro-batch, {_shape(s)}" for s in shapes), "largest size at micro-batch 1")
     for fit in fits:
         table.add_row(fit.method, *(str(fit.micro_batch[s] or "none") for s in shapes), fit.size or "none")
-    return table
+    return _under(f"What fits in {gib:g} GiB", table)
 
 
 def _assumptions(found: Sequence[Forecast]) -> list[str]:
