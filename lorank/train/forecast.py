@@ -264,7 +264,10 @@ def _peak(recipe: Recipe, model: PreTrainedModel, batch: int) -> float:
 def _largest_size(recipe: Recipe, limit: float) -> str | None:
     for name in reversed(SIZES):
         trial = dataclasses.replace(recipe, size=name, model=None)
-        if _peak(trial, _empty(trial), 1) <= limit:
+        model = _empty(trial)
+        numbers, each = accounting.count_parameters(model), next(model.parameters()).element_size()
+        least = each * (numbers.total + 2 * numbers.trainable)  # weights, gradients and one moment: known at once
+        if least <= limit and _peak(trial, model, 1) <= limit:
             return name
     return None
 
