@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -226,7 +226,8 @@ def fit_all(
             batches[name] = largest_below(peak, gib * 2**30)
             least = min(least, (peak(1), f"{method} {name}"))
         say(f"the largest size of {method}")
-        found.append(Fit(method, batches, _largest_size(with_method(shapes[0], method), gib * 2**30)))
+        sizes = {shape.size: batches[shape.size] > 0 for shape in shapes if shape.model is None}
+        found.append(Fit(method, batches, _largest_size(with_method(shapes[0], method), gib * 2**30, sizes)))
     if not any(fit.size or any(fit.micro_batch.values()) for fit in found):
         raise ValueError(
             f"nothing fits in {gib:g} GiB: {least[1]}, the least of what was asked, needs {least[0] / 2**30:.3g} GiB for "
@@ -261,8 +262,12 @@ def _peak(recipe: Recipe, model: PreTrainedModel, batch: int) -> float:
     return peak
 
 
-def _largest_size(recipe: Recipe, limit: float) -> str | None:
+def _largest_size(recipe: Recipe, limit: float, known: Mapping[str, bool]) -> str | None:
     for name in reversed(SIZES):
+        if name in known:
+            if known[name]:
+                return name
+            continue
         trial = dataclasses.replace(recipe, size=name, model=None)
         model = _empty(trial)
         numbers, each = accounting.count_parameters(model), next(model.parameters()).element_size()
