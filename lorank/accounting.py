@@ -10,6 +10,7 @@ import copy
 import gc
 import math
 import time
+import weakref
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -17,8 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from lorank.accelerators import ACCELERATORS
 from lorank.conversion import blocks
 from lorank.parametrization import SHARED
 
@@ -142,6 +146,18 @@ def training_state_bytes(parameters: int, *, weights: int = 2, gradients: int = 
     return parameters * (weights + gradients + moments)
 
 
+def all_reduce_bytes(gradients_bytes: int, devices: int) -> float:
+    """Bytes that each device sends, and as many that it receives, to sum the gradients of `devices` in a ring.
+
+    2 (p - 1) / p of the gradients: p - 1 times a p-th part to sum, p - 1 times to hand the sums round (Patarasuk and
+    Yuan, "Bandwidth optimal all-reduce algorithms for clusters of workstations", 2009).
+
+    >>> all_reduce_bytes(1000, 1), all_reduce_bytes(1000, 8)
+    (0.0, 1750.0)
+    """
+    return 2 * (devices - 1) / devices * gradients_bytes
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,18 +193,22 @@ class Saved(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of training on one device."""
+    """Bytes of training on one device; activations and peak are not a number where unknown: mixtures of experts."""
 
     weights_bytes: int
     """Parameters, and buffers that are saved with them."""
     gradients_bytes: int
     optimizer_bytes: int
     activations_bytes: float
-    """Not a number where it is unknown: mixtures of experts."""
+    """What a forward pass leaves for backward."""
+    peak_bytes: float
+    """The most that is held at once in a step, see `measure_peak`; below the total where gradients come as activations
+    go, above it where the backward pass needs more beside, such as the gradient of the logits."""
+    peak_when: Literal["forward", "backward", "step"]
 
     @property
     def total_bytes(self) -> float:
-        return sum(self)
+        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
 
 def shared_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -326,6 +346,74 @@ def _alive() -> list[Tensor]:
     return [o for o in gc.get_objects() if issubclass(type(o), Tensor) and o.layout is torch.strided]
 
 
+class _Meter(TorchDispatchMode):
+    """Follows the bytes of all storages that operations make, while they live; those of `known` tensors are left out."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.now = self.most = 0
+        self.phase = self.when = "forward"
+        self._seen = {_storage(tensor) for tensor in known}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided and _storage(leaf) not in self._seen:
+                self._note(leaf.untyped_storage())
+        return result
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._seen.add(key)
+        weakref.finalize(storage, self._forget, key, size).atexit = False
+        self.now += size
+        if self.now > self.most:
+            self.most, self.when = self.now, self.phase
+
+    def _forget(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.now -= size
+
+
+class Peak(NamedTuple):
+    """Bytes beside weights and optimizer state."""
+
+    activations_bytes: int
+    """What the forward pass left for backward."""
+    most_bytes: int
+    """The most that forward and backward held at once, gradients included."""
+    when: Literal["forward", "backward", "step"]
+    """Where that was; "step" if at the end of backward, when all gradients wait for the optimizer."""
+
+
+def measure_peak(
+    model: nn.Module, *, batch: int, sequence_length: int, autocast: bool = False, accumulate: bool = False
+) -> Peak:
+    """Follow every tensor of a training call on [batch, sequence_length] tokens, on a data-free twin.
+
+    Tensors only: neither the scratch memory inside a kernel nor what an allocator wastes between them.
+
+    Args:
+        accumulate: gradients of earlier micro-batches are there already.
+    """
+    with FakeTensorMode(), _told_as("measured"):
+        twin, inputs = _twin(model), _example(batch, sequence_length)
+        meter = _Meter([*twin.parameters(), *twin.buffers(), *inputs.values()])
+        with meter:
+            if accumulate:
+                for parameter in twin.parameters():
+                    if parameter.requires_grad:
+                        parameter.grad = torch.zeros_like(parameter)
+            before = meter.now
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = twin(**inputs).loss
+            activations = meter.now - before
+            meter.phase = "backward"
+            loss.backward()
+        when = "step" if meter.now >= 0.99 * meter.most else meter.when
+        return Peak(activations, meter.most, when)  # type: ignore[arg-type]
+
+
 def memory_estimate(
     model: nn.Module,
     *,
@@ -333,9 +421,10 @@ def memory_estimate(
     batch: int,
     sequence_length: int,
     autocast: bool = False,
+    accumulate: bool = False,
 ) -> Memory:
     """Bytes of training `model` on micro-batches [batch, sequence_length]: exact for the state, measured on a twin for
-    activations.
+    activations and peak; `accumulate` if a step has several of them.
 
     Without `optimizer_bytes`, those of AdamW: two moments per trainable number.
     """
@@ -343,21 +432,11 @@ def memory_estimate(
     weights = sum(t.numel() * t.element_size() for t in set(model.state_dict(keep_vars=True).values()))
     gradients = sum(p.numel() * p.element_size() for p in parameters)
     moments = 2 * gradients if optimizer_bytes is None else optimizer_bytes
-    activations = math.nan
-    if not _has_experts(model):
-        with FakeTensorMode(), _told_as("measured"):
-            activations = measure_saved(_twin(model), _example(batch, sequence_length), autocast=autocast).bytes
-    return Memory(weights, gradients, moments, activations)
-
-
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-}  # fmt: skip
-"""bf16 FLOP/s of dense matrix products, from the makers' data sheets (SXM parts), by a piece of the device's name."""
+    if _has_experts(model):
+        return Memory(weights, gradients, moments, math.nan, math.nan, "backward")
+    found = measure_peak(model, batch=batch, sequence_length=sequence_length, autocast=autocast, accumulate=accumulate)
+    held = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+    return Memory(weights, gradients, moments, found.activations_bytes, held + moments + found.most_bytes, found.when)
 
 
 def achievable_flops() -> tuple[float, str]:
@@ -365,9 +444,9 @@ def achievable_flops() -> tuple[float, str]:
     s."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
-        for piece, rate in PEAK_FLOPS.items():
-            if piece in name:
-                return rate, f"data sheet of {piece}, bf16"
+        for accelerator in ACCELERATORS.values():
+            if accelerator.device in name:
+                return accelerator.flops, f"data sheet of {accelerator.name}, bf16"
     device, size, best = ("cuda" if torch.cuda.is_available() else "cpu"), 1024, 0.0
     a = torch.randn(size, size, device=device)
     end = time.perf_counter() + 0.3

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 import lorank
+from lorank.sizes import find_size
 from lorank.train.recipe import Recipe, alternatives_of, setting_types
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
@@ -176,6 +177,115 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
 
 
 @cli.command(context_settings=SETTINGS)
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    metavar="NAME",
+    help="Llama of this size, 20m to 7b; may be repeated.",
+    show_default="60m",
+)
+@click.option(
+    "--model",
+    "models",
+    multiple=True,
+    metavar="CONFIG",
+    help="A model type, folder, config.json or hub name; may be repeated.",
+)
+@click.option(
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="NAME",
+    help="dense or a method; may be repeated.",
+    show_default="eight of them",
+)
+@click.option("--rank", type=Number(), default=None, help="As in pretrain, for all methods with a rank.")
+@click.option("--vocab-size", type=click.IntRange(min=1), default=32_000, help="Entries of the vocabulary.")
+@click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens per sequence.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=512, help="Sequences per step, over all devices.")
+@click.option(
+    "--micro-batch-size", type=click.IntRange(min=1), default=16, help="Sequences per device and forward pass."
+)
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "bf16-pure"]), default="bf16", help="As in pretrain.")
+@click.option(
+    "--optimizer",
+    type=click.Choice(typing.get_args(setting_types()["optimizer"])),
+    default="adamw",
+    help="As in pretrain.",
+)
+@click.option(
+    "--checkpoint",
+    type=click.Choice(["none", "bottlenecks", "bottlenecks+attention", "blocks", "recurrence"]),
+    default=None,
+    help="What blocks keep for backward, for all methods.",
+    show_default="each method's own",
+)
+@click.option("--attention", default="sdpa", help="As in pretrain.")
+@click.option(
+    "--tokens", default=None, metavar="N", help="Budget, such as 1.1B.", show_default="20 per dense parameter"
+)
+@click.option("--accelerator", default="h100", metavar="NAME", help="What the run is priced for.")
+@click.option("--devices", type=click.IntRange(min=1), default=8, help="How many of them, data parallel.")
+@click.option(
+    "--utilisation", type=float, default=0.4, help="Assumed part of the peak rate; recomputation counts as work."
+)
+@click.option("--flops", type=float, default=None, help="Peak bf16 FLOP/s of a device.", show_default="data sheet")
+@click.option("--watts", type=float, default=None, help="Power of a device.", show_default="data sheet")
+@click.option("--price", type=float, default=None, help="Dollars per device and hour.", show_default="assumed")
+@click.option("--fits", type=float, default=None, metavar="GIB", help="Also find what fits in that much memory.")
+@click.option(
+    "--paper", default=None, metavar="NAME", help="Instead: a paper's published costs beside ours; all: every one."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values instead of tables.")
+@click.pass_context
+def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fits: float | None, **given: Any) -> None:
+    """What training would take before it is begun: parameters, FLOPs, memory, time, energy and price, method by method.
+
+    Nothing is trained and no memory is taken for the models; a few seconds for each row.
+    """
+    if as_json and as_csv:
+        raise ValueError("--json and --csv exclude each other; give one of them")
+    console = _quiet_console()
+    if paper is not None:
+        flags = {option.name: option.opts[0] for option in ctx.command.params}
+        untouched = click.core.ParameterSource.DEFAULT
+        free = ("paper", "as_json", "as_csv")
+        for name in ctx.params:
+            if name not in free and ctx.get_parameter_source(name) != untouched:
+                raise ValueError(f"--paper prints published costs at the paper's own settings; drop {flags[name]}")
+        return _print_papers(console, paper, as_json, as_csv)
+    from lorank.accelerators import Fleet, find_accelerator
+    from lorank.report import plans
+    from lorank.train import forecast
+
+    overrides = {"flops": given.pop("flops"), "watts": given.pop("watts"), "dollars_per_hour": given.pop("price")}
+    accelerator = find_accelerator(given.pop("accelerator"))
+    accelerator = accelerator._replace(**{name: value for name, value in overrides.items() if value is not None})
+    fleet = Fleet(accelerator=accelerator, devices=given.pop("devices"), utilisation=given.pop("utilisation"))
+    tokens = given.pop("tokens")
+    budget = None if tokens is None else forecast.read_tokens(tokens)
+    sizes, models = forecast.split_names(given.pop("sizes")), list(given.pop("models"))
+    methods = given.pop("methods")
+    names = forecast.split_names(methods) if methods else list(forecast.METHODS)
+    shapes = [Recipe(size=size, **given) for size in sizes or ([] if models else ["60m"])]
+    shapes += [Recipe(model=model, **given) for model in models]
+    for size in sizes:
+        find_size(size)
+    with _errors_console().status("counting") as status:
+        say = lambda line: status.update(f"counting {line}")  # noqa: E731
+        found = forecast.forecast_all(shapes, names, fleet=fleet, tokens=budget, say=say)
+        fit = forecast.fit_all(shapes, names, fits, say=say) if fits is not None else []
+    if as_json:
+        click.echo(plans.forecasts_json(found, fit, fits))
+    elif as_csv:
+        click.echo(plans.forecasts_csv(found, fit, fits))
+    else:
+        console.print(plans.forecast_tables(found, fit, fits or 0), highlight=False)
+
+
+@cli.command(context_settings=SETTINGS)
 @click.argument("model")
 @click.option("--data", default="embedded", help="As in pretrain; of embedded and hub data the held-out part is used.")
 @click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens per sequence.")
@@ -245,6 +355,26 @@ def demo(out: str, steps: int | None) -> None:
         console.print(summary["sample"], markup=False, highlight=False)
     console.rule()
     console.print(f"runs and curves: [bold]{out}/dense[/bold], [bold]{out}/cola[/bold], [bold]{out}/loss.png[/bold]")
+
+
+def _print_papers(console: Any, name: str, as_json: bool, as_csv: bool) -> None:
+    from lorank.papers import PAPERS, find_paper
+    from lorank.report import papers
+
+    found = [find_paper(paper) for paper in (PAPERS if name == "all" else [name])]
+    if as_json:
+        click.echo(papers.papers_json(found))
+    elif as_csv:
+        click.echo(papers.papers_csv(found))
+    else:
+        console.print(papers.paper_tables(found), highlight=False)
+
+
+def _errors_console() -> Any:
+    """A console for what passes: progress that leaves no trace in what is piped on."""
+    from rich.console import Console
+
+    return Console(stderr=True)
 
 
 def _quiet_console() -> Any:

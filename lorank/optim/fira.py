@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lorank.optim import galore
 from lorank.optim.galore import GaLoreAdamW
 from lorank.optim.matrices import Stack
 from lorank.optim.subspace import lift, project
@@ -43,6 +44,15 @@ def limited(residual: Tensor, before: Tensor) -> Tensor:
     growth = residual.norm(dim=(-2, -1)) / (before + EPS)
     factor = torch.where(before < 0, torch.ones_like(growth), GAMMA / growth.clamp(min=GAMMA))
     return residual * factor[:, None, None]
+
+
+def state_elements(m: int, n: int, r: int) -> int:
+    """Numbers kept for a matrix [m, n]: GaLore's and the norm of S.
+
+    >>> state_elements(1376, 512, 128)
+    417793
+    """
+    return galore.state_elements(m, n, r) + 1
 
 
 class FiraAdamW(GaLoreAdamW):

@@ -25,6 +25,15 @@ import torch
 from lorank.optim.subspace import Subspace
 
 
+def state_elements(m: int, n: int, r: int) -> int:
+    """Numbers kept for a matrix [m, n]: two moments [r, max(m, n)] and the basis [r, min(m, n)].
+
+    >>> state_elements(1376, 512, 128)
+    417792
+    """
+    return 2 * r * max(m, n) + r * min(m, n)
+
+
 class GaLoreAdamW(Subspace):
     """AdamW whose groups with a `rank` are projected; arguments and errors as in `Subspace` and ``torch.optim.AdamW``.
 

@@ -149,12 +149,17 @@ def check_causal(model: PreTrainedModel) -> None:
         )
 
 
+def check_name(method: str) -> None:
+    """Raises ValueError for a method that neither lorank nor an installed package has."""
+    known = [*method_names(), *optimizer_names(), "dense"]
+    if method not in known:
+        raise lookup.unknown("method", "methods", method, known)
+
+
 def build_method(recipe: Recipe) -> Any:
     """The recipe's method with its hyper-parameters; the rank is the recipe's, else the size's, else the method's
     default."""
-    known_methods = [*method_names(), *optimizer_names(), "dense"]
-    if recipe.method not in known_methods:
-        raise lookup.unknown("method", "methods", recipe.method, known_methods)
+    check_name(recipe.method)
     method = find_method(recipe.method)
     fields = dict(recipe.options)
     known = list(method.__dataclass_fields__)

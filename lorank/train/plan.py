@@ -42,11 +42,18 @@ class Treatment:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """A model's cost of training; FLOPs with recomputation, memory for one micro-batch on one device."""
+    """A model's cost of training; FLOPs and memory are those of one micro-batch on one device."""
 
     parameters: accounting.Parameters
-    flops_per_token: float
+    flops: accounting.Flops
+    tokens: int
+    """Of the micro-batch."""
     memory: accounting.Memory
+
+    @property
+    def flops_per_token(self) -> float:
+        """Recomputation included."""
+        return self.flops.total / self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +75,6 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         ValueError: as building the model would.
     """
-    tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
-    if tokenizer is None and recipe.vocab_size is None:
-        recipe = dataclasses.replace(recipe, vocab_size=4096)  # what a tokenizer trained on the data would have
     plain: dict[str, Any] = {
         "rank": None,
         "options": {},
@@ -79,33 +83,49 @@ def plan(recipe: Recipe) -> Plan:
         "checkpoint": None,
         "checkpoint_every": 1,
     }
-    with torch.device("meta"):
-        dense = build_model(dataclasses.replace(recipe, method="dense", **plain), build_config(recipe, tokenizer))
-        model = build_model(recipe, build_config(recipe, tokenizer))
+    twin = dataclasses.replace(recipe, method="dense", **plain)
+    dense = empty_model(twin)
+    model = empty_model(recipe)
     projection = find_projection(recipe, model)
     return Plan(
         _rows(dense, model),
         _treatments(recipe, model, projection) if projection else [],
-        _counts(recipe, model, projection),
-        _counts(recipe, dense, None),
+        count(recipe, model),
+        count(twin, dense),
         model.is_activation_checkpointing,
     )
 
 
-def _counts(recipe: Recipe, model: PreTrainedModel, projection: Projection | None) -> Counts:
+def empty_model(recipe: Recipe) -> PreTrainedModel:
+    """The recipe's model on the meta device: shapes without data."""
+    tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
+    if tokenizer is None and recipe.vocab_size is None:
+        recipe = dataclasses.replace(recipe, vocab_size=4096)  # what a tokenizer trained on the data would have
+    with torch.device("meta"):
+        return build_model(recipe, build_config(recipe, tokenizer))
+
+
+def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts:
+    """What training `recipe`'s model takes; gradients are accumulated if the batch is more than all devices' micro-batches."""
     batch = recipe.micro_batch_size or recipe.batch_size
-    flops = accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length)
-    kind, ranks = projection or (None, None)
     return Counts(
         accounting.count_parameters(model),
-        flops.total / (batch * recipe.sequence_length),
-        accounting.memory_estimate(
-            model,
-            optimizer_bytes=state_bytes(model, recipe.optimizer, kind, ranks, recipe.options),
-            batch=batch,
-            sequence_length=recipe.sequence_length,
-            autocast=recipe.precision == "bf16",
-        ),
+        accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length),
+        batch * recipe.sequence_length,
+        memory(recipe, model, batch, accumulate=batch * devices < recipe.batch_size),
+    )
+
+
+def memory(recipe: Recipe, model: PreTrainedModel, batch: int, *, accumulate: bool) -> accounting.Memory:
+    """What a device holds that trains `recipe`'s model on `batch` sequences at a time."""
+    kind, ranks = find_projection(recipe, model) or (None, None)
+    return accounting.memory_estimate(
+        model,
+        optimizer_bytes=state_bytes(model, recipe.optimizer, kind, ranks, recipe.options),
+        batch=batch,
+        sequence_length=recipe.sequence_length,
+        autocast=recipe.precision == "bf16",
+        accumulate=accumulate,
     )
 
 

@@ -1,0 +1,87 @@
+"""What a few accelerators can do by their makers' data sheets, and what a run on them takes."""
+
+import difflib
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Accelerator(NamedTuple):
+    """One device. All but the price are a data sheet's."""
+
+    name: str
+    device: str
+    """A piece of the name under which PyTorch knows it."""
+    flops: float
+    """bf16 operations per second in dense matrix products, without structured sparsity."""
+    memory_gib: float
+    """The data sheet's GB; what is left of it to tensors is some 2 to 5 % less."""
+    watts: float
+    """Board power at full load."""
+    dollars_per_hour: float
+    """Our assumption, a round figure: offers differ by a factor of three and change monthly."""
+
+
+ACCELERATORS = {  # where one piece of a name is part of another, the longer comes first
+    "b200": Accelerator("B200 SXM", "B200", 2250e12, 180, 1000, 5.00),
+    "h200": Accelerator("H200 SXM", "H200", 989e12, 141, 700, 3.50),
+    "h100-pcie": Accelerator("H100 PCIe", "H100 PCIe", 756e12, 80, 350, 2.00),
+    "h100": Accelerator("H100 SXM", "H100", 989e12, 80, 700, 2.50),
+    "a100-40gb": Accelerator("A100 SXM 40 GB", "A100-SXM4-40GB", 312e12, 40, 400, 1.20),
+    "a100": Accelerator("A100 SXM 80 GB", "A100", 312e12, 80, 400, 1.50),
+    "l40s": Accelerator("L40S", "L40S", 362e12, 48, 350, 1.00),
+    "l4": Accelerator("L4", "L4", 121e12, 24, 72, 0.60),
+    "rtx-4090": Accelerator("GeForce RTX 4090", "RTX 4090", 165e12, 24, 450, 0.40),
+    "mi300x": Accelerator("Instinct MI300X", "MI300X", 1307e12, 192, 750, 2.50),
+}
+
+
+def find_accelerator(name: str) -> Accelerator:
+    """The accelerator of that name; ValueError that lists the known ones if there is none."""
+    if (found := ACCELERATORS.get(name.lower().replace(" ", "-"))) is not None:
+        return found
+    near = difflib.get_close_matches(name.lower(), ACCELERATORS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(f"unknown accelerator {name!r}; {hint}the accelerators are: {', '.join(ACCELERATORS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """Devices that train one model together, and what is assumed of them; ValueError for what cannot be.
+
+    >>> one_hour = Fleet(accelerator=find_accelerator("h100"), devices=8).run(8 * 0.4 * 989e12 * 3600)
+    >>> one_hour.hours, one_hour.kilowatt_hours, one_hour.dollars
+    (1.0, 5.6, 20.0)
+    """
+
+    accelerator: Accelerator
+    devices: int = 8
+    utilisation: float = 0.4
+    """Part of the peak rate that is reached; operations of recomputation count as work."""
+
+    def __post_init__(self) -> None:
+        if self.devices < 1:
+            raise ValueError(f"devices={self.devices} is not positive")
+        if not 0 < self.utilisation <= 1:
+            raise ValueError(f"utilisation={self.utilisation} is not in (0, 1]; 0.3 to 0.5 are usual")
+        for field in ("flops", "watts", "dollars_per_hour"):
+            value = getattr(self.accelerator, field)
+            if not (math.isfinite(value) and (value > 0 or (field == "dollars_per_hour" and value == 0))):
+                raise ValueError(f"{field}={value} is not a positive number")
+
+    def run(self, flops: float) -> "Run":
+        """What that many operations take: devices work at full board power, and wait for nothing."""
+        hours = flops / (self.devices * self.accelerator.flops * self.utilisation) / 3600
+        return Run(
+            hours,
+            hours * self.devices * self.accelerator.watts / 1000,
+            hours * self.devices * self.accelerator.dollars_per_hour,
+        )
+
+
+class Run(NamedTuple):
+    """What a run takes, all devices together."""
+
+    hours: float
+    kilowatt_hours: float
+    dollars: float

@@ -1,0 +1,107 @@
+"""Costs as the MASA paper prints them."""
+
+from lorank.methods.masa import compression
+from lorank.papers import VOCABULARY, Paper, PaperTable
+
+SHAPES = {"s": (768, 12), "m": (1024, 24), "l": (1536, 24)}
+"""(d, L), inferred from the published totals: tied embeddings, MLPs of width 4 d without a gate."""
+KV_HEADS = {"s": 1 / 6, "m": 1 / 8, "l": 1 / 6}
+"""Key-value heads per query head in the paper's GQA rows, inferred from its compression."""
+
+
+def parameters(row: str, name: str) -> float:
+    d, blocks = SHAPES[name]
+    attention = 4 * d * d * blocks
+    return {
+        "model": VOCABULARY * d + 12 * d * d * blocks,
+        "attention, dense": attention,
+        "attention, MASA-QKVO": attention * (1 - compression(blocks, blocks // 3, 4)),
+    }[row] / 1e6
+
+
+def attention_percent(row: str, name: str) -> float:
+    _, blocks = SHAPES[name]
+    if row == "GQA":
+        return 100 * (1 - KV_HEADS[name]) / 2
+    return 100 * compression(blocks, blocks // 3, {"MASA-QKV": 3, "MASA-QKVO": 4}[row])
+
+
+def by_atoms(row: str, atoms: str) -> float:
+    return 100 * compression(12, int(atoms.removeprefix("S = ")), {"MASA-QKV": 3, "MASA-QKVO": 4}[row])
+
+
+def vision(row: str, column: str) -> float:
+    d, blocks = (int(part) for part in column.split(" x "))
+    attention = 4 * d * d * blocks
+    return {
+        "fewer parameters, M": attention * compression(blocks, 4, 4) / 1e6,
+        "parameters, vanilla, M": 12 * d * d * blocks / 1e6,
+    }[row]
+
+
+WIDE_MLP = "blocks of 12 d² hold more; half of it, 6 d², would fit: MLPs as wide as the model"
+PAPER = Paper(
+    name="masa",
+    title="Share Your Attention: Transformer Weight Sharing via Matrix-based Dictionary Learning",
+    arxiv="2508.04581",
+    tables=(
+        PaperTable(
+            title="Parameters, M",
+            columns=("s", "m", "l"),
+            rows={
+                "model": ("110", "335", "729"),
+                "attention, dense": (None, None, "226.5"),
+                "attention, MASA-QKVO": (None, None, "75"),
+            },
+            ours=parameters,
+            formula="32,000 d + 12 d² L; attention 4 d² L, of which a third stays",
+            source="the paper's text; the shapes are our inference from these figures",
+        ),
+        PaperTable(
+            title="Compression of attention, %",
+            columns=("s", "m", "l"),
+            rows={
+                "GQA": ("41.7", "43.8", "41.7"),
+                "MASA-QKV": ("50", "50", "50"),
+                "MASA-QKVO": ("66.7", "66.7", "66.7"),
+            },
+            ours=attention_percent,
+            formula="shared / 4 (1 - S / L), S = L / 3; GQA (1 - g / H) / 2",
+            source="the paper's main table, read in its text",
+        ),
+        PaperTable(
+            title="The same by number of atoms, model s, %",
+            columns=("S = 2", "S = 4", "S = 6", "S = 8"),
+            rows={"MASA-QKV": ("62.5", "50", "37.5", "25"), "MASA-QKVO": ("83.3", "66.7", "50", "33.3")},
+            ours=by_atoms,
+            formula="shared / 4 (1 - S / L), L = 12",
+            source="the paper's ablation, read in its text",
+        ),
+        PaperTable(
+            title="Vision transformers by width x blocks, S = 4",
+            columns=("64 x 12", "256 x 12", "256 x 24"),
+            rows={
+                "parameters, vanilla, M": ("0.600", "4.770", "9.520"),
+                "fewer parameters, M": ("0.272", "0.466", "2.044"),
+            },
+            ours=vision,
+            formula="blocks of 12 d², patches and head not counted; 4 d² (L - S) of them go",
+            source="read off the paper's chart, the difference of two bars; patches and head are not known",
+            strays={
+                (
+                    "parameters, vanilla, M",
+                    "64 x 12",
+                ): "patches, positions and head, some 0.01 M, are not in the formula",
+                ("parameters, vanilla, M", "256 x 12"): WIDE_MLP,
+                ("parameters, vanilla, M", "256 x 24"): WIDE_MLP,
+                ("fewer parameters, M", "64 x 12"): "attention has 0.197 M in all, less than what is said to go",
+                (
+                    "fewer parameters, M",
+                    "256 x 12",
+                ): "less than the attention that goes with four atoms for twelve blocks",
+                ("fewer parameters, M", "256 x 24"): "less than the attention that goes with four atoms for 24 blocks",
+            },
+        ),
+    ),
+    left_out="tokens/s",
+)

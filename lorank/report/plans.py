@@ -1,0 +1,197 @@
+"""Forecasts and published tables for the terminal: narrow enough for 80 columns."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from lorank.report.tables import quantity
+from lorank.train.forecast import TOKENS_PER_PARAMETER, Fit, Forecast
+
+
+def _table(*columns: str) -> Table:
+    """Names to the left, where long ones may wrap, figures to the right."""
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _under(title: str, table: Table) -> Group:
+    return Group(Text(title, "bold"), table)
+
+
+def forecast_tables(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float = 0) -> RenderableType:
+    """Parameters and FLOPs, memory, the run, and what fits; a row for each method at each shape."""
+    parts: list[RenderableType] = [_parameters(found), "", _flops(found), "", _memory(found), "", _run(found)]
+    if fits:
+        parts += ["", _fits(fits, gib)]
+    return Group(*parts, "", *_assumptions(found))
+
+
+def _names(found: Sequence[Forecast]) -> list[str]:
+    several = len({f.shape for f in found}) > 1
+    return [f"{_shape(f.shape)} {f.recipe.method}" if several else f.recipe.method for f in found]
+
+
+def _shape(name: str) -> str:
+    """Of a path its last two parts are enough to tell it from others."""
+    return "/".join(name.rstrip("/").split("/")[-2:])
+
+
+def _first(found: Sequence[Forecast], one: Forecast) -> Forecast | None:
+    """The dense row of the same shape."""
+    return next((f for f in found if f.shape == one.shape and f.recipe.method == "dense"), None)
+
+
+def _title(what: str, found: Sequence[Forecast]) -> str:
+    shapes = {f.shape for f in found}
+    return f"{what}, {_shape(found[0].shape)}" if len(shapes) == 1 else what
+
+
+def _parameters(found: Sequence[Forecast]) -> Group:
+    table = _table("total", "trainable", "in the blocks", "÷ dense")
+    for name, f in zip(_names(found), found, strict=True):
+        dense = _first(found, f)
+        ratio = f"{f.counts.parameters.total / dense.counts.parameters.total:.3f}" if dense else "-"
+        table.add_row(name, *(f"{n:,}" for n in f.counts.parameters), ratio)
+    return _under(_title("Parameters", found), table)
+
+
+def _flops(found: Sequence[Forecast]) -> Group:
+    table = _table("forward", "backward", "again", "sum", "a step", "÷ dense")
+    for name, f in zip(_names(found), found, strict=True):
+        dense, each = _first(found, f), f.counts.flops_per_token
+        table.add_row(
+            name,
+            *(quantity(n / f.counts.tokens) if n else "-" for n in f.counts.flops),
+            quantity(each),
+            quantity(each * f.tokens_per_step),
+            f"{each / dense.counts.flops_per_token:.3f}" if dense else "-",
+        )
+    return _under("FLOPs per token, and of a step", table)
+
+
+def _gib(size: float) -> str:
+    if math.isnan(size):
+        return "unknown"
+    return f"{size / 2**30:.3g}" if size < 1000 * 2**30 else f"{size / 2**30:,.0f}"
+
+
+def _memory(found: Sequence[Forecast]) -> Group:
+    r = found[0].recipe
+    title = (
+        f"Memory of one device in GiB, {r.micro_batch_size} sequences of {r.sequence_length} at a time, {r.precision}"
+    )
+    table = _table("weights", "gradients", r.optimizer, "activations", "peak", "when")
+    for name, f in zip(_names(found), found, strict=True):
+        m = f.counts.memory
+        parts = (m.weights_bytes, m.gradients_bytes, m.optimizer_bytes, m.activations_bytes, m.peak_bytes)
+        table.add_row(name, *map(_gib, parts), "-" if math.isnan(m.peak_bytes) else m.peak_when)
+    return _under(title, table)
+
+
+def _run(found: Sequence[Forecast]) -> Group:
+    fleet, budgets = found[0].fleet, {f.tokens for f in found}
+    on = f"{fleet.devices} × {fleet.accelerator.name}" if fleet.devices > 1 else fleet.accelerator.name
+    title = f"A run of {quantity(found[0].tokens)} tokens on {on}" if len(budgets) == 1 else f"A run on {on}"
+    more = ["tokens"] if len(budgets) > 1 else []
+    table = _table(*more, "steps", "sent per step", "time", "energy", "price", "")
+    for name, f in zip(_names(found), found, strict=True):
+        hours, energy, dollars = f.run
+        table.add_row(
+            name,
+            *([quantity(f.tokens)] if more else []),
+            f"{f.steps:,}",
+            f"{quantity(f.all_reduce_bytes)}B" if f.fleet.devices > 1 else "-",
+            _duration(hours),
+            f"{quantity(energy * 1000)}Wh" if energy >= 1 else f"{energy * 1000:.3g} Wh",
+            f"${dollars:,.0f}" if dollars >= 100 else f"${dollars:.2f}",
+            "" if f.fits else f"does not fit in {f.fleet.accelerator.memory_gib:g} GiB",
+        )
+    return _under(title, table)
+
+
+def _duration(hours: float) -> str:
+    for unit, size in (("years", 24 * 365.25), ("days", 24), ("h", 1)):
+        if hours >= 2 * size:
+            return f"{hours / size:,.1f} {unit}"
+    return (
+        f"{hours * 60:.1f} min"
+        if hours >= 1 / 20
+        else f"{hours * 3600:,.0f} s"
+        if hours >= 1 / 360
+        else f"{hours * 3600:.2g} s"
+    )
+
+
+def _fits(fits: Sequence[Fit], gib: float) -> Group:
+    shapes = list(fits[0].micro_batch)
+    table = _table(*(f"micro-batch, {_shape(s)}" for s in shapes), "largest size at micro-batch 1")
+    for fit in fits:
+        table.add_row(fit.method, *(str(fit.micro_batch[s] or "none") for s in shapes), fit.size or "none")
+    return _under(f"What fits in {gib:g} GiB", table)
+
+
+def _assumptions(found: Sequence[Forecast]) -> list[str]:
+    fleet = found[0].fleet
+    a = fleet.accelerator
+    lines = [
+        "Counted: FLOPs of matrix products and attention (again: recomputed); bytes of tensors, without a kernel's scratch "
+        "memory and an allocator's waste.",
+    ]
+    if fleet.devices > 1:
+        lines.append(f"Sent per step: 2 (p - 1) / p of the gradients' bytes, p = {fleet.devices} devices in a ring.")
+    lines += [
+        f"Data sheet of {a.name}: {a.flops / 1e12:,.0f} TFLOP/s in bf16, {a.memory_gib:g} GB, {a.watts:g} W.",
+        f"Assumed: {fleet.utilisation:.0%} of that rate for every method (the narrow products of low-rank factors may reach "
+        f"less), ${a.dollars_per_hour:.2f} per device and hour, full board power, no waiting for the network.",
+    ]
+    if found[0].budget_is_default:
+        lines.append(
+            f"Tokens: {TOKENS_PER_PARAMETER} for each parameter of the dense model, unless --tokens says otherwise."
+        )
+    return lines
+
+
+# ---- for programs
+
+
+def forecasts_json(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float | None = None) -> str:
+    """Forecasts, and what fits if it was asked."""
+    content: dict = {"forecasts": [f.to_dict() for f in found]}
+    if fits:
+        content["fits"] = [
+            {"gib": gib, "method": f.method, "largest_micro_batch": f.micro_batch, "largest_size": f.size} for f in fits
+        ]
+    return json.dumps(content, indent=2)
+
+
+def forecasts_csv(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float | None = None) -> str:
+    """One line per forecast under a line of names; what fits is in the last three columns."""
+    rows = [f.to_dict() for f in found]
+    by_method = {fit.method: fit for fit in fits}
+    if fits:
+        for row in rows:
+            fit = by_method[row["method"]]
+            row |= {
+                "fits_gib": gib,
+                "largest_micro_batch": fit.micro_batch[row["shape"]],
+                "largest_size": fit.size,
+            }
+    return records_csv(rows)
+
+
+def records_csv(rows: Sequence[dict]) -> str:
+    """Records with the same keys as comma-separated values."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip("\n")

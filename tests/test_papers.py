@@ -1,0 +1,149 @@
+"""Published costs: every cell is what its mark says, and the closed forms behind them are what our models have."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import lorank
+from lorank import accounting, papers
+from lorank.methods import sltrain, sst
+from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, dct_adamw, fira, galore, trion
+from lorank.sizes import SIZES, llama_config
+
+TABLES = [
+    pytest.param(table, id=f"{name}: {table.title}")
+    for name in papers.PAPERS
+    for table in papers.find_paper(name).tables
+]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_cell_is_what_its_mark_says(table: papers.PaperTable) -> None:
+    cells = list(table.cells())
+    assert cells
+    for cell in cells:
+        if cell.mark == "unchecked":
+            assert cell.ours is None and cell.reason, cell
+        else:
+            assert cell.ours is not None and math.isfinite(cell.ours)
+            off = abs(cell.ours - float(cell.printed)) / papers.last_digit(cell.printed)
+            expected = "follows" if off <= 0.5 + 1e-6 else "other rounding" if off < 1 else "does not follow"
+            assert cell.mark == expected, f"{cell}: off by {off:.2f} units of the last digit"
+            assert bool(cell.reason) == (cell.mark == "does not follow"), cell
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_reasons_name_cells_that_exist(table: papers.PaperTable) -> None:
+    there = {(cell.row, cell.column) for cell in table.cells()}
+    for row, column in table.strays:
+        assert (row, column) in there or (column == "*" and row in table.rows)
+
+
+def test_what_the_specs_name_as_not_following_is_marked() -> None:
+    def mark(paper: str, title: str, row: str, column: str) -> papers.Mark:
+        table = next(t for t in papers.find_paper(paper).tables if t.title.startswith(title))
+        return next(c.mark for c in table.cells() if (c.row, c.column) == (row, column))
+
+    assert mark("sltrain", "Memory", "GaLore", "350m") == "does not follow"
+    assert mark("sltrain", "Memory", "ReLoRA", "1b") == "does not follow"
+    assert mark("sltrain", "Memory", "GaLore", "1b") == "follows"
+    assert mark("cola", "Memory", "GaLore", "350m") == "follows"
+    assert mark("cola", "Recomputation", "less recomputation, times (authors' code)", "n = 256") == "does not follow"
+    assert mark("crnet", "Llama 1B", "fewer FLOPs per step, %", "1b") == "does not follow"
+
+
+def test_a_paper_is_found_by_name() -> None:
+    assert all(papers.find_paper(name).name == name for name in papers.PAPERS)
+    with pytest.raises(ValueError, match="did you mean 'cola'.*crnet"):
+        papers.find_paper("colla")
+
+
+# ---- the closed forms against models and optimizers
+
+
+def counted(size: str, method: object) -> accounting.Parameters:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama_config(size))
+    return accounting.count_parameters(lorank.convert(model, method))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", ["60m", "350m"])
+def test_published_parameters_are_those_of_our_models(size: str) -> None:
+    shape, rank = papers.shape_of(size), SIZES[size].rank
+    cola = accounting.cola_parameters(*shape, rank)
+    assert counted(size, lorank.CoLA(rank=rank)).total == cola
+    values = sltrain.model_values(shape.d, shape.d_ff, shape.layers, 0.03)
+    assert counted(size, lorank.SLTrain(rank=rank)).total == cola + values
+    relora = counted(size, lorank.ReLoRA(rank=128))
+    factors = shape.over_projections(lambda m, n: 128 * (m + n))
+    assert relora == (
+        accounting.dense_parameters(*shape) + factors,
+        accounting.cola_parameters(*shape, 128),
+        relora.blocks,
+    )
+    assert counted(size, lorank.SwitchLoRA(rank=rank)).trainable == cola
+    assert counted(size, lorank.CRNet(rank=rank)).total == accounting.crnet_parameters(*shape, rank)
+    trained = shape.over_projections(lambda m, n: sst.trained_numbers(n, m, rank))
+    outside = cola - shape.over_projections(lambda m, n: rank * (m + n))
+    assert counted(size, lorank.SST(rank=rank)).trainable == outside + trained
+
+
+def test_compression_by_masa_is_that_of_our_model() -> None:
+    blocks, d = SIZES["60m"].layers, SIZES["60m"].hidden_size
+    dense = 4 * d * d * blocks
+    found = counted("60m", lorank.MASA(atoms=4, coefficients="table"))
+    gone = accounting.dense_parameters(*papers.shape_of("60m")) - found.total
+    assert (gone + 4 * blocks * 4) / dense == lorank.methods.masa.compression(blocks, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "count"),
+    [
+        (GaLoreAdamW, galore.state_elements),
+        (FiraAdamW, fira.state_elements),
+        (DCTAdamW, dct_adamw.state_elements),
+        (Trion, trion.state_elements),
+    ],
+)
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
+def test_optimizer_state_is_what_the_closed_form_says(optimizer, count, shape: tuple[int, int]) -> None:
+    weight = torch.nn.Parameter(torch.randn(shape))
+    moving = optimizer([{"params": [weight], "rank": 4}], lr=0.01)
+    weight.grad = torch.randn(shape)
+    moving.step()
+
+    def tensors(state: dict) -> int:
+        return sum(
+            tensors(value) if isinstance(value, dict) else value.numel() if isinstance(value, torch.Tensor) else 0
+            for name, value in state.items()
+            if name not in ("step", "steps")
+        )
+
+    assert tensors(moving.state[weight]) == count(*shape, 4)
+
+
+# ---- at the command line
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "lorank", "plan", *arguments], capture_output=True, text=True, check=False
+    )
+
+
+def test_the_table_says_what_does_not_follow() -> None:
+    found = run("--paper", "sltrain")
+    assert found.returncode == 0, found.stderr
+    assert "1.389" in found.stdout and "✗ GaLore 350m" in found.stdout
+    assert max(map(len, found.stdout.splitlines())) <= 80, "narrow enough for a terminal"
+
+
+def test_all_papers_as_records() -> None:
+    cells = json.loads(run("--paper", "all", "--json").stdout)["cells"]
+    assert {cell["paper"] for cell in cells} == set(papers.PAPERS)
+    assert all(cell["source"] and cell["formula"] for cell in cells)

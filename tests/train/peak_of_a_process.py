@@ -1,0 +1,54 @@
+"""Run by test_forecast.py in a process of its own: train each recipe for two steps, print its peaks of resident bytes."""
+
+import ctypes
+import dataclasses
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from lorank.train.model import build_config, build_model
+from lorank.train.optimizers import build_optimizer
+from lorank.train.recipe import Recipe
+
+
+def status(field: str) -> int:
+    """Bytes of a line of this process's status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+
+
+def train(recipe: Recipe, steps: int = 2) -> None:
+    model = build_model(recipe, build_config(recipe)).train()
+    optimizer = build_optimizer(model, recipe.optimizer, lr=1e-3, weight_decay=0.0)
+    micro = recipe.micro_batch_size or recipe.batch_size
+    for _ in range(steps):
+        for _ in range(recipe.batch_size // micro):
+            ids = torch.randint(recipe.vocab_size or 1, (micro, recipe.sequence_length))
+            with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
+                loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def peak(recipe: Recipe) -> int:
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
+    before = status("VmRSS")
+    train(recipe)
+    return status("VmHWM") - before
+
+
+def main() -> None:
+    recipes = [Recipe.from_dict(settings) for settings in json.loads(sys.argv[1])]
+    for recipe in recipes:  # what is loaded at first use is no one's peak
+        train(dataclasses.replace(recipe, size="tiny", vocab_size=64, sequence_length=16))
+    print(json.dumps([peak(recipe) for recipe in recipes]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""Forecasts against reality: a counter of operations, and the resident memory of real steps."""
+
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorank import accounting
+from lorank.accelerators import ACCELERATORS, Fleet, find_accelerator
+from lorank.report import plans
+from lorank.sizes import SIZES
+from lorank.train import forecast
+from lorank.train.plan import count, empty_model
+from lorank.train.recipe import Recipe
+
+FLEET = Fleet(accelerator=find_accelerator("h100"), devices=8)
+TINY: dict[str, Any] = {"vocab_size": 300, "sequence_length": 32, "batch_size": 16, "micro_batch_size": 2}
+
+
+# ---- FLOPs, to the number
+
+
+def closed_form(method: str, batch: int, n: int = 256) -> int:
+    """Training FLOPs of a 60m on [batch, n] tokens."""
+    d, f, layers, _, r = SIZES["60m"]
+    each = {m: accounting.block_training_flops(m, d, f, r, n) for m in ("dense", "cola", "relora")}  # type: ignore[arg-type]
+    head = 6 * n * d * 32_000
+    atoms = round(layers / 3)
+    blocks = {
+        "dense": batch * layers * each["dense"],
+        "low-rank": batch * layers * each["cola"],
+        "cola": batch * layers * each["cola"],
+        "relora": batch * layers * each["relora"],
+        "switchlora": batch * layers * each["relora"],
+        "crnet": batch * (each["dense"] + (layers - 1) * each["cola"]),
+        # once per call, whatever the batch: W = B A + S and the gradients through it; W_l = Σ c_s D_s
+        "sltrain": layers * (batch * each["dense"] + 24 * d * d * r + 18 * d * f * r + 8 * d * d * r + 6 * d * f * r),
+        "masa": layers * (batch * each["dense"] + 3 * 4 * 2 * atoms * d * d),
+    }
+    return blocks[method] + batch * head
+
+
+@pytest.mark.parametrize("method", ["dense", "low-rank", "cola", "relora", "switchlora", "crnet", "sltrain", "masa"])
+def test_flops_equal_the_closed_forms(method: str) -> None:
+    recipe = forecast.with_method(Recipe(size="60m", vocab_size=32_000), method)
+    found = accounting.measure_flops(empty_model(recipe), batch=3)
+    assert found.total == closed_form(method, batch=3)
+    assert found.recompute == 0
+
+
+# ---- memory, against a process
+
+
+PEAKS = [
+    {
+        "method": method,
+        "size": "20m",
+        "vocab_size": 8000,
+        "sequence_length": 256,
+        "batch_size": batch,
+        "micro_batch_size": 2,
+    }
+    for method in ("dense", "cola", "cola-m")
+    for batch in (2, 4)
+] + [
+    {"method": "cola-m", "size": "20m", "vocab_size": 8000, "batch_size": 8},
+    {"method": "dense", "size": "60m", "vocab_size": 8000, "batch_size": 1, "sequence_length": 16},
+]
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of resident memory are Linux's")
+def test_predicted_peaks_are_those_of_real_steps() -> None:
+    """Within 10 %, of resident memory, over two steps with AdamW: the first peak with moments is in the second."""
+    script = Path(__file__).with_name("peak_of_a_process.py")
+    # every tensor of some size in pages of its own, which go back when it is freed
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "OMP_NUM_THREADS": "1",
+    }
+    command = [sys.executable, str(script), json.dumps(PEAKS)]
+    real = json.loads(subprocess.run(command, capture_output=True, check=True, text=True, env=environment).stdout)
+    whens = []
+    for settings, measured in zip(PEAKS, real, strict=True):
+        recipe = Recipe(**settings)
+        found = count(recipe, empty_model(recipe)).memory
+        whens.append(found.peak_when)
+        assert found.peak_bytes == pytest.approx(measured, rel=0.1), settings
+    assert whens[:-1] == ["backward"] * (len(PEAKS) - 1)
+    assert whens[-1] == "step", "with few tokens the most is held when all gradients are there"
+
+
+def test_what_the_peak_is_made_of() -> None:
+    recipe = Recipe(size="20m", vocab_size=8000, batch_size=4)
+    once, again = (
+        accounting.memory_estimate(empty_model(recipe), batch=4, sequence_length=256, accumulate=a)
+        for a in (False, True)
+    )
+    state = once.weights_bytes + once.optimizer_bytes
+    assert state + max(once.gradients_bytes, once.activations_bytes) <= once.peak_bytes <= 1.3 * once.total_bytes
+    assert again.activations_bytes == once.activations_bytes
+    # at the beginning of backward, where the peak is, the gradients of earlier micro-batches are there in full
+    assert 0.8 * once.gradients_bytes < again.peak_bytes - once.peak_bytes <= once.gradients_bytes
+
+
+@pytest.mark.parametrize(("precision", "bytes_each"), [("fp32", 4), ("bf16", 4), ("bf16-pure", 2)])
+def test_memory_knows_the_dtype(precision: str, bytes_each: int) -> None:
+    recipe = Recipe(vocab_size=300, precision=precision)  # type: ignore[arg-type]
+    found = count(recipe, empty_model(recipe))
+    n = found.parameters.total
+    memory = found.memory
+    expected = (bytes_each * n, bytes_each * n, 2 * bytes_each * n)
+    assert (memory.weights_bytes, memory.gradients_bytes, memory.optimizer_bytes) == expected
+
+
+# ---- the run
+
+
+def test_a_run_is_flops_over_rate() -> None:
+    (found,) = forecast.forecast_all([Recipe(**TINY)], ["cola"], fleet=FLEET, tokens=10_000_000)
+    seconds = found.counts.flops_per_token * 1e7 / (8 * 989e12 * 0.4)
+    assert found.run.hours * 3600 == pytest.approx(seconds)
+    assert found.run.kilowatt_hours == pytest.approx(seconds / 3600 * 8 * 0.7)
+    assert found.run.dollars == pytest.approx(seconds / 3600 * 8 * 2.5)
+    assert found.steps == math.ceil(1e7 / (16 * 32))
+    assert found.all_reduce_bytes == 2 * 7 / 8 * 4 * found.counts.parameters.trainable
+
+
+def test_the_budget_is_the_dense_models_for_all() -> None:
+    found = forecast.forecast_all([Recipe(**TINY)], ["cola", "dense"], fleet=FLEET)
+    assert {f.tokens for f in found} == {20 * found[1].counts.parameters.total}
+    assert found[0].budget_is_default
+
+
+def test_steps_of_one_micro_batch_per_device_do_not_accumulate() -> None:
+    recipe = Recipe(**{**TINY, "sequence_length": 256})
+    alone = forecast.forecast_all([recipe], ["dense"], fleet=dataclasses.replace(FLEET, devices=1), tokens=10**6)[0]
+    spread = forecast.forecast_all([recipe], ["dense"], fleet=FLEET, tokens=10**6)[0]
+    assert alone.counts.memory.peak_bytes > spread.counts.memory.peak_bytes
+
+
+def test_a_rank_goes_to_the_methods_that_have_one() -> None:
+    found = forecast.forecast_all([Recipe(**TINY, rank=8)], ["dense", "cola", "masa"], fleet=FLEET, tokens=10**6)
+    assert [f.rank for f in found] == [None, 8, None]
+
+
+def test_accelerators_are_found_by_name() -> None:
+    assert find_accelerator("H100 PCIe").flops == 756e12
+    with pytest.raises(ValueError, match="did you mean 'a100'"):
+        find_accelerator("a10")
+    names = [a.device for a in ACCELERATORS.values()]
+    for i, name in enumerate(names):
+        assert not any(other in name for other in names[:i]), "the more special device comes first"
+
+
+# ---- what fits
+
+
+def test_the_largest_micro_batch_fits_and_the_next_does_not() -> None:
+    shape, gib = Recipe(**TINY), 0.2
+    (fit,) = forecast.fit_all([shape], ["cola"], gib)
+    b = fit.micro_batch["tiny"]
+    model = empty_model(forecast.with_method(shape, "cola"))
+    peaks = [
+        accounting.memory_estimate(model, batch=x, sequence_length=32, accumulate=True).peak_bytes for x in (b, b + 1)
+    ]
+    assert b > 2 and peaks[0] <= gib * 2**30 < peaks[1]
+    sizes = list(SIZES)
+    for name in sizes[sizes.index(fit.size or "") :][:2]:
+        recipe = forecast.with_method(dataclasses.replace(shape, size=name), "cola")
+        one = accounting.memory_estimate(empty_model(recipe), batch=1, sequence_length=32, accumulate=True)
+        assert (one.peak_bytes <= gib * 2**30) == (name == fit.size)
+
+
+def test_a_bend_is_no_obstacle() -> None:
+    def bent(b: int) -> float:
+        return max(100 + b, 10 * b)
+
+    for limit in (101, 110, 111, 112, 500, 1009):
+        best = forecast.largest_below(bent, limit)
+        assert bent(best) <= limit < bent(best + 1)
+
+
+def test_nothing_fits_is_an_error_that_says_what_would() -> None:
+    with pytest.raises(ValueError, match=r"nothing fits in 0\.001 GiB: cola tiny.* needs 0\.0"):
+        forecast.fit_all([Recipe(**TINY)], ["cola"], 0.001)
+
+
+def test_of_a_mixture_of_experts_memory_is_unknown(tmp_path: Path) -> None:
+    from transformers import MixtralConfig
+
+    MixtralConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+    ).save_pretrained(tmp_path)
+    shape = Recipe(model=str(tmp_path), **TINY)
+    (found,) = forecast.forecast_all([shape], ["dense"], fleet=FLEET, tokens=10**6)
+    assert found.to_dict()["peak_bytes"] is None and found.to_dict()["fits_the_accelerator"] is None
+    assert found.run.hours > 0
+    with pytest.raises(ValueError, match="mixtures of experts"):
+        forecast.fit_all([shape], ["dense"], 1.0)
+
+
+# ---- for programs
+
+
+def test_json_and_csv_say_the_same() -> None:
+    shapes = [Recipe(**TINY)]
+    found = forecast.forecast_all(shapes, ["dense", "cola-m"], fleet=FLEET, tokens=10**6)
+    fits = forecast.fit_all(shapes, ["dense", "cola-m"], 1.0)
+    records = json.loads(plans.forecasts_json(found, fits, 1.0))
+    rows = list(csv.DictReader(io.StringIO(plans.forecasts_csv(found, fits, 1.0))))
+    assert [r["method"] for r in records["forecasts"]] == [row["method"] for row in rows] == ["dense", "cola-m"]
+    for record, row, fit in zip(records["forecasts"], rows, records["fits"], strict=True):
+        assert float(row["peak_bytes"]) == record["peak_bytes"] > record["activations_bytes"]
+        assert int(row["largest_micro_batch"]) == fit["largest_micro_batch"]["tiny"]
+        whole = (
+            record["forward_flops_per_token"] + record["backward_flops_per_token"] + record["recompute_flops_per_token"]
+        )
+        assert record["flops_per_token"] == whole
+    assert records["forecasts"][1]["checkpoint"] == "bottlenecks" and records["forecasts"][1]["rank"] == 88
