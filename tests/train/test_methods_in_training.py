@@ -115,7 +115,7 @@ def test_gradients_projected_as_they_arrive_are_clipped_by_what_is_seen(
     ]
     assert gradients[1][0] == pytest.approx(gradients[0][0], rel=1e-4)
     if micro_batch_size is None:  # else the basis is that of the first half of the batch
-        assert gradients[1] == pytest.approx(gradients[0], rel=1e-3)
+        assert gradients[1][:3] == pytest.approx(gradients[0][:3], rel=1e-3)
 
 
 def find_fields(method: str) -> set[str]:

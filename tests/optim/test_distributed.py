@@ -1,0 +1,117 @@
+"""Every low-rank optimizer in two processes: replicated (DDP) and sharded (FSDP2), as in one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = r"""
+import json, sys, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Trion
+
+MAKE = {
+    "galore": lambda g: GaLoreAdamW(g, lr=0.01, weight_decay=0.1, update_gap=2),
+    "galore-randomised": lambda g: GaLoreAdamW(g, lr=0.01, update_gap=2, basis="randomised", stagger=True),
+    "fira": lambda g: FiraAdamW(g, lr=0.01, update_gap=2),
+    "dct-adamw": lambda g: DCTAdamW(g, lr=0.01, weight_decay=0.1, error_feedback="8bit"),
+    "trion": lambda g: Trion(g, lr=0.01, weight_decay=0.1),
+}
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 10), nn.Tanh(), nn.Linear(10, 8)).double()
+
+def groups(model):
+    return [{"params": [p for p in model.parameters() if p.ndim == 2], "rank": 3}, {"params": [p for p in model.parameters() if p.ndim == 1]}]
+
+def batch(step):
+    return torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+
+def train(model, name, part):
+    optimizer = MAKE[name](groups(model))
+    for step in range(5):
+        x = part(batch(step))
+        (model(x) - x[:, :8].sin()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [(p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for p in model.parameters()]
+
+dist.init_process_group("gloo")
+rank, found = dist.get_rank(), {}
+half = lambda x: x.chunk(2)[rank]
+for name in MAKE:
+    alone = train(net(), name, lambda x: x)
+    replicated = train(DistributedDataParallel(net()), name, half)
+    sharded = net()
+    mesh = init_device_mesh("cpu", (2,))
+    for layer in sharded:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    sharded = train(fully_shard(sharded, mesh=mesh), name, half)
+    error = lambda other: max(((a - b).norm() / a.norm()).item() for a, b in zip(alone, other))
+    both = [torch.empty_like(replicated[0]) for _ in range(2)]
+    dist.all_gather(both, replicated[0])
+    found[name] = {"ddp": error(replicated), "fsdp": error(sharded), "same": torch.equal(*both)}
+try:
+    GaLoreAdamW(groups(net()), lr=0.01, in_backward=True)
+except ValueError as refusal:
+    found["refusal"] = str(refusal)
+bad = net()
+for layer in bad:
+    if isinstance(layer, nn.Linear):
+        fully_shard(layer, mesh=mesh)
+optimizer = MAKE["galore"](groups(bad))
+bad(batch(0)).sum().backward()
+if rank == 1:
+    next(bad.parameters()).grad.to_local()[0, 0] = float("nan")  # in one process's part only
+try:
+    optimizer.step()
+    found["nan"] = "nothing"
+except FloatingPointError as error:
+    found["nan"] = str(error)
+print(json.dumps(found) if rank == 0 else found["nan"], flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    script = tmp_path_factory.mktemp("distributed") / "program.py"
+    script.write_text(PROGRAM)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared["PYTHONPATH"] = str(Path(__file__).parents[2])
+    both = [
+        subprocess.Popen([sys.executable, script], env={**shared, "RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for r in "01"
+    ]  # fmt: skip
+    (said, error), (other, _) = (process.communicate(timeout=240) for process in both)
+    assert both[0].returncode == 0, error
+    return {**json.loads(said), "other": other.strip()}
+
+
+@pytest.mark.parametrize("name", ["galore", "galore-randomised", "fira", "dct-adamw", "trion"])
+def test_two_processes_do_what_one_does(found: dict, name: str) -> None:
+    assert found[name]["ddp"] < 1e-9
+    assert found[name]["fsdp"] < 1e-9
+    assert found[name]["same"], "both processes have the same weights"
+
+
+def test_gradients_of_one_process_only_are_refused(found: dict) -> None:
+    assert "in_backward=True sees the gradient of one process only" in found["refusal"]
+
+
+def test_a_gradient_that_is_no_number_in_one_part_stops_all_processes(found: dict) -> None:
+    assert (
+        found["nan"] == found["other"] == "the gradient of a matrix (20, 12) is not finite; lower lr or clip gradients"
+    )
