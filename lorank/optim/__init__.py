@@ -1,4 +1,5 @@
-"""Optimizers that are low rank where the weights are not, and those that methods of `lorank.methods` need."""
+"""Optimizers that are low rank where the weights are not, those that methods of `lorank.methods` need, and estimates of
+gradients."""
 
 import importlib
 from typing import TYPE_CHECKING
@@ -6,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from lorank.optim.adamw import VectorAdamW
     from lorank.optim.dct_adamw import DCTAdamW
+    from lorank.optim.eggroll import Eggroll
     from lorank.optim.fira import FiraAdamW
     from lorank.optim.galore import GaLoreAdamW
     from lorank.optim.subspace import Subspace
@@ -13,13 +15,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DCTAdamW": "dct_adamw",
+    "Eggroll": "eggroll",
     "FiraAdamW": "fira",
     "GaLoreAdamW": "galore",
     "Subspace": "subspace",
     "Trion": "trion",
     "VectorAdamW": "adamw",
 }
-__all__ = ["DCTAdamW", "FiraAdamW", "GaLoreAdamW", "Subspace", "Trion", "VectorAdamW"]
+__all__ = ["DCTAdamW", "Eggroll", "FiraAdamW", "GaLoreAdamW", "Subspace", "Trion", "VectorAdamW"]
 
 
 def __getattr__(name: str) -> object:
