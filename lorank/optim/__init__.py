@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lorank.optim.adamw import VectorAdamW
     from lorank.optim.dct_adamw import DCTAdamW
     from lorank.optim.eggroll import Eggroll
+    from lorank.optim.eggroll_int8 import IntegerEggroll, Votes
     from lorank.optim.fira import FiraAdamW
     from lorank.optim.galore import GaLoreAdamW
     from lorank.optim.subspace import Subspace
@@ -17,12 +18,24 @@ _HOME = {
     "DCTAdamW": "dct_adamw",
     "Eggroll": "eggroll",
     "FiraAdamW": "fira",
+    "IntegerEggroll": "eggroll_int8",
+    "Votes": "eggroll_int8",
     "GaLoreAdamW": "galore",
     "Subspace": "subspace",
     "Trion": "trion",
     "VectorAdamW": "adamw",
 }
-__all__ = ["DCTAdamW", "Eggroll", "FiraAdamW", "GaLoreAdamW", "Subspace", "Trion", "VectorAdamW"]
+__all__ = [
+    "DCTAdamW",
+    "Eggroll",
+    "FiraAdamW",
+    "GaLoreAdamW",
+    "IntegerEggroll",
+    "Subspace",
+    "Trion",
+    "VectorAdamW",
+    "Votes",
+]
 
 
 def __getattr__(name: str) -> object:

@@ -10,8 +10,10 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
+from lorank.egg import EggConfig
 from lorank.methods import find_method
 from lorank.sizes import find_size, llama_config
+from lorank.train.estimators import build_egg, egg_config
 from lorank.train.recipe import Recipe
 
 
@@ -25,6 +27,8 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
         ValueError: unknown size, no such configuration, one that is converted already, or sequences longer than its
         positions.
     """
+    if recipe.model == "egg":
+        return egg_config(recipe)
     vocab_size = recipe.vocab_size
     if vocab_size is None:
         vocab_size = len(tokenizer) if tokenizer is not None else 32_000
@@ -71,18 +75,23 @@ def _read_config(name: str) -> PretrainedConfig:
 def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     """A model with fresh weights, converted and checkpointed as the recipe says; seed torch before. Fits the meta
     device."""
+    if isinstance(config, EggConfig):
+        return build_egg(recipe, config)
     try:
         dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attention)
     except Exception as error:  # whatever the modelling code makes of a shape that makes no sense
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"no causal language model of {config.model_type!r} can be built: {reason}") from None
-    if recipe.method != "dense":
+    if recipe.method == "eggroll":
+        if recipe.targets or recipe.exclude:
+            raise ValueError("method=eggroll moves every matrix; drop targets and exclude")
+    elif recipe.method != "dense":
         convert(model, build_method(recipe), targets=recipe.targets, exclude=recipe.exclude)
     elif recipe.rank is not None or recipe.options or recipe.targets or recipe.exclude:
         raise ValueError("method=dense takes no rank, options, targets or exclude; drop them or choose another method")
     policy: str | None = recipe.checkpoint
-    if policy is None and recipe.method != "dense":
+    if policy is None and recipe.method not in ("dense", "eggroll"):
         policy = find_method(recipe.method).checkpoint_policy
     if recipe.checkpoint_every != 1 and policy in (None, "none"):
         raise ValueError(
@@ -114,7 +123,7 @@ def build_method(recipe: Recipe) -> Any:
     try:
         method = find_method(recipe.method)
     except ValueError as error:
-        raise ValueError(f"{error}, dense") from None
+        raise ValueError(f"{error}, dense, eggroll") from None
     fields = dict(recipe.options)
     known = list(method.__dataclass_fields__)
     for name in fields:

@@ -54,6 +54,8 @@ def plan(recipe: Recipe) -> Plan:
     Raises:
         ValueError: as building the model would.
     """
+    if recipe.method == "eggroll":
+        raise ValueError("a dry run counts backward passes, which method=eggroll has none of; run it for a few steps")
     tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
     if tokenizer is None and recipe.vocab_size is None:
         recipe = dataclasses.replace(recipe, vocab_size=4096)  # what a tokenizer trained on the data would have

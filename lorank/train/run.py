@@ -46,6 +46,7 @@ import lorank
 from lorank import accounting
 from lorank.conversion import method_of
 from lorank.train import data
+from lorank.train.estimators import EggEggroll, build_estimator, egg_optimizer
 from lorank.train.generation import generate_text
 from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.optimizers import build_optimizer
@@ -201,6 +202,20 @@ def build_trainer(
     _check_trackers(recipe.report_to)
     method = method_of(model)
     peak, source = accounting.achievable_flops()
+    estimator = build_estimator(recipe, model)
+    make_optimizer: Any = partial(
+        build_optimizer,
+        name=recipe.optimizer,
+        lr=recipe.lr,
+        weight_decay=recipe.weight_decay,
+        decay=recipe.decay,
+        betas=recipe.betas,
+        eps=recipe.eps,
+        adamw=method.adamw if method is not None else None,
+    )
+    schedule = method.schedule(recipe.steps, recipe.warmup_steps, recipe.min_lr_ratio) if method is not None else None
+    if isinstance(estimator, EggEggroll):
+        make_optimizer, schedule = egg_optimizer(recipe, estimator)
     trainer = PretrainTrainer(
         model=model,
         args=arguments,
@@ -209,22 +224,14 @@ def build_trainer(
         data_collator=partial(data.collate, vocab_size=model.config.vocab_size),
         processing_class=corpus.tokenizer,
         callbacks=[*callbacks, StopOnNonFinite()],
-        make_optimizer=partial(
-            build_optimizer,
-            name=recipe.optimizer,
-            lr=recipe.lr,
-            weight_decay=recipe.weight_decay,
-            decay=recipe.decay,
-            betas=recipe.betas,
-            eps=recipe.eps,
-            adamw=method.adamw if method is not None else None,
-        ),
-        schedule=method.schedule(recipe.steps, recipe.warmup_steps, recipe.min_lr_ratio)
-        if method is not None
-        else None,
+        make_optimizer=make_optimizer,
+        schedule=schedule,
+        estimator=estimator,
         tokens_per_step=recipe.batch_size * recipe.sequence_length * corpus.fill,
         fill=corpus.fill,
-        flops_per_token=accounting.flops_per_token(model, recipe.sequence_length, batch=micro),
+        flops_per_token=accounting.flops_per_token(model, recipe.sequence_length, batch=micro)
+        if estimator is None
+        else estimator.flops_per_token,
         peak_flops=(peak * devices, source),
         eval_tokens=recipe.eval_tokens,
         bytes_per_token=corpus.validation_bytes_per_token,
