@@ -90,6 +90,12 @@ class PretrainTrainer(Trainer):
         with self.compute_loss_context_manager():
             return self.estimator(self._prepare_inputs(inputs), self.state.global_step)  # type: ignore[arg-type]
 
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        votes = [p.grad for p in model.parameters() if p.grad is not None and not p.grad.is_floating_point()]
+        if votes:  # accelerate measures only what is no integer
+            return torch.stack([vote.float().norm() for vote in votes]).norm()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         if self.lr_scheduler is None and self.schedule is not None:
             trained: Any = self.optimizer if optimizer is None else optimizer
