@@ -24,8 +24,8 @@ from lorank.train.data import load_corpus
 from lorank.train.recipe import Recipe
 
 SETTINGS = {
-    "calendar": {"options": {"hidden_size": 32, "population": 1024}, "steps": 700, "lr": 2.0},
-    "embedded": {"options": {"hidden_size": 32, "population": 1024}, "steps": 500, "lr": 2.0},
+    "calendar": {"options": {"hidden_size": 32, "population": 1024}, "steps": 800, "lr": 2.0},
+    "embedded": {"options": {"hidden_size": 32, "population": 1024}, "steps": 600, "lr": 2.0},
 }
 COMMON = {
     "model": "egg",

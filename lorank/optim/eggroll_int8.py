@@ -13,6 +13,7 @@
 Source: as `lorank.optim.eggroll`, appendix H, and the authors' nano-egg.
 
 Departures. Noise comes from seeds as in `lorank.optim.eggroll`, not from a table of 2³⁰ bytes at hashed places.
+A pair has no vote on the embeddings of bytes it did not read, which its noise cannot have helped: the authors count them.
 """
 
 from collections.abc import Callable, Iterable
@@ -98,8 +99,12 @@ class IntegerEggroll:
             fitness = total.view(len(members), -1).sum(1)
             found.append(fitness / (rows.shape[1] * (rows.shape[2] - 1)))
             vote = (fitness[0::2] - fitness[1::2]).sign().float()
+            read = torch.zeros(len(pairs), 256, device=ids.device)
+            read.scatter_(1, rows[:, :, :-1].reshape(len(pairs), -1), 1.0)
             for p, (A, B) in factors.items():
                 weighted = A * vote[:, None]
+                if p is self.model.embedding:
+                    weighted *= read
                 # exact below 2²⁴: 1024 pairs of the largest noise, 60,000 of the usual
                 self.votes[p] += weighted.T @ B if p.ndim == 2 else (weighted * B).sum(0)
         for p, Z in self.votes.items():
