@@ -1,6 +1,7 @@
 """EGGROLL and EGG in whole runs: they learn, resume bit by bit, stop at Ctrl-C, and say what they cannot do."""
 
 import dataclasses
+import json
 import os
 import signal
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_a_run_that_was_killed_or_stopped_resumes_as_if_it_had_not_been(
 def test_a_transformer_learns(text: Path, tmp_path: Path) -> None:
     model = {"model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64}
-    (tmp_path / "config.json").write_text(__import__("json").dumps({**model, **heads}))
+    (tmp_path / "config.json").write_text(json.dumps({**model, **heads}))
     options = {"population": 64, "sigma": 0.03}
     changes = {"model": str(tmp_path), "options": options, "steps": 40, "lr": 0.02, "save_every": 0}
     summary = run.pretrain(recipe(text, FLOAT, **changes), tmp_path / "run")
@@ -108,6 +109,8 @@ def test_egg_learns_in_int8_from_the_command_line(text: Path, tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     losses = [loss for _, loss, _, _ in figures(out)]
     assert losses[-1] < losses[0] - 1.0
+    found = json.loads((out / "summary.json").read_text())
+    assert (found["parameters"], found["block_parameters"]) == (513 * 16 + 4 * 16 + 12 * 256, 4 * 16 + 12 * 256)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert all(p.dtype == torch.int8 for p in model.parameters())
     last = [r for r in run.history(out) if "eval_bits_per_byte" in r][-1]
