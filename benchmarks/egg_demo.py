@@ -25,7 +25,7 @@ from lorank.train.recipe import Recipe
 
 SETTINGS = {
     "calendar": {"options": {"hidden_size": 32, "population": 1024}, "steps": 800, "lr": 2.0},
-    "embedded": {"options": {"hidden_size": 32, "population": 1024}, "steps": 600, "lr": 2.0},
+    "embedded": {"options": {"hidden_size": 32, "population": 1024}, "steps": 300, "lr": 2.0},
 }
 COMMON = {
     "model": "egg",
