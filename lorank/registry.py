@@ -15,6 +15,8 @@ from types import ModuleType
 from typing import Any
 
 PREFIX = "lorank_"
+EGG = "lorank_egg"
+"""The one architecture that is not transformers' own."""
 _AUTO_CONFIG = "transformers.models.auto.configuration_auto"
 
 
@@ -28,6 +30,10 @@ class PromisedConfig:
 
     @classmethod
     def real_class(cls) -> Any:
+        if cls.model_type == EGG:
+            from lorank.egg import EggConfig
+
+            return EggConfig
         from lorank.pretrained import config_class
 
         return config_class(cls.model_type.removeprefix(PREFIX))
@@ -42,8 +48,7 @@ class PromisedConfig:
 
 
 def _register(auto: ModuleType) -> None:
-    for base_type in list(auto.CONFIG_MAPPING_NAMES):
-        model_type = PREFIX + base_type
+    for model_type in [*(PREFIX + base_type for base_type in auto.CONFIG_MAPPING_NAMES), EGG]:
         auto.AutoConfig.register(model_type, type("PromisedConfig", (PromisedConfig,), {"model_type": model_type}))
 
 

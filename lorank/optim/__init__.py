@@ -1,4 +1,5 @@
-"""Optimizers that are low rank where the weights are not, and those that methods of `lorank.methods` need.
+"""Optimizers that are low rank where the weights are not, and those that methods of `lorank.methods` need, and
+estimates of gradients.
 
 `OPTIMIZERS` names those that ``lorank pretrain --method NAME`` takes; other packages add theirs under the entry-point
 group ``lorank.optimizers`` (name -> "package.module:Class"). Such a class is called with parameter groups, of which those
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from lorank.optim.adamw import VectorAdamW
     from lorank.optim.dct_adamw import DCTAdamW
+    from lorank.optim.eggroll import Eggroll
+    from lorank.optim.eggroll_int8 import IntegerEggroll, Votes
     from lorank.optim.fira import FiraAdamW
     from lorank.optim.galore import GaLoreAdamW
     from lorank.optim.groups import low_rank_groups
@@ -24,7 +27,10 @@ if TYPE_CHECKING:
 
 _HOME = {
     "DCTAdamW": "dct_adamw",
+    "Eggroll": "eggroll",
     "FiraAdamW": "fira",
+    "IntegerEggroll": "eggroll_int8",
+    "Votes": "eggroll_int8",
     "GaLoreAdamW": "galore",
     "Subspace": "subspace",
     "Trion": "trion",
@@ -41,11 +47,14 @@ GROUP = "lorank.optimizers"
 __all__ = [
     "OPTIMIZERS",
     "DCTAdamW",
+    "Eggroll",
     "FiraAdamW",
     "GaLoreAdamW",
+    "IntegerEggroll",
     "Subspace",
     "Trion",
     "VectorAdamW",
+    "Votes",
     "find_optimizer",
     "low_rank_groups",
     "optimizer_names",

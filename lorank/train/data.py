@@ -447,7 +447,7 @@ def load_tokenizer(
     cache_dir: Path | None = None,
     texts_name: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer by name or folder; or byte-level BPE trained on `texts`, or once trained on them and kept.
+    """A tokenizer by name or folder; "bytes", whose tokens are bytes; or byte-level BPE trained on `texts`, or once trained on them and kept.
 
     Args:
         texts: or what returns them; not more than 50 million characters are read.
@@ -458,6 +458,8 @@ def load_tokenizer(
         OSError: no tokenizer could be loaded.
         ValueError: the vocabulary does not even hold all bytes.
     """
+    if name_or_path == "bytes":
+        return byte_tokenizer()
     if name_or_path is not None:
         try:
             return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), trust_remote_code=False)
@@ -482,6 +484,20 @@ def load_tokenizer(
                 logger.warning("the tokenizer is not kept for the next run: %s", error)
                 return tokenizer
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """Each byte is the token of its number; byte 0 ends and begins documents, and is left out where a text has it."""
+    named = sorted(pre_tokenizers.ByteLevel.alphabet())  # stand-ins for those bytes that cannot be printed
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    assert sorted(vocabulary) == named
+    del vocabulary[chr(256)]
+    tokenizer = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0, **vocabulary}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
 def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:

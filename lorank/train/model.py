@@ -14,10 +14,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from lorank import lookup
 from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
+from lorank.egg import EggConfig
 from lorank.methods import find_method, method_names
 from lorank.optim import find_optimizer, optimizer_names, option_names
 from lorank.optim.groups import ranks
 from lorank.sizes import find_size, llama_config
+from lorank.train.estimators import build_egg, egg_config
 from lorank.train.recipe import Recipe
 
 
@@ -30,6 +32,8 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
     Raises:
         ValueError: unknown size, no such configuration, or one that is converted already.
     """
+    if recipe.model == "egg":
+        return egg_config(recipe)
     vocab_size = recipe.vocab_size
     if vocab_size is None:
         vocab_size = len(tokenizer) if tokenizer is not None else 32_000
@@ -77,6 +81,8 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     Raises:
         ValueError: a shape that cannot be built, sequences longer than its positions, or a method it cannot take.
     """
+    if isinstance(config, EggConfig):
+        return build_egg(recipe, config)
     try:
         dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attention)
@@ -85,10 +91,12 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
         raise ValueError(f"no causal language model of {config.model_type!r} can be built: {reason}") from None
     check_positions(model, recipe.sequence_length)
     optimizer = find_optimizer(recipe.method)
-    structure = recipe.method != "dense" and optimizer is None
+    structure = recipe.method not in ("dense", "eggroll") and optimizer is None
+    if recipe.method == "eggroll" and (recipe.targets or recipe.exclude):
+        raise ValueError("method=eggroll moves every matrix; drop targets and exclude")
     if structure:
         convert(model, build_method(recipe), targets=recipe.targets, exclude=recipe.exclude)
-    elif optimizer is None and (recipe.rank is not None or recipe.options or recipe.targets or recipe.exclude):
+    elif recipe.method == "dense" and (recipe.rank is not None or recipe.options or recipe.targets or recipe.exclude):
         raise ValueError("method=dense takes no rank, options, targets or exclude; drop them or choose another method")
     policy: str | None = recipe.checkpoint
     if policy is None and structure:
@@ -125,6 +133,8 @@ def check_causal(model: PreTrainedModel) -> None:
     Where a mask hides the last token, the gradient of earlier outputs with respect to it is zero, and exactly so in any
     precision.
     """
+    if not next(model.parameters()).is_floating_point():
+        return  # EGG, a recurrence of integers
     found: list[torch.Tensor] = []
 
     def cut(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
@@ -151,7 +161,7 @@ def check_causal(model: PreTrainedModel) -> None:
 
 def check_name(method: str) -> None:
     """Raises ValueError for a method that neither lorank nor an installed package has."""
-    known = [*method_names(), *optimizer_names(), "dense"]
+    known = [*method_names(), *optimizer_names(), "eggroll", "dense"]
     if method not in known:
         raise lookup.unknown("method", "methods", method, known)
 

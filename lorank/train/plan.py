@@ -98,6 +98,8 @@ def plan(recipe: Recipe) -> Plan:
 
 def empty_model(recipe: Recipe) -> PreTrainedModel:
     """The recipe's model on the meta device: shapes without data."""
+    if recipe.method == "eggroll":
+        raise ValueError("a plan counts backward passes, which method=eggroll has none of; run it for a few steps")
     tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
     if tokenizer is None and recipe.vocab_size is None:
         recipe = dataclasses.replace(recipe, vocab_size=4096)  # what a tokenizer trained on the data would have

@@ -19,6 +19,19 @@ def _option(default: Any, help: str) -> Any:
     return dataclasses.field(**make, metadata={"help": help})
 
 
+EGG_SETTINGS: dict[str, Any] = {
+    "method": "eggroll",
+    "tokenizer": "bytes",
+    "lr": 4.0,
+    "weight_decay": 0.0,
+    "clip": 0.0,
+    "warmup_steps": 0,
+    "sequence_length": 32,
+    "batch_size": 512,
+}
+"""What model=egg takes where a user says nothing; lr is the flag of `lorank.optim.eggroll_int8.alpha_at`."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Settings of one pre-training run; ValueError in one sentence if they do not make sense together."""
@@ -26,12 +39,12 @@ class Recipe:
     # the model
     size: str = _option("tiny", "Llama of this size: tiny, 20m, 60m, 130m, 350m, 1b, 7b.")
     model: str | None = _option(
-        None, "Instead of --size: a model type of transformers (gpt2), or a folder, config.json or hub name."
+        None, "Instead of --size: a model type of transformers (gpt2), a folder, config.json or hub name, or egg."
     )
     method: str = _option(
         "cola",
         "cola, cola-m, low-rank, sltrain, crnet, relora, switchlora, sst, masa; dense; dense with a low-rank optimizer: "
-        "galore, fira, dct-adamw, trion; or of an installed package.",
+        "galore, fira, dct-adamw, trion; dense without backward passes: eggroll; or of an installed package.",
     )
     rank: int | float | dict | None = _option(
         None,
@@ -59,7 +72,9 @@ class Recipe:
     )
     validation: str | None = _option(None, "Where validation text comes from; default: a held-out part of --data.")
     text_column: str = _option("text", "Column of jsonl, parquet or hub data that holds the text.")
-    tokenizer: str | None = _option(None, "Name or folder of a tokenizer; default: byte-level BPE trained on the data.")
+    tokenizer: str | None = _option(
+        None, "Name or folder of a tokenizer, or bytes; default: byte-level BPE trained on the data."
+    )
     vocab_size: int | None = _option(None, "Entries of the vocabulary; default 4096 if trained, else the tokenizer's.")
     sequence_length: int = _option(256, "Tokens per sequence.")
     documents: Literal["packed", "padded"] = _option(
@@ -142,6 +157,8 @@ class Recipe:
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """A recipe from a mapping of names to values; an unknown name is an error that gives the nearest one."""
         known = [field.name for field in dataclasses.fields(cls)]
+        if settings.get("model") == "egg":
+            settings = {**EGG_SETTINGS, **settings}
         for name in settings:
             if name not in known:
                 near = difflib.get_close_matches(str(name), known, n=1)

@@ -47,6 +47,7 @@ import lorank
 from lorank import accounting
 from lorank.conversion import method_of
 from lorank.train import data
+from lorank.train.estimators import EggEggroll, build_estimator, egg_optimizer
 from lorank.train.generation import generate_text
 from lorank.train.model import build_config, build_model, check_causal, find_projection
 from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
@@ -209,13 +210,18 @@ def build_trainer(
     method = method_of(model)
     settings: dict[str, Any] = {name: getattr(recipe, name) for name in ("lr", "weight_decay", "decay", "betas", "eps")}
 
-    def make_optimizer(trained: torch.nn.Module) -> torch.optim.Optimizer:
+    def build(trained: torch.nn.Module) -> torch.optim.Optimizer:
         projection = find_projection(recipe, trained)  # of its own parameters, which sharding has replaced
         if projection is not None:
             return build_low_rank_optimizer(trained, *projection, recipe.optimizer, options=recipe.options, **settings)
         return build_optimizer(trained, recipe.optimizer, adamw=method.adamw if method else None, **settings)
 
     peak, source = accounting.achievable_flops()
+    estimator = build_estimator(recipe, model)
+    schedule = method.schedule(recipe.steps, recipe.warmup_steps, recipe.min_lr_ratio) if method is not None else None
+    make_optimizer: Any = build
+    if isinstance(estimator, EggEggroll):
+        make_optimizer, schedule = egg_optimizer(recipe, estimator)
     trainer = PretrainTrainer(
         model=model,
         args=arguments,
@@ -225,12 +231,13 @@ def build_trainer(
         processing_class=corpus.tokenizer,
         callbacks=[*callbacks, StopOnNonFinite()],
         make_optimizer=make_optimizer,
-        schedule=method.schedule(recipe.steps, recipe.warmup_steps, recipe.min_lr_ratio)
-        if method is not None
-        else None,
+        schedule=schedule,
+        estimator=estimator,
         tokens_per_step=recipe.batch_size * recipe.sequence_length * corpus.fill,
         fill=corpus.fill,
-        flops_per_token=accounting.flops_per_token(model, recipe.sequence_length, batch=micro),
+        flops_per_token=accounting.flops_per_token(model, recipe.sequence_length, batch=micro)
+        if estimator is None
+        else estimator.flops_per_token,
         peak_flops=(peak * devices, source),
         eval_tokens=recipe.eval_tokens,
         bytes_per_token=corpus.validation_bytes_per_token,

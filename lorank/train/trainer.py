@@ -23,6 +23,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from lorank.conversion import step_hook
 from lorank.parametrization import StepHook
+from lorank.train.estimators import Estimator
 from lorank.train.evaluation import Evaluation, evaluate
 
 STAGING = ".saving"
@@ -35,6 +36,7 @@ class PretrainTrainer(Trainer):
     """A Trainer that logs tokens per second and model FLOPs utilisation, and evaluates by token.
 
     Args:
+        estimator: fills `.grad` instead of autograd; its batch and its step decide what it draws.
         make_optimizer: called with the model when training begins.
         schedule: multiplier of the learning rate by steps done; None: what the arguments say.
         tokens_per_step: tokens that one optimizer step sees on average, over all devices, padding not counted.
@@ -50,6 +52,7 @@ class PretrainTrainer(Trainer):
         *args: Any,
         make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
         schedule: Callable[[int], float] | None = None,
+        estimator: Estimator | None = None,
         tokens_per_step: float,
         fill: float = 1.0,
         flops_per_token: float,
@@ -63,6 +66,7 @@ class PretrainTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.make_optimizer = make_optimizer
         self.schedule = schedule
+        self.estimator = estimator
         self.hook: StepHook | None = None
         self.flops_per_token = flops_per_token
         self.fill = fill
@@ -85,6 +89,19 @@ class PretrainTrainer(Trainer):
         if getattr(made, "in_backward", False):
             return torch.nn.utils.clip_grad_norm_(made.seen_parameters(), self.args.max_grad_norm)  # type: ignore[union-attr]
         return super()._clip_grad_norm(model)
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        if self.estimator is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        model.train()
+        with self.compute_loss_context_manager():
+            return self.estimator(self._prepare_inputs(inputs), self.state.global_step)  # type: ignore[arg-type]
+
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        votes = [p.grad for p in model.parameters() if p.grad is not None and not p.grad.is_floating_point()]
+        if votes:  # accelerate measures only what is no integer
+            return torch.stack([vote.float().norm() for vote in votes]).norm()
+        return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
         if self.lr_scheduler is None and self.schedule is not None:

@@ -1,0 +1,255 @@
+"""EGG: a recurrent language model of bytes whose weights, states and sums are integers, before training, in it and after.
+
+    u · Mᵀ     = clip( u Mᵀ // (16 ⌊√n⌋) )                          n = width of u; clip: to ±127; 16 stands for 1.0
+    LN(x)      = clip( x w // max(Σ|x| // D, 1) )                    no mean, and the mean magnitude for the deviation
+    GRU(x, s)  : f = clip(x · Wf + s · Uf + bf)                      f and h stand where others put sigmoid and tanh
+                 h = clip(x · Wh + ((f + 127) s >> 8) · Uh + bh)
+                 s ← s + ((f + 127) (h - s) >> 8),  which is also the output
+    a layer    : x ← clip(x + GRU(LN x, s)),  x ← clip(x + (LN x · M1) · M2)
+    logits     = LN x · head,  log₂ p(t) = logit_t / 16 - log₂ Σⱼ 2^(logit_j / 16)
+
+    x, s, f, h [D]     Wf, Uf, Wh, Uh [D, D]     M1 [4D, D]     M2 [D, 4D]     head [256, D]     all int8
+
+513 D + l (4 D + 12 D²) parameters. Byte 0 begins a document and sets all states to 0. A member of an EGGROLL population
+(`lorank.optim.eggroll_int8`) adds (x · B) A s >> (4 + sig) before a product is divided; this file knows how.
+
+Source: Sarkar et al., "Evolution Strategies at the Hyperscale", arXiv 2511.16652, appendix G, and their nano-egg.
+
+Departures. Arithmetic runs on float32 tensors that hold integers: sums stay below 2²⁴, or are clipped anyway, so floor, product
+and quotient are exact, and a float32 product is the fastest a CPU has. Where the magnitude table of nano-egg divides by 0 we
+divide by 1. States begin at 0 in each sequence. The loss of `forward` is the true one, of these logits; the integer
+likelihood, which is rounded in the model's favour, is the fitness and nothing else.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
+
+LIMIT = 127
+ONE = 16
+"""What stands for 1.0."""
+DOCUMENT_START = 0
+
+
+class Noise(NamedTuple):
+    """Of one parameter, for K pairs of members, in the forward pass: int8 values; s is +1 for the first half of a pair's rows."""
+
+    A: Tensor  # [K, a], int32
+    B: Tensor  # [K, b], float32; of a vector [K, a]
+    shift: int
+
+    def of_product(self, x: Tensor) -> Tensor:
+        """(x · B) A s >> shift [K, R, a] of x [K, R, b]; products pass 2²⁴ here, so they are int32."""
+        h = torch.bmm(x, self.B[:, :, None])
+        return (_signed(h).int() * self.A[:, None]).bitwise_right_shift_(self.shift)
+
+    def of_vector(self, rows: int) -> Tensor:
+        """A B s >> shift [K, rows, a]."""
+        return (_signed((self.A * self.B)[:, None].expand(-1, rows, -1)) / 2**self.shift).floor_()
+
+    def of_lookup(self, at: Tensor) -> Tensor:
+        """A[t] B s >> shift [K, R, b] at t [K, R]."""
+        return (_signed(self.A.gather(1, at)[:, :, None]) * self.B[:, None] / 2**self.shift).floor_()
+
+
+Member = dict[nn.Parameter, Noise]
+
+
+def _signed(x: Tensor) -> Tensor:
+    half = x.shape[1] // 2
+    return torch.cat([x[:, :half], -x[:, half:]], dim=1)
+
+
+def clip(x: Tensor) -> Tensor:
+    return x.clamp_(-LIMIT, LIMIT)
+
+
+class Weights(NamedTuple):
+    """A model's parameters as float32, vectors with their noise in them; that of matrices comes with the product."""
+
+    values: dict[nn.Parameter, Tensor]
+    noise: Member
+
+    def product(self, x: Tensor, M: nn.Parameter) -> Tensor:
+        """u · Mᵀ of x [K, R, n]."""
+        y = F.linear(x.flatten(0, 1), self.values[M]).view(*x.shape[:-1], -1)
+        if M in self.noise:
+            y += self.noise[M].of_product(x)
+        return clip(y.div_(ONE * math.isqrt(x.shape[-1])).floor_())
+
+    def lookup(self, at: Tensor, M: nn.Parameter) -> Tensor:
+        """M[t] at t [K, R]."""
+        x = F.embedding(at, self.values[M])
+        return clip(x + self.noise[M].of_lookup(at)) if M in self.noise else x
+
+
+def weights(parameters: Iterable[nn.Parameter], rows: int, noise: Member) -> Weights:
+    moved = {p: clip(p + noise[p].of_vector(rows)) for p in noise if p.ndim == 1}
+    return Weights({p: moved.get(p, p.float()) for p in parameters}, noise)
+
+
+def layer_norm(x: Tensor, w: Tensor) -> Tensor:
+    magnitude = x.abs().sum(-1, keepdim=True).div_(x.shape[-1]).floor_().clamp_(min=1)
+    return clip((x * w).div_(magnitude).floor_())
+
+
+def gate(f: Tensor, x: Tensor) -> Tensor:
+    """(f + 127) x >> 8."""
+    return ((f + LIMIT) * x).div_(256).floor_()
+
+
+EXP2 = torch.tensor([int(ONE * 2 ** (i / ONE)) for i in range(256)], dtype=torch.int32)
+
+
+def log_likelihood(logits: Tensor, target: Tensor) -> Tensor:
+    """In sixteenths of a bit, int32: (logit_t + 128) - int(16 log₂(Σ EXP2 / 16)), of logits [..., 256] and bytes [...]."""
+    index = (logits + 128).int()
+    exponentials = EXP2.to(logits.device).index_select(0, index.flatten()).view(index.shape)
+    total = (ONE * (exponentials.sum(-1).double() / ONE).log2()).int()
+    return index.gather(-1, target[..., None])[..., 0] - total
+
+
+class EggConfig(PretrainedConfig):
+    """Width, depth, and nothing else: the vocabulary is the 256 bytes."""
+
+    model_type = "lorank_egg"
+
+    def __init__(self, hidden_size: int = 256, num_hidden_layers: int = 6, **kwargs: Any):
+        if hidden_size < 1 or num_hidden_layers < 1:
+            raise ValueError(f"hidden_size={hidden_size} and num_hidden_layers={num_hidden_layers} have to be positive")
+        if 4 * hidden_size * LIMIT**2 >= 2**24:
+            raise ValueError(f"hidden_size={hidden_size} lets sums pass 2**24, where float32 ends to count; take 256")
+        self.hidden_size, self.num_hidden_layers, self.vocab_size = hidden_size, num_hidden_layers, 256
+        kwargs.pop("vocab_size", None)
+        super().__init__(**{"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False, **kwargs})
+
+
+def _int8(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(shape, dtype=torch.int8), requires_grad=False)
+
+
+class EggLayer(nn.Module):
+    """GRU and MLP, each behind a norm."""
+
+    stands_for_linear = True
+    """So that it counts as a block."""
+
+    def __init__(self, D: int):
+        super().__init__()
+        self.ln1, self.ln2, self.bf, self.bh = _int8(D), _int8(D), _int8(D), _int8(D)
+        self.wf, self.uf, self.wh, self.uh = _int8(D, D), _int8(D, D), _int8(D, D), _int8(D, D)
+        self.m1, self.m2 = _int8(4 * D, D), _int8(D, 4 * D)
+
+    def forward(self, x: Tensor, s: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
+        u = layer_norm(x, w.values[self.ln1])
+        f = clip(w.product(u, self.wf) + w.product(s, self.uf) + w.values[self.bf])
+        p = gate(f, s)
+        h = clip(w.product(u, self.wh) + w.product(p, self.uh) + w.values[self.bh])
+        s = s + gate(f, h - s)
+        x = clip(x + s)
+        u = layer_norm(x, w.values[self.ln2])
+        return clip(x + w.product(w.product(u, self.m1), self.m2)), s
+
+
+class EggForCausalLM(PreTrainedModel, GenerationMixin):
+    """The model; `forward` takes what transformers' language models take, and recomputes instead of caching."""
+
+    config_class = EggConfig
+    _is_stateful = True
+
+    def __init__(self, config: EggConfig):
+        super().__init__(config)
+        D = config.hidden_size
+        self.embedding, self.head, self.ln = _int8(256, D), _int8(256, D), _int8(D)
+        self.layers = nn.ModuleList(EggLayer(D) for _ in range(config.num_hidden_layers))
+        self.post_init()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in; its parameters are int8."""
+        return torch.float32
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """round(16 N(0, 1)) for matrices, 16 for norms, 0 for biases; parameters that were loaded keep their values."""
+        for name, p in self.named_parameters():
+            if p.is_meta or getattr(p, "_is_hf_initialized", False):
+                continue
+            if p.ndim == 2:
+                p.copy_(torch.randn(p.shape, device=p.device).mul_(ONE).round_().clamp_(-LIMIT, LIMIT))
+            else:
+                p.fill_(ONE if name.rpartition(".")[2].startswith("ln") else 0)
+
+    initialize_weights = init_weights
+
+    def logits(self, ids: Tensor, noise: Member) -> Iterator[Tensor]:
+        """Those [K, R, 256] of each position of ids [K, R, T], one after the other."""
+        K, R, T = ids.shape
+        states = [torch.zeros(K, R, self.config.hidden_size, device=ids.device) for _ in self.layers]
+        w = weights(self.parameters(), R, noise)
+        for t in range(T):
+            at = ids[:, :, t]
+            x = w.lookup(at, self.embedding)
+            going = (at != DOCUMENT_START)[:, :, None]
+            for i, layer in enumerate(self.layers):
+                x, states[i] = layer(x, states[i] * going, w)
+            yield w.product(layer_norm(x, w.values[self.ln]), self.head)
+
+    @torch.no_grad()
+    def fitness(self, ids: Tensor, noise: Member) -> Tensor:
+        """Integer log-likelihood [K, R] of bytes [K, R, T], in sixteenths of a bit: int64, the sum over a row's T - 1."""
+        total = torch.zeros(ids.shape[:2], dtype=torch.int64, device=ids.device)
+        for t, logits in enumerate(self.logits(ids[:, :, :-1], noise)):
+            total += log_likelihood(logits, ids[:, :, t + 1])
+        return total
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutput:
+        """Logits in nats, of bytes [batch, T], and the mean loss over labels (-100: none) one position later."""
+        if attention_mask is not None and not attention_mask[:, 0].all():
+            raise ValueError("EGG reads from the left; pad on the right")
+        logits = torch.stack(list(self.logits(input_ids[None], {})), dim=2)[0] * (math.log(2) / ONE)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return CausalLMOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        return {"input_ids": input_ids}
+
+    def get_input_embeddings(self) -> Any:
+        """What has the rows of the vocabulary as its `weight`."""
+        return _Weight(self.embedding)
+
+    def get_output_embeddings(self) -> Any:
+        return None
+
+    def flops_per_token(self) -> int:
+        """Of one member's forward pass: two per multiply-add of the products."""
+        D, layers = self.config.hidden_size, self.config.num_hidden_layers
+        return 2 * (12 * D * D * layers + 256 * D)
+
+
+class _Weight(NamedTuple):
+    weight: nn.Parameter
+
+
+def register() -> None:
+    """Let the Auto classes know the model; see `lorank.registry`."""
+    AutoConfig.register(EggConfig.model_type, EggConfig, exist_ok=True)
+    AutoModelForCausalLM.register(EggConfig, EggForCausalLM, exist_ok=True)
+
+
+register()

@@ -1,0 +1,159 @@
+"""EGGROLL in integers: the noise is int8, a pair has one vote, and a weight moves by one where the votes are clear.
+
+    member 2k + (s < 0):  M x → (M x + ((x · B) A s >> (4 + sig)))        so that σ = 2^-sig, see `lorank.egg`
+    F = sign(f of the first - f of the second)                             one of -1, 0, 1
+    Z = Σ F A Bᵀ,  of vectors Σ F A B                                      over the K pairs
+    Θ ← clip(Θ + (1 where Z > 0, else -1))  where  16 |Z| ≥ q ⌊√K⌋ 256,    q = ⌊16 Φ⁻¹(1 - α/2)⌋
+
+    Θ [a, b] int8     Z [a, b] int32     A [K, a], B [K, b] int8: 16 N(0, 1) rounded towards zero
+
+α is the fraction of the weights that would move if fitness were noise; it takes the learning rate's place, and falls as
+1 / ((2^flag - 1) t / 1000 + 1) if the flag is above 1 (4 was the paper's best). At t = 0 it is 1, q is 0 and all weights move.
+
+Source: as `lorank.optim.eggroll`, appendix H, and the authors' nano-egg.
+
+Departures. Noise comes from seeds as in `lorank.optim.eggroll`, not from a table of 2³⁰ bytes at hashed places.
+A pair has no vote on the embeddings of bytes it did not read, which its noise cannot have helped: the authors count them.
+"""
+
+from collections.abc import Callable, Iterable
+from statistics import NormalDist
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorank.egg import EggForCausalLM, Noise
+from lorank.optim.eggroll import check_population, pair_noise
+
+
+def alpha_at(step: int, flag: float) -> float:
+    """The fraction of weights moved by noise alone.
+
+    >>> round(alpha_at(10, 4), 4), round(alpha_at(999, 4), 5), alpha_at(999, 0.25)
+    (0.8696, 0.06256, 0.25)
+    """
+    return flag if flag <= 1 else 1 / ((2**flag - 1) * step / 1000 + 1)
+
+
+def threshold(alpha: float) -> int:
+    """q.
+
+    >>> [threshold(alpha_at(step, 4)) for step in (0, 10, 100, 999)]
+    [0, 2, 13, 29]
+    """
+    return int(16 * NormalDist().inv_cdf(1 - alpha / 2))
+
+
+class IntegerEggroll:
+    """Puts the votes Z into `.grad` (int32) of an EGG model's parameters.
+
+    Args:
+        population: members N, an even number.
+        sig: σ = 2^-sig.
+        group_size: members in a row that share data; 0: all do.
+        chunk: members in one forward pass, an even number.
+    """
+
+    def __init__(
+        self,
+        model: EggForCausalLM,
+        *,
+        population: int = 1024,
+        sig: int = 4,
+        group_size: int = 2,
+        chunk: int = 512,
+        seed: int = 0,
+    ):
+        check_population(population, group_size, chunk)
+        if sig < 0:
+            raise ValueError(f"sig={sig} is negative; the noise is 2**-sig")
+        self.model, self.population, self.sig, self.group_size = model, population, sig, group_size
+        self.chunk, self.seed, self.epoch = chunk, seed, 0
+        self.perturbed = {p: index for index, p in enumerate(model.parameters())}
+
+    def factors(self, p: nn.Parameter, pairs: range) -> tuple[Tensor, Tensor]:
+        """A [pairs, a] and B [pairs, b] of a matrix, or two [pairs, a] of a vector: int8 values in float32."""
+        a, b = p.shape if p.ndim == 2 else (p.numel(), p.numel())
+        noise = pair_noise((self.seed, self.perturbed[p], self.epoch), pairs, a + b, p.device)
+        noise = noise.mul_(16).trunc_().clamp_(-127, 127)
+        return noise[:, b:], noise[:, :b]
+
+    @torch.no_grad()
+    def __call__(self, ids: Tensor) -> Tensor:
+        """Votes on bytes [batch, T], begin the next epoch, and return fitness per member [N], in sixteenths of a bit a byte.
+
+        With a group size the batch is dealt to the groups, which are as many as its rows or a divisor of them.
+        """
+        data = deal(ids, self.population, self.group_size)
+        self.votes = {p: torch.zeros(p.shape, device=p.device) for p in self.perturbed}
+        found = []
+        for start in range(0, self.population, self.chunk):
+            members = range(start, min(start + self.chunk, self.population))
+            pairs = range(members.start // 2, members.stop // 2)
+            factors = {p: self.factors(p, pairs) for p in self.perturbed}
+            noise = {p: Noise(A.int(), B, 4 + self.sig) for p, (A, B) in factors.items()}
+            rows = data(members)  # [members, b, T]
+            total = self.model.fitness(rows.view(len(pairs), -1, rows.shape[-1]), noise)
+            fitness = total.view(len(members), -1).sum(1)
+            found.append(fitness / (rows.shape[1] * (rows.shape[2] - 1)))
+            vote = (fitness[0::2] - fitness[1::2]).sign().float()
+            read = torch.zeros(len(pairs), 256, device=ids.device)
+            read.scatter_(1, rows[:, :, :-1].reshape(len(pairs), -1), 1.0)
+            for p, (A, B) in factors.items():
+                weighted = A * vote[:, None]
+                if p is self.model.embedding:
+                    weighted *= read
+                # exact below 2²⁴: 1024 pairs of the largest noise, 60,000 of the usual
+                self.votes[p] += weighted.T @ B if p.ndim == 2 else (weighted * B).sum(0)
+        for p, Z in self.votes.items():
+            p.grad_dtype = torch.int32
+            p.grad = Z.int()
+        self.epoch += 1
+        return torch.cat(found)
+
+
+def deal(batch: Tensor, population: int, group_size: int) -> Callable[[range], Tensor]:
+    """Which rows of a batch [rows, T] a range of members sees: [members, rows of each, T].
+
+    Raises:
+        ValueError: the groups cannot be given equally many rows.
+    """
+    groups = population // group_size if group_size else 1
+    if len(batch) % groups:
+        raise ValueError(
+            f"{len(batch)} sequences are not dealt evenly to {groups} groups; take batch_size={groups} or a multiple, or "
+            f"group_size={population // len(batch)}"
+        )
+    dealt = batch.view(groups, -1, batch.shape[-1])
+    return lambda members: dealt[torch.arange(members.start, members.stop, device=batch.device) * groups // population]
+
+
+class Votes(Optimizer):
+    """Moves int8 weights by one where their votes, found in `.grad`, are clear; the learning rate is α.
+
+    >>> p = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
+    >>> p.grad_dtype = torch.int32
+    >>> p.grad = torch.tensor([10_000, -10_000, 100], dtype=torch.int32)
+    >>> _ = Votes([p], lr=0.4, pairs=64).step()
+    >>> p.data
+    tensor([ 1, -1,  0], dtype=torch.int8)
+    """
+
+    def __init__(self, params: Iterable[Any], *, lr: float, pairs: int):
+        if not 0 <= lr <= 1:
+            raise ValueError(f"lr={lr}, the fraction of weights moved by noise, is not in [0, 1]")
+        super().__init__(params, {"lr": lr, "pairs": pairs})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        if closure is not None:
+            raise ValueError("Votes evaluates no closure; count the votes before step()")
+        for group in self.param_groups:
+            bound = threshold(group["lr"]) * int(group["pairs"] ** 0.5) * 256 if group["lr"] > 0 else 2**40
+            for p in group["params"]:
+                if p.grad is not None:
+                    move = torch.where(p.grad > 0, 1, -1) * (16 * p.grad.long().abs() >= bound)
+                    p.copy_((p + move).clamp_(-127, 127))
+        return None

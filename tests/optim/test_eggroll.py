@@ -1,0 +1,219 @@
+"""EGGROLL against its specification: each member on its own, with its weights written out."""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.pytorch_utils import Conv1D
+
+from lorank.optim import Eggroll
+from lorank.optim.eggroll import BLOCK, pair_noise, shaped
+
+
+def moves(estimate: Eggroll, member: int) -> dict[nn.Parameter, Tensor]:
+    """s σ E of a member for each parameter, by the equation."""
+    pairs, sign = range(member // 2, member // 2 + 1), 1 - 2 * (member % 2)
+    found = {}
+    for p in estimate.perturbed:
+        if p.ndim == 2:
+            A, B = estimate.factors(p, pairs)
+            found[p] = sign * (A[0] @ B[0].T)
+        else:
+            found[p] = sign * estimate.dense(p, pairs)[0]
+    return found
+
+
+def members_one_by_one(model: nn.Module, estimate: Eggroll, call: Callable[[int], Tensor]) -> Iterator[Tensor]:
+    for member in range(estimate.population):
+        moved = moves(estimate, member)
+        with torch.no_grad():
+            for p, move in moved.items():
+                p += move
+            yield call(member)
+            for p, move in moved.items():
+                p -= move
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+@pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
+def test_a_members_output_is_that_of_its_weights_and_a_pairs_mean_that_of_none(kind: Any, rank: int) -> None:
+    torch.manual_seed(0)
+    layer = (nn.Linear(6, 8) if kind is nn.Linear else Conv1D(8, 6)).double()
+    estimate = Eggroll(layer, population=6, sigma=0.5, rank=rank)
+    x = torch.randn(6, 3, 5, 6, dtype=torch.float64)  # a member has 3 x 5 rows
+    with estimate.perturb(range(6)), torch.no_grad():
+        found = layer(x.flatten(0, 1)).view(6, 3, 5, 8)
+    for y, expected in zip(found, members_one_by_one(layer, estimate, lambda i: layer(x[i])), strict=True):
+        torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    with estimate.perturb(range(6)), torch.no_grad():
+        same = layer(x[:1].expand(6, 3, 5, 6).reshape(18, 5, 6)).view(3, 2, 3, 5, 8)
+    torch.testing.assert_close(same.mean(1), layer(x[0]).detach().expand(3, 3, 5, 8))
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+def test_a_language_model_of_transformers(name: str, freeze: bool, small: Any, tokens: Tensor) -> None:
+    """Norms, biases, a tied head (gpt2), positions looked up once for all rows, and members in chunks."""
+    model = small(name).double()
+    before = copy.deepcopy(model.state_dict())
+    estimate = Eggroll(model, population=4, sigma=0.1, freeze_others=freeze)
+    assert any(p.ndim == 1 for p in estimate.perturbed) != freeze
+    expected = list(members_one_by_one(model, estimate, lambda i: model(tokens).logits))
+    for members in (range(0, 4), range(2, 4)):
+        with estimate.perturb(members), torch.no_grad():
+            found = model(tokens.repeat(len(members), 1)).logits.view(len(members), *tokens.shape, -1)
+        torch.testing.assert_close(found, torch.stack(expected)[members.start :], rtol=1e-6, atol=1e-6)
+    assert (found[0] - found[1]).abs().max() > 0.01
+    model.load_state_dict(before)
+    assert not any("forward" in module.__dict__ or module._forward_hooks for module in model.modules())
+
+
+def test_noise_is_the_same_whenever_asked_for_and_does_not_depend_on_chunks() -> None:
+    key = (0, 3, 1)
+    whole = pair_noise(key, range(0, 3 * BLOCK), 7)
+    assert torch.equal(pair_noise(key, range(5, 2 * BLOCK + 1), 7), whole[5 : 2 * BLOCK + 1])
+    for other in ((1, 3, 1), (0, 4, 1), (0, 3, 2)):
+        assert not torch.equal(pair_noise(other, range(3), 7), whole[:3])
+    assert len(whole.unique(dim=0)) == 3 * BLOCK
+
+
+@pytest.mark.parametrize(("reuse", "distinct"), [(1, 6), (2, 3), (3, 2), (0, 1)])
+def test_noise_changes_every_so_many_epochs(reuse: int, distinct: int) -> None:
+    layer = nn.Linear(3, 4)
+    estimate = Eggroll(layer, population=4, sigma=0.1, noise_reuse=reuse)
+    seen = []
+    for _ in range(6):
+        seen.append(estimate.factors(layer.weight, range(2))[0].flatten())
+        estimate(lambda members: torch.zeros(len(members)))
+    assert len(torch.stack(seen).unique(dim=0)) == distinct
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+def test_entries_of_the_noise_have_variance_one(rank: int) -> None:
+    layer = nn.Linear(20, 30, bias=False)
+    A, B = Eggroll(layer, population=4, sigma=1.0, rank=rank).factors(layer.weight, range(4000))
+    E = A @ B.mT
+    assert E.var().item() == pytest.approx(1.0, rel=0.02)
+    assert E.mean().item() == pytest.approx(0.0, abs=0.01)
+
+
+def test_a_linear_fitness_gives_its_coefficients() -> None:
+    layer = nn.Linear(6, 8, bias=False)
+    C = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    estimate = Eggroll(layer, population=400_000, sigma=0.1, chunk=20_000)
+    rows = torch.eye(6)
+    estimate(lambda members: (layer(rows.repeat(len(members), 1)).view(-1, 6, 8) * C.T).sum((1, 2)))
+    assert torch.cosine_similarity(-layer.weight.grad.flatten(), C.flatten(), dim=0) > 0.99  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("rank", [1, 2])
+def test_the_update_is_the_sum_over_members_and_its_rank_what_they_span(rank: int) -> None:
+    layer = nn.Linear(12, 10).double()
+    estimate = Eggroll(layer, population=6, sigma=0.3, rank=rank, chunk=4)
+    z = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    estimate.write_gradients(z)
+    total: dict[nn.Parameter, Any] = dict.fromkeys(estimate.perturbed, 0.0)
+    for member in range(6):
+        for p, move in moves(estimate, member).items():
+            total[p] = total[p] - math.sqrt(6) / 6 * z[member].item() * move
+    for p, G in total.items():
+        torch.testing.assert_close(p.grad, G, rtol=1e-5, atol=1e-6)
+    assert torch.linalg.matrix_rank(layer.weight.grad, rtol=1e-5) == 3 * rank  # type: ignore[arg-type]
+    many = Eggroll(layer, population=64, sigma=0.3)
+    many.write_gradients(torch.randn(64))
+    assert torch.linalg.matrix_rank(layer.weight.grad, rtol=1e-5) == 10  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("population", [256, 4096])
+def test_where_fitness_is_noise_a_step_of_sgd_is_lr_sigma(population: int) -> None:
+    layer = nn.Linear(40, 30)
+    before = copy.deepcopy(layer.state_dict())
+    generator = torch.Generator().manual_seed(0)
+    Eggroll(layer, population=population, sigma=0.01)(lambda m: torch.randn(len(m), generator=generator))
+    torch.optim.SGD(layer.parameters(), lr=0.5).step()
+    rms = (layer.weight - before["weight"]).square().mean().sqrt().item()
+    assert rms == pytest.approx(0.5 * 0.01, rel=0.2)
+
+
+@pytest.mark.parametrize("group_size", [0, 4])
+def test_constant_fitness_moves_nothing(group_size: int) -> None:
+    layer = nn.Linear(5, 4)
+    Eggroll(layer, population=8, sigma=0.1, group_size=group_size)(lambda members: torch.full((len(members),), 3.0))
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters())  # type: ignore[arg-type]
+
+
+def test_shaping() -> None:
+    f = torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0, 20.0, 30.0, 40.0])
+    torch.testing.assert_close(shaped(f), (f - f.mean()) / (f.var(correction=0) + 1e-5) ** 0.5)
+    by_group = torch.cat([f[:4] - 2.5, f[4:] - 25.0]) / (f.var(correction=0) + 1e-5) ** 0.5
+    torch.testing.assert_close(shaped(f, 4), by_group)
+
+
+def test_no_tensor_is_a_matrix_per_member() -> None:
+    """The largest tensor of an estimate is an activation or a factor, far below [pairs, a, b]."""
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = function(*args, **(kwargs or {}))
+            sizes = [t.numel() for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+            self.numbers = max([self.numbers, *sizes])
+            return out
+
+    a, b, N, r = 96, 80, 64, 2
+    layer = nn.Linear(b, a)
+    x = torch.randn(1, b)
+    estimate = Eggroll(layer, population=N, sigma=0.1, rank=r)
+    with Largest() as largest:
+        estimate(lambda members: layer(x.expand(len(members), b)).sum(1))
+    assert largest.numbers <= N * r * (a + b)
+    assert N * r * (a + b) < N // 2 * a * b / 5
+
+
+def test_it_learns_with_any_optimizer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.LayerNorm(16), nn.Linear(16, 1))
+    x = torch.randn(32, 4)
+    y = x[:, :1] * x[:, 1:2]
+    loss = lambda out: (out - y).square().mean((-2, -1))  # noqa: E731
+    start = loss(model(x)).item()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    estimate = Eggroll(model, population=64, sigma=0.05)
+    for _ in range(60):
+        estimate(lambda members: -loss(model(x.repeat(len(members), 1)).view(len(members), 32, 1)))
+        optimizer.step()
+    assert loss(model(x)).item() < 0.5 * start
+
+
+def test_fitness_that_is_no_number_changes_nothing() -> None:
+    layer = nn.Linear(3, 4)
+    estimate = Eggroll(layer, population=4, sigma=0.1)
+    with pytest.raises(FloatingPointError, match="fitness of a member is not finite"):
+        estimate(lambda members: torch.tensor([0.0, 1.0, float("nan"), 0.0]))
+    assert layer.weight.grad is None and estimate.epoch == 0
+
+
+def test_refusals() -> None:
+    layer = nn.Linear(3, 4)
+    for wrong, message in [
+        ({"population": 5}, "population=5 is not an even number"),
+        ({"population": 8, "group_size": 6}, "group_size=6 is neither 0 nor an even divisor of population=8"),
+        ({"population": 8, "chunk": 3}, "chunk=3 is not an even number"),
+        ({"population": 8, "rank": 0}, "rank=0"),
+        ({"population": 8, "sigma": 0.0}, "sigma=0.0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Eggroll(layer, **{"sigma": 0.1, **wrong})
+    with pytest.raises(ValueError, match=r"the model \(Conv1d\) keeps bias, weight itself"):
+        Eggroll(nn.Conv1d(3, 4, 2), population=4, sigma=0.1)
+    with (
+        pytest.raises(RuntimeError, match="5 rows, which are not those of 4 members"),
+        Eggroll(layer, population=4, sigma=0.1).perturb(range(4)),
+    ):
+        layer(torch.zeros(5, 3))

@@ -1,0 +1,284 @@
+"""EGG against its specification, written out in Python's own integers one number at a time."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from lorank.egg import EggConfig, EggForCausalLM, log_likelihood
+from lorank.optim import IntegerEggroll, Votes
+from lorank.optim.eggroll_int8 import alpha_at, deal, threshold
+
+Vector = list[int]
+
+
+def egg(D: int = 8, layers: int = 2, seed: int = 0, spread: float = 1.0) -> EggForCausalLM:
+    torch.manual_seed(seed)
+    model = EggForCausalLM(EggConfig(hidden_size=D, num_hidden_layers=layers))
+    with torch.no_grad():  # norms and biases that are not all alike, and larger weights than the initial ones
+        for p in model.parameters():
+            p.copy_((p * spread + (torch.randint(-9, 10, p.shape) if p.ndim == 1 else 0)).clamp(-127, 127))
+    return model
+
+
+class Reference:
+    """One member with sign s of one pair; noise maps a parameter to the pair's (A, B), or is empty."""
+
+    def __init__(self, model: EggForCausalLM, noise: dict[nn.Parameter, tuple[Vector, Vector]], s: int, sig: int):
+        self.model, self.noise, self.s, self.shift = model, noise, s, 4 + sig
+
+    @staticmethod
+    def clip(v: Vector) -> Vector:
+        return [max(-127, min(127, x)) for x in v]
+
+    def product(self, x: Vector, M: nn.Parameter) -> Vector:
+        y = [sum(m * u for m, u in zip(row, x, strict=True)) for row in M.tolist()]
+        if M in self.noise:
+            A, B = self.noise[M]
+            h = sum(u * b for u, b in zip(x, B, strict=True))
+            y = [v + ((h * a * self.s) >> self.shift) for v, a in zip(y, A, strict=True)]
+        return self.clip([v // (16 * math.isqrt(len(x))) for v in y])
+
+    def vector(self, v: nn.Parameter) -> Vector:
+        if v not in self.noise:
+            return v.tolist()
+        both = zip(v.tolist(), *self.noise[v], strict=True)
+        return self.clip([x + ((a * b * self.s) >> self.shift) for x, a, b in both])
+
+    def norm(self, x: Vector, w: nn.Parameter) -> Vector:
+        mav = max(sum(map(abs, x)) // len(x), 1)
+        return self.clip([u * v // mav for u, v in zip(x, self.vector(w), strict=True)])
+
+    def add(self, *vectors: Vector) -> Vector:
+        return self.clip([sum(v) for v in zip(*vectors, strict=True)])
+
+    def logits(self, ids: Vector) -> list[Vector]:
+        model: Any = self.model
+        D = model.config.hidden_size
+        states = [[0] * D for _ in model.layers]
+        found = []
+        for t in ids:
+            if t == 0:
+                states = [[0] * D for _ in model.layers]
+            x = model.embedding[t].tolist()
+            if model.embedding in self.noise:
+                A, B = self.noise[model.embedding]
+                x = self.clip([u + ((A[t] * b * self.s) >> self.shift) for u, b in zip(x, B, strict=True)])
+            for i, layer in enumerate(model.layers):
+                s, u = states[i], self.norm(x, layer.ln1)
+                f = self.add(self.product(u, layer.wf), self.product(s, layer.uf), self.vector(layer.bf))
+                p = [((a + 127) * b) >> 8 for a, b in zip(f, s, strict=True)]
+                h = self.add(self.product(u, layer.wh), self.product(p, layer.uh), self.vector(layer.bh))
+                states[i] = [b + (((a + 127) * (c - b)) >> 8) for a, b, c in zip(f, s, h, strict=True)]
+                x = self.add(x, states[i])
+                u = self.norm(x, layer.ln2)
+                x = self.add(x, self.product(self.product(u, layer.m1), layer.m2))
+            found.append(self.product(self.norm(x, model.ln), model.head))
+        return found
+
+    def fitness(self, ids: Vector) -> int:
+        exp2 = [int(16 * 2 ** (i / 16)) for i in range(256)]
+        total = 0
+        for logits, t in zip(self.logits(ids[:-1]), ids[1:], strict=True):
+            total += logits[t] + 128 - int(16 * math.log2(sum(exp2[x + 128] for x in logits) / 16))
+        return total
+
+
+IDS = [0, 65, 200, 13, 0, 0, 255, 1, 66, 66]
+
+
+@pytest.mark.parametrize("D", [8, 12, 16])
+@pytest.mark.parametrize("spread", [1.0, 6.0])
+def test_the_forward_pass_is_that_of_pythons_integers(D: int, spread: float) -> None:
+    model = egg(D, spread=spread)
+    logits = torch.stack(list(model.logits(torch.tensor([[IDS]]), {})), dim=2)[0, 0]
+    assert logits.tolist() == Reference(model, {}, 0, 0).logits(IDS)
+    assert model.fitness(torch.tensor([[IDS]]), {}).item() == Reference(model, {}, 0, 0).fitness(IDS)
+
+
+@pytest.mark.parametrize(("sig", "spread"), [(4, 1.0), (0, 6.0)])
+def test_members_and_votes_are_those_of_pythons_integers(sig: int, spread: float) -> None:
+    """Fitness of each member one by one, and Z as the sum over pairs, also where values are clipped all over."""
+    model = egg(8, spread=spread)
+    estimate = IntegerEggroll(model, population=6, sig=sig, group_size=2, chunk=4, seed=3)
+    drawn = {p: [f.int().tolist() for f in estimate.factors(p, range(3))] for p in model.parameters()}
+    rows = torch.randint(0, 256, (3, 9), generator=torch.Generator().manual_seed(1))
+    found = estimate(rows)
+    Z: dict[nn.Parameter, Any] = dict.fromkeys(model.parameters(), 0)
+    for k in range(3):
+        noise = {p: (A[k], B[k]) for p, (A, B) in drawn.items()}
+        f = [Reference(model, noise, s, sig).fitness(rows[k].tolist()) for s in (1, -1)]
+        assert [x / 8 for x in f] == pytest.approx(found[2 * k : 2 * k + 2].tolist())
+        F = (f[0] > f[1]) - (f[0] < f[1])
+        for p, (A, B) in noise.items():
+            if p is model.embedding:
+                A = [a if byte in rows[k, :-1] else 0 for byte, a in enumerate(A)]
+            Z[p] = Z[p] + F * (
+                torch.outer(*map(torch.tensor, (A, B))) if p.ndim == 2 else torch.tensor(A) * torch.tensor(B)
+            )
+    assert found.unique().numel() > 3
+    for p, votes in Z.items():
+        assert p.grad is not None and p.grad.dtype == torch.int32
+        assert torch.equal(p.grad.long(), votes)
+
+
+def test_parameters_are_counted_and_int8_at_every_step() -> None:
+    big = EggConfig(hidden_size=256, num_hidden_layers=6)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in EggForCausalLM(big).parameters()) == 4_856_064
+    model = egg(8)
+    assert sum(p.numel() for p in model.parameters()) == 513 * 8 + 2 * (4 * 8 + 12 * 64)
+    with torch.no_grad():
+        model.head[:, :4] = 120
+    estimate, optimizer = IntegerEggroll(model, population=4), Votes(model.parameters(), lr=1.0, pairs=2)
+    for _ in range(30):
+        before = [p.clone() for p in model.parameters()]
+        estimate(torch.randint(0, 256, (2, 4)))
+        optimizer.step()
+        for p, old in zip(model.parameters(), before, strict=True):
+            assert p.dtype == torch.int8 and p.int().abs().max() <= 127
+            assert (p.int() - old.int()).abs().max() <= 1
+    assert any((p.abs() == 127).any() for p in model.parameters()), "some came to the end of the range"
+
+
+def test_thresholds() -> None:
+    expected = {10: (0.8696, 2), 100: (0.4, 13), 999: (0.06256, 29), 0: (1.0, 0)}
+    for step, (alpha, q) in expected.items():
+        assert alpha_at(step, 4) == pytest.approx(alpha, abs=5e-5)
+        assert threshold(alpha_at(step, 4)) == q
+    assert alpha_at(10_000, 0.25) == 0.25
+
+
+def weights_and_votes(votes: list[int], start: int = 0) -> nn.Parameter:
+    p = nn.Parameter(torch.full((len(votes),), start, dtype=torch.int8), requires_grad=False)
+    p.grad_dtype = torch.int32
+    p.grad = torch.tensor(votes, dtype=torch.int32)
+    return p
+
+
+def test_what_votes_move() -> None:
+    p = weights_and_votes([5, -5, 0])
+    Votes([p], lr=1.0, pairs=50).step()
+    assert p.tolist() == [1, -1, -1], "at the first step every entry moves, those without a majority down"
+    bound = 13 * 7 * 256 // 16  # q = 13 at alpha 0.4, 7 = ⌊√50⌋
+    p = weights_and_votes([bound, bound - 1, -bound, 1 - bound, 0])
+    Votes([p], lr=0.4, pairs=50).step()
+    assert p.tolist() == [1, 0, -1, 0, 0]
+    for end in (127, -127):
+        p = weights_and_votes([10**6 * end], start=end)
+        Votes([p], lr=0.4, pairs=50).step()
+        assert p.tolist() == [end]
+
+
+def test_alpha_is_the_fraction_moved_by_noise() -> None:
+    model = egg(16)
+    estimate = IntegerEggroll(model, population=512, group_size=0)
+    votes = torch.randint(0, 2, (256,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    A, B = estimate.factors(model.head, range(256))
+    p = weights_and_votes([0])
+    p = nn.Parameter(torch.zeros_like(model.head), requires_grad=False)
+    p.grad_dtype = torch.int32
+    p.grad = ((A * votes[:, None]).T @ B).int()
+    Votes([p], lr=0.4, pairs=256).step()
+    assert p.abs().float().mean().item() == pytest.approx(0.4, abs=0.06)
+
+
+def test_log_likelihood() -> None:
+    assert log_likelihood(torch.zeros(256), torch.tensor(7)).item() == -8 * 16
+    logits = torch.randint(-127, 128, (50, 256), generator=torch.Generator().manual_seed(0)).float()
+    target = torch.arange(50)
+    exact = (logits * math.log(2) / 16).log_softmax(-1).gather(1, target[:, None])[:, 0] / math.log(2)
+    assert (log_likelihood(logits, target) / 16 - exact).abs().max() < 1 / 16 + 0.02
+    assert log_likelihood(torch.full((256,), 127.0), torch.tensor(0)).item() == 255 - int(
+        16 * (math.log2(1004_119 * 16))
+    )
+
+
+def test_pairs_and_groups_see_their_rows() -> None:
+    batch = torch.arange(6)[:, None].expand(6, 5)
+    assert deal(batch, 12, 4)(range(2, 10))[:, :, 0].tolist() == [[0, 1]] * 2 + [[2, 3]] * 4 + [[4, 5]] * 2
+    assert deal(batch, 12, 0)(range(4, 6))[:, :, 0].tolist() == [list(range(6))] * 2
+    with pytest.raises(ValueError, match="6 sequences are not dealt evenly to 4 groups; take batch_size=4"):
+        deal(batch, 8, 2)
+
+
+def test_chunks_change_nothing() -> None:
+    rows = torch.randint(0, 256, (4, 6), generator=torch.Generator().manual_seed(1))
+    grads = []
+    for chunk in (2, 6, 8):
+        model = egg()
+        IntegerEggroll(model, population=8, chunk=chunk)(rows)
+        grads.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other, strict=True))  # type: ignore[arg-type]
+
+
+def test_saving_loading_and_writing(tmp_path: Path) -> None:
+    model = egg()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is EggForCausalLM
+    for (name, p), q in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert q.dtype == torch.int8 and torch.equal(p, q), name
+    start = torch.tensor([[0, 65]])
+    out = loaded.generate(start, max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+    ids = start
+    for _ in range(5):
+        ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(out, ids)
+
+
+def test_loading_without_having_named_the_model(tmp_path: Path, fresh_python: Any) -> None:
+    egg().save_pretrained(tmp_path)
+    program = """
+        import sys, lorank
+        assert "torch" not in sys.modules
+        from transformers import AutoModelForCausalLM
+        print(type(AutoModelForCausalLM.from_pretrained(sys.argv[1])).__name__)
+    """
+    assert fresh_python(program, str(tmp_path)).split()[-1] == "EggForCausalLM"
+
+
+def test_the_loss_is_that_of_its_logits_and_right_padding_is_masked() -> None:
+    model = egg()
+    ids = torch.tensor([IDS, IDS])
+    labels = ids.clone()
+    labels[1, 5:] = -100
+    out = model(ids, labels=labels)
+    log_p = out.logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
+    expected = -(log_p[0].sum() + log_p[1, :4].sum()) / 13
+    assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(ValueError, match="pad on the right"):
+        model(ids, attention_mask=torch.tensor([[1] * 10, [0] + [1] * 9]))
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="hidden_size=512 lets sums pass"):
+        EggConfig(hidden_size=512)
+    with pytest.raises(ValueError, match="hidden_size=0"):
+        EggConfig(hidden_size=0)
+    with pytest.raises(ValueError, match="lr=2.0"):
+        Votes([nn.Parameter(torch.zeros(2))], lr=2.0, pairs=2)
+    with pytest.raises(ValueError, match="sig=-1 is negative"):
+        IntegerEggroll(egg(), population=4, sig=-1)
+    with pytest.raises(ValueError, match="evaluates no closure"):
+        Votes([nn.Parameter(torch.zeros(2))], lr=0.5, pairs=2).step(lambda: 0.0)
+
+
+def noise_key(estimate: IntegerEggroll, p: nn.Parameter) -> Tensor:
+    return torch.cat(estimate.factors(p, range(4)), dim=1)
+
+
+def test_noise_is_int8_new_in_each_epoch_and_back_when_the_epoch_is() -> None:
+    model = egg(16)
+    estimate = IntegerEggroll(model, population=8)
+    first = noise_key(estimate, model.head)
+    assert torch.equal(first, first.to(torch.int8).float())
+    assert first.std().item() == pytest.approx(15.5, rel=0.1)
+    estimate.epoch = 1
+    assert not torch.equal(noise_key(estimate, model.head), first)
+    estimate.epoch = 0
+    assert torch.equal(noise_key(estimate, model.head), first)
