@@ -84,8 +84,7 @@ def plan(recipe: Recipe) -> Plan:
         "checkpoint_every": 1,
     }
     twin = dataclasses.replace(recipe, method="dense", **plain)
-    dense = empty_model(twin)
-    model = empty_model(recipe)
+    model, dense = empty_model(recipe), empty_model(twin)
     projection = find_projection(recipe, model)
     return Plan(
         _rows(dense, model),

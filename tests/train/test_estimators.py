@@ -157,7 +157,7 @@ def test_several_processes_and_dry_runs_are_refused(text: Path, tmp_path: Path, 
     from lorank.train.plan import plan
 
     for kind in (FLOAT, EGG):
-        with pytest.raises(ValueError, match="a dry run counts backward passes"):
+        with pytest.raises(ValueError, match="a plan counts backward passes"):
             plan(recipe(text, kind))
     from lorank.train.estimators import build_estimator
     from lorank.train.model import build_config, build_model
