@@ -70,6 +70,8 @@ def line_chart(
     y_format: Format,
     log_x: bool = False,
     label_lines: bool = True,
+    dots: bool = True,
+    y_range: tuple[float, float] | None = None,
     what: str = "",
 ) -> str:
     """Curves over a common x, each with its name at its end."""
@@ -81,11 +83,11 @@ def line_chart(
     late = -math.inf if log_x else LATE * max(ends)
     ys = [y for one in series for x, y in one.points if x >= late]
     ys += [y for one in series for x, *edge in one.band if x >= late for y in edge]
-    low, high = _padded(min(ys), max(ys), 0.06)
+    low, high = y_range or _padded(min(ys), max(ys), 0.06)
     x_low, x_high = _log_padded(min(ends), max(ends)) if log_x else (0.0, max(ends))
     across = Axis(x_low, x_high, 46, width - room, log_x)
     up = Axis(low, high, height - 40, 22)
-    parts = _frame(across, up, size, x_title, y_title, x_format, y_format)
+    parts = _frame(across, up, size, x_title, y_title, x_format)
     clip = f"c{zlib.crc32(repr((x_title, size, what)).encode())}"
     parts.append(
         f'<clipPath id="{clip}"><rect x="{across.start}" y="{up.end - 6:g}" width="{across.end - across.start + 5:g}" '
@@ -98,7 +100,7 @@ def line_chart(
     parts += [f'<path class="faint {one.style}" d="{_path(one.faint, across, up)}"/>' for one in series if one.faint]
     for one in series:
         parts.append(f'<path class="line {one.style}" d="{_path(one.points, across, up)}"/>')
-        if len(one.points) <= 30:
+        if dots and len(one.points) <= 30:
             parts += [_dot(across(x), up(y), one.style, 2.6) for x, y in one.points]
         if one.mark is not None:
             x, y = one.points[one.mark]
@@ -106,7 +108,11 @@ def line_chart(
     parts.append("</g>")
     if label_lines:
         tails = [(across(one.points[-1][0]), up(one.points[-1][1]), one) for one in series if one.points]
-        parts += _labels(tails, across.end + 8, (up.end, up.start))
+        early = [tail for tail in tails if tail[0] < across.end - 40]  # these are named where they end
+        late_ones = [tail for tail in tails if tail not in early]
+        parts += _labels(late_ones, across.end + 8, (up.end, up.start))
+        lines = [spot for one in series for spot in _along([(across(x), up(y)) for x, y in one.points])]
+        parts += _point_labels(early, (across.start, width - 14), lines)
     points = [
         [one.name, one.style, [[round(across(x), 1), round(up(y), 1), x_format(x), y_format(y)] for x, y in one.points]]
         for one in series
@@ -132,8 +138,10 @@ def scatter_chart(
     lows = [low for one in series for _, low, _ in one.band] + [y for _, y in points]
     highs = [high for one in series for _, _, high in one.band] + [y for _, y in points]
     across = Axis(*_padded(min(x for x, _ in points), max(x for x, _ in points), 0.16), 46, width - 16)
-    up = Axis(*_padded(min(lows), max(highs), 0.14), height - 40, 22)
-    parts = _frame(across, up, size, x_title, y_title, x_format, y_format)
+    least, most = min(y for _, y in points), max(y for _, y in points)
+    reach = most - least or most
+    up = Axis(*_padded(max(min(lows), least - reach), min(max(highs), most + reach), 0.14), height - 40, 22)
+    parts = _frame(across, up, size, x_title, y_title, x_format)
     front = pareto_front(points)
     if len(front) > 1:
         steps = [front[0]]
@@ -144,7 +152,7 @@ def scatter_chart(
     for one in series:
         for x, low, high in one.band:
             parts.append(
-                f'<line class="bar {one.style}" x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{up(low):.1f}" y2="{up(high):.1f}"/>'
+                f'<line class="bar {one.style}" x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{up(max(low, up.low)):.1f}" y2="{up(min(high, up.high)):.1f}"/>'
             )
         for x, y in one.points:
             parts.append(_dot(across(x), up(y), one.style, 6))
@@ -197,15 +205,13 @@ def _text(x: float, y: float, text: str, kind: str) -> str:
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}">{html.escape(text)}</text>'
 
 
-def _frame(
-    across: Axis, up: Axis, size: tuple[int, int], x_title: str, y_title: str, x_format: Format, y_format: Format
-) -> list[str]:
+def _frame(across: Axis, up: Axis, size: tuple[int, int], x_title: str, y_title: str, x_format: Format) -> list[str]:
     """Grid lines, ticks and the titles of both axes."""
     parts = []
     for y in up.ticks(max(3, round(abs(up.end - up.start) / 60))):
         parts.append(f'<line class="grid" x1="{across.start}" x2="{across.end:g}" y1="{up(y):.1f}" y2="{up(y):.1f}"/>')
-        parts.append(_text(across.start - 8, up(y) + 4, y_format(y), "tick right"))
-    for x in across.ticks(max(3, round((across.end - across.start) / 110))):
+        parts.append(_text(across.start - 8, up(y) + 4, f"{y:g}", "tick right"))
+    for x in across.ticks(max(3, round((across.end - across.start) / 90))):
         parts.append(
             f'<line class="mark" x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{up.start}" y2="{up.start + 4}"/>'
         )
@@ -248,8 +254,21 @@ def _labels(tails: Sequence[tuple[float, float, Series]], x: float, limits: tupl
     return parts
 
 
-def _point_labels(tails: Sequence[tuple[float, float, Series]], limits: tuple[float, float]) -> list[str]:
-    """Names beside their points, on the side with more room, none over another."""
+def _along(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Places on a line, close together."""
+    found = []
+    for (x, y), (next_x, next_y) in itertools.pairwise(points):
+        pieces = max(1, round(math.hypot(next_x - x, next_y - y) / 8))
+        found += [(x + (next_x - x) * k / pieces, y + (next_y - y) * k / pieces) for k in range(pieces)]
+    return found
+
+
+def _point_labels(
+    tails: Sequence[tuple[float, float, Series]],
+    limits: tuple[float, float],
+    lines: Sequence[tuple[float, float]] = (),
+) -> list[str]:
+    """Names beside their points, where they cover neither each other, nor points, nor lines, as far as may be."""
     parts = []
     taken: list[tuple[float, float, float, float]] = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in tails]
     for x, y, one in sorted(tails, key=lambda tail: tail[1]):
@@ -271,8 +290,9 @@ def _point_labels(tails: Sequence[tuple[float, float, Series]], limits: tuple[fl
             left = at_x - (wide if "right" in kind else wide / 2 if "middle" in kind else 0)
             box = (left, at_y - 11, left + wide, at_y + 3)
             over = sum(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
-            outside = 5 * (box[0] < limits[0] or box[2] > limits[1] + 14)
-            boxes.append((over + outside, at_x, at_y, kind, box))
+            crossed = sum(box[0] < x < box[2] and box[1] < y < box[3] for x, y in lines) / 8
+            outside = 9 * (box[0] < limits[0] or box[2] > limits[1] + 14)
+            boxes.append((2 * over + crossed + outside, at_x, at_y, kind, box))
         _, at_x, at_y, kind, box = min(boxes, key=lambda spot: spot[0])
         taken.append(box)
         parts.append(_text(at_x, at_y, one.name, f"{kind} {one.style}"))

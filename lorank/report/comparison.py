@@ -11,6 +11,7 @@ from rich.table import Table
 
 import lorank
 from lorank.report.html import write_report
+from lorank.report.markup import settings_text
 from lorank.report.statistics import LEVEL, mean_interval
 from lorank.report.tables import quantity
 from lorank.train.compare import Race, Run
@@ -193,9 +194,12 @@ def _notes(race: Race, results: Mapping[str, Any]) -> list[str]:
             f"Each row takes the {', '.join(swept)} with the lowest validation loss of the first seed, which makes that "
             "seed's figure a little too good."
         )
-    for row in rows:
-        for name in row["edge"]:
-            notes.append(f"The best {name} of {row['name']} is at the edge of its sweep; a better one may lie beyond.")
+    for name in swept:
+        edge = [row["name"] for row in rows if name in row["edge"]]
+        if edge:
+            notes.append(
+                f"The best {name} of {', '.join(edge)} is at the edge of the sweep; a better one may lie beyond."
+            )
     if not any("lr" in tried["settings"] for row in rows for tried in row["tried"]):
         notes.append(
             f"No learning rate was swept: all rows train at {race.comparison.base.lr:g}, which may suit one of them."
@@ -276,13 +280,12 @@ def _one_line(error: Exception) -> str:
 
 def comparison_table(results: Mapping[str, Any]) -> Table:
     """One line per contestant, the best first."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     several, by = len(results["seeds"]) > 1, results["match"]["by"]
-    titles = ["", "perplexity", "95 % interval"] if several else ["", "perplexity"]
-    titles += [f"loss − {results['baseline']}", "parameters", "FLOPs/token", "tokens/s", "peak MiB", "settings"]
-    titles += [f"{by} ratio"] if by != "tokens" else []
+    titles = ["", "ppl", *(["95 % CI"] if several else []), f"Δ {results['baseline']}", "params", "FLOPs/tok"]
+    titles += ["tok/s", "MiB", *([f"{by} ratio"] if by != "tokens" else []), "settings"]
     for title in titles:
-        table.add_column(title, justify="left" if title in ("", "settings") else "right", overflow="fold")
+        table.add_column(title, justify="left" if title in ("", "settings") else "right", no_wrap=True)
     rows = sorted(results["contestants"], key=lambda row: row["loss"]["mean"] if row["loss"] else math.inf)
     for row in rows:
         if not row["loss"]:
@@ -291,18 +294,16 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
             )
             continue
         ppl, gap, ratio = row["perplexity"], row["difference"], results["match"]["ratios"].get(row["name"])
-        interval = [f"{ppl['low']:.2f} to {ppl['high']:.2f}" if ppl["low"] is not None else "-"] if several else []
-        settings = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in row["settings"].items())
         table.add_row(
             row["name"],
             f"{ppl['mean']:.2f}",
-            *interval,
-            f"{gap['mean']:+.4f}" if gap else "-",
+            *([f"{ppl['low']:.3g}–{ppl['high']:.3g}" if ppl["low"] is not None else "-"] if several else []),
+            f"{gap['mean']:+.3f}" if gap else "-",
             quantity(row["parameters"]),
             quantity(row["flops_per_token"]),
             f"{row['tokens_per_second']:,.0f}",
             f"{row['peak_memory_gib'] * 1024:,.0f}",
-            settings + (" (edge of the sweep)" if row["edge"] else ""),
             *([f"{ratio:.4f}" if ratio else "-"] if by != "tokens" else []),
+            settings_text(row["settings"]),
         )
     return table

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from lorank.report.html import duration
+from lorank.report.markup import duration
 from lorank.train.compare import Run
 
 QUIET_SECONDS = 30
