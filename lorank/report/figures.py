@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lorank.report.charts import Format, Series, line_chart, scatter_chart
-from lorank.report.markup import cell, duration, is_number, memory, name_cell, percent, section, table
+from lorank.report.markup import cell, duration, is_number, name_cell, percent, section, table
 from lorank.report.tables import quantity
 
 Row = Mapping[str, Any]
@@ -78,14 +78,16 @@ def pareto(rows: Sequence[Row], style: Mapping[str, str]) -> str:
     """Perplexity against compute and against memory."""
     if not rows:
         return ""
-    figures = []
-    for key, title, show in (
-        ("training_flops", "training FLOPs", quantity),
-        ("peak_memory_gib", "peak memory", memory),
+    figures, large = [], max(row["peak_memory_gib"] for row in rows) >= 2
+    for key, title, show, times in (
+        ("training_flops", "training FLOPs", quantity, 1),
+        ("peak_memory_gib", "peak memory, GiB", "{:.3g}".format, 1)
+        if large
+        else ("peak_memory_gib", "peak memory, MiB", "{:,.0f}".format, 1024),
     ):
         series = []
         for row in rows:
-            ppl, x = row["perplexity"], row[key]
+            ppl, x = row["perplexity"], row[key] * times
             band = [(x, ppl["low"], ppl["high"])] if ppl["low"] is not None else []
             series.append(Series(row["name"], style[row["name"]], [(x, ppl["mean"])], band))
         titles = (title, "validation perplexity")
