@@ -55,7 +55,7 @@ class Axis(NamedTuple):
                     return found if len(found) <= count + 3 else found[:: math.ceil(len(found) / count)]
         rough = (self.high - self.low) / count
         size = 10.0 ** math.floor(math.log10(rough))
-        step = next(m * size for m in (1, 2, 2.5, 5, 10) if m * size >= rough * 0.999)
+        step = min((m * size for m in (1, 2, 2.5, 5, 10)), key=lambda step: abs(math.log(step / rough)))
         first = math.ceil(self.low / step - 1e-9)
         return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 

@@ -14,7 +14,7 @@ from typing import Any, Self
 
 import yaml
 
-from lorank.train.matching import Cost, Costs, Match, flops_of, match_structure, narrow_to_match, with_steps
+from lorank.train.matching import Costs, Figure, Match, flops_of, match_structure, narrow_to_match, with_steps
 from lorank.train.model import build_config
 from lorank.train.recipe import Recipe
 
@@ -45,6 +45,8 @@ SHARED = [
 """Settings in which compared runs do not differ, or which have a flag of their own."""
 LOW_RANK_ONLY = ("rank", "options", "targets", "exclude")
 CONTROL = "dense-small"
+STRUCTURE: dict[str, Figure] = {"params": "parameters", "memory": "memory_bytes"}
+"""What is matched by rank or width, and the figure that says so."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,8 +115,8 @@ class Candidate:
     recipe: Recipe
     flops: float
     """Of the whole run, recomputation counted."""
-    memory_bytes: float
-    """Of one micro-batch, estimated."""
+    memory_bytes: float | None
+    """Of one micro-batch, estimated; where that is what is matched."""
 
 
 @dataclasses.dataclass
@@ -213,19 +215,17 @@ def plan_contest(
         ValueError: a method or setting that does not exist or does not fit; costs that cannot be matched.
     """
     contestants: list[Contestant] = []
-    reference: Cost | None = None
+    by, target = STRUCTURE.get(comparison.match), None
     for name, (recipe, kind) in find_contestants(comparison).items():
         try:
             chosen, recipes = "as it is", _swept(comparison, name, recipe)
-            cost = costs.of(recipes[0][1])
-            by = {"params": "parameters", "memory": "memory_bytes"}.get(comparison.match)
-            if by and reference is not None:
-                target = getattr(reference, by)
+            if by and target is not None:
                 first, chosen = match_structure(recipes[0][1], costs, target, by, folder / name)
                 shape: dict[str, Any] = {"rank": first.rank, "model": first.model}
                 recipes = [(settings, dataclasses.replace(one, **shape)) for settings, one in recipes]
-            reference = reference or cost
-            contestants.append(_contestant(name, kind, chosen, recipes, costs))
+            elif by:
+                target = costs.of(by, recipes[0][1])
+            contestants.append(_contestant(comparison, name, kind, chosen, recipes, costs))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     control = _control(comparison, contestants, costs, folder)
@@ -257,12 +257,17 @@ def _swept(comparison: Comparison, name: str, recipe: Recipe) -> list[tuple[dict
 
 
 def _contestant(
-    name: str, kind: str, chosen: str, recipes: Sequence[tuple[dict[str, Any], Recipe]], costs: Costs
+    comparison: Comparison,
+    name: str,
+    kind: str,
+    chosen: str,
+    recipes: Sequence[tuple[dict[str, Any], Recipe]],
+    costs: Costs,
 ) -> Contestant:
     candidates = []
     for settings, recipe in recipes:
-        cost = costs.of(recipe)
-        candidates.append(Candidate(settings, recipe, flops_of(recipe, cost), cost.memory_bytes))
+        memory = costs.of("memory_bytes", recipe) if comparison.match == "memory" else None
+        candidates.append(Candidate(settings, recipe, flops_of(recipe, costs), memory))
     return Contestant(name, recipes[0][1].method, kind, chosen, candidates)
 
 
@@ -286,14 +291,14 @@ def _control(
     if not rivals:
         return None
     cheapest, rival = min(
-        ((costs.of(recipe).flops_per_token, name) for recipe, name in rivals), key=lambda pair: pair[0]
+        ((costs.of("flops_per_token", recipe), name) for recipe, name in rivals), key=lambda pair: pair[0]
     )
-    if cheapest >= costs.of(dense).flops_per_token:
+    if cheapest >= costs.of("flops_per_token", dense):
         return None
     recipe, shape = narrow_to_match(dense, costs, cheapest, "flops_per_token", folder / CONTROL)
     whole = build_config(dense, costs.tokenizer)
     chosen = f"{shape} (the whole dense model: {whole.hidden_size}), for the training FLOPs per token of {rival}"
-    return _contestant(CONTROL, "control", chosen, _swept(comparison, CONTROL, recipe), costs)
+    return _contestant(comparison, CONTROL, "control", chosen, _swept(comparison, CONTROL, recipe), costs)
 
 
 def _matched_steps(

@@ -16,10 +16,10 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
-from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorank import accounting
 from lorank.sizes import find_size
@@ -33,44 +33,43 @@ CLOSE = 0.02
 """How far from its target a match by rank or width may stay, as a part of the target."""
 
 
-class Cost(NamedTuple):
-    """Of training one model: parameters, FLOPs per position with recomputation, bytes of one micro-batch."""
-
-    parameters: int
-    flops_per_token: float
-    memory_bytes: float
+Figure = Literal["parameters", "flops_per_token", "memory_bytes"]
+"""What is counted of a model: its parameters, FLOPs per position with recomputation, bytes of training one micro-batch."""
 
 
 class Costs:
-    """Counts models of a race, each once."""
+    """Counts models of a race, each figure once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
-        self._known: dict[str, Cost] = {}
+        self._known: dict[str, float] = {}
 
-    def of(self, recipe: Recipe, config: PretrainedConfig | None = None) -> Cost:
-        """The cost of a recipe, or of its method on the shape of `config`; ValueError as building the model would."""
+    def of(self, figure: Figure, recipe: Recipe, config: PretrainedConfig | None = None) -> float:
+        """A figure of a recipe, or of its method on the shape of `config`; ValueError as building the model would."""
         config = build_config(recipe, self.tokenizer) if config is None else config
-        settings = {name: value for name, value in recipe.to_dict().items() if name not in FREE_OF_COST}
-        key = json.dumps([settings, config.to_dict()], sort_keys=True, default=str)
+        free = (*FREE_OF_COST, "optimizer") if figure != "memory_bytes" else FREE_OF_COST
+        settings = {name: value for name, value in recipe.to_dict().items() if name not in free}
+        key = json.dumps([figure, settings, config.to_dict()], sort_keys=True, default=str)
         if key not in self._known:
-            batch = recipe.micro_batch_size or recipe.batch_size
             with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # ranks beyond break-even are tried
                 model = build_model(recipe, config)
-            flops = accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length)
-            memory = accounting.memory_estimate(
-                model,
-                optimizer="muon" if recipe.optimizer == "muon" else "adamw",
-                batch=batch,
-                sequence_length=recipe.sequence_length,
-                autocast=recipe.precision == "bf16",
-            )
-            self._known[key] = Cost(
-                accounting.count_parameters(model).total,
-                flops.total / (batch * recipe.sequence_length),
-                memory.total_bytes,
-            )
+            self._known[key] = _count(figure, recipe, model)
         return self._known[key]
+
+
+def _count(figure: Figure, recipe: Recipe, model: PreTrainedModel) -> float:
+    if figure == "parameters":
+        return accounting.count_parameters(model).total
+    length, batch = recipe.sequence_length, recipe.micro_batch_size or recipe.batch_size
+    if figure == "flops_per_token":
+        return accounting.measure_flops(model, batch=batch, sequence_length=length).total / (batch * length)
+    return accounting.memory_estimate(
+        model,
+        optimizer="muon" if recipe.optimizer == "muon" else "adamw",
+        batch=batch,
+        sequence_length=length,
+        autocast=recipe.precision == "bf16",
+    ).total_bytes
 
 
 def nearest(value: Callable[[int], float], target: float, low: int, high: int) -> int:
@@ -143,17 +142,15 @@ def choose_width(
     return resized(config, units * unit, best)
 
 
-def narrow_to_match(recipe: Recipe, costs: Costs, target: float, by: str, folder: Path) -> tuple[Recipe, str]:
-    """The recipe on a model of another width that costs `target` by the field `by` of `Cost`, written to `folder`; and
+def narrow_to_match(recipe: Recipe, costs: Costs, target: float, by: Figure, folder: Path) -> tuple[Recipe, str]:
+    """The recipe on a model of another width that costs `target` by the figure `by`, written to `folder`; and
     its shape in words.
 
     Raises:
         ValueError: no width comes near the target.
     """
-    config = choose_width(
-        build_config(recipe, costs.tokenizer), lambda shape: getattr(costs.of(recipe, shape), by), target
-    )
-    found = getattr(costs.of(recipe, config), by)
+    config = choose_width(build_config(recipe, costs.tokenizer), lambda shape: costs.of(by, recipe, shape), target)
+    found = costs.of(by, recipe, config)
     if abs(found - target) > CLOSE * target:
         raise ValueError(
             f"no width of {recipe.method} has {by}={target:,.0f}; the nearest has {found:,.0f}; take --match tokens or "
@@ -167,19 +164,19 @@ def narrow_to_match(recipe: Recipe, costs: Costs, target: float, by: str, folder
     return dataclasses.replace(recipe, model=str(folder), rank=rank), shape
 
 
-def match_structure(recipe: Recipe, costs: Costs, target: float, by: str, folder: Path) -> tuple[Recipe, str]:
+def match_structure(recipe: Recipe, costs: Costs, target: float, by: Figure, folder: Path) -> tuple[Recipe, str]:
     """The recipe with the rank, or where no rank makes a difference the width, whose cost by `by` is nearest to `target`;
     and what was chosen.
 
     Raises:
         ValueError: it cannot come near.
     """
-    if abs(getattr(costs.of(recipe), by) - target) <= 1e-9 * target:
+    if abs(costs.of(by, recipe) - target) <= 1e-9 * target:
         return recipe, "as it is"
     most = build_config(recipe, costs.tokenizer).hidden_size
 
     def at(rank: int) -> float:
-        return getattr(costs.of(dataclasses.replace(recipe, rank=rank)), by)
+        return costs.of(by, dataclasses.replace(recipe, rank=rank))
 
     try:
         lowest, highest = (0.0, 0.0) if recipe.method == "dense" else (at(1), at(most))
@@ -210,6 +207,6 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
     )
 
 
-def flops_of(recipe: Recipe, cost: Cost) -> float:
+def flops_of(recipe: Recipe, costs: Costs) -> float:
     """Of the whole run."""
-    return cost.flops_per_token * recipe.sequence_length * recipe.batch_size * recipe.steps
+    return costs.of("flops_per_token", recipe) * recipe.sequence_length * recipe.batch_size * recipe.steps

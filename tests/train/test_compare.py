@@ -9,14 +9,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import lorank
 from lorank.cli import main
 from lorank.report.comparison import write_results
 from lorank.train import compare, data, tasks
@@ -189,14 +187,13 @@ def check_results(results: dict[str, Any], out: Path) -> None:
 
 
 def test_all_methods_see_the_same_tokens_in_the_same_order(
-    base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Recipe, costs: Costs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, list[torch.Tensor]] = {}
     collate = data.collate
     comparison = Comparison(
         base=dataclasses.replace(base, eval_every=0, save_every=0), methods=["cola", "dense"], match="flops"
     )
-    costs = costs_of(base)
     for one in plan_contest(comparison, costs, tmp_path / "models"):
         batches: list[torch.Tensor] = []
 
@@ -214,39 +211,40 @@ def test_all_methods_see_the_same_tokens_in_the_same_order(
         assert all(torch.equal(a, b) for a, b in zip(batches[:shortest], seen["cola"], strict=False))
 
 
-def costs_of(base: Recipe) -> Costs:
+@pytest.fixture(scope="module")
+def costs(base: Recipe) -> Costs:
+    """Shared: what was counted once is known."""
     return Costs(data.load_corpus(base.data, vocab_size=300, sequence_length=32, seed=42).tokenizer)
 
 
-def test_the_control_costs_what_the_cheapest_method_costs(base: Recipe, tmp_path: Path) -> None:
-    costs = costs_of(base)
+def test_the_control_costs_what_the_cheapest_method_costs(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     *_, control = plan_contest(Comparison(base=base, methods=["low-rank", "cola"]), costs, tmp_path)
-    cola = costs.of(dataclasses.replace(base, method="cola")).flops_per_token
+    cola = costs.of("flops_per_token", dataclasses.replace(base, method="cola"))
     assert (control.name, control.kind) == (
         "dense-small",
         "control",
     ) and "for the training FLOPs per token of" in control.chosen
-    assert costs.of(control.candidates[0].recipe).flops_per_token == pytest.approx(cola, rel=0.02)
+    assert costs.of("flops_per_token", control.candidates[0].recipe) == pytest.approx(cola, rel=0.02)
     assert control.candidates[0].recipe.steps == base.steps  # equal tokens
     names = [one.name for one in plan_contest(Comparison(base=base, methods=["dense"]), costs, tmp_path)]
     assert names == ["dense", "dense-muon"]  # nothing is cheaper than dense here
 
 
 @pytest.mark.parametrize(("match", "figure"), [("params", "parameters"), ("memory", "memory_bytes")])
-def test_rank_or_width_make_costs_equal(base: Recipe, tmp_path: Path, match: Any, figure: str) -> None:
-    costs, base = costs_of(base), dataclasses.replace(base, rank=None, options={})
+def test_rank_or_width_make_costs_equal(base: Recipe, costs: Costs, tmp_path: Path, match: Any, figure: Any) -> None:
     base = dataclasses.replace(base, rank=6)
-    found = plan_contest(Comparison(base=base, methods=["cola", "sltrain", "d=dense"], match=match), costs, tmp_path)
-    target = getattr(costs.of(found[0].candidates[0].recipe), figure)
-    for one in found[1:3]:
-        assert getattr(costs.of(one.candidates[0].recipe), figure) == pytest.approx(target, rel=0.02)
-    assert found[1].chosen.startswith("rank") and found[2].chosen.startswith("hidden size")
+    names = ["cola", "sltrain", "d=dense"] if match == "params" else ["cola", "sltrain"]
+    found = plan_contest(Comparison(base=base, methods=names, match=match), costs, tmp_path)
+    target = costs.of(figure, found[0].candidates[0].recipe)
+    for one in found[1 : len(names)]:
+        assert costs.of(figure, one.candidates[0].recipe) == pytest.approx(target, rel=0.02)
+        assert one.chosen.startswith("hidden size" if one.method == "dense" else "rank")
 
 
-def test_equal_time_means_steps_by_measured_speed(base: Recipe, tmp_path: Path) -> None:
+def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     asked = Comparison(base=base, methods=["cola", "d=dense"], match="time")
     seconds = {"cola": 0.1, "d": 0.3, "dense-small": 0.05}
-    found = plan_contest(asked, costs_of(base), tmp_path, seconds)
+    found = plan_contest(asked, costs, tmp_path, seconds)
     assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 12]
     assert found[2].candidates[0].recipe.warmup_steps == 4 and found[2].candidates[0].recipe.eval_every == 4
 
@@ -385,41 +383,54 @@ def test_the_harness_is_called_with_the_model(base: Recipe, monkeypatch: pytest.
     assert asked["tasks"] == ["arc_easy"] and asked["model"]["pretrained"].config.lorank["method"] == "cola"
 
 
-def test_killed_twice_and_nothing_finished_is_lost(base: Recipe, tmp_path: Path) -> None:
-    """SIGTERM while the first run trains, SIGKILL while the second does: both go on where they were."""
-    root = str(Path(lorank.__file__).parents[1])
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])}
-    out, long = tmp_path / "race", flags(base, steps=400, warmup_steps=4, eval_every=0, save_every=50)
-    arguments = [sys.executable, "-m", "lorank", "compare", "--method", "cola", *long, "--out", str(out)]
-    first, second = (out / f"runs/{name}/run/seed-42" for name in ("cola", "dense-small"))
+def test_stopped_then_killed_and_nothing_is_lost(
+    base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command
+) -> None:
+    """SIGTERM: the run of the moment saves and stops. SIGKILL: it goes on alone and is found again. In real processes."""
+    long = dataclasses.replace(base, steps=150, warmup_steps=4, eval_every=0, save_every=50)
+    race = Race.plan(Comparison(base=long, methods=["cola"]), tmp_path / "race", Silent())
+    first, second = race.runs()
+    folder, records = race.folder(first), []
 
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    class Impatient(Silent):
+        def update(self, found: Any) -> None:
+            records.append(dict(found))
+            if found.get("step", 0) >= 20:
+                os.kill(os.getpid(), signal.SIGTERM)
 
-    def wait_for(run: Path, process: subprocess.Popen[str]) -> None:
-        end = time.monotonic() + 120
-        while not list(run.glob("checkpoint-*")):
-            assert process.poll() is None and time.monotonic() < end, process.stdout and process.stdout.read()
-            time.sleep(0.05)
+    with pytest.raises(KeyboardInterrupt):
+        race.run(Impatient(), after_each=lambda race: None)
+    assert (
+        list(folder.glob("checkpoint-*")) and race.summary(first) is None and not (race.out / "running.json").exists()
+    )
+    assert records[-1]["tokens_per_second"] > 0
 
-    process = start()
-    wait_for(first, process)
-    process.terminate()
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130 and f"lorank compare --resume {out}" in " ".join(said.split())
-    assert list(first.glob("checkpoint-*")) and not (first / "summary.json").exists()
+    child = PretrainProcess.start(first.recipe, folder)  # what a comparison has begun and not seen the end of
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    lock = {"pid": gone.pid, "since": 0, "run": first.key, "child": child.pid, "child_since": child.since}
+    (race.out / "running.json").write_text(json.dumps(lock))
+    begun: list[Path] = []
+    start = PretrainProcess.start
 
-    process = start()
-    wait_for(second, process)
-    finished = (first / "summary.json").stat().st_mtime_ns
-    process.send_signal(signal.SIGKILL)  # its child goes on alone
-    process.communicate(timeout=60)
+    def counted(recipe: Recipe, folder: Path) -> PretrainProcess:
+        begun.append(folder)
+        return start(recipe, folder)
 
-    process = start()
-    said, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, said
-    assert (first / "summary.json").stat().st_mtime_ns == finished and "[1/2]" not in said
+    monkeypatch.setattr(compare.PretrainProcess, "start", counted)
+    code, out, err = command("--resume", race.out)
+    child.process.poll()  # it was ours in truth
+    assert code == 0, out + err
+    assert begun == [race.folder(second)]  # the first was left to the process that had it already
+    assert "[1/2] cola seed 42 validation perplexity" in " ".join(out.split())
     for run in (first, second):
-        assert [record["step"] for record in history(run) if "lr" in record] == list(range(1, 401))
-    results = json.loads((out / "results.json").read_text())
-    assert results["finished_runs"] == 2 and results["failures"] == {}
+        assert [one["step"] for one in history(race.folder(run)) if "lr" in one] == list(range(1, 151))
+
+
+def test_a_stopped_comparison_says_how_to_go_on(command, base: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Race, "run", interrupted)
+    code, out, _ = command("--method", "dense", *flags(base), "--out", "there")
+    assert code == 130 and "lorank compare --resume" in out and Path("there/report.html").exists()
