@@ -2,6 +2,12 @@
 
     python benchmarks/report_screenshot.py runs/compare/report.html pictures/
 
+The picture in the README is pictures/report.png of this race, which takes two CPU cores half an hour:
+
+    lorank compare --model benchmarks/shapes/llama-1m --rank 32 --method cola --method low-rank --method dense \\
+        --vocab-size 2048 --sequence-length 128 --batch-size 16 --steps 120 --warmup-steps 20 --eval-every 10 \\
+        --eval-tokens 20000 --save-every 0 --seeds 1,2,3 --sweep lr=3e-3,1e-2,3e-2 --for low-rank lr=1e-2
+
 Needs a Chromium (apt-get install chromium). Fails if the page is wider than its window, if anything in it asks the
 network for something, or if the script of the page breaks.
 """
@@ -74,6 +80,19 @@ def shoot(report: Path, out: Path, kind: str, scheme: str) -> Path:
     return picture
 
 
+def readme_picture(desktop: Path, out: Path) -> Path:
+    """The first two screens of the desktop's picture side by side, in few colours."""
+    from PIL import Image
+
+    whole = Image.open(desktop).convert("RGB")
+    width, height = whole.width, min(1560, whole.height // 2)
+    both = Image.new("RGB", (2 * width, height))
+    for column in range(2):
+        both.paste(whole.crop((0, column * height, width, (column + 1) * height)), (column * width, 0))
+    both.quantize(128).save(out, optimize=True)
+    return out
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("give the report and a folder for the pictures")
@@ -82,3 +101,4 @@ if __name__ == "__main__":
     for kind in WIDTHS:
         for scheme in SCHEMES:
             print(shoot(Path(sys.argv[1]), target, kind, scheme))
+    print(readme_picture(target / "desktop-light.png", target / "report.png"))

@@ -117,6 +117,7 @@ def line_chart(
         late_ones = [tail for tail in tails if tail not in early]
         parts += _labels(late_ones, across.end + 8, (up.end, up.start))
         lines = [spot for one in series for spot in _along([(across(x), up(y)) for x, y in one.points])]
+        lines += [(across.end + 10 + 8 * k, y) for _, y, one in late_ones for k in range(len(one.name))]
         parts += _point_labels(early, (across.start, width - 14), lines)
     points = [
         [one.name, one.style, [[round(across(x), 1), round(up(y), 1), x_format(x), y_format(y)] for x, y in one.points]]

@@ -191,12 +191,11 @@ def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
         if seeds > 1
         else ""
     )
-    return section(
-        "Results",
+    small = (
         f"{intervals}FLOPs count recomputation, not the optimizer; time is that of training steps alone, by the median step, "
-        f"and means something only where the machine did nothing else; memory is its measured growth.{chosen}",
-        table(titles, lines),
+        f"and means something only where the machine did nothing else; memory is its measured growth.{chosen}"
     )
+    return f'<h2>Results</h2>\n{table(titles, lines)}\n<p class="under small">{escape(small)}</p>'
 
 
 def _tasks(rows: Sequence[Row], style: Mapping[str, str]) -> str:

@@ -27,7 +27,7 @@ class RaceProgress:
         """FLOPs since the clock was started."""
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False)
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, run: Run, number: int, runs: int, work_left: float) -> None:
         self.run, self._left = run, work_left

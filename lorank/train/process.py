@@ -28,6 +28,8 @@ class PretrainProcess:
 
     def __init__(self, process: psutil.Process, folder: Path):
         self.process, self.folder = process, folder
+        self.code: int | None = None
+        """How it ended, where that can be known: 0, an error's code, or minus the number of a signal."""
 
     @classmethod
     def start(cls, recipe: Recipe, folder: Path) -> "PretrainProcess":
@@ -76,7 +78,7 @@ class PretrainProcess:
         try:
             while self._running():
                 with contextlib.suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
-                    self.process.wait(POLL_SECONDS)
+                    self.code = self.process.wait(POLL_SECONDS)
                 update(reader.latest())
         except KeyboardInterrupt:
             self.stop()
@@ -98,7 +100,10 @@ class PretrainProcess:
                 self.process.wait()
 
     def last_words(self) -> str:
-        """The last line it said."""
+        """Why it ended without a result: the signal that ended it, or the last line it said."""
+        if self.code is not None and self.code < 0:
+            memory = ", perhaps because memory ran out" if -self.code == signal.SIGKILL else ""
+            return f"it was ended by signal {-self.code}{memory}"
         try:
             lines = [line.strip() for line in (self.folder / "log.txt").read_text(errors="replace").splitlines()]
         except OSError:

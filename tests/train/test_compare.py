@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -335,8 +336,6 @@ def test_the_command_and_a_folder_that_holds_another_comparison(command, base: R
 
 
 def process_birth(pid: int) -> float:
-    import psutil
-
     return psutil.Process(pid).create_time()
 
 
@@ -425,6 +424,18 @@ def test_stopped_then_killed_and_nothing_is_lost(
     assert "[1/2] cola seed 42 validation perplexity" in " ".join(out.split())
     for run in (first, second):
         assert [one["step"] for one in history(race.folder(run)) if "lr" in one] == list(range(1, 151))
+
+
+def test_why_a_process_ended(tmp_path: Path) -> None:
+    def ended(program: str) -> str:
+        process = PretrainProcess(psutil.Popen([sys.executable, "-c", program]), tmp_path)
+        process.wait(lambda records: None)
+        return process.last_words()
+
+    assert "signal 9, perhaps because memory ran out" in ended("import os; os.kill(os.getpid(), 9)")
+    assert ended("") == "it ended without a word"
+    (tmp_path / "log.txt").write_text("step 3\nlorank: the disk is full\n\n")
+    assert ended("raise SystemExit(2)") == "the disk is full"
 
 
 def test_a_stopped_comparison_says_how_to_go_on(command, base: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
