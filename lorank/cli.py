@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 import typing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,11 +101,12 @@ def _flag(field: dataclasses.Field, kind: Any) -> Any:
     return click.option(name, type=Number() if len(alternatives) > 1 else first, **common)
 
 
-def recipe_flags(command: Any) -> Any:
+def recipe_flags(command: Any, without: tuple[str, ...] = ()) -> Any:
     """Give a command one flag per field of `Recipe`."""
     kinds = setting_types()
     for field in reversed(dataclasses.fields(Recipe)):
-        command = _flag(field, kinds[field.name])(command)
+        if field.name not in without:
+            command = _flag(field, kinds[field.name])(command)
     return command
 
 
@@ -375,6 +377,100 @@ def _errors_console() -> Any:
     from rich.console import Console
 
     return Console(stderr=True)
+
+
+@cli.command(context_settings=SETTINGS)
+@click.argument("recipe", required=False)
+@click.option(
+    "--method", "methods", multiple=True, metavar="METHOD", help="A contestant, or NAME=METHOD; once for each."
+)
+@click.option("--seeds", default="42", metavar="N,N...", help="Seeds of every contestant; several give intervals.")
+@click.option("--sweep", multiple=True, metavar="NAME=V,V...", help="Values of a setting of which each takes its best.")
+@click.option(
+    "--for", "own", nargs=2, multiple=True, metavar="CONTESTANT NAME=V,V...", help="A contestant's own value or values."
+)
+@click.option(
+    "--match",
+    type=click.Choice(["tokens", "flops", "time", "params", "memory"]),
+    default="tokens",
+    help="What is the same for all: the first contestant's. flops and time change steps, params and memory rank or width.",
+)
+@click.option("--tasks", default="", metavar="TASK,TASK...", help="Tasks of lm-evaluation-harness: lorank[eval].")
+@click.option("--out", default="runs/compare", help="Folder of the runs, results.json and report.html.")
+@click.option("--resume", metavar="FOLDER", default=None, help="Continue this comparison exactly as it began.")
+@partial(recipe_flags, without=("method", "seed"))
+def compare(out: str, resume: str | None, **asked: Any) -> None:
+    """Train several methods on the same tokens in the same order, and write a report.
+
+    RECIPE and the flags of `lorank pretrain` are what all have in common. `dense` runs with AdamW and with Muon, and a
+    narrower dense model that costs what the cheapest method costs (dense-small) always runs as well. Without --lr or
+    --sweep, three learning rates are tried. The same command again, or --resume, continues what was stopped.
+    """
+    console = _quiet_console()
+    from lorank.report.comparison import comparison_table, write_results
+    from lorank.report.race import RaceProgress
+    from lorank.train.compare import Race
+
+    watcher = RaceProgress(console)
+    if resume:
+        source = click.core.ParameterSource.DEFAULT
+        context = click.get_current_context()
+        given = [n for n in context.params if n != "resume" and context.get_parameter_source(n) is not source]
+        if given:
+            raise ValueError(
+                "--resume continues a comparison exactly as it began, so nothing else can be given with it"
+            )
+        race = Race.open(resume)
+    else:
+        race = Race.plan(_comparison(**asked), out, watcher)
+    try:
+        race.run(watcher, after_each=partial(write_results, whole=False))
+        watcher.say("looking at the weights and writing the report")
+        results = write_results(race)
+    except KeyboardInterrupt:
+        write_results(race, whole=False)
+        console.print(f"stopped; continue with [bold]lorank compare --resume {race.out}[/bold]", highlight=False)
+        sys.exit(130)
+    console.print(comparison_table(results), highlight=False)
+    for note in results["notes"]:
+        console.print(f"· {note}", markup=False, highlight=False)
+    console.print(f"report: [bold]{race.out}/report.html[/bold]", highlight=False)
+    if not any(row["loss"] for row in results["contestants"]):
+        raise ValueError(f"every run failed; their last words are above, all of them in {race.out}/runs")
+
+
+def _comparison(
+    recipe: str | None,
+    methods: tuple[str, ...],
+    seeds: str,
+    sweep: tuple[str, ...],
+    own: Any,
+    match: Any,
+    tasks: str,
+    **flags: Any,
+) -> Any:
+    """What `lorank compare` was asked for; a learning rate that nobody gave is swept."""
+    import yaml
+
+    from lorank.train.contest import SWEEP, Comparison, parse_values
+
+    base = _recipe(recipe, flags)
+    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+        raise ValueError(f"--seeds {seeds} is not a list of whole numbers such as 1,2,3")
+    settings = dict(map(parse_values, sweep))
+    rate_given = flags["lr"] is not None or (recipe and "lr" in yaml.safe_load(Path(recipe).read_text()))
+    each: dict[str, dict[str, Any]] = {}
+    for name, text in own:
+        each.setdefault(name, {}).update([parse_values(text)])
+    return Comparison(
+        base=base,
+        methods=methods,
+        seeds=[int(seed) for seed in seeds.split(",")],
+        sweep=settings if settings or rate_given else SWEEP,
+        own=each,
+        match=match,
+        tasks=[task for task in tasks.split(",") if task],
+    )
 
 
 def _quiet_console() -> Any:

@@ -92,7 +92,7 @@ def pretrain(
         OSError: a file could not be read or written.
         FloatingPointError: the loss or a gradient is no longer finite.
     """
-    out, recipe = Path(out), _absolute(recipe)
+    out, recipe = Path(out), absolute(recipe)
     if resume and (out / "summary.json").exists():
         raise ValueError(f"{out} is finished: there is nothing to resume; start another run with --out")
     _prepare_folder(out, resume)
@@ -274,7 +274,7 @@ def read_run(folder: str | Path) -> Recipe:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _absolute(recipe: Recipe) -> Recipe:
+def absolute(recipe: Recipe) -> Recipe:
     """The recipe with local paths made absolute, so that the run can be resumed from anywhere."""
     changes = {
         name: os.path.abspath(os.path.expanduser(value))

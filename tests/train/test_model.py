@@ -118,5 +118,7 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
 
 
 def test_an_unknown_method_is_told_all_that_could_be_meant() -> None:
-    with pytest.raises(ValueError, match=r"did you mean 'cola'\? the methods are: cola, .*masa, .*trion, eggroll, dense"):
+    with pytest.raises(
+        ValueError, match=r"did you mean 'cola'\? the methods are: cola, .*masa, .*trion, eggroll, dense"
+    ):
         build(method="colo")

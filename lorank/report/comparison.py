@@ -1,0 +1,309 @@
+"""What came out of a comparison, as one dictionary (results.json) and as a table for the terminal."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+import lorank
+from lorank.report.html import write_report
+from lorank.report.markup import settings_text
+from lorank.report.statistics import LEVEL, mean_interval
+from lorank.report.tables import quantity
+from lorank.train.compare import Race, Run
+from lorank.train.contest import Candidate, Contestant
+from lorank.train.run import history
+from lorank.train.trainer import write_whole
+
+FORMAT = 1
+"""Of results.json; raised when a key changes its meaning."""
+
+
+def gather(race: Race) -> dict[str, Any]:
+    """All results there are by now. Losses in nats per token, times in seconds of training without evaluations."""
+    seeds = race.comparison.seeds
+    failures = race.failures()
+    rows = [_row(race, contestant, failures) for contestant in race.contestants]
+    baseline = next((row for row in rows if row["name"] == "dense"), None)
+    baseline = baseline or next((row for row in rows if row["kind"] == "dense"), rows[0])
+    for row in rows:
+        row["difference"] = _difference(row, baseline)
+    finished = sum(run["status"] == "finished" for row in rows for run in _all_runs(row))
+    results = {
+        "format": FORMAT,
+        "lorank": lorank.__version__,
+        "settings": race.comparison.to_dict(),
+        "corpus": race.facts["corpus"],
+        "seeds": list(seeds),
+        "confidence": LEVEL,
+        "baseline": baseline["name"],
+        "finished_runs": finished,
+        "planned_runs": race.count(),
+        "failures": failures,
+        "match": _match(race, rows),
+        "contestants": rows,
+        "environment": _environment(race),
+    }
+    results["notes"] = _notes(race, results)
+    return results
+
+
+def _row(race: Race, contestant: Contestant, failures: Mapping[str, str]) -> dict[str, Any]:
+    first, best = race.comparison.seeds[0], race.best(contestant)
+    tried = []
+    for candidate in contestant.candidates:
+        run = Run(contestant, candidate, first)
+        summary = race.summary(run)
+        tried.append(
+            {
+                "settings": candidate.settings,
+                "status": _status(race, run, failures),
+                "loss": summary["validation_loss_nats_per_token"] if summary else None,
+            }
+        )
+    seeds = race.comparison.seeds if best else [first]
+    runs = [_run(race, Run(contestant, best or contestant.candidates[0], seed), failures) for seed in seeds]
+    done = [run for run in runs if run["status"] == "finished"]
+    row: dict[str, Any] = {
+        "name": contestant.name,
+        "method": contestant.method,
+        "kind": contestant.kind,
+        "chosen": contestant.chosen,
+        "settings": best.settings if best else None,
+        "edge": _edges(contestant, best),
+        "tried": tried,
+        "runs": runs,
+        "loss": None,
+        "perplexity": None,
+    }
+    if best and done:
+        loss = mean_interval([run["loss"] for run in done])
+        row["loss"] = _numbers(loss._asdict())
+        row["perplexity"] = _numbers(
+            {"mean": math.exp(loss.mean), "low": math.exp(loss.low), "high": math.exp(loss.high)}
+        )
+        row["training_flops"] = best.flops
+        row["memory_estimate_bytes"] = _number(best.memory_bytes)
+        for name in ("tokens", "seconds", "parameters", "block_parameters", "tokens_per_second", "peak_memory_gib"):
+            row[name] = statistics.fmean(run[name] for run in done)
+        row["flops_per_token"] = best.flops / row["tokens"]
+        row["sample"] = done[0]["sample"]
+    return row
+
+
+def _run(race: Race, run: Run, failures: Mapping[str, str]) -> dict[str, Any]:
+    folder, summary = race.folder(run), race.summary(run)
+    found: dict[str, Any] = {
+        "seed": run.seed,
+        "folder": str(folder.relative_to(race.out)),
+        "status": _status(race, run, failures),
+    }
+    if summary is not None:
+        found["loss"] = summary.pop("validation_loss_nats_per_token")
+        found |= {name: _number(value) for name, value in summary.items()}
+        found["curve"], found["training"] = _curves(folder, run.candidate)
+        found["seconds"] = found["tokens"] / found["tokens_per_second"] if found["tokens_per_second"] else 0.0
+        if found["curve"]["step"][-1:] != [found["steps"]]:
+            end = {"step": found["steps"], "tokens": found["tokens"], "loss": found["loss"]}
+            end |= {"flops": run.candidate.flops, "seconds": max([found["seconds"], *found["curve"]["seconds"]])}
+            for name, value in end.items():
+                found["curve"][name].append(value)
+        about = json.loads((folder / "run.json").read_text())
+        found["data_hash"], found["environment"] = about["data_hash"], about
+    return found
+
+
+def _status(race: Race, run: Run, failures: Mapping[str, str]) -> str:
+    if race.summary(run) is not None:
+        return "finished"
+    if run.key in failures:
+        return "failed"
+    return "unfinished" if (race.folder(run) / "recipe.yaml").exists() else "not started"
+
+
+def _curves(folder: Path, candidate: Candidate) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """(validation, training) loss against steps, tokens, FLOPs and seconds of training."""
+    found: list[dict[str, list[float]]] = [
+        {name: [] for name in ("step", "tokens", "flops", "seconds", "loss")} for _ in range(2)
+    ]
+    seconds = tokens = 0.0
+    for record in history(folder):
+        if record.get("tokens_per_second"):
+            seconds += (record["tokens"] - tokens) / record["tokens_per_second"]
+            tokens = record["tokens"]
+        curve = found[0] if "eval_perplexity" in record else found[1]
+        loss = record.get("eval_loss_nats_per_token", record.get("loss_nats_per_token"))
+        if loss is not None and math.isfinite(loss):
+            flops = candidate.flops * record["step"] / candidate.recipe.steps
+            values = (record["step"], record["tokens"], flops, seconds, loss)
+            for name, value in zip(curve, values, strict=True):
+                curve[name].append(value)
+    return found[0], found[1]
+
+
+def _edges(contestant: Contestant, best: Candidate | None) -> list[str]:
+    """Swept numbers whose best value is the smallest or largest that was tried: a better one may lie beyond."""
+    edges = []
+    for name in best.settings if best else ():
+        values = {candidate.settings[name] for candidate in contestant.candidates}
+        if len(values) > 1 and all(isinstance(value, int | float) for value in values):
+            edges += [name] if best and best.settings[name] in (min(values), max(values)) else []
+    return edges
+
+
+def _difference(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Loss minus the baseline's, paired by seed: a seed fixes data and order for all."""
+    ours, theirs = ({run["seed"]: run["loss"] for run in one["runs"] if "loss" in run} for one in (row, baseline))
+    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+    return _numbers(mean_interval(pairs)._asdict()) if pairs and row is not baseline else None
+
+
+def _match(race: Race, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was to be equal, and how equal it is: each contestant's figure over the first one's."""
+    by = race.comparison.match
+    figure = {
+        "tokens": "tokens",
+        "flops": "training_flops",
+        "time": "seconds",
+        "params": "parameters",
+        "memory": "memory_estimate_bytes",
+    }[by]
+    first = next((row[figure] for row in rows if row.get(figure)), None)
+    ratios = {row["name"]: row[figure] / first for row in rows if first and row.get(figure)}
+    return {"by": by, "figure": figure, "ratios": ratios}
+
+
+def _notes(race: Race, results: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before believing the table."""
+    notes, rows, seeds = [], results["contestants"], results["seeds"]
+    if results["finished_runs"] < results["planned_runs"]:
+        notes.append(f"{results['finished_runs']} of {results['planned_runs']} runs are finished.")
+    for key, reason in results["failures"].items():
+        notes.append(f"{key} failed: {reason}.")
+    if len(seeds) == 1:
+        notes.append("One seed: there are no intervals, and small differences may be chance.")
+    swept = sorted(
+        {name for row in rows for tried in row["tried"] for name in tried["settings"] if len(row["tried"]) > 1}
+    )
+    if swept:
+        notes.append(
+            f"Each row takes the {', '.join(swept)} with the lowest validation loss of the first seed, which makes that "
+            "seed's figure a little too good."
+        )
+    for name in swept:
+        edge = [row["name"] for row in rows if name in row["edge"]]
+        if edge:
+            notes.append(
+                f"The best {name} of {', '.join(edge)} is at the edge of the sweep; a better one may lie beyond."
+            )
+    if not any("lr" in tried["settings"] for row in rows for tried in row["tried"]):
+        notes.append(
+            f"No learning rate was swept: all rows train at {race.comparison.base.lr:g}, which may suit one of them."
+        )
+    by_seed: dict[int, set[str]] = {}
+    for row in rows:
+        for run in row["runs"]:
+            by_seed.setdefault(run["seed"], set()).update([run["data_hash"]] if "data_hash" in run else [])
+    if any(len(hashes) > 1 for hashes in by_seed.values()):
+        notes.append("The runs of one seed did not see the same data (their hashes differ): this comparison is void.")
+    if not any(row["kind"] == "control" for row in rows):
+        notes.append("There is no dense-small: no method here costs fewer FLOPs per token than the dense model.")
+    return notes
+
+
+def _environment(race: Race) -> dict[str, Any]:
+    for run in race.runs():
+        path = race.folder(run) / "run.json"
+        if path.exists():
+            return json.loads(path.read_text())
+    return {}
+
+
+def _all_runs(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    return [*row["tried"], *row["runs"][1:]]
+
+
+def _number(value: Any) -> Any:
+    """JSON has no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _number(value) for name, value in values.items()}
+
+
+def write_results(race: Race, *, whole: bool = True) -> dict[str, Any]:
+    """results.json and report.html, from all there is by now.
+
+    Args:
+        whole: also look into the saved models: singular values, and tasks if any were asked for. What was computed once
+            is kept beside the model.
+    """
+    results = gather(race)
+    for row, contestant in zip(results["contestants"], race.contestants, strict=True):
+        best = race.best(contestant)
+        if whole and best is not None:
+            folder = race.folder(Run(contestant, best, race.comparison.seeds[0]))
+            _look_inside(row, folder, race, results["notes"])
+    write_whole(race.out / "results.json", json.dumps(results, indent=1, allow_nan=False))
+    write_whole(race.out / "report.html", write_report(results))
+    return results
+
+
+def _look_inside(row: dict[str, Any], folder: Path, race: Race, notes: list[str]) -> None:
+    """Add what the saved model shows; what goes wrong here must not cost the rest of the report."""
+    from lorank.report.spectra import learned_spectra
+
+    try:
+        row["spectra"] = learned_spectra(folder)
+    except Exception as error:
+        notes.append(f"The singular values of {row['name']} could not be computed: {_one_line(error)}.")
+    if race.comparison.tasks:
+        from lorank.train.tasks import run_tasks
+
+        kept = folder / "tasks.json"
+        try:
+            if not kept.exists():
+                write_whole(kept, json.dumps(run_tasks(folder, race.comparison.tasks)))
+            row["tasks"] = json.loads(kept.read_text())
+        except Exception as error:
+            notes.append(f"The tasks of {row['name']} failed: {_one_line(error)}.")
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def comparison_table(results: Mapping[str, Any]) -> Table:
+    """One line per contestant, the best first."""
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
+    several, by = len(results["seeds"]) > 1, results["match"]["by"]
+    titles = ["", "ppl", *(["95 % CI"] if several else []), f"Δ {results['baseline']}", "params", "FLOPs/tok"]
+    titles += ["tok/s", "MiB", *([f"{by} ratio"] if by != "tokens" else []), "settings"]
+    for title in titles:
+        table.add_column(title, justify="left" if title in ("", "settings") else "right", no_wrap=True)
+    rows = sorted(results["contestants"], key=lambda row: row["loss"]["mean"] if row["loss"] else math.inf)
+    for row in rows:
+        if not row["loss"]:
+            table.add_row(
+                row["name"], "failed" if any(t["status"] == "failed" for t in row["tried"]) else "not finished"
+            )
+            continue
+        ppl, gap, ratio = row["perplexity"], row["difference"], results["match"]["ratios"].get(row["name"])
+        table.add_row(
+            row["name"],
+            f"{ppl['mean']:.2f}",
+            *([f"{ppl['low']:.3g}–{ppl['high']:.3g}" if ppl["low"] is not None else "-"] if several else []),
+            f"{gap['mean']:+.3f}" if gap else "-",
+            quantity(row["parameters"]),
+            quantity(row["flops_per_token"]),
+            f"{row['tokens_per_second']:,.0f}",
+            f"{row['peak_memory_gib'] * 1024:,.0f}",
+            *([f"{ratio:.4f}" if ratio else "-"] if by != "tokens" else []),
+            settings_text(row["settings"]),
+        )
+    return table

@@ -1,0 +1,238 @@
+"""report.html: one file with everything in it, for any browser and for a telephone, by day and by night."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lorank.report import figures
+from lorank.report.markup import (
+    between,
+    cell,
+    duration,
+    escape,
+    memory,
+    name_cell,
+    percent,
+    section,
+    settings_text,
+    signed,
+    table,
+)
+from lorank.report.tables import quantity
+
+Row = Mapping[str, Any]
+MATCHED = {
+    "tokens": "tokens",
+    "flops": "training FLOPs",
+    "time": "training time",
+    "params": "parameters",
+    "memory": "memory (estimated)",
+}
+
+
+def write_report(results: Mapping[str, Any]) -> str:
+    """The page of a comparison's results (results.json), without a single reference to anything outside it."""
+    rows = [row for row in results["contestants"] if row["loss"]]
+    style = styles(results["contestants"])
+    sections = [
+        _head(results, rows),
+        _table(results, style),
+        figures.curves(results, rows, style),
+        figures.pareto(rows, style),
+        figures.tuning(results["contestants"], style),
+        figures.spectra(rows, style),
+        _tasks(rows, style),
+        _samples(rows, style),
+        _reproduce(results),
+    ]
+    here = Path(__file__)
+    css, script = here.with_name("page.css").read_text(), here.with_name("page.js").read_text()
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(_title(results))}</title>\n<style>\n{css}</style></head>\n<body><main>\n"
+        + "\n".join(filter(None, sections))
+        + f"\n<footer>Made by lorank {escape(results['lorank'])}; the same figures are in results.json.</footer>\n</main>"
+        + f'<div class="tip"></div>\n<script>\n{script}</script></body></html>\n'
+    )
+
+
+def styles(rows: Sequence[Row]) -> dict[str, str]:
+    """Contestant -> class: dense ones grey with dashes of their own, methods in colour."""
+    found, grey, colour = {}, 0, 0
+    for row in rows:
+        if row["kind"] == "method":
+            found[row["name"]], colour = f"s{colour % 8}", colour + 1
+        else:
+            found[row["name"]], grey = ("g2" if row["kind"] == "control" else f"g{grey % 2}"), grey + 1
+    return found
+
+
+def _title(results: Mapping[str, Any]) -> str:
+    names = [row["name"] for row in results["contestants"] if row["kind"] == "method"]
+    if not names:
+        return "Dense models compared"
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{listed} against dense training"
+
+
+def _head(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    base, by = results["settings"]["base"], results["match"]["by"]
+    tokens = quantity(base["steps"] * base["batch_size"] * base["sequence_length"])
+    facts = {
+        "model": Path(base["model"]).name if base["model"] else f"Llama {base['size']}",
+        "data": results["corpus"],
+        "tokens per run": tokens
+        if by not in ("flops", "time")
+        else f"{tokens} for {results['contestants'][0]['name']}",
+        "the same for all": MATCHED[by],
+        "seeds": ", ".join(map(str, results["seeds"])),
+        "device": str(results["environment"].get("device", "unknown")),
+    }
+    listed = "".join(f"<span>{name} <b>{escape(value)}</b></span>" for name, value in facts.items())
+    notes = "".join(f"<li>{escape(note)}</li>" for note in results["notes"])
+    return (
+        f'<h1>{escape(_title(results))}</h1>\n<p class="lead">{verdict(results, rows)}</p>\n'
+        f'<div class="facts">{listed}</div>' + (f'\n<ul class="notes">{notes}</ul>' if notes else "")
+    )
+
+
+def verdict(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """What the first method's row says beside the dense ones, in words and HTML."""
+    base = next((row for row in rows if row["name"] == results["baseline"]), None)
+    methods = [row for row in rows if row["kind"] == "method"]
+    if not methods:
+        return "No run of a method has finished." if rows else "No run has finished."
+    method = methods[0]
+    said = f"<b>{escape(method['name'])}</b> reaches a validation perplexity of <b>{_ppl(method)}</b>"
+    if base is not None and base is not method:
+        gap = method["difference"]
+        change = math.expm1(gap["mean"]) if gap else method["perplexity"]["mean"] / base["perplexity"]["mean"] - 1
+        said += (
+            f", {percent(abs(change), 1)} {'above' if change > 0 else 'below'} {escape(base['name'])} ({_ppl(base)}), with "
+            f"{percent(method['training_flops'] / base['training_flops'])} of its training FLOPs and "
+            f"{percent(method['parameters'] / base['parameters'])} of its parameters. {_surely(method['difference'])}"
+        )
+    else:
+        said += ". "
+    better = [row for row in rows if row["kind"] == "dense" and _loss(row) < 0]
+    others = [f"{escape(row['name'])} reaches {_ppl(row)}" for row in (*better, *methods[1:])]
+    said += f"{'; '.join(others)}. " if others else ""
+    control = next((row for row in rows if row["kind"] == "control"), None)
+    if control is not None:
+        ahead = _loss(control) < _loss(method)
+        judged = f": {escape(method['name'])} has yet to beat that" if ahead else ""
+        said += (
+            "A plain dense model made narrower, so that a token costs it as much as the cheapest method, reaches "
+            f"{_ppl(control)}{judged}."
+        )
+    return said
+
+
+def _ppl(row: Row) -> str:
+    return f"{row['perplexity']['mean']:.2f}"
+
+
+def _loss(row: Row) -> float:
+    """Over the baseline's, by the seeds that both have finished."""
+    return row["difference"]["mean"] if row["difference"] else 0.0
+
+
+def _surely(gap: Mapping[str, Any] | None) -> str:
+    if not gap or gap["low"] is None:
+        return ""
+    sure = gap["low"] > 0 or gap["high"] < 0
+    return (
+        f"Over {gap['number']} seeds the difference in loss is {signed(gap['mean'])} nats, 95 % interval "
+        f"{signed(gap['low'])} to {signed(gap['high'])}: {'more than chance' if sure else 'it cannot be told from chance'}. "
+    )
+
+
+def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
+    rows, by, seeds = results["contestants"], results["match"]["by"], len(results["seeds"])
+    lowest = min((row["loss"]["mean"] for row in rows if row["loss"]), default=0)
+    ratio = [f"{MATCHED[by]}, ratio"] if by != "tokens" else []
+    titles = ["", "perplexity", f"loss − {results['baseline']}", *ratio, "parameters", "FLOPs/token", "training FLOPs"]
+    titles += ["training time", "tokens/s", "peak memory", "settings"]
+    lines = []
+    for row in rows:
+        name = name_cell(row["name"], style[row["name"]])
+        if not row["loss"]:
+            failed = any(tried["status"] == "failed" for tried in row["tried"])
+            said = "failed: see the notes above" if failed else "not finished"
+            lines.append(f'{name}<td class="none" colspan="{len(titles) - 1}">{said}</td>')
+            continue
+        ppl, gap, number, tried = row["perplexity"], row["difference"], row["loss"]["number"], len(row["tried"])
+        under = [between(ppl, "{:.2f}"), f"{number} of {seeds} seeds" if number < seeds else ""]
+        equal = results["match"]["ratios"].get(row["name"])
+        cells = [
+            cell(_ppl(row), "; ".join(filter(None, under)), "best" if row["loss"]["mean"] == lowest else ""),
+            cell(signed(gap["mean"]), between(gap, "{:+.3f}")) if gap else cell("—"),
+            *([cell(f"{equal:.4f}" if equal else "—")] if ratio else []),
+            cell(quantity(row["parameters"])),
+            cell(quantity(row["flops_per_token"])),
+            cell(quantity(row["training_flops"])),
+            cell(duration(row["seconds"])),
+            cell(f"{row['tokens_per_second']:,.0f}"),
+            cell(memory(row["peak_memory_gib"])),
+            cell(
+                settings_text(row["settings"]) or "—",
+                f"best of {tried}{', edge' if row['edge'] else ''}" if tried > 1 else "",
+            ),
+        ]
+        lines.append(name + "".join(cells))
+    chosen = "".join(f" {row['name']}: {row['chosen']}." for row in rows if row["chosen"] != "as it is")
+    intervals = (
+        f"Second lines: 95 % intervals over {seeds} seeds by Student's t. A seed decides also which text is held out, so that "
+        "perplexities spread with it; the difference is paired by seed and does not. "
+        if seeds > 1
+        else ""
+    )
+    small = (
+        f"{intervals}FLOPs count recomputation, not the optimizer; time is that of training steps alone, by the median step, "
+        f"and means something only where the machine did nothing else; memory is its measured growth.{chosen}"
+    )
+    return f'<h2>Results</h2>\n{table(titles, lines)}\n<p class="under small">{escape(small)}</p>'
+
+
+def _tasks(rows: Sequence[Row], style: Mapping[str, str]) -> str:
+    rows = [row for row in rows if row.get("tasks")]
+    names = list(dict.fromkeys((task, metric) for row in rows for task, one in row["tasks"].items() for metric in one))
+    if not names:
+        return ""
+    lines = []
+    for row in rows:
+        found = [row["tasks"].get(task, {}).get(metric, math.nan) for task, metric in names]
+        lines.append(name_cell(row["name"], style[row["name"]]) + "".join(cell(f"{value:.4g}") for value in found))
+    titles = ["", *(f"{task} {metric.partition(',')[0]}" for task, metric in names)]
+    return section("Tasks", "By lm-evaluation-harness, first seed.", table(titles, lines))
+
+
+def _samples(rows: Sequence[Row], style: Mapping[str, str]) -> str:
+    if not rows:
+        return ""
+    shown = "".join(
+        f'<figure><h3><i class="key {style[row["name"]]}"></i>{escape(row["name"])}</h3>'
+        f"<pre>{escape(row['sample'].strip())}</pre></figure>"
+        for row in rows
+    )
+    under = "From an empty prompt at temperature 0.8, first seed; not selected."
+    return section("What they write", under, f'<div class="samples">{shown}</div>')
+
+
+def _reproduce(results: Mapping[str, Any]) -> str:
+    about = yaml.safe_dump(results["environment"], sort_keys=False, allow_unicode=True)
+    asked = yaml.safe_dump(results["settings"], sort_keys=False, allow_unicode=True)
+    runs = [f"{run['folder']}  {run['status']}" for row in results["contestants"] for run in row["runs"]]
+    blocks = {
+        "Settings of the comparison": asked,
+        "Environment": about,
+        "Runs shown; each folder holds its recipe.yaml": "\n".join(runs),
+    }
+    return "<h2>To do it again</h2>\n" + "".join(
+        f"<details><summary>{title}</summary><pre>{escape(text.strip())}</pre></details>"
+        for title, text in blocks.items()
+    )

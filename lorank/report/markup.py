@@ -1,0 +1,85 @@
+"""Small pieces of a page: cells and tables of HTML, and numbers as a reader says them."""
+
+import html
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def escape(text: object) -> str:
+    return html.escape(str(text))
+
+
+def cell(text: str, small: str = "", kind: str = "") -> str:
+    """A table cell with a second, smaller line."""
+    under = f"<small>{escape(small)}</small>" if small else ""
+    return f'<td class="{kind}">{escape(text)}{under}</td>' if kind else f"<td>{escape(text)}{under}</td>"
+
+
+def name_cell(name: str, style: str) -> str:
+    """The cell that begins a contestant's row, with the line it has in the charts."""
+    return f'<th scope="row"><i class="key {style}"></i>{escape(name)}</th>'
+
+
+def table(titles: Iterable[str], rows: Iterable[str]) -> str:
+    """A table that scrolls sideways where it is too wide; the rows are cells already."""
+    head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def section(title: str, under: str, *parts: str) -> str:
+    return f'<h2>{escape(title)}</h2>\n<p class="under">{escape(under)}</p>\n' + "\n".join(parts)
+
+
+def between(values: Mapping[str, Any], show: str) -> str:
+    """An interval; nothing where there is none."""
+    if values["low"] is None:
+        return ""
+    return f"{show.format(values['low'])} to {show.format(values['high'])}".replace("-", "−")
+
+
+def signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def percent(value: float, digits: int = 0) -> str:
+    """A share as the reader sees it.
+
+    >>> percent(0.256), percent(0.256, 1)
+    ('26 %', '25.6 %')
+    """
+    return f"{value * 100:.{digits}f} %"
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """Chosen settings in a few words.
+
+    >>> settings_text({"lr": 0.003, "decay": "all"})
+    'lr 0.003, decay all'
+    """
+    return ", ".join(f"{name} {value:g}" if is_number(value) else f"{name} {value}" for name, value in settings.items())
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader says them.
+
+    >>> duration(42), duration(200), duration(5000)
+    ('42 s', '3.3 min', '1.4 h')
+    """
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 1.5 * size or (unit == "h" and seconds >= size):
+            return f"{seconds / size:.3g} {unit}" if seconds >= 10 * size else f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.3g} s"
+
+
+def memory(gib: float) -> str:
+    """GiB, or MiB where that is little.
+
+    >>> memory(0.25), memory(12)
+    ('256 MiB', '12 GiB')
+    """
+    return f"{gib:.3g} GiB" if gib >= 1 else f"{gib * 1024:.0f} MiB"

@@ -1,0 +1,83 @@
+"""Progress of a comparison on the terminal: which run of how many, how it goes, and how long all of it will take."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from lorank.report.markup import duration
+from lorank.train.compare import Run
+
+QUIET_SECONDS = 30
+"""Between lines where output is not a terminal."""
+
+
+class RaceProgress:
+    """A live line on a terminal; elsewhere a line at the start and end of each run, and now and then between."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.live: Live | None = None
+        self.run: Run | None = None
+        self._clock = self._printed = time.monotonic()
+        self._done = 0.0
+        """FLOPs since the clock was started."""
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def start(self, run: Run, number: int, runs: int, work_left: float) -> None:
+        self.run, self._left = run, work_left
+        self._begun = self._part = None
+        self._head = f"[{number}/{runs}] {run.title}"
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+            self.live.update(Text(f"{self._head}  starting"))
+        else:
+            self.say(self._head)
+
+    def update(self, records: Mapping[str, Any]) -> None:
+        assert self.run is not None
+        step = records.get("step", 0)
+        self._part = step / self.run.recipe.steps
+        if self._begun is None:
+            self._begun = self._part  # what was there before: a run that is continued
+        line = f"{self._head}  {self.line(records, step)}"
+        if self.live is not None:
+            self.live.update(Text(line))
+        elif step and time.monotonic() - self._printed > QUIET_SECONDS:
+            self._printed = time.monotonic()
+            self.say(line)
+
+    def line(self, records: Mapping[str, Any], step: int) -> str:
+        """Step, loss, speed and time left, as far as they are known."""
+        assert self.run is not None and self._part is not None and self._begun is not None
+        parts = [f"step {step}/{self.run.recipe.steps}"]
+        if "loss_nats_per_token" in records:
+            parts.append(f"loss {records['loss_nats_per_token']:.3f}")
+        if "eval_perplexity" in records:
+            parts.append(f"val ppl {records['eval_perplexity']:.2f}")
+        if "tokens_per_second" in records:
+            parts.append(f"{records['tokens_per_second']:,.0f} tok/s")
+        work = self.run.candidate.flops
+        done = self._done + (self._part - self._begun) * work
+        if done > 0:
+            left = self._left - self._part * work
+            parts.append(f"about {duration((time.monotonic() - self._clock) * left / done)} left")
+        return "  ".join(parts)
+
+    def end(self, outcome: str) -> None:
+        assert self.run is not None
+        self._done += (1 - (self._begun or 0.0)) * self.run.candidate.flops
+        self.close()
+        self.say(f"{self._head}  {outcome}")
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None

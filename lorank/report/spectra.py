@@ -1,0 +1,90 @@
+"""What the weights learned: singular values of every projection of a saved model, averaged over its blocks."""
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from lorank.conversion import blocks, method_of
+from lorank.parametrization import Parametrization
+from lorank.train.run import load_model
+from lorank.train.trainer import write_whole
+
+ENERGY = 0.95
+POINTS = 60
+"""At which a spectrum is kept, at equal distances in index / width."""
+
+
+@torch.no_grad()
+def learned_spectra(folder: Path) -> dict[str, dict[str, Any]]:
+    """Projection -> rank at 95 % of the energy (as a part of the narrower side, mean over blocks), and the spectrum.
+
+    The energy of W is the sum of its squared singular values. Where a projection is no single linear map, CoLA's
+    B·silu(A·x), it is the product B·A that is looked at. Kept in spectra.json beside the model.
+    """
+    kept = folder / "spectra.json"
+    if kept.exists():
+        return json.loads(kept.read_text())
+    model, _ = load_model(str(folder))
+    found: dict[str, list[tuple[float, list[float]]]] = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for projection, weight in projections(model):
+        sigma = torch.linalg.svdvals(weight.float().to(device)).cpu()
+        found.setdefault(projection, []).append((effective_rank(sigma), _sampled(sigma)))
+    spectra = {
+        projection: {
+            "effective_rank": _mean([rank for rank, _ in rows]),
+            "spectrum": [_mean(column) for column in zip(*(curve for _, curve in rows), strict=True)],
+        }
+        for projection, rows in found.items()
+    }
+    write_whole(kept, json.dumps(spectra))
+    return spectra
+
+
+def projections(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(last part of the name, matrix [d_out, d_in]) of every projection of every block."""
+    method = method_of(model)
+    for _, _, block in blocks(model):
+        taken: list[str] = []
+        for name, module in block.named_modules():
+            if not any(name.startswith(f"{parent}.") for parent in taken):
+                weight = linear_part(module, method)
+                if weight is not None and min(weight.shape) > 1:
+                    taken.append(name)
+                    yield name.rpartition(".")[2], weight
+
+
+def linear_part(module: nn.Module, method: Parametrization | None) -> Tensor | None:
+    """A projection's own weight, what its method merges it to, or the product of its factors; None if it is none."""
+    if isinstance(module, Conv1D):
+        return module.weight.T
+    if isinstance(module, nn.Linear):
+        return module.weight
+    try:
+        return None if method is None else method.merged(module)[0]
+    except (ValueError, AssertionError, AttributeError, TypeError):  # not linear, or no projection at all
+        A, B, W = (getattr(module, name, None) for name in "ABW")
+        if isinstance(A, nn.Linear) and isinstance(B, nn.Linear):
+            return B.weight @ A.weight
+        return W.weight if isinstance(W, nn.Linear) else None
+
+
+def effective_rank(sigma: Tensor) -> float:
+    """r(0.95) over the number of singular values: how many hold 95 % of the energy."""
+    energy = sigma.double().square().cumsum(0)
+    return int((energy < ENERGY * energy[-1]).sum() + 1) / len(sigma) if energy[-1] > 0 else 0.0
+
+
+def _sampled(sigma: Tensor) -> list[float]:
+    """σ_i / σ_1 at POINTS places from the first to the last."""
+    places = torch.linspace(0, len(sigma) - 1, POINTS).round().long()
+    return (sigma[places] / sigma[0].clamp_min(1e-30)).tolist()
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

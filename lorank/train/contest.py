@@ -1,0 +1,320 @@
+"""Who takes part in a comparison, with which settings: from what the user asked for to the recipe of every run.
+
+Beside the methods that were named there is always a control: `dense-small`, a dense model that is narrower, so that a
+token costs it as many FLOPs as the cheapest method. And a dense row comes twice, trained by AdamW and by Muon.
+"""
+
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+
+from lorank.train.matching import Costs, Figure, Match, flops_of, match_structure, narrow_to_match, with_steps
+from lorank.train.model import build_config
+from lorank.train.recipe import Recipe
+
+MATCHES = ("tokens", "flops", "time", "params", "memory")
+SWEEP = {"lr": [1e-3, 3e-3, 9e-3]}
+"""Tried where neither a learning rate nor a sweep is asked for."""
+SHARED = [
+    "method",
+    "seed",
+    "data",
+    "validation",
+    "text_column",
+    "tokenizer",
+    "vocab_size",
+    "sequence_length",
+    "documents",
+    "batch_size",
+    "steps",
+    "eval_every",
+    "eval_tokens",
+    "log_every",
+    "save_every",
+    "keep",
+    "report_to",
+    "size",
+    "model",
+]
+"""Settings in which compared runs do not differ, or which have a flag of their own."""
+LOW_RANK_ONLY = ("rank", "options", "targets", "exclude")
+CONTROL = "dense-small"
+STRUCTURE: dict[str, Figure] = {"params": "parameters", "memory": "memory_bytes"}
+"""What is matched by rank or width, and the figure that says so."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What the user asks for; ValueError in one sentence if it makes no sense."""
+
+    base: Recipe
+    """What all have in common."""
+    methods: Sequence[str]
+    """Each METHOD or NAME=METHOD."""
+    seeds: Sequence[int] = (42,)
+    sweep: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
+    """Setting -> the values among which each contestant's best is chosen."""
+    own: Mapping[str, Mapping[str, Sequence[Any]]] = dataclasses.field(default_factory=dict)
+    """Contestant -> setting -> its own values instead."""
+    match: Match = "tokens"
+    tasks: Sequence[str] = ()
+    """Of lm-evaluation-harness."""
+
+    def __post_init__(self) -> None:
+        if not self.methods:
+            raise ValueError("no method is named; give at least one, for example --method cola --method dense")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)} are none or hold one twice; give different ones, such as 1,2,3")
+        if self.match not in MATCHES:
+            raise ValueError(f"match={self.match!r} is none of {', '.join(MATCHES)}")
+        for settings in (self.sweep, *self.own.values()):
+            for name, values in settings.items():
+                self._check(name, values)
+
+    def _check(self, name: str, values: Sequence[Any]) -> None:
+        if name in SHARED:
+            raise ValueError(f"{name} is the same for all that are compared; give it as a flag or in the recipe")
+        cost = name.partition(".")[0] in (
+            *LOW_RANK_ONLY,
+            "option",
+            "checkpoint",
+            "checkpoint_every",
+            "micro_batch_size",
+        )
+        if self.match in ("params", "memory", "time") and cost and len(values) > 1:
+            raise ValueError(
+                f"--match {self.match} settles each contestant's cost once, so {name} cannot be swept beside it"
+            )
+        if self.match in ("params", "memory") and name == "rank":
+            raise ValueError(f"--match {self.match} chooses the rank itself; leave {name} out")
+        if not values:
+            raise ValueError(f"{name} has no values to try; give some, for example lr=1e-3,3e-3")
+        for value in values:
+            with_setting(self.base, name, value)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types, equal for equal comparisons."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        return cls(**{**fields, "base": Recipe.from_dict(fields["base"])})
+
+
+@dataclasses.dataclass
+class Candidate:
+    """A contestant with one choice of the swept settings; the recipe lacks its seed only."""
+
+    settings: dict[str, Any]
+    recipe: Recipe
+    flops: float
+    """Of the whole run, recomputation counted."""
+    memory_bytes: float | None
+    """Of one micro-batch, estimated; where that is what is matched."""
+
+
+@dataclasses.dataclass
+class Contestant:
+    """One row of the comparison."""
+
+    name: str
+    method: str
+    kind: str
+    """method, dense, or control."""
+    chosen: str
+    """What was chosen for it to match the others, in words."""
+    candidates: list[Candidate]
+
+
+def parse_values(text: str) -> tuple[str, list[Any]]:
+    """NAME=V1,V2 as a name and its values.
+
+    >>> parse_values("lr=1e-3,3e-3")
+    ('lr', [0.001, 0.003])
+    """
+    name, equals, values = text.partition("=")
+    if not equals or not name or not values:
+        raise ValueError(f"{text!r} is not NAME=VALUE,VALUE..., for example lr=1e-3,3e-3")
+    return name.replace("-", "_"), [_number(value) for value in values.split(",")]
+
+
+def _number(text: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+        return float(value) if isinstance(value, str) else value  # YAML's floats want a dot, 1e-3 has none
+    except yaml.YAMLError:
+        raise ValueError(f"{text!r} is no value; give a number or a word") from None
+    except ValueError:
+        return value
+
+
+def with_setting(recipe: Recipe, name: str, value: Any) -> Recipe:
+    """The recipe with one setting changed; options.NAME is a field of the method."""
+    head, dot, field = name.partition(".")
+    if head in ("option", "options") and dot:
+        return dataclasses.replace(recipe, options={**recipe.options, field: value})
+    return Recipe.from_dict({**recipe.to_dict(), name: value})
+
+
+def slug(settings: Mapping[str, Any]) -> str:
+    """Settings as a piece of a file name.
+
+    >>> slug({"lr": 0.003, "rank": 64})
+    'lr=0.003_rank=64'
+    """
+    text = "_".join(
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in settings.items()
+    )
+    return re.sub(r"[^\w.=-]+", "-", text) or "run"
+
+
+def find_contestants(comparison: Comparison) -> dict[str, tuple[Recipe, str]]:
+    """Name -> (recipe, kind) of all but the control, the user's order kept."""
+    found: dict[str, tuple[Recipe, str]] = {}
+
+    def add(name: str, recipe: Recipe, kind: str) -> None:
+        if name in found or name == CONTROL:
+            way_out = f"give one another name, as in --method my-{name}={recipe.method}"
+            raise ValueError(f"two contestants are called {name!r}; {way_out}")
+        if not re.fullmatch(r"[\w.+-]+", name):
+            raise ValueError(f"{name!r} is no name for a contestant; take letters, digits, '.', '+', '-' and '_'")
+        found[name] = (recipe, kind)
+
+    for text in comparison.methods:
+        name, equals, method = text.partition("=")
+        method = method if equals else name
+        dense = method == "dense"
+        plain: dict[str, Any] = {"rank": None, "options": {}, "targets": [], "exclude": []} if dense else {}
+        recipe = dataclasses.replace(comparison.base, method=method, **plain)
+        add(name, recipe, "dense" if dense else "method")
+        if dense and not equals:
+            other = "adamw" if recipe.optimizer == "muon" else "muon"
+            add(f"dense-{other}", with_setting(recipe, "optimizer", other), "dense")
+    unknown = [name for name in comparison.own if name not in (*found, CONTROL)]
+    if unknown:
+        raise ValueError(f"--for {unknown[0]}: there is no such contestant; there are {', '.join((*found, CONTROL))}")
+    return found
+
+
+def plan_contest(
+    comparison: Comparison, costs: Costs, folder: Path, seconds_per_step: Mapping[str, float] | None = None
+) -> list[Contestant]:
+    """Every contestant with the recipes of its candidates, matched to the first one as the comparison says.
+
+    Args:
+        folder: where the shapes of narrower models are written.
+        seconds_per_step: contestant -> measured, for match="time".
+
+    Raises:
+        ValueError: a method or setting that does not exist or does not fit; costs that cannot be matched.
+    """
+    contestants: list[Contestant] = []
+    by, target = STRUCTURE.get(comparison.match), None
+    for name, (recipe, kind) in find_contestants(comparison).items():
+        try:
+            chosen, recipes = "as it is", _swept(comparison, name, recipe)
+            if by and target is not None:
+                first, chosen = match_structure(recipes[0][1], costs, target, by, folder / name)
+                shape: dict[str, Any] = {"rank": first.rank, "model": first.model}
+                recipes = [(settings, dataclasses.replace(one, **shape)) for settings, one in recipes]
+            elif by:
+                target = costs.of(by, recipes[0][1])
+            contestants.append(_contestant(comparison, name, kind, chosen, recipes, costs))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    control = _control(comparison, contestants, costs, folder)
+    contestants += [control] if control else []
+    for contestant in contestants:
+        for candidate in contestant.candidates:
+            steps = _matched_steps(comparison, contestants[0], contestant, candidate, seconds_per_step or {})
+            candidate.flops *= steps / candidate.recipe.steps
+            candidate.recipe = with_steps(candidate.recipe, steps)
+    return contestants
+
+
+def _swept(comparison: Comparison, name: str, recipe: Recipe) -> list[tuple[dict[str, Any], Recipe]]:
+    """The contestant's recipe with every combination of values; what its method does not have is not swept."""
+    values = {**comparison.sweep, **comparison.own.get(name, {})}
+    if recipe.method == "dense":
+        values = {
+            key: value for key, value in values.items() if key.partition(".")[0] not in (*LOW_RANK_ONLY, "option")
+        }
+    if name == f"dense-{recipe.optimizer}":
+        values.pop("optimizer", None)
+    found = []
+    for choice in itertools.product(*values.values()):
+        settings, changed = dict(zip(values, choice, strict=True)), recipe
+        for key, value in settings.items():
+            changed = with_setting(changed, key, value)
+        found.append((settings, changed))
+    return found
+
+
+def _contestant(
+    comparison: Comparison,
+    name: str,
+    kind: str,
+    chosen: str,
+    recipes: Sequence[tuple[dict[str, Any], Recipe]],
+    costs: Costs,
+) -> Contestant:
+    candidates = []
+    for settings, recipe in recipes:
+        memory = costs.of("memory_bytes", recipe) if comparison.match == "memory" else None
+        candidates.append(Candidate(settings, recipe, flops_of(recipe, costs), memory))
+    return Contestant(name, recipes[0][1].method, kind, chosen, candidates)
+
+
+def _control(
+    comparison: Comparison, contestants: Sequence[Contestant], costs: Costs, folder: Path
+) -> Contestant | None:
+    """The dense model whose token costs what the cheapest method's costs; None if none is cheaper than dense."""
+    dense = dataclasses.replace(
+        comparison.base,
+        method="dense",
+        rank=None,
+        options={},
+        targets=[],
+        exclude=[],
+        checkpoint=None,
+        checkpoint_every=1,
+    )
+    rivals = [
+        (candidate.recipe, one.name) for one in contestants for candidate in one.candidates if one.kind == "method"
+    ]
+    if not rivals:
+        return None
+    cheapest, rival = min(
+        ((costs.of("flops_per_token", recipe), name) for recipe, name in rivals), key=lambda pair: pair[0]
+    )
+    if cheapest >= costs.of("flops_per_token", dense):
+        return None
+    recipe, shape = narrow_to_match(dense, costs, cheapest, "flops_per_token", folder / CONTROL)
+    whole = build_config(dense, costs.tokenizer)
+    chosen = f"{shape} (the whole dense model: {whole.hidden_size}), for the training FLOPs per token of {rival}"
+    return _contestant(comparison, CONTROL, "control", chosen, _swept(comparison, CONTROL, recipe), costs)
+
+
+def _matched_steps(
+    comparison: Comparison,
+    first: Contestant,
+    contestant: Contestant,
+    candidate: Candidate,
+    seconds_per_step: Mapping[str, float],
+) -> int:
+    steps = comparison.base.steps
+    if comparison.match == "flops":
+        return max(1, round(steps * _per_step(first.candidates[0]) / _per_step(candidate)))
+    if comparison.match == "time":
+        return max(1, round(steps * seconds_per_step[first.name] / seconds_per_step[contestant.name]))
+    return steps
+
+
+def _per_step(candidate: Candidate) -> float:
+    return candidate.flops / candidate.recipe.steps

@@ -1,0 +1,148 @@
+"""A run of `lorank pretrain` as a process of its own: started, watched through its files, stopped with a checkpoint."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+import lorank
+from lorank.train.recipe import Recipe
+
+POLL_SECONDS = 0.3
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal came, and what was running has been stopped in good order."""
+
+
+class PretrainProcess:
+    """A run, begun or continued: its folder, and the process that works on it."""
+
+    def __init__(self, process: psutil.Process, folder: Path):
+        self.process, self.folder = process, folder
+        self.code: int | None = None
+        """How it ended, where that can be known: 0, an error's code, or minus the number of a signal."""
+
+    @classmethod
+    def start(cls, recipe: Recipe, folder: Path) -> "PretrainProcess":
+        """Train `recipe` in `folder`, or continue there what was begun. The output goes to log.txt."""
+        folder.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "lorank", "pretrain"]
+        if (folder / "recipe.yaml").exists():
+            command += ["--resume", str(folder)]
+        else:
+            asked = folder / "asked.yaml"
+            asked.write_text(recipe.to_yaml())
+            command += [str(asked), "--out", str(folder)]
+        root = str(Path(lorank.__file__).parents[1])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        with (folder / "log.txt").open("ab") as log:
+            # a session of its own: Ctrl-C reaches the process once, from us, and not a second time from the terminal
+            process = psutil.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONPATH": path},
+                start_new_session=True,
+            )
+        return cls(process, folder)
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def since(self) -> float:
+        """When it was born: a process id alone may be another's by now."""
+        try:
+            return self.process.create_time()
+        except psutil.Error:
+            return 0.0
+
+    def wait(self, update: Callable[[Mapping[str, Any]], None]) -> None:
+        """Until it ends; `update` is called with the newest figures of the run now and then.
+
+        Raises:
+            Stopped: a signal came; the process has saved a checkpoint and ended.
+        """
+        reader = Tail(self.folder / "metrics.jsonl")
+        try:
+            while self._running():
+                with contextlib.suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
+                    self.code = self.process.wait(POLL_SECONDS)
+                update(reader.latest())
+        except KeyboardInterrupt:
+            self.stop()
+            raise Stopped from None
+
+    def _running(self) -> bool:
+        if isinstance(self.process, psutil.Popen):
+            return self.process.poll() is None
+        return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
+
+    def stop(self) -> None:
+        """Ask it to save and end; a second Ctrl-C ends it at once."""
+        with contextlib.suppress(psutil.Error):
+            self.process.send_signal(signal.SIGINT)
+            try:
+                self.process.wait()
+            except KeyboardInterrupt:
+                self.process.kill()
+                self.process.wait()
+
+    def last_words(self) -> str:
+        """Why it ended without a result: the signal that ended it, or the last line it said."""
+        if self.code is not None and self.code < 0:
+            memory = ", perhaps because memory ran out" if -self.code == signal.SIGKILL else ""
+            return f"it was ended by signal {-self.code}{memory}"
+        try:
+            lines = [line.strip() for line in (self.folder / "log.txt").read_text(errors="replace").splitlines()]
+        except OSError:
+            lines = []
+        said = [line for line in lines if line]
+        return said[-1].removeprefix("lorank: ") if said else "it ended without a word"
+
+
+class Tail:
+    """Reads a growing metrics.jsonl, each line once, and keeps the newest value of every figure."""
+
+    def __init__(self, path: Path):
+        self.path, self._read, self._found = path, 0, dict[str, Any]()
+
+    def latest(self) -> dict[str, Any]:
+        with contextlib.suppress(OSError), self.path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) < self._read:
+                self._read = 0  # a resumed run has cut off what it will do again
+            file.seek(self._read)
+            whole, newline, _ = file.read().rpartition(b"\n")
+            self._read += len(whole) + len(newline)
+            for line in whole.splitlines():
+                with contextlib.suppress(ValueError):
+                    self._found.update(json.loads(line))
+        return self._found
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[None]:
+    """Inside, SIGTERM is as good as Ctrl-C."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,447 @@
+"""A race is fair, forgets nothing that is finished, and says what went wrong.
+
+Most of it runs in this process, on a model of 32 numbers' width; what only processes can show has one test of its own.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from lorank.cli import main
+from lorank.report.comparison import write_results
+from lorank.train import compare, data, tasks
+from lorank.train.compare import Race, Run
+from lorank.train.contest import Comparison, plan_contest
+from lorank.train.matching import Costs
+from lorank.train.process import PretrainProcess
+from lorank.train.recipe import Recipe
+from lorank.train.run import history, pretrain
+
+TEXT = "".join(f"line {i}: the {'quick' if i % 3 else 'slow'} brown fox counts {i * i} lazy dogs\n" for i in range(400))
+SHAPE = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 300,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("files")
+    (folder / "fox.txt").write_text(TEXT)
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def base(files: Path) -> Recipe:
+    return Recipe(
+        model=str(files / "config.json"),
+        rank=8,
+        data=str(files / "fox.txt"),
+        vocab_size=300,
+        sequence_length=32,
+        batch_size=4,
+        steps=6,
+        warmup_steps=2,
+        eval_every=2,
+        eval_tokens=500,
+        log_every=1,
+        save_every=3,
+        lr=1e-2,
+    )
+
+
+class Silent:
+    """A watcher that remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.started: list[str] = []
+        self.outcomes: list[str] = []
+
+    def say(self, text: str) -> None: ...
+    def update(self, records: Any) -> None: ...
+    def close(self) -> None: ...
+    def start(self, run: Run, number: int, runs: int, work_left: float) -> None:
+        assert 1 <= number <= runs and work_left > 0
+        self.started.append(run.key)
+
+    def end(self, outcome: str) -> None:
+        self.outcomes.append(outcome)
+
+
+class InThisProcess(PretrainProcess):
+    """Runs without a process: quick, and the figures are the same."""
+
+    fail: str | None = None
+
+    @classmethod
+    def start(cls, recipe: Recipe, folder: Path) -> PretrainProcess:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            if cls.fail is not None and cls.fail in str(folder):
+                raise FloatingPointError("the loss became nan; lower the learning rate")
+            pretrain(recipe, folder, resume=(folder / "recipe.yaml").exists())
+        except FloatingPointError as error:
+            (folder / "log.txt").write_text(f"step 1\nlorank: {error}\n")
+        return cls(None, folder)  # type: ignore[arg-type]
+
+    pid, since = 0, 0.0  # type: ignore[assignment]
+
+    def wait(self, update: Any) -> None: ...
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> type[InThisProcess]:
+    monkeypatch.setattr(compare, "PretrainProcess", InThisProcess)
+    monkeypatch.setattr(InThisProcess, "fail", None)
+    return InThisProcess
+
+
+def test_a_race_from_plan_to_report(base: Recipe, quick: type[InThisProcess], tmp_path: Path) -> None:
+    """Equal FLOPs, two seeds, a sweep, one contestant that fails and comes through at the second attempt."""
+    asked = Comparison(
+        base=base,
+        methods=["cola", "dense"],
+        seeds=[1, 2],
+        sweep={"lr": [1e-3, 1e-2]},
+        own={"dense": {"lr": [1e-2]}, "dense-muon": {"lr": [1e-2]}, "dense-small": {"lr": [1e-2]}},
+        match="flops",
+    )
+    race, watcher = Race.plan(asked, tmp_path / "race", Silent()), Silent()
+    flops = [candidate.flops for one in race.contestants for candidate in one.candidates]
+    steps = [candidate.flops / candidate.recipe.steps for one in race.contestants for candidate in one.candidates]
+    assert max(abs(one - flops[0]) / step for one, step in zip(flops, steps, strict=True)) <= 1
+
+    quick.fail = "dense-muon"
+    race.run(watcher, after_each=lambda race: write_results(race, whole=False))
+    assert [key.split("/")[0] for key in watcher.started] == [
+        *("cola", "cola", "dense", "dense-muon", "dense-small"),
+        *("cola", "dense", "dense-small"),  # the second seed of those that came through
+    ]
+    results = write_results(race)
+    muon = next(row for row in results["contestants"] if row["name"] == "dense-muon")
+    assert muon["loss"] is None and muon["tried"][0]["status"] == "failed"
+    assert any("dense-muon" in note and "became nan" in note for note in results["notes"])
+    assert "failed: the loss became nan" in watcher.outcomes[3]
+    assert "failed" in (race.out / "report.html").read_text()
+
+    quick.fail = None
+    before = {path: path.stat().st_mtime_ns for path in race.out.glob("runs/**/summary.json")}
+    again = Silent()
+    Race.plan(asked, tmp_path / "race", again).run(again, after_each=lambda race: None)  # the same command again
+    assert again.started == ["dense-muon/lr=0.01/seed-1", "dense-muon/lr=0.01/seed-2"]
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items())
+
+    results = write_results(Race.open(tmp_path / "race"))
+    check_results(results, race.out)
+    idle = Silent()
+    Race.open(tmp_path / "race").run(idle, after_each=lambda race: None)
+    assert idle.started == []
+
+
+def check_results(results: dict[str, Any], out: Path) -> None:
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    assert results["format"] == 1 and results["failures"] == {}
+    assert results["finished_runs"] == results["planned_runs"] == 9
+    assert [row["name"] for row in results["contestants"]] == ["cola", "dense", "dense-muon", "dense-small"]
+    assert [row["kind"] for row in results["contestants"]] == ["method", "dense", "dense", "control"]
+    hashes: dict[int, set[str]] = {1: set(), 2: set()}
+    for row in results["contestants"]:
+        assert row["loss"]["low"] < row["loss"]["mean"] < row["loss"]["high"] and row["loss"]["number"] == 2
+        assert [run["seed"] for run in row["runs"]] == [1, 2]
+        assert results["match"]["ratios"][row["name"]] == pytest.approx(1, abs=0.25)  # six steps are coarse
+        assert set(row["spectra"]) >= {"q_proj", "down_proj"} and row["sample"]
+        for run in row["runs"]:
+            hashes[run["seed"]].add(run["data_hash"])
+            assert (out / run["folder"] / "model.safetensors").exists()
+            for curve in (run["curve"], run["training"]):
+                assert len({len(values) for values in curve.values()}) == 1
+                assert curve["tokens"] == sorted(curve["tokens"]) and curve["seconds"] == sorted(curve["seconds"])
+            assert run["curve"]["flops"][-1] == pytest.approx(row["training_flops"])
+    assert all(len(found) == 1 for found in hashes.values())  # one seed, one data set and split
+    cola = results["contestants"][0]
+    losses = {tried["settings"]["lr"]: tried["loss"] for tried in cola["tried"]}
+    assert cola["settings"]["lr"] == min(losses, key=lambda lr: losses[lr]) and cola["edge"] == ["lr"]
+    assert all(rank <= 0.26 for rank in (one["effective_rank"] for one in cola["spectra"].values()))  # 8 of 32
+    gaps = [
+        ours["loss"] - theirs["loss"]
+        for ours, theirs in zip(cola["runs"], results["contestants"][1]["runs"], strict=True)
+    ]
+    assert cola["difference"]["mean"] == pytest.approx(sum(gaps) / 2) and results["baseline"] == "dense"
+    assert cola["difference"]["high"] - cola["difference"]["mean"] == pytest.approx(
+        12.7062 * abs(gaps[0] - gaps[1]) / 2, rel=1e-4
+    )
+
+
+def test_all_methods_see_the_same_tokens_in_the_same_order(
+    base: Recipe, costs: Costs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, list[torch.Tensor]] = {}
+    collate = data.collate
+    comparison = Comparison(
+        base=dataclasses.replace(base, eval_every=0, save_every=0), methods=["cola", "dense"], match="flops"
+    )
+    for one in plan_contest(comparison, costs, tmp_path / "models"):
+        batches: list[torch.Tensor] = []
+
+        def remember(rows: Any, vocab_size: int | None = None, batches: list[torch.Tensor] = batches) -> Any:
+            batches.append(collate(rows, vocab_size)["input_ids"])
+            return collate(rows, vocab_size)
+
+        monkeypatch.setattr(data, "collate", remember)
+        recipe = one.candidates[0].recipe
+        pretrain(recipe, tmp_path / one.name)
+        seen[one.name] = batches[: recipe.steps]
+    shortest = min(map(len, seen.values()))
+    assert shortest >= 3 and len(seen) == 4
+    for batches in seen.values():
+        assert all(torch.equal(a, b) for a, b in zip(batches[:shortest], seen["cola"], strict=False))
+
+
+@pytest.fixture(scope="module")
+def costs(base: Recipe) -> Costs:
+    """Shared: what was counted once is known."""
+    return Costs(data.load_corpus(base.data, vocab_size=300, sequence_length=32, seed=42).tokenizer)
+
+
+def test_the_control_costs_what_the_cheapest_method_costs(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    *_, control = plan_contest(Comparison(base=base, methods=["low-rank", "cola"]), costs, tmp_path)
+    cola = costs.of("flops_per_token", dataclasses.replace(base, method="cola"))
+    assert (control.name, control.kind) == (
+        "dense-small",
+        "control",
+    ) and "for the training FLOPs per token of" in control.chosen
+    assert costs.of("flops_per_token", control.candidates[0].recipe) == pytest.approx(cola, rel=0.02)
+    assert control.candidates[0].recipe.steps == base.steps  # equal tokens
+    names = [one.name for one in plan_contest(Comparison(base=base, methods=["dense"]), costs, tmp_path)]
+    assert names == ["dense", "dense-muon"]  # nothing is cheaper than dense here
+
+
+@pytest.mark.parametrize(("match", "figure"), [("params", "parameters"), ("memory", "memory_bytes")])
+def test_rank_or_width_make_costs_equal(base: Recipe, costs: Costs, tmp_path: Path, match: Any, figure: Any) -> None:
+    base = dataclasses.replace(base, rank=6)
+    names = ["cola", "sltrain", "d=dense"] if match == "params" else ["cola", "sltrain"]
+    found = plan_contest(Comparison(base=base, methods=names, match=match), costs, tmp_path)
+    target = costs.of(figure, found[0].candidates[0].recipe)
+    for one in found[1 : len(names)]:
+        assert costs.of(figure, one.candidates[0].recipe) == pytest.approx(target, rel=0.02)
+        assert one.chosen.startswith("hidden size" if one.method == "dense" else "rank")
+
+
+def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    asked = Comparison(base=base, methods=["cola", "d=dense"], match="time")
+    seconds = {"cola": 0.1, "d": 0.3, "dense-small": 0.05}
+    found = plan_contest(asked, costs, tmp_path, seconds)
+    assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 12]
+    assert found[2].candidates[0].recipe.warmup_steps == 4 and found[2].candidates[0].recipe.eval_every == 4
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As a user meets it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def flags(base: Recipe, **changes: Any) -> list[str]:
+    names = ("model", "rank", "data", "vocab_size", "sequence_length", "batch_size", "steps", "warmup_steps")
+    names += ("eval_every", "eval_tokens", "log_every", "save_every", "lr")
+    settings = {**{name: getattr(base, name) for name in names}, **changes}
+    return [piece for name, value in settings.items() for piece in (f"--{name.replace('_', '-')}", str(value))]
+
+
+BAD = {
+    "no method": ([], "no method is named"),
+    "unknown method": (["--method", "colla"], "did you mean 'cola'"),
+    "unknown setting": (["--method", "cola", "--sweep", "lrr=1,2"], "did you mean 'lr'"),
+    "no values": (["--method", "cola", "--sweep", "lr"], "is not NAME=VALUE"),
+    "bad value": (["--method", "cola", "--sweep", "lr=1e-3,-1"], "lr=-1.0 is not positive"),
+    "shared setting": (["--method", "cola", "--sweep", "steps=5,9"], "steps is the same for all"),
+    "own of nobody": (["--method", "cola", "--for", "dense", "lr=1e-3"], "there is no such contestant"),
+    "twice": (["--method", "cola", "--method", "cola"], "two contestants are called 'cola'"),
+    "the control's name": (["--method", "dense-small=dense"], "two contestants are called 'dense-small'"),
+    "seeds": (["--method", "cola", "--seeds", "1,x"], "is not a list of whole numbers"),
+    "seed twice": (["--method", "cola", "--seeds", "1,1"], "hold one twice"),
+    "impossible match": (["--method", "cola", "--method", "relora", "--match", "params"], "no rank of relora has parameters"),
+    "rank swept and matched": (["--method", "cola", "--match", "params", "--sweep", "rank=4,8"], "cannot be swept beside it"),
+    "field of no method": (["--method", "cola", "--for", "cola", "option.depth=3"], "has no field 'depth'"),
+    "harness missing": (["--method", "cola", "--tasks", "arc_easy"], "pip install 'lorank[eval]'"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lorank", "compare", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("mistake", BAD)
+def test_a_mistake_is_one_sentence_and_leaves_nothing(command, base: Recipe, mistake: str, tmp_path: Path) -> None:
+    arguments, said = BAD[mistake]
+    code, _, err = command(*arguments, *flags(base), "--out", "there")
+    assert code == 2 and said in " ".join(err.split()) and err.startswith("lorank: ") and err.count("\n") == 1, err
+    assert not (tmp_path / "there").exists()
+
+
+def test_the_command_and_a_folder_that_holds_another_comparison(command, base: Recipe, quick, tmp_path: Path) -> None:
+    arguments = ["--method", "mine=cola", *flags(base), "--out", "there"]
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    assert (
+        "mine" in out
+        and "dense-small" in out
+        and "report.html" in out
+        and "No learning rate was swept" in " ".join(out.split())
+    )
+    code, _, err = command(*arguments, "--seeds", "7")
+    assert code == 2 and "holds another comparison (seeds was [42], is [7])" in err
+    code, out, _ = command("--resume", "there")
+    assert code == 0 and "[1/2]" not in out
+    assert command("--resume", "there", "--seeds", "7")[0] == 2
+    assert command("--resume", "nowhere")[0] == 2
+    Path("full").mkdir()
+    Path("full/thesis.txt").write_text("mine")
+    code, _, err = command("--method", "cola", *flags(base), "--out", "full")
+    assert code == 2 and "is not an empty folder" in err and Path("full/thesis.txt").read_text() == "mine"
+    (tmp_path / "there/running.json").write_text(
+        json.dumps(
+            {"pid": os.getppid(), "since": process_birth(os.getppid()), "run": "x", "child": 0, "child_since": 0}
+        )
+    )
+    code, _, err = command("--resume", "there")
+    assert code == 2 and "is being run by process" in err
+
+
+def process_birth(pid: int) -> float:
+    return psutil.Process(pid).create_time()
+
+
+def test_a_rate_that_nobody_names_is_swept(command, base: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Comparison] = []
+
+    def stop(comparison: Comparison, *rest: Any) -> None:
+        found.append(comparison)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(Race, "plan", stop)
+    without = flags(base)[:-2]
+    command("--method", "cola", *without)
+    command("--method", "cola", *without, "--lr", "1e-3")
+    Path("recipe.yaml").write_text("lr: 2e-3\n")
+    command("recipe.yaml", "--method", "cola", "--for", "cola", "option.nonlinearity=low-rank")
+    assert [list(one.sweep) for one in found] == [["lr"], [], []] and len(found[0].sweep["lr"]) == 3
+    assert found[2].own == {"cola": {"option.nonlinearity": ["low-rank"]}} and found[2].base.lr == 2e-3
+
+
+def test_the_harness_is_called_with_the_model(base: Recipe, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import types
+
+    asked: dict[str, Any] = {}
+
+    def evaluate(**arguments: Any) -> dict[str, Any]:
+        asked.update(arguments)
+        return {"results": {"arc_easy": {"acc,none": 0.25, "alias": "arc_easy"}}}
+
+    manager = types.SimpleNamespace(all_tasks=["arc_easy"])
+    modules = {
+        "lm_eval": types.SimpleNamespace(simple_evaluate=evaluate),
+        "lm_eval.tasks": types.SimpleNamespace(TaskManager=lambda: manager),
+        "lm_eval.models": types.SimpleNamespace(),
+        "lm_eval.models.huggingface": types.SimpleNamespace(HFLM=lambda **arguments: arguments),
+    }
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    tasks.check_tasks(["arc_easy"])
+    with pytest.raises(ValueError, match="knows no task 'arc_hard'"):
+        tasks.check_tasks(["arc_hard"])
+    pretrain(dataclasses.replace(base, method="cola"), tmp_path / "run")
+    assert tasks.run_tasks(tmp_path / "run", ["arc_easy"]) == {"arc_easy": {"acc,none": 0.25}}
+    assert asked["tasks"] == ["arc_easy"] and asked["model"]["pretrained"].config.lorank["method"] == "cola"
+
+
+def test_stopped_then_killed_and_nothing_is_lost(
+    base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command
+) -> None:
+    """SIGTERM: the run of the moment saves and stops. SIGKILL: it goes on alone and is found again. In real processes."""
+    long = dataclasses.replace(base, steps=150, warmup_steps=4, eval_every=0, save_every=50)
+    race = Race.plan(Comparison(base=long, methods=["cola"]), tmp_path / "race", Silent())
+    first, second = race.runs()
+    folder, records = race.folder(first), []
+
+    class Impatient(Silent):
+        def update(self, found: Any) -> None:
+            records.append(dict(found))
+            if found.get("step", 0) >= 20:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        race.run(Impatient(), after_each=lambda race: None)
+    assert (
+        list(folder.glob("checkpoint-*")) and race.summary(first) is None and not (race.out / "running.json").exists()
+    )
+    assert records[-1]["tokens_per_second"] > 0
+
+    child = PretrainProcess.start(first.recipe, folder)  # what a comparison has begun and not seen the end of
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    lock = {"pid": gone.pid, "since": 0, "run": first.key, "child": child.pid, "child_since": child.since}
+    (race.out / "running.json").write_text(json.dumps(lock))
+    begun: list[Path] = []
+    start = PretrainProcess.start
+
+    def counted(recipe: Recipe, folder: Path) -> PretrainProcess:
+        begun.append(folder)
+        return start(recipe, folder)
+
+    monkeypatch.setattr(compare.PretrainProcess, "start", counted)
+    code, out, err = command("--resume", race.out)
+    child.process.poll()  # it was ours in truth
+    assert code == 0, out + err
+    assert begun == [race.folder(second)]  # the first was left to the process that had it already
+    assert "[1/2] cola seed 42 validation perplexity" in " ".join(out.split())
+    for run in (first, second):
+        assert [one["step"] for one in history(race.folder(run)) if "lr" in one] == list(range(1, 151))
+
+
+def test_why_a_process_ended(tmp_path: Path) -> None:
+    def ended(program: str) -> str:
+        process = PretrainProcess(psutil.Popen([sys.executable, "-c", program]), tmp_path)
+        process.wait(lambda records: None)
+        return process.last_words()
+
+    assert "signal 9, perhaps because memory ran out" in ended("import os; os.kill(os.getpid(), 9)")
+    assert ended("") == "it ended without a word"
+    (tmp_path / "log.txt").write_text("step 3\nlorank: the disk is full\n\n")
+    assert ended("raise SystemExit(2)") == "the disk is full"
+
+
+def test_a_stopped_comparison_says_how_to_go_on(command, base: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Race, "run", interrupted)
+    code, out, _ = command("--method", "dense", *flags(base), "--out", "there")
+    assert code == 130 and "lorank compare --resume" in out and Path("there/report.html").exists()
