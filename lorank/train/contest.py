@@ -171,7 +171,7 @@ def slug(settings: Mapping[str, Any]) -> str:
     text = "_".join(
         f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in settings.items()
     )
-    return re.sub(r"[^\w.=-]+", "-", text) or "run"
+    return re.sub(r"[^\w.=+-]+", "-", text) or "run"
 
 
 def find_contestants(comparison: Comparison) -> dict[str, tuple[Recipe, str]]:

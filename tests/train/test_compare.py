@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from lorank.cli import main
-from lorank.report.comparison import write_results
+from lorank.report.comparison import _baseline_rank, write_results
 from lorank.train import compare, data, tasks
 from lorank.train.compare import Race, Run
-from lorank.train.contest import Comparison, plan_contest
+from lorank.train.contest import Comparison, plan_contest, slug
 from lorank.train.matching import Costs
 from lorank.train.process import PretrainProcess
 from lorank.train.recipe import Recipe
@@ -242,6 +242,11 @@ def test_rank_or_width_make_costs_equal(base: Recipe, costs: Costs, tmp_path: Pa
         assert one.chosen.startswith("hidden size" if one.method == "dense" else "rank")
 
 
+def test_no_two_settings_share_a_folder() -> None:
+    settings = [{"lr": 1e30}, {"lr": 1e-30}, {"lr": 1.0}, {"lr": 10.0}, {"betas": "a b"}, {}]
+    assert len({slug(one) for one in settings}) == len(settings) and "/" not in slug({"x": "../y"})
+
+
 def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     asked = Comparison(base=base, methods=["cola", "d=dense"], match="time")
     seconds = {"cola": 0.1, "d": 0.3, "dense-small": 0.05}
@@ -424,6 +429,15 @@ def test_stopped_then_killed_and_nothing_is_lost(
     assert "[1/2] cola seed 42 validation perplexity" in " ".join(out.split())
     for run in (first, second):
         assert [one["step"] for one in history(race.folder(run)) if "lr" in one] == list(range(1, 151))
+
+
+def test_the_baseline_is_the_first_dense_row_that_came_through() -> None:
+    rows = [{"name": name, "kind": kind, "loss": {}} for name, kind in
+            (("cola", "method"), ("dense-muon", "dense"), ("dense", "dense"), ("dense-small", "control"))]  # fmt: skip
+    assert min(rows, key=_baseline_rank)["name"] == "dense"
+    for failed, then in ((2, "dense-muon"), (1, "dense-small"), (3, "cola")):
+        rows[failed]["loss"] = None  # type: ignore[assignment]
+        assert min(rows, key=_baseline_rank)["name"] == then
 
 
 def test_why_a_process_ended(tmp_path: Path) -> None:
