@@ -434,7 +434,7 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
     console.print(comparison_table(results), highlight=False)
     for note in results["notes"]:
         console.print(f"· {note}", markup=False, highlight=False)
-    console.print(f"report: [bold]{race.out}/report.html[/bold]", highlight=False)
+    console.print(f"report: [bold]{race.out}/report.html[/bold]", highlight=False, soft_wrap=True)
     if not any(row["loss"] for row in results["contestants"]):
         raise ValueError(f"every run failed; their last words are above, all of them in {race.out}/runs")
 
