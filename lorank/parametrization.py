@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 Rank = int | float | Mapping[str, int | float]
+Published = Mapping[str, Mapping[str, Any]]
+"""What a paper takes: {size: {field: value}}, where it is not the field's default. Sizes are those of lorank.sizes."""
 SHARED = "lorank_"
 """Beginning of the name under which a model's body holds what its blocks share; it counts as part of the blocks."""
 
@@ -59,6 +61,9 @@ class Parametrization:
     """What the command line, recipes and saved configurations call the method."""
     checkpoint_policy: ClassVar[str | None] = None
     """What blocks keep for backward unless the user says otherwise, by its name in `lorank.checkpointing.POLICIES`."""
+
+    published: ClassVar[Published] = {}
+    """Taken in a run of that size, unless the user says otherwise."""
 
     def wants(self, site: Site) -> bool:
         """Whether the method rewrites such a place at all; if not it stays dense, whatever `targets` say. By its names

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 class Size(NamedTuple):
-    """Shape of a Llama and the rank that CoLA uses in it."""
+    """Shape of a Llama and the rank that CoLA, or a plain factorisation, uses in it."""
 
     hidden_size: int
     intermediate_size: int

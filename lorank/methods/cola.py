@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from lorank.checkpointing import checkpoint, keep_bottlenecks
 from lorank.conversion import drop_activations
 from lorank.layers import linear
-from lorank.parametrization import Parametrization, Rank, Site, check_rank, check_ranks, rank_at
+from lorank.parametrization import Parametrization, Published, Rank, Site, check_rank, check_ranks, rank_at
+from lorank.sizes import SIZES
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 
@@ -109,6 +110,11 @@ class CoLA(Parametrization):
     """
 
     name: ClassVar[str] = "cola"
+    # the authors' configurations, 60m to 7b; tiny and 20m are ours
+    published: ClassVar[Published] = {
+        name: {"rank": size.rank, "nonlinearity": "low-rank" if name in ("350m", "1b", "7b") else "both"}
+        for name, size in SIZES.items()
+    }
 
     rank: Rank = 0.25
     """Width of the bottlenecks: an integer, a fraction of the width (the paper's default d/4), or {pattern: either}."""

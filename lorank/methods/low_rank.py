@@ -17,7 +17,8 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lorank.methods.cola import CoLALinear
-from lorank.parametrization import Parametrization, Rank, Site, check_rank, check_ranks, rank_at
+from lorank.parametrization import Parametrization, Published, Rank, Site, check_rank, check_ranks, rank_at
+from lorank.sizes import SIZES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +26,8 @@ class LowRank(Parametrization):
     """Linear factorisation with its rank; ValueError for a rank that is not positive."""
 
     name: ClassVar[str] = "low-rank"
+    # as CoLA: the same 43, 94, 185 and 609 M parameters are in the tables of arXiv 2406.02214
+    published: ClassVar[Published] = {name: {"rank": size.rank} for name, size in SIZES.items()}
 
     rank: Rank = 0.25
     """Width of the bottlenecks: an integer, a fraction of the width, or {pattern: either}."""

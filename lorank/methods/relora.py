@@ -32,6 +32,7 @@ from torch.optim import Adam, Optimizer
 from lorank.layers import linear, own_memory
 from lorank.parametrization import (
     Parametrization,
+    Published,
     Rank,
     Site,
     StepHook,
@@ -131,6 +132,8 @@ class ReLoRA(Parametrization):
     """ReLoRA with its hyper-parameters; ValueError for names and numbers outside of what the fields say."""
 
     name: ClassVar[str] = "relora"
+    # rank 128 everywhere, so that alpha/r is 1/4; the paper ends at 1.3B, our 1b
+    published: ClassVar[Published] = {size: {"rank": 128} for size in ("60m", "130m", "350m", "1b")}
 
     rank: Rank = 0.25
     """Width of the factors: an integer (the authors' 128), a fraction of the width, or {pattern: either}."""

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorank.parametrization import Parametrization, Rank, Site, check_rank, check_ranks, rank_at
+from lorank.parametrization import Parametrization, Published, Rank, Site, check_rank, check_ranks, rank_at
 
 # ---- the mathematics
 
@@ -172,6 +172,14 @@ class SLTrain(Parametrization):
     """
 
     name: ClassVar[str] = "sltrain"
+    # the authors' scripts; of 7b the paper's main table says density 0.03
+    published: ClassVar[Published] = {
+        "60m": {"rank": 128, "alpha": 32.0},
+        "130m": {"rank": 256, "alpha": 16.0},
+        "350m": {"rank": 256, "alpha": 16.0},
+        "1b": {"rank": 512, "alpha": 8.0},
+        "7b": {"rank": 1024, "alpha": 8.0, "density": 0.05},
+    }
 
     rank: Rank = 0.25
     """Width r of the factors: an integer, a fraction of the width, or {pattern: either}."""

@@ -36,6 +36,7 @@ from torch.optim import Adam, Optimizer
 
 from lorank.parametrization import (
     Parametrization,
+    Published,
     Rank,
     Site,
     StepHook,
@@ -210,6 +211,8 @@ class SST(Parametrization):
     """SST with its hyper-parameters; ValueError for a rank, an interval or a warm-up that cannot be."""
 
     name: ClassVar[str] = "sst"
+    # 130m and 1b (the paper's 1.3B) are Llamas in the paper; its 350m is an OPT of the same width
+    published: ClassVar[Published] = {"130m": {"rank": 64}, "350m": {"rank": 64}, "1b": {"rank": 128}}
 
     rank: Rank = 0.125
     """Pairs that learn at a time: an integer, a fraction of the width (the paper: d/8 for widths up to 256, d/12 to d/32

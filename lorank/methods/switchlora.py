@@ -38,6 +38,7 @@ from lorank.layers import linear, own_memory
 from lorank.optim.adamw import VectorAdamW, reset_vectors
 from lorank.parametrization import (
     Parametrization,
+    Published,
     Rank,
     Site,
     StepHook,
@@ -148,6 +149,8 @@ class SwitchLoRA(Parametrization):
     """SwitchLoRA with its hyper-parameters; ValueError for names and numbers outside of what the fields say."""
 
     name: ClassVar[str] = "switchlora"
+    # the two sizes whose ranks are known; 1b is the paper's 1.3B
+    published: ClassVar[Published] = {"350m": {"rank": 256}, "1b": {"rank": 512}}
     adamw: ClassVar[type[Optimizer] | None] = VectorAdamW
 
     rank: Rank = 0.25

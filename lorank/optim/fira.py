@@ -18,7 +18,7 @@ presumably made with the latter. In both, norms for the limiter are taken with b
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from lorank.optim import galore
 from lorank.optim.galore import GaLoreAdamW
 from lorank.optim.matrices import Stack
 from lorank.optim.subspace import lift, project
+from lorank.parametrization import Published
 
 GAMMA = 1.01
 """Largest growth of the residual's norm from one step to the next."""
@@ -62,6 +63,15 @@ class FiraAdamW(GaLoreAdamW):
         residual: "paper" or "repo", see above.
         scaling: "column", or "matrix" for one factor per matrix.
     """
+
+    # the authors' scripts; the paper's text has an eighth of GaLore's rank at 7b, 128
+    published: ClassVar[Published] = {
+        "60m": {"rank": 128},
+        "130m": {"rank": 256},
+        "350m": {"rank": 256},
+        "1b": {"rank": 512, "scale": 0.0625},
+        "7b": {"rank": 64, "scale": 0.0625, "update_gap": 500},
+    }
 
     def __init__(
         self,

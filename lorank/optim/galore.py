@@ -18,11 +18,12 @@ came from. Matrices of equal shape share one batched product. Tensors that are n
 """
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from lorank.optim.subspace import Subspace
+from lorank.parametrization import Published
 
 
 def state_elements(m: int, n: int, r: int) -> int:
@@ -46,6 +47,15 @@ class GaLoreAdamW(Subspace):
     >>> tuple(optimizer.state[linear.weight]["left"].shape)
     (32, 4)
     """
+
+    # table 5 of the paper; the authors' script for 1b has rank 1024
+    published: ClassVar[Published] = {
+        "60m": {"rank": 128},
+        "130m": {"rank": 256},
+        "350m": {"rank": 256},
+        "1b": {"rank": 512},
+        "7b": {"rank": 1024, "update_gap": 500},
+    }
 
     def __init__(
         self,

@@ -19,13 +19,14 @@ use the rows of Q.
 """
 
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lorank.optim.dct import Transform, back, columns, select, transform
 from lorank.optim.matrices import MatrixOptimizer, Stack
+from lorank.parametrization import Published
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SCALES = {
@@ -65,6 +66,9 @@ class Trion(MatrixOptimizer):
         adamw_lr: learning rate of the groups without rank; it follows `lr`'s schedule.
         orthonormalise_in: dtype of the Newton-Schulz products; None: the gradient's.
     """
+
+    # the paper's comparison with Dion and Muon; 1b is its 1.3B, whose shape is not known to us
+    published: ClassVar[Published] = {"350m": {"rank": 256}, "1b": {"rank": 256}}
 
     def __init__(
         self,

@@ -15,7 +15,7 @@ from typing import Any, Self
 import yaml
 
 from lorank.train.matching import Costs, Figure, Match, flops_of, match_structure, narrow_to_match, with_steps
-from lorank.train.model import build_config
+from lorank.train.model import build_config, written_out
 from lorank.train.recipe import Recipe
 
 MATCHES = ("tokens", "flops", "time", "params", "memory")
@@ -222,7 +222,7 @@ def plan_contest(
             if by and target is not None:
                 first, chosen = match_structure(recipes[0][1], costs, target, by, folder / name)
                 shape: dict[str, Any] = {"rank": first.rank, "model": first.model}
-                recipes = [(settings, dataclasses.replace(one, **shape)) for settings, one in recipes]
+                recipes = [(settings, dataclasses.replace(written_out(one), **shape)) for settings, one in recipes]
             elif by:
                 target = costs.of(by, recipes[0][1])
             contestants.append(_contestant(comparison, name, kind, chosen, recipes, costs))

@@ -18,7 +18,7 @@ from lorank.accelerators import Fleet, Run
 from lorank.methods import find_method
 from lorank.optim import find_optimizer
 from lorank.sizes import SIZES
-from lorank.train.model import check_name
+from lorank.train.model import check_name, rank_of
 from lorank.train.plan import Counts, count, empty_model, memory
 from lorank.train.recipe import Recipe
 
@@ -43,9 +43,8 @@ class Forecast:
 
     @property
     def rank(self) -> Any:
-        """What was asked, else the size's own; None: the method has none, or takes its default."""
-        own = SIZES[self.recipe.size].rank if self.recipe.model is None and _has_rank(self.recipe.method) else None
-        return self.recipe.rank if self.recipe.rank is not None else own
+        """What was asked, else what the method's paper takes at the size, else its default; None: the method has none."""
+        return rank_of(self.recipe)
 
     @property
     def checkpoint(self) -> str:

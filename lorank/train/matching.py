@@ -22,8 +22,7 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorank import accounting
-from lorank.sizes import find_size
-from lorank.train.model import build_config, build_model
+from lorank.train.model import build_config, build_model, written_out
 from lorank.train.plan import memory
 from lorank.train.recipe import Recipe
 
@@ -152,11 +151,8 @@ def narrow_to_match(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
             "methods whose costs are nearer to each other"
         )
     config.save_pretrained(folder)
-    rank = recipe.rank
-    if rank is None and recipe.model is None and recipe.method != "dense":
-        rank = find_size(recipe.size).rank
     shape = f"hidden size {config.hidden_size}, MLP {config.intermediate_size}, {config.num_hidden_layers} blocks"
-    return dataclasses.replace(recipe, model=str(folder), rank=rank), shape
+    return dataclasses.replace(written_out(recipe), model=str(folder)), shape
 
 
 def match_structure(recipe: Recipe, costs: Costs, target: float, by: Figure, folder: Path) -> tuple[Recipe, str]:

@@ -1,5 +1,6 @@
 """From a recipe to a model: the shape, then the method, then what is kept for backward."""
 
+import dataclasses
 import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from lorank.egg import EggConfig
 from lorank.methods import find_method, method_names
 from lorank.optim import find_optimizer, optimizer_names, option_names
 from lorank.optim.groups import ranks
-from lorank.sizes import find_size, llama_config
+from lorank.sizes import llama_config
 from lorank.train.estimators import build_egg, egg_config
 from lorank.train.recipe import Recipe
 
@@ -167,23 +168,45 @@ def check_name(method: str) -> None:
 
 
 def build_method(recipe: Recipe) -> Any:
-    """The recipe's method with its hyper-parameters; the rank is the recipe's, else the size's, else the method's
-    default."""
+    """The recipe's method with its hyper-parameters: the recipe's, else those published for the size, else the method's
+    defaults."""
     check_name(recipe.method)
     method = find_method(recipe.method)
-    fields = dict(recipe.options)
     known = list(method.__dataclass_fields__)
     check_options(recipe, known)
-    if recipe.rank is not None:
-        if "rank" not in known:
-            raise ValueError(f"rank={recipe.rank}: method {recipe.method} has no rank")
-        fields["rank"] = recipe.rank
-    elif recipe.model is None and "rank" in known and "rank" not in fields:
-        fields["rank"] = find_size(recipe.size).rank
+    if recipe.rank is not None and "rank" not in known:
+        raise ValueError(f"rank={recipe.rank}: method {recipe.method} has no rank")
     try:
-        return method(**fields)
+        return method(**_settings(recipe, method))
     except TypeError as error:  # a list where a name is meant, and the like
         raise ValueError(f"options: {recipe.method} cannot take {recipe.options}: {error}") from None
+
+
+def _settings(recipe: Recipe, kind: type) -> dict[str, Any]:
+    """Rank and options: the recipe's, and beneath them what the paper of a method or optimizer takes at its size."""
+    published = {} if recipe.model else getattr(kind, "published", {}).get(recipe.size, {})
+    return {**published, **recipe.options, **({} if recipe.rank is None else {"rank": recipe.rank})}
+
+
+def rank_of(recipe: Recipe) -> Any:
+    """The rank that the recipe's method takes: the recipe's, else the published one of the size, else a default of the
+    method, of an optimizer a quarter of the width. None: it has no rank, or an optimizer is not told one for a `model`."""
+    if recipe.method in ("dense", "eggroll"):
+        return recipe.rank
+    kind = find_optimizer(recipe.method)
+    if kind is None:
+        return getattr(build_method(recipe), "rank", None)
+    return _settings(recipe, kind).get("rank", None if recipe.model else 0.25)
+
+
+def written_out(recipe: Recipe) -> Recipe:
+    """The recipe with the rank and options that it leaves to the size, so that its model may become another one."""
+    if recipe.method in ("dense", "eggroll"):
+        return recipe
+    options = _settings(recipe, find_optimizer(recipe.method) or find_method(recipe.method))
+    return dataclasses.replace(
+        recipe, rank=rank_of(recipe), options={name: value for name, value in options.items() if name != "rank"}
+    )
 
 
 def check_options(recipe: Recipe, known: Sequence[str]) -> None:
@@ -194,14 +217,16 @@ def check_options(recipe: Recipe, known: Sequence[str]) -> None:
 
 
 class Projection(NamedTuple):
-    """A low-rank optimizer, and the matrices of a model that it projects."""
+    """A low-rank optimizer, the matrices of a model that it projects, and its options."""
 
     kind: type[Optimizer]
     ranks: dict[nn.Parameter, int]
+    options: dict[str, Any]
 
 
 def find_projection(recipe: Recipe, model: nn.Module) -> Projection | None:
-    """What the recipe's method projects, if it is a low-rank optimizer; the rank is the recipe's, else the size's.
+    """What the recipe's method projects, if it is a low-rank optimizer; rank and options as `rank_of` and `build_method`
+    have them.
 
     Raises:
         ValueError: an unknown option, a pattern that matches nothing, or no rank.
@@ -210,9 +235,7 @@ def find_projection(recipe: Recipe, model: nn.Module) -> Projection | None:
     if kind is None:
         return None
     check_options(recipe, option_names(kind))
-    rank = recipe.rank
-    if rank is None and recipe.model is None:
-        rank = find_size(recipe.size).rank
-    if rank is None:
+    recipe = written_out(recipe)
+    if recipe.rank is None:
         raise ValueError(f"method={recipe.method} needs a rank for model={recipe.model!r}; give rank=0.25, for example")
-    return Projection(kind, ranks(model, rank, targets=recipe.targets, exclude=recipe.exclude))
+    return Projection(kind, ranks(model, recipe.rank, targets=recipe.targets, exclude=recipe.exclude), recipe.options)

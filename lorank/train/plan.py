@@ -119,10 +119,10 @@ def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts
 
 def memory(recipe: Recipe, model: PreTrainedModel, batch: int, *, accumulate: bool) -> accounting.Memory:
     """What a device holds that trains `recipe`'s model on `batch` sequences at a time."""
-    kind, ranks = find_projection(recipe, model) or (None, None)
+    kind, ranks, options = find_projection(recipe, model) or (None, None, None)
     return accounting.memory_estimate(
         model,
-        optimizer_bytes=state_bytes(model, recipe.optimizer, kind, ranks, recipe.options),
+        optimizer_bytes=state_bytes(model, recipe.optimizer, kind, ranks, options),
         batch=batch,
         sequence_length=recipe.sequence_length,
         autocast=recipe.precision == "bf16",
@@ -143,7 +143,7 @@ def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:
             role=site.role,
             depths=earlier.depths + 1,
             before=f"{site.d_in} → {site.d_out}",
-            after=now if now in earlier.after or not earlier.after else f"{earlier.after}, then {now}",
+            after=earlier.after if now in earlier.after else f"{earlier.after}, then {now}".removeprefix(", then "),
             parameters_before=earlier.parameters_before + _size(site.linear),
             parameters_after=earlier.parameters_after + count,
         )
@@ -155,12 +155,13 @@ def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:
 
 def _treatments(recipe: Recipe, model: nn.Module, projection: Projection) -> list[Treatment]:
     found: dict[tuple[str, str, str], int] = {}
+    plain = recipe.optimizer == "adamw"
+    options = "".join(f", {name}={value}" for name, value in projection.options.items())
     for name, p in model.named_parameters():
-        rank = projection.ranks.get(p)
-        rest = "" if recipe.optimizer == "adamw" else f" ({recipe.optimizer})"
-        how = (
-            f"{recipe.method}{rest}, rank {rank}" if rank else "muon's AdamW" if rest == " (muon)" else recipe.optimizer
-        )
+        if rank := projection.ranks.get(p):
+            how = f"{recipe.method}{'' if plain else f' ({recipe.optimizer})'}, rank {rank}{options}"
+        else:
+            how = "muon's AdamW" if recipe.optimizer == "muon" else recipe.optimizer
         key = (re.sub(r"\.\d+\.", ".*.", name), " × ".join(map(str, p.shape)), how)
         found[key] = found.get(key, 0) + 1
     return [Treatment(role, depths, shape, how) for (role, shape, how), depths in found.items()]

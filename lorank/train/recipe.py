@@ -48,7 +48,7 @@ class Recipe:
     )
     rank: int | float | dict | None = _option(
         None,
-        "Bottleneck width, or rank of the projected gradients: integer, fraction of the width, or (YAML) {pattern: either}. Default: the size's own.",
+        "Bottleneck width, or rank of the projected gradients: integer, fraction of the width, or (YAML) {pattern: either}. Default: what the method's paper takes at that size, else the method's own.",
     )
     options: dict = _option(
         {}, "Further settings of the method, NAME=VALUE, for example nonlinearity=low-rank, update_gap=500."

@@ -213,7 +213,8 @@ def build_trainer(
     def build(trained: torch.nn.Module) -> torch.optim.Optimizer:
         projection = find_projection(recipe, trained)  # of its own parameters, which sharding has replaced
         if projection is not None:
-            return build_low_rank_optimizer(trained, *projection, recipe.optimizer, options=recipe.options, **settings)
+            kind, ranks, options = projection
+            return build_low_rank_optimizer(trained, kind, ranks, recipe.optimizer, options=options, **settings)
         return build_optimizer(trained, recipe.optimizer, adamw=method.adamw if method else None, **settings)
 
     peak, source = accounting.achievable_flops()

@@ -1,0 +1,176 @@
+"""What the papers take at each size: every number as it is printed, and what a run of that size then gets."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lorank.methods import METHODS, find_method
+from lorank.optim import OPTIMIZERS, find_optimizer
+from lorank.sizes import SIZES
+from lorank.train import plan as dry_run
+from lorank.train.model import build_config, build_method, build_model, find_projection, written_out
+from lorank.train.recipe import Recipe
+
+# Typed from the papers and the authors' scripts, also where a number is the default of its field.
+PRINTED: dict[str, dict[str, dict[str, Any]]] = {
+    "cola": {
+        "60m": {"rank": 128, "nonlinearity": "both"},
+        "130m": {"rank": 256, "nonlinearity": "both"},
+        "350m": {"rank": 256, "nonlinearity": "low-rank"},
+        "1b": {"rank": 512, "nonlinearity": "low-rank"},
+        "7b": {"rank": 1024, "nonlinearity": "low-rank"},
+    },
+    "low-rank": {
+        "60m": {"rank": 128},
+        "130m": {"rank": 256},
+        "350m": {"rank": 256},
+        "1b": {"rank": 512},
+        "7b": {"rank": 1024},
+    },
+    "sltrain": {
+        "60m": {"rank": 128, "density": 0.03, "alpha": 32},
+        "130m": {"rank": 256, "density": 0.03, "alpha": 16},
+        "350m": {"rank": 256, "density": 0.03, "alpha": 16},
+        "1b": {"rank": 512, "density": 0.03, "alpha": 8},
+        "7b": {"rank": 1024, "density": 0.05, "alpha": 8},
+    },
+    "crnet": {"60m": {"rank": 104}, "1b": {"rank": 448}, "7b": {"rank": 512}},
+    "relora": {size: {"rank": 128, "alpha": 32, "dropout": 0.1} for size in ("60m", "130m", "350m", "1b")},
+    "switchlora": {size: {"rank": r, "interval": 40, "ratio": 0.1} for size, r in (("350m", 256), ("1b", 512))},
+    "sst": {"130m": {"rank": 64}, "350m": {"rank": 64}, "1b": {"rank": 128}},
+    "masa": {},
+    "galore": {
+        "60m": {"rank": 128, "update_gap": 200, "scale": 0.25},
+        "130m": {"rank": 256, "update_gap": 200, "scale": 0.25},
+        "350m": {"rank": 256, "update_gap": 200, "scale": 0.25},
+        "1b": {"rank": 512, "update_gap": 200, "scale": 0.25},
+        "7b": {"rank": 1024, "update_gap": 500, "scale": 0.25},
+    },
+    "fira": {
+        "60m": {"rank": 128, "update_gap": 200, "scale": 0.25},
+        "130m": {"rank": 256, "update_gap": 200, "scale": 0.25},
+        "350m": {"rank": 256, "update_gap": 200, "scale": 0.25},
+        "1b": {"rank": 512, "update_gap": 200, "scale": 0.0625},
+        "7b": {"rank": 64, "update_gap": 500, "scale": 0.0625},
+    },
+    "dct-adamw": {},
+    "trion": {"350m": {"rank": 256, "momentum": 0.95}, "1b": {"rank": 256, "momentum": 0.95}},
+}
+PRINTED["cola-m"] = PRINTED["cola"]
+ROWS = [(method, size, fields) for method, sizes in PRINTED.items() for size, fields in sizes.items()]
+
+
+class Matrix(nn.Module):
+    """One projection, as wide as the largest rank."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"q_proj": nn.Linear(1024, 1024, bias=False)})])
+
+
+@pytest.mark.parametrize(("method", "size", "fields"), ROWS, ids=[f"{method}-{size}" for method, size, _ in ROWS])
+def test_a_size_gets_the_printed_numbers(method: str, size: str, fields: dict[str, Any]) -> None:
+    recipe = Recipe(method=method, size=size)
+    if method in METHODS:
+        built = build_method(recipe)
+        assert {name: getattr(built, name) for name in fields} == fields
+    else:
+        projection = find_projection(recipe, Matrix())
+        assert projection is not None
+        [(parameter, rank)] = projection.ranks.items()
+        [group] = projection.kind([{"params": [parameter], "rank": rank}], lr=1.0, **projection.options).param_groups  # type: ignore[call-arg]
+        assert {name: group[name] for name in fields} == fields
+
+
+@pytest.mark.parametrize("method", [*METHODS, *OPTIMIZERS])
+def test_nothing_is_called_published_that_is_not_printed(method: str) -> None:
+    published = getattr(find_optimizer(method) or find_method(method), "published", {})
+    assert set(published) <= set(SIZES)
+    assert set(published) - {"tiny", "20m"} == set(PRINTED[method]), "tiny and 20m are ours"
+    for size in set(published) & set(PRINTED[method]):
+        assert published[size].items() <= PRINTED[method][size].items()
+
+
+def test_where_nothing_is_printed_the_method_decides() -> None:
+    for method, own in {"switchlora": 0.25, "sst": 0.125, "sltrain": 0.25, "crnet": 0.25, "cola": 88}.items():
+        assert build_method(Recipe(method=method, size="tiny")).rank == own
+    assert build_method(Recipe(method="switchlora", size="130m")).rank == 0.25
+    assert build_method(Recipe(method="masa", size="130m")).count(12) == 4, "the paper's L/3"
+    for size in ("tiny", "20m"):
+        assert list(find_projection(Recipe(method="galore", size=size), Matrix()).ranks.values()) == [256]  # type: ignore[union-attr]
+    assert build_method(Recipe(method="sltrain", model="gpt2", size="130m")).alpha == 32, "no size of ours"
+
+
+def test_the_recipe_wins() -> None:
+    for recipe in (
+        Recipe(method="sltrain", size="130m", rank=64, options={"alpha": 4}),
+        Recipe(method="sltrain", size="130m", options={"rank": 64, "alpha": 4}),
+    ):
+        built = build_method(recipe)
+        assert (built.rank, built.alpha) == (64, 4)
+    projection = find_projection(Recipe(method="fira", size="1b", rank=8, options={"scale": 1.0}), Matrix())
+    assert projection is not None and list(projection.ranks.values()) == [8] and projection.options == {"scale": 1.0}
+
+
+@pytest.mark.parametrize("method", [*METHODS, *OPTIMIZERS])
+def test_they_go_along_to_another_model(method: str) -> None:
+    """As when `lorank compare` narrows a model: what was the size's own must not change with the width."""
+    recipe = Recipe(method=method, size="1b")
+    written = dataclasses.replace(written_out(recipe), model="gpt2")
+    if method in METHODS:
+        assert build_method(written) == build_method(recipe)
+    else:
+        one, other = find_projection(recipe, Matrix()), find_projection(written, Matrix())
+        assert one is not None and other is not None
+        assert (list(one.ranks.values()), one.options) == (list(other.ranks.values()), other.options)
+    dense = Recipe(method="dense", size="1b")
+    assert written_out(dense) == dense
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "shown"),
+    [
+        ("sst", "130m", "SSTLinear(rank=64 of 768, enhanced=True)"),
+        ("relora", "130m", "ReLoRALinear(rank=128, scale=0.25)"),
+        ("sltrain", "130m", "SLTrainLinear(rank=256, nnz=17694, scale=0.0625)"),
+        ("sltrain", "7b", "SLTrainLinear(rank=1024, nnz=838860, scale=0.0078125)"),
+        ("switchlora", "350m", "SwitchLoRALinear(rank=256)"),
+        ("crnet", "1b", "CRNetDense(), then CRNetLinear(rank=448)"),
+        ("galore", "1b", "galore, rank 512"),
+        ("fira", "1b", "fira, rank 512, scale=0.0625"),
+    ],
+)
+def test_a_dry_run_shows_them(method: str, size: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "count", lambda *_: None)  # counting FLOPs takes long
+    found = dry_run.plan(Recipe(method=method, size=size, vocab_size=32_000))
+    assert shown in [row.treatment for row in found.treatments] + [row.after for row in found.rows]
+
+
+@pytest.mark.parametrize(
+    ("method", "size", "total", "trainable"),
+    [
+        ("low-rank", "60m", 42_770_944, 42_770_944),
+        ("sltrain", "60m", 43_529_832, 43_529_832),
+        ("sltrain", "130m", 96_545_796, 96_545_796),
+        ("sltrain", "350m", 194_293_544, 194_293_544),
+        ("sltrain", "1b", 645_547_960, 645_547_960),
+        ("sltrain", "7b", 3_144_735_808, 3_144_735_808),
+        ("crnet", "60m", 43_044_145, 43_044_145),
+        ("crnet", "1b", 582_441_057, 582_441_057),
+        ("relora", "60m", None, 42_770_944),
+        ("relora", "130m", None, 71_584_512),
+        ("relora", "350m", None, 125_404_160),
+        ("relora", "1b", None, 250_706_944),
+        ("switchlora", "350m", None, 185_222_144),
+        ("switchlora", "1b", None, 609_310_720),
+    ],
+)
+def test_the_published_parameter_counts(method: str, size: str, total: int | None, trainable: int) -> None:
+    recipe = Recipe(method=method, size=size, vocab_size=32_000)
+    with torch.device("meta"):
+        parameters = list(build_model(recipe, build_config(recipe)).parameters())
+    assert total is None or sum(p.numel() for p in parameters) == total
+    assert sum(p.numel() for p in parameters if p.requires_grad) == trainable

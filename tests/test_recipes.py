@@ -1,0 +1,164 @@
+"""The shipped recipes: the settings as they are published, the models they build, and first steps with each of them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorank import accounting
+from lorank.methods import METHODS
+from lorank.optim import OPTIMIZERS
+from lorank.train import plan as dry_run
+from lorank.train import run
+from lorank.train.data import _embedded_files
+from lorank.train.recipe import Recipe
+
+FOLDER = Path(__file__).parents[1] / "recipes"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+OURS = [name for name in NAMES if not name.startswith("cola-")]  # CoLA's are in tests/train/test_recipe.py
+
+# rank, options, lr, clip, epsilon, steps, warm-up, sequences of a micro-batch, perplexity, as each paper or its code has it
+IN_FULL: dict[str, tuple[int, dict[str, float], float, float, float, int, int, int, str]] = {
+    "sltrain-60m": (128, {"alpha": 32, "density": 0.03}, 3e-3, 0, 1e-8, 11_000, 1_100, 256, "34.15"),
+    "sltrain-130m": (256, {"alpha": 16, "density": 0.03}, 3e-3, 0, 1e-8, 22_000, 2_200, 256, "26.04"),
+    "sltrain-350m": (256, {"alpha": 16, "density": 0.03}, 3e-3, 0, 1e-8, 65_000, 6_500, 128, "19.42"),
+    "sltrain-1b": (512, {"alpha": 8, "density": 0.03}, 3e-3, 0, 1e-8, 140_000, 10_000, 32, "16.14"),
+    "galore-60m": (128, {"update_gap": 200, "scale": 0.25}, 1e-2, 0, 1e-8, 10_000, 1_000, 256, "34.88"),
+    "galore-130m": (256, {"update_gap": 200, "scale": 0.25}, 1e-2, 0, 1e-8, 20_000, 2_000, 256, "25.36"),
+    "galore-350m": (256, {"update_gap": 200, "scale": 0.25}, 1e-2, 0, 1e-8, 60_000, 6_000, 128, "18.95"),
+    "galore-1b": (512, {"update_gap": 200, "scale": 0.25}, 1e-2, 0, 1e-8, 100_000, 10_000, 16, "15.64"),
+    "fira-60m": (128, {"update_gap": 200, "scale": 0.25}, 1e-2, 0, 1e-6, 10_000, 1_000, 256, "31.06"),
+    "fira-130m": (256, {"update_gap": 200, "scale": 0.25}, 1e-2, 0, 1e-6, 20_000, 2_000, 256, "22.73"),
+    "fira-350m": (256, {"update_gap": 200, "scale": 0.25}, 1e-2, 0, 1e-6, 60_000, 6_000, 128, "16.85"),
+    "fira-1b": (512, {"update_gap": 200, "scale": 0.0625}, 1e-2, 0, 1e-6, 100_000, 10_000, 16, "14.31"),
+}
+# Of the others what is printed; what is not is the library's default.
+IN_PART: dict[str, dict[str, Any]] = {
+    "dense-60m": {"steps": 10_000, "warmup_steps": 1_000, "weight_decay": 0.0, "batch_size": 512},
+    "low-rank-60m": {"rank": 128, "steps": 10_000, "warmup_steps": 1_000, "weight_decay": 0.0, "batch_size": 512},
+    "crnet-60m": {"rank": 104, "steps": 10_000, "warmup_steps": 1_000, "batch_size": 512},
+    "relora-60m": {"rank": 128, "options": {"alpha": 32, "dropout": 0.1}, "steps": 10_000, "weight_decay": 0.0},
+    "switchlora-60m": {"clip": 1.0, "weight_decay": 0.0, "warmup_steps": 100, "min_lr_ratio": 0.0, "seed": 0},
+    "switchlora-350m": {
+        "rank": 256,
+        "options": {"interval": 40, "ratio": 0.1, "freeze_steps": 5},
+        "lr": 2e-2,
+        "clip": 1.0,
+        "weight_decay": 0.0,
+        "steps": 40_000,
+        "warmup_steps": 100,
+        "min_lr_ratio": 0.0,
+        "batch_size": 1_152,
+        "micro_batch_size": 72,
+        "sequence_length": 512,
+        "documents": "packed",
+        "seed": 0,
+    },
+    "sst-60m": {"rank": None, "lr": Recipe.lr, "precision": "fp32"},
+    "masa-60m": {"rank": None, "lr": Recipe.lr, "betas": [0.9, 0.95], "weight_decay": 0.1, "clip": 1.0},
+    "dct-adamw-60m": {"rank": None, "lr": Recipe.lr, "eps": 1e-8, "sequence_length": 512, "batch_size": 512},
+    "trion-60m": {"lr": 0.02, "betas": [0.9, 0.95], "eps": 1e-10, "sequence_length": 512, "batch_size": 512},
+}
+# Total and trained parameters; None where they are not known.
+COUNTS = {
+    "cola-60m": (42_770_944, 42_770_944),
+    "cola-130m": (93_997_824, 93_997_824),
+    "cola-350m": (185_222_144, 185_222_144),
+    "cola-1b": (609_310_720, 609_310_720),
+    "cola-7b": (2_820_935_680, 2_820_935_680),
+    "dense-60m": (58_073_600, 58_073_600),
+    "low-rank-60m": (42_770_944, 42_770_944),
+    "sltrain-60m": (43_529_832, 43_529_832),
+    "sltrain-130m": (96_545_796, 96_545_796),
+    "sltrain-350m": (194_293_544, 194_293_544),
+    "sltrain-1b": (645_547_960, 645_547_960),
+    "crnet-60m": (43_044_145, 43_044_145),
+    "relora-60m": (None, 42_770_944),
+    "switchlora-60m": (None, 42_770_944),
+    "switchlora-350m": (None, 185_222_144),
+    "sst-60m": (None, None),
+    "masa-60m": (None, None),
+}
+DENSE = {"60m": 58_073_600, "130m": 134_105_856, "350m": 367_969_280, "1b": 1_339_082_752}
+for name in OURS:
+    if name.startswith(tuple(OPTIMIZERS)):
+        COUNTS[name] = (DENSE[name.rpartition("-")[2]],) * 2
+
+
+def read(name: str) -> Recipe:
+    return Recipe.read(FOLDER / f"{name}.yaml")
+
+
+def test_every_method_has_a_recipe_at_60m_and_every_recipe_is_examined_here() -> None:
+    assert {f"{method}-60m" for method in ["dense", *METHODS, *OPTIMIZERS] if method != "cola-m"} <= set(NAMES)
+    assert sorted([*IN_FULL, *IN_PART]) == OURS and sorted(COUNTS) == NAMES
+
+
+@pytest.mark.parametrize("name", IN_FULL)
+def test_settings_that_are_published_in_full(name: str) -> None:
+    r = read(name)
+    rank, options, lr, clip, eps, steps, warmup, micro, perplexity = IN_FULL[name]
+    assert (r.rank, r.options, r.lr, r.clip, r.eps) == (rank, options, lr, clip, eps)
+    assert (r.steps, r.warmup_steps, r.min_lr_ratio, r.micro_batch_size) == (steps, warmup, 0.1, micro)
+    assert (r.weight_decay, r.betas, r.precision, r.optimizer) == (0, [0.9, 0.999], "bf16-pure", "adamw")
+    assert (r.batch_size, r.sequence_length, r.documents) == (512, 256, "padded")
+    assert r.seed == (0 if r.method == "galore" else 42)
+    assert f"perplexity is {perplexity}," in comment(name)
+
+
+@pytest.mark.parametrize("name", IN_PART)
+def test_settings_that_are_published_in_part(name: str) -> None:
+    r = read(name)
+    assert {key: getattr(r, key) for key in IN_PART[name]} == IN_PART[name]
+    assert "Unconfirmed" in comment(name)
+
+
+def comment(name: str) -> str:
+    lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
+    return " ".join(line[2:] for line in lines if line.startswith("# "))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_recipe_says_what_it_is_and_where_it_comes_from(name: str) -> None:
+    r = read(name)
+    assert name.rpartition("-")[::2] == (r.method.removesuffix("-m"), r.size)
+    assert (r.data, r.tokenizer, r.vocab_size) == ("allenai/c4:en", "google-t5/t5-base", 32_000)
+    for part in ("arXiv 2", "erplexity", f"Run: lorank pretrain recipes/{name}.yaml"):
+        assert part in comment(name)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_builds_the_published_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dry_run, "count", lambda _, model: accounting.count_parameters(model))  # FLOPs take long
+    found: Any = dry_run.plan(dataclasses.replace(read(name), tokenizer=None)).model
+    total, trained = COUNTS[name]
+    assert total in (None, found.total) and trained in (None, found.trainable)
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A part of the embedded corpus: the beginnings of forty modules of the standard library."""
+    folder = tmp_path_factory.mktemp("library")
+    for file in _embedded_files()[:40]:
+        (folder / f"{len(list(folder.iterdir()))}-{file.name}").write_text(file.read_text(encoding="utf-8")[:4000])
+    return folder
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.endswith("-60m")])
+def test_first_steps(name: str, library: Path, tmp_path: Path) -> None:
+    """As the file says, but for the size of the model, the batch and the run."""
+    r = read(name)
+    options = {**r.options, "restart_warmup_steps": 1} if r.method == "relora" else r.options
+    small: dict[str, Any] = {"size": "tiny", "rank": None, "options": options, "sequence_length": 32, "batch_size": 4}
+    data: dict[str, Any] = {
+        "data": str(library),
+        "tokenizer": None,
+        "vocab_size": 300,
+        "eval_every": 0,
+        "save_every": 0,
+    }
+    short = {"micro_batch_size": 2, "steps": 4, "warmup_steps": 1}
+    summary = run.pretrain(dataclasses.replace(r, **small, **data, **short), tmp_path / "run")
+    assert summary is not None and summary.steps == 4
+    assert summary.validation_loss_nats_per_token < 20
