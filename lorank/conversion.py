@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
 
-from lorank.methods import find_method, method_names
+from lorank.methods import find_method, register
 from lorank.parametrization import Parametrization, Site, StepHook, compile_pattern, warmup_cosine
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -49,8 +49,8 @@ def convert(
 
     Raises:
         ValueError: the model is converted already or is a wrapper around one of transformers, its code reads the weight of
-            a projection (T5, Mamba), nothing in it matches, a pattern is no regular expression, or the method refuses (for
-            CoLA: the rank). The model is then unchanged.
+            a projection (T5, Mamba), nothing in it matches, a pattern is no regular expression, the method has the name of
+            another, or it refuses (for CoLA: the rank). The model is then unchanged.
 
     Warns:
         UserWarning: a rank at which the factors are no smaller than the dense layer.
@@ -68,11 +68,7 @@ def convert(
         method = find_method(method)
     if isinstance(method, type):
         method = method()
-    if method.name not in method_names() or find_method(method.name) is not type(method):
-        raise ValueError(
-            f"{type(method).__name__} could not be found again under the name {method.name!r}; call lorank.register on the "
-            "class, here and wherever the model is loaded"
-        )
+    register(type(method))
     if earlier := next(filter(None, map(converted_with, model.modules())), None):
         raise ValueError(
             f"this model is already converted (method {earlier['method']!r}); convert a dense model instead"
@@ -136,9 +132,13 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
         raise ValueError(
             f"this {type(model).__name__} is no converted model of transformers; there is nothing to merge"
         )
+    with torch.inference_mode(False), torch.no_grad():  # whatever the caller is in: the new layers can be trained
+        return _merged(copy.deepcopy(model), method)
+
+
+def _merged(dense: PreTrainedModel, method: Parametrization) -> PreTrainedModel:
     from lorank.pretrained import forget
 
-    dense = copy.deepcopy(model)
     forget(dense)
     with torch.device("meta"):
         shapes = type(dense)(dense.config)  # where the architecture has linear layers, and of which kind

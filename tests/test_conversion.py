@@ -463,6 +463,8 @@ def test_a_method_that_fails_at_the_end_leaves_the_model_as_it_was(
     error: type[BaseException], small: Callable[..., Any]
 ) -> None:
     class Failing(CoLA):
+        name = "failing"
+
         def finish(self, model: nn.Module) -> None:
             super().finish(model)
             raise error("too late")

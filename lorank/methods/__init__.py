@@ -33,12 +33,18 @@ _registered: dict[str, "type[Parametrization]"] = {}
 
 
 def register(method: "Class") -> "Class":
-    """Let a method of yours be found by its `name`, wherever this ran; a decorator for its class.
+    """Let a method of yours be found by its `name`, wherever this ran; a decorator for its class. `lorank.convert` does it
+    too; a process that only loads a model has to.
 
     Raises:
-        ValueError: there is another method of that name.
+        ValueError: it is the name of another one, of ours or of an installed package.
     """
-    if _registered.get(method.name, method).__qualname__ != method.__qualname__ or method.name in METHODS:
+    from lorank.optim import optimizer_names
+
+    if not isinstance(method, type) or not isinstance(getattr(method, "name", None), str):
+        raise ValueError(f"{method!r} is no class with a `name`; register the class of a method")
+    known = lookup.find(method.name, METHODS, GROUP)
+    if known not in (None, method) or method.name in (*optimizer_names(), "dense", "eggroll"):
         raise ValueError(f"there is a method {method.name!r} already; give {method.__name__} another name")
     _registered[method.name] = method
     return method
@@ -54,5 +60,6 @@ def find_method(name: str) -> "type[Parametrization]":
     """The class of a method; ValueError that lists the known ones, the nearest first, if there is none of that name."""
     found = _registered.get(name) or lookup.find(name, METHODS, GROUP)
     if found is None:
-        raise lookup.unknown("method", "methods", name, method_names())
+        unknown = lookup.unknown("method", "methods", name, method_names())
+        raise ValueError(f"{unknown} (a method of your own is found after lorank.register)")
     return found

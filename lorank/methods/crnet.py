@@ -101,7 +101,6 @@ class CRNetLinear(CoLALinear):
         # of shape [1], not []: it then decides the precision of b Y, and FSDP2 can shard it
         wide = torch.promote_types(weight.dtype, torch.float32)
         self.beta = nn.Parameter(torch.full((1,), beta, device=weight.device, dtype=wide))
-        self._read = -1, 1.0
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -116,12 +115,8 @@ class CRNetLinear(CoLALinear):
         return y
 
     def slope(self) -> float:
-        """|b(β)|, read from the device once per optimizer step."""
-        if isinstance(self.beta, FakeTensor):
-            return abs(self.start) + EPS
-        if self._read[0] != self.beta._version:
-            self._read = self.beta._version, abs(self.beta.item()) + EPS
-        return self._read[1]
+        """|b(β)|; on an accelerator the reading waits for it."""
+        return abs(self.start if isinstance(self.beta, FakeTensor) else self.beta.item()) + EPS
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CRNetLinear":
         """What ``model.to(torch.bfloat16)`` calls: it reaches A and B, and of β only the device."""

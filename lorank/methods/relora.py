@@ -162,6 +162,9 @@ class ReLoRA(Parametrization):
         for field, names in (("reset", get_args(Reset)), ("start", get_args(Start))):
             if getattr(self, field) not in names:
                 raise ValueError(f"{field}={getattr(self, field)!r} is none of {', '.join(names)}")
+        for field in ("cycle", "restart_warmup_steps", "warm_start"):
+            if not isinstance(getattr(self, field), int | None):
+                raise ValueError(f"{field}={getattr(self, field)!r} is no whole number of updates")
         if self.cycle is not None and self.cycle < 2:
             raise ValueError(f"cycle={self.cycle} leaves no update between restarts; give at least 2")
         if (self.restart_warmup_steps or 0) < 0:
@@ -198,11 +201,9 @@ class ReLoRA(Parametrization):
         low_rank = steps - self.warm_start
         divisors = [k for k in range(2, low_rank) if low_rank % k == 0]
         cycle = self.cycle or min(divisors, key=lambda k: abs(math.log(4 * k / low_rank)), default=low_rank)
-        if low_rank < 2 or low_rank % cycle or not divisors:
-            raise ValueError(
-                f"relora: steps={steps} less warm_start={self.warm_start} are not several times cycle={cycle}; change one of "
-                "the three"
-            )
+        if low_rank < 2 * cycle or low_rank % cycle:
+            what = "have no divisor for a cycle" if self.cycle is None else f"are not several times cycle={cycle}"
+            raise ValueError(f"relora: steps={steps} less warm_start={self.warm_start} {what}; change one of the three")
         return cycle
 
     def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float]:

@@ -175,8 +175,8 @@ class SwitchLoRA(Parametrization):
                 raise ValueError(f"{field}={getattr(self, field)!r} is none of {', '.join(names)}")
         if not 0 < self.ratio < math.inf:
             raise ValueError(f"ratio={self.ratio} is not positive; give a fraction of the run, the authors' is 0.1")
-        if self.freeze_steps < 0:
-            raise ValueError(f"freeze_steps={self.freeze_steps} is negative; give 0 to freeze nothing")
+        if not isinstance(self.freeze_steps, int) or self.freeze_steps < 0:
+            raise ValueError(f"freeze_steps={self.freeze_steps} is no number of steps >= 0; give 0 to freeze nothing")
         if not max(1, 2 * self.freeze_steps) <= self.interval < math.inf:
             raise ValueError(
                 f"interval={self.interval} is not at least 1 and twice freeze_steps={self.freeze_steps}, so vectors would rest "

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lorank.optim.fira import FiraAdamW
     from lorank.optim.galore import GaLoreAdamW
     from lorank.optim.groups import low_rank_groups
+    from lorank.optim.muon_adamw import MuonAdamW, muon
     from lorank.optim.subspace import Subspace
     from lorank.optim.trion import Trion
 
@@ -36,6 +37,8 @@ _HOME = {
     "Trion": "trion",
     "VectorAdamW": "adamw",
     "low_rank_groups": "groups",
+    "muon": "muon_adamw",
+    "MuonAdamW": "muon_adamw",
 }
 OPTIMIZERS = {
     "galore": "lorank.optim.galore:GaLoreAdamW",
@@ -51,12 +54,14 @@ __all__ = [
     "FiraAdamW",
     "GaLoreAdamW",
     "IntegerEggroll",
+    "MuonAdamW",
     "Subspace",
     "Trion",
     "VectorAdamW",
     "Votes",
     "find_optimizer",
     "low_rank_groups",
+    "muon",
     "optimizer_names",
 ]
 

@@ -69,7 +69,7 @@ class DCTAdamW(MatrixOptimizer):
         if update_gap < 1:
             raise ValueError(f"update_gap={update_gap} is not positive")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update_gap": update_gap}
-        super().__init__(params, defaults, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        super().__init__(params, defaults)
         self.ell_norm, self.transform, self.error_feedback, self.rotate = ell_norm, transform, error_feedback, rotate
 
     @staticmethod

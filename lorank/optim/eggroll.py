@@ -173,6 +173,7 @@ class Eggroll:
         batch = _Batch(len(members))
         forms = {nn.Linear: self._linear, Conv1D: self._linear, nn.Embedding: self._embedding}
         handles = []
+        before = {m: m.__dict__["forward"] for m in self.model.modules() if "forward" in m.__dict__}  # somebody's own
         for module in self.model.modules():
             if any(p in self.perturbed for p in module.parameters(recurse=False)):
                 if _is_matrix(module):
@@ -187,6 +188,8 @@ class Eggroll:
                 handle.remove()
             for module in self.model.modules():
                 module.__dict__.pop("forward", None)
+                if module in before:
+                    module.forward = before[module]
 
     def _linear(self, pairs: range, batch: "_Batch", module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         """y + (x B) A'ᵀ, where W is [d_in, d_out] y + (x A') Bᵀ; and the bias's own noise."""

@@ -14,7 +14,8 @@ Source: Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-
 
 Departures. The authors' code is not the paper's algorithm: it takes E = G - α P R and S at the full learning rate. Both are
 here, the paper's by default (`residual="paper"`), the code's as ``residual="repo"``; the published figures were
-presumably made with the latter. In both, norms for the limiter are taken with bias-corrected N.
+presumably made with the latter, whose limiter compares norms without Adam's bias correction. A residual of norm 0 limits
+nothing; in the authors' code one gradient of zero keeps it near 0 for hundreds of steps.
 """
 
 from collections.abc import Iterable
@@ -37,13 +38,19 @@ EPS = 1e-8
 def column_factors(inside: Tensor, projected: Tensor, columns: bool) -> Tensor:
     """k: the length that Adam gives each column (or row) of R, over the length it had; broadcasts against G."""
     along = -2 if columns else -1
-    return inside.norm(dim=along, keepdim=True) / (projected.norm(dim=along, keepdim=True) + EPS)
+    return (norm(inside, along) / (norm(projected, along) + EPS)).to(inside.dtype)
+
+
+def norm(matrices: Tensor, dim: int | tuple[int, int]) -> Tensor:
+    """In single precision at least, where `EPS` is a number."""
+    wide = torch.promote_types(matrices.dtype, torch.float32)
+    return torch.linalg.vector_norm(matrices, dim=dim, keepdim=True, dtype=wide)
 
 
 def limited(residual: Tensor, before: Tensor) -> Tensor:
-    """S [k, m, n], shortened where its norm exceeds GAMMA times the norm `before` [k] (negative: there was none)."""
+    """S [k, m, n], shortened where its norm exceeds GAMMA times the norm `before` [k] (0 or less: there was none, or nothing to compare with)."""
     growth = residual.norm(dim=(-2, -1)) / (before + EPS)
-    factor = torch.where(before < 0, torch.ones_like(growth), GAMMA / growth.clamp(min=GAMMA))
+    factor = torch.where(before <= 0, torch.ones_like(growth), GAMMA / growth.clamp(min=GAMMA))
     return residual * factor[:, None, None]
 
 
@@ -73,6 +80,8 @@ class FiraAdamW(GaLoreAdamW):
         "7b": {"rank": 64, "scale": 0.0625, "update_gap": 500},
     }
 
+    unit_lr = True  # N is wanted also where a warm-up begins at 0
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -98,19 +107,19 @@ class FiraAdamW(GaLoreAdamW):
         return GaLoreAdamW.state_bytes(m, n, rank, itemsize, **options) + itemsize
 
     def leave(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> None:
-        lr, alpha = stack.group["lr"], stack.group["scale"]
-        if lr == 0:
-            return
-        G, N = stack.gradients(), inside / -lr
+        lr, alpha, repo = stack.group["lr"], stack.group["scale"], self.residual == "repo"
+        G, N = stack.gradients(), -inside
         R = project(G, left, right)
-        E = G - (alpha if self.residual == "repo" else 1.0) * lift(R, left, right)
+        E = G - (alpha if repo else 1.0) * lift(R, left, right)
         if self.scaling == "matrix":
-            k = N.norm(dim=(-2, -1), keepdim=True) / (R.norm(dim=(-2, -1), keepdim=True) + EPS)
+            k = (norm(N, (-2, -1)) / (norm(R, (-2, -1)) + EPS)).to(N.dtype)
         else:
             k = column_factors(N, R, columns=left is not None)
         states = [self.state[p] for p in stack.parameters]
         before = torch.stack([state.get("norm", G.new_tensor(-1.0)) for state in states])
-        S = limited(k * E, before)
-        for state, norm in zip(states, S.norm(dim=(-2, -1)), strict=True):
-            state["norm"] = norm.clone()
-        stack.add(-lr * (alpha * lift(N, left, right) + (1.0 if self.residual == "repo" else alpha) * S))
+        (b1, b2), t = stack.group["betas"], int(stack.states[0]["steps"])
+        correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if repo else 1.0  # which the authors apply after the limiter
+        S = limited(k * E / correction, before)
+        for state, length in zip(states, S.norm(dim=(-2, -1)), strict=True):
+            state["norm"] = length.clone()
+        stack.add(-lr * (alpha * lift(N, left, right) + (correction if repo else alpha) * S))

@@ -21,6 +21,7 @@ from collections.abc import Iterable
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from lorank.optim.subspace import Subspace
 from lorank.parametrization import Published
@@ -67,14 +68,38 @@ class GaLoreAdamW(Subspace):
         weight_decay: float = 0.0,
         **subspace: Any,
     ):
-        self.eps = eps
+        self._taken: dict[Tensor, int] = {}
         super().__init__(
             params, torch.optim.AdamW, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True, **subspace
         )
 
-    def prepare(self) -> None:
-        """Put ε beside √V: torch adds it to √(V / (1 - β₂ᵗ)), where it has to be larger by that root."""
+    def step_inside(self) -> None:
+        """AdamW with ε beside √V: torch adds it to √(V / (1 - β₂ᵗ)), where it has to be larger by that root.
+
+        So parameters that have taken equally many steps t are stepped together.
+        """
+        waiting: dict[int, list[tuple[Tensor, Tensor]]] = {}
         for group in self.inner.param_groups:
-            taken = [int(state["step"]) for p in group["params"] if (state := self.inner.state.get(p))]
-            t = 1 + max(taken, default=0)
-            group["eps"] = self.eps / (1 - group["betas"][1] ** t) ** 0.5
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._taken[p] = 1 + (self._taken[p] if p in self._taken else self._saved_count(p))
+                    waiting.setdefault(self._taken[p], []).append((p, p.grad))
+                    p.grad = None
+        for t, some in waiting.items():
+            for p, gradient in some:
+                p.grad = gradient
+            for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
+                its["eps"] = ours["eps"] / (1 - its["betas"][1] ** t) ** 0.5
+            self.inner.step()
+            for p, _ in some:
+                p.grad = None
+        for some in waiting.values():
+            for p, gradient in some:
+                p.grad = gradient
+
+    def _saved_count(self, p: Tensor) -> int:
+        return int(state["step"]) if (state := self.inner.state.get(p)) else 0
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._taken.clear()

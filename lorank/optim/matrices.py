@@ -32,6 +32,10 @@ def _part(values: Tensor, of: Tensor) -> Tensor:
     return distribute_tensor(values, of.device_mesh, of.placements, src_data_rank=None).to_local()
 
 
+LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "momentum", "momentum_buffer", "left", "right", "error")
+"""Entries of a state that have the parameters' type."""
+
+
 class Stack(NamedTuple):
     """Parameters of one group that have equal shapes and took equally many steps."""
 
@@ -86,17 +90,35 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is no matrix; put it in a group without rank")
 
 
+def check_numbers(group: Mapping[str, Any], *names: str) -> None:
+    """Raises ValueError if one of these settings is no number, or negative."""
+    for name in names:
+        value = group[name]
+        if not isinstance(value, int | float | Tensor) or not value >= 0:
+            raise ValueError(f"{name}={value!r} is negative or no number; give one >= 0")
+
+
 def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
-    """Raises FloatingPointError, in all processes of a sharded run, if a gradient of a matrix is not finite."""
-    watched = {p: local(G) for p, G in gradients.items() if G is not None and p.ndim == 2}
+    """Look at gradients before anything is done with them.
+
+    Raises:
+        FloatingPointError: one is not finite; in all processes of a sharded run, whoever's part it is.
+        ValueError: one is sparse.
+    """
+    watched = {p: local(G) for p, G in gradients.items() if G is not None}
+    if any(G.is_sparse for G in watched.values()):
+        raise ValueError("a gradient is sparse, which no low-rank optimizer takes; use nn.Embedding(sparse=False)")
     if not watched:
         return
-    sums = torch.stack([G.sum(dtype=torch.float32) for G in watched.values()])  # of what is not finite: neither
+    largest = torch._foreach_norm(list(watched.values()), float("inf"))
+    odd = torch.stack([~norm.isfinite() for norm in largest]).float()
     if any(isinstance(p, DTensor) for p in watched):
-        dist.all_reduce(sums)
-    if not sums.isfinite().all():
-        shape = next(tuple(p.shape) for p, s in zip(watched, sums, strict=True) if not s.isfinite())
-        raise FloatingPointError(f"the gradient of a matrix {shape} is not finite; lower lr or clip gradients")
+        dist.all_reduce(odd)
+    if odd.any():
+        p = next(p for p, is_odd in zip(watched, odd, strict=True) if is_odd)
+        raise FloatingPointError(
+            f"the gradient of a parameter of shape {tuple(p.shape)} is not finite; lower lr or clip gradients"
+        )
 
 
 def stacks(
@@ -122,7 +144,7 @@ def _alike(group: dict[str, Any], state: Mapping[Any, dict[str, Any]], wanted: s
 
 def restore(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
     """Give an optimizer's state, just loaded, the types it was saved with: torch casts all of it to the parameters' type, in
-    which indices and counters may not be exact."""
+    which indices and counters may not be exact. Moments and bases stay in the parameters' type."""
     ids = [index for group in state_dict["param_groups"] for index in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in zip(ids, parameters, strict=True):
@@ -133,7 +155,9 @@ def restore(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
 def _copied(saved: Any, loaded: Any) -> Any:
     if isinstance(saved, Tensor):
         return saved.detach().clone().to(loaded.device)
-    return {k: _copied(v, loaded[k]) for k, v in saved.items()} if isinstance(saved, dict) else saved
+    if not isinstance(saved, dict):
+        return saved
+    return {k: loaded[k] if k in LIKE_PARAMETERS else _copied(v, loaded[k]) for k, v in saved.items()}
 
 
 class MatrixOptimizer(Optimizer):
@@ -144,11 +168,25 @@ class MatrixOptimizer(Optimizer):
         FloatingPointError: as `check_finite`; nothing has been changed.
     """
 
-    def __init__(self, params: Any, defaults: dict[str, Any], **adamw: Any):
+    def __init__(self, params: Any, defaults: dict[str, Any]):
+        self._adamw: torch.optim.AdamW | None = None
         super().__init__(params, {"rank": None, **defaults})
-        check_groups(self.param_groups)
-        plain = [{"params": group["params"]} for group in self.param_groups if group["rank"] is None]
-        self._adamw = torch.optim.AdamW(plain, **adamw) if plain else None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Of AdamW's groups, those without rank, learning rate, betas and the like are read at each step."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        check_groups([group])
+        check_numbers(group, "lr", "weight_decay", "eps")
+        if group["rank"] is None:
+            plain = {"params": group["params"]}
+            if self._adamw is None:
+                self._adamw = torch.optim.AdamW([plain])
+            else:
+                self._adamw.add_param_group(plain)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if "hooks" not in name}
 
     def step_stack(self, stack: Stack, G: Tensor) -> Tensor:
         """The move of a stack [k, long, short] by its gradients, which lie with their short side on the right."""
@@ -171,7 +209,7 @@ class MatrixOptimizer(Optimizer):
         if self._adamw is not None:
             plain = [group for group in self.param_groups if group["rank"] is None]
             for ours, its in zip(plain, self._adamw.param_groups, strict=True):
-                its.update(lr=ours["lr"] * ours.get("adamw_lr_ratio", 1.0), weight_decay=ours["weight_decay"])
+                its.update({name: ours[name] for name in ("lr", "betas", "eps", "weight_decay")})
             self._adamw.step()
             self.state.update({p: self._adamw.state[p] for group in plain for p in group["params"]})
         return None
@@ -179,6 +217,7 @@ class MatrixOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         restore(self, state_dict)
-        for group in self.param_groups:
-            if group["rank"] is None and self._adamw is not None:
-                self._adamw.state.update({p: self.state[p] for p in group["params"] if p in self.state})
+        if self._adamw is not None:
+            self._adamw.state.clear()
+            plain = [p for group in self.param_groups if group["rank"] is None for p in group["params"]]
+            self._adamw.state.update({p: self.state[p] for p in plain if p in self.state})

@@ -12,12 +12,14 @@ Basis and optimizer are independent of each other: `Subspace` takes any class of
 
 Projected as it arrives. With `in_backward` each gradient is projected in a hook as soon as backward has finished it, and
 freed; micro-batches add up inside the subspace, where they are r max(m, n) numbers instead of m n. The step, and with it
-a schedule, still comes once per update. Two things differ: a basis that is due is that of the first micro-batch's
-gradient, and a norm to clip is that of `seen_parameters`, which is what the optimizer sees of the gradient.
+a schedule, still comes once per update. Three things differ: a basis that is due is that of the first micro-batch's
+gradient; a norm to clip is that of `seen_parameters`, which is what the optimizer sees of the gradient; and to drop gradients,
+call the optimizer's ``zero_grad``, as the model's knows nothing of them. Parameters without rank keep their gradients.
 """
 
+import inspect
+import weakref
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,9 +28,21 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorank.optim.bases import BASES, Basis
-from lorank.optim.matrices import Stack, adamw_bytes, check_finite, check_groups, local, restore, stacks
+from lorank.optim.matrices import (
+    Stack,
+    adamw_bytes,
+    check_finite,
+    check_groups,
+    check_numbers,
+    local,
+    restore,
+    stacks,
+    whole,
+)
 
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
+OURS = ("params", "update_gap", "scale", "projection", "weight_decay")
+"""Settings of a group that are not the inner optimizer's."""
 
 
 # ---- the mathematics
@@ -64,7 +78,9 @@ class Subspace(Optimizer):
         params: parameters or groups of them, for example of `lorank.optim.low_rank_groups`. The keys of a projected
             group are ``rank`` (a rank above the narrower side is that side), and, to differ from the arguments below,
             ``update_gap``, ``scale`` and ``projection``.
-        inner: class of the optimizer that works inside, called with groups and `options`.
+        inner: class of the optimizer that works inside, called with groups and `options`: any that steps without a
+            closure and makes its state when it first sees a gradient (AdamW, SGD, Adafactor, RMSprop, `lorank.optim.muon`,
+            bitsandbytes' AdamW8bit, ...; not Adagrad). Settings of its own may differ from group to group as in torch.
         lr: learning rate, of the group as everywhere in torch.
         update_gap: steps between two refreshes of a basis; the first step has one.
         scale: factor of what is lifted back.
@@ -97,28 +113,80 @@ class Subspace(Optimizer):
         **options: Any,
     ):
         defaults = {"lr": lr, "rank": None, "update_gap": update_gap, "scale": scale, "projection": projection}
-        super().__init__(params, {**defaults, "weight_decay": weight_decay})
-        check_groups(self.param_groups)
         if isinstance(basis, str) and basis not in BASES:
             raise ValueError(f"basis={basis!r} is none of {', '.join(BASES)}")
         if in_backward and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError("in_backward=True sees the gradient of one process only; leave it out in distributed runs")
+        self._watched: set[nn.Parameter] = set()
+        super().__init__(params, {**defaults, "weight_decay": weight_decay})
         self.basis: Basis = BASES[basis] if isinstance(basis, str) else basis
         self.in_backward = in_backward
-        self._inside = {p: self._check(group, p) for group in self.param_groups for p in group["params"]}
-        self.inner = inner(
-            [
-                {"params": [self._inside[p] for p in group["params"]], "lr": lr, "rank": group["rank"]}
-                for group in self.param_groups
-            ],
-            weight_decay=0.0,
-            **options,
-        )
+        self._inside: dict[nn.Parameter, nn.Parameter] = {}
+        """What stands for a parameter in the inner optimizer: itself, or an empty one that is filled for each step."""
+        admitted = [self._admit(group) for group in self.param_groups]
+        takes = inspect.signature(inner).parameters
+        all_takes = any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values())
+        decay = {"weight_decay": 0.0} if "weight_decay" in takes or all_takes else {}
+        self.inner = inner(admitted, lr=lr, **decay, **options)
+        if any(self.inner.state.values()):
+            raise ValueError(
+                f"{type(self.inner).__name__} makes its state before it has seen a gradient, so it cannot work in a subspace"
+            )
+        self._share()
         projected = [(p, group) for group in self.param_groups if group["rank"] for p in group["params"]]
         self._phase = {p: i * g["update_gap"] // len(projected) * stagger for i, (p, g) in enumerate(projected)}
-        if in_backward:
-            for p, group in projected:
-                p.register_post_accumulate_grad_hook(partial(self._arrive, group))
+        self._watch()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if "inner" in self.__dict__:
+            self.inner.add_param_group(self._admit(self.param_groups[-1]))
+            self._share()
+            self._watch()
+
+    def _admit(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The inner optimizer's group for one of ours: what the user gave that is not ours is for it."""
+        check_groups([group])
+        check_numbers(group, "lr", "weight_decay", "scale")
+        if group["projection"] not in ("std", "reverse_std", "left", "right", "full"):
+            raise ValueError(f"projection={group['projection']!r} is none of std, reverse_std, left, right, full")
+        if not isinstance(group["update_gap"], int) or group["update_gap"] < 1:
+            raise ValueError(f"update_gap={group['update_gap']!r} is no positive integer")
+        for p in group["params"]:
+            self._inside[p] = p if group["rank"] is None else nn.Parameter(local(p).new_empty(0, 0))
+        own = {name: value for name, value in group.items() if name not in OURS}
+        return {**own, "params": [self._inside[p] for p in group["params"]]}
+
+    def _share(self) -> None:
+        """Show the inner optimizer's settings in our groups, where schedules and users look for them."""
+        for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
+            for name, value in its.items():
+                ours.setdefault(name, value)
+        for name, value in self.inner.defaults.items():
+            self.defaults.setdefault(name, value)
+
+    def _watch(self) -> None:
+        """With `in_backward`: be told of gradients as they arrive, for as long as this optimizer lives."""
+        me = weakref.ref(self)
+
+        def arrive(p: nn.Parameter) -> None:
+            optimizer = me()
+            if optimizer is not None and p.grad is not None:
+                optimizer._arrive(p)
+
+        for p, inside in self._inside.items() if self.in_backward else ():
+            if inside is not p and p.requires_grad and p not in self._watched:
+                self._watched.add(p)
+                p.register_post_accumulate_grad_hook(arrive)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if "hooks" not in name and name != "_watched"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._watched = set()
+        if "in_backward" in state:
+            self._watch()
 
     @staticmethod
     def state_bytes(
@@ -134,16 +202,6 @@ class Subspace(Optimizer):
         """Bytes kept for a matrix [m, n] of `itemsize` bytes per number, `moments` of them by the inner optimizer on R."""
         left, right = sides(projection, m, n)
         return moments((rank if left else m, rank if right else n), itemsize) + rank * (m * left + n * right) * itemsize
-
-    def _check(self, group: dict[str, Any], p: nn.Parameter) -> nn.Parameter:
-        """What stands for a parameter in the inner optimizer: itself, or an empty one that is filled for each step."""
-        if group["rank"] is None:
-            return p
-        if group["projection"] not in ("std", "reverse_std", "left", "right", "full"):
-            raise ValueError(f"projection={group['projection']!r} is none of std, reverse_std, left, right, full")
-        if group["update_gap"] < 1:
-            raise ValueError(f"update_gap={group['update_gap']} is not positive")
-        return nn.Parameter(local(p).new_empty(0, 0))
 
     def seen_parameters(self) -> list[nn.Parameter]:
         """Parameters whose ``.grad`` is what the optimizer sees; with `in_backward`, give these to ``clip_grad_norm_``."""
@@ -170,24 +228,39 @@ class Subspace(Optimizer):
                 self._inside[p].data = torch.zeros_like(self._inside[p].grad)  # type: ignore[arg-type]
                 state["steps"] += 1
         for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
-            its["lr"] = ours["lr"]
-        self.prepare()
-        self.inner.step()
+            its.update({name: ours[name] for name in its if name not in OURS and name in ours})
+            if self.unit_lr and ours["rank"]:
+                its["lr"] = 1.0
+        self.step_inside()
         for p, inside in self._inside.items():
             if inside in self.inner.state:
                 self.state[p]["inner"] = self.inner.state[inside]
         for stack in found:
-            self.leave(stack, torch.stack([self._inside[p].data for p in stack.parameters]), *_bases(stack))
+            self.leave(stack, torch.stack([self._change(p) for p in stack.parameters]), *_bases(stack))
             for p in stack.parameters:
                 self._inside[p].data, self._inside[p].grad = local(p).new_empty(0, 0), None
+        have_moved = set(moved)
         for group in self.param_groups:
-            decayed: list[Tensor] = [p for p in group["params"] if p in set(moved)] if group["weight_decay"] else []
-            if decayed:
+            decayed: list[Tensor] = [p for p in group["params"] if p in have_moved]
+            if group["weight_decay"] and decayed:
                 torch._foreach_mul_(decayed, 1 - group["lr"] * group["weight_decay"])
         return None
 
-    def prepare(self) -> None:
-        """Called before the inner optimizer steps."""
+    unit_lr = False
+    """Whether the inner optimizer takes projected groups at a learning rate of 1, which `leave` puts right."""
+
+    def step_inside(self) -> None:
+        """The inner optimizer's step."""
+        self.inner.step()
+
+    def _change(self, p: nn.Parameter) -> Tensor:
+        """What the inner optimizer made of its zeros; Adafactor takes the size of weights into account, and gets it here."""
+        change = self._inside[p].data
+        if isinstance(self.inner, torch.optim.Adafactor):
+            least = self.inner.defaults["eps"][1]
+            size = whole(p.detach()).square().mean().sqrt()
+            change = change * (size / least).clamp(min=1)
+        return change
 
     def leave(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> None:
         """Add to the weights [k, m, n] what belongs to the inner optimizer's step `inside`."""
@@ -197,9 +270,10 @@ class Subspace(Optimizer):
             stack.add_product(left, inside, stack.group["scale"])
 
     @torch.no_grad()
-    def _arrive(self, group: dict[str, Any], p: nn.Parameter) -> None:
+    def _arrive(self, p: nn.Parameter) -> None:
         """Project a gradient that backward has just finished, and free it."""
         check_finite({p: p.grad})
+        group = next(group for group in self.param_groups if any(q is p for q in group["params"]))
         [stack] = stacks([{**group, "params": [p]}], self.state, [p])
         self._enter(stack, stack.gradients())
         p.grad = None
@@ -211,7 +285,7 @@ class Subspace(Optimizer):
         due = [
             i
             for i, p in enumerate(stack.parameters)
-            if not steps or (steps + self._phase[p]) % group["update_gap"] == 0
+            if not steps or (steps + self._phase.get(p, 0)) % group["update_gap"] == 0
         ]
         if due and inside[0].grad is None:
             some = G if len(due) == len(G) else G[due]
@@ -230,8 +304,9 @@ class Subspace(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         restore(self, state_dict)
+        self.inner.state.clear()
         for p, inside in self._inside.items():
-            if "inner" in self.state[p]:
+            if "inner" in self.state.get(p, {}):
                 self.inner.state[inside] = self.state[p]["inner"]
 
 

@@ -63,8 +63,8 @@ class Trion(MatrixOptimizer):
         momentum: μ; 1 accumulates everything.
         scale: "dion" √(m/n), "kj" √max(1, m/n), "kimi" 0.2 √max(m, n), or "none", with m = d_out and n = d_in.
         betas, eps: of AdamW, for the groups without rank.
-        adamw_lr: learning rate of the groups without rank; it follows `lr`'s schedule.
-        orthonormalise_in: dtype of the Newton-Schulz products; None: the gradient's.
+        adamw_lr: learning rate of the groups without rank that give none; a schedule multiplies it as it does `lr`.
+        orthonormalise_in: dtype of the Newton-Schulz products, or its name; None: the gradient's (the authors': bfloat16).
     """
 
     # the paper's comparison with Dion and Muon; 1b is its 1.3B, whose shape is not known to us
@@ -83,16 +83,27 @@ class Trion(MatrixOptimizer):
         adamw_lr: float = 3e-4,
         ell_norm: float = 1,
         transform: Transform = "matmul",
-        orthonormalise_in: torch.dtype | None = None,
+        orthonormalise_in: torch.dtype | str | None = None,
     ):
         if scale not in SCALES:
             raise ValueError(f"scale={scale!r} is none of {', '.join(SCALES)}")
         if transform not in ("matmul", "fft"):
             raise ValueError(f"transform={transform!r} is neither matmul nor fft")
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "adamw_lr_ratio": adamw_lr / lr}
-        super().__init__(params, defaults, lr=adamw_lr, betas=betas, eps=eps, weight_decay=weight_decay)
+        if isinstance(orthonormalise_in, str):
+            orthonormalise_in = getattr(torch, orthonormalise_in, None)
+            if not isinstance(orthonormalise_in, torch.dtype):
+                raise ValueError("orthonormalise_in is no dtype of torch; give bfloat16, for example")
+        self.adamw_lr = adamw_lr
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        super().__init__(params, defaults)
         self.scale, self.ell_norm, self.transform = scale, ell_norm, transform
         self.orthonormalise_in = orthonormalise_in
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """A group without rank takes `adamw_lr` unless it says otherwise."""
+        if param_group.get("rank") is None:
+            param_group.setdefault("lr", self.adamw_lr)
+        super().add_param_group(param_group)
 
     @staticmethod
     def state_bytes(m: int, n: int, rank: int, itemsize: int, **_: Any) -> int:

@@ -235,6 +235,11 @@ def find_projection(recipe: Recipe, model: nn.Module) -> Projection | None:
     if kind is None:
         return None
     check_options(recipe, option_names(kind))
+    try:
+        make: Any = kind
+        make([{"params": [nn.Parameter(torch.zeros(2, 2))], "rank": 1}], lr=1.0, **recipe.options)
+    except TypeError as error:
+        raise ValueError(f"options: {recipe.method} cannot take {recipe.options}: {error}") from None
     recipe = written_out(recipe)
     if recipe.rank is None:
         raise ValueError(f"method={recipe.method} needs a rank for model={recipe.model!r}; give rank=0.25, for example")

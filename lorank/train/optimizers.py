@@ -11,6 +11,7 @@ from torch import nn
 from lorank.optim.galore import GaLoreAdamW
 from lorank.optim.groups import split
 from lorank.optim.matrices import adamw_bytes
+from lorank.optim.muon_adamw import MuonAdamW, muon
 from lorank.optim.subspace import Subspace
 
 Rule = Literal["adamw", "adamw-8bit", "adafactor", "muon"]
@@ -42,51 +43,6 @@ def parameter_groups(
     return as_groups(hidden), as_groups(others)
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon on the hidden matrices and torch.optim.AdamW on everything else, as one optimizer.
-
-    Muon's updates are scaled to AdamW's root mean square (``adjust_lr_fn="match_rms_adamw"``, arXiv 2502.16982), so
-    that one learning rate, weight decay and schedule serve both. Both halves work on this object's `param_groups` and
-    `state`: schedulers, ``state_dict`` and hooks see one optimizer.
-    """
-
-    def __init__(
-        self,
-        hidden: list[dict[str, Any]],
-        others: list[dict[str, Any]],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        momentum: float = 0.95,
-    ):
-        self._halves = (
-            [torch.optim.Muon(hidden, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")] if hidden else []
-        ) + ([torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps)] if others else [])
-        self._sizes = [len(half.param_groups) for half in self._halves]
-        super().__init__([group for half in self._halves for group in half.param_groups], {})
-        self._share()
-
-    def _share(self) -> None:
-        start = 0
-        for half, size in zip(self._halves, self._sizes, strict=True):
-            half.param_groups = self.param_groups[start : start + size]
-            half.state = self.state
-            start += size
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        if closure is not None:
-            raise ValueError("MuonAdamW evaluates no closure; call backward() before step()")
-        for half in self._halves:
-            half.step()
-        return None
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()  # loading made new groups and a new state
-
-
 def adamw_8bit(groups: Any, **settings: Any) -> torch.optim.Optimizer:
     """bitsandbytes' AdamW, whose moments of tensors from 4,096 numbers on take a byte each, with a scale per 256."""
     try:
@@ -99,12 +55,6 @@ def adamw_8bit(groups: Any, **settings: Any) -> torch.optim.Optimizer:
 def adafactor(groups: Any, *, betas: tuple[float, float], eps: float, **settings: Any) -> torch.optim.Optimizer:
     """torch's Adafactor, which has neither betas nor Adam's epsilon."""
     return torch.optim.Adafactor(groups, **settings)
-
-
-def muon_inside(groups: list[dict[str, Any]], *, weight_decay: float, **settings: Any) -> MuonAdamW:
-    """Muon on what is projected, which comes first, and AdamW on the rest."""
-    groups = [{**group, "weight_decay": weight_decay} for group in groups]
-    return MuonAdamW([g for g in groups if g["rank"]], [g for g in groups if not g["rank"]], **settings)
 
 
 def build_optimizer(
@@ -157,7 +107,7 @@ def build_low_rank_optimizer(
         return kind(groups, **settings)
     if kind is not GaLoreAdamW:
         raise ValueError(f"optimizer={name!r}: {kind.__name__} is an optimizer of its own; leave optimizer out")
-    return Subspace(groups, muon_inside if name == "muon" else _RULES[name], **settings)
+    return Subspace(groups, muon if name == "muon" else _RULES[name], **settings)
 
 
 _RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {

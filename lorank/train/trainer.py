@@ -122,6 +122,8 @@ class PretrainTrainer(Trainer):
     def restore(self, checkpoint: Path) -> None:
         """Model and history of a checkpoint that has all its steps behind it."""
         self._load_from_checkpoint(str(checkpoint))
+        assert self.model is not None
+        self.model_wrapped = self.accelerator.prepare_model(self.model)  # autocast, as training would have left it
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

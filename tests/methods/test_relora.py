@@ -213,7 +213,7 @@ def test_a_cycle_that_nobody_gave_divides_the_steps(steps: int, warm_start: int,
 
 
 def test_a_prime_number_of_steps_has_no_cycles() -> None:
-    with pytest.raises(ValueError, match="steps=401 less warm_start=0 are not several times cycle=401"):
+    with pytest.raises(ValueError, match="steps=401 less warm_start=0 have no divisor for a cycle"):
         ReLoRA().period(401)
 
 

@@ -113,5 +113,7 @@ def test_gradients_of_one_process_only_are_refused(found: dict) -> None:
 
 def test_a_gradient_that_is_no_number_in_one_part_stops_all_processes(found: dict) -> None:
     assert (
-        found["nan"] == found["other"] == "the gradient of a matrix (20, 12) is not finite; lower lr or clip gradients"
+        found["nan"]
+        == found["other"]
+        == "the gradient of a parameter of shape (20, 12) is not finite; lower lr or clip gradients"
     )

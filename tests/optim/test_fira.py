@@ -24,7 +24,8 @@ def fira_by_hand(
                 vector *= vector[vector.abs().argmax()].sign()
         R = G @ P.T if right else P.T @ G
         M, V = b1 * M + (1 - b1) * R, b2 * V + (1 - b2) * R * R
-        N = (1 - b2 ** (t + 1)) ** 0.5 / (1 - b1 ** (t + 1)) * M / (V**0.5 + 1e-8)
+        correction = (1 - b2 ** (t + 1)) ** 0.5 / (1 - b1 ** (t + 1))
+        N = M / (V**0.5 + 1e-8) * (1 if repo else correction)  # the repository corrects the whole update, at the end
         inside = R @ P if right else P @ R
         E = G - (alpha if repo else 1) * inside
         if matrix:
@@ -36,7 +37,8 @@ def fira_by_hand(
         if stored is not None:
             S = S * 1.01 / max(S.norm().item() / (stored + 1e-8), 1.01)
         stored = S.norm().item()
-        W = W - lr * (alpha * (N @ P if right else P @ N) + (1 if repo else alpha) * S)
+        update = N @ P if right else P @ N
+        W = W - lr * (correction * (alpha * update + S) if repo else alpha * (update + S))
     return W
 
 
@@ -53,6 +55,42 @@ def test_the_equations(shape: tuple[int, int], residual: Any, scaling: Any) -> N
         repo=residual == "repo", matrix=scaling == "matrix",
     )  # fmt: skip
     torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_warm_up_from_zero_has_its_first_step_count() -> None:
+    [p] = matrices((12, 20))
+    start = p.detach().clone()
+    optimizer = FiraAdamW([{"params": [p], "rank": 4}], lr=0.0)
+    first, second = (gradients(step, [p])[0] for step in range(2))
+    for lr, gradient in ((0.0, 1e-3 * first), (0.02, second)):
+        optimizer.param_groups[0]["lr"] = lr
+        p.grad = gradient
+        optimizer.step()
+    [q] = matrices((12, 20))
+    other = FiraAdamW([{"params": [q], "rank": 4}], lr=0.02)
+    for gradient in (1e-3 * first, second):
+        before = q.detach().clone()
+        q.grad = gradient
+        other.step()
+    torch.testing.assert_close(p - start, q - before)
+
+
+def test_a_first_gradient_of_zero_limits_nothing() -> None:
+    [p] = matrices((12, 20))
+    optimizer = FiraAdamW([{"params": [p], "rank": 4, "update_gap": 1}], lr=0.01)
+    for gradient in (torch.zeros_like(p), *(gradients(step, [p])[0] for step in range(3))):
+        p.grad = gradient
+        optimizer.step()
+    assert optimizer.state[p]["norm"] > 0.1
+
+
+def test_half_precision_has_no_trouble_with_a_column_of_zeros() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        [p] = matrices((12, 20), dtype=dtype)
+        p.grad = gradients(0, [p])[0]
+        p.grad[:, 3] = 0
+        FiraAdamW([{"params": [p], "rank": 4}], lr=0.01).step()
+        assert p.isfinite().all()
 
 
 def test_state_is_galores_and_one_number_per_matrix() -> None:

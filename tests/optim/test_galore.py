@@ -304,7 +304,7 @@ def test_a_gradient_that_is_no_number_changes_nothing(value: float) -> None:
     for p, gradient in zip(parameters, gradients(2, parameters), strict=True):
         p.grad = gradient
     parameters[1].grad[3, 3] = value  # type: ignore[index]
-    with pytest.raises(FloatingPointError, match=r"gradient of a matrix \(20, 12\) is not finite"):
+    with pytest.raises(FloatingPointError, match=r"gradient of a parameter of shape \(20, 12\) is not finite"):
         optimizer.step()
     assert all(map(torch.equal, parameters, before[0]))
     after = optimizer.state_dict()["state"]

@@ -1,6 +1,9 @@
 """What `Subspace` adds to GaLore's equations: staggered refreshes, gradients projected as they arrive, rules of 8 bits."""
 
+import copy
+import gc
 import io
+import pickle
 from typing import Any
 
 import pytest
@@ -8,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lorank.optim import FiraAdamW, GaLoreAdamW, Subspace, low_rank_groups
+from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Subspace, Trion, low_rank_groups, muon
 from tests.optim.test_galore import gradients, matrices, run
 
 
@@ -96,7 +99,7 @@ def test_a_gradient_that_is_no_number_stops_the_backward_pass() -> None:
     model = net()
     optimizer = GaLoreAdamW(groups(model), lr=0.05, in_backward=True)
     train(model, optimizer, range(2))
-    with pytest.raises(FloatingPointError, match=r"gradient of a matrix \(8, 20\) is not finite"):
+    with pytest.raises(FloatingPointError, match=r"gradient of a parameter of shape \(8, 20\) is not finite"):
         (model(torch.ones(2, 12, dtype=torch.float64)) * float("nan")).sum().backward()
 
 
@@ -139,6 +142,162 @@ def test_it_goes_on_bit_by_bit_when_stopped_between_two_staggered_refreshes() ->
         second.load_state_dict(torch.load(file, weights_only=True))
         run(second, broken, range(stop, 6))
         assert all(map(torch.equal, whole, broken)), stop
+
+
+# ---- a plain optimizer of torch
+
+EVERY: list[Any] = [
+    lambda g: GaLoreAdamW(g, lr=0.05),
+    lambda g: FiraAdamW(g, lr=0.05),
+    lambda g: DCTAdamW(g, lr=0.05),
+    lambda g: Trion(g, lr=0.05),
+]
+"""With groups of `net`: matrices at rank 3, and biases."""
+
+
+def a_step(model: nn.Module, optimizer: Any, step: int) -> None:
+    x = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+    (model(x) - x[:, :8].sin()).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def plain_groups(model: nn.Module) -> list[dict[str, Any]]:
+    return [{k: v for k, v in group.items() if k != "update_gap"} for group in groups(model)]
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_vector_that_is_no_number_changes_nothing_either(make: Any) -> None:
+    model = net()
+    optimizer = make(plain_groups(model))
+    a_step(model, optimizer, 0)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    model(torch.ones(2, 12, dtype=torch.float64)).sum().backward()
+    model[2].bias.grad[1] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"gradient of a parameter of shape \(8,\) is not finite"):
+        optimizer.step()
+    now = model.state_dict(), optimizer.state_dict()["state"]
+    torch.testing.assert_close(now, (before[0], before[1]["state"]), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_loading_an_earlier_state_forgets_the_later_one(make: Any) -> None:
+    model = net()
+    optimizer = make(plain_groups(model))
+    start = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    ends = []
+    for _ in range(2):
+        model.load_state_dict(start[0])
+        optimizer.load_state_dict(copy.deepcopy(start[1]))
+        for step in range(3):
+            a_step(model, optimizer, step)
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(torch.equal, *ends))
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_copy_goes_on_as_the_original_does(make: Any) -> None:
+    model = net()
+    optimizer = make(plain_groups(model))
+    a_step(model, optimizer, 0)
+    for twin, other in (copy.deepcopy((model, optimizer)), pickle.loads(pickle.dumps((model, optimizer)))):
+        original, its = copy.deepcopy((model, optimizer))
+        for step in (1, 2):
+            a_step(original, its, step)
+            a_step(twin, other, step)
+        assert all(map(torch.equal, original.parameters(), twin.parameters()))
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_groups_may_be_added_later(make: Any) -> None:
+    one, other = net(), net()
+    whole, grown = make(plain_groups(one)), make(plain_groups(other)[:1])
+    grown.add_param_group(plain_groups(other)[1])
+    for step in range(3):
+        a_step(one, whole, step)
+        a_step(other, grown, step)
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_each_group_may_have_settings_of_its_own(make: Any) -> None:
+    found = []
+    for betas in ((0.9, 0.95), (0.0, 0.5)):
+        model = net()
+        mine = plain_groups(model)
+        mine[1]["betas"], mine[1]["lr"] = betas, 0.5
+        optimizer = make(mine)
+        start = model[0].bias.detach().clone()
+        for step in range(2):
+            a_step(model, optimizer, step)
+        found.append(model[0].bias.detach().clone() - start)
+    assert not torch.equal(*found)
+    assert found[0].abs().max() > 0.3, "a group's own learning rate is taken as it is"
+
+
+def test_a_rule_s_own_settings_reach_it_and_schedules_find_them() -> None:
+    model = net()
+    mine = groups(model)
+    mine[0]["momentum"] = 0.5
+    optimizer = Subspace(mine, torch.optim.SGD, lr=0.1, momentum=0.9)
+    assert [group["momentum"] for group in optimizer.inner.param_groups] == [0.5, 0.9]
+    adam = GaLoreAdamW(groups(net()), lr=0.1)
+    torch.optim.lr_scheduler.OneCycleLR(adam, max_lr=0.1, total_steps=10)  # moves betas as well
+    assert adam.param_groups[0]["betas"][0] == 0.95
+
+
+def test_eps_knows_how_many_steps_each_parameter_has_taken() -> None:
+    late, alone = matrices((12, 20), dtype=torch.float64), matrices((12, 20), dtype=torch.float64)
+    early = matrices((12, 20), dtype=torch.float64)
+    both = GaLoreAdamW([{"params": early + late, "rank": 4}], lr=0.1, eps=1e-2)
+    single = GaLoreAdamW([{"params": alone, "rank": 4}], lr=0.1, eps=1e-2)
+    for step in range(20):
+        early[0].grad = gradients(step, early)[0]
+        if step >= 15:
+            late[0].grad, alone[0].grad = gradients(step, late)[0], gradients(step, alone)[0]
+            single.step()
+        both.step()
+    torch.testing.assert_close(late[0], alone[0], rtol=1e-12, atol=1e-12)
+
+
+def test_adafactor_takes_the_size_of_the_weights_into_account() -> None:
+    ours, theirs = matrices((12, 20)), matrices((12, 20))
+    group = {"params": ours, "rank": 12, "scale": 1.0}
+    eye = lambda G, rank: torch.eye(G.shape[1], dtype=G.dtype).expand(len(G), -1, -1)  # noqa: E731
+    run(Subspace([group], torch.optim.Adafactor, lr=0.01, basis=eye), ours, range(4))
+    run(torch.optim.Adafactor(theirs, lr=0.01, weight_decay=0.0), theirs, range(4))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-9, atol=1e-9)
+
+
+def test_muon_works_inside_with_adamw_beside_it() -> None:
+    model = net()
+    optimizer = Subspace(groups(model), muon, lr=0.05, betas=(0.9, 0.99))
+    before = train(model, optimizer, range(1))[0]
+    assert train(model, optimizer, range(1, 30))[-1] < before
+
+
+def test_rules_that_cannot_work_inside_are_told_apart() -> None:
+    with pytest.raises(ValueError, match="Adagrad makes its state before it has seen a gradient"):
+        Subspace(groups(net()), torch.optim.Adagrad, lr=0.1)
+    Subspace(groups(net()), torch.optim.Rprop, lr=0.1)  # which knows no weight decay
+    for settings, words in (
+        ({"lr": -1.0}, "lr=-1.0 is negative"),
+        ({"lr": 0.1, "scale": "abc"}, "scale='abc' is negative or no number"),
+        ({"lr": 0.1, "update_gap": 0.5}, "update_gap=0.5 is no positive integer"),
+        ({"lr": 0.1, "basis": "dct"}, "basis='dct' is none of singular, svd, randomised"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            GaLoreAdamW([{"params": [net()[0].weight], "rank": 3}], **settings)  # type: ignore[arg-type]
+
+
+def test_an_optimizer_that_is_gone_projects_nothing_any_more() -> None:
+    model = net()
+    optimizer = GaLoreAdamW(groups(model), lr=0.05, in_backward=True)
+    train(model, optimizer, range(1))
+    del optimizer
+    gc.collect()
+    model(torch.ones(2, 12, dtype=torch.float64)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
 
 
 # ---- 8 bits
