@@ -12,6 +12,9 @@ from typing import Any, Literal, Self
 
 import yaml
 
+from lorank.methods import METHODS
+from lorank.optim import OPTIMIZERS
+
 
 def _option(default: Any, help: str) -> Any:
     mutable = isinstance(default, list | dict)
@@ -43,8 +46,8 @@ class Recipe:
     )
     method: str = _option(
         "cola",
-        "cola, cola-m, low-rank, sltrain, crnet, relora, switchlora, sst, masa; dense; dense with a low-rank optimizer: "
-        "galore, fira, dct-adamw, trion; dense without backward passes: eggroll; or of an installed package.",
+        f"{', '.join(METHODS)}; dense; dense with a low-rank optimizer: {', '.join(OPTIMIZERS)}; dense without backward "
+        "passes: eggroll; or of an installed package.",
     )
     rank: int | float | dict | None = _option(
         None,
