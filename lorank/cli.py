@@ -343,7 +343,7 @@ def analyze(model: str, out: str | None, **settings: Any) -> None:
     Writes results.json, analysis.html and, with --budget, suggested.yaml: ranks for `lorank pretrain`.
     """
     console = _quiet_console()
-    from lorank.report.analysis import analysis_table
+    from lorank.report.effective_ranks import analysis_table
     from lorank.train.analysis import analyze_folder
 
     folder = Path(out or f"runs/analyze-{model.rstrip('/').split('/')[-1]}")

@@ -1,128 +1,20 @@
-"""analysis.html and the terminal's table: where in a model how many dimensions are used."""
+"""analysis.html: where in a model how many dimensions are used."""
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
-
-from rich.table import Table
+from collections.abc import Mapping, Sequence
 
 from lorank.report.charts import Series, line_chart
+from lorank.report.effective_ranks import Found, Pick, Quantity, Results, gradients, in_percent, quantities, short_names
 from lorank.report.figures import PANEL, SMALL_PANEL, figure
 from lorank.report.markup import cell, escape, page, percent, section, table
 from lorank.report.tables import quantity
 
-Results = Mapping[str, Any]
-Found = Mapping[str, Any]
-Pick = Callable[[Found], Any]
 TITLE = "Effective rank, layer by layer"
+DEEPEST = 0.6
+"""Part of the colour at 100 %: light and dark letters can still be read on it."""
 FLOOR = 1e-4
 """Of the largest singular value: where the charts of spectra end."""
-ROWS = 12
-"""Depths in the terminal's table."""
-
-
-def short_names(roles: Iterable[str]) -> dict[str, str]:
-    """Roles by as many last parts of their names as tell them apart.
-
-    >>> list(short_names(["h.*.attn.c_proj", "h.*.attn.c_attn", "h.*.mlp.c_proj"]).values())
-    ['attn.c_proj', 'c_attn', 'mlp.c_proj']
-    """
-    parts = {role: role.split(".") for role in roles}
-
-    def short(role: str) -> str:
-        for number in range(1, len(parts[role]) + 1):
-            if sum(other[-number:] == parts[role][-number:] for other in parts.values()) == 1:
-                return ".".join(parts[role][-number:])
-        return role
-
-    return {role: short(role) for role in parts}
-
-
-class Quantity:
-    """One kind of matrix: its name, and r(α) / width of it at every projection and depth."""
-
-    def __init__(self, name: str, results: Results, pick: Pick, rank: str = "rank"):
-        self.name = name
-        self.by_role: dict[str, dict[int, float]] = {}
-        for one in results["projections"]:
-            if (spectrum := pick(one)) is not None:
-                self.by_role.setdefault(one["role"], {})[one["depth"]] = spectrum[rank] / spectrum["width"]
-
-    def mean(self, role: str | None = None) -> float:
-        """Over depths, of one role or of all; not a number where there is nothing."""
-        values = [v for one, row in self.by_role.items() if role in (None, one) for v in row.values()]
-        return statistics.fmean(values) if values else math.nan
-
-
-def _gradients(results: Results) -> dict[str, Pick]:
-    """Name -> where it is found: gradients of W, or of each factor."""
-    labels = sorted({label for one in results["projections"] for label in one["gradients"]})
-
-    def pick(label: str) -> Pick:
-        return lambda one: one["gradients"].get(label)
-
-    return {"gradients" if labels == ["W"] else f"gradients of {label}": pick(label) for label in labels}
-
-
-def quantities(results: Results) -> dict[str, Quantity]:
-    """What there is to show, in the order in which it is shown."""
-    found = {
-        "output": Quantity("outputs", results, lambda one: one["output"]),
-        "input": Quantity("inputs", results, lambda one: one["input"]),
-        "weight": Quantity("weights", results, lambda one: one["weight"]),
-    }
-    for name, pick in _gradients(results).items():
-        found[name] = Quantity(name, results, pick)
-    found["difference"] = Quantity("Y − βY′", results, lambda one: one["difference"])
-    found["rest"] = Quantity("Y − βY′, to Y's error", results, lambda one: one["difference"], "rank_at_output_error")
-    return {key: one for key, one in found.items() if one.by_role}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Terminal
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def analysis_table(results: Results) -> Table:
-    """Means over depths of every quantity, then the outputs depth by depth; one column per projection."""
-    found = quantities(results)
-    names = short_names(dict.fromkeys(one["role"] for one in results["projections"]))
-    shown = Table(
-        title=f"r({results['alpha']:g}) in percent of the width, over {results['tokens']:,} tokens",
-        caption="first means over blocks, then outputs Y block by block; Y − βY′: against the block before",
-        title_justify="left",
-        caption_justify="left",
-        header_style="bold",
-        box=None,
-        pad_edge=False,
-    )
-    shown.add_column("")
-    for name in names.values():
-        shown.add_column(name, justify="right")
-    for one in found.values():
-        shown.add_row(f"{one.name}", *(_short(one.mean(role)) for role in names))
-    outputs = found["output"].by_role
-    depths = sorted({depth for row in outputs.values() for depth in row})
-    shown.add_section()
-    step = max(1, math.ceil(len(depths) / ROWS))
-    for depth in depths[::step]:
-        shown.add_row(f"block {depth}", *(_short(outputs.get(role, {}).get(depth, math.nan)) for role in names))
-    return shown
-
-
-def _short(value: float) -> str:
-    """In percent without the sign; a second digit where there is but one.
-
-    >>> _short(0.0312), _short(0.312)
-    ('3.1', '31')
-    """
-    return "—" if math.isnan(value) else f"{value * 100:.{0 if value >= 0.0995 else 1}f}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Page
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def analysis_page(results: Results) -> str:
@@ -158,17 +50,26 @@ def _head(results: Results, found: Mapping[str, Quantity], names: Mapping[str, s
     )
 
 
+def _sentence(text: str) -> str:
+    """The same with a capital first; the rest as it is (gradients of A)."""
+    return text[:1].upper() + text[1:]
+
+
 def _verdict(results: Results, found: Mapping[str, Quantity], names: Mapping[str, str]) -> str:
     """The figures in words and HTML."""
     outputs = found["output"]
     means = {role: outputs.mean(role) for role in names}
     least, most = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
     said = (
-        f"{percent(results['alpha'])} of the energy of what a projection gives lies in <b>{_short(outputs.mean())} %</b> of its "
-        f"dimensions, from {_short(means[least])} % in {escape(names[least])} to {_short(means[most])} % in {escape(names[most])}. "
+        f"{percent(results['alpha'])} of the energy of what a projection gives lies in <b>{in_percent(outputs.mean())} %</b> of its "
+        f"dimensions, from {in_percent(means[least])} % in {escape(names[least])} to {in_percent(means[most])} % in {escape(names[most])}. "
     )
-    others = [f"{escape(one.name)} need {_short(one.mean())} %" for key, one in found.items() if key not in _LEAD]
-    said += f"{'; '.join(others).capitalize()}. " if others else ""
+    others = [
+        f"{escape(one.name)} need {in_percent(one.mean())} %"
+        for key, one in found.items()
+        if key not in ("output", "difference", "rest")
+    ]
+    said += f"{_sentence('; '.join(others))}. " if others else ""
     chained = [one for one in results["projections"] if one["difference"] is not None and one["output"]["rank"]]
     if chained:
         ratio = sum(one["difference"]["rank_at_output_error"] for one in chained) / sum(
@@ -188,7 +89,7 @@ def _maps(results: Results, found: Mapping[str, Quantity], names: Mapping[str, s
             columns = {role: _readers(results, role, names) for role in columns}
         style = f"s{(0, 2, 1, 3, 4, 5, 6, 7)[number % 8]}"
         under = {"output": "Y", "input": "X, once for all that read it", "weight": "W"}.get(key, "of the loss")
-        head = f"<h3>{escape(one.name.capitalize())}<small>{under}</small></h3>"
+        head = f"<h3>{escape(_sentence(one.name))}<small>{under}</small></h3>"
         grids.append(f"<div>{head}{_heat_map(one, columns, style)}</div>")
     return section(
         "Effective rank by depth and projection",
@@ -222,10 +123,9 @@ def _heat_map(one: Quantity, columns: Mapping[str, str], style: str) -> str:
             if value is None:
                 cells.append('<td class="none">—</td>')
                 continue
-            part = min(1.0, value) ** 0.7
-            deep = ' class="deep"' if part > 0.58 else ""
+            mix = DEEPEST * math.sqrt(min(1.0, value))  # so that small parts differ as well
             title = f"block {depth}, {columns[role]}: {percent(value, 1)}"
-            cells.append(f'<td{deep} style="--part:{part:.0%}" title="{escape(title)}">{_short(value)}</td>')
+            cells.append(f'<td style="--part:{mix:.0%}" title="{escape(title)}">{in_percent(value)}</td>')
         rows.append(f'<tr><th scope="row">{depth}</th>{"".join(cells)}</tr>')
     return f'<div class="heat {style}"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
 
@@ -236,7 +136,7 @@ def _spectra(results: Results, names: Mapping[str, str]) -> str:
         "outputs": lambda one: one["output"],
         "inputs": lambda one: read[one["reads"]]["input"],
         "weights": lambda one: one["weight"],
-        **_gradients(results),
+        **gradients(results),
     }
     read = {one["name"]: one for one in results["projections"]}
     styles = dict(zip(kinds, ("s0", "s2", "s1", "s3", "s4", "s5", "s6"), strict=False))
@@ -327,7 +227,7 @@ def _changes(ones: Sequence[Found]) -> list[str]:
         return ["—"] * 4
     mean = lambda pick: statistics.fmean(map(pick, ones))  # noqa: E731
     return [
-        f"{mean(lambda one: one['difference']['beta']):.2f}".replace("-", "−"),
+        f"{round(mean(lambda one: one['difference']['beta']), 2) + 0.0:.2f}".replace("-", "−"),
         percent(mean(lambda one: one["difference"]["part_of_output_energy"])),
         f"{mean(lambda one: one['output']['rank']):.0f}",
         f"{mean(lambda one: one['difference']['rank_at_output_error']):.0f}",

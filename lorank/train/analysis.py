@@ -13,7 +13,7 @@ from transformers import AutoConfig
 import lorank
 from lorank.analysis import analyze
 from lorank.conversion import converted_with
-from lorank.ranks import Suggestion, suggest_ranks
+from lorank.ranks import Suggestion, read_budget, suggest_ranks
 from lorank.report.analysis import analysis_page
 from lorank.train.evaluation import open_for_evaluation
 from lorank.train.recipe import Recipe
@@ -48,6 +48,8 @@ def analyze_folder(
         raise ValueError(f"alpha={alpha} is not a part of the energy between 0 and 1; give for example 0.95")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out} is a file; name a folder")
+    if budget is not None:
+        read_budget(budget, 0)  # a mistake is told of before the work
     say("loading the model and the text")
     form: dict[str, Any] = {"documents": documents, "text_column": text_column, "seed": seed}
     loaded, batches, _ = open_for_evaluation(
@@ -69,14 +71,16 @@ def analyze_folder(
         **found.to_dict(alpha),
     }
     out.mkdir(parents=True, exist_ok=True)
-    if budget is not None:
-        suggestion = suggest_ranks(results["projections"], budget)
-        recipe = suggested_recipe(model, loaded.config, suggestion, out, data, sequence_length)
-        write_whole(out / "suggested.yaml", _as_yaml(recipe, results, suggestion))
-        results["suggestion"] = {"budget": budget, **suggestion._asdict()}
-    say("writing the report")
-    write_whole(out / "results.json", json.dumps(results))
-    write_whole(out / "analysis.html", analysis_page(results))
+    try:
+        if budget is not None:
+            suggestion = suggest_ranks(results["projections"], budget)
+            recipe = suggested_recipe(model, loaded.config, suggestion, out, data, sequence_length)
+            write_whole(out / "suggested.yaml", _as_yaml(recipe, results, suggestion))
+            results["suggestion"] = {"budget": budget, **suggestion._asdict()}
+    finally:  # a budget that cannot be met does not cost what was found
+        say("writing the report")
+        write_whole(out / "results.json", json.dumps(results))
+        write_whole(out / "analysis.html", analysis_page(results))
     return results
 
 
