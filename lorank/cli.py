@@ -356,7 +356,7 @@ def analyze(model: str, out: str | None, **settings: Any) -> None:
         part = suggestion["parameters"] / suggestion["dense_parameters"]
         console.print(
             f"ranks: [bold]lorank pretrain {folder}/suggested.yaml[/bold] has {suggestion['parameters']:,} parameters in its "
-            f"factors, {part:.1%} of the dense matrices'",
+            f"factors, {part * 100:.1f} % of the dense matrices'",
             highlight=False,
             soft_wrap=True,
         )

@@ -98,6 +98,6 @@ def _table(projections: Sequence[Mapping[str, Any]], ranks: Sequence[int]) -> di
     table = {}
     for (role, rank), those in depths.items():
         stack, _, inner = role.partition(".*.")
-        listed = "|".join(map(str, those))
-        table[rf"^{re.escape(stack)}\.({listed})\.{re.escape(inner)}$"] = rank
+        listed = str(those[0]) if len(those) == 1 else f"({'|'.join(map(str, those))})"
+        table[rf"^{re.escape(stack)}\.{listed}\.{re.escape(inner)}$"] = rank
     return table

@@ -75,8 +75,10 @@ def _verdict(results: Results, found: Mapping[str, Quantity], names: Mapping[str
         ratio = sum(one["difference"]["rank_at_output_error"] for one in chained) / sum(
             one["output"]["rank"] for one in chained
         )
-        said += f"Given the block before, the same error takes {percent(ratio)} of the outputs' own rank" + (
-            ": a chain as in CR-Net would save." if ratio < 0.95 else ": here a chain as in CR-Net would save little."
+        judged = "would save rank" if ratio < 0.95 else "would save little" if ratio < 1 else "would save none"
+        said += (
+            f"Given the block before, the same error takes {percent(ratio)} of the outputs' own rank: here a chain as in CR-Net "
+            f"{judged}."
         )
     return said
 
@@ -154,7 +156,8 @@ def _spectra(results: Results, names: Mapping[str, str]) -> str:
         panels.append(figure(line_chart, series, (PANEL, SMALL_PANEL), titles, formats, **look))
     return section(
         "Singular values",
-        "Over the largest one, from the first to the last; mean of the logarithm over blocks.",
+        "Over the largest one, from the first to the last; mean of the logarithm over blocks. A projection that widens gives no "
+        "more dimensions than it reads: its outputs' curve falls off there.",
         legend(styles),
         f'<div class="many">{"".join(panels)}</div>',
     )
@@ -247,7 +250,7 @@ def _suggestion(results: Results, names: Mapping[str, str]) -> str:
     return section(
         "Ranks for the budget",
         f"In proportion to the effective ranks of the outputs: {found['parameters']:,} parameters in the factors, "
-        f"{found['parameters'] / found['dense_parameters']:.1%} of the dense matrices'. A start, not a result: train it with "
+        f"{percent(found['parameters'] / found['dense_parameters'], 1)} of the dense matrices'. A start, not a result: train it with "
         "lorank pretrain suggested.yaml and compare.",
         table(["block", *names.values()], lines),
     )

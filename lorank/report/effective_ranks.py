@@ -67,7 +67,7 @@ def quantities(results: Results) -> dict[str, Quantity]:
     for name, pick in gradients(results).items():
         found[name] = Quantity(name, results, pick)
     found["difference"] = Quantity("Y − βY′", results, lambda one: one["difference"])
-    found["rest"] = Quantity("Y − βY′, to Y's error", results, lambda one: one["difference"], "rank_at_output_error")
+    found["rest"] = Quantity("  to Y's error", results, lambda one: one["difference"], "rank_at_output_error")
     return {key: one for key, one in found.items() if one.by_role}
 
 
@@ -77,7 +77,7 @@ def analysis_table(results: Results) -> Table:
     names = short_names(dict.fromkeys(one["role"] for one in results["projections"]))
     shown = Table(
         title=f"r({results['alpha']:g}) in percent of the width, over {results['tokens']:,} tokens",
-        caption="first means over blocks, then outputs block by block; Y′ is Y one block before",
+        caption="means over blocks, then outputs by block; Y′ is Y one block before",
         title_justify="left",
         caption_justify="left",
         header_style="bold",

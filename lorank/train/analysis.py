@@ -114,6 +114,6 @@ def _as_yaml(recipe: Recipe, results: dict[str, Any], suggestion: Suggestion) ->
     part = suggestion.parameters / suggestion.dense_parameters
     return (
         f"# Suggested by lorank analyze {results['model']}: ranks in proportion to r({results['alpha']:g}) of each projection's\n"
-        f"# output; {suggestion.parameters:,} parameters in the factors, {part:.1%} of the dense matrices' {suggestion.dense_parameters:,}.\n"
+        f"# output; {suggestion.parameters:,} parameters in the factors, {part * 100:.1f} % of the dense matrices' {suggestion.dense_parameters:,}.\n"
         "# Nothing else was tuned: learning rate and length are the analyzed run's, or lorank's defaults.\n" + asked
     )
