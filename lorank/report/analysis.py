@@ -164,7 +164,7 @@ def _spectra(results: Results, names: Mapping[str, str]) -> str:
 
 
 def _power(value: float) -> str:
-    return f"{10**value:.2g}"
+    return f"{10**value:.2g}" if value >= math.log10(FLOOR) else f"below {FLOOR:g}"
 
 
 def _mean_curve(curves: Sequence[Sequence[float]], points: int = 60) -> list[tuple[float, float]]:
@@ -175,8 +175,6 @@ def _mean_curve(curves: Sequence[Sequence[float]], points: int = 60) -> list[tup
         values = [curve[round(part * (len(curve) - 1))] / curve[0] for curve in curves]
         mean = statistics.fmean(math.log10(max(value, 1e-12)) for value in values)
         found.append((part, mean))
-        if mean < math.log10(FLOOR):
-            break
     return found
 
 
