@@ -8,6 +8,12 @@ The picture in the README is pictures/report.png of this race, which takes two C
         --vocab-size 2048 --sequence-length 128 --batch-size 16 --steps 120 --warmup-steps 20 --eval-every 10 \\
         --eval-tokens 20000 --save-every 0 --seeds 1,2,3 --sweep lr=3e-3,1e-2,3e-2 --for low-rank lr=1e-2
 
+That of lorank analyze, docs/analysis.png, is pictures/report.png of runs/analyze-llama-2m/analysis.html, ten minutes:
+
+    lorank pretrain --model benchmarks/shapes/llama-2m --method dense --vocab-size 2048 --sequence-length 128 \\
+        --batch-size 16 --lr 3e-3 --steps 700 --eval-every 0 --save-every 0 --eval-tokens 20000 --out runs/llama-2m
+    lorank analyze runs/llama-2m --sequence-length 128 --budget 0.5
+
 Needs a Chromium (apt-get install chromium). Fails if the page is wider than its window, if anything in it asks the
 network for something, or if the script of the page breaks.
 """
@@ -89,7 +95,10 @@ def readme_picture(desktop: Path, out: Path) -> Path:
     both = Image.new("RGB", (2 * width, height))
     for column in range(2):
         both.paste(whole.crop((0, column * height, width, (column + 1) * height)), (column * width, 0))
-    both.quantize(128).save(out, optimize=True)
+    few = both.quantize(
+        256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE
+    )  # thin lines keep their colours
+    few.save(out, optimize=True)
     return out
 
 

@@ -316,6 +316,55 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
 
 @cli.command(context_settings=SETTINGS)
 @click.argument("model")
+@click.option("--data", default="embedded", help="As in pretrain; of embedded and hub data the held-out part is used.")
+@click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens per sequence.")
+@click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain.")
+@click.option("--text-column", default="text", help="As in pretrain.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Sequences per batch.")
+@click.option("--tokens", type=click.IntRange(min=1), default=50_000, help="Stop after this many tokens.")
+@click.option(
+    "--gradient-batches",
+    type=click.IntRange(min=0),
+    default=1,
+    help="Batches whose mean gradient is looked at; 0: none.",
+)
+@click.option("--alpha", type=float, default=0.95, help="Part of the energy that the effective rank is to hold.")
+@click.option(
+    "--budget",
+    default=None,
+    metavar="N",
+    help="Suggest ranks: parameters such as 10M, or a part of the dense ones: 0.5.",
+)
+@click.option("--seed", type=SEED, default=42, help="The run's seed: it decides what was held out.")
+@click.option("--out", default=None, help="Folder of what is written.", show_default="runs/analyze-MODEL")
+def analyze(model: str, out: str | None, **settings: Any) -> None:
+    """How many dimensions MODEL (a run, a folder, a hub name) uses: effective rank of activations, weights, gradients.
+
+    Writes results.json, analysis.html and, with --budget, suggested.yaml: ranks for `lorank pretrain`.
+    """
+    console = _quiet_console()
+    from lorank.report.effective_ranks import analysis_table
+    from lorank.train.analysis import analyze_folder
+
+    folder = Path(out or f"runs/analyze-{model.rstrip('/').split('/')[-1]}")
+    with _errors_console().status("loading") as status:
+        results = analyze_folder(model, folder, **settings, say=status.update)
+    console.print(analysis_table(results), highlight=False)
+    for note in results["notes"]:
+        console.print(f"· {note}", markup=False, highlight=False)
+    if suggestion := results["suggestion"]:
+        part = suggestion["parameters"] / suggestion["dense_parameters"]
+        console.print(
+            f"ranks: [bold]lorank pretrain {folder}/suggested.yaml[/bold] has {suggestion['parameters']:,} parameters in its "
+            f"factors, {part * 100:.1f} % of the dense matrices'",
+            highlight=False,
+            soft_wrap=True,
+        )
+    console.print(f"report: [bold]{folder}/analysis.html[/bold]", highlight=False, soft_wrap=True)
+
+
+@cli.command(context_settings=SETTINGS)
+@click.argument("model")
 @click.option("--prompt", default="", help="Text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=100, help="Tokens to write.")
 @click.option("--temperature", type=float, default=0.8, help="0 takes the likeliest token each time.")

@@ -240,7 +240,7 @@ def find_sites(model: nn.Module) -> list[Site]:
     """
     sites = []
     for site in linear_layers(model):
-        fused = _fusion(model, site.name)
+        fused = fusion_of(model, site.name)
         if fused is None:
             sites.append(site)
         else:
@@ -416,16 +416,17 @@ class Fusion(NamedTuple):
     heads: int = 1
     """Groups in which the rows alternate: 1 means one projection after another, h that each head has all of them."""
 
+    def rows(self, fused: Tensor) -> dict[str, Tensor]:
+        """Each projection's rows of anything that has one row for each output: a weight, a bias, outputs [d_out, n]."""
+        grouped = fused.unflatten(0, (self.heads, -1)).split([n // self.heads for n in self.sizes.values()], dim=1)
+        return dict(zip(self.sizes, (part.flatten(0, 1) for part in grouped), strict=True))
+
     def split(self, linear: nn.Linear) -> dict[str, nn.Linear]:
         """One dense layer per projection, with that projection's rows of the fused weight and bias."""
-
-        def rows(fused: Tensor) -> list[Tensor]:
-            grouped = fused.unflatten(0, (self.heads, -1)).split([n // self.heads for n in self.sizes.values()], dim=1)
-            return [part.flatten(0, 1) for part in grouped]
-
-        biases = [None] * len(self.sizes) if linear.bias is None else rows(linear.bias)
-        parts = zip(self.sizes, rows(linear.weight), biases, strict=True)
-        return {name: _linear(weight, bias, linear.training) for name, weight, bias in parts}
+        biases = dict.fromkeys(self.sizes) if linear.bias is None else self.rows(linear.bias)
+        return {
+            name: _linear(weight, biases[name], linear.training) for name, weight in self.rows(linear.weight).items()
+        }
 
 
 class FusedProjections(nn.Module):
@@ -485,7 +486,8 @@ FUSED: dict[tuple[str, str], Callable[[Any], Fusion]] = {
 """(model type, end of the module's name) -> its parts. Other architectures' fused matrices count as one projection."""
 
 
-def _fusion(model: nn.Module, name: str) -> Fusion | None:
+def fusion_of(model: nn.Module, name: str) -> Fusion | None:
+    """How the projections of a module of that name are fused; None if it is a single one."""
     config = getattr(model, "config", None)
     for (model_type, ending), fusion in FUSED.items():
         # a converted model's own type is "lorank_" + the architecture's
@@ -499,7 +501,7 @@ def _with_fused(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iter
     gathered = set()
     for name, module in replacements.items():
         fused_name = name.rpartition(".")[0]
-        fusion = _fusion(model, fused_name)
+        fusion = fusion_of(model, fused_name)
         if fusion is None:
             yield name, module
         elif fused_name not in gathered:

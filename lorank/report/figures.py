@@ -16,7 +16,7 @@ PANEL, SMALL_PANEL = (246, 190), (164, 150)
 """Pixels of a chart, as wide as the page leaves them at desktop and at telephone width."""
 
 
-def _figure(
+def figure(
     draw: Callable[..., str],
     series: Sequence[Series],
     sizes: tuple[Size, Size],
@@ -45,7 +45,7 @@ def curves(results: Mapping[str, Any], rows: Sequence[Row], style: Mapping[str, 
     ):
         series = [_averaged(row, key, style[row["name"]]) for row in rows]
         titles = (title, "loss, nats per token")
-        charts.append(_figure(line_chart, series, (size, PHONE), titles, (show, "{:.3f}".format)))
+        charts.append(figure(line_chart, series, (size, PHONE), titles, (show, "{:.3f}".format)))
     band = " Bands reach from the lowest to the highest seed." if len(results["seeds"]) > 1 else ""
     return section(
         "Loss against tokens, compute and time",
@@ -91,7 +91,7 @@ def pareto(rows: Sequence[Row], style: Mapping[str, str]) -> str:
             band = [(x, ppl["low"], ppl["high"])] if ppl["low"] is not None else []
             series.append(Series(row["name"], style[row["name"]], [(x, ppl["mean"])], band))
         titles = (title, "validation perplexity")
-        figures.append(_figure(scatter_chart, series, (HALF, PHONE), titles, (show, "{:.4g}".format)))
+        figures.append(figure(scatter_chart, series, (HALF, PHONE), titles, (show, "{:.4g}".format)))
     intervals = " Bars are 95 % intervals." if any(row["perplexity"]["low"] is not None for row in rows) else ""
     return section(
         "What the perplexity costs",
@@ -117,7 +117,7 @@ def tuning(rows: Sequence[Row], style: Mapping[str, str]) -> str:
         titles, formats = (name, "validation loss, first seed"), ("{:g}".format, "{:.3f}".format)
         drawn = [one for one in series if one.points]
         if drawn:
-            parts.append(_figure(line_chart, drawn, (HALF, PHONE), titles, formats, log_x=min(values) > 0))
+            parts.append(figure(line_chart, drawn, (HALF, PHONE), titles, formats, log_x=min(values) > 0))
         lines = [
             name_cell(one, style[one]) + "".join(_loss_cell(best, value) for value in values)
             for one, best in found.items()
@@ -166,7 +166,7 @@ def spectra(rows: Sequence[Row], style: Mapping[str, str]) -> str:
             series.append(Series(row["name"], style[row["name"]], [point for point in points if point[1] > 1e-5]))
         titles, formats = ("index / width", projection), ("{:.2g}".format, "{:.2f}".format)
         look = {"y_range": (0.0, 1.03), "label_lines": False, "dots": False}
-        panels.append(_figure(line_chart, series, (PANEL, SMALL_PANEL), titles, formats, **look))
+        panels.append(figure(line_chart, series, (PANEL, SMALL_PANEL), titles, formats, **look))
     lines = []
     for row in rows:
         ranks = [row["spectra"][name]["effective_rank"] if name in row["spectra"] else math.nan for name in projections]

@@ -15,6 +15,7 @@ from lorank.report.markup import (
     escape,
     memory,
     name_cell,
+    page,
     percent,
     section,
     settings_text,
@@ -48,16 +49,7 @@ def write_report(results: Mapping[str, Any]) -> str:
         _samples(rows, style),
         _reproduce(results),
     ]
-    here = Path(__file__)
-    css, script = here.with_name("page.css").read_text(), here.with_name("page.js").read_text()
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(_title(results))}</title>\n<style>\n{css}</style></head>\n<body><main>\n"
-        + "\n".join(filter(None, sections))
-        + f"\n<footer>Made by lorank {escape(results['lorank'])}; the same figures are in results.json.</footer>\n</main>"
-        + f'<div class="tip"></div>\n<script>\n{script}</script></body></html>\n'
-    )
+    return page(_title(results), sections, f"Made by lorank {results['lorank']}; the same figures are in results.json.")
 
 
 def styles(rows: Sequence[Row]) -> dict[str, str]:

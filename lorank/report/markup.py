@@ -2,11 +2,25 @@
 
 import html
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 
 def escape(text: object) -> str:
     return html.escape(str(text))
+
+
+def page(title: str, sections: Iterable[str], footer: str) -> str:
+    """A whole page, without a single reference to anything outside it."""
+    here = Path(__file__)
+    css, script = here.with_name("page.css").read_text(), here.with_name("page.js").read_text()
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{css}</style></head>\n<body><main>\n"
+        + "\n".join(filter(None, sections))
+        + f'\n<footer>{escape(footer)}</footer>\n</main><div class="tip"></div>\n<script>\n{script}</script></body></html>\n'
+    )
 
 
 def cell(text: str, small: str = "", kind: str = "") -> str:

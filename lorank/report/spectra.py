@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from lorank.conversion import blocks, method_of
-from lorank.parametrization import Parametrization
+from lorank import spectrum
+from lorank.conversion import method_of
+from lorank.projections import linear_part, places
 from lorank.train.run import load_model
 from lorank.train.trainer import write_whole
 
@@ -49,35 +49,15 @@ def learned_spectra(folder: Path) -> dict[str, dict[str, Any]]:
 def projections(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """(last part of the name, matrix [d_out, d_in]) of every projection of every block."""
     method = method_of(model)
-    for _, _, block in blocks(model):
-        taken: list[str] = []
-        for name, module in block.named_modules():
-            if not any(name.startswith(f"{parent}.") for parent in taken):
-                weight = linear_part(module, method)
-                if weight is not None and min(weight.shape) > 1:
-                    taken.append(name)
-                    yield name.rpartition(".")[2], weight
-
-
-def linear_part(module: nn.Module, method: Parametrization | None) -> Tensor | None:
-    """A projection's own weight, what its method merges it to, or the product of its factors; None if it is none."""
-    if isinstance(module, Conv1D):
-        return module.weight.T
-    if isinstance(module, nn.Linear):
-        return module.weight
-    try:
-        return None if method is None else method.merged(module)[0]
-    except (ValueError, AssertionError, AttributeError, TypeError):  # not linear, or no projection at all
-        A, B, W = (getattr(module, name, None) for name in "ABW")
-        if isinstance(A, nn.Linear) and isinstance(B, nn.Linear):
-            return B.weight @ A.weight
-        return W.weight if isinstance(W, nn.Linear) else None
+    for place in places(model):
+        weight, _ = linear_part(place.module, method)
+        if weight is not None:
+            yield place.name.rpartition(".")[2], place.rows(weight)
 
 
 def effective_rank(sigma: Tensor) -> float:
     """r(0.95) over the number of singular values: how many hold 95 % of the energy."""
-    energy = sigma.double().square().cumsum(0)
-    return int((energy < ENERGY * energy[-1]).sum() + 1) / len(sigma) if energy[-1] > 0 else 0.0
+    return spectrum.effective_rank(sigma, ENERGY) / len(sigma)
 
 
 def _sampled(sigma: Tensor) -> list[float]:

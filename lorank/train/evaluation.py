@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 
 
 class Evaluation(NamedTuple):
@@ -119,6 +120,23 @@ def evaluate_folder(
         ValueError: no model there, one that sees the tokens it is to predict, or no text there, or sequences longer than
             the model's positions.
     """
+    loaded, batches, bytes_per_token = open_for_evaluation(
+        model,
+        data=data,
+        sequence_length=sequence_length,
+        documents=documents,
+        text_column=text_column,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    return evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)
+
+
+def open_for_evaluation(
+    model: str, *, data: str, sequence_length: int, batch_size: int, max_tokens: int, **form: Any
+) -> tuple[PreTrainedModel, DataLoader, float]:
+    """A saved model, held-out text in batches and its bytes per token; arguments and errors are `evaluate_folder`'s."""
     from lorank.train.data import collate, load_evaluation
     from lorank.train.model import check_causal, check_positions
     from lorank.train.run import load_model
@@ -127,14 +145,12 @@ def evaluate_folder(
     check_positions(loaded, sequence_length)
     check_causal(loaded)
     rows, bytes_per_token = load_evaluation(
-        data,
-        tokenizer,
-        sequence_length=sequence_length,
-        documents=documents,
-        text_column=text_column,
-        seed=seed,
-        validation_tokens=max_tokens,
+        data, tokenizer, sequence_length=sequence_length, validation_tokens=max_tokens, **form
     )
     vocab_size: int = loaded.get_input_embeddings().weight.shape[0]  # type: ignore
-    batches = DataLoader(rows, batch_size=batch_size, collate_fn=partial(collate, vocab_size=vocab_size))
-    return evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)
+    batches: DataLoader = DataLoader(
+        rows,
+        batch_size=batch_size,
+        collate_fn=partial(collate, vocab_size=vocab_size),  # type: ignore[arg-type]
+    )
+    return loaded, batches, bytes_per_token

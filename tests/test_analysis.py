@@ -1,0 +1,394 @@
+"""What `lorank analyze` says is what the singular values of the whole matrices say, without ever keeping them."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import lorank
+from lorank.analysis import analyze
+from lorank.projections import places
+from lorank.ranks import read_budget, suggest_ranks
+from lorank.spectrum import effective_rank, rank_leaving
+from tests.conftest import ARCHITECTURES, VOCABULARY, D
+
+CASES = [
+    (name, method) for name in ("llama", "gpt2") for method in ("dense", "cola", "relora", "crnet", "masa", "sltrain")
+]
+CASES += [(name, method) for name in ("gpt_neox", "phi3") for method in ("dense", "cola")]
+
+
+@pytest.fixture
+def batches() -> list[dict[str, Tensor]]:
+    drawn = torch.randint(3, VOCABULARY, (3, 4, 24), generator=torch.Generator().manual_seed(2))
+    return [{"input_ids": batch} for batch in drawn]
+
+
+def whole(model: nn.Module, batches: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs and outputs [n, d] of every projection, kept whole."""
+    seen: tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]] = {}, {}
+    hooks = []
+    for place in places(model):
+
+        def keep(module: nn.Module, args: Any, output: Tensor, place: Any = place) -> None:
+            seen[0].setdefault(place.name, []).append(args[0].flatten(0, -2))
+            seen[1].setdefault(place.name, []).append(place.rows(output.flatten(0, -2).T).T)
+
+        hooks.append(place.module.register_forward_hook(keep))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    for hook in hooks:
+        hook.remove()
+    inputs, outputs = ({name: torch.cat(parts) for name, parts in one.items()} for one in seen)
+    return inputs, outputs
+
+
+def assert_spectrum(found: Tensor | None, matrix: Tensor, places: float = 1e-6) -> None:
+    expected = torch.linalg.svdvals(matrix.detach().double())
+    assert found is not None
+    n = min(len(found), len(expected))
+    torch.testing.assert_close(found[:n], expected[:n], rtol=1e-6, atol=places * float(expected[0]))
+    assert not len(found[n:]) or float(found[n:].max()) < places * float(expected[0])
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_activations_and_weights_are_those_of_the_whole_matrices(name: str, method: str, small, batches) -> None:
+    model = small(name).double()
+    if method != "dense":
+        lorank.convert(model, method)
+    found = analyze(model, batches, gradient_batches=0)
+    inputs, outputs = whole(model, batches)
+    assert [one.name for one in found.projections] == [place.name for place in places(model)]
+    assert found.tokens == 3 * 4 * 24
+    by_name = {one.name: one for one in found.projections}
+    for one in found.projections:
+        assert_spectrum(one.output, outputs[one.name])
+        assert_spectrum(by_name[one.reads].input, inputs[one.name])
+        before = one.name.replace(f".{one.depth}.", f".{one.depth - 1}.", 1)
+        if before in outputs:
+            y, previous = outputs[one.name], outputs[before]
+            beta = (y * previous).sum() / previous.square().sum()
+            assert one.beta == pytest.approx(float(beta))
+            assert_spectrum(one.difference, y - beta * previous)
+        else:
+            assert one.difference is None and one.beta is None
+
+
+def test_the_weight_is_the_linear_map(small) -> None:
+    model = small("gpt2")
+    expected = {place.name: place for place in places(model)}
+    fused = model.transformer.h[1].attn.c_attn
+    assert isinstance(fused, Conv1D)
+    found = {one.name: one for one in analyze(model, [{"input_ids": torch.arange(3, 20)[None]}]).projections}
+    assert list(found) == list(expected)
+    for k, part in enumerate(("query", "key", "value")):
+        assert_spectrum(found[f"transformer.h.1.attn.c_attn.{part}"].weight, fused.weight[:, k * D : (k + 1) * D], 1e-5)
+    assert_spectrum(found["transformer.h.0.mlp.c_fc"].weight, model.transformer.h[0].mlp.c_fc.weight, 1e-5)
+
+
+def test_of_what_is_not_linear_it_says_product(small, batches) -> None:
+    model = lorank.convert(small("llama"), lorank.CoLA(rank=3))
+    found = analyze(model, batches)
+    for one in found.projections:
+        assert one.weight_is == "product" and one.weight is not None and effective_rank(one.weight, 0.9999) <= 3
+        assert sorted(one.gradients) == ["A", "B"]
+        assert one.to_dict(0.95)["output"]["rank"] <= 3  # Y = silu(X Aᵀ) Bᵀ
+    assert any("product B·A" in note for note in found.notes)
+    merged = analyze(lorank.convert(small("llama"), "low-rank"), batches)
+    assert {one.weight_is for one in merged.projections} == {"merged"} and not any("B·A" in n for n in merged.notes)
+
+
+def test_an_input_that_several_read_is_counted_once(small, batches) -> None:
+    for model in (small("llama"), lorank.convert(small("llama"), "cola")):
+        found = {one.name: one for one in analyze(model, batches, gradient_batches=0).projections}
+        block = "model.layers.1."
+        assert {found[f"{block}self_attn.{name}_proj"].reads for name in "qkv"} == {f"{block}self_attn.q_proj"}
+        assert {found[f"{block}mlp.{name}_proj"].reads for name in ("gate", "up")} == {f"{block}mlp.gate_proj"}
+        assert found[f"{block}mlp.up_proj"].input is None and found[f"{block}mlp.down_proj"].input is not None
+
+
+def test_a_known_rank_is_found(small, batches) -> None:
+    """Embeddings in five dimensions that norms cannot widen: the first block reads rank 5."""
+    model = small("llama").double()
+    with torch.no_grad():
+        model.model.embed_tokens.weight.copy_(torch.randn(VOCABULARY, 5) @ torch.randn(5, D))
+    one = analyze(model, batches, gradient_batches=0).projections[0]
+    assert one.input is not None and rank_leaving(one.input, 1e-9 * float(one.input.square().sum())) == 5
+    assert rank_leaving(one.output, 1e-9 * float(one.output.square().sum())) == 5
+
+
+def test_a_block_that_repeats_its_neighbour_has_no_difference() -> None:
+    class Echo(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 16, bias=False)}) for _ in range(3))
+            with torch.no_grad():
+                for k in (1, 2):
+                    self.layers[k]["up"].weight.copy_((k + 1) * self.layers[0]["up"].weight)
+
+        def forward(self, input_ids: Tensor, use_cache: bool) -> Tensor:
+            x = nn.functional.one_hot(input_ids, 8).float()
+            return torch.stack([layer["up"](x) for layer in self.layers])
+
+    found = analyze(Echo(), [{"input_ids": torch.randint(0, 8, (2, 50))}], gradient_batches=0).projections
+    assert [one.beta for one in found] == [None, pytest.approx(2), pytest.approx(1.5)]
+    for one in found[1:]:
+        told = one.to_dict(0.95)["difference"]
+        assert told["part_of_output_energy"] < 1e-9 and told["rank_at_output_error"] == 0
+    assert {one.reads for one in found} == {"layers.0.up"}  # the same tensor, also in another block
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("number", [1, 2])
+def test_gradients_are_those_of_the_loss(name: str, number: int, small, batches) -> None:
+    model = small(name).double()
+    found = analyze(model, batches, gradient_batches=number)
+    assert found.gradient_tokens == number * 4 * 24
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
+    for batch in batches[:number]:
+        (model(**batch, labels=batch["input_ids"]).loss / number).backward()
+    by_name = {one.name: one for one in found.projections}
+    for place in places(model):
+        [gradient] = [p.grad for n, p in place.module.named_parameters() if n == "weight"]
+        gradient = gradient.T if isinstance(place.module, Conv1D) else gradient
+        assert_spectrum(by_name[place.name].gradients["W"], place.rows(gradient))
+
+
+def test_gradients_of_one_batch_are_not_kept_together(small, batches) -> None:
+    """When the last of them is made, those of earlier matrices are gone."""
+    model = small("llama", num_hidden_layers=4)
+    held = []
+
+    def count(parameter: Tensor) -> None:
+        held.append(sum(other.grad is not None for other in model.parameters()))
+
+    for place in places(model):
+        place.module.weight.register_post_accumulate_grad_hook(count)
+    analyze(model, batches)
+    assert len(held) == 4 * 7 and max(held) <= 1
+
+
+def test_the_model_is_left_as_it_was(small, batches) -> None:
+    model = small("llama").train()
+    weight, frozen = model.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.gate_proj.weight
+    weight.grad = torch.ones_like(weight)
+    frozen.requires_grad_(False)
+    found = analyze(model, batches)
+    assert model.training and not frozen.requires_grad and weight.requires_grad
+    assert torch.equal(weight.grad, torch.ones_like(weight))
+    assert not any(module._forward_hooks for module in model.modules())
+    by_name = {one.name: one for one in found.projections}
+    assert not by_name["model.layers.0.mlp.gate_proj"].gradients and by_name["model.layers.0.mlp.up_proj"].gradients
+
+
+def test_nothing_of_a_batch_is_kept(small) -> None:
+    model = small("llama")
+    alive: list[weakref.ref] = []
+
+    def watch(module: nn.Module, args: Any, output: Tensor) -> None:
+        alive.extend(map(weakref.ref, (args[0], output)))
+
+    for place in places(model):
+        place.module.register_forward_hook(watch)
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        for _ in range(3):
+            yield {"input_ids": torch.randint(3, VOCABULARY, (8, 60))}
+            gc.collect()
+            assert not any(ref() is not None for ref in alive)
+            assert not any(
+                type(one) is Tensor and one.ndim == 2 and len(one) == 480 and one.is_floating_point()
+                for one in gc.get_objects()
+            )
+
+    analyze(model, batches(), gradient_batches=0)
+    assert alive
+
+
+def test_padding_does_not_count(small) -> None:
+    """Two sequences of 20 in a batch of 30 positions: the same as without the ten."""
+    model = small("llama").double()
+    ids = torch.randint(3, VOCABULARY, (2, 20))
+    padded = {
+        "input_ids": nn.functional.pad(ids, (0, 10)),
+        "attention_mask": nn.functional.pad(torch.ones_like(ids), (0, 10)),
+        "labels": nn.functional.pad(ids, (0, 10), value=-100),
+    }
+    one, other = analyze(model, [{"input_ids": ids}]), analyze(model, [padded])
+    assert one.tokens == other.tokens == 40
+    for a, b in zip(one.projections, other.projections, strict=True):
+        torch.testing.assert_close(a.output, b.output, atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(a.gradients["W"], b.gradients["W"], atol=1e-9, rtol=1e-6)
+
+
+def test_it_stops_when_there_are_tokens_enough_and_says_when_they_are_few(small, batches) -> None:
+    found = analyze(small("llama"), batches, tokens=100)
+    assert found.tokens == 192 and any("few" in note for note in found.notes)
+
+
+def test_masa_tells_that_shared_atoms_have_no_gradient_of_their_own(small, batches) -> None:
+    notes = " ".join(analyze(lorank.convert(small("llama"), "masa"), batches).notes)
+    assert "lorank_atoms" in notes and "q_proj" in notes
+
+
+def test_bad_input_is_a_sentence(small, batches) -> None:
+    with pytest.raises(ValueError, match="no linear layer inside a repeated block of this Linear"):
+        analyze(nn.Linear(3, 3), batches)
+    with pytest.raises(ValueError, match="not a single batch"):
+        analyze(small("llama"), [])
+    model = small("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj are not finite"):
+        analyze(model, batches)
+
+
+# ---- ranks for a budget
+
+
+def projections(layers: int = 8, width: int = 512) -> list[dict[str, Any]]:
+    """As `Analysis.to_dict` gives them, with effective ranks that differ by depth."""
+    return [
+        {
+            "name": f"model.layers.{depth}.{inner}",
+            "role": f"model.layers.*.{inner}",
+            "depth": depth,
+            "d_in": d_in,
+            "d_out": d_out,
+            "output": {"rank": 5 + 3 * depth + 7 * k},
+        }
+        for depth in range(layers)
+        for k, (inner, d_in, d_out) in enumerate((("q_proj", width, width), ("up_proj", width, 3 * width)))
+    ]
+
+
+@pytest.mark.parametrize("budget", ["0.5", "0.1", "0.9", "1M", "3_000_000"])
+def test_a_budget_is_met_within_a_percent(budget: str) -> None:
+    found = suggest_ranks(projections(), budget)
+    wanted = read_budget(budget, found.dense_parameters)
+    assert 0.99 * wanted <= found.parameters <= wanted
+    spent = sum(found.ranks[one["name"]] * (one["d_in"] + one["d_out"]) for one in projections())
+    assert spent == found.parameters
+    for one in projections():
+        assert 1 <= found.ranks[one["name"]] < one["d_in"] * one["d_out"] / (one["d_in"] + one["d_out"])
+
+
+def test_ranks_are_in_proportion_to_what_outputs_use() -> None:
+    found = suggest_ranks(projections(), "0.3")
+    ratios = [found.ranks[one["name"]] / one["output"]["rank"] for one in projections()]
+    assert max(ratios) - min(ratios) < 0.2 * min(ratios)
+
+
+def test_the_table_gives_every_projection_its_rank(small) -> None:
+    from lorank.conversion import find_sites
+    from lorank.parametrization import check_table, rank_at
+
+    model = ARCHITECTURES["gpt2"].dense(n_layer=11)
+    listed = analyze(model, [{"input_ids": torch.randint(3, VOCABULARY, (2, 40))}], gradient_batches=0).to_dict()
+    found = suggest_ranks(listed["projections"], "0.6")
+    sites = find_sites(model)
+    check_table(found.table, sites)
+    assert {site.name: rank_at(found.table, site) for site in sites} == found.ranks
+    lorank.convert(model, lorank.CoLA(rank=found.table))
+
+
+@pytest.mark.parametrize("budget", ["0.9999", "3", "1e4", "a lot", "0", "5T", "-1"])
+def test_a_budget_that_cannot_be_met_is_a_sentence(budget: str) -> None:
+    with pytest.raises(ValueError, match="budget="):
+        suggest_ranks(projections(), budget)
+
+
+# ---- at the door
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text, a dense model of it and a converted one, each with a tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    from lorank.train.data import load_corpus  # noqa: F401  (the import is slow; it is not what is timed here)
+
+    folder = tmp_path_factory.mktemp("saved")
+    (folder / "fox.txt").write_text("".join(f"line {i}: the quick fox counts {i * i} lazy dogs\n" for i in range(400)))
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<s>"], show_progress=False)
+    tokenizer.train_from_iterator([(folder / "fox.txt").read_text()], trainer)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<s>", bos_token="<s>")
+    for name, method in (("dense", None), ("masa", "masa")):
+        model = ARCHITECTURES["llama"].dense()
+        if method:
+            lorank.convert(model, method)
+        model.save_pretrained(folder / name)
+        wrapped.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["dense", "masa"])
+def test_the_suggested_recipe_is_one(name: str, saved: Path, tmp_path: Path) -> None:
+    import json
+
+    from lorank.train.analysis import analyze_folder
+    from lorank.train.plan import plan
+    from lorank.train.recipe import Recipe
+
+    results = analyze_folder(
+        str(saved / name), tmp_path, data=str(saved / "fox.txt"), sequence_length=32, tokens=2000, budget="0.5"
+    )
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert (tmp_path / "analysis.html").read_text().startswith("<!doctype html>")
+    recipe = Recipe.read(tmp_path / "suggested.yaml")
+    assert recipe.method == "cola" and recipe.rank == results["suggestion"]["table"]
+    planned = plan(recipe)
+    suggestion = results["suggestion"]
+    assert suggestion["parameters"] / suggestion["dense_parameters"] == pytest.approx(0.5, abs=0.01)
+    assert planned is not None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere/at-all"], "no model could be loaded"),
+        (["{saved}"], "no config.json"),
+        (["{saved}/dense", "--data", "{saved}/fox.txt", "--alpha", "1"], "alpha=1.0"),
+        (["{saved}/dense", "--data", "{saved}/fox.txt", "--sequence-length", "128"], "64 positions"),
+        (["{saved}/dense", "--data", "{saved}/fox.txt", "--sequence-length", "32", "--budget", "9M"], "choose between"),
+        (["{saved}/dense", "--budget", "half"], "such as 10M"),
+        (["{saved}/dense", "--data", "{saved}/no.txt", "--sequence-length", "32"], "no.txt"),
+        (["{saved}/dense", "--data", "{saved}/fox.txt", "--out", "{saved}/fox.txt"], "is a file"),
+    ],
+)
+def test_mistakes_at_the_command_line(arguments, message, saved: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    from lorank.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["lorank", "analyze", *(part.format(saved=saved) for part in arguments)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and message in error and error.strip().splitlines()[-1].startswith("lorank: ")
+    assert not list(tmp_path.rglob("suggested.yaml"))
+    assert bool(list(tmp_path.rglob("analysis.html"))) == (message == "choose between")  # what took time is kept
+
+
+def test_the_command_line_prints_a_table_and_a_recipe_that_trains(
+    saved: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    from lorank.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    flags = ["--data", str(saved / "fox.txt"), "--sequence-length", "32", "--tokens", "1500", "--budget", "0.5"]
+    monkeypatch.setattr("sys.argv", ["lorank", "analyze", str(saved / "dense"), *flags])
+    main()
+    said = capsys.readouterr().out
+    assert "gate_proj" in said and "lorank pretrain runs/analyze-dense/suggested.yaml" in said and "block 1" in said
+    monkeypatch.setattr("sys.argv", ["lorank", "pretrain", "runs/analyze-dense/suggested.yaml", "--dry-run"])
+    main()
+    assert "parameters" in capsys.readouterr().out
