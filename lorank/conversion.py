@@ -68,6 +68,8 @@ def convert(
         method = find_method(method)
     if isinstance(method, type):
         method = method()
+    if not isinstance(method, Parametrization):
+        raise ValueError(f"method={method!r} is no method: give one such as CoLA(rank=128), its class, or its name")
     register(type(method))
     if earlier := next(filter(None, map(converted_with, model.modules())), None):
         raise ValueError(

@@ -111,6 +111,7 @@ def forget(model: PreTrainedModel) -> None:
     }
     for config in configs.values():
         config.__class__ = type(config).__bases__[0]
+        config.__dict__.pop("model_type", None)  # from a file; the class has its own
         del config.lorank
     for module in model.modules():
         if type(module).__module__ == __name__:

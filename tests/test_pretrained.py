@@ -25,7 +25,7 @@ from transformers import (
     pipeline,
 )
 
-from lorank import CoLA, CoLAM, LowRank, convert
+from lorank import CoLA, CoLAM, LowRank, convert, merge
 from lorank.methods.cola import CoLALinear, entry_std
 from lorank.pretrained import config_class
 
@@ -396,3 +396,11 @@ def test_the_break_even_warning_does_not_come_back_with_the_model(small: Callabl
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_loaded_model_is_merged_and_converted_again(small: Callable[..., Any], tmp_path: Path) -> None:
+    convert(small("llama"), "sltrain").save_pretrained(tmp_path / "first")
+    dense = merge(AutoModelForCausalLM.from_pretrained(tmp_path / "first"))
+    assert dense.config.model_type == "llama" and type(dense.config) is LlamaConfig
+    convert(dense, "relora").save_pretrained(tmp_path / "second")
+    assert json.loads((tmp_path / "second/config.json").read_text())["model_type"] == "lorank_llama"

@@ -34,15 +34,16 @@ _registered: dict[str, "type[Parametrization]"] = {}
 
 def register(method: "Class") -> "Class":
     """Let a method of yours be found by its `name`, wherever this ran; a decorator for its class. `lorank.convert` does it
-    too; a process that only loads a model has to.
+    too; a process that only loads a model has to. Of two of your own classes of one name the later is found.
 
     Raises:
         ValueError: it is the name of another one, of ours or of an installed package.
     """
     from lorank.optim import optimizer_names
+    from lorank.parametrization import Parametrization
 
-    if not isinstance(method, type) or not isinstance(getattr(method, "name", None), str):
-        raise ValueError(f"{method!r} is no class with a `name`; register the class of a method")
+    if not isinstance(method, type) or not issubclass(method, Parametrization) or not getattr(method, "name", ""):
+        raise ValueError(f"{method!r} is no class derived from lorank.Parametrization with a `name`")
     known = lookup.find(method.name, METHODS, GROUP)
     if known not in (None, method) or method.name in (*optimizer_names(), "dense", "eggroll"):
         raise ValueError(f"there is a method {method.name!r} already; give {method.__name__} another name")

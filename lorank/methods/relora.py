@@ -142,8 +142,8 @@ class ReLoRA(Parametrization):
     dropout: float = 0.1
     """Of the factors' input while training."""
     cycle: int | None = None
-    """K: updates between two restarts; at least 2, and a divisor of the run's steps after the warm start. None: the divisor
-    nearest to a quarter of these."""
+    """K: updates between two restarts; at least 2, and a divisor of the run's steps after the warm start. None: a quarter
+    of these, rounded up."""
     restart_warmup_steps: int | None = None
     """Updates in which the learning rate climbs back after a restart; None: 50, or half of shorter cycles."""
     reset: Reset = "reset"
@@ -199,12 +199,18 @@ class ReLoRA(Parametrization):
     def period(self, steps: int) -> int:
         """K in a run of so many steps; ValueError if those after the warm start are not whole cycles."""
         low_rank = steps - self.warm_start
-        divisors = [k for k in range(2, low_rank) if low_rank % k == 0]
-        cycle = self.cycle or min(divisors, key=lambda k: abs(math.log(4 * k / low_rank)), default=low_rank)
-        if low_rank < 2 * cycle or low_rank % cycle:
-            what = "have no divisor for a cycle" if self.cycle is None else f"are not several times cycle={cycle}"
-            raise ValueError(f"relora: steps={steps} less warm_start={self.warm_start} {what}; change one of the three")
-        return cycle
+        if low_rank < 3:
+            raise ValueError(
+                f"relora: steps={steps} leave too few after warm_start={self.warm_start}; give more of them"
+            )
+        if self.cycle is None:
+            return max(2, math.ceil(low_rank / 4))  # the last one may be shorter
+        if low_rank < 2 * self.cycle or low_rank % self.cycle:
+            raise ValueError(
+                f"relora: steps={steps} less warm_start={self.warm_start} are not several times cycle={self.cycle}; change "
+                "one of the three"
+            )
+        return self.cycle
 
     def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float]:
         cycle = self.period(steps)

@@ -204,17 +204,20 @@ def test_idle_factors_are_not_in_the_norm_that_is_clipped(small: Any, tokens: Te
 
 
 @pytest.mark.parametrize(
-    ("steps", "warm_start", "cycle"), [(400, 0, 100), (402, 0, 134), (802, 0, 401), (30, 0, 6), (420, 20, 100)]
+    ("steps", "warm_start", "cycle"), [(400, 0, 100), (401, 0, 101), (30, 0, 8), (7, 0, 2), (420, 20, 100)]
 )
-def test_a_cycle_that_nobody_gave_divides_the_steps(steps: int, warm_start: int, cycle: int) -> None:
+def test_a_cycle_that_nobody_gave_is_a_quarter_of_the_run(steps: int, warm_start: int, cycle: int) -> None:
     method = ReLoRA(warm_start=warm_start)
     assert method.period(steps) == cycle
-    assert method.schedule(steps, 0, 0.1)(warm_start + cycle) == 0.0, "the restart"
+    multiplier = method.schedule(steps, 0, 0.1)
+    assert [s - warm_start for s in range(warm_start, steps) if multiplier(s) == 0] == [cycle, 2 * cycle, 3 * cycle]
 
 
-def test_a_prime_number_of_steps_has_no_cycles() -> None:
-    with pytest.raises(ValueError, match="steps=401 less warm_start=0 have no divisor for a cycle"):
-        ReLoRA().period(401)
+def test_a_warm_start_leaves_something_to_the_factors() -> None:
+    with pytest.raises(ValueError, match="steps=20 leave too few after warm_start=30"):
+        ReLoRA(warm_start=30).period(20)
+    with pytest.raises(ValueError, match="are not several times cycle=100"):
+        ReLoRA(cycle=100).period(100)
 
 
 @pytest.mark.parametrize("reset", ["reset", "random", "magnitude"])
