@@ -85,6 +85,7 @@ def test_an_unknown_method_is_answered_with_the_nearest_name() -> None:
 
 
 def test_methods_of_other_packages_join_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorank.methods._registered", {})
     from importlib.metadata import EntryPoint
 
     points = [
