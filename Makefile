@@ -44,6 +44,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/block_stack.py
 	$(BIN)/python benchmarks/trainer_overhead.py
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/demo_sweep.py
 
 clean:

@@ -45,11 +45,11 @@ class Stack(NamedTuple):
 
     def gradients(self) -> Tensor:
         """[k, m, n]."""
-        return _stacked([whole(p.grad) for p in self.parameters])  # type: ignore[arg-type]
+        return stacked([whole(p.grad) for p in self.parameters])  # type: ignore[arg-type]
 
     def get(self, name: str) -> Tensor:
         """An entry of all states [k, ...]."""
-        return _stacked([state[name] for state in self.states])
+        return stacked([state[name] for state in self.states])
 
     def put(self, name: str, values: Tensor) -> None:
         for state, value in zip(self.states, values, strict=True):
@@ -69,7 +69,7 @@ class Stack(NamedTuple):
                 p.addmm_(left, right, alpha=scale)
 
 
-def _stacked(tensors: list[Tensor]) -> Tensor:
+def stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
 
 
@@ -110,8 +110,16 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
         raise ValueError("a gradient is sparse, which no low-rank optimizer takes; use nn.Embedding(sparse=False)")
     if not watched:
         return
-    largest = torch._foreach_norm(list(watched.values()), float("inf"))
-    odd = torch.stack([~norm.isfinite() for norm in largest]).float()
+    sums = torch.stack(
+        [G.sum(dtype=torch.float32) for G in watched.values()]
+    )  # not finite if a number is not: a cheap look
+    if any(isinstance(p, DTensor) for p in watched):
+        dist.all_reduce(sums)
+    if sums.isfinite().all():
+        return
+    odd = torch.stack(
+        [~G.isfinite().all() for G in watched.values()]
+    ).float()  # large numbers may have a sum that is none
     if any(isinstance(p, DTensor) for p in watched):
         dist.all_reduce(odd)
     if odd.any():

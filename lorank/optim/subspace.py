@@ -36,6 +36,7 @@ from lorank.optim.matrices import (
     check_numbers,
     local,
     restore,
+    stacked,
     stacks,
     whole,
 )
@@ -236,7 +237,7 @@ class Subspace(Optimizer):
             if inside in self.inner.state:
                 self.state[p]["inner"] = self.inner.state[inside]
         for stack in found:
-            self.leave(stack, torch.stack([self._change(p) for p in stack.parameters]), *_bases(stack))
+            self.leave(stack, stacked([self._change(p) for p in stack.parameters]), *_bases(stack))
             for p in stack.parameters:
                 self._inside[p].data, self._inside[p].grad = local(p).new_empty(0, 0), None
         have_moved = set(moved)
