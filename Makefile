@@ -45,7 +45,6 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/trainer_overhead.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/optimizers.py
-	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/demo_sweep.py
 
 clean:
