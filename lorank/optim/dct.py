@@ -41,11 +41,14 @@ def transform(A: Tensor, how: Transform = "matmul") -> Tensor:
     if how == "matmul":
         return A @ dct_matrix(n, A.device, A.dtype).T
     rows = A.float() if A.dtype in (torch.bfloat16, torch.float16) else A
-    F = torch.fft.fft(torch.cat([rows[..., 0::2], rows[..., 1::2].flip(-1)], dim=-1))
-    k = torch.arange(n, device=A.device, dtype=rows.dtype)
+    F = torch.fft.rfft(
+        torch.cat([rows[..., 0::2], rows[..., 1::2].flip(-1)], dim=-1)
+    )  # n // 2 + 1 points; the others mirror them
+    k = torch.arange(n // 2 + 1, device=A.device, dtype=rows.dtype)
     w = torch.polar(torch.full_like(k, math.sqrt(2 / n)), -math.pi * k / (2 * n))
     w[0] *= math.sqrt(0.5)
-    return (F * w).real.to(A.dtype)
+    z = torch.view_as_real(F * w)
+    return torch.cat([z[..., 0], -z[..., 1 : (n + 1) // 2, 1].flip(-1)], dim=-1).to(A.dtype)
 
 
 def select(S: Tensor, rank: int, ell_norm: float = 1) -> Tensor:

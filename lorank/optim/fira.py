@@ -27,7 +27,6 @@ from torch import Tensor
 from lorank.optim import galore
 from lorank.optim.galore import GaLoreAdamW
 from lorank.optim.matrices import Stack
-from lorank.optim.subspace import lift, project
 from lorank.parametrization import Published
 
 GAMMA = 1.01
@@ -47,11 +46,18 @@ def norm(matrices: Tensor, dim: int | tuple[int, int]) -> Tensor:
     return torch.linalg.vector_norm(matrices, dim=dim, keepdim=True, dtype=wide)
 
 
-def limited(residual: Tensor, before: Tensor) -> Tensor:
-    """S [k, m, n], shortened where its norm exceeds GAMMA times the norm `before` [k] (0 or less: there was none, or nothing to compare with)."""
-    growth = residual.norm(dim=(-2, -1)) / (before + EPS)
-    factor = torch.where(before <= 0, torch.ones_like(growth), GAMMA / growth.clamp(min=GAMMA))
-    return residual * factor[:, None, None]
+def residual_norm(G: Tensor, R: Tensor, k: Tensor, alpha: float, columns: bool) -> Tensor:
+    """‖k E‖ of E = G - α P R, without E: PᵀP = I gives ‖E[:, i]‖² = ‖G[:, i]‖² - (2 α - α²) ‖R[:, i]‖²."""
+    along = -2 if columns else -1
+    squares = norm(G, along).double() ** 2 - (2 * alpha - alpha**2) * norm(R, along).double() ** 2
+    return (k.double() ** 2 * squares.clamp(min=0)).sum(dim=(-2, -1)).sqrt()
+
+
+def limiter(length: Tensor, before: Tensor) -> Tensor:
+    """What shortens S [k, m, n] of norms `length` [k] where they exceed GAMMA times the norm `before` [k] (0 or less: there was
+    none, or nothing to compare with)."""
+    growth = length / (before + EPS)
+    return torch.where(before <= 0, torch.ones_like(growth), GAMMA / growth.clamp(min=GAMMA))
 
 
 def state_elements(m: int, n: int, r: int) -> int:
@@ -107,19 +113,25 @@ class FiraAdamW(GaLoreAdamW):
         return GaLoreAdamW.state_bytes(m, n, rank, itemsize, **options) + itemsize
 
     def leave(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> None:
+        """W ← W - lr (α P N + s S) with S = c (G - a P R) as two products: s c G goes to W at once, α N - s a c R by P."""
         lr, alpha, repo = stack.group["lr"], stack.group["scale"], self.residual == "repo"
-        G, N = stack.gradients(), -inside
-        R = project(G, left, right)
-        E = G - (alpha if repo else 1.0) * lift(R, left, right)
+        G, R, N = stack.gradients(), self.projected(stack), -inside
+        (b1, b2), t = stack.group["betas"], int(stack.states[0]["steps"])
+        correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if repo else 1.0  # which the authors apply after the limiter
+        a, s, columns = (alpha, correction, left is not None) if repo else (1.0, alpha, left is not None)
         if self.scaling == "matrix":
             k = (norm(N, (-2, -1)) / (norm(R, (-2, -1)) + EPS)).to(N.dtype)
         else:
-            k = column_factors(N, R, columns=left is not None)
-        states = [self.state[p] for p in stack.parameters]
-        before = torch.stack([state.get("norm", G.new_tensor(-1.0)) for state in states])
-        (b1, b2), t = stack.group["betas"], int(stack.states[0]["steps"])
-        correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if repo else 1.0  # which the authors apply after the limiter
-        S = limited(k * E / correction, before)
-        for state, length in zip(states, S.norm(dim=(-2, -1)), strict=True):
-            state["norm"] = length.clone()
-        stack.add(-lr * (alpha * lift(N, left, right) + (correction if repo else alpha) * S))
+            k = column_factors(N, R, columns)
+        before = torch.stack([self.state[p].get("norm", G.new_tensor(-1.0)) for p in stack.parameters])
+        length = residual_norm(G, R, k, a, columns) / correction
+        shorter = limiter(length, before.double())
+        for p, norm_now in zip(stack.parameters, (shorter * length).to(G.dtype), strict=True):
+            self.state[p]["norm"] = norm_now.clone()
+        c = k * (shorter / correction)[:, None, None].to(k.dtype)
+        stack.add(-lr * s * c * G)
+        within = alpha * N - s * a * c * R
+        if left is not None:
+            stack.add_product(left, within, -lr)
+        elif right is not None:
+            stack.add_product(within, right, -lr)

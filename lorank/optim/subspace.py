@@ -270,6 +270,10 @@ class Subspace(Optimizer):
         elif left is not None:
             stack.add_product(left, inside, stack.group["scale"])
 
+    def projected(self, stack: Stack) -> Tensor:
+        """R [k, ...] of a stack, from the beginning of a step to its end."""
+        return stacked([self._inside[p].grad for p in stack.parameters])  # type: ignore[misc]
+
     @torch.no_grad()
     def _arrive(self, p: nn.Parameter) -> None:
         """Project a gradient that backward has just finished, and free it."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lorank.optim import FiraAdamW, GaLoreAdamW
-from lorank.optim.fira import column_factors, limited
+from lorank.optim.fira import column_factors, limiter, residual_norm
 from tests.optim.test_galore import gradients, matrices, run
 
 
@@ -112,13 +112,22 @@ def test_at_full_rank_nothing_is_left_and_fira_is_galore() -> None:
 
 
 def test_a_residual_grows_by_a_hundredth_at_most_and_shrinks_freely() -> None:
-    shape = torch.ones(1, 2, 2) / 2  # norm 1
     stored, norms = torch.tensor([-1.0]), []
     for norm in (1.0, 10.0, 10.0, 0.5, 0.4):
-        S = limited(norm * shape, stored)
-        stored = S.norm(dim=(-2, -1))
+        length = torch.tensor([norm])
+        stored = limiter(length, stored) * length
         norms.append(stored.item())
     assert norms == pytest.approx([1, 1.01, 1.0201, 0.5, 0.4], rel=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.25])
+@pytest.mark.parametrize("columns", [True, False])
+def test_the_norm_of_the_residual_needs_no_residual(alpha: float, columns: bool) -> None:
+    G, P = torch.randn(2, 12, 20).double(), torch.linalg.qr(torch.randn(2, 12, 5).double()).Q
+    R, k = P.mT @ G, torch.rand(2, 1, 20).double()
+    expected = (k * (G - alpha * P @ R)).norm(dim=(-2, -1))
+    found = residual_norm(G, R, k, alpha, True) if columns else residual_norm(G.mT, R.mT, k.mT, alpha, False)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
 def test_one_factor_per_column_or_per_row() -> None:
