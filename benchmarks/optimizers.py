@@ -1,11 +1,13 @@
 """What do the low-rank optimizers cost per step, in time and in state, beside torch's fused AdamW and the original GaLore?
 
     pip install --no-deps galore-torch                     (the original; left out of the table if it is not there)
-    python benchmarks/optimizers.py [--layers 2] [--rounds 5]
+    python benchmarks/optimizers.py [--layers 2] [--rounds 5] [--compile]
 
 The matrices of blocks of the 130M model (d 768, d_ff 2048), fp32, rank 256. All optimizers move the same weights by the same
 gradients in turns in one process; a step without and a step with a new basis are timed apart, and "mean" is what a step costs
-on average at the usual gap of 200 (DCT-AdamW and Trion choose anew at each step). The table ends with the largest difference
+on average at the usual gap of 200 (DCT-AdamW and Trion choose anew at each step). "two products" is what no implementation of
+GaLore can do without: G Qᵀ and W + N Q for every matrix, nothing else. `--compile` adds the steps that ``torch.compile``
+takes. The table ends with the largest difference
 between the updates of our GaLore and of the original over four steps with two bases, found by the same call of LAPACK: random
 gradients have no gaps in their spectrum, so that bases by different routines differ, and each is one up to signs.
 """
@@ -43,7 +45,7 @@ def original() -> type[Optimizer] | None:
     return importlib.import_module("galore_torch.adamw").AdamW
 
 
-def optimizers(gap: int) -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
+def optimizers(gap: int, compile: bool = False) -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
     ours: dict[str, Any] = {"rank": RANK, "update_gap": gap}
     theirs = {"rank": RANK, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
     table: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
@@ -56,9 +58,34 @@ def optimizers(gap: int) -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]
         "DCT-AdamW, FFT": lambda p: DCTAdamW([{"params": p, "rank": RANK}], lr=0.01, transform="fft"),
         "Trion": lambda p: Trion([{"params": p, "rank": RANK}], lr=0.01),
     }
+    if compile:
+        for name in ("DCT-AdamW", "DCT-AdamW, FFT", "Trion"):
+            table[f"{name}, comp."] = lambda p, make=table[name]: compiled(make(p))  # type: ignore[misc]
+    table["two products"] = TwoProducts
     if (reference := original()) is not None:
         table["GaLore, original"] = lambda p: reference([{"params": p, **theirs}], lr=0.01, no_deprecation_warning=True)
     return table
+
+
+class TwoProducts(Optimizer):
+    """The floor: into the subspace and back, with a basis that never changes and no rule in between."""
+
+    def __init__(self, params: list[nn.Parameter]):
+        super().__init__(params, {})
+        self.bases = {p: torch.randn(RANK, min(p.shape)) * 1e-3 for p in params}
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for p, Q in self.bases.items():
+            if p.shape[0] >= p.shape[1]:
+                p.addmm_(p.grad @ Q.mT, Q, alpha=1e-6)
+            else:
+                p.addmm_(Q.mT, Q @ p.grad, alpha=1e-6)
+
+
+def compiled(optimizer: Optimizer) -> Optimizer:
+    optimizer.step = torch.compile(optimizer.step)  # type: ignore[method-assign]
+    return optimizer
 
 
 def bytes_of(state: Any) -> int:
@@ -108,15 +135,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
 
     parameters = weights(options.layers)
-    made = {name: make(parameters) for name, make in optimizers(GAP).items()}
+    made = {name: make(parameters) for name, make in optimizers(GAP, options.compile).items()}
     refresh, plain = {}, {name: [] for name in made}
     for name, optimizer in made.items():
         start = time.perf_counter()
         optimizer.step()
         refresh[name] = time.perf_counter() - start
+        for _ in range(3 if name.endswith("comp.") else 0):  # until nothing is compiled any more
+            optimizer.step()
     for _ in range(options.rounds):
         for name, optimizer in made.items():
             start = time.perf_counter()
@@ -132,10 +162,10 @@ def main() -> None:
     mean = {}
     for name, times in plain.items():
         median = statistics.median(times)
-        every_step = name.startswith(("AdamW", "DCT", "Trion"))
+        every_step = name.startswith(("AdamW", "DCT", "Trion", "two"))
         mean[name] = median if every_step else ((GAP - 1) * median + refresh[name]) / GAP
     for name, optimizer in made.items():
-        state = sum(bytes_of(optimizer.state[p]) for p in parameters) / 2**20
+        state = sum(bytes_of(optimizer.state.get(p)) for p in parameters) / 2**20
         against = f"{mean[name] / mean['GaLore, original']:11.2f}" if "GaLore, original" in mean else ""
         print(
             f"{name:20} {state:10.1f} {statistics.median(plain[name]) * 1e3:9.1f} {refresh[name] * 1e3:15.1f} "

@@ -26,6 +26,7 @@ from torch import Tensor
 Transform = Literal["matmul", "fft"]
 
 
+@torch.compiler.disable  # which would compute it again at each call
 @functools.lru_cache(maxsize=16)
 def dct_matrix(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """Q [n, n], computed in float64 and cast."""

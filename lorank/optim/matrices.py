@@ -98,6 +98,7 @@ def check_numbers(group: Mapping[str, Any], *names: str) -> None:
             raise ValueError(f"{name}={value!r} is negative or no number; give one >= 0")
 
 
+@torch.compiler.disable
 def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
     """Look at gradients before anything is done with them.
 
@@ -129,6 +130,7 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
         )
 
 
+@torch.compiler.disable
 def stacks(
     groups: Iterable[dict[str, Any]], state: Mapping[Any, dict[str, Any]], moved: Iterable[nn.Parameter]
 ) -> list[Stack]:

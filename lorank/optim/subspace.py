@@ -214,6 +214,7 @@ class Subspace(Optimizer):
             if inside is not p:
                 inside.grad = None
 
+    @torch.compiler.disable  # parameters of the inner optimizer change their shape; compile `inner.step` where that helps
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if closure is not None:

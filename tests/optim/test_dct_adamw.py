@@ -185,3 +185,17 @@ def test_counters_and_indices_are_exact_after_loading_into_bf16(make: Any) -> No
         if torch.is_tensor(value):
             assert second.state[broken[0]][name].dtype == value.dtype
             assert torch.equal(second.state[broken[0]][name], value)
+
+
+def test_a_compiled_step_is_the_same_step() -> None:
+    weights = []
+    for compiled in (False, True):
+        parameters = matrices((12, 20))
+        optimizer = DCTAdamW([{"params": parameters, "rank": 4}], lr=0.1, transform="fft")
+        step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
+        for seed in range(3):
+            for p, gradient in zip(parameters, gradients(seed, parameters), strict=True):
+                p.grad = gradient
+            step()
+        weights.append(parameters[0].detach())
+    torch.testing.assert_close(*weights)
