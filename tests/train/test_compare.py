@@ -255,6 +255,24 @@ def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tm
     assert found[2].candidates[0].recipe.warmup_steps == 4 and found[2].candidates[0].recipe.eval_every == 4
 
 
+def test_a_cycle_in_updates_stays_what_it_is_when_steps_are_matched(
+    base: Recipe, costs: Costs, quick: type[InThisProcess], tmp_path: Path
+) -> None:
+    long = dataclasses.replace(base, steps=20, eval_every=0, save_every=0)
+    asked = Comparison(base=long, methods=["cola", "relora"], own={"relora": {"option.cycle": [5]}}, match="flops")
+    race, watcher = Race.plan(asked, tmp_path / "race", Silent()), Silent()
+    cola, relora, _ = (one.candidates[0] for one in race.contestants)
+    assert relora.recipe.steps % 5 and relora.recipe.options["cycle"] == 5
+    assert relora.flops == pytest.approx(cola.flops, rel=0.5 / relora.recipe.steps)
+    race.run(watcher, after_each=lambda race: None)
+    assert race.failures() == {} and len(watcher.outcomes) == 3
+    asked = dataclasses.replace(asked, own={"relora": {"option.cycle": [18]}})
+    with pytest.raises(
+        ValueError, match=r"relora, at the 1\d steps that --match flops gives it: .* after cycle=18; give"
+    ):
+        plan_contest(asked, costs, tmp_path / "models")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # As a user meets it
 # ---------------------------------------------------------------------------------------------------------------------
