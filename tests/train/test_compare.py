@@ -322,7 +322,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 @pytest.mark.parametrize("mistake", BAD)
-def test_a_mistake_is_one_sentence_and_leaves_nothing(command, base: Recipe, mistake: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    command, base: Recipe, mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     arguments, said = BAD[mistake]
     code, _, err = command(*arguments, *flags(base), "--out", "there")
     assert code == 2 and said in " ".join(err.split()) and err.startswith("lorank: ") and err.count("\n") == 1, err
@@ -388,10 +391,10 @@ def test_the_harness_is_called_with_the_model(base: Recipe, monkeypatch: pytest.
         asked.update(arguments)
         return {"results": {"arc_easy": {"acc,none": 0.25, "alias": "arc_easy"}}}
 
-    manager = types.SimpleNamespace(all_tasks=["arc_easy"])
+    manager = types.SimpleNamespace(all_tasks=["arc_easy"], load=lambda tasks: None)
     modules = {
         "lm_eval": types.SimpleNamespace(simple_evaluate=evaluate),
-        "lm_eval.tasks": types.SimpleNamespace(TaskManager=lambda: manager),
+        "lm_eval.tasks": types.SimpleNamespace(TaskManager=lambda include_defaults: manager),
         "lm_eval.models": types.SimpleNamespace(),
         "lm_eval.models.huggingface": types.SimpleNamespace(HFLM=lambda **arguments: arguments),
     }
