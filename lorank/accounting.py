@@ -11,7 +11,9 @@ import gc
 import math
 import time
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -387,7 +389,13 @@ class Peak(NamedTuple):
 
 
 def measure_peak(
-    model: nn.Module, *, batch: int, sequence_length: int, autocast: bool = False, accumulate: bool = False
+    model: nn.Module,
+    *,
+    batch: int,
+    sequence_length: int,
+    autocast: bool = False,
+    accumulate: bool = False,
+    kept_gradients: Mapping[nn.Parameter, tuple[int, ...]] = MappingProxyType({}),
 ) -> Peak:
     """Follow every tensor of a training call on [batch, sequence_length] tokens, on a data-free twin.
 
@@ -395,15 +403,28 @@ def measure_peak(
 
     Args:
         accumulate: gradients of earlier micro-batches are there already.
+        kept_gradients: parameter -> shape of what its gradient is replaced by as soon as it is there.
     """
+    kept: dict[nn.Parameter, Tensor] = {}
+
+    def arrive(parameter: nn.Parameter, shape: tuple[int, ...]) -> None:
+        smaller = parameter.new_empty(shape)  # a moment beside the gradient, also where it is added to an earlier one
+        kept.setdefault(parameter, smaller)
+        parameter.grad = None
+
     with FakeTensorMode(), _told_as("measured"):
         twin, inputs = _twin(model), _example(batch, sequence_length)
+        shapes = {ours: kept_gradients.get(p) for p, ours in zip(model.parameters(), twin.parameters(), strict=True)}
         meter = _Meter([*twin.parameters(), *twin.buffers(), *inputs.values()])
         with meter:
-            if accumulate:
-                for parameter in twin.parameters():
-                    if parameter.requires_grad:
+            for parameter, shape in shapes.items():
+                if shape is not None:
+                    parameter.register_post_accumulate_grad_hook(partial(arrive, shape=shape))
+                if accumulate and parameter.requires_grad:
+                    if shape is None:
                         parameter.grad = torch.zeros_like(parameter)
+                    else:
+                        kept[parameter] = parameter.new_zeros(shape)
             before = meter.now
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = twin(**inputs).loss
@@ -422,19 +443,27 @@ def memory_estimate(
     sequence_length: int,
     autocast: bool = False,
     accumulate: bool = False,
+    kept_gradients: Mapping[nn.Parameter, tuple[int, ...]] = MappingProxyType({}),
 ) -> Memory:
     """Bytes of training `model` on micro-batches [batch, sequence_length]: exact for the state, measured on a twin for
-    activations and peak; `accumulate` if a step has several of them.
+    activations and peak; `accumulate` if a step has several of them. `kept_gradients` are as in `measure_peak`.
 
     Without `optimizer_bytes`, those of AdamW: two moments per trainable number.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     weights = sum(t.numel() * t.element_size() for t in set(model.state_dict(keep_vars=True).values()))
-    gradients = sum(p.numel() * p.element_size() for p in parameters)
-    moments = 2 * gradients if optimizer_bytes is None else optimizer_bytes
+    gradients = sum(math.prod(kept_gradients.get(p, p.shape)) * p.element_size() for p in parameters)
+    moments = 2 * sum(p.numel() * p.element_size() for p in parameters) if optimizer_bytes is None else optimizer_bytes
     if _has_experts(model):
         return Memory(weights, gradients, moments, math.nan, math.nan, "backward")
-    found = measure_peak(model, batch=batch, sequence_length=sequence_length, autocast=autocast, accumulate=accumulate)
+    found = measure_peak(
+        model,
+        batch=batch,
+        sequence_length=sequence_length,
+        autocast=autocast,
+        accumulate=accumulate,
+        kept_gradients=kept_gradients,
+    )
     held = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
     return Memory(weights, gradients, moments, found.activations_bytes, held + moments + found.most_bytes, found.when)
 

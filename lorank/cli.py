@@ -8,6 +8,7 @@ import errno
 import os
 import sys
 import typing
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,11 @@ class Number(click.ParamType):
             self.fail(f"{value!r} is neither an integer nor a fraction such as 0.25", param, ctx)
 
 
-def _flag(field: dataclasses.Field, kind: Any) -> Any:
+def _flag(field: dataclasses.Field, kind: Any, instead: Any = None) -> Any:
+    """The flag of a field; `instead` of its default the help shows that."""
     alternatives = [option for option in alternatives_of(kind) if option is not type(None)]
     first, name = alternatives[0], f"--{field.name.replace('_', '-')}"
-    default = field.default if field.default is not dataclasses.MISSING else None
+    default = instead or (field.default if field.default is not dataclasses.MISSING else None)
     shown = str(default) if default is not None else False
     common: dict[str, Any] = {"help": field.metadata["help"], "default": None, "show_default": shown}
     if field.name == "options":
@@ -101,12 +103,12 @@ def _flag(field: dataclasses.Field, kind: Any) -> Any:
     return click.option(name, type=Number() if len(alternatives) > 1 else first, **common)
 
 
-def recipe_flags(command: Any, without: tuple[str, ...] = ()) -> Any:
-    """Give a command one flag per field of `Recipe`."""
+def recipe_flags(command: Any, without: tuple[str, ...] = (), only: Mapping[str, Any] | None = None) -> Any:
+    """Give a command one flag per field of `Recipe`, or per one that is named with another default or None."""
     kinds = setting_types()
     for field in reversed(dataclasses.fields(Recipe)):
-        if field.name not in without:
-            command = _flag(field, kinds[field.name])(command)
+        if field.name not in without and (only is None or field.name in only):
+            command = _flag(field, kinds[field.name], (only or {}).get(field.name))(command)
     return command
 
 
@@ -178,7 +180,21 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     console.print(f"model, metrics and model card are in [bold]{folder}[/bold]", highlight=False)
 
 
+PLANNED = {
+    **dict.fromkeys(
+        ["rank", "options", "targets", "exclude", "checkpoint", "checkpoint_every", "attention", "optimizer"]
+    ),
+    "precision": "bf16",
+    "vocab_size": 32_000,
+    "sequence_length": 256,
+    "batch_size": 512,
+    "micro_batch_size": 16,
+}
+"""What `lorank plan` lets a user set of a recipe, and what it takes where neither the user nor a recipe says."""
+
+
 @cli.command(context_settings=SETTINGS)
+@click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
 @click.option(
     "--size",
     "sizes",
@@ -202,33 +218,22 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     help="dense or a method; may be repeated.",
     show_default="eight of them",
 )
-@click.option("--rank", type=Number(), default=None, help="As in pretrain, for all methods with a rank.")
-@click.option("--vocab-size", type=click.IntRange(min=1), default=32_000, help="Entries of the vocabulary.")
-@click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens per sequence.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=512, help="Sequences per step, over all devices.")
+@partial(recipe_flags, only=PLANNED)
 @click.option(
-    "--micro-batch-size", type=click.IntRange(min=1), default=16, help="Sequences per device and forward pass."
-)
-@click.option("--precision", type=click.Choice(["fp32", "bf16", "bf16-pure"]), default="bf16", help="As in pretrain.")
-@click.option(
-    "--optimizer",
-    type=click.Choice(typing.get_args(setting_types()["optimizer"])),
-    default="adamw",
-    help="As in pretrain.",
-)
-@click.option(
-    "--checkpoint",
-    type=click.Choice(["none", "bottlenecks", "bottlenecks+attention", "blocks", "recurrence"]),
+    "--tokens",
     default=None,
-    help="What blocks keep for backward, for all methods.",
-    show_default="each method's own",
-)
-@click.option("--attention", default="sdpa", help="As in pretrain.")
-@click.option(
-    "--tokens", default=None, metavar="N", help="Budget, such as 1.1B.", show_default="20 per dense parameter"
+    metavar="N",
+    help="Budget, such as 1.1B.",
+    show_default="20 per dense parameter, or the recipe's steps",
 )
 @click.option("--accelerator", default="h100", metavar="NAME", help="What the run is priced for.")
-@click.option("--devices", type=click.IntRange(min=1), default=8, help="How many of them, data parallel.")
+@click.option(
+    "--devices",
+    type=click.IntRange(min=1),
+    default=None,
+    help="How many of them, data parallel.",
+    show_default="8, with recipes 1",
+)
 @click.option(
     "--utilisation", type=float, default=0.4, help="Assumed part of the peak rate; recomputation counts as work."
 )
@@ -245,13 +250,15 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
 def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fits: float | None, **given: Any) -> None:
     """What training would take before it is begun: parameters, FLOPs, memory, time, energy and price, method by method.
 
-    Nothing is trained and no memory is taken for the models; a few seconds for each row.
+    Each RECIPE, a YAML file, is one row: the run that `lorank pretrain RECIPE` makes, where flags win over it as there. Without
+    recipes there is a row for each method at each size or model; an option goes to the methods that have it. Nothing is
+    trained, and no memory is taken for the models; a few seconds for each row.
     """
     if as_json and as_csv:
         raise ValueError("--json and --csv exclude each other; give one of them")
     console = _quiet_console()
     if paper is not None:
-        flags = {option.name: option.opts[0] for option in ctx.command.params}
+        flags = {option.name: option.opts[0] for option in ctx.command.params} | {"recipes": "the recipe"}
         untouched = click.core.ParameterSource.DEFAULT
         free = ("paper", "as_json", "as_csv")
         for name in ctx.params:
@@ -265,20 +272,30 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
     overrides = {"flops": given.pop("flops"), "watts": given.pop("watts"), "dollars_per_hour": given.pop("price")}
     accelerator = find_accelerator(given.pop("accelerator"))
     accelerator = accelerator._replace(**{name: value for name, value in overrides.items() if value is not None})
-    fleet = Fleet(accelerator=accelerator, devices=given.pop("devices"), utilisation=given.pop("utilisation"))
+    recipes = given.pop("recipes")
+    devices = given.pop("devices") or (1 if recipes else 8)
+    fleet = Fleet(accelerator=accelerator, devices=devices, utilisation=given.pop("utilisation"))
     tokens = given.pop("tokens")
     budget = None if tokens is None else forecast.read_tokens(tokens)
-    sizes, models = forecast.split_names(given.pop("sizes")), list(given.pop("models"))
-    methods = given.pop("methods")
-    names = forecast.split_names(methods) if methods else list(forecast.METHODS)
-    shapes = [Recipe(size=size, **given) for size in sizes or ([] if models else ["60m"])]
-    shapes += [Recipe(model=model, **given) for model in models]
-    for size in sizes:
+    sizes, models, methods = (given.pop(name) for name in ("sizes", "models", "methods"))
+    if recipes and (sizes or models or methods):
+        raise ValueError(
+            "a recipe has its own model and method; plan for them apart, or drop --size, --model and --method"
+        )
+    for size in (sizes := forecast.split_names(sizes)):
         find_size(size)
+    shapes = [{"size": size} for size in sizes] + [{"model": model} for model in models] or [{"size": "60m"}]
+    names = forecast.split_names(methods) if methods else list(forecast.METHODS)
+    flags = {name: value for name, value in given.items() if value not in (None, ())}
     with _errors_console().status("counting") as status:
         say = lambda line: status.update(f"counting {line}")  # noqa: E731
-        found = forecast.forecast_all(shapes, names, fleet=fleet, tokens=budget, say=say)
-        fit = forecast.fit_all(shapes, names, fits, say=say) if fits is not None else []
+        if recipes:
+            files = {path: _recipe(path, flags) for path in recipes}
+            found = forecast.forecast_recipes(files, fleet=fleet, tokens=budget, say=say)
+        else:
+            asked = [_recipe(None, {**PLANNED, **flags, **shape}) for shape in shapes]
+            found = forecast.forecast_all(asked, names, fleet=fleet, tokens=budget, say=say)
+        fit = forecast.fit_all(found, fits, say=say) if fits is not None else []
     if as_json:
         click.echo(plans.forecasts_json(found, fit, fits))
     elif as_csv:
@@ -444,7 +461,12 @@ def _errors_console() -> Any:
     default="tokens",
     help="What is the same for all: the first contestant's. flops and time change steps, params and memory rank or width.",
 )
-@click.option("--tasks", default="", metavar="TASK,TASK...", help="Tasks of lm-evaluation-harness: lorank[eval].")
+@click.option(
+    "--tasks",
+    default="",
+    metavar="TASK,TASK...",
+    help="Of lm-evaluation-harness (lorank[eval]), or YAML files in its format.",
+)
 @click.option("--out", default="runs/compare", help="Folder of the runs, results.json and report.html.")
 @click.option("--resume", metavar="FOLDER", default=None, help="Continue this comparison exactly as it began.")
 @partial(recipe_flags, without=("method", "seed"))

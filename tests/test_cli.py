@@ -121,6 +121,23 @@ def test_plan_of_a_configuration(lorank, tmp_path: Path) -> None:
     assert code == 0 and "cola" in out, err
 
 
+def test_plan_of_recipes(lorank, tmp_path: Path) -> None:
+    common = "size: tiny\nvocab_size: 300\nsequence_length: 32\nsteps: 40\nwarmup_steps: 4\ntokenizer: no/such\n"
+    for name, text in (("dense", "method: dense\n"), ("mine", "method: galore\noptions: {update_gap: 5}\n")):
+        (tmp_path / f"{name}.yaml").write_text(common + text)
+    files = [tmp_path / "dense.yaml", tmp_path / "mine.yaml"]
+    code, out, err = lorank("plan", *files)
+    assert code == 0, err
+    assert "A run of 10.2 k tokens" in out and "galore" in out and max(map(len, out.splitlines())) <= 80
+    flags = ["--option", "in_backward=true", "--targets", "mlp", "--precision", "bf16", "--json"]
+    code, out, err = lorank("plan", files[1], *flags)
+    [record] = json.loads(out)["forecasts"]
+    assert record["options"] == {"in_backward": True} and record["devices"] == 1 and record["precision"] == "bf16"
+    assert (record["recipe"], record["steps"], record["batch_size"]) == (str(files[1]), 40, 8)
+    code, out, err = lorank("plan", files[0], "--size", "1b")
+    assert code == 2 and "a recipe has its own model and method" in err
+
+
 BAD = {
     "an unknown accelerator": ([*PLAN, "--accelerator", "h101"], "did you mean 'h100'"),
     "an empty set of methods": (["plan", "--method", ""], "no method to plan for"),
@@ -135,6 +152,9 @@ BAD = {
     "a price below nothing": ([*PLAN, "--price", "-1"], "dollars_per_hour=-1.0"),
     "devices that divide no batch": ([*PLAN, "--devices", "7"], "7 devices with micro-batches of 16"),
     "an unknown paper": (["plan", "--paper", "colla"], "did you mean 'cola'"),
+    "a recipe that is not there": (["plan", "recipes/nowhere.yaml"], "recipe recipes/nowhere.yaml does not exist"),
+    "an option of no method": ([*PLAN, "--option", "update_gap=3"], "none of dense, cola-m takes 'update_gap'"),
+    "a paper and a recipe": (["plan", "mine.yaml", "--paper", "cola"], "drop the recipe"),
     "a paper at another size": (["plan", "--paper", "cola", "--size", "1b"], "drop --size"),
     "two formats at once": (["plan", "--json", "--csv"], "exclude each other"),
     "a rank beyond reason": ([*PLAN, "--rank", "-3"], "rank=-3 is not positive"),

@@ -57,6 +57,12 @@ def sides(projection: Projection, m: int, n: int) -> tuple[bool, bool]:
     return not right, right
 
 
+def inside_shape(projection: Projection, m: int, n: int, rank: int) -> tuple[int, int]:
+    """Of R, for a gradient [m, n]."""
+    left, right = sides(projection, m, n)
+    return rank if left else m, rank if right else n
+
+
 def project(gradients: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
     """R of G [..., m, n]."""
     inside = gradients if left is None else left.mT @ gradients
@@ -202,7 +208,14 @@ class Subspace(Optimizer):
     ) -> int:
         """Bytes kept for a matrix [m, n] of `itemsize` bytes per number, `moments` of them by the inner optimizer on R."""
         left, right = sides(projection, m, n)
-        return moments((rank if left else m, rank if right else n), itemsize) + rank * (m * left + n * right) * itemsize
+        return moments(inside_shape(projection, m, n, rank), itemsize) + rank * (m * left + n * right) * itemsize
+
+    @staticmethod
+    def kept_gradient(
+        m: int, n: int, rank: int, *, in_backward: bool = False, projection: Projection = "std", **_: Any
+    ) -> tuple[int, int]:
+        """Shape of what waits for the step of a gradient [m, n] that backward has finished."""
+        return inside_shape(projection, m, n, rank) if in_backward else (m, n)
 
     def seen_parameters(self) -> list[nn.Parameter]:
         """Parameters whose ``.grad`` is what the optimizer sees; with `in_backward`, give these to ``clip_grad_norm_``."""

@@ -5,6 +5,8 @@ import io
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -28,14 +30,20 @@ def _under(title: str, table: Table) -> Group:
 
 
 def forecast_tables(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float = 0) -> RenderableType:
-    """Parameters and FLOPs, memory, the run, and what fits; a row for each method at each shape."""
+    """Parameters and FLOPs, memory, the run, and what fits; a row for each forecast."""
     parts: list[RenderableType] = [_parameters(found), "", _flops(found), "", _memory(found), "", _run(found)]
+    if any(f.file for f in found):
+        parts = [_settings(found), "", *parts]
     if fits:
-        parts += ["", _fits(fits, gib)]
+        parts += ["", _fits(found, fits, gib)]
     return Group(*parts, "", *_assumptions(found))
 
 
 def _names(found: Sequence[Forecast]) -> list[str]:
+    files = [f.file for f in found if f.file]
+    if files:
+        stems = [Path(file).stem for file in files]
+        return stems if len(set(stems)) == len(stems) else [_shape(file) for file in files]
     several = len({f.shape for f in found}) > 1
     return [f"{_shape(f.shape)} {f.recipe.method}" if several else f.recipe.method for f in found]
 
@@ -47,12 +55,26 @@ def _shape(name: str) -> str:
 
 def _first(found: Sequence[Forecast], one: Forecast) -> Forecast | None:
     """The dense row of the same shape."""
-    return next((f for f in found if f.shape == one.shape and f.recipe.method == "dense"), None)
+
+    def shape(f: Forecast) -> tuple[Any, ...]:
+        return f.shape, f.recipe.vocab_size, f.recipe.sequence_length
+
+    return next((f for f in found if shape(f) == shape(one) and f.recipe.method == "dense"), None)
 
 
 def _title(what: str, found: Sequence[Forecast]) -> str:
     shapes = {f.shape for f in found}
     return f"{what}, {_shape(found[0].shape)}" if len(shapes) == 1 else what
+
+
+def _settings(found: Sequence[Forecast]) -> Group:
+    """Where recipes differ that no other table says."""
+    table = _table("method", "rank", "a step", "at a time", "precision", "optimizer")
+    for name, f in zip(_names(found), found, strict=True):
+        r, rank = f.recipe, "-" if f.rank is None else "table" if isinstance(f.rank, dict) else f"{f.rank:g}"
+        step = f"{r.batch_size} × {r.sequence_length}"
+        table.add_row(name, r.method, rank, step, str(r.micro_batch_size), r.precision, r.optimizer)
+    return _under("Recipes, in sequences × tokens", table)
 
 
 def _parameters(found: Sequence[Forecast]) -> Group:
@@ -85,11 +107,10 @@ def _gib(size: float) -> str:
 
 
 def _memory(found: Sequence[Forecast]) -> Group:
-    r = found[0].recipe
-    title = (
-        f"Memory of one device in GiB, {r.micro_batch_size} sequences of {r.sequence_length} at a time, {r.precision}"
-    )
-    table = _table("weights", "gradients", r.optimizer, "activations", "peak", "when")
+    r, title = found[0].recipe, "Memory of one device in GiB"
+    if not found[0].file:
+        title += f", {r.micro_batch_size} sequences of {r.sequence_length} at a time, {r.precision}"
+    table = _table("weights", "gradients", "optimizer" if found[0].file else r.optimizer, "activations", "peak", "when")
     for name, f in zip(_names(found), found, strict=True):
         m = f.counts.memory
         parts = (m.weights_bytes, m.gradients_bytes, m.optimizer_bytes, m.activations_bytes, m.peak_bytes)
@@ -131,11 +152,10 @@ def _duration(hours: float) -> str:
     )
 
 
-def _fits(fits: Sequence[Fit], gib: float) -> Group:
-    shapes = list(fits[0].micro_batch)
-    table = _table(*(f"micro-batch, {_shape(s)}" for s in shapes), "largest size at micro-batch 1")
-    for fit in fits:
-        table.add_row(fit.method, *(str(fit.micro_batch[s] or "none") for s in shapes), fit.size or "none")
+def _fits(found: Sequence[Forecast], fits: Sequence[Fit], gib: float) -> Group:
+    table = _table("micro-batch", "largest size at micro-batch 1")
+    for name, fit in zip(_names(found), fits, strict=True):
+        table.add_row(name, str(fit.micro_batch or "none"), fit.size or "none")
     return _under(f"What fits in {gib:g} GiB", table)
 
 
@@ -154,9 +174,9 @@ def _assumptions(found: Sequence[Forecast]) -> list[str]:
         f"less), ${a.dollars_per_hour:.2f} per device and hour, full board power, no waiting for the network.",
     ]
     if found[0].budget_is_default:
-        lines.append(
-            f"Tokens: {TOKENS_PER_PARAMETER} for each parameter of the dense model, unless --tokens says otherwise."
-        )
+        each = f"{TOKENS_PER_PARAMETER} for each parameter of the dense model"
+        each = "those of each recipe's steps, padding included" if found[0].file else each
+        lines.append(f"Tokens: {each}, unless --tokens says otherwise.")
     return lines
 
 
@@ -164,28 +184,20 @@ def _assumptions(found: Sequence[Forecast]) -> list[str]:
 
 
 def forecasts_json(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float | None = None) -> str:
-    """Forecasts, and what fits if it was asked."""
-    content: dict = {"forecasts": [f.to_dict() for f in found]}
-    if fits:
-        content["fits"] = [
-            {"gib": gib, "method": f.method, "largest_micro_batch": f.micro_batch, "largest_size": f.size} for f in fits
-        ]
-    return json.dumps(content, indent=2)
+    """One record for each forecast; what fits is in its last three entries."""
+    return json.dumps({"forecasts": _records(found, fits, gib)}, indent=2)
 
 
 def forecasts_csv(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float | None = None) -> str:
-    """One line per forecast under a line of names; what fits is in the last three columns."""
+    """The same, one line each under a line of names."""
+    return records_csv(_records(found, fits, gib))
+
+
+def _records(found: Sequence[Forecast], fits: Sequence[Fit], gib: float | None) -> list[dict]:
     rows = [f.to_dict() for f in found]
-    by_method = {fit.method: fit for fit in fits}
-    if fits:
-        for row in rows:
-            fit = by_method[row["method"]]
-            row |= {
-                "fits_gib": gib,
-                "largest_micro_batch": fit.micro_batch[row["shape"]],
-                "largest_size": fit.size,
-            }
-    return records_csv(rows)
+    for row, fit in zip(rows, fits, strict=False):
+        row |= {"fits_gib": gib, "largest_micro_batch": fit.micro_batch, "largest_size": fit.size}
+    return rows
 
 
 def records_csv(rows: Sequence[dict]) -> str:

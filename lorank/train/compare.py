@@ -25,6 +25,7 @@ from lorank.train.matching import Costs
 from lorank.train.process import PretrainProcess, stop_on_signal
 from lorank.train.recipe import Recipe
 from lorank.train.run import absolute
+from lorank.train.tasks import check_tasks, is_file
 from lorank.train.trainer import write_whole
 
 PROBE_STEPS = 12
@@ -98,7 +99,8 @@ class Race:
                 something else.
         """
         out = Path(out).resolve()
-        comparison = dataclasses.replace(comparison, base=absolute(comparison.base))
+        tasks = [os.path.abspath(task) if is_file(task) else task for task in comparison.tasks]
+        comparison = dataclasses.replace(comparison, base=absolute(comparison.base), tasks=tasks)
         if (out / "comparison.json").exists():
             race = cls.open(out)
             was, now = race.comparison.to_dict(), comparison.to_dict()
@@ -112,8 +114,6 @@ class Race:
             raise ValueError(f"{out} is not an empty folder and holds no comparison; choose another --out")
         find_contestants(comparison)
         if comparison.tasks:
-            from lorank.train.tasks import check_tasks
-
             check_tasks(comparison.tasks)
         from lorank.train import data
 

@@ -15,7 +15,7 @@ from typing import Any, Self
 import yaml
 
 from lorank.train.matching import Costs, Figure, Match, flops_of, match_structure, narrow_to_match, with_steps
-from lorank.train.model import build_config, written_out
+from lorank.train.model import build_config, schedule_of, written_out
 from lorank.train.recipe import Recipe
 
 MATCHES = ("tokens", "flops", "time", "params", "memory")
@@ -235,6 +235,12 @@ def plan_contest(
             steps = _matched_steps(comparison, contestants[0], contestant, candidate, seconds_per_step or {})
             candidate.flops *= steps / candidate.recipe.steps
             candidate.recipe = with_steps(candidate.recipe, steps)
+            try:
+                schedule_of(candidate.recipe)
+            except ValueError as error:  # better now than when its turn comes
+                raise ValueError(
+                    f"{contestant.name}, at the {steps:,} steps that --match {comparison.match} gives it: {error}"
+                ) from None
     return contestants
 
 

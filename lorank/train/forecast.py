@@ -5,21 +5,21 @@ tensors); time, energy and price follow from them by the fleet's assumptions.
 """
 
 import dataclasses
-import functools
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
 from lorank import accounting
 from lorank.accelerators import Fleet, Run
 from lorank.methods import find_method
-from lorank.optim import find_optimizer
+from lorank.optim import find_optimizer, option_names
 from lorank.sizes import SIZES
-from lorank.train.model import check_name, rank_of
-from lorank.train.plan import Counts, count, empty_model, memory
+from lorank.train.model import check_name, rank_of, schedule_of
+from lorank.train.plan import Counts, count, empty_model, memory, optimizer_bytes
 from lorank.train.recipe import Recipe
 
 METHODS = ("dense", "low-rank", "cola", "cola-m", "crnet", "sltrain", "relora", "masa")
@@ -30,7 +30,7 @@ TOKENS_PER_PARAMETER = 20
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """One method at one shape."""
+    """One recipe: a method at a shape, or what a file says."""
 
     shape: str
     """A named size, or the model whose configuration it is."""
@@ -40,6 +40,8 @@ class Forecast:
     tokens: int
     """Of the whole run."""
     budget_is_default: bool = False
+    file: str | None = None
+    """Where the recipe was read."""
 
     @property
     def rank(self) -> Any:
@@ -83,6 +85,8 @@ class Forecast:
             "shape": self.shape,
             "method": recipe.method,
             "rank": self.rank,
+            "options": recipe.options,
+            "recipe": self.file,
             "precision": recipe.precision,
             "optimizer": recipe.optimizer,
             "checkpoint": self.checkpoint,
@@ -129,45 +133,98 @@ def forecast_all(
         say: told what is counted next.
 
     Raises:
-        ValueError: no method or shape, an unknown one, or a budget below one step.
+        ValueError: no method or shape, an unknown one, a setting that no method takes, or a budget below one step.
     """
     if not methods:
         raise ValueError("there is no method to plan for; name one, for example --method cola")
     if not shapes:
         raise ValueError("there is no model to plan for; name a size, for example --size 60m")
+    _check_taken(shapes[0], methods)
     found = []
     for shape in shapes:
-        name = shape.model or shape.size
-        _check_batch(shape, fleet.devices)
         budget = tokens
         if budget is None:
             dense = empty_model(with_method(shape, "dense"))
             budget = TOKENS_PER_PARAMETER * accounting.count_parameters(dense).total
-        if budget < (least := shape.batch_size * shape.sequence_length):
-            raise ValueError(
-                f"tokens={budget:,} are fewer than one step's {least:,} ({shape.batch_size} sequences of "
-                f"{shape.sequence_length}); give more, or a smaller --batch-size"
-            )
         for method in methods:
-            say(f"{method} {name}")
-            recipe = with_method(shape, method)
-            counts = count(recipe, _empty(recipe), devices=fleet.devices)
-            found.append(Forecast(name, recipe, counts, fleet, budget, tokens is None))
+            say(f"{method} {shape.model or shape.size}")
+            found.append(_forecast(with_method(shape, method), fleet, budget, tokens is None))
     return found
+
+
+def forecast_recipes(
+    recipes: Mapping[str, Recipe],
+    *,
+    fleet: Fleet,
+    tokens: int | None = None,
+    say: Callable[[str], object] = lambda line: None,
+) -> list[Forecast]:
+    """Every recipe as it is, by the name of its file.
+
+    Args:
+        tokens: of each run; None: the recipe's steps.
+
+    Raises:
+        ValueError: as training would before its first step, or a budget below one step.
+    """
+    found = []
+    for file, recipe in recipes.items():
+        say(file)
+        budget = recipe.steps * recipe.batch_size * recipe.sequence_length if tokens is None else tokens
+        try:
+            schedule_of(recipe)
+            found.append(_forecast(recipe, fleet, budget, tokens is None, file))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+    return found
+
+
+def _forecast(recipe: Recipe, fleet: Fleet, tokens: int, is_default: bool, file: str | None = None) -> Forecast:
+    if fleet.devices > 1 and recipe.options.get("in_backward"):
+        raise ValueError("in_backward=true sees the gradient of one process only; give --devices 1, or leave it out")
+    micro = recipe.micro_batch_size or max(1, recipe.batch_size // fleet.devices)
+    recipe = dataclasses.replace(recipe, micro_batch_size=micro)
+    _check_batch(recipe, fleet.devices)
+    if tokens < (least := recipe.batch_size * recipe.sequence_length):
+        raise ValueError(
+            f"tokens={tokens:,} are fewer than one step's {least:,} ({recipe.batch_size} sequences of "
+            f"{recipe.sequence_length}); give more, or a smaller --batch-size"
+        )
+    counts = count(recipe, _empty(recipe), devices=fleet.devices)
+    return Forecast(recipe.model or recipe.size, recipe, counts, fleet, tokens, is_default, file)
 
 
 def with_method(shape: Recipe, method: str) -> Recipe:
     """The recipe with another method; of the rank and a method's own settings it keeps those that apply."""
+    known = _settings_of(method)
     if method == "dense":
         return dataclasses.replace(shape, method=method, rank=None, options={}, targets=[], exclude=[])
-    return dataclasses.replace(shape, method=method, rank=shape.rank if _has_rank(method) else None)
+    options = {name: value for name, value in shape.options.items() if name in known}
+    return dataclasses.replace(shape, method=method, rank=shape.rank if "rank" in known else None, options=options)
 
 
-def _has_rank(method: str) -> bool:
+def _settings_of(method: str) -> list[str]:
+    """Rank and options that a method takes."""
     if method == "dense":
-        return False
+        return []
     check_name(method)
-    return find_optimizer(method) is not None or "rank" in find_method(method).__dataclass_fields__
+    if (optimizer := find_optimizer(method)) is not None:
+        return ["rank", *option_names(optimizer)]
+    return list(find_method(method).__dataclass_fields__)
+
+
+def _check_taken(shape: Recipe, methods: Sequence[str]) -> None:
+    """Raises ValueError for a rank, option or pattern of which none of the methods would hear."""
+    known = {name for method in methods for name in _settings_of(method)}
+    wanted = [*shape.options, *(["rank"] if shape.rank is not None else [])]
+    if any(method != "dense" for method in methods):
+        known |= {"targets", "exclude"}
+    wanted += [name for name in ("targets", "exclude") if getattr(shape, name)]
+    for name in wanted:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "drop it, or name a method that does"
+            raise ValueError(f"none of {', '.join(methods)} takes {name!r}; {hint}")
 
 
 def _empty(recipe: Recipe) -> PreTrainedModel:
@@ -190,50 +247,67 @@ def _check_batch(recipe: Recipe, devices: int) -> None:
 # ---- what fits
 
 
-@dataclasses.dataclass(frozen=True)
-class Fit:
-    """What of one method goes into a given memory."""
+class Fit(NamedTuple):
+    """What of one forecast goes into a given memory."""
 
-    method: str
-    micro_batch: dict[str, int]
-    """The most sequences at a time, by shape; 0 where not even one goes in."""
+    micro_batch: int
+    """The most sequences at a time; 0 where not even one goes in."""
     size: str | None
-    """The largest named size that trains with one sequence at a time."""
+    """The largest named size that trains, as its recipe says, with one sequence at a time."""
 
 
-def fit_all(
-    shapes: Sequence[Recipe],
-    methods: Sequence[str],
-    gib: float,
-    *,
-    say: Callable[[str], object] = lambda line: None,
-) -> list[Fit]:
-    """For each method what goes into `gib`, gradients of earlier micro-batches included.
+def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], object] = lambda line: None) -> list[Fit]:
+    """For each forecast what goes into `gib`, gradients of earlier micro-batches included.
 
     Raises:
         ValueError: nothing does, or the peak cannot be known.
     """
     if not gib > 0 or math.isinf(gib):
         raise ValueError(f"--fits {gib:g} is not a positive number of GiB")
-    found, least = [], (math.inf, "")
-    for method in methods:
-        batches = {}
-        for shape in shapes:
-            say(f"the largest micro-batch of {method}")
-            recipe = with_method(shape, method)
-            peak = functools.cache(functools.partial(_peak, recipe, _empty(recipe)))
-            name = shape.model or shape.size
-            batches[name] = largest_below(peak, gib * 2**30)
-            least = min(least, (peak(1), f"{method} {name}"))
-        say(f"the largest size of {method}")
-        sizes = {shape.size: batches[shape.size] > 0 for shape in shapes if shape.model is None}
-        found.append(Fit(method, batches, _largest_size(with_method(shapes[0], method), gib * 2**30, sizes)))
-    if not any(fit.size or any(fit.micro_batch.values()) for fit in found):
+    limit, fits, least, known = gib * 2**30, [], (math.inf, ""), dict[str, _Peaks]()
+
+    def peaks_of(recipe: Recipe) -> _Peaks:
+        if (key := repr(recipe)) not in known:
+            known[key] = _Peaks(recipe)
+        return known[key]
+
+    for one in found:
+        name = one.file or f"{one.recipe.method} {one.shape}"
+        say(f"the largest micro-batch of {name}")
+        peak = peaks_of(one.recipe).at
+        batch = largest_below(peak, limit)
+        least = min(least, (peak(1), name))
+        say(f"the largest size of {name}")
+        sizes = (dataclasses.replace(one.recipe, size=size, model=None) for size in reversed(SIZES))
+        fits.append(Fit(batch, next((trial.size for trial in sizes if peaks_of(trial).fits(limit)), None)))
+    if not any(fit.size or fit.micro_batch for fit in fits):
         raise ValueError(
             f"nothing fits in {gib:g} GiB: {least[1]}, the least of what was asked, needs {least[0] / 2**30:.3g} GiB for "
             "one sequence"
         )
-    return found
+    return fits
+
+
+class _Peaks:
+    """Peaks of a recipe's model in bytes by micro-batch, each measured once."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe, self.model, self.known = recipe, _empty(recipe), dict[int, float]()
+
+    def at(self, batch: int) -> float:
+        if batch not in self.known:
+            self.known[batch] = memory(self.recipe, self.model, batch, accumulate=True).peak_bytes
+        if math.isnan(self.known[batch]):
+            raise ValueError(
+                f"what fits is unknown for {self.recipe.model}: memory of mixtures of experts is not counted"
+            )
+        return self.known[batch]
+
+    def fits(self, limit: float) -> bool:
+        """Whether one sequence does."""
+        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        state = weights + optimizer_bytes(self.recipe, self.model)  # known at once
+        return state <= limit and self.at(1) <= limit
 
 
 def largest_below(f: Callable[[int], float], limit: float) -> int:
@@ -253,28 +327,6 @@ def largest_below(f: Callable[[int], float], limit: float) -> int:
         guess = min(max(guess, low + 1), high - 1)
         low, high = (guess, high) if f(guess) <= limit else (low, guess)
     return low
-
-
-def _peak(recipe: Recipe, model: PreTrainedModel, batch: int) -> float:
-    peak = memory(recipe, model, batch, accumulate=True).peak_bytes
-    if math.isnan(peak):
-        raise ValueError(f"what fits is unknown for {recipe.model}: memory of mixtures of experts is not counted")
-    return peak
-
-
-def _largest_size(recipe: Recipe, limit: float, known: Mapping[str, bool]) -> str | None:
-    for name in reversed(SIZES):
-        if name in known:
-            if known[name]:
-                return name
-            continue
-        trial = dataclasses.replace(recipe, size=name, model=None)
-        model = _empty(trial)
-        numbers, each = accounting.count_parameters(model), next(model.parameters()).element_size()
-        least = each * (numbers.total + 2 * numbers.trainable)  # weights, gradients and one moment: known at once
-        if least <= limit and _peak(trial, model, 1) <= limit:
-            return name
-    return None
 
 
 # ---- what a user writes

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -180,6 +180,14 @@ def build_method(recipe: Recipe) -> Any:
         return method(**_settings(recipe, method))
     except TypeError as error:  # a list where a name is meant, and the like
         raise ValueError(f"options: {recipe.method} cannot take {recipe.options}: {error}") from None
+
+
+def schedule_of(recipe: Recipe) -> Callable[[int], float] | None:
+    """Multiplier of the learning rate by steps done, of a method that has one of its own; ValueError if the steps are too few
+    for it."""
+    if recipe.method in ("dense", "eggroll") or find_optimizer(recipe.method) is not None:
+        return None
+    return build_method(recipe).schedule(recipe.steps, recipe.warmup_steps, recipe.min_lr_ratio)
 
 
 def _settings(recipe: Recipe, kind: type) -> dict[str, Any]:

@@ -150,3 +150,13 @@ def state_bytes(
             else:
                 total += inside(p.shape, p.element_size())
     return total
+
+
+def kept_gradients(
+    kind: type[torch.optim.Optimizer] | None,
+    ranks: Mapping[nn.Parameter, int] | None,
+    options: Mapping[str, Any] | None,
+) -> dict[nn.Parameter, tuple[int, int]]:
+    """Shape of what waits for the step of each projected gradient, where an optimizer projects as gradients arrive."""
+    shape: Any = getattr(kind, "kept_gradient", None)
+    return {} if shape is None else {p: shape(*p.shape, rank, **(options or {})) for p, rank in (ranks or {}).items()}

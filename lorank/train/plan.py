@@ -13,7 +13,7 @@ from lorank import accounting
 from lorank.conversion import find_sites
 from lorank.train.data import load_tokenizer
 from lorank.train.model import Projection, build_config, build_model, find_projection
-from lorank.train.optimizers import state_bytes
+from lorank.train.optimizers import kept_gradients, state_bytes
 from lorank.train.recipe import Recipe
 
 
@@ -99,7 +99,8 @@ def empty_model(recipe: Recipe) -> PreTrainedModel:
     """The recipe's model on the meta device: shapes without data."""
     if recipe.method == "eggroll":
         raise ValueError("a plan counts backward passes, which method=eggroll has none of; run it for a few steps")
-    tokenizer = load_tokenizer(recipe.tokenizer) if recipe.tokenizer else None
+    counted = recipe.tokenizer is not None and recipe.vocab_size is None  # all that a plan wants of a tokenizer
+    tokenizer = load_tokenizer(recipe.tokenizer) if counted else None
     if tokenizer is None and recipe.vocab_size is None:
         recipe = dataclasses.replace(recipe, vocab_size=4096)  # what a tokenizer trained on the data would have
     with torch.device("meta"):
@@ -122,12 +123,19 @@ def memory(recipe: Recipe, model: PreTrainedModel, batch: int, *, accumulate: bo
     kind, ranks, options = find_projection(recipe, model) or (None, None, None)
     return accounting.memory_estimate(
         model,
-        optimizer_bytes=state_bytes(model, recipe.optimizer, kind, ranks, options),
+        optimizer_bytes=optimizer_bytes(recipe, model),
+        kept_gradients=kept_gradients(kind, ranks, options),
         batch=batch,
         sequence_length=recipe.sequence_length,
         autocast=recipe.precision == "bf16",
         accumulate=accumulate,
     )
+
+
+def optimizer_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
+    """What the recipe's optimizer keeps between steps."""
+    kind, ranks, options = find_projection(recipe, model) or (None, None, None)
+    return state_bytes(model, recipe.optimizer, kind, ranks, options)
 
 
 def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:

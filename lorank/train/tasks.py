@@ -1,35 +1,63 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a trained model; an extra: pip install 'lorank[eval]'."""
+"""Tasks of EleutherAI's lm-evaluation-harness on a trained model; an extra: pip install 'lorank[eval]'.
 
+A task is a name of the harness's own, or a YAML file in its format.
+"""
+
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 
+def is_file(task: str) -> bool:
+    """Whether a task is named by its YAML file."""
+    return task.endswith((".yaml", ".yml"))
+
+
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Raises ValueError if the harness is not installed, or a task is none of its own."""
+    """Load the tasks with their data, so that nothing is trained for an evaluation that cannot be.
+
+    Raises:
+        ValueError: the harness is not installed, or a task does not exist or cannot be loaded.
+    """
     try:
-        from lm_eval.tasks import TaskManager
+        manager = _manager(tasks)
     except ImportError:
         raise ValueError(
             f"--tasks {','.join(tasks)} needs lm-evaluation-harness; install it with: pip install 'lorank[eval]'"
         ) from None
-    known = TaskManager().all_tasks
-    unknown = [task for task in tasks if task not in known]
-    if unknown:
-        raise ValueError(f"lm-evaluation-harness knows no task {unknown[0]!r}; list them with: lm-eval ls tasks")
+    for task in tasks:
+        if is_file(task):
+            if not Path(task).is_file():
+                raise ValueError(f"--tasks {task}: there is no such file")
+        elif task not in manager.all_tasks:
+            raise ValueError(f"lm-evaluation-harness knows no task {task!r}; list them with: lm-eval ls tasks")
+    try:
+        manager.load(list(tasks))
+    except Exception as error:  # whatever a YAML file or a data set that cannot be had makes of itself
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"--tasks {','.join(tasks)} cannot be loaded: {reason}") from error
 
 
 def run_tasks(folder: Path, tasks: Sequence[str], *, batch_size: int = 8) -> dict[str, dict[str, Any]]:
-    """Task -> metric -> value, of the model saved in `folder`."""
+    """Task -> "METRIC,FILTER" as the harness names them -> value, of the model saved in `folder`."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     from lorank.train.run import load_model
 
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of everything that is not named on its command line
     model, tokenizer = load_model(str(folder))
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = lm_eval.simple_evaluate(model=harness, tasks=list(tasks))["results"]
+    found = lm_eval.simple_evaluate(model=harness, tasks=list(tasks), task_manager=_manager(tasks))["results"]
     return {
-        task: {name: value for name, value in metrics.items() if isinstance(value, int | float)}
+        task: {name: value for name, value in metrics.items() if "," in name and isinstance(value, int | float)}
         for task, metrics in found.items()
     }
+
+
+def _manager(tasks: Sequence[str]) -> Any:
+    """What knows the tasks; the harness's own, of which there are thousands, only where one is wanted."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_defaults=not all(map(is_file, tasks)))

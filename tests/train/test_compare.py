@@ -255,6 +255,24 @@ def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tm
     assert found[2].candidates[0].recipe.warmup_steps == 4 and found[2].candidates[0].recipe.eval_every == 4
 
 
+def test_a_cycle_in_updates_stays_what_it_is_when_steps_are_matched(
+    base: Recipe, costs: Costs, quick: type[InThisProcess], tmp_path: Path
+) -> None:
+    long = dataclasses.replace(base, steps=20, eval_every=0, save_every=0)
+    asked = Comparison(base=long, methods=["cola", "relora"], own={"relora": {"option.cycle": [5]}}, match="flops")
+    race, watcher = Race.plan(asked, tmp_path / "race", Silent()), Silent()
+    cola, relora, _ = (one.candidates[0] for one in race.contestants)
+    assert relora.recipe.steps % 5 and relora.recipe.options["cycle"] == 5
+    assert relora.flops == pytest.approx(cola.flops, rel=0.5 / relora.recipe.steps)
+    race.run(watcher, after_each=lambda race: None)
+    assert race.failures() == {} and len(watcher.outcomes) == 3
+    asked = dataclasses.replace(asked, own={"relora": {"option.cycle": [18]}})
+    with pytest.raises(
+        ValueError, match=r"relora, at the 1\d steps that --match flops gives it: .* after cycle=18; give"
+    ):
+        plan_contest(asked, costs, tmp_path / "models")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # As a user meets it
 # ---------------------------------------------------------------------------------------------------------------------
@@ -304,7 +322,10 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 @pytest.mark.parametrize("mistake", BAD)
-def test_a_mistake_is_one_sentence_and_leaves_nothing(command, base: Recipe, mistake: str, tmp_path: Path) -> None:
+def test_a_mistake_is_one_sentence_and_leaves_nothing(
+    command, base: Recipe, mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     arguments, said = BAD[mistake]
     code, _, err = command(*arguments, *flags(base), "--out", "there")
     assert code == 2 and said in " ".join(err.split()) and err.startswith("lorank: ") and err.count("\n") == 1, err
@@ -370,10 +391,10 @@ def test_the_harness_is_called_with_the_model(base: Recipe, monkeypatch: pytest.
         asked.update(arguments)
         return {"results": {"arc_easy": {"acc,none": 0.25, "alias": "arc_easy"}}}
 
-    manager = types.SimpleNamespace(all_tasks=["arc_easy"])
+    manager = types.SimpleNamespace(all_tasks=["arc_easy"], load=lambda tasks: None)
     modules = {
         "lm_eval": types.SimpleNamespace(simple_evaluate=evaluate),
-        "lm_eval.tasks": types.SimpleNamespace(TaskManager=lambda: manager),
+        "lm_eval.tasks": types.SimpleNamespace(TaskManager=lambda include_defaults: manager),
         "lm_eval.models": types.SimpleNamespace(),
         "lm_eval.models.huggingface": types.SimpleNamespace(HFLM=lambda **arguments: arguments),
     }
