@@ -2,7 +2,7 @@
 
     W_l ≈ Ŵ_l + B_l A_l    Ŵ_l = Σ_s c_ls D_s    for the blocks l of a group; W_l [d_out, d_in], D [S, d_out, d_in]
 
-Three steps, which need some hundreds of thousands of tokens to look at and no gradients.
+Three steps, of which the first and the last look at some text, forward only.
 
     groups     p_l = softmax(head(mean over tokens of what block l gives))           [V]
                drift_l = KL(p_{l-1} ‖ p_l)       G groups: cuts before the G − 1 blocks of largest drift
@@ -209,8 +209,8 @@ def from_dense(
 
     Args:
         model: as of `lorank.convert`; to group its blocks, a language model with its head.
-        data: batches of token ids [b, n], of text that the model is good at and has not to be perfect on. Needed for
-            a number of groups above one and for residuals. The residual of d inputs wants many more than d tokens.
+        data: batches of token ids [b, n] of text like that which the model is to read; for a number of groups above one
+            and for residuals. A residual of d inputs wants many more than d tokens.
         targets, exclude: as of `lorank.convert`.
         fields: as of `lorank.MASA`; coefficients are a table.
 
@@ -255,7 +255,7 @@ def _fit(model: nn.Module, dense: dict[str, nn.Linear], factors: dict[str, Tenso
         for linear, layer, R in members:
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-            if layer.A is not None and layer.B is not None and R is not None:
+            if R is not None:
                 B, A = truncate(linear.weight - dictionary(layer.depth), R, layer.A.out_features)
                 layer.B.weight.copy_(B)
                 layer.A.weight.copy_(A)

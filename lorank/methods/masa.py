@@ -141,14 +141,10 @@ class Dictionary(nn.Module):
 
 
 class MASALinear(nn.Module):
-    """y = W_l x + b_l, with a residual B_l A_l x if it has a rank; the rest of W_l comes from a dictionary registered elsewhere.
-
-    `depth` is the block's place among those that share the dictionary.
-    """
+    """y = W_l x + b_l. Of W_l only a residual B_l A_l is the layer's own; the rest comes from a dictionary registered elsewhere, in
+    which the block is number `depth`."""
 
     dictionary: Dictionary
-    A: nn.Linear | None
-    B: nn.Linear | None
 
     def __init__(self, dictionary: Dictionary, depth: int, bias: bool, residual_rank: int | None = None):
         super().__init__()
@@ -156,25 +152,25 @@ class MASALinear(nn.Module):
         object.__setattr__(self, "dictionary", dictionary)  # no submodule: the body owns it; copies and pickles follow
         self.depth = depth
         self.bias = nn.Parameter(torch.empty(d_out, **options)) if bias else None
-        self.A = nn.Linear(d_in, residual_rank, bias=False, **options) if residual_rank else None
-        self.B = linear(residual_rank, d_out, bias=False, **options) if residual_rank else None
+        self.A: Any = nn.Linear(d_in, residual_rank, bias=False, **options) if residual_rank else None
+        self.B: Any = linear(residual_rank, d_out, bias=False, **options) if residual_rank else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         if self.bias is not None:
             nn.init.zeros_(self.bias)
-        if self.A is not None and self.B is not None:
+        if self.A is not None:
             nn.init.normal_(self.A.weight, std=self.A.in_features**-0.5)
             nn.init.zeros_(self.B.weight)
 
     def weight(self) -> Tensor:
         """W_l [d_out, d_in], residual included."""
         shared = self.dictionary(self.depth)
-        return shared if self.A is None or self.B is None else shared + self.B.weight @ self.A.weight
+        return shared if self.A is None else shared + self.B.weight @ self.A.weight
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.dictionary(self.depth), self.bias)
-        return y if self.A is None or self.B is None else y + self.B(self.A(x))
+        return y if self.A is None else y + self.B(self.A(x))
 
     def extra_repr(self) -> str:
         atoms, d_out, d_in = self.dictionary.atoms.shape
@@ -218,15 +214,15 @@ class MASA(Parametrization):
         for field, known in (("variant", VARIANTS), ("coefficients", COEFFICIENTS)):
             if (value := getattr(self, field)) not in known:
                 raise ValueError(f"{field}={value!r} is none of {', '.join(known)}")
-        if not isinstance(self.groups, int):
-            listed = tuple(self.groups) if isinstance(self.groups, Sequence) else ()
-            if not all(map(_is_whole, listed)) or listed[:1] != (0,) or sorted({*listed}) != [*listed]:
-                raise ValueError(
-                    f"groups={self.groups!r} is neither a number nor the first block of each group, ascending from 0"
-                )
-            object.__setattr__(self, "groups", listed)
-        elif not _is_whole(self.groups) or self.groups < 1:
-            raise ValueError(f"groups={self.groups!r} is not positive; give 1 for atoms that all blocks share")
+        if isinstance(self.groups, int):
+            if not _is_whole(self.groups) or self.groups < 1:
+                raise ValueError(f"groups={self.groups!r} is not positive; give 1 for atoms that all blocks share")
+        else:
+            firsts = tuple(self.groups) if isinstance(self.groups, Sequence) else ()
+            if not all(map(_is_whole, firsts)) or firsts[:1] != (0,) or firsts != tuple(sorted({*firsts})):
+                what = "neither a number nor the first block of each group, ascending from 0"
+                raise ValueError(f"groups={self.groups!r} is {what}")
+            object.__setattr__(self, "groups", firsts)
         if self.residual_rank is not None:
             check_rank(self.residual_rank, "residual_rank")
 
@@ -243,17 +239,15 @@ class MASA(Parametrization):
         return max(1, rank // 2) if less else rank
 
     def split(self, stack: Sequence[Site]) -> list[list[Site]]:
-        """All depths of one projection, in groups.
-
-        Raises:
-            ValueError: a group without a block.
-        """
+        """All depths of one projection, in groups; ValueError for a group without a block."""
         if isinstance(self.groups, int):
-            places = [index * self.groups // len(stack) for index in range(len(stack))]
+            found: list[list[Site]] = [[] for _ in range(self.groups)]
+            for index, site in enumerate(stack):
+                found[index * self.groups // len(stack)].append(site)
         else:
-            places = [bisect_right(self.groups, site.depth) - 1 for site in stack]
-        count = self.groups if isinstance(self.groups, int) else len(self.groups)
-        found = [[site for site, place in zip(stack, places, strict=True) if place == group] for group in range(count)]
+            found = [[] for _ in self.groups]
+            for site in stack:
+                found[bisect_right(self.groups, site.depth) - 1].append(site)
         if not all(found):
             blocks = f"the blocks {stack[0].depth} to {stack[-1].depth} of {stack[0].role}"
             raise ValueError(f"groups={self.groups}: of {blocks} none would be in group {found.index([])}; take fewer")
@@ -276,10 +270,7 @@ class MASA(Parametrization):
             check_table(self.residual_rank, sites, "residual_rank")
         large = []
         for role, stack in stacks.items():
-            if (
-                len(kinds := {(*s.linear.weight.shape, s.linear.weight.dtype, s.linear.weight.device) for s in stack})
-                > 1
-            ):
+            if len(kinds := {(*m.weight.shape, m.weight.dtype, m.weight.device) for *_, m in stack}) > 1:
                 raise ValueError(
                     f"{role} differs from block to block ({kinds}), so blocks cannot share its atoms; exclude those that differ"
                 )
@@ -287,23 +278,16 @@ class MASA(Parametrization):
             if sum(self.count(len(group)) for group in self.split(stack)) + residuals >= len(stack):
                 large.append(role)
         if large:
-            also = (
-                ""
-                if self.residual_rank is None
-                else ", or with residuals no fewer weights than dense; lower residual_rank or"
-            )
-            warnings.warn(
-                f"there are no fewer atoms than blocks in {', '.join(large)}{also or '; lower'} atoms", stacklevel=2
-            )
+            less = "atoms than blocks" if self.residual_rank is None else "weights in atoms and residuals than dense"
+            lower = "atoms" if self.residual_rank is None else "residual_rank"
+            warnings.warn(f"there are no fewer {less} in {', '.join(large)}; lower {lower}", stacklevel=2)
 
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
         groups, layers = self.split(sites), []
         for number, group in enumerate(groups):
-            weight, role = group[0].linear.weight, group[0].role.replace(".*.", ".").replace(".", "_")
-            key = role if len(groups) == 1 else f"{role}_{number}"
-            shared = Dictionary(
-                key, len(group), weight.shape, self.count(len(group)), self.coefficients, **_like(weight)
-            )
+            weight, key = group[0].linear.weight, group[0].role.replace(".*.", ".").replace(".", "_")
+            kind = f"{key}_{number}" if len(groups) > 1 else key, len(group), weight.shape, self.count(len(group))
+            shared = Dictionary(*kind, self.coefficients, **_like(weight))
             for depth, site in enumerate(group):
                 layers.append(MASALinear(shared, depth, site.linear.bias is not None, self.rank_of(site)))
         return layers

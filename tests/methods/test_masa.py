@@ -1,7 +1,12 @@
 """MASA: its sizes, limits, gradients, frozen coefficients and Matrix PCA, and where its atoms live."""
 
 import copy
+import json
+import os
 import pickle
+import socket
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -165,14 +170,19 @@ def test_parameters_of_groups_and_residuals(
     assert count_parameters(model).blocks == held - 2 * 96 * 32 - 32
 
 
-def test_a_plan_counts_groups_and_residuals() -> None:
-    options = {"groups": [0, 2, 6], "residual_rank": 64}
-    counted = plan(Recipe(method="masa", size="60m", rank=None, options=options))
+def test_a_plan_counts_groups_and_residuals(tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "num_attention_heads": 4}))
+    options = {"groups": [0, 3], "residual_rank": 6, "variant": "qkv"}
+    counted = plan(
+        Recipe(method="masa", model=str(tmp_path / "config.json"), vocab_size=64, rank=None, options=options)
+    )
     shown = {row.role: row for row in counted.rows}
-    assert shown["model.layers.*.self_attn.q_proj"].after == "MASALinear(atoms=1, residual_rank=64)"
-    assert shown["model.layers.*.self_attn.v_proj"].parameters_after == 8 * 32 * 2 * 512
-    assert shown["model.lorank_atoms"].parameters_after == 4 * (3 * 512 * 512 + 8 * 32 + 3 * (6272 + 65))
-    norms = 8 * 2 * 512
+    assert shown["model.layers.*.self_attn.q_proj"].after == "MASALinear(atoms=1, residual_rank=6)"
+    assert shown["model.layers.*.self_attn.v_proj"].parameters_after == 4 * 3 * (32 + 32)
+    assert shown["model.layers.*.self_attn.o_proj"].after == "stays dense"
+    assert shown["model.lorank_atoms"].parameters_after == 3 * (2 * 32 * 32 + 4 * 32 + 2 * (6272 + 65))
+    norms = 4 * 2 * 32
     assert sum(row.parameters_after for row in counted.rows) + norms == counted.model.parameters.blocks
 
 
@@ -225,7 +235,7 @@ def test_groups_and_residuals_train_and_are_saved_frozen_and_merged(
 ) -> None:
     table = {"residual_rank": {"(query|q_proj|o_proj|c_proj)$": 6, ".": 0.1}}
     model = convert(deep(small, name), MASA(**{**GROUPED, **table}, coefficients=coefficients)).train()
-    assert {layer.A.out_features for layer in layers(model).values()} == {6, 3 if name == "gpt2" else 2}  # type: ignore[union-attr]
+    assert {layer.A.out_features for layer in layers(model).values()} == {6, 3 if name == "gpt2" else 2}
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     losses = []
     for _ in range(5):
@@ -248,12 +258,61 @@ def test_groups_and_residuals_train_and_are_saved_frozen_and_merged(
 
 def test_weights_that_save_nothing_are_told(small: Callable[..., Any]) -> None:
     with pytest.warns(
-        UserWarning, match="no fewer atoms than blocks in .*q_proj, .*or with residuals no fewer weights"
+        UserWarning,
+        match="no fewer weights in atoms and residuals than dense in .*q_proj, .*o_proj; lower residual_rank",
     ):
         convert(deep(small), MASA(residual_rank=12))  # 2 of 6 atoms and 6 · 12 · 64 weights in place of 6 · 32²
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(deep(small), MASA(residual_rank={"[qo]_proj": 10, "[kv]_proj": 7}))
+
+
+SHARDED = r"""
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+from lorank import MASA, convert
+
+def net():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4}
+    return convert(LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).double(), MASA(groups=2, residual_rank=6))
+
+def train(model, part):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(3):
+        ids = part(torch.randint(0, 64, (4, 10), generator=torch.Generator().manual_seed(step)))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
+
+dist.init_process_group("gloo")
+alone, sharded, mesh = train(net(), lambda ids: ids), net(), init_device_mesh("cpu", (2,))
+for block in sharded.model.layers:
+    fully_shard(block, mesh=mesh)
+whole = train(fully_shard(sharded, mesh=mesh), lambda ids: ids.chunk(2)[dist.get_rank()])
+print(max(((a - b).norm() / a.norm()).item() for a, b in zip(alone, whole, strict=True)), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_over_two_processes_it_trains_as_in_one() -> None:
+    """FSDP2: atoms at the root, residuals in the blocks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["PYTHONPATH"] = str(Path(__file__).parents[2])
+    both = [
+        subprocess.Popen([sys.executable, "-c", SHARDED], env={**shared, "RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for r in "01"
+    ]  # fmt: skip
+    for process in both:
+        said, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error
+        assert float(said) < 1e-9
 
 
 # ---- 3, 6: gradients
