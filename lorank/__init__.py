@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.crnet import CRNet
     from lorank.methods.low_rank import LowRank
-    from lorank.methods.masa import MASA, freeze_coefficients, matrix_pca
+    from lorank.methods.masa import MASA, freeze_coefficients
     from lorank.methods.relora import ReLoRA
     from lorank.methods.sltrain import SLTrain
     from lorank.methods.sst import SST
     from lorank.methods.switchlora import SwitchLoRA
     from lorank.parametrization import Parametrization, Site, StepHook
+    from lorank.pca import matrix_pca
 
 __version__ = "0.1.0"
 
@@ -50,7 +51,7 @@ _HOME = {
     "SST": "methods.sst",
     "MASA": "methods.masa",
     "freeze_coefficients": "methods.masa",
-    "matrix_pca": "methods.masa",
+    "matrix_pca": "pca",
     "Parametrization": "parametrization",
     "Site": "parametrization",
     "StepHook": "parametrization",

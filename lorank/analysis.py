@@ -136,7 +136,7 @@ def analyze(
     model.eval()
     try:
         with torch.no_grad():
-            streams = _Streams(found)
+            streams = Streams(found)
             with streams.attached():
                 for batch in itertools.chain(first, rows):
                     streams.add(model, batch)
@@ -185,11 +185,12 @@ def _real(batch: Batch) -> int:
     return batch["input_ids"].numel() if mask is None else int(mask.sum())
 
 
-class _Streams:
-    """Sums of Gram matrices over batches, gathered by hooks on the projections."""
+class Streams:
+    """Sums of Gram matrices over batches, gathered by hooks on the projections; of their inputs alone if so asked."""
 
-    def __init__(self, found: list[Place]):
+    def __init__(self, found: list[Place], *, outputs: bool = True):
         self.places = found
+        self.wants_outputs = outputs
         self.tokens = 0
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
@@ -235,6 +236,8 @@ class _Streams:
             x_rows = self._rows(x)
             _accumulate(self.inputs, first, x_rows, x_rows)
         self.read = x, reader
+        if not self.wants_outputs:
+            return
         y = self._rows(output)
         for place in parts:
             own = place.rows(y.T).T

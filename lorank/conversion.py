@@ -70,13 +70,34 @@ def convert(
         method = method()
     if not isinstance(method, Parametrization):
         raise ValueError(f"method={method!r} is no method: give one such as CoLA(rank=128), its class, or its name")
+    sites = sites_to_convert(model, method, targets, exclude)
+    rewrite(model, method, sites)
+    recorded = {
+        "method": method.name,
+        "arguments": method.to_dict(),
+        "targets": _listed(targets) or None,
+        "exclude": _listed(exclude) or None,
+    }
+    if isinstance(model, PreTrainedModel):
+        from lorank.pretrained import record
+
+        record(model, {**recorded, "prefix": base_prefix(model)})
+    else:
+        model._lorank = recorded  # type: ignore[assignment]
+    return model
+
+
+def sites_to_convert(
+    model: nn.Module, method: Parametrization, targets: Patterns = None, exclude: Patterns = None
+) -> list[Site]:
+    """The projections that `convert` would rewrite; it raises and warns as that does, and changes nothing."""
     register(type(method))
     if earlier := next(filter(None, map(converted_with, model.modules())), None):
         raise ValueError(
             f"this model is already converted (method {earlier['method']!r}); convert a dense model instead"
         )
     if isinstance(model, PreTrainedModel):
-        from lorank.pretrained import config_class, record
+        from lorank.pretrained import config_class
 
         config_class(model.config.model_type)  # refuses an unknown architecture before anything is changed
     elif inner := next((type(m).__name__ for m in model.modules() if isinstance(m, PreTrainedModel)), None):
@@ -87,18 +108,7 @@ def convert(
     sites = choose_sites(wanted_sites(method, find_sites(model)), targets, exclude)
     _check_callers(model, sites)
     method.check(sites)
-    rewrite(model, method, sites)
-    recorded = {
-        "method": method.name,
-        "arguments": method.to_dict(),
-        "targets": _listed(targets) or None,
-        "exclude": _listed(exclude) or None,
-    }
-    if isinstance(model, PreTrainedModel):
-        record(model, {**recorded, "prefix": base_prefix(model)})
-    else:
-        model._lorank = recorded  # type: ignore[assignment]
-    return model
+    return sites
 
 
 def converted_with(model: nn.Module) -> dict[str, Any] | None:

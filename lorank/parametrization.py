@@ -120,6 +120,7 @@ class Parametrization:
         """The fields as JSON types; tables as lists of pairs, because transformers sorts the keys of its
         config.json."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {name: [*value] if isinstance(value, tuple) else value for name, value in fields.items()}
         return {
             name: {"in_order": [[*pair] for pair in value.items()]} if isinstance(value, Mapping) else value
             for name, value in fields.items()
@@ -183,25 +184,25 @@ def seeded_generator(*seeds: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def check_rank(rank: Rank) -> None:
-    """Raises ValueError unless `rank` is a positive integer, a fraction in (0, 1], or a non-empty table of these."""
+def check_rank(rank: Rank, option: str = "rank") -> None:
+    """Raises ValueError, in the name of `option`, unless `rank` is a positive integer, a fraction in (0, 1], or a non-empty table of these."""
     if isinstance(rank, Mapping):
         if not rank:
-            raise ValueError("rank={} is an empty table; give at least one pattern, for example {'.*': 0.25}")
+            raise ValueError(f"{option}={{}} is an empty table; give at least one pattern, for example {{'.*': 0.25}}")
         for pattern, value in rank.items():
             if not isinstance(pattern, str):
-                raise ValueError(f"rank: the pattern {pattern!r} is not a string; write it in quotes")
-            compile_pattern(pattern, "rank")
-            check_rank(value)
+                raise ValueError(f"{option}: the pattern {pattern!r} is not a string; write it in quotes")
+            compile_pattern(pattern, option)
+            check_rank(value, option)
     elif isinstance(rank, bool) or not isinstance(rank, int | float):
-        raise ValueError(f"rank={rank!r} is neither an integer, a fraction of the width, nor a table of patterns")
+        raise ValueError(f"{option}={rank!r} is neither an integer, a fraction of the width, nor a table of patterns")
     elif isinstance(rank, int) and rank < 1:
-        raise ValueError(f"rank={rank} is not positive; give an integer >= 1 or a fraction such as 0.25")
+        raise ValueError(f"{option}={rank} is not positive; give an integer >= 1 or a fraction such as 0.25")
     elif isinstance(rank, float) and not 0 < rank <= 1:
-        raise ValueError(f"rank={rank} is not a fraction in (0, 1]; give an integer for an absolute rank")
+        raise ValueError(f"{option}={rank} is not a fraction in (0, 1]; give an integer for an absolute rank")
 
 
-def check_table(rank: Rank, sites: Sequence[Site]) -> None:
+def check_table(rank: Rank, sites: Sequence[Site], option: str = "rank") -> None:
     """Raises ValueError for a table of ranks without a pattern for a site, or with one that decides nothing."""
     if isinstance(rank, Mapping):
         for site in sites:
@@ -210,7 +211,7 @@ def check_table(rank: Rank, sites: Sequence[Site]) -> None:
         for pattern in rank:
             if pattern not in used:
                 raise ValueError(
-                    f"rank: the pattern {pattern!r} decides nothing (no projection matches, or an earlier pattern takes all "
+                    f"{option}: the pattern {pattern!r} decides nothing (no projection matches, or an earlier pattern takes all "
                     "that do); drop it or mend it"
                 )
 

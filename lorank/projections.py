@@ -1,5 +1,6 @@
 """Where the projections of a model are, dense or converted, and which linear map each amounts to."""
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -9,6 +10,13 @@ from transformers.pytorch_utils import Conv1D
 
 from lorank.conversion import blocks, fusion_of, linear_layers
 from lorank.parametrization import Parametrization
+
+ATTENTION = re.compile(
+    r"(?:^|\.)(?:self_)?(?:attn|attention)\.(?:\w+\.)*"
+    r"(?:(?P<query>q_proj|q_lin|query)|(?P<key>k_proj|k_lin|key)|(?P<value>v_proj|v_lin|value)"
+    r"|(?P<output>o_proj|out_proj|out_lin|c_proj|dense))$"
+)
+"""Names that architectures give to the four projections of self-attention; cross-attention is not among them."""
 
 
 class Place(NamedTuple):
@@ -53,3 +61,13 @@ def linear_part(module: nn.Module, method: Parametrization | None) -> tuple[Tens
         if isinstance(A, nn.Linear) and isinstance(B, nn.Linear):
             return B.weight @ A.weight, "product"
         return (W.weight, "weight") if isinstance(W, nn.Linear) else (None, "none")
+
+
+def projection_type(name: str) -> str | None:
+    """ "query", "key", "value" or "output" by a module's full name; None for what is not self-attention.
+
+    >>> projection_type("transformer.h.0.attn.c_attn.query"), projection_type("transformer.h.0.mlp.c_proj")
+    ('query', None)
+    """
+    found = ATTENTION.search(name)
+    return found and found.lastgroup

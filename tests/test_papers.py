@@ -96,9 +96,11 @@ def test_published_parameters_are_those_of_our_models(size: str) -> None:
 def test_compression_by_masa_is_that_of_our_model() -> None:
     blocks, d = SIZES["60m"].layers, SIZES["60m"].hidden_size
     dense = 4 * d * d * blocks
+    from lorank.papers.masa import compression
+
     found = counted("60m", lorank.MASA(atoms=4, coefficients="table"))
     gone = accounting.dense_parameters(*papers.shape_of("60m")) - found.total
-    assert (gone + 4 * blocks * 4) / dense == lorank.methods.masa.compression(blocks, 4, 4)
+    assert (gone + 4 * blocks * 4) / dense == compression(blocks, 4, 4)
 
 
 @pytest.mark.parametrize(

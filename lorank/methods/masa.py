@@ -1,40 +1,46 @@
 """MASA: the attention projections of all blocks are mixtures of a few matrices, their atoms, which the blocks share.
 
-    y = W_l x (+ b_l)    W_l = Σ_s c_ls D_s    l = 1..L blocks, s = 1..S atoms, one dictionary per projection type
+    y = W_l x (+ b_l)    W_l = Σ_s c_ls D_s (+ B_l A_l)    l = 1..L blocks, s = 1..S atoms, one dictionary per projection type
 
-    x [..., d_in]   atoms D [S, d_out, d_in]   coefficients C [L, S]   b_l [d_out] (each block's own)
+    x [..., d_in]   atoms D [S, d_out, d_in]   coefficients C [L, S]   A_l [r, d_in]   B_l [d_out, r]   b_l [d_out]
 
 In training c_l is no free parameter: a small network reads an embedding of the block, c_l = MLP(e_l), e_l [32], widths
 32 → 64 → 64 → S with GELU. `freeze_coefficients` evaluates it once and keeps C alone. Query, key, value and output
-never share an atom; MLPs, norms and embeddings stay dense. The dictionaries hang at the root of the model's body, as
-`lorank_atoms`, and layers refer to them: each tensor is registered, sharded, decayed and saved once.
+never share an atom; MLPs, norms and embeddings stay dense. `groups` cuts the stack of blocks into consecutive groups with
+dictionaries of their own, and `residual_rank` gives each block its B_l A_l; by default there is one group and no residual.
+`MASA.from_dense` finds all of this for a trained model without training: Matrix PCA, see `lorank.pca`. Dictionaries hang
+at the root of the model's body, as `lorank_atoms`, and layers refer to them: each tensor is registered, sharded,
+decayed and saved once.
 
-Cost of one projection type: S d_in d_out + L S parameters instead of L d_in d_out, and L 32 + 6,272 + 65 S in place of
-L S while the network is there. Each call of a layer spends 2 S d_in d_out FLOPs on W_l, and twice that backward, beside
-the dense layer's. W_l is kept for backward unless the block is checkpointed, so MASA saves weights, gradients and
-optimizer state, not activations. Decoding forms W_l for each token: `lorank.merge` first where that matters.
+Cost of one projection type and group of L blocks: S d_in d_out + L S + L r (d_in + d_out) parameters instead of
+L d_in d_out, and L 32 + 6,272 + 65 S in place of L S while the network is there. Each call of a layer on n tokens spends
+2 S d_in d_out FLOPs on W_l and 2 n r (d_in + d_out) on the residual, and twice that backward, beside the dense layer's.
+W_l is kept for backward unless the block is checkpointed, so MASA saves weights, gradients and optimizer state, not
+activations. Decoding forms W_l for each token: `lorank.merge` first where that matters.
 
 Source: Zhussip et al., "Share Your Attention: Transformer Weight Sharing via Matrix-based Dictionary Learning", AAAI
-2026, arXiv 2508.04581.
+2026, arXiv 2508.04581. The paper trains one group without a residual; both are from its section on pretrained models.
 
-Choices where the paper's text is silent (we had neither its appendix nor code): all widths of the network and all initial values, which
-make c_ls = 1/√S + N(0, 0.02²), D ~ N(0, 0.02²), so that W_l has an atom's variance. W_l is formed in the parameters' own
-precision also under autocast. Departures: Matrix PCA treats all blocks as one group and drops the residual; the paper
-groups blocks by drift and keeps a low-rank part of the whitened residual.
+Choices where the paper's text is silent (we had neither its appendix nor code): all widths of the network and all initial
+values, which make c_ls = 1/√S + N(0, 0.02²), D ~ N(0, 0.02²), B_l = 0 and A_l ~ N(0, 1/d_in), so that W_l has an atom's
+variance; key and value get half the residual rank of query and output, where the paper says less. W_l is formed in the
+parameters' own precision also under autocast.
 """
 
-import re
 import warnings
-from collections.abc import Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorank.conversion import convert, converted_with
-from lorank.parametrization import Parametrization, Site
+from lorank.conversion import converted_with
+from lorank.layers import linear
+from lorank.parametrization import Parametrization, Rank, Site, check_rank, check_table, rank_at
+from lorank.projections import projection_type
 
 WIDTH, HIDDEN, STD = 32, 64, 0.02
 GELU_POWER = 0.4252
@@ -49,42 +55,10 @@ def combine(coefficients: Tensor, atoms: Tensor) -> Tensor:
     return (coefficients[None] @ atoms.flatten(1)).view(atoms.shape[1:])
 
 
-def compression(blocks: int, atoms: int, shared: int) -> float:
-    """Part of the attention's parameters that goes when `shared` of its four projections have atoms; C is not counted.
-
-    >>> compression(12, 4, 3)
-    0.5
-    """
-    return shared / 4 * (1 - atoms / blocks)
-
-
 def affine(layer: nn.Linear, x: Tensor) -> Tensor:
     """`layer` applied to one vector, as a sum of products: the last bits of a matrix-vector product depend on where in
     memory the weights lie, so that a loaded model would not repeat those of the saved one."""
     return (layer.weight * x).sum(-1) + layer.bias
-
-
-def matrix_pca(weights: Tensor, atoms: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The dictionary nearest to given matrices in Frobenius norm (arXiv 2508.04581, Matrix PCA).
-
-    Args:
-        weights: W [L, d_out, d_in].
-        atoms: S, from 1 to L.
-
-    Returns:
-        D [S, d_out, d_in], orthonormal (tr(D_i^T D_j) = δ_ij); C [L, S] with c_ls = tr(D_s^T W_l); and the squared error
-        Σ_l |W_l - Σ_s c_ls D_s|², which is the sum of the discarded eigenvalues of the Gram matrix [L, L].
-
-    Raises:
-        ValueError: more atoms than matrices, or none.
-    """
-    if not 1 <= atoms <= len(weights):
-        raise ValueError(f"atoms={atoms}: {len(weights)} matrices span 1 to {len(weights)} atoms; choose one of these")
-    flat = weights.flatten(1).to(torch.promote_types(weights.dtype, torch.float32))  # [L, d_out d_in]
-    _, values, basis = torch.linalg.svd(flat, full_matrices=False)
-    basis = basis[:atoms]
-    found = basis.view(atoms, *weights.shape[1:]), flat @ basis.T
-    return found[0].to(weights.dtype), found[1].to(weights.dtype), values[atoms:].square().sum()
 
 
 def depth_profile(blocks: int, atoms: int) -> Tensor:
@@ -161,130 +135,161 @@ class Dictionary(nn.Module):
         """Put a table of the network's values in its place."""
         network = self.coefficients
         assert isinstance(network, CoefficientNetwork)
-        blocks, options = len(network.embedding), {"device": self.atoms.device, "dtype": self.atoms.dtype}
-        self.coefficients = CoefficientTable(blocks, len(self.atoms), **options).train(network.training)
+        blocks = len(network.embedding)
+        self.coefficients = CoefficientTable(blocks, len(self.atoms), **_like(self.atoms)).train(network.training)
         self.coefficients.values.copy_(torch.stack([network(depth) for depth in range(blocks)]))
-
-    @torch.no_grad()
-    def fit(self, weights: Tensor) -> None:
-        """Matrix PCA of weights [L, d_out, d_in]; there must be a table."""
-        assert isinstance(self.coefficients, CoefficientTable)
-        atoms, values, _ = matrix_pca(weights, len(self.atoms))
-        self.atoms.copy_(atoms)
-        self.coefficients.values.copy_(values)
 
 
 class MASALinear(nn.Module):
-    """y = W_l x + b_l; W_l comes from a dictionary that is registered elsewhere."""
+    """y = W_l x + b_l. Of W_l only a residual B_l A_l is the layer's own; the rest comes from a dictionary registered elsewhere, in
+    which the block is number `depth`."""
 
     dictionary: Dictionary
 
-    def __init__(self, dictionary: Dictionary, depth: int, bias: bool):
+    def __init__(self, dictionary: Dictionary, depth: int, bias: bool, residual_rank: int | None = None):
         super().__init__()
-        atoms = dictionary.atoms
+        (_, d_out, d_in), options = dictionary.atoms.shape, _like(dictionary.atoms)
         object.__setattr__(self, "dictionary", dictionary)  # no submodule: the body owns it; copies and pickles follow
         self.depth = depth
-        self.bias = nn.Parameter(torch.empty(atoms.shape[1], device=atoms.device, dtype=atoms.dtype)) if bias else None
+        self.bias = nn.Parameter(torch.empty(d_out, **options)) if bias else None
+        self.A: Any = nn.Linear(d_in, residual_rank, bias=False, **options) if residual_rank else None
+        self.B: Any = linear(residual_rank, d_out, bias=False, **options) if residual_rank else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+        if self.A is not None:
+            nn.init.normal_(self.A.weight, std=self.A.in_features**-0.5)
+            nn.init.zeros_(self.B.weight)
+
+    def weight(self) -> Tensor:
+        """W_l [d_out, d_in], residual included."""
+        shared = self.dictionary(self.depth)
+        return shared if self.A is None else shared + self.B.weight @ self.A.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.dictionary(self.depth), self.bias)
+        y = F.linear(x, self.dictionary(self.depth), self.bias)
+        return y if self.A is None else y + self.B(self.A(x))
 
     def extra_repr(self) -> str:
         atoms, d_out, d_in = self.dictionary.atoms.shape
-        return f"d_in={d_in}, d_out={d_out}, atoms={atoms}"
+        residual = "" if self.A is None else f", residual_rank={self.A.out_features}"
+        return f"d_in={d_in}, d_out={d_out}, atoms={atoms}{residual}"
+
+
+def _like(tensor: Tensor) -> dict[str, Any]:
+    return {"device": tensor.device, "dtype": tensor.dtype}
 
 
 # ---- the method
 
-PROJECTION = re.compile(
-    r"(?:^|\.)(?:self_)?(?:attn|attention)\.(?:\w+\.)*"
-    r"(?:(?P<query>q_proj|q_lin|query)|(?P<key>k_proj|k_lin|key)|(?P<value>v_proj|v_lin|value)"
-    r"|(?P<output>o_proj|out_proj|out_lin|c_proj|dense))$"
-)
-"""Names that architectures give to the four projections of self-attention; cross-attention is not rewritten."""
 VARIANTS = {"qkv": ("query", "key", "value"), "qkvo": ("query", "key", "value", "output")}
-COEFFICIENTS, STARTS = ("network", "table"), ("random", "pca")
+COEFFICIENTS = ("network", "table")
 Model = TypeVar("Model", bound=nn.Module)
-
-
-def projection_type(name: str) -> str | None:
-    """ "query", "key", "value" or "output" by a module's full name; None for what is not self-attention.
-
-    >>> projection_type("transformer.h.0.attn.c_attn.query"), projection_type("transformer.h.0.mlp.c_proj")
-    ('query', None)
-    """
-    found = PROJECTION.search(name)
-    return found and found.lastgroup
 
 
 @dataclass(frozen=True, kw_only=True)
 class MASA(Parametrization):
-    """MASA with its hyper-parameters; ValueError for values out of range and for ones that exclude each other."""
+    """MASA with its hyper-parameters; ValueError for values out of range."""
 
     name: ClassVar[str] = "masa"
 
     atoms: int | float = 1 / 3
-    """S: a number, or a fraction of the number of blocks (the paper's L/3), at least one."""
+    """S of each group: a number, or a fraction of the group's blocks (the paper's L/3); at least one, at most one per block."""
     variant: Literal["qkv", "qkvo"] = "qkvo"
     """Which projections are shared; "qkv" leaves the output projection dense and costs the paper less accuracy."""
     coefficients: Literal["network", "table"] = "network"
     """Where c_l comes from: the network, or a table C that is trained itself, with a depth-aware start."""
-    start: Literal["random", "pca"] = "random"
-    """ "pca" keeps the weights of the model that is converted, as well as S atoms can (with coefficients="table")."""
+    groups: int | Sequence[int] = 1
+    """Consecutive blocks with atoms of their own: the number of groups, as equal as can be, or the first block of each: (0, 4, 9)."""
+    residual_rank: Rank | None = None
+    """r, None for no residual: an integer or a fraction of the width, of which key and value get half; or a table {pattern: either},
+    taken as it is."""
 
     def __post_init__(self) -> None:
-        whole = isinstance(self.atoms, int) and not isinstance(self.atoms, bool) and self.atoms >= 1
+        whole = _is_whole(self.atoms) and self.atoms >= 1
         if not whole and not (isinstance(self.atoms, float) and 0 < self.atoms < 1):
             raise ValueError(f"atoms={self.atoms!r} is neither an integer >= 1 nor a fraction of the blocks in (0, 1)")
-        for field, known in (("variant", VARIANTS), ("coefficients", COEFFICIENTS), ("start", STARTS)):
+        for field, known in (("variant", VARIANTS), ("coefficients", COEFFICIENTS)):
             if (value := getattr(self, field)) not in known:
                 raise ValueError(f"{field}={value!r} is none of {', '.join(known)}")
-        if self.start == "pca" and self.coefficients != "table":
-            raise ValueError("start='pca' finds coefficients that no network holds; add coefficients='table'")
+        if isinstance(self.groups, int):
+            if not _is_whole(self.groups) or self.groups < 1:
+                raise ValueError(f"groups={self.groups!r} is not positive; give 1 for atoms that all blocks share")
+        else:
+            firsts = tuple(self.groups) if isinstance(self.groups, Sequence) else ()
+            if not all(map(_is_whole, firsts)) or firsts[:1] != (0,) or firsts != tuple(sorted({*firsts})):
+                what = "neither a number nor the first block of each group, ascending from 0"
+                raise ValueError(f"groups={self.groups!r} is {what}")
+            object.__setattr__(self, "groups", firsts)
+        if self.residual_rank is not None:
+            check_rank(self.residual_rank, "residual_rank")
 
     def count(self, blocks: int) -> int:
-        """S for a stack of that many blocks."""
-        return self.atoms if isinstance(self.atoms, int) else max(1, round(self.atoms * blocks))
+        """S of a group of that many blocks."""
+        return min(self.atoms, blocks) if isinstance(self.atoms, int) else max(1, round(self.atoms * blocks))
+
+    def rank_of(self, site: Site) -> int | None:
+        """r at a site; never more than its narrower side."""
+        if self.residual_rank is None:
+            return None
+        rank = min(rank_at(self.residual_rank, site), site.d_in, site.d_out)
+        less = not isinstance(self.residual_rank, Mapping) and projection_type(site.name) in ("key", "value")
+        return max(1, rank // 2) if less else rank
+
+    def split(self, stack: Sequence[Site]) -> list[list[Site]]:
+        """All depths of one projection, in groups; ValueError for a group without a block."""
+        if isinstance(self.groups, int):
+            found: list[list[Site]] = [[] for _ in range(self.groups)]
+            for index, site in enumerate(stack):
+                found[index * self.groups // len(stack)].append(site)
+        else:
+            found = [[] for _ in self.groups]
+            for site in stack:
+                found[bisect_right(self.groups, site.depth) - 1].append(site)
+        if not all(found):
+            blocks = f"the blocks {stack[0].depth} to {stack[-1].depth} of {stack[0].role}"
+            raise ValueError(f"groups={self.groups}: of {blocks} none would be in group {found.index([])}; take fewer")
+        return found
 
     def wants(self, site: Site) -> bool:
         return projection_type(site.name) in VARIANTS[self.variant]
 
     def check(self, sites: Sequence[Site]) -> None:
-        stacks: dict[str, list[nn.Linear]] = {}
+        stacks: dict[str, list[Site]] = {}
         for site in sites:
-            stacks.setdefault(site.role, []).append(site.linear)
+            stacks.setdefault(site.role, []).append(site)
         found = {projection_type(site.name) for site in sites}
         if lacking := [kind for kind in VARIANTS[self.variant] if kind not in found]:
             raise ValueError(
                 f"masa shares {', '.join(VARIANTS[self.variant])} but finds no {' nor '.join(lacking)} among {', '.join(stacks)}; "
                 "choose another variant, targets or architecture"
             )
-        for role, linears in stacks.items():
-            if len(kinds := {(*m.weight.shape, m.weight.dtype, m.weight.device) for m in linears}) > 1:
+        if self.residual_rank is not None:
+            check_table(self.residual_rank, sites, "residual_rank")
+        large = []
+        for role, stack in stacks.items():
+            if len(kinds := {(*m.weight.shape, m.weight.dtype, m.weight.device) for *_, m in stack}) > 1:
                 raise ValueError(
                     f"{role} differs from block to block ({kinds}), so blocks cannot share its atoms; exclude those that differ"
                 )
-            if self.start == "pca" and self.count(len(linears)) > len(linears):
-                raise ValueError(f"atoms={self.atoms}: PCA of {len(linears)} blocks gives no more than that; lower it")
-        if many := [role for role, linears in stacks.items() if self.count(len(linears)) >= len(linears)]:
-            warnings.warn(f"there are no fewer atoms than blocks in {', '.join(many)}; lower atoms", stacklevel=2)
+            residuals = sum((self.rank_of(site) or 0) / site.break_even_rank for site in stack)  # in dense matrices
+            if sum(self.count(len(group)) for group in self.split(stack)) + residuals >= len(stack):
+                large.append(role)
+        if large:
+            less = "atoms than blocks" if self.residual_rank is None else "weights in atoms and residuals than dense"
+            lower = "atoms" if self.residual_rank is None else "residual_rank"
+            warnings.warn(f"there are no fewer {less} in {', '.join(large)}; lower {lower}", stacklevel=2)
 
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
-        weight, blocks, pca = sites[0].linear.weight, len(sites), self.start == "pca"
-        key = sites[0].role.replace(".*.", ".").replace(".", "_")
-        options = {"device": weight.device, "dtype": weight.dtype}
-        shared = Dictionary(key, blocks, weight.shape, self.count(blocks), self.coefficients, **options)
-        layers = [MASALinear(shared, depth, site.linear.bias is not None) for depth, site in enumerate(sites)]
-        if pca and not weight.is_meta:
-            shared.fit(torch.stack([site.linear.weight for site in sites]))
-            for layer, site in zip(layers, sites, strict=True):
-                if layer.bias is not None:
-                    layer.bias.data.copy_(site.linear.bias)
+        groups, layers = self.split(sites), []
+        for number, group in enumerate(groups):
+            weight, key = group[0].linear.weight, group[0].role.replace(".*.", ".").replace(".", "_")
+            kind = f"{key}_{number}" if len(groups) > 1 else key, len(group), weight.shape, self.count(len(group))
+            shared = Dictionary(*kind, self.coefficients, **_like(weight))
+            for depth, site in enumerate(group):
+                layers.append(MASALinear(shared, depth, site.linear.bias is not None, self.rank_of(site)))
         return layers
 
     def finish(self, model: nn.Module) -> None:
@@ -294,7 +299,7 @@ class MASA(Parametrization):
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         assert isinstance(module, MASALinear)
-        return module.dictionary(module.depth), module.bias
+        return module.weight(), module.bias
 
     def finalize(self, model: nn.Module) -> None:
         if self.coefficients == "network":
@@ -304,15 +309,20 @@ class MASA(Parametrization):
         del _body(model).lorank_atoms
 
     @classmethod
-    def from_dense(cls, model: Model, **fields: Any) -> Model:
-        """Rewrite an existing model in place, keeping its weights as well as S atoms can (Matrix PCA); `fields` as of the
-        class."""
-        return convert(model, cls(**{"coefficients": "table", "start": "pca", **fields}))
+    def from_dense(cls, model: Model, *, data: Iterable[Tensor] | None = None, **fields: Any) -> Model:
+        """Matrix PCA: rewrite an existing model in place, keeping its weights as well as it can; see `lorank.pca.from_dense`.
 
-    @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
-        """A model that is built again gets its values from a file: there is nothing to analyse."""
-        return super().from_dict({**fields, "start": "random"})
+        Args:
+            data: batches of token ids [b, n], for a number of groups and for residuals.
+            fields: as of the class, and `targets` and `exclude` as of `lorank.convert`.
+        """
+        from lorank.pca import from_dense
+
+        return from_dense(model, data=data, **fields)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _body(model: nn.Module) -> Any:

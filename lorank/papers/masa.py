@@ -1,12 +1,20 @@
 """Costs as the MASA paper prints them."""
 
-from lorank.methods.masa import compression
 from lorank.papers import VOCABULARY, Paper, PaperTable
 
 SHAPES = {"s": (768, 12), "m": (1024, 24), "l": (1536, 24)}
 """(d, L), inferred from the published totals: tied embeddings, MLPs of width 4 d without a gate."""
 KV_HEADS = {"s": 1 / 6, "m": 1 / 8, "l": 1 / 6}
 """Key-value heads per query head in the paper's GQA rows, inferred from its compression."""
+
+
+def compression(blocks: int, atoms: int, shared: int) -> float:
+    """Part of the attention's parameters that goes when `shared` of its four projections have atoms; C is not counted.
+
+    >>> compression(12, 4, 3)
+    0.5
+    """
+    return shared / 4 * (1 - atoms / blocks)
 
 
 def parameters(row: str, name: str) -> float:

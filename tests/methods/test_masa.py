@@ -1,7 +1,13 @@
 """MASA: its sizes, limits, gradients, frozen coefficients and Matrix PCA, and where its atoms live."""
 
 import copy
+import json
+import os
 import pickle
+import socket
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +19,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
-from lorank import MASA, convert, freeze_coefficients, matrix_pca, merge
+from lorank import MASA, convert, freeze_coefficients, merge
 from lorank.accounting import count_parameters
-from lorank.methods.masa import CoefficientNetwork, CoefficientTable, Dictionary, MASALinear, projection_type
+from lorank.methods.masa import CoefficientNetwork, CoefficientTable, Dictionary, MASALinear
 from lorank.parametrization import SHARED
+from lorank.projections import projection_type
 from lorank.train.optimizers import build_optimizer
 from lorank.train.plan import plan
 from lorank.train.recipe import Recipe
@@ -140,6 +147,174 @@ def test_a_single_atom_is_one_matrix_for_all_blocks(small: Callable[..., Any], t
     assert torch.equal(model(tokens).logits, dense(tokens).logits)
 
 
+# ---- groups and residuals
+
+GROUPED: dict[str, Any] = {"groups": (0, 4), "residual_rank": 6}
+
+
+@pytest.mark.parametrize("variant", ["qkv", "qkvo"])
+@pytest.mark.parametrize("coefficients", ["network", "table"])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_parameters_of_groups_and_residuals(
+    small: Callable[..., Any], variant: Any, coefficients: Any, heads: int
+) -> None:
+    shape = {"num_key_value_heads": heads}
+    model = convert(deep(small, **shape), MASA(variant=variant, coefficients=coefficients, **GROUPED))
+    held = deep(small, **shape).num_parameters()
+    for d_out, rank in ((32, 6), (8 * heads, 3), (8 * heads, 3), (32, 6))[: len(variant)]:
+        held += -6 * 32 * d_out + 6 * rank * (32 + d_out)  # for six dense matrices six residuals
+        for blocks, atoms in ((4, 1), (2, 1)):  # a third of each group's blocks
+            network = 32 * blocks + 6272 + 65 * atoms
+            held += atoms * 32 * d_out + (network if coefficients == "network" else blocks * atoms)
+    assert model.num_parameters() == held
+    assert count_parameters(model).blocks == held - 2 * 96 * 32 - 32
+
+
+def test_a_plan_counts_groups_and_residuals(tmp_path: Path) -> None:
+    shape = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "num_attention_heads": 4}))
+    options = {"groups": [0, 3], "residual_rank": 6, "variant": "qkv"}
+    counted = plan(
+        Recipe(method="masa", model=str(tmp_path / "config.json"), vocab_size=64, rank=None, options=options)
+    )
+    shown = {row.role: row for row in counted.rows}
+    assert shown["model.layers.*.self_attn.q_proj"].after == "MASALinear(atoms=1, residual_rank=6)"
+    assert shown["model.layers.*.self_attn.v_proj"].parameters_after == 4 * 3 * (32 + 32)
+    assert shown["model.layers.*.self_attn.o_proj"].after == "stays dense"
+    assert shown["model.lorank_atoms"].parameters_after == 3 * (2 * 32 * 32 + 4 * 32 + 2 * (6272 + 65))
+    norms = 4 * 2 * 32
+    assert sum(row.parameters_after for row in counted.rows) + norms == counted.model.parameters.blocks
+
+
+def test_flops_of_a_layer_with_a_residual() -> None:
+    layer = MASALinear(Dictionary("q", 6, (24, 16), 3, "network"), 2, False, 5)
+    with FlopCounterMode(display=False) as counter:
+        y = layer(torch.randn(10, 16, requires_grad=True))
+        forward = 2 * 10 * 24 * 16 + 2 * 3 * 24 * 16 + 2 * 10 * 5 * (24 + 16)
+        assert counter.get_total_flops() == forward
+        y.sum().backward()
+    assert counter.get_total_flops() == 3 * forward
+
+
+def test_one_group_by_either_name_is_what_it_was(small: Callable[..., Any]) -> None:
+    models = []
+    for fields in ({}, {"groups": 1}, {"groups": [0]}):
+        torch.manual_seed(3)
+        models.append(convert(deep(small), MASA(**fields)))
+    first, *others = (model.state_dict() for model in models)
+    assert all(
+        first.keys() == other.keys() and all(map(torch.equal, first.values(), other.values())) for other in others
+    )
+
+
+def test_groups_of_a_number_are_as_equal_as_can_be(small: Callable[..., Any]) -> None:
+    for groups, sizes in ((2, [3, 3]), (4, [2, 1, 2, 1]), (5, [2, 1, 1, 1, 1]), ((0, 1, 5), [1, 4, 1])):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of groups of one block
+            model = convert(deep(small), MASA(groups=groups, **TABLE))
+        found = [d.coefficients.values.shape for key, d in dictionaries(model).items() if "q_proj" in key]
+        assert found == [(size, max(1, round(size / 3))) for size in sizes]
+        depths = [layer.depth for name, layer in layers(model).items() if "q_proj" in name]
+        assert depths == [depth for size in sizes for depth in range(size)]
+
+
+def test_groups_share_nothing_and_residuals_start_at_nothing(small: Callable[..., Any], tokens: Tensor) -> None:
+    plain, model = (convert(deep(small), MASA(groups=(0, 4), residual_rank=r, **TABLE)) for r in (None, 6))
+    plain.load_state_dict(model.state_dict(), strict=False)
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    model.model.layers[5].self_attn.q_proj(torch.randn(5, 32)).sum().backward()
+    touched = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    key = "model.lorank_atoms.model_layers_self_attn_q_proj_1"
+    assert touched == {f"{key}.atoms", f"{key}.coefficients.values", "model.layers.5.self_attn.q_proj.B.weight"}
+
+
+@pytest.mark.parametrize("coefficients", ["network", "table"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
+def test_groups_and_residuals_train_and_are_saved_frozen_and_merged(
+    small: Callable[..., Any], tokens: Tensor, tmp_path: Path, name: str, coefficients: Any
+) -> None:
+    table = {"residual_rank": {"(query|q_proj|o_proj|c_proj)$": 6, ".": 0.1}}
+    model = convert(deep(small, name), MASA(**{**GROUPED, **table}, coefficients=coefficients)).train()
+    assert {layer.A.out_features for layer in layers(model).values()} == {6, 3 if name == "gpt2" else 2}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        losses.append(loss_of(model, tokens))
+        losses[-1].backward()
+        optimizer.step()
+    assert all(p.grad.abs().max() > 0 for name, p in model.named_parameters() if "key" not in name)
+    assert loss_of(model.eval(), tokens) < 0.95 * losses[0]
+    before = model(tokens).logits
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(loaded.eval()(tokens).logits, before)
+    assert loaded.config.lorank["arguments"] == model.config.lorank["arguments"]
+    if coefficients == "network":
+        assert torch.equal(freeze_coefficients(loaded)(tokens).logits, before)
+    torch.testing.assert_close(merge(loaded)(tokens).logits, before, rtol=1e-4, atol=1e-5)
+
+
+def test_weights_that_save_nothing_are_told(small: Callable[..., Any]) -> None:
+    with pytest.warns(
+        UserWarning,
+        match="no fewer weights in atoms and residuals than dense in .*q_proj, .*o_proj; lower residual_rank",
+    ):
+        convert(deep(small), MASA(residual_rank=12))  # 2 of 6 atoms and 6 · 12 · 64 weights in place of 6 · 32²
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        convert(deep(small), MASA(residual_rank={"[qo]_proj": 10, "[kv]_proj": 7}))
+
+
+SHARDED = r"""
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import LlamaConfig, LlamaForCausalLM
+from lorank import MASA, convert
+
+def net():
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4}
+    return convert(LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).double(), MASA(groups=2, residual_rank=6))
+
+def train(model, part):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(3):
+        ids = part(torch.randint(0, 64, (4, 10), generator=torch.Generator().manual_seed(step)))
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
+
+dist.init_process_group("gloo")
+alone, sharded, mesh = train(net(), lambda ids: ids), net(), init_device_mesh("cpu", (2,))
+for block in sharded.model.layers:
+    fully_shard(block, mesh=mesh)
+whole = train(fully_shard(sharded, mesh=mesh), lambda ids: ids.chunk(2)[dist.get_rank()])
+print(max(((a - b).norm() / a.norm()).item() for a, b in zip(alone, whole, strict=True)), flush=True)
+dist.destroy_process_group()
+"""
+
+
+def test_sharded_over_two_processes_it_trains_as_in_one() -> None:
+    """FSDP2: atoms at the root, residuals in the blocks."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared["PYTHONPATH"] = str(Path(__file__).parents[2])
+    both = [
+        subprocess.Popen([sys.executable, "-c", SHARDED], env={**shared, "RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for r in "01"
+    ]  # fmt: skip
+    for process in both:
+        said, error = process.communicate(timeout=240)
+        assert process.returncode == 0, error
+        assert float(said) < 1e-9
+
+
 # ---- 3, 6: gradients
 
 
@@ -221,86 +396,10 @@ def test_a_run_keeps_coefficients_and_no_network(tmp_path: Path) -> None:
     assert found is not None and found.parameters == model.num_parameters()
 
 
-def test_from_dense_keeps_a_model_that_its_atoms_span(small: Callable[..., Any], tokens: Tensor) -> None:
-    dense = small("llama").eval()
-    expected = dense(tokens).logits
-    with pytest.warns(UserWarning, match="no fewer atoms than blocks"):
-        model = MASA.from_dense(dense, atoms=len(dense.model.layers))
-    torch.testing.assert_close(model(tokens).logits, expected, rtol=1e-4, atol=1e-5)
-    assert merge(model).config.model_type == "llama"
-
-
 def test_only_masa_has_coefficients_to_freeze(small: Callable[..., Any]) -> None:
     for model in (small("llama"), convert(small("llama"), "low-rank")):
         with pytest.raises(ValueError, match="no coefficient network to freeze; convert with MASA"):
             freeze_coefficients(model)
-
-
-# ---- 7: Matrix PCA
-
-
-@pytest.mark.parametrize("atoms", [1, 3, 5])
-def test_matrix_pca_keeps_the_leading_eigenvalues_of_the_gram_matrix(atoms: int) -> None:
-    weights = torch.randn(5, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    d, c, error = matrix_pca(weights, atoms)
-    inner = torch.einsum("iab,jab->ij", d, d)
-    torch.testing.assert_close(inner, torch.eye(atoms, dtype=torch.float64), rtol=0, atol=1e-12)
-    for block in range(5):
-        for s in range(atoms):
-            torch.testing.assert_close(c[block, s], torch.trace(d[s].T @ weights[block]))
-    residual = weights - sum(c[:, s, None, None] * d[s] for s in range(atoms))
-    eigenvalues = torch.linalg.eigvalsh(torch.einsum("iab,jab->ij", weights, weights))  # ascending
-    discarded = eigenvalues[: 5 - atoms].sum()
-    torch.testing.assert_close(residual.square().sum(), discarded, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(error, discarded, rtol=1e-10, atol=1e-12)
-    assert error > 0.1 or atoms == 5
-
-
-def test_atoms_stay_orthonormal_where_blocks_are_equal() -> None:
-    weights = torch.ones(4, 3, 5) * torch.tensor([1.0, 1.0, 2.0, 2.0])[:, None, None]
-    d, c, error = matrix_pca(weights, 3)
-    torch.testing.assert_close(torch.einsum("iab,jab->ij", d, d), torch.eye(3), rtol=0, atol=1e-6)
-    torch.testing.assert_close(torch.einsum("ls,sab->lab", c, d), weights)
-    assert error < 1e-9
-
-
-def test_matrix_pca_needs_as_many_matrices_as_atoms() -> None:
-    for atoms in (0, 4):
-        with pytest.raises(ValueError, match=f"atoms={atoms}: 3 matrices span 1 to 3 atoms"):
-            matrix_pca(torch.randn(3, 2, 2), atoms)
-
-
-def trained(model: Any) -> Any:
-    """Biases that are not zero, as after training."""
-    for module in model.modules():
-        if getattr(module, "bias", None) is not None:
-            nn.init.normal_(module.bias, std=0.1)
-    return model
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
-def test_a_trained_model_is_kept_by_pca(small: Callable[..., Any], tokens: Tensor, tmp_path: Path, name: str) -> None:
-    dense = trained(deep(small, name))
-    with pytest.warns(UserWarning, match="no fewer atoms"):
-        whole = convert(copy.deepcopy(dense), MASA(atoms=6, start="pca", **TABLE))
-    torch.testing.assert_close(whole(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-5)
-
-    model = convert(copy.deepcopy(dense), MASA(atoms=4, start="pca", **TABLE))
-    if name == "llama":
-        for role in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            weights = torch.stack([block.self_attn.get_submodule(role).weight for block in dense.model.layers])
-            kept = torch.stack(
-                [b.self_attn.get_submodule(role).dictionary(i) for i, b in enumerate(model.model.layers)]
-            )
-            eigenvalues = torch.linalg.eigvalsh(torch.einsum("iab,jab->ij", weights, weights))
-            torch.testing.assert_close((weights - kept).square().sum(), eigenvalues[:2].sum())
-    model.save_pretrained(tmp_path)
-    assert model.config.lorank["arguments"]["start"] == "pca"
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    assert torch.equal(loaded(tokens).logits, model(tokens).logits)
-    torch.manual_seed(0)
-    fresh = AutoModelForCausalLM.from_config(model.config)  # no weights to analyse: a random start
-    assert all(0.015 < d.atoms.std() < 0.025 for d in dictionaries(fresh).values())
 
 
 # ---- 8, 9: training state, initial values
@@ -464,8 +563,17 @@ def test_cross_attention_stays_dense() -> None:
         ({"atoms": "4"}, "atoms='4' is neither"),
         ({"variant": "qk"}, "variant='qk' is none of qkv, qkvo"),
         ({"coefficients": "mlp"}, "coefficients='mlp' is none of network, table"),
-        ({"start": "dense"}, "start='dense' is none of random, pca"),
-        ({"start": "pca"}, "start='pca' finds coefficients that no network holds; add coefficients='table'"),
+        ({"groups": 0}, "groups=0 is not positive; give 1 for atoms that all blocks share"),
+        ({"groups": True}, "groups=True is not positive"),
+        (
+            {"groups": (1, 3)},
+            r"groups=\(1, 3\) is neither a number nor the first block of each group, ascending from 0",
+        ),
+        ({"groups": [0, 3, 3]}, r"groups=\[0, 3, 3\] is neither"),
+        ({"groups": "two"}, "groups='two' is neither"),
+        ({"groups": 1.5}, "groups=1.5 is neither"),
+        ({"residual_rank": 0}, "residual_rank=0 is not positive; give an integer >= 1 or a fraction"),
+        ({"residual_rank": {}}, "residual_rank={} is an empty table"),
     ],
 )
 def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -479,7 +587,15 @@ def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -
         ({"targets": "mlp"}, {}, "targets='mlp' matches no linear layer of the blocks; they are: .*q_proj"),
         ({"exclude": "v_proj"}, {}, "finds no value among .*; choose another variant, targets or architecture"),
         ({"targets": "o_proj"}, {}, "finds no query nor key nor value among model"),
-        ({}, {"atoms": 7, "start": "pca", **TABLE}, "atoms=7: PCA of 6 blocks gives no more than that; lower it"),
+        ({}, {"groups": 7}, "groups=7: of the blocks 0 to 5 of .*q_proj none would be in group"),
+        (
+            {},
+            {"groups": (0, 3, 6)},
+            r"groups=\(0, 3, 6\): of the blocks 0 to 5 .* none would be in group 2; take fewer",
+        ),
+        ({"exclude": r"layers\.[01]\."}, {"groups": (0, 2)}, "of the blocks 2 to 5 .* none would be in group 0"),
+        ({}, {"residual_rank": {"q_proj": 4}}, r"no pattern for model\.layers\.0\.self_attn\.k_proj"),
+        ({}, {"residual_rank": {".": 4, "up_proj": 2}}, "residual_rank: the pattern 'up_proj' decides nothing"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(

@@ -1,0 +1,261 @@
+"""Matrix PCA: the attention of a trained model written as MASA writes it, without training.
+
+    W_l ≈ Ŵ_l + B_l A_l    Ŵ_l = Σ_s c_ls D_s    for the blocks l of a group; W_l [d_out, d_in], D [S, d_out, d_in]
+
+Three steps, of which the first and the last look at some text, forward only.
+
+    groups     p_l = softmax(head(mean over tokens of what block l gives))           [V]
+               drift_l = KL(p_{l-1} ‖ p_l)       G groups: cuts before the G − 1 blocks of largest drift
+    atoms      the S leading eigenvectors of the Gram matrix of a group's W_l, c_ls = ⟨D_s, W_l⟩
+    residual   min |(W_l − Ŵ_l − B_l A_l) X_lᵀ| over rank r, X_l [n, d_in] what W_l reads: with the Cholesky factor
+               R Rᵀ = X_lᵀ X_l / n and the SVD (W_l − Ŵ_l) R = U Σ Vᵀ,   B_l = U_r Σ_r^½,   A_l = Σ_r^½ V_rᵀ R⁻¹
+
+The cuts are those that make the drifts within groups least in sum. The error of the residual on the data is then
+√(σ²_{r+1} + …), the least that rank r can have. Memory beside the model: one matrix [d_in, d_in] in float64 for each input
+of a projection (query, key and value read the same), and the weights until the end.
+
+Source: Zhussip et al., arXiv 2508.04581, "Matrix Weight-Sharing for Pretrained Models"; structure and ranks are those of
+`lorank.methods.masa`. The paper's appendix, with the steps of grouping and the allocation of ranks, we have not seen. Ours are:
+where to cut; the direction of KL; that the head is all that comes after the last block, final norm included; square
+roots of Σ on either side; and the ridge, `RIDGE`.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lorank.analysis import Streams
+from lorank.conversion import Patterns, blocks, convert, sites_to_convert
+from lorank.methods.masa import MASA, CoefficientTable, Dictionary, MASALinear
+from lorank.projections import places
+
+Model = TypeVar("Model", bound=nn.Module)
+RIDGE = 1e-6
+"""Added to an autocorrelation's diagonal, in units of its mean, where a direction has less: one that the data do not enter."""
+
+
+# ---- the mathematics
+
+
+def matrix_pca(weights: Tensor, atoms: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The dictionary nearest to given matrices in Frobenius norm (arXiv 2508.04581, eq. 4).
+
+    Args:
+        weights: W [L, d_out, d_in].
+        atoms: S, from 1 to L.
+
+    Returns:
+        D [S, d_out, d_in], orthonormal (tr(D_i^T D_j) = δ_ij); C [L, S] with c_ls = tr(D_s^T W_l); and the squared error
+        Σ_l |W_l - Σ_s c_ls D_s|², which is the sum of the discarded eigenvalues of the Gram matrix [L, L].
+
+    Raises:
+        ValueError: more atoms than matrices, or none.
+    """
+    if not 1 <= atoms <= len(weights):
+        raise ValueError(f"atoms={atoms}: {len(weights)} matrices span 1 to {len(weights)} atoms; choose one of these")
+    flat = weights.flatten(1).to(torch.promote_types(weights.dtype, torch.float32))  # [L, d_out d_in]
+    _, values, basis = torch.linalg.svd(flat, full_matrices=False)
+    basis = basis[:atoms]
+    found = basis.view(atoms, *weights.shape[1:]), flat @ basis.T
+    return found[0].to(weights.dtype), found[1].to(weights.dtype), values[atoms:].square().sum()
+
+
+def drifts(logits: Tensor) -> Tensor:
+    """KL(p_{l-1} ‖ p_l) in nats [L - 1] of distributions p_l that follow one another, from their logits [L, V]."""
+    log = logits.double().log_softmax(-1)
+    return (log[:-1].exp() * (log[:-1] - log[1:])).sum(-1)
+
+
+def cuts(drift: Tensor, groups: int) -> tuple[int, ...]:
+    """First block of each of that many groups of consecutive blocks, for drifts [L - 1]; the earlier one if two are equal.
+
+    >>> cuts(torch.tensor([0.9, 0.1, 0.2, 0.8]), 3)
+    (0, 1, 4)
+
+    Raises:
+        ValueError: more groups than blocks, or none.
+    """
+    if not 1 <= groups <= len(drift) + 1:
+        raise ValueError(f"groups={groups}: there are {len(drift) + 1} blocks; choose from 1 to that many")
+    largest = drift.sort(descending=True, stable=True).indices[: groups - 1]
+    return (0, *sorted(int(index) + 1 for index in largest))
+
+
+def whitening(autocorrelation: Tensor) -> Tensor:
+    """Lower triangular R [d, d] with R Rᵀ = XᵀX / n [d, d], plus a ridge (`RIDGE`) if that is singular or almost."""
+    ridge = RIDGE * autocorrelation.diagonal().mean()
+    R, failed = torch.linalg.cholesky_ex(autocorrelation)
+    if failed or R.diagonal().square().min() < ridge:
+        R = torch.linalg.cholesky(autocorrelation + (ridge or 1.0) * torch.eye(len(R), dtype=R.dtype, device=R.device))
+    return R
+
+
+def truncate(residual: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The B [d_out, r], A [r, d_in] that make |(residual - B A) R| least; residual [d_out, d_in], R [d_in, d_in] triangular."""
+    U, sigma, V = torch.linalg.svd(residual.to(R.dtype) @ R, full_matrices=False)
+    root = sigma[:rank].sqrt()
+    return U[:, :rank] * root, torch.linalg.solve_triangular(R, root[:, None] * V[:rank], upper=False, left=False)
+
+
+# ---- what the data say
+
+
+class Calibration(NamedTuple):
+    """What `calibrate` found."""
+
+    drift: Tensor
+    """By how much each block but the first moves what the model would predict, in nats [L - 1]."""
+    whitening: dict[str, Tensor]
+    """R [d_in, d_in] of what each projection reads."""
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module, data: Iterable[Tensor], projections: Collection[str], *, drift: bool = True, inputs: bool = True
+) -> Calibration:
+    """Run `data`, batches of token ids [b, n], through a language model, once and in evaluation mode.
+
+    Args:
+        projections: names of those that are to be rewritten.
+        drift: look at what the blocks give; they are one stack, and the model has its head.
+        inputs: look at what the projections read.
+
+    Raises:
+        ValueError: no batches, something that is none, several stacks, no head, or activations that are not finite.
+    """
+    stacks = {stack for stack, depth, _ in blocks(model) if any(n.startswith(f"{stack}.{depth}.") for n in projections)}
+    if drift and len(stacks) > 1:
+        raise ValueError(
+            f"the blocks of {', '.join(sorted(stacks))} do not follow one another; give the first block of each group"
+        )
+    chain = [block for stack, _, block in blocks(model) if stack in stacks]
+    streams = Streams([place for place in places(model) if inputs and place.name in projections], outputs=False)
+    sums: dict[int, Tensor] = {}
+    plain = [False] * len(chain)
+
+    def see(depth: int, output: Any) -> None:
+        plain[depth] = isinstance(output, Tensor)
+        state = (output if plain[depth] else output[0]).double().flatten(0, -2).sum(0)
+        sums[depth] = sums[depth] + state if depth in sums else state
+
+    training, device = model.training, next(model.parameters()).device
+    hooks = [
+        block.register_forward_hook(lambda module, args, output, depth=depth: see(depth, output))
+        for depth, block in enumerate(chain if drift else [])
+    ]
+    model.eval()
+    try:
+        with streams.attached():
+            for batch in data:
+                if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
+                    raise ValueError("data: a batch is a tensor of token ids [b, n]; give a list of these")
+                streams.add(model, {"input_ids": batch.to(device)})
+        if not streams.tokens:
+            raise ValueError("data: there is not a single batch to look at")
+        for hook in hooks:
+            hook.remove()
+        moved = torch.zeros(0)
+        if drift:
+            means = torch.stack([sums[depth] / streams.tokens for depth in range(len(chain))])
+            moved = drifts(_predictions(model, chain, means, plain[0]))
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(training)
+    if not all(gram.isfinite().all() for gram in streams.inputs.values()) or not moved.isfinite().all():
+        raise ValueError("the model's activations are not finite numbers; it has diverged, take an earlier one")
+    factors = {reader: whitening(gram / streams.tokens) for reader, gram in streams.inputs.items()}
+    return Calibration(moved, {name: factors[reader] for name, reader in streams.reads.items()})
+
+
+def _predictions(model: nn.Module, chain: list[nn.Module], states: Tensor, plain: bool) -> Tensor:
+    """Logits [L, V] if each state [L, d] in turn were what the last block gives: the blocks stand aside for one token."""
+    found = []
+    token = torch.zeros(1, 1, dtype=torch.int64, device=states.device)
+    try:
+        for state in states.to(next(model.parameters()).dtype):
+            output = state[None, None] if plain else (state[None, None], None)
+            for block in chain:
+                block.forward = lambda *args, output=output, **kwargs: output  # type: ignore[method-assign]
+            logits = getattr(model(input_ids=token, use_cache=False), "logits", None)
+            if logits is None:
+                raise ValueError(
+                    f"this {type(model).__name__} predicts no tokens; give the model with its head, or the first block of each group"
+                )
+            found.append(logits[0])
+    finally:
+        for block in chain:
+            block.__dict__.pop("forward", None)
+    return torch.cat(found)
+
+
+# ---- the conversion
+
+
+def from_dense(
+    model: Model,
+    *,
+    data: Iterable[Tensor] | None = None,
+    targets: Patterns = None,
+    exclude: Patterns = None,
+    **fields: Any,
+) -> Model:
+    """Rewrite an existing model in place as MASA's, with atoms, coefficients and residuals that keep its weights.
+
+    A number of `groups` in `fields` becomes the groups that drift suggests; the model's configuration records them.
+
+    Args:
+        model: as of `lorank.convert`; to group its blocks, a language model with its head.
+        data: batches of token ids [b, n] of text like that which the model is to read; for a number of groups above one
+            and for residuals. A residual of d inputs wants many more than d tokens.
+        targets, exclude: as of `lorank.convert`.
+        fields: as of `lorank.MASA`; coefficients are a table.
+
+    Raises:
+        ValueError: as `lorank.convert` and `calibrate`; data that are lacking or of no use. The model is then unchanged.
+    """
+    method = MASA(**{"coefficients": "table", **fields})
+    if method.coefficients != "table":
+        raise ValueError("Matrix PCA finds coefficients that no network holds; drop coefficients, or give 'table'")
+    to_group, to_whiten = isinstance(method.groups, int) and method.groups > 1, method.residual_rank is not None
+    if (data is None) == (to_group or to_whiten):
+        lacking = "a number of groups and residuals follow from data: give data=, batches of token ids [b, n]"
+        raise ValueError(
+            lacking if data is None else "data= is of no use without residual_rank or a number of groups; drop it"
+        )
+    dense = {site.name: site.linear for site in sites_to_convert(model, method, targets, exclude)}
+    factors: dict[str, Tensor] = {}
+    if data is not None:
+        drift, factors = calibrate(model, data, dense, drift=to_group, inputs=to_whiten)
+        if to_group:
+            assert isinstance(method.groups, int)
+            method = dataclasses.replace(method, groups=cuts(drift, method.groups))
+    convert(model, method, targets=targets, exclude=exclude)
+    _fit(model, dense, factors)
+    return model
+
+
+@torch.no_grad()
+def _fit(model: nn.Module, dense: dict[str, nn.Linear], factors: dict[str, Tensor]) -> None:
+    groups: dict[Dictionary, list[tuple[nn.Linear, MASALinear, Tensor | None]]] = {}
+    for name, linear in dense.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, MASALinear)
+        groups.setdefault(layer.dictionary, []).append((linear, layer, factors.get(name)))
+    for dictionary, members in groups.items():
+        assert isinstance(dictionary.coefficients, CoefficientTable)
+        atoms, coefficients, _ = matrix_pca(
+            torch.stack([linear.weight for linear, *_ in members]), len(dictionary.atoms)
+        )
+        dictionary.atoms.copy_(atoms)
+        dictionary.coefficients.values.copy_(coefficients)
+        for linear, layer, R in members:
+            if layer.bias is not None:
+                layer.bias.copy_(linear.bias)
+            if R is not None:
+                B, A = truncate(linear.weight - dictionary(layer.depth), R, layer.A.out_features)
+                layer.B.weight.copy_(B)
+                layer.A.weight.copy_(A)
