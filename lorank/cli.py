@@ -442,8 +442,8 @@ def _first_steps(console: Any, one: Any, details: bool) -> bool:
     if details:
         console.print(report.changes_table(library.differences(one.recipe)), "", highlight=False)
         console.print(report.curve_table(curve, expected), "", highlight=False)
-    console.print(report.first_steps_line(one.name, curve, expected), highlight=False, soft_wrap=True)
-    return library.deviation(curve, expected)[0] <= library.TOLERANCE
+    console.print(report.first_steps_line(one, curve, expected), highlight=False, soft_wrap=True)
+    return library.deviation(curve, expected)[0] <= library.tolerance_of(one.recipe)
 
 
 @cli.command(context_settings=SETTINGS)
