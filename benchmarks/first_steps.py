@@ -4,7 +4,8 @@
     python benchmarks/first_steps.py spread              # what moves a curve: other instructions, two threads, and faults
 
 Record again after a change that is meant to move numbers, and say in the commit why. The print of `spread` is
-benchmarks/results/first_steps.txt.
+benchmarks/results/first_steps.txt; "other CPU" is this one without AVX-512, "idle" a method that does nothing between steps
+(GaLore, Fira: that keeps its first basis), "plain" dense AdamW with the rest of the recipe.
 """
 
 import argparse

@@ -222,7 +222,7 @@ def _correction(perplexity: float, batches: float, part: float) -> float:
 STEPS = 24
 WIDTH, MLP_WIDTH, BLOCKS, HEADS = 64, 172, 2, 4
 TOLERANCE = 0.003
-"""Relative, of every loss: five times what another CPU's instructions move any curve by, but for those whose basis is a
+"""Relative, of every loss: four times what another CPU's instructions move any curve by, but for those whose basis is a
 singular value decomposition. benchmarks/results/first_steps.txt has the measurements, and what faults do."""
 WIDER = {"galore": 0.01, "fira": 0.01}
 """The same by method, where it is not `TOLERANCE`."""
