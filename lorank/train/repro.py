@@ -63,20 +63,22 @@ PUBLISHED = {
         78.18,
         None,
         "GaLore, 2403.03507",
-        "another initialisation and an unknown learning rate; CoLA's initialisation trains",
+        "another initialisation, and an unknown learning rate",
     ),
-    "60m-crnet": Published(32.76, IN_PART, "CR-Net, 2509.18993", "most settings are not known, the ranks among them"),
-    "60m-sltrain": Published(34.15, IN_FULL, "SLTrain, 2406.02214"),
+    "60m-crnet": Published(
+        32.76, IN_PART, "CR-Net, 2509.18993", "as notes on the paper have it; most settings are not known"
+    ),
+    "60m-sltrain": Published(34.15, IN_FULL, "SLTrain, 2406.02214", "quoted from memory of the paper"),
     "60m-relora": Published(37.04, IN_PART, "GaLore, 2403.03507", "learning rate, clip and cycle are not known"),
-    "60m-switchlora": Published(None, None, "SwitchLoRA, 2406.06564", "begins at 250M"),
-    "60m-sst": Published(None, None, "SST, 2405.15481", "its Llama has 130M, on OpenWebText"),
-    "60m-masa": Published(None, None, "MASA, 2508.04581", "begins at 110M, on RefinedWeb"),
+    "60m-switchlora": Published(None, None, "SwitchLoRA, 2406.06564", "publishes no 60M"),
+    "60m-sst": Published(None, None, "SST, 2405.15481", "publishes no 60M"),
+    "60m-masa": Published(None, None, "MASA, 2508.04581", "publishes no 60M, and trains on RefinedWeb"),
     "60m-galore": Published(34.88, IN_FULL, "GaLore, 2403.03507"),
     "60m-fira": Published(
         31.06, IN_PART, "Fira, 2410.01623", "of the paper's algorithm or of its code's, that is not known"
     ),
-    "60m-dct-adamw": Published(None, None, "DCT-AdamW, 2505.17967", "begins at 800M"),
-    "60m-trion": Published(None, None, "Trion, 2505.17967", "begins at 350M"),
+    "60m-dct-adamw": Published(None, None, "DCT-AdamW, 2505.17967", "publishes no 60M"),
+    "60m-trion": Published(None, None, "Trion, 2505.17967", "publishes no 60M"),
 }
 """By name, SIZE-METHOD. EGGROLL has none: nobody has trained a 60M Llama without gradients, and a step costs it a forward pass
 for each member of its population; EGG is no Llama. Above 60M papers evaluate on several GPUs, which moves N and the figure."""
