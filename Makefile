@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help demo test install lint types check bench clean
+.PHONY: help demo test install lint types check bench curves clean
 
 help:
 	@echo "make demo     train CoLA and its dense twin on two CPU cores and compare them (a few minutes)"
 	@echo "make test     run the test suite"
 	@echo "make check    lint, types, tests"
 	@echo "make bench    run the benchmarks"
+	@echo "make curves   record the first steps of all reproductions again, after a change that is meant to move them"
 	@echo "make install  create the environment in .venv"
 	@echo "make clean    remove the environment and caches"
 
@@ -46,6 +47,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/demo_sweep.py
+
+curves: $(STAMP)
+	$(BIN)/python benchmarks/first_steps.py record
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info

@@ -171,7 +171,7 @@ def load_corpus(
         OSError: a file, the hub or the disk let us down.
     """
     _check(documents, sequence_length)
-    cache = _cache_folder(cache_dir)
+    cache = cache_folder(cache_dir)
     source = _open(data, text_column, seed, cache)
     if validation in (None, data):
         validation, train, held_out = data, source.train, source.validation
@@ -210,7 +210,7 @@ def load_evaluation(
     Arguments and errors are those of `load_corpus`.
     """
     _check(documents, sequence_length)
-    cache = _cache_folder(cache_dir)
+    cache = cache_folder(cache_dir)
     held_out = _open_for_evaluation(data, text_column, seed, cache)
     form = Form(tokenizer, sequence_length, documents)
     rows = _sequences(held_out, form, f"the text of {data}", cache, validation_tokens)
@@ -246,7 +246,7 @@ def _check(documents: str, sequence_length: int) -> None:
         raise ValueError(f"sequence_length={sequence_length} leaves nothing to predict; take at least 2")
 
 
-def _cache_folder(cache_dir: Path | None) -> Path:
+def cache_folder(cache_dir: Path | None = None) -> Path:
     """The cache folder; if it cannot be written, one that lasts as long as the process."""
     folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lorank"
     try:
@@ -471,7 +471,7 @@ def load_tokenizer(
     if texts_name is None:
         texts = list(texts)
         texts_name = "".join(hashlib.blake2b(text.encode()).hexdigest() for text in texts)
-    folder = _cache_folder(cache_dir) / "tokenizers" / Hasher.hash((VERSION, texts_name, vocab_size))
+    folder = cache_folder(cache_dir) / "tokenizers" / Hasher.hash((VERSION, texts_name, vocab_size))
     if not folder.exists():
         tokenizer = _train_tokenizer(texts, vocab_size)
         try:

@@ -80,9 +80,15 @@ class Summary:
 
 
 def pretrain(
-    recipe: Recipe, out: str | Path, *, resume: bool = False, callbacks: Sequence[TrainerCallback] = ()
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_cpu: bool = False,
 ) -> Summary | None:
-    """Train a model as the recipe says and leave it, its checkpoints and its history in the folder `out`.
+    """Train a model as the recipe says and leave it, its checkpoints and its history in the folder `out`; `on_cpu` even
+    where there is an accelerator.
 
     Returns:
         The summary, or None if a signal stopped the run after a checkpoint.
@@ -126,7 +132,9 @@ def pretrain(
         set_seed(recipe.seed)
         model = build_model(recipe, config)
         check_causal(model)
-        trainer = build_trainer(recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop])
+        trainer = build_trainer(
+            recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop], on_cpu
+        )
         if trainer.is_world_process_zero() and not resume:
             write_whole(out / "run.json", json.dumps({**environment(corpus), "recipe": recipe.to_dict()}, indent=2))
             write_whole(out / "recipe.yaml", recipe.to_yaml())  # the last of the two: it makes the folder a run
@@ -169,7 +177,12 @@ def pretrain(
 
 
 def build_trainer(
-    recipe: Recipe, out: Path, model: PreTrainedModel, corpus: data.Corpus, callbacks: Sequence[TrainerCallback] = ()
+    recipe: Recipe,
+    out: Path,
+    model: PreTrainedModel,
+    corpus: data.Corpus,
+    callbacks: Sequence[TrainerCallback] = (),
+    on_cpu: bool = False,
 ) -> PretrainTrainer:
     """The recipe as a Trainer, ready to train."""
     devices = int(os.environ.get("WORLD_SIZE", "1"))
@@ -190,7 +203,7 @@ def build_trainer(
         warmup_steps=recipe.warmup_steps,
         max_grad_norm=recipe.clip,
         bf16=recipe.precision == "bf16",
-        use_cpu=torch.accelerator.current_accelerator() is None,
+        use_cpu=on_cpu or torch.accelerator.current_accelerator() is None,
         torch_compile=recipe.compile,
         seed=recipe.seed,
         logging_steps=recipe.log_every,

@@ -1,0 +1,108 @@
+"""The curves of first steps that `lorank repro --first-steps` compares with, and what its tolerance is chosen by.
+
+    python benchmarks/first_steps.py record [NAME ...]   # writes recipes/METHOD-SIZE.json; make curves
+    python benchmarks/first_steps.py spread              # what moves a curve: other instructions, two threads, and faults
+
+Record again after a change that is meant to move numbers, and say in the commit why. The print of `spread` is
+benchmarks/results/first_steps.txt; "other CPU" is this one without AVX-512, "idle" a method that does nothing between steps
+(GaLore, Fira: that keeps its first basis), "plain" dense AdamW with the rest of the recipe.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterable
+from typing import Any
+from unittest import mock
+
+from transformers.utils import logging
+
+from lorank.methods.relora import ReLoRAHook
+from lorank.methods.sst import Resampling
+from lorank.methods.switchlora import SwitchLoRAHook
+from lorank.train import repro, run
+from lorank.train.recipe import Recipe
+
+OLD_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+COLUMNS = ("2 threads", "lr x 1.25", "lr / 2", "seed + 1", "idle", "plain")
+
+
+def record(names: Iterable[str]) -> None:
+    for name in names:
+        reproduction = repro.find(name)
+        if reproduction.recipe.method == "cola-m":
+            continue  # has CoLA's
+        curve = repro.first_steps(reproduction.recipe)
+        run.write_whole(reproduction.curve_file, json.dumps(curve._asdict(), indent=1) + "\n")
+        print(f"{name:16} {curve.losses[0]:.4f} -> {curve.losses[-1]:.4f}")
+
+
+def faulty(name: str, fault: str) -> repro.Curve | None:
+    """The curve of a reproduction with something wrong; None where that means nothing."""
+    recipe = repro.find(name).recipe
+    if fault == "other CPU":
+        return repro.first_steps(recipe)
+    if fault == "2 threads":
+        return repro.first_steps(recipe, threads=2)
+    if fault == "idle":  # what a method does between steps is left out
+        return idle(recipe)
+    if fault == "plain":  # the structure or the projection is left out
+        return None if recipe.method == "dense" else repro.first_steps(dense(recipe))
+    changes: dict[str, dict[str, Any]] = {
+        "lr x 1.25": {"lr": recipe.lr * 1.25},
+        "lr / 2": {"lr": recipe.lr / 2},
+        "seed + 1": {"seed": recipe.seed + 1},
+    }
+    return repro.first_steps(dataclasses.replace(recipe, **changes[fault]))
+
+
+def idle(recipe: Recipe) -> repro.Curve | None:
+    if recipe.method in ("galore", "fira"):
+        with mock.patch.dict(repro.ACTS, {recipe.method: {"update_gap": 1000}}):
+            return repro.first_steps(recipe)
+    if recipe.method not in ("relora", "switchlora", "sst"):
+        return None
+    hook = {"relora": ReLoRAHook, "switchlora": SwitchLoRAHook, "sst": Resampling}[recipe.method]
+    with mock.patch.multiple(hook, before_step=lambda self: None, after_step=lambda self: None):
+        return repro.first_steps(recipe)
+
+
+def dense(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, method="dense", rank=None, options={})
+
+
+def spread(names: list[str]) -> None:
+    environment = {**os.environ, **OLD_CPU}
+    command = [sys.executable, __file__, "old", *names]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    other = dict(zip(names, done.stdout.split()[-len(names) :], strict=True))
+    print("largest relative difference of a loss from the recorded curve, in %; - means nothing there")
+    print(f"{'':15}" + "".join(f"{column:>11}" for column in ("other CPU", *COLUMNS)))
+    for name in names:
+        cells = [other[name], *(cell(name, column) for column in COLUMNS)]
+        print(f"{name:15}" + "".join(f"{value:>11}" for value in cells), flush=True)
+
+
+def cell(name: str, fault: str) -> str:
+    curve = faulty(name, fault)
+    return "-" if curve is None else f"{100 * repro.deviation(curve, repro.recorded(repro.find(name)))[0]:.2g}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["record", "spread", "old"])
+    parser.add_argument("names", nargs="*", help="reproductions; default: all")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    names = options.names or list(repro.PUBLISHED)
+    if options.what == "old":  # for spread, in a process that takes this CPU for one without AVX-512
+        return print(*(cell(name, "other CPU") for name in names))
+    {"record": record, "spread": spread}[options.what](names)
+
+
+if __name__ == "__main__":
+    main()
