@@ -39,7 +39,8 @@ types: $(STAMP)
 	$(BIN)/mypy
 
 docs: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -j auto -d build/doctrees -b html docs build/docs
+	rm -rf build/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -E -W --keep-going -j auto -d build/doctrees -b html docs build/docs
 	@echo "open build/docs/index.html"
 
 check: lint types docs test

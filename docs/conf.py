@@ -4,6 +4,7 @@ import re
 import sys
 from pathlib import Path
 
+import click
 from docutils import nodes
 from latex2mathml.converter import convert
 
@@ -14,6 +15,7 @@ import pages  # noqa: E402
 import site_check  # noqa: E402
 
 import lorank  # noqa: E402
+from lorank.cli import cli  # noqa: E402
 
 project, author, copyright = "lorank", "lorank developers", "lorank developers, Apache-2.0"
 version = release = lorank.__version__
@@ -21,6 +23,7 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
+smartquotes = False  # --flags keep their dashes
 default_role = "py:obj"  # docstrings write `names` in single backticks
 autodoc_member_order = "bysource"
 autodoc_inherit_docstrings = False
@@ -54,7 +57,10 @@ def as_rst(app, what, name, obj, options, lines):
             text += ["::", ""]
             equation = True
         text.append(line if equation or doctest else _plain(line))
-    lines[:] = text
+    comment = (
+        ["..", ""] if what == "attribute" else []
+    )  # keeps napoleon from reading what comes before a colon as a type
+    lines[:] = comment + text
 
 
 def _plain(line):
@@ -77,7 +83,20 @@ def check(app, error):
         site_check.check(Path(app.outdir))
 
 
+def show_defaults():
+    """Sphinx-click knows nothing of the setting of our commands that shows defaults in --help."""
+    for command in cli.commands.values():
+        for option in command.params:
+            if (
+                isinstance(option, click.Option)
+                and not option.is_flag
+                and isinstance(option.default, int | float | str)
+            ):
+                option.show_default = True
+
+
 def setup(app):
+    show_defaults()
     app.add_html_math_renderer("mathml", (inline_math, None), (display_math, None))  # browsers set MathML by themselves
     app.connect("source-read", add_generated)
     app.connect("autodoc-process-docstring", as_rst, priority=400)  # before napoleon

@@ -8,6 +8,7 @@ is hand-written down to when a method is used; the rest, its use, options, cost 
 import dataclasses
 import functools
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lorank.methods import METHODS
 from lorank.optim import ESTIMATORS, OPTIMIZERS, option_names
 from lorank.papers import PAPERS, find_paper
 from lorank.report.tables import quantity
+from lorank.sizes import SIZES
 from lorank.train.estimators import build_estimator
 from lorank.train.plan import empty_model
 from lorank.train.recipe import Recipe
@@ -61,7 +63,7 @@ def expand(docname: str, text: str) -> str:
 
     def include(found: re.Match[str]) -> str:
         if found[1] == "results":
-            return "\n\n".join(f"## {path.stem}\n\n```text\n{path.read_text().rstrip()}\n```" for path in RESULTS)
+            return "\n\n".join(f"### {path.stem}\n\n```text\n{path.read_text().rstrip()}\n```" for path in RESULTS)
         return relinked(section(ROOT / found[1], found[2]), depth)
 
     text = re.sub(r"^% ([\w.]+)(?:: (.+))?$", include, text, flags=re.M)
@@ -75,7 +77,7 @@ def expand(docname: str, text: str) -> str:
 
 def section(path: Path, title: str | None) -> str:
     """What stands under a heading of a file, or without one between its first line and its first section."""
-    start = rf"## {re.escape(title)}" if title else "# .+"
+    start = rf"## {re.escape(title)}" if title else r"# [^\n]+"
     found = re.search(rf"^{start}\n+(.*?)\s*(?=^## |\Z)", path.read_text(), re.M | re.S)
     if found is None:
         raise ValueError(f"{path.name} has no section {title!r}")
@@ -132,7 +134,11 @@ def usage(names: list[str]) -> str:
 def example(name: str) -> str:
     """A whole program: a small model under the method, ready to be trained."""
     kind, lines = class_of(name), ["from transformers import LlamaConfig, LlamaForCausalLM", ""]
-    lines += ["shape = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=3)"]
+    lines += [
+        "shape = LlamaConfig(",
+        "    vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=3",
+        ")",
+    ]
     lines += ["model = LlamaForCausalLM(shape)"]
     if name in OPTIMIZERS:
         lines = [f"from lorank.optim import {kind.__name__}, low_rank_groups", *lines]
@@ -154,13 +160,16 @@ def options(names: list[str]) -> str:
     """Fields or arguments with what they mean, from the class itself."""
     parts = ["## Options", "On the command line `--option NAME=VALUE`, in a recipe `options: {NAME: VALUE}`."]
     for name in names:
-        kind = class_of(name)
+        kind, directive = class_of(name), [f".. autoclass:: {public_name(class_of(name))}", "   :show-inheritance:"]
         if name in OPTIMIZERS:
             known = ", ".join(f"`{option}`" for option in option_names(kind))
-            parts.append(
-                f"`{name}` takes {known}; those that it does not explain itself are explained in {{py:class}}`lorank.optim.Subspace`."
-            )
-        parts.append(f"```{{eval-rst}}\n.. autoclass:: {public_name(kind)}\n   :members:\n   :show-inheritance:\n```")
+            where = "those that it does not explain itself are explained in {py:class}`lorank.optim.Subspace`"
+            parts.append(f"`{name}` takes {known}; {where}.")
+        elif fields := [
+            field for field in inspect.get_annotations(kind) if field in getattr(kind, "__dataclass_fields__", {})
+        ]:
+            directive.append(f"   :members: {', '.join(fields)}")
+        parts.append("\n".join(["```{eval-rst}", *directive, "```"]))
     return "\n\n".join(parts)
 
 
@@ -196,17 +205,15 @@ def published(names: list[str]) -> str:
 
 
 def recipes(names: list[str]) -> str:
-    """Commands for the published runs, each with what its recipe says of them."""
-    found = [path for path in sorted((ROOT / "recipes").glob("*.yaml")) if method_of(path) in names]
+    """Commands for the published runs, and what each recipe says of its own."""
+    found = [path for path in (ROOT / "recipes").glob("*.yaml") if method_of(path) in names]
+    found.sort(key=lambda path: list(SIZES).index(path.stem.rpartition("-")[2]))
     if not found:
         return "No recipe here repeats a published run of this method, and no published figure of its quality is reproduced."
-    head = (
-        "The perplexities are the papers'. None is reproduced here: that needs C4 and GPUs, and these commands are how it "
-        "would be done."
-    )
-    return "\n\n".join(
-        [head, *(f"```sh\nlorank pretrain recipes/{path.name}\n```\n\n{recipe_head(path)}" for path in found)]
-    )
+    head = "Perplexities are the papers'. None is reproduced here: that needs C4 and GPUs, and these commands are how it would be done."
+    commands = "\n".join(f"lorank pretrain recipes/{path.name}" for path in found)
+    said = "\n".join(f"- `{path.name}`: {recipe_head(path)}" for path in found)
+    return f"{head}\n\n```sh\n{commands}\n```\n\n{said}"
 
 
 def method_of(recipe: Path) -> str:
@@ -218,7 +225,7 @@ def recipe_head(path: Path) -> str:
     lines = re.match(r"(#.*\n)+", path.read_text())
     assert lines is not None, f"{path.name} says nowhere where its settings come from"
     text = re.sub(r"^# ?", "", lines[0], flags=re.M)
-    return escaped(re.sub(r"\s*Run: lorank pretrain \S+\s*$", "", text).strip())
+    return escaped(" ".join(re.sub(r"Run: lorank pretrain \S+\s*$", "", text).split()))
 
 
 def measured(names: list[str]) -> str:

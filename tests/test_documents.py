@@ -163,6 +163,9 @@ def test_everything_public_is_documented() -> None:
 def test_a_page_takes_a_section_of_another_file_with_its_links() -> None:
     shown = pages.expand("folder/page", "# Race\n\n% README.md: A fair race\n")
     assert "lorank compare --resume" in shown and "](../report.png)" in shown and "## " not in shown
+    assert pages.expand("page", "% README.md").startswith("Train language models") and "## " not in pages.expand(
+        "page", "% README.md"
+    )
     with pytest.raises(ValueError, match=r"README\.md has no section 'A fair rice'"):
         pages.expand("page", "% README.md: A fair rice")
     with pytest.raises(ValueError, match=r"no page for tests/conftest\.py"):
