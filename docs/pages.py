@@ -23,6 +23,7 @@ from lorank.papers import PAPERS, find_paper
 from lorank.report.tables import quantity
 from lorank.sizes import SIZES
 from lorank.train.estimators import build_estimator
+from lorank.train.model import rank_of
 from lorank.train.plan import empty_model
 from lorank.train.recipe import Recipe
 
@@ -178,7 +179,12 @@ def cost(names: list[str]) -> str:
     if names[0] in ESTIMATORS:
         return f"## What it costs\n\n{estimator_cost(names[0])}"
     command = f"lorank plan --size 60m --method {','.join(['dense', *names])}"
-    return f"## What it costs\n\nOther sizes, budgets and accelerators: `lorank plan --help`.\n\n```console\n$ {command}\n{printed(command)}\n```"
+    said = ["Counted when this page was built"]
+    taken = {name: rank_of(Recipe(size="60m", method=name)) for name in names}
+    ranks = [f"{rank} of the width" if isinstance(rank, float) else str(rank) for rank in taken.values() if rank]
+    said += [f", at the rank that a run of this size takes unless told otherwise, {ranks[0]}"] if ranks else []
+    said += [". `lorank plan --help` has other sizes, budgets and accelerators."]
+    return f"## What it costs\n\n{''.join(said)}\n\n```console\n$ {command}\n{printed(command)}\n```"
 
 
 def estimator_cost(name: str) -> str:
@@ -189,8 +195,8 @@ def estimator_cost(name: str) -> str:
     assert estimator is not None
     backward = flops_per_token(model, recipe.sequence_length, batch=recipe.batch_size)
     return (
-        f"For the 60M shape, with the options' defaults of `lorank pretrain`, {quantity(estimator.flops_per_token)}FLOPs per "
-        f"token of the batch where a step by backpropagation takes {quantity(backward)}FLOPs. Nothing is kept for a backward pass."
+        f"For the 60M shape, with the options' defaults of `lorank pretrain`, forward passes of {quantity(estimator.flops_per_token)}FLOPs "
+        f"per token of the batch, where a step by backpropagation takes {quantity(backward)}FLOPs in all. Nothing is kept for a backward pass."
     )
 
 
@@ -206,18 +212,15 @@ def published(names: list[str]) -> str:
 
 def recipes(names: list[str]) -> str:
     """Commands for the published runs, and what each recipe says of its own."""
-    found = [path for path in (ROOT / "recipes").glob("*.yaml") if method_of(path) in names]
-    found.sort(key=lambda path: list(SIZES).index(path.stem.rpartition("-")[2]))
+    settings = {path: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+    found = [path for path in settings if settings[path]["method"] in names]
+    found.sort(key=lambda path: list(SIZES).index(settings[path]["size"]))
     if not found:
         return "No recipe here repeats a published run of this method, and no published figure of its quality is reproduced."
     head = "Perplexities are the papers'. None is reproduced here: that needs C4 and GPUs, and these commands are how it would be done."
     commands = "\n".join(f"lorank pretrain recipes/{path.name}" for path in found)
     said = "\n".join(f"- `{path.name}`: {recipe_head(path)}" for path in found)
     return f"{head}\n\n```sh\n{commands}\n```\n\n{said}"
-
-
-def method_of(recipe: Path) -> str:
-    return yaml.safe_load(recipe.read_text())["method"]
 
 
 def recipe_head(path: Path) -> str:
