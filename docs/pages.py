@@ -1,8 +1,9 @@
 """The parts of the documentation that are not written by hand: what the README, the code and printed results say already.
 
 A page is a Markdown file of this folder. In it a line ``% README.md: A fair race`` stands for that section of that file,
-``% README.md`` for what comes before its first section, and ``% results`` for what the benchmarks printed. A page of methods/
-is hand-written down to when a method is used; the rest, its use, options, cost and figures, comes from the tables.
+``% README.md`` for what comes before its first section, ``% results`` for what the benchmarks printed, and ``% pages`` for
+the names of all methods' pages. A page of methods/ is hand-written down to when a method is used; the rest, its use,
+options, cost and figures, comes from the tables.
 """
 
 import dataclasses
@@ -63,6 +64,8 @@ def expand(docname: str, text: str) -> str:
     depth = docname.count("/")
 
     def include(found: re.Match[str]) -> str:
+        if found[1] == "pages":
+            return "\n".join(method_pages())
         if found[1] == "results":
             return "\n\n".join(f"### {path.stem}\n\n```text\n{path.read_text().rstrip()}\n```" for path in RESULTS)
         return relinked(section(ROOT / found[1], found[2]), depth)
