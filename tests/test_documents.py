@@ -3,26 +3,41 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 import torch
-from click.testing import CliRunner
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorank
+import lorank.optim
 from lorank.cli import cli
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md"]
+sys.path.insert(0, str(ROOT / "docs"))
+import pages  # noqa: E402
+import site_check  # noqa: E402
+
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES]
 
 
-def code(document: str, language: str) -> list[str]:
-    blocks = re.findall(rf"^ *```{language}\n(.*?)^ *```", (ROOT / document).read_text(), re.M | re.S)
+def text_of(document: str) -> str:
+    """What is written, and of a method's page also the commands and programs that `make docs` puts there."""
+    text = (ROOT / document).read_text()
+    if names := pages.method_pages().get(Path(document).stem):
+        text += f"\n{pages.usage(names)}\n\n{pages.recipes(names)}\n"
+    return text
+
+
+def code(document: str, languages: str) -> list[str]:
+    blocks = re.findall(rf"^ *```(?:{languages})\n(.*?)^ *```", text_of(document), re.M | re.S)
     return [re.sub(r"^   ", "", block, flags=re.M) if block.startswith("   ") else block for block in blocks]
 
 
@@ -92,25 +107,94 @@ def test_a_method_of_a_script_is_registered_and_found_again(tmp_path: Path, monk
         lorank.register(type("Mine", (lorank.LowRank,), {"name": "cola"}))
 
 
+@pytest.mark.parametrize("document", [page for page in PAGES if code(page, "python")])
+def test_the_python_of_a_page_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for block in code(document, "python"):
+        exec(block, {})
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_links_within_the_repository_lead_somewhere(document: str) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", (ROOT / document).read_text()):
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+    """Into the pages that are built `make docs` looks as well."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", (ROOT / document).read_text()):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (ROOT / document).parent / name if name else ROOT / document
+        assert found.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)", pages.expand(found.stem, found.read_text()), re.M)
+            assert anchor in [pages.slug(heading) for heading in headings], target
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_and_flags_shown_exist(document: str) -> None:
-    for block in code(document, "sh"):
-        for line in block.splitlines():
-            words = line.partition("#")[0].split()
-            if words[:1] == ["make"]:
-                assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
-            elif words[:1] == ["lorank"]:
-                shown = CliRunner().invoke(cli, [words[1], "--help"]).output
-                for flag in (word for word in words[2:] if word.startswith("--")):
-                    assert re.search(rf"{flag}\b", shown), line
-                for recipe in (word for word in words[2:] if word.endswith(".yaml")):
-                    assert (ROOT / recipe).exists(), line
+    for line in "".join(code(document, "sh|bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:1] == ["make"]:
+            assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
+        elif words[:1] == ["lorank"]:
+            command = cli.commands.get(words[1])
+            assert command is not None, line
+            command.make_context(words[1], words[2:], parent=click.Context(cli))  # parses, runs nothing
+            for recipe in (word for word in words[2:] if word.endswith(".yaml")):
+                assert (ROOT / recipe).exists(), line
+
+
+@pytest.mark.parametrize("name", [*lorank.METHODS, *lorank.optim.OPTIMIZERS, *lorank.optim.ESTIMATORS])
+def test_every_method_has_a_page(name: str) -> None:
+    [page] = [page for page, names in pages.method_pages().items() if name in names]
+    text = (ROOT / f"docs/methods/{page}.md").read_text()
+    for part in (r"^# .+", r"^\$\$ .+ \$\$$", "^## When to use it$", "^## When not$"):
+        assert re.search(part, text, re.M), f"{page}.md has no {part}"
+    assert name in pages.usage(pages.method_pages()[page])
+
+
+def test_every_page_of_a_method_has_one() -> None:
+    assert {Path(page).stem for page in PAGES if page.startswith("docs/methods/")} == {"index", *pages.method_pages()}
+
+
+def test_everything_public_is_documented() -> None:
+    shown = (ROOT / "docs/api.md").read_text() + (ROOT / "docs/methods/eggroll.md").read_text()
+    shown += "".join(pages.options(names) for names in pages.method_pages().values())
+    for module in (lorank, lorank.optim):
+        for name in module.__all__:
+            assert re.search(rf":: {module.__name__}\.{name}$", shown, re.M), f"{module.__name__}.{name}"
+
+
+def test_a_page_takes_a_section_of_another_file_with_its_links() -> None:
+    shown = pages.expand("folder/page", "# Race\n\n% README.md: A fair race\n")
+    assert "lorank compare --resume" in shown and "](../report.png)" in shown and "## " not in shown
+    assert pages.expand("page", "% README.md").startswith("Train language models") and "## " not in pages.expand(
+        "page", "% README.md"
+    )
+    with pytest.raises(ValueError, match=r"README\.md has no section 'A fair rice'"):
+        pages.expand("page", "% README.md: A fair rice")
+    with pytest.raises(ValueError, match=r"no page for tests/conftest\.py"):
+        pages.relinked("[a test](tests/conftest.py)", 0)
+
+
+@pytest.mark.parametrize(
+    ("body", "complaint"),
+    [
+        ('<a href="b.html#there">', None),
+        ('<a href="https://arxiv.org/abs/2502.10940">', None),
+        ('<a href="c.html">', "a.html links to c.html, and there is no such file"),
+        ('<a href="b.html#gone">', "a.html links to b.html#gone, and the page has no such place"),
+        ('<a href="#gone">', "a.html links to #gone, and the page has no such place"),
+        ('<a href="http:/arxiv">', "a.html links to http:/arxiv, which is no https address"),
+        ('<img src="picture.png">', "a.html links to picture.png, and there is no such file"),
+        ('<script src="https://cdn.example.org/x.js">', "a.html loads https://cdn.example.org/x.js"),
+        ('<link rel="stylesheet" href="//fonts.example.org/x">', "a.html loads //fonts.example.org/x"),
+    ],
+)
+def test_a_broken_link_of_the_site_is_found(body: str, complaint: str | None, tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text(f"<p id='here'>{body}")
+    (tmp_path / "b.html").write_text("<p id='there'>")
+    assert site_check.complaints(tmp_path) == ([complaint] if complaint else [])
+    (tmp_path / "s.css").write_text("@import url('https://fonts.example.org/f.css'); a { background: url(here.png) }")
+    assert "s.css loads https://fonts.example.org/f.css" in site_check.complaints(tmp_path)
 
 
 def test_every_method_has_a_row_in_the_readme() -> None:

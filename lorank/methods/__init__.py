@@ -39,13 +39,13 @@ def register(method: "Class") -> "Class":
     Raises:
         ValueError: it is the name of another one, of ours or of an installed package.
     """
-    from lorank.optim import optimizer_names
+    from lorank.optim import ESTIMATORS, optimizer_names
     from lorank.parametrization import Parametrization
 
     if not isinstance(method, type) or not issubclass(method, Parametrization) or not getattr(method, "name", ""):
         raise ValueError(f"{method!r} is no class derived from lorank.Parametrization with a `name`")
     known = lookup.find(method.name, METHODS, GROUP)
-    if known not in (None, method) or method.name in (*optimizer_names(), "dense", "eggroll"):
+    if known not in (None, method) or method.name in (*optimizer_names(), *ESTIMATORS, "dense"):
         raise ValueError(f"there is a method {method.name!r} already; give {method.__name__} another name")
     _registered[method.name] = method
     return method

@@ -46,8 +46,11 @@ OPTIMIZERS = {
     "dct-adamw": "lorank.optim.dct_adamw:DCTAdamW",
     "trion": "lorank.optim.trion:Trion",
 }
+ESTIMATORS = {"eggroll": "lorank.optim.eggroll:Eggroll"}
+"""What ``lorank pretrain --method NAME`` takes in place of backward passes."""
 GROUP = "lorank.optimizers"
 __all__ = [
+    "ESTIMATORS",
     "OPTIMIZERS",
     "DCTAdamW",
     "Eggroll",

@@ -17,7 +17,7 @@ from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
 from lorank.egg import EggConfig
 from lorank.methods import find_method, method_names
-from lorank.optim import find_optimizer, optimizer_names, option_names
+from lorank.optim import ESTIMATORS, find_optimizer, optimizer_names, option_names
 from lorank.optim.groups import ranks
 from lorank.sizes import llama_config
 from lorank.train.estimators import build_egg, egg_config
@@ -162,7 +162,7 @@ def check_causal(model: PreTrainedModel) -> None:
 
 def check_name(method: str) -> None:
     """Raises ValueError for a method that neither lorank nor an installed package has."""
-    known = [*method_names(), *optimizer_names(), "eggroll", "dense"]
+    known = [*method_names(), *optimizer_names(), *ESTIMATORS, "dense"]
     if method not in known:
         raise lookup.unknown("method", "methods", method, known)
 
