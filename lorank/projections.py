@@ -8,7 +8,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lorank.conversion import blocks, fusion_of, linear_layers
+from lorank.conversion import blocks, linear_layers
+from lorank.fusion import fusion_of
 from lorank.parametrization import Parametrization
 
 ATTENTION = re.compile(

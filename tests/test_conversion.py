@@ -16,7 +16,8 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorank import CoLA, CoLAM, LowRank, Parametrization, Site, convert
-from lorank.conversion import FusedProjections, converted_with, find_sites
+from lorank.conversion import converted_with, find_sites
+from lorank.fusion import FusedProjections
 from lorank.methods.cola import CoLALinear
 
 
