@@ -49,7 +49,7 @@ class Forecast:
     @property
     def checkpoint(self) -> str:
         """Name of the policy under which blocks are trained."""
-        dense = self.recipe.method == "dense" or find_optimizer(self.recipe.method) is not None
+        dense = self.recipe.method in ("dense", "eggroll") or find_optimizer(self.recipe.method) is not None
         own = None if dense else find_method(self.recipe.method).checkpoint_policy
         return self.recipe.checkpoint or own or "none"
 
@@ -135,6 +135,10 @@ def forecast_all(
         raise ValueError("there is no method to plan for; name one, for example --method cola")
     if not shapes:
         raise ValueError("there is no model to plan for; name a size, for example --size 60m")
+    if any(shape.model == "egg" for shape in shapes):
+        raise ValueError(
+            "EGG is a model of its own with no dense twin; lorank pretrain --model egg --dry-run counts it"
+        )
     found = []
     for shape in shapes:
         name = shape.model or shape.size
@@ -160,14 +164,19 @@ def with_method(shape: Recipe, method: str) -> Recipe:
     """The recipe with another method; of the rank and a method's own settings it keeps those that apply."""
     if method == "dense":
         return dataclasses.replace(shape, method=method, rank=None, options={}, targets=[], exclude=[])
-    return dataclasses.replace(shape, method=method, rank=shape.rank if _has_rank(method) else None)
+    micro = shape.batch_size if method == "eggroll" else shape.micro_batch_size
+    return dataclasses.replace(
+        shape, method=method, rank=shape.rank if _has_rank(method) else None, micro_batch_size=micro
+    )
 
 
 def _has_rank(method: str) -> bool:
     if method == "dense":
         return False
     check_name(method)
-    return find_optimizer(method) is not None or "rank" in find_method(method).__dataclass_fields__
+    return (
+        method == "eggroll" or find_optimizer(method) is not None or "rank" in find_method(method).__dataclass_fields__
+    )
 
 
 def _empty(recipe: Recipe) -> PreTrainedModel:
