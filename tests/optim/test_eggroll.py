@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from lorank.optim import Eggroll
+from lorank.egg import EggConfig, EggForCausalLM
+from lorank.optim import Eggroll, IntegerEggroll
 from lorank.optim.eggroll import BLOCK, above_baseline, pair_noise, shaped
 
 
@@ -172,6 +173,25 @@ def test_a_linear_fitness_gives_its_coefficients() -> None:
     assert torch.cosine_similarity(-layer.weight.grad.flatten(), C.flatten(), dim=0) > 0.99  # type: ignore[union-attr]
 
 
+def test_the_update_draws_the_noise_of_the_forward_pass_to_the_bit(monkeypatch: Any) -> None:
+    """Also where chunks cut the population elsewhere than blocks of pairs do."""
+    layer = nn.Linear(5, 4)
+    drawn: dict[Any, list[Tensor]] = {}
+    estimate = Eggroll(layer, population=2 * BLOCK + 6, sigma=0.1, chunk=14)
+    draw = estimate._noise
+
+    def noted(p: nn.Parameter, pairs: range, size: int) -> Tensor:
+        noise = draw(p, pairs, size)
+        for k, row in zip(pairs, noise, strict=True):
+            drawn.setdefault((p, k), []).append(row.clone())
+        return noise
+
+    monkeypatch.setattr(estimate, "_noise", noted)
+    estimate(lambda members: layer(torch.ones(len(members), 5)).sum(1))
+    assert len(drawn) == 2 * (BLOCK + 3)
+    assert all(len(rows) == 2 and torch.equal(*rows) for rows in drawn.values()), "once forward, once for the update"
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_the_update_is_the_sum_over_members_and_its_rank_what_they_span(rank: int) -> None:
     layer = nn.Linear(12, 10).double()
@@ -201,10 +221,12 @@ def test_where_fitness_is_noise_a_step_of_sgd_is_lr_sigma(population: int) -> No
     assert rms == pytest.approx(0.5 * 0.01, rel=0.2)
 
 
+@pytest.mark.parametrize("baseline", [False, True])
 @pytest.mark.parametrize("group_size", [0, 4])
-def test_constant_fitness_moves_nothing(group_size: int) -> None:
+def test_constant_fitness_moves_nothing(group_size: int, baseline: bool) -> None:
     layer = nn.Linear(5, 4)
-    Eggroll(layer, population=8, sigma=0.1, group_size=group_size)(lambda members: torch.full((len(members),), 3.0))
+    estimate = Eggroll(layer, population=8, sigma=0.1, group_size=group_size, baseline=baseline)
+    estimate(lambda members: torch.full((len(members),), 3.0))
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters())  # type: ignore[arg-type]
 
 
@@ -280,17 +302,20 @@ def test_with_a_baseline_the_first_pair_of_each_group_has_no_noise_and_the_updat
     assert sum(p.grad.square().sum() for p in layer.parameters()) < 0.99, "what is shorter stays as it is"  # type: ignore[union-attr]
 
 
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor has which torch makes inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+        self.numbers = max([self.numbers, *sizes])
+        return out
+
+
 def test_no_tensor_is_a_matrix_per_member() -> None:
     """The largest tensor of an estimate is an activation or a factor, far below [pairs, a, b]."""
-
-    class Largest(TorchDispatchMode):
-        numbers = 0
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = function(*args, **(kwargs or {}))
-            sizes = [t.numel() for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
-            self.numbers = max([self.numbers, *sizes])
-            return out
 
     a, b, N, r = 96, 80, 64, 2
     layer = nn.Linear(b, a)
@@ -300,6 +325,16 @@ def test_no_tensor_is_a_matrix_per_member() -> None:
         estimate(lambda members: layer(x.expand(len(members), b)).sum(1))
     assert largest.numbers <= N * r * (a + b)
     assert N * r * (a + b) < N // 2 * a * b / 5
+
+
+def test_no_tensor_is_a_matrix_per_member_in_integers() -> None:
+    """The largest is the logits of all rows; M1 alone would be 16 times as many numbers per pair, the embedding 32 times."""
+    D, pairs = 64, 128
+    model = EggForCausalLM(EggConfig(hidden_size=D, num_hidden_layers=1))
+    estimate = IntegerEggroll(model, population=2 * pairs, chunk=2 * pairs)
+    with Largest() as largest:
+        estimate(torch.randint(0, 256, (pairs, 3)))
+    assert largest.numbers == pairs * 2 * 256 < pairs * 4 * D * D / 16
 
 
 def test_it_learns_with_any_optimizer() -> None:
