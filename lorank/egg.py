@@ -17,8 +17,8 @@ Source: Sarkar et al., "Evolution Strategies at the Hyperscale", arXiv 2511.1665
 
 Departures. Arithmetic runs on float32 tensors that hold integers: sums stay below 2²⁴, or are clipped anyway, so floor, product
 and quotient are exact, and a float32 product is the fastest a CPU has. Where the magnitude table of nano-egg divides by 0 we
-divide by 1. The loss of `forward` is the true one, of these logits; the integer
-likelihood, which is rounded in the model's favour, is the fitness and nothing else.
+divide by 1. The loss of `forward` is the true one, of these logits; the integer likelihood, which is rounded in the model's
+favour, is the fitness and nothing else.
 """
 
 import itertools

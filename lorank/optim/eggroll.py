@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
 BLOCK = 32
@@ -250,7 +250,7 @@ class _Uses(TorchFunctionMode):
         if noisy is None:
             names = " and ".join(self.estimate.names[p] for p in used)
             raise ValueError(
-                f"the model uses {names} in {getattr(function, '__name__', function)}, where EGGROLL does not know how to perturb "
+                f"the model uses {names} in {resolve_name(function) or function}, where EGGROLL does not know how to perturb "
                 "it; known are F.linear, F.embedding and addmm, and modules of vectors alone; freeze it"
             )
         return noisy

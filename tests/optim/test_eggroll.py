@@ -113,12 +113,12 @@ class Product(nn.Module):
 @pytest.mark.parametrize(
     ("use", "message"),
     [
-        (lambda m, x: x @ m.wte.weight.T, "the model uses wte.weight in __get__"),
-        (lambda m, x: x @ m.wte.weight.t(), "the model uses wte.weight in t, where EGGROLL does not know"),
+        (lambda m, x: x @ m.wte.weight.T, r"the model uses wte.weight in torch.Tensor.T.__get__, where"),
+        (lambda m, x: x @ m.wte.weight.t(), "the model uses wte.weight in torch.Tensor.t, where EGGROLL does not know"),
         (lambda m, x: torch.matmul(x, m.wte.weight.mT), "wte.weight"),
-        (lambda m, x: nn.functional.linear(m.wte.weight, x), "the model uses wte.weight in linear"),
-        (lambda m, x: nn.functional.linear(x, m.wte.weight.float()), "wte.weight in float"),
-        (lambda m, x: torch.cat([m.wte.weight, x]), "wte.weight in cat"),
+        (lambda m, x: nn.functional.linear(m.wte.weight, x), "the model uses wte.weight in torch.nn.functional.linear"),
+        (lambda m, x: nn.functional.linear(x, m.wte.weight.float()), "wte.weight in torch.Tensor.float"),
+        (lambda m, x: torch.cat([m.wte.weight, x]), "wte.weight in torch.cat"),
         (
             lambda m, x: m.wte(torch.zeros(4, 2).long()) + m.wte(torch.zeros(8, 2).long())[:4],
             "looks up 8 rows for a batch of 4",
