@@ -11,7 +11,7 @@ import gc
 import math
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -433,6 +433,16 @@ def measure_peak(
             loss.backward()
         when = "step" if meter.now >= 0.99 * meter.most else meter.when
         return Peak(activations, meter.most, when)  # type: ignore[arg-type]
+
+
+def measure_call(model: nn.Module, call: Callable[[Any], object]) -> tuple[int, int]:
+    """FLOPs of `call` on a data-free twin of a model, and the most bytes that it held at once beside the weights; without autograd."""
+    with FakeTensorMode(), _told_as("counted"), torch.no_grad():
+        twin = _twin(model)
+        meter = _Meter([*twin.parameters(), *twin.buffers()])
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, meter:
+            call(twin)
+    return counter.get_total_flops(), meter.most
 
 
 def memory_estimate(

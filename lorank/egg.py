@@ -17,12 +17,13 @@ Source: Sarkar et al., "Evolution Strategies at the Hyperscale", arXiv 2511.1665
 
 Departures. Arithmetic runs on float32 tensors that hold integers: sums stay below 2²⁴, or are clipped anyway, so floor, product
 and quotient are exact, and a float32 product is the fastest a CPU has. Where the magnitude table of nano-egg divides by 0 we
-divide by 1. States begin at 0 in each sequence. The loss of `forward` is the true one, of these logits; the integer
-likelihood, which is rounded in the model's favour, is the fitness and nothing else.
+divide by 1. The loss of `forward` is the true one, of these logits; the integer likelihood, which is rounded in the model's
+favour, is the fitness and nothing else.
 """
 
+import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -38,80 +39,118 @@ DOCUMENT_START = 0
 
 
 class Noise(NamedTuple):
-    """Of one parameter, for K pairs of members, in the forward pass: int8 values; s is +1 for the first half of a pair's rows."""
+    """Of one parameter, for K pairs of members with R rows a pair, half of them of each member: int8 values."""
 
     A: Tensor  # [K, a], int32
     B: Tensor  # [K, b], float32; of a vector [K, a]
+    sign: Tensor  # [R, 1], int32: of the member that a row belongs to
     shift: int
 
     def of_product(self, x: Tensor) -> Tensor:
         """(x · B) A s >> shift [K, R, a] of x [K, R, b]; products pass 2²⁴ here, so they are int32."""
-        h = torch.bmm(x, self.B[:, :, None])
-        return (_signed(h).int() * self.A[:, None]).bitwise_right_shift_(self.shift)
+        h = (x * self.B[:, None]).sum(-1, keepdim=True)
+        return (h.int() * self.sign * self.A[:, None]) >> self.shift
 
-    def of_vector(self, rows: int) -> Tensor:
-        """A B s >> shift [K, rows, a]."""
-        return (_signed((self.A * self.B)[:, None].expand(-1, rows, -1)) / 2**self.shift).floor_()
+    def of_vector(self) -> Tensor:
+        """A B s >> shift [K, R, a]."""
+        return (self.A * self.B.int())[:, None] * self.sign >> self.shift
 
     def of_lookup(self, at: Tensor) -> Tensor:
         """A[t] B s >> shift [K, R, b] at t [K, R]."""
-        return (_signed(self.A.gather(1, at)[:, :, None]) * self.B[:, None] / 2**self.shift).floor_()
+        return self.A.gather(1, at)[:, :, None] * self.sign * self.B.int()[:, None] >> self.shift
 
 
 Member = dict[nn.Parameter, Noise]
 
 
-def _signed(x: Tensor) -> Tensor:
-    half = x.shape[1] // 2
-    return torch.cat([x[:, :half], -x[:, half:]], dim=1)
+def signs(rows: int, device: torch.device | None = None) -> Tensor:
+    """+1 for the first half of a pair's rows and -1 for the second: [rows, 1], int32."""
+    return torch.ones(rows, 1, dtype=torch.int32, device=device).index_fill_(
+        0, torch.arange(rows // 2, rows, device=device), -1
+    )
 
 
 def clip(x: Tensor) -> Tensor:
-    return x.clamp_(-LIMIT, LIMIT)
+    return x.clamp(-LIMIT, LIMIT)
 
 
-class Weights(NamedTuple):
-    """A model's parameters as float32, vectors with their noise in them; that of matrices comes with the product."""
+class Matrix(NamedTuple):
+    """M [a, n] as float32, and the noise of the members that read it."""
 
-    values: dict[nn.Parameter, Tensor]
-    noise: Member
+    M: Tensor
+    noise: Noise | None
 
-    def product(self, x: Tensor, M: nn.Parameter) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
         """u · Mᵀ of x [K, R, n]."""
-        y = F.linear(x.flatten(0, 1), self.values[M]).view(*x.shape[:-1], -1)
-        if M in self.noise:
-            y += self.noise[M].of_product(x)
-        return clip(y.div_(ONE * math.isqrt(x.shape[-1])).floor_())
+        y = F.linear(x.flatten(0, 1), self.M).view(*x.shape[:-1], -1)
+        if self.noise is not None:
+            y = y + self.noise.of_product(x)
+        return clip((y / (ONE * math.isqrt(x.shape[-1]))).floor())
 
-    def lookup(self, at: Tensor, M: nn.Parameter) -> Tensor:
+    def lookup(self, at: Tensor) -> Tensor:
         """M[t] at t [K, R]."""
-        x = F.embedding(at, self.values[M])
-        return clip(x + self.noise[M].of_lookup(at)) if M in self.noise else x
+        x = F.embedding(at, self.M)
+        return x if self.noise is None else clip(x + self.noise.of_lookup(at))
 
 
-def weights(parameters: Iterable[nn.Parameter], rows: int, noise: Member) -> Weights:
-    moved = {p: clip(p + noise[p].of_vector(rows)) for p in noise if p.ndim == 1}
-    return Weights({p: moved.get(p, p.float()) for p in parameters}, noise)
+def weights(module: nn.Module, noise: Member) -> dict[str, Any]:
+    """A module's own parameters by name: a `Matrix`, or a vector [D], that of members [K, R, D]."""
+    found: dict[str, Any] = {}
+    for name, p in module.named_parameters(recurse=False):
+        if p.ndim == 2:
+            found[name] = Matrix(p.float(), noise.get(p))
+        else:
+            found[name] = clip(p + noise[p].of_vector()).float() if p in noise else p.float()
+    return found
 
 
 def layer_norm(x: Tensor, w: Tensor) -> Tensor:
-    magnitude = x.abs().sum(-1, keepdim=True).div_(x.shape[-1]).floor_().clamp_(min=1)
-    return clip((x * w).div_(magnitude).floor_())
+    magnitude = (x.abs().sum(-1, keepdim=True) / x.shape[-1]).floor().clamp(min=1)
+    return clip((x * w / magnitude).floor())
 
 
 def gate(f: Tensor, x: Tensor) -> Tensor:
     """(f + 127) x >> 8."""
-    return ((f + LIMIT) * x).div_(256).floor_()
+    return ((f + LIMIT) * x / 256).floor()
 
 
-EXP2 = torch.tensor([int(ONE * 2 ** (i / ONE)) for i in range(256)], dtype=torch.int32)
+def layer(x: Tensor, s: Tensor, w: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """GRU and MLP, each behind a norm: x and state s [K, R, D]."""
+    u = layer_norm(x, w["ln1"])
+    f = clip(w["wf"].product(u) + w["uf"].product(s) + w["bf"])
+    h = clip(w["wh"].product(u) + w["uh"].product(gate(f, s)) + w["bh"])
+    s = s + gate(f, h - s)
+    x = clip(x + s)
+    u = layer_norm(x, w["ln2"])
+    return clip(x + w["m2"].product(w["m1"].product(u))), s
+
+
+def position(at: Tensor, states: list[Tensor], w: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """Logits [K, R, 256] after bytes [K, R], and the states that they leave."""
+    x = w["embedding"].lookup(at)
+    going = (at != DOCUMENT_START)[:, :, None]
+    left = []
+    for s, own in zip(states, w["layers"], strict=True):
+        x, s = layer(x, s * going, own)
+        left.append(s)
+    return w["head"].product(layer_norm(x, w["ln"])), left
+
+
+def score(at: Tensor, target: Tensor, states: list[Tensor], w: dict[str, Any]) -> tuple[Tensor, list[Tensor]]:
+    """Integer log-likelihood [K, R] of the bytes after `at`, and the states."""
+    logits, states = position(at, states, w)
+    return log_likelihood(logits, target), states
+
+
+EXP2 = [int(ONE * 2 ** (i / ONE)) for i in range(256)]
 
 
 def log_likelihood(logits: Tensor, target: Tensor) -> Tensor:
     """In sixteenths of a bit, int32: (logit_t + 128) - int(16 log₂(Σ EXP2 / 16)), of logits [..., 256] and bytes [...]."""
     index = (logits + 128).int()
-    exponentials = EXP2.to(logits.device).index_select(0, index.flatten()).view(index.shape)
-    total = (ONE * (exponentials.sum(-1).double() / ONE).log2()).int()
+    table = torch.tensor(EXP2, dtype=torch.int32, device=logits.device)
+    exponentials = table.index_select(0, index.flatten()).view(index.shape)
+    total = (ONE * (exponentials.sum(-1, dtype=torch.int32).double() / ONE).log2()).int()
     return index.gather(-1, target[..., None])[..., 0] - total
 
 
@@ -135,7 +174,7 @@ def _int8(*shape: int) -> nn.Parameter:
 
 
 class EggLayer(nn.Module):
-    """GRU and MLP, each behind a norm."""
+    """The parameters of `layer`."""
 
     stands_for_linear = True
     """So that it counts as a block."""
@@ -145,16 +184,6 @@ class EggLayer(nn.Module):
         self.ln1, self.ln2, self.bf, self.bh = _int8(D), _int8(D), _int8(D), _int8(D)
         self.wf, self.uf, self.wh, self.uh = _int8(D, D), _int8(D, D), _int8(D, D), _int8(D, D)
         self.m1, self.m2 = _int8(4 * D, D), _int8(D, 4 * D)
-
-    def forward(self, x: Tensor, s: Tensor, w: Weights) -> tuple[Tensor, Tensor]:
-        u = layer_norm(x, w.values[self.ln1])
-        f = clip(w.product(u, self.wf) + w.product(s, self.uf) + w.values[self.bf])
-        p = gate(f, s)
-        h = clip(w.product(u, self.wh) + w.product(p, self.uh) + w.values[self.bh])
-        s = s + gate(f, h - s)
-        x = clip(x + s)
-        u = layer_norm(x, w.values[self.ln2])
-        return clip(x + w.product(w.product(u, self.m1), self.m2)), s
 
 
 class EggForCausalLM(PreTrainedModel, GenerationMixin):
@@ -188,26 +217,37 @@ class EggForCausalLM(PreTrainedModel, GenerationMixin):
 
     initialize_weights = init_weights
 
-    def logits(self, ids: Tensor, noise: Member) -> Iterator[Tensor]:
-        """Those [K, R, 256] of each position of ids [K, R, T], one after the other."""
-        K, R, T = ids.shape
-        states = [torch.zeros(K, R, self.config.hidden_size, device=ids.device) for _ in self.layers]
-        w = weights(self.parameters(), R, noise)
-        for t in range(T):
-            at = ids[:, :, t]
-            x = w.lookup(at, self.embedding)
-            going = (at != DOCUMENT_START)[:, :, None]
-            for i, layer in enumerate(self.layers):
-                x, states[i] = layer(x, states[i] * going, w)
-            yield w.product(layer_norm(x, w.values[self.ln]), self.head)
+    def weights(self, noise: Member) -> dict[str, Any]:
+        """What `position` reads."""
+        layers: Any = self.layers
+        return {**weights(self, noise), "layers": [weights(layer, noise) for layer in layers]}
+
+    def begin(self, K: int, R: int) -> list[Tensor]:
+        """The states [K, R, D] before a document, by layer."""
+        D, device = self.config.hidden_size, self.embedding.device
+        return [torch.zeros(K, R, D, device=device) for _ in self.layers]
 
     @torch.no_grad()
-    def fitness(self, ids: Tensor, noise: Member) -> Tensor:
-        """Integer log-likelihood [K, R] of bytes [K, R, T], in sixteenths of a bit: int64, the sum over a row's T - 1."""
+    def logits(self, ids: Tensor) -> Iterator[Tensor]:
+        """Those [1, batch, 256] of each position of ids [batch, T], one after the other."""
+        states, w = self.begin(1, len(ids)), self.weights({})
+        for at in ids.T:
+            found, states = position(at[None], states, w)
+            yield found
+
+    @torch.no_grad()
+    def fitness(
+        self, ids: Tensor, noise: Member, states: list[Tensor] | None = None, score: Any = score
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Integer log-likelihood [K, R] of bytes [K, R, T], in sixteenths of a bit: int64, the sum over a row's T - 1; and the
+        states in which it ends. It begins in the given ones; `score` may be a compiled one."""
         total = torch.zeros(ids.shape[:2], dtype=torch.int64, device=ids.device)
-        for t, logits in enumerate(self.logits(ids[:, :, :-1], noise)):
-            total += log_likelihood(logits, ids[:, :, t + 1])
-        return total
+        states, w = self.begin(*ids.shape[:2]) if states is None else states, self.weights(noise)
+        columns = ids.permute(2, 0, 1).contiguous()
+        for at, target in itertools.pairwise(columns):
+            found, states = score(at, target, states, w)
+            total += found
+        return total, states
 
     @torch.no_grad()
     def forward(
@@ -220,7 +260,7 @@ class EggForCausalLM(PreTrainedModel, GenerationMixin):
         """Logits in nats, of bytes [batch, T], and the mean loss over labels (-100: none) one position later."""
         if attention_mask is not None and not attention_mask[:, 0].all():
             raise ValueError("EGG reads from the left; pad on the right")
-        logits = torch.stack(list(self.logits(input_ids[None], {})), dim=2)[0] * (math.log(2) / ONE)
+        logits = torch.stack(list(self.logits(input_ids)), dim=2)[0] * (math.log(2) / ONE)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())

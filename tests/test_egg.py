@@ -1,6 +1,7 @@
 """EGG against its specification, written out in Python's own integers one number at a time."""
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +58,10 @@ class Reference:
         return self.clip([sum(v) for v in zip(*vectors, strict=True)])
 
     def logits(self, ids: Vector) -> list[Vector]:
+        """They go on from `self.states`, and leave them."""
         model: Any = self.model
         D = model.config.hidden_size
-        states = [[0] * D for _ in model.layers]
+        states = getattr(self, "states", [[0] * D for _ in model.layers])
         found = []
         for t in ids:
             if t == 0:
@@ -78,6 +80,7 @@ class Reference:
                 u = self.norm(x, layer.ln2)
                 x = self.add(x, self.product(self.product(u, layer.m1), layer.m2))
             found.append(self.product(self.norm(x, model.ln), model.head))
+        self.states = states
         return found
 
     def fitness(self, ids: Vector) -> int:
@@ -95,16 +98,16 @@ IDS = [0, 65, 200, 13, 0, 0, 255, 1, 66, 66]
 @pytest.mark.parametrize("spread", [1.0, 6.0])
 def test_the_forward_pass_is_that_of_pythons_integers(D: int, spread: float) -> None:
     model = egg(D, spread=spread)
-    logits = torch.stack(list(model.logits(torch.tensor([[IDS]]), {})), dim=2)[0, 0]
+    logits = torch.stack(list(model.logits(torch.tensor([IDS]))), dim=2)[0, 0]
     assert logits.tolist() == Reference(model, {}, 0, 0).logits(IDS)
-    assert model.fitness(torch.tensor([[IDS]]), {}).item() == Reference(model, {}, 0, 0).fitness(IDS)
+    assert model.fitness(torch.tensor([[IDS]]), {})[0].item() == Reference(model, {}, 0, 0).fitness(IDS)
 
 
 @pytest.mark.parametrize(("sig", "spread"), [(4, 1.0), (0, 6.0)])
 def test_members_and_votes_are_those_of_pythons_integers(sig: int, spread: float) -> None:
     """Fitness of each member one by one, and Z as the sum over pairs, also where values are clipped all over."""
     model = egg(8, spread=spread)
-    estimate = IntegerEggroll(model, population=6, sig=sig, group_size=2, chunk=4, seed=3)
+    estimate = IntegerEggroll(model, population=6, sig=sig, group_size=2, carry=False, chunk=4, seed=3)
     drawn = {p: [f.int().tolist() for f in estimate.factors(p, range(3))] for p in model.parameters()}
     rows = torch.randint(0, 256, (3, 9), generator=torch.Generator().manual_seed(1))
     found = estimate(rows)
@@ -124,6 +127,50 @@ def test_members_and_votes_are_those_of_pythons_integers(sig: int, spread: float
     for p, votes in Z.items():
         assert p.grad is not None and p.grad.dtype == torch.int32
         assert torch.equal(p.grad.long(), votes)
+
+
+@pytest.mark.parametrize("group_size", [2, 0])
+def test_states_and_last_bytes_are_carried_from_batch_to_batch(group_size: int) -> None:
+    """Each member goes on in its own states, with the noise and the weights of the step: over three batches, of which the second
+    begins a document in the middle."""
+    model = egg(8)
+    estimate = IntegerEggroll(model, population=4, group_size=group_size, chunk=2, seed=3)
+    optimizer = Votes(model.parameters(), lr=0.5, pairs=2)
+    rows = torch.randint(1, 256, (2, 15), generator=torch.Generator().manual_seed(1))
+    rows[1, 7] = 0
+    seen = [[0], [0], [1], [1]] if group_size else [[0, 1]] * 4  # which rows a member reads
+    members = [[Reference(model, {}, 1 - 2 * (i % 2), 4) for _ in seen[i]] for i in range(4)]
+    for step in range(3):
+        drawn = {p: [f.int().tolist() for f in estimate.factors(p, range(2))] for p in model.parameters()}
+        expected = []
+        for i, (readers, own) in enumerate(zip(members, seen, strict=True)):
+            for reader, row in zip(readers, own, strict=True):
+                reader.noise = {p: (A[i // 2], B[i // 2]) for p, (A, B) in drawn.items()}
+                before = [0, *rows[row].tolist()]
+                expected.append(reader.fitness(before[5 * step : 5 * step + 6]))
+        found = estimate(rows[:, 5 * step : 5 * step + 5]) * 5 * len(seen[0])
+        assert found.tolist() == pytest.approx(torch.tensor(expected).view(4, -1).sum(1).tolist())
+        optimizer.step()
+    assert estimate.left["states"].dtype == torch.int8
+    states = torch.tensor([[reader.states for reader in readers] for readers in members])  # [member, row, layer, D]
+    assert torch.equal(estimate.left["states"].long(), states.view(2, -1, 2, 8).transpose(1, 2))
+    with pytest.raises(ValueError, match="a batch of 4 rows does not go on from one of 2; give carry=False"):
+        estimate(torch.ones(4, 5, dtype=torch.long))
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile calls a C++ compiler")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_compiled_it_is_the_same_to_the_last_bit() -> None:
+    rows = torch.randint(0, 256, (2, 4), generator=torch.Generator().manual_seed(1))
+    grads = []
+    for compile in (False, True):
+        model = egg(8, layers=1, spread=3.0)
+        estimate = IntegerEggroll(model, population=4, compile=compile)
+        for _ in range(2):
+            fitness = estimate(rows)
+        grads.append([fitness, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))  # type: ignore[arg-type]
+    assert grads[0][0].unique().numel() > 2
 
 
 def test_parameters_are_counted_and_int8_at_every_step() -> None:
@@ -211,7 +258,9 @@ def test_chunks_change_nothing() -> None:
     grads = []
     for chunk in (2, 6, 8):
         model = egg()
-        IntegerEggroll(model, population=8, chunk=chunk)(rows)
+        estimate = IntegerEggroll(model, population=8, chunk=chunk)
+        estimate(rows)
+        estimate(rows)
         grads.append([p.grad for p in model.parameters()])
     assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other, strict=True))  # type: ignore[arg-type]
 

@@ -14,8 +14,11 @@ per matrix, drawn anew where they are needed, from a seed that names parameter, 
 
 Source: Sarkar et al., "Evolution Strategies at the Hyperscale", arXiv 2511.16652.
 
-Departures from the authors' code. Embeddings are perturbed too, W[t] + A'[t] Bᵀ, as in their nano-egg, and an output layer
-that is the embedding gets the embedding's noise. One seed draws `BLOCK` pairs, so that not each costs a call.
+A matrix is perturbed where torch uses it, in F.linear, F.embedding or addmm, whichever module calls that: an output layer that
+is the embedding gets the embedding's noise. Any other use of it is refused by name.
+
+Departures from the authors' code. Embeddings are perturbed too, W[t] + A'[t] Bᵀ, as in their nano-egg. One seed draws `BLOCK`
+pairs, so that not each costs a call.
 """
 
 import contextlib
@@ -28,7 +31,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from transformers.pytorch_utils import Conv1D
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
 
 BLOCK = 32
 """Pairs drawn from one seed."""
@@ -46,10 +51,24 @@ def pair_noise(key: tuple[int, int, int], pairs: range, size: int, device: torch
 
 
 def shaped(fitness: Tensor, group_size: int = 0) -> Tensor:
-    """z: fitness [N] without the mean (of each group, if members are grouped), over the deviation of all."""
-    groups = fitness.view(-1, group_size or len(fitness))
-    centred = (groups - groups.mean(dim=1, keepdim=True)).view(-1)
-    return centred / (fitness.var(correction=0) + 1e-5).sqrt()
+    """z [N]: fitness [N] without the mean (of each group, if members are grouped), over the deviation of all.
+
+    Where each member answered Q questions, fitness [N, Q], means are those of each question, and z is the mean over them.
+    """
+    groups = fitness.view(-1, group_size or len(fitness), *fitness.shape[1:])
+    centred = (groups - groups.mean(dim=1, keepdim=True)).view_as(fitness)
+    return (centred / (fitness.var(correction=0) + 1e-5).sqrt()).view(len(fitness), -1).mean(1)
+
+
+def above_baseline(fitness: Tensor, group_size: int = 0) -> Tensor:
+    """z [N]: fitness [N] or [N, Q] over that of the group's first member, over the group's deviation; the first pair gets 0.
+
+    zᵢ = (fᵢ - f₀) / (std f + 1e-8)            the mean over Q questions, if there are any
+    """
+    groups = fitness.view(-1, group_size or len(fitness), *fitness.shape[1:])
+    z = (groups - groups[:, :1]) / (groups.std(dim=1, correction=0, keepdim=True) + 1e-8)
+    z[:, :2] = 0.0
+    return z.view(len(fitness), -1).mean(1)
 
 
 class Eggroll:
@@ -60,12 +79,13 @@ class Eggroll:
         sigma: size of the noise.
         rank: r of the noise; 1 is the paper's choice nearly everywhere.
         group_size: this many members in a row saw the same data and are compared with each other; 0: all did.
+        baseline: the first pair of each group has no noise, and z is `above_baseline`; all of G together is clipped to norm 1.
         noise_reuse: epochs with the same noise; 0: all.
         freeze_others: leave what is no matrix alone.
         chunk: members in one forward pass, an even number; None: all.
 
     Raises:
-        ValueError: numbers that do not go together, or a parameter that cannot be perturbed.
+        ValueError: numbers that do not go together, or a parameter that is neither a matrix nor a vector.
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> estimate = Eggroll(model, population=4096, sigma=0.01)
@@ -85,6 +105,7 @@ class Eggroll:
         sigma: float,
         rank: int = 1,
         group_size: int = 0,
+        baseline: bool = False,
         noise_reuse: int = 1,
         freeze_others: bool = False,
         chunk: int | None = None,
@@ -97,18 +118,20 @@ class Eggroll:
             )
         self.model, self.population, self.sigma, self.rank = model, population, sigma, rank
         self.group_size, self.noise_reuse, self.chunk, self.seed = group_size, noise_reuse, chunk or population, seed
+        self.baseline = baseline
+        if baseline and (group_size or population) < 4:
+            raise ValueError(f"baseline=True leaves no member with noise in groups of {group_size or population}")
         self.epoch = 0
         self.perturbed = {
             p: index
             for index, p in enumerate(model.parameters())
             if p.requires_grad and not (freeze_others and p.ndim < 2)
         }
-        for name, module in model.named_modules():
-            own = {n for n, p in module.named_parameters(recurse=False) if p in self.perturbed}
-            if own and not _is_matrix(module) and (any(module.children()) or _has_matrix(module)):
+        self.names = {p: name for name, p in model.named_parameters()}
+        for p in self.perturbed:
+            if p.ndim > 2:
                 raise ValueError(
-                    f"{name or 'the model'} ({type(module).__name__}) keeps {', '.join(sorted(own))} itself, and how it uses "
-                    "them is not known; EGGROLL takes nn.Linear, Conv1D, nn.Embedding and modules of vectors; freeze it"
+                    f"{self.names[p]} has {p.ndim} dimensions; EGGROLL perturbs matrices and vectors; freeze it"
                 )
 
     def factors(self, p: nn.Parameter, pairs: range) -> tuple[Tensor, Tensor]:
@@ -123,17 +146,22 @@ class Eggroll:
 
     def _noise(self, p: nn.Parameter, pairs: range, size: int) -> Tensor:
         epoch = self.epoch // self.noise_reuse if self.noise_reuse else 0
-        return pair_noise((self.seed, self.perturbed[p], epoch), pairs, size, p.device).to(p.dtype)
+        noise = pair_noise((self.seed, self.perturbed[p], epoch), pairs, size, p.device).to(p.dtype)
+        if self.baseline:
+            each = (self.group_size or self.population) // 2
+            noise[-pairs.start % each :: each] = 0.0
+        return noise
 
     @torch.no_grad()
     def __call__(self, fitness: Callable[[range], Tensor]) -> Tensor:
         """Put the estimate into `.grad`, begin the next epoch, and return the members' fitness [N].
 
-        `fitness` gets a range of members and returns the fitness of each. Every module it calls must see the rows of these
-        members one after another along the first dimension, equally many of each.
+        `fitness` gets a range of members and returns the fitness of each, [members], or [members, Q] of Q questions. Every module
+        it calls must see the rows of these members one after another along the first dimension, equally many of each.
 
         Raises:
             FloatingPointError: the fitness of a member is not finite; `.grad` is as it was.
+            ValueError: the model uses a parameter in a way that cannot be perturbed.
         """
         found = []
         for start in range(0, self.population, self.chunk):
@@ -143,8 +171,9 @@ class Eggroll:
         f = torch.cat(found)
         if not f.isfinite().all():
             raise FloatingPointError("the fitness of a member is not finite; lower sigma or lr")
-        z = shaped(f, self.group_size)
-        self.write_gradients(z)
+        self.write_gradients((above_baseline if self.baseline else shaped)(f, self.group_size))
+        if self.baseline:
+            torch.nn.utils.clip_grad_norm_(list(self.perturbed), 1.0)
         self.epoch += 1
         return f
 
@@ -168,64 +197,95 @@ class Eggroll:
 
     @contextlib.contextmanager
     def perturb(self, members: range) -> Iterator[None]:
-        """Inside, the model's modules compute with the weights of these members, each with those of its own rows."""
+        """Inside, the model computes with the weights of these members, each with those of its own rows."""
         pairs = range(members.start // 2, members.stop // 2)
         batch = _Batch(len(members))
-        forms = {nn.Linear: self._linear, Conv1D: self._linear, nn.Embedding: self._embedding}
-        handles = []
         before = {m: m.__dict__["forward"] for m in self.model.modules() if "forward" in m.__dict__}  # somebody's own
         for module in self.model.modules():
-            if any(p in self.perturbed for p in module.parameters(recurse=False)):
-                if _is_matrix(module):
-                    form = next(form for kind, form in forms.items() if isinstance(module, kind))
-                    handles.append(module.register_forward_hook(partial(form, pairs, batch)))
-                else:
-                    module.forward = partial(self._vectors, pairs, batch, module)
+            own = dict(module.named_parameters(recurse=False))
+            vectors = {name: p.detach() for name, p in own.items() if p in self.perturbed}
+            if vectors and not any(module.children()) and all(p.ndim < 2 for p in own.values()):
+                noise = {name: self.dense(own[name], pairs) for name in vectors}
+                moved = {name: torch.stack([p + noise[name], p - noise[name]], dim=1) for name, p in vectors.items()}
+                module.forward = partial(_with_vectors, module, {n: v.flatten(0, 1) for n, v in moved.items()}, batch)
         try:
-            yield
+            with _Uses(self, pairs, batch):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for module in self.model.modules():
                 module.__dict__.pop("forward", None)
                 if module in before:
                     module.forward = before[module]
 
-    def _linear(self, pairs: range, batch: "_Batch", module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        """y + (x B) A'ᵀ, where W is [d_in, d_out] y + (x A') Bᵀ; and the bias's own noise."""
-        y = batch.by_pair(output)  # [K, 2, rows, d_out]
-        if module.weight in self.perturbed:
-            A, B = (factor.to(output.dtype) for factor in self.factors(module.weight, pairs))
-            down, up = (A, B) if isinstance(module, Conv1D) else (B, A)
-            h = batch.signed(batch.by_pair(inputs[0].to(output.dtype)).flatten(1, 2) @ down)
+
+def _with_vectors(module: Any, moved: dict[str, Tensor], batch: "_Batch", x: Tensor) -> Tensor:
+    """A module of vectors, such as a norm, called with those [N, ...] of each member."""
+    ours = module.__dict__.pop("forward")
+    try:
+        y = vmap(partial(functional_call, module))(moved, batch.split(x))
+    finally:
+        module.forward = ours
+    return y.flatten(0, 1)
+
+
+class _Uses(TorchFunctionMode):
+    """Adds the noise of a pair wherever torch is called with a perturbed parameter."""
+
+    def __init__(self, estimate: Eggroll, pairs: range, batch: "_Batch"):
+        super().__init__()
+        self.estimate, self.pairs, self.batch = estimate, pairs, batch
+        self.forms: dict[Any, Callable[..., Tensor | None]] = {
+            F.linear: self._linear,
+            F.embedding: self._embedding,
+            torch.addmm: self._addmm,
+        }
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        used = [p for p in tree_leaves((args, kwargs)) if isinstance(p, nn.Parameter) and p in self.estimate.perturbed]
+        if not used or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
+            return output  # a question such as W.shape
+        noisy = self.forms[function](output, used, *args, **kwargs) if function in self.forms else None
+        if noisy is None:
+            names = " and ".join(self.estimate.names[p] for p in used)
+            raise ValueError(
+                f"the model uses {names} in {resolve_name(function) or function}, where EGGROLL does not know how to perturb "
+                "it; known are F.linear, F.embedding and addmm, and modules of vectors alone; freeze it"
+            )
+        return noisy
+
+    def _linear(self, y: Tensor, used: list[Any], input: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
+        """y + (x B) A'ᵀ, and the bias's own noise."""
+        return self._product(y, used, input, weight, bias, transposed=False)
+
+    def _addmm(self, y: Tensor, used: list[Any], input: Any, mat1: Tensor, mat2: Any) -> Tensor | None:
+        """y + (x A') Bᵀ, where W is [d_in, d_out]."""
+        return self._product(y, used, mat1, mat2, input, transposed=True)
+
+    def _product(
+        self, out: Tensor, used: list[Any], x: Tensor, W: Any, bias: Any, *, transposed: bool
+    ) -> Tensor | None:
+        if any(p is not W and p is not bias for p in used):
+            return None
+        y = self.batch.by_pair(out)  # [K, 2, rows, d_out]
+        if any(p is W for p in used):
+            A, B = (factor.to(out.dtype) for factor in self.estimate.factors(W, self.pairs))
+            down, up = (A, B) if transposed else (B, A)
+            h = self.batch.signed(self.batch.by_pair(x.to(out.dtype)).flatten(1, 2) @ down)
             y = torch.baddbmm(y.flatten(1, 2), h, up.mT).view_as(y)
-        if module.bias is not None and module.bias in self.perturbed:
-            noise = self.dense(module.bias, pairs).to(output.dtype)
+        if any(p is bias for p in used):
+            noise = self.estimate.dense(bias, self.pairs).to(out.dtype)
             y = y + torch.stack([noise, -noise], dim=1)[:, :, None]
-        return y.view_as(output)
+        return y.view_as(out)
 
-    def _embedding(self, pairs: range, batch: "_Batch", module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+    def _embedding(self, out: Tensor, used: list[Any], input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
         """W[t] + A'[t] Bᵀ; what is looked up once for all, as positions are, is looked up by each."""
-        A, B = self.factors(module.weight, pairs)
-        one = inputs[0].shape[0] == 1 < batch.rows
-        ids, out = (t.expand(batch.rows, *t.shape[1:]) if one else t for t in (inputs[0], output))
-        at = batch.split(ids).reshape(len(A), -1)  # [K, 2 * rows]
-        h = batch.signed(A.gather(1, at[:, :, None].expand(-1, -1, self.rank)))
+        A, B = self.estimate.factors(weight, self.pairs)
+        input, out = (self.batch.of_each(t) for t in (input, out))
+        at = self.batch.split(input).reshape(len(A), -1)  # [K, 2 * rows]
+        h = self.batch.signed(A.gather(1, at[:, :, None].expand(-1, -1, A.shape[-1])))
         return (out.reshape(len(at), -1, B.shape[1]) + h @ B.mT).view_as(out)
-
-    def _vectors(self, pairs: range, batch: "_Batch", module: Any, x: Tensor) -> Tensor:
-        """A module of vectors, such as a norm, called with those of each member."""
-        own = {name: p for name, p in module.named_parameters(recurse=False) if p in self.perturbed}
-        moved = {}
-        for name, p in own.items():
-            noise = self.dense(p, pairs)
-            moved[name] = torch.stack([p + noise, p - noise], dim=1).flatten(0, 1)  # [N, ...]
-        ours = module.__dict__.pop("forward")
-        try:
-            y = vmap(partial(functional_call, module))(moved, batch.split(x))
-        finally:
-            module.forward = ours
-        return y.flatten(0, 1)
 
 
 def check_population(population: int, group_size: int, chunk: int | None) -> None:
@@ -243,29 +303,28 @@ class _Batch:
     def __init__(self, members: int):
         self.members = members
         self.rows = 0
+        """Of what was looked up first: the batch."""
 
     def split(self, x: Tensor) -> Tensor:
         """Rows by member [N, rows of a member, ...]."""
         if x.shape[0] % self.members:
-            raise RuntimeError(f"a module got {x.shape[0]} rows, which are not those of {self.members} members")
-        self.rows = x.shape[0]
+            raise ValueError(f"the model handles {x.shape[0]} rows, which are not those of {self.members} members")
         return x.reshape(self.members, -1, *x.shape[1:])
 
     def by_pair(self, x: Tensor) -> Tensor:
         """Vectors by pair [K, 2, vectors of a member, d]."""
         return self.split(x).reshape(self.members // 2, 2, -1, x.shape[-1])
 
+    def of_each(self, x: Tensor) -> Tensor:
+        """What is looked up, in as many rows as the batch has."""
+        self.rows = self.rows or x.shape[0]
+        if x.shape[0] not in (1, self.rows):
+            raise ValueError(
+                f"the model looks up {x.shape[0]} rows for a batch of {self.rows}; which are a member's is not known"
+            )
+        return x.expand(self.rows, *x.shape[1:])
+
     def signed(self, h: Tensor) -> Tensor:
         """h [K, 2 * rows, r], the second half negative."""
         first, second = h.chunk(2, dim=1)
         return torch.cat([first, -second], dim=1)
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    """A module whose use of its matrix is known: not a subclass that does something else with it."""
-    known: tuple[Any, ...] = (nn.Linear, Conv1D, nn.Embedding)
-    return any(isinstance(module, kind) and type(module).forward is kind.forward for kind in known)
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    return any(p.ndim > 1 for p in module.parameters(recurse=False))

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 
 from lorank.train.evaluation import Evaluation
-from lorank.train.plan import Plan
+from lorank.train.plan import Counts, Plan
 
 
 def quantity(value: float) -> str:
@@ -65,23 +66,36 @@ def plan_tables(plan: Plan) -> RenderableType:
     """Which module becomes what, then parameters, FLOPs and memory beside the dense twin's."""
     modules = _treatments(plan) if plan.treatments else _modules(plan)
     totals = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "dense", "this recipe", "ratio"):
+    for title in ("", "dense", "this recipe", "ratio") if plan.dense else ("", "this recipe"):
         totals.add_column(title, justify="left" if not title else "right")
 
-    def line(label: str, dense: float, ours: float, show: Callable[[float], str]) -> None:
+    def line(label: str, of: Callable[[Counts], float], show: Callable[[float], str]) -> None:
+        ours = of(plan.model)
+        if plan.dense is None:
+            return totals.add_row(label, show(ours))
+        dense = of(plan.dense)
         ratio = f"{ours / dense:.3f}" if dense and not math.isnan(ours / dense) else ""
         totals.add_row(label, show(dense), show(ours), ratio)
 
-    count, gib = (lambda n: f"{n:,.0f}"), (lambda b: "unknown" if math.isnan(b) else f"{b / 2**30:.3f} GiB")
-    dense, ours = plan.dense, plan.model
-    line("parameters", dense.parameters.total, ours.parameters.total, count)
-    line("  in the blocks", dense.parameters.blocks, ours.parameters.blocks, count)
-    line("training FLOPs / token", dense.flops_per_token, ours.flops_per_token, lambda n: quantity(n))
-    for part in ("weights", "gradients", "optimizer", "activations", "total"):
-        label = "memory" if part == "total" else f"  {part}"
-        line(label, getattr(dense.memory, f"{part}_bytes"), getattr(ours.memory, f"{part}_bytes"), gib)
-    note = "blocks recompute part of their forward pass; its FLOPs are counted" if plan.checkpoint else ""
+    count = lambda n: f"{n:,.0f}"  # noqa: E731
+
+    def gib(size: float) -> str:
+        return (
+            "unknown" if math.isnan(size) else f"{size / 2**20:.2f} MiB" if size < 2**23 else f"{size / 2**30:.3f} GiB"
+        )
+
+    line("parameters", lambda c: c.parameters.total, count)
+    line("  in the blocks", lambda c: c.parameters.blocks, count)
+    line("training FLOPs / token", lambda c: c.flops_per_token, quantity)
+    named = {"total": "memory", "peak": "memory at the peak of a step"}
+    for part in ("weights", "gradients", "optimizer", "activations", "total", "peak"):
+        line(named.get(part, f"  {part}"), partial(_bytes_of, part), gib)
+    note = "blocks recompute part of their forward pass; its FLOPs are counted" if plan.checkpoint else plan.population
     return Group(modules, "", totals, note)
+
+
+def _bytes_of(part: str, counts: Counts) -> float:
+    return getattr(counts.memory, f"{part}_bytes")
 
 
 def _modules(plan: Plan) -> Table:

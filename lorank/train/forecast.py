@@ -16,8 +16,9 @@ from transformers import PreTrainedModel
 from lorank import accounting
 from lorank.accelerators import Fleet, Run
 from lorank.methods import find_method
-from lorank.optim import find_optimizer, option_names
+from lorank.optim import ESTIMATORS, find_optimizer, option_names
 from lorank.sizes import SIZES
+from lorank.train.estimators import settings_of
 from lorank.train.model import check_name, rank_of, schedule_of
 from lorank.train.plan import Counts, count, empty_model, memory, optimizer_bytes
 from lorank.train.recipe import Recipe
@@ -51,7 +52,7 @@ class Forecast:
     @property
     def checkpoint(self) -> str:
         """Name of the policy under which blocks are trained."""
-        dense = self.recipe.method == "dense" or find_optimizer(self.recipe.method) is not None
+        dense = self.recipe.method in ("dense", "eggroll") or find_optimizer(self.recipe.method) is not None
         own = None if dense else find_method(self.recipe.method).checkpoint_policy
         return self.recipe.checkpoint or own or "none"
 
@@ -139,6 +140,10 @@ def forecast_all(
         raise ValueError("there is no method to plan for; name one, for example --method cola")
     if not shapes:
         raise ValueError("there is no model to plan for; name a size, for example --size 60m")
+    if any(shape.model == "egg" for shape in shapes):
+        raise ValueError(
+            "EGG is a model of its own with no dense twin; lorank pretrain --model egg --dry-run counts it"
+        )
     _check_taken(shapes[0], methods)
     found = []
     for shape in shapes:
@@ -180,6 +185,8 @@ def forecast_recipes(
 
 
 def _forecast(recipe: Recipe, fleet: Fleet, tokens: int, is_default: bool, file: str | None = None) -> Forecast:
+    if fleet.devices > 1 and recipe.method == "eggroll":
+        raise ValueError("method=eggroll runs in one process; give --devices 1")
     if fleet.devices > 1 and recipe.options.get("in_backward"):
         raise ValueError("in_backward=true sees the gradient of one process only; give --devices 1, or leave it out")
     micro = recipe.micro_batch_size or max(1, recipe.batch_size // fleet.devices)
@@ -200,7 +207,13 @@ def with_method(shape: Recipe, method: str) -> Recipe:
     if method == "dense":
         return dataclasses.replace(shape, method=method, rank=None, options={}, targets=[], exclude=[])
     options = {name: value for name, value in shape.options.items() if name in known}
-    return dataclasses.replace(shape, method=method, rank=shape.rank if "rank" in known else None, options=options)
+    return dataclasses.replace(
+        shape,
+        method=method,
+        rank=shape.rank if "rank" in known else None,
+        options=options,
+        micro_batch_size=shape.batch_size if method == "eggroll" else shape.micro_batch_size,
+    )
 
 
 def _settings_of(method: str) -> list[str]:
@@ -208,6 +221,8 @@ def _settings_of(method: str) -> list[str]:
     if method == "dense":
         return []
     check_name(method)
+    if method in ESTIMATORS:
+        return settings_of()
     if (optimizer := find_optimizer(method)) is not None:
         return ["rank", *option_names(optimizer)]
     return list(find_method(method).__dataclass_fields__)

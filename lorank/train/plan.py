@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,7 +12,9 @@ from transformers.pytorch_utils import Conv1D
 
 from lorank import accounting
 from lorank.conversion import find_sites
+from lorank.egg import EggForCausalLM
 from lorank.train.data import load_tokenizer
+from lorank.train.estimators import population, step_cost, treatment
 from lorank.train.model import Projection, build_config, build_model, find_projection
 from lorank.train.optimizers import kept_gradients, state_bytes
 from lorank.train.recipe import Recipe
@@ -62,11 +65,14 @@ class Plan:
 
     rows: list[Row]
     treatments: list[Treatment]
-    """Of all parameters, where the method is a low-rank optimizer."""
+    """Of all parameters, where the method is a low-rank optimizer or an estimator."""
     model: Counts
-    dense: Counts
+    dense: Counts | None
+    """None: the model is one of its own."""
     checkpoint: bool
     """Whether blocks recompute part of their forward pass."""
+    population: str = ""
+    """Who estimates the gradient, where the method is an estimator."""
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -83,22 +89,26 @@ def plan(recipe: Recipe) -> Plan:
         "checkpoint": None,
         "checkpoint_every": 1,
     }
+    model = empty_model(recipe)
+    if recipe.method == "eggroll":
+        how = treatment(recipe, model)
+        twin = None if isinstance(model, EggForCausalLM) else dataclasses.replace(recipe, method="dense", **plain)
+        dense = count(twin, empty_model(twin)) if twin else None
+        return Plan([], _by_role(model, how), count(recipe, model), dense, False, population(recipe, model))
     twin = dataclasses.replace(recipe, method="dense", **plain)
-    model, dense = empty_model(recipe), empty_model(twin)
+    other = empty_model(twin)
     projection = find_projection(recipe, model)
     return Plan(
-        _rows(dense, model),
+        _rows(other, model),
         _treatments(recipe, model, projection) if projection else [],
         count(recipe, model),
-        count(twin, dense),
+        count(twin, other),
         model.is_activation_checkpointing,
     )
 
 
 def empty_model(recipe: Recipe) -> PreTrainedModel:
     """The recipe's model on the meta device: shapes without data."""
-    if recipe.method == "eggroll":
-        raise ValueError("a plan counts backward passes, which method=eggroll has none of; run it for a few steps")
     counted = recipe.tokenizer is not None and recipe.vocab_size is None  # all that a plan wants of a tokenizer
     tokenizer = load_tokenizer(recipe.tokenizer) if counted else None
     if tokenizer is None and recipe.vocab_size is None:
@@ -109,6 +119,10 @@ def empty_model(recipe: Recipe) -> PreTrainedModel:
 
 def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts:
     """What training `recipe`'s model takes; gradients are accumulated if the batch is more than all devices' micro-batches."""
+    if recipe.method == "eggroll":
+        moments = 0 if isinstance(model, EggForCausalLM) else state_bytes(model, recipe.optimizer)
+        flops, held = step_cost(recipe, model, moments)
+        return Counts(accounting.count_parameters(model), flops, recipe.batch_size * recipe.sequence_length, held)
     batch = recipe.micro_batch_size or recipe.batch_size
     return Counts(
         accounting.count_parameters(model),
@@ -120,6 +134,8 @@ def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts
 
 def memory(recipe: Recipe, model: PreTrainedModel, batch: int, *, accumulate: bool) -> accounting.Memory:
     """What a device holds that trains `recipe`'s model on `batch` sequences at a time."""
+    if recipe.method == "eggroll":
+        raise ValueError("what fits is not sought for method=eggroll, whose memory goes by --option chunk; drop --fits")
     kind, ranks, options = find_projection(recipe, model) or (None, None, None)
     return accounting.memory_estimate(
         model,
@@ -162,15 +178,21 @@ def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:
 
 
 def _treatments(recipe: Recipe, model: nn.Module, projection: Projection) -> list[Treatment]:
-    found: dict[tuple[str, str, str], int] = {}
     plain = recipe.optimizer == "adamw"
     options = "".join(f", {name}={value}" for name, value in projection.options.items())
-    for name, p in model.named_parameters():
+
+    def how(p: nn.Parameter) -> str:
         if rank := projection.ranks.get(p):
-            how = f"{recipe.method}{'' if plain else f' ({recipe.optimizer})'}, rank {rank}{options}"
-        else:
-            how = "muon's AdamW" if recipe.optimizer == "muon" else recipe.optimizer
-        key = (re.sub(r"\.\d+\.", ".*.", name), " × ".join(map(str, p.shape)), how)
+            return f"{recipe.method}{'' if plain else f' ({recipe.optimizer})'}, rank {rank}{options}"
+        return "muon's AdamW" if recipe.optimizer == "muon" else recipe.optimizer
+
+    return _by_role(model, how)
+
+
+def _by_role(model: nn.Module, how: Callable[[Any], str]) -> list[Treatment]:
+    found: dict[tuple[str, str, str], int] = {}
+    for name, p in model.named_parameters():
+        key = (re.sub(r"\.\d+\.", ".*.", name), " × ".join(map(str, p.shape)), how(p))
         found[key] = found.get(key, 0) + 1
     return [Treatment(role, depths, shape, how) for (role, shape, how), depths in found.items()]
 

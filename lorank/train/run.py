@@ -30,6 +30,7 @@ from typing import Any
 
 import psutil
 import torch
+from datasets import IterableDataset
 from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoModelForCausalLM,
@@ -204,7 +205,7 @@ def build_trainer(
         max_grad_norm=recipe.clip,
         bf16=recipe.precision == "bf16",
         use_cpu=on_cpu or torch.accelerator.current_accelerator() is None,
-        torch_compile=recipe.compile,
+        torch_compile=recipe.compile and recipe.method != "eggroll",  # that compiles what it calls
         seed=recipe.seed,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,
@@ -232,6 +233,10 @@ def build_trainer(
 
     peak, source = accounting.achievable_flops()
     estimator = build_estimator(recipe, model)
+    if estimator is not None and estimator.carries and isinstance(corpus.train, IterableDataset):
+        raise ValueError(
+            f"data={recipe.data} is a stream, whose rows do not go on from batch to batch; give --option carry=false"
+        )
     schedule = method.schedule(recipe.steps, recipe.warmup_steps, recipe.min_lr_ratio) if method is not None else None
     make_optimizer: Any = build
     if isinstance(estimator, EggEggroll):

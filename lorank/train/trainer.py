@@ -9,7 +9,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -30,6 +30,8 @@ STAGING = ".saving"
 """Folder of a run in which a checkpoint is written before it gets its name."""
 HOOK_FILE = "hook.safetensors"
 """File of a checkpoint with the state of the method's `StepHook`."""
+ESTIMATOR_FILE = "estimator.safetensors"
+"""File of a checkpoint with what an estimator carries from step to step."""
 
 
 class PretrainTrainer(Trainer):
@@ -90,6 +92,13 @@ class PretrainTrainer(Trainer):
             return torch.nn.utils.clip_grad_norm_(made.seen_parameters(), self.args.max_grad_norm)  # type: ignore[union-attr]
         return super()._clip_grad_norm(model)
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Rows in order, where an estimator's batch goes on from the one before."""
+        if self.estimator is None or not self.estimator.carries:
+            return super()._get_train_sampler(train_dataset)
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        return Lanes(len(rows), self.args.per_device_train_batch_size)
+
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if self.estimator is None:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -113,11 +122,15 @@ class PretrainTrainer(Trainer):
         super()._save_optimizer_and_scheduler(output_dir)
         if self.hook is not None and self.args.should_save:
             save_file(self.hook.state_dict(), os.path.join(output_dir, HOOK_FILE))
+        if self.estimator is not None and self.estimator.carries and self.args.should_save:
+            save_file(self.estimator.state_dict(), os.path.join(output_dir, ESTIMATOR_FILE))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.hook is not None and checkpoint is not None:
             self.hook.load_state_dict(load_file(os.path.join(checkpoint, HOOK_FILE)))
+        if self.estimator is not None and self.estimator.carries and checkpoint is not None:
+            self.estimator.load_state_dict(load_file(os.path.join(checkpoint, ESTIMATOR_FILE)))
 
     def restore(self, checkpoint: Path) -> None:
         """Model and history of a checkpoint that has all its steps behind it."""
@@ -181,6 +194,24 @@ class PretrainTrainer(Trainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
+
+
+class Lanes(Sampler[int]):
+    """Indices of rows for batches of which each row goes on where that of the batch before ended: all rows are cut into as many
+    lanes as a batch has rows, and those that do not fill the lanes are left out.
+
+    >>> list(Lanes(7, 2))
+    [0, 3, 1, 4, 2, 5]
+    """
+
+    def __init__(self, rows: int, lanes: int):
+        self.length, self.lanes = rows // lanes, lanes
+
+    def __iter__(self) -> Iterator[int]:
+        return (lane * self.length + t for t in range(self.length) for lane in range(self.lanes))
+
+    def __len__(self) -> int:
+        return self.length * self.lanes
 
 
 class Throughput(TrainerCallback):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from lorank.optim import Eggroll
-from lorank.optim.eggroll import BLOCK, pair_noise, shaped
+from lorank.egg import EggConfig, EggForCausalLM
+from lorank.optim import Eggroll, IntegerEggroll
+from lorank.optim.eggroll import BLOCK, above_baseline, pair_noise, shaped
 
 
 def moves(estimate: Eggroll, member: int) -> dict[nn.Parameter, Tensor]:
@@ -56,10 +57,13 @@ def test_a_members_output_is_that_of_its_weights_and_a_pairs_mean_that_of_none(k
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama tied", "gpt2", "qwen3"])
 def test_a_language_model_of_transformers(name: str, freeze: bool, small: Any, tokens: Tensor) -> None:
-    """Norms, biases, a tied head (gpt2), positions looked up once for all rows, and members in chunks."""
-    model = small(name).double()
+    """Norms, biases, a tied head, positions looked up once for all rows, and members in chunks."""
+    model = small("llama", tie_word_embeddings=True) if name == "llama tied" else small(name)
+    model = model.double()
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert tied == (name in ("llama tied", "gpt2"))
     before = copy.deepcopy(model.state_dict())
     estimate = Eggroll(model, population=4, sigma=0.1, freeze_others=freeze)
     assert any(p.ndim == 1 for p in estimate.perturbed) != freeze
@@ -70,7 +74,65 @@ def test_a_language_model_of_transformers(name: str, freeze: bool, small: Any, t
         torch.testing.assert_close(found, torch.stack(expected)[members.start :], rtol=1e-6, atol=1e-6)
     assert (found[0] - found[1]).abs().max() > 0.01
     model.load_state_dict(before)
-    assert not any("forward" in module.__dict__ or module._forward_hooks for module in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+class Functional(nn.Module):
+    """A head that is the embedding with no module of its own, and a matrix and a vector that nobody's forward announces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.norm = nn.Embedding(11, 6), nn.LayerNorm(6)
+        self.router, self.shift = nn.Parameter(torch.randn(6, 6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        h = nn.functional.linear(self.norm(self.embedding(ids)), self.router, bias=self.shift)
+        return nn.functional.linear(h.tanh(), weight=self.embedding.weight)
+
+
+def test_a_matrix_is_perturbed_wherever_it_is_used() -> None:
+    torch.manual_seed(0)
+    model, ids = Functional().double(), torch.randint(0, 11, (2, 5))
+    estimate = Eggroll(model, population=6, sigma=0.3, rank=2)
+    expected = torch.stack(list(members_one_by_one(model, estimate, lambda i: model(ids))))
+    with estimate.perturb(range(6)), torch.no_grad():
+        found = model(ids.repeat(6, 1)).view(6, 2, 5, 11)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert all((found[i] - found[j]).abs().max() > 0.01 for i in range(6) for j in range(i))
+
+
+class Product(nn.Module):
+    def __init__(self, use: Callable[[Any, Tensor], Tensor]):
+        super().__init__()
+        self.wte, self.use = nn.Embedding(8, 4), use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self, x)
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (lambda m, x: x @ m.wte.weight.T, r"the model uses wte.weight in torch.Tensor.T.__get__, where"),
+        (lambda m, x: x @ m.wte.weight.t(), "the model uses wte.weight in torch.Tensor.t, where EGGROLL does not know"),
+        (lambda m, x: torch.matmul(x, m.wte.weight.mT), "wte.weight"),
+        (lambda m, x: nn.functional.linear(m.wte.weight, x), "the model uses wte.weight in torch.nn.functional.linear"),
+        (lambda m, x: nn.functional.linear(x, m.wte.weight.float()), "wte.weight in torch.Tensor.float"),
+        (lambda m, x: torch.cat([m.wte.weight, x]), "wte.weight in torch.cat"),
+        (
+            lambda m, x: m.wte(torch.zeros(4, 2).long()) + m.wte(torch.zeros(8, 2).long())[:4],
+            "looks up 8 rows for a batch of 4",
+        ),
+    ],
+)
+def test_a_use_that_cannot_be_perturbed_is_refused_by_name(use: Any, message: str) -> None:
+    model = Product(use)
+    estimate = Eggroll(model, population=4, sigma=0.1)
+    with estimate.perturb(range(4)), torch.no_grad(), pytest.raises(ValueError, match=message):
+        model(torch.zeros(4, 4))
+    model.wte.weight.requires_grad_(False)  # what has no noise may be used in any way
+    with Eggroll(model, population=4, sigma=0.1).perturb(range(4)), torch.no_grad():
+        model(torch.zeros(4, 4))
 
 
 def test_noise_is_the_same_whenever_asked_for_and_does_not_depend_on_chunks() -> None:
@@ -111,6 +173,25 @@ def test_a_linear_fitness_gives_its_coefficients() -> None:
     assert torch.cosine_similarity(-layer.weight.grad.flatten(), C.flatten(), dim=0) > 0.99  # type: ignore[union-attr]
 
 
+def test_the_update_draws_the_noise_of_the_forward_pass_to_the_bit(monkeypatch: Any) -> None:
+    """Also where chunks cut the population elsewhere than blocks of pairs do."""
+    layer = nn.Linear(5, 4)
+    drawn: dict[Any, list[Tensor]] = {}
+    estimate = Eggroll(layer, population=2 * BLOCK + 6, sigma=0.1, chunk=14)
+    draw = estimate._noise
+
+    def noted(p: nn.Parameter, pairs: range, size: int) -> Tensor:
+        noise = draw(p, pairs, size)
+        for k, row in zip(pairs, noise, strict=True):
+            drawn.setdefault((p, k), []).append(row.clone())
+        return noise
+
+    monkeypatch.setattr(estimate, "_noise", noted)
+    estimate(lambda members: layer(torch.ones(len(members), 5)).sum(1))
+    assert len(drawn) == 2 * (BLOCK + 3)
+    assert all(len(rows) == 2 and torch.equal(*rows) for rows in drawn.values()), "once forward, once for the update"
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 def test_the_update_is_the_sum_over_members_and_its_rank_what_they_span(rank: int) -> None:
     layer = nn.Linear(12, 10).double()
@@ -140,31 +221,101 @@ def test_where_fitness_is_noise_a_step_of_sgd_is_lr_sigma(population: int) -> No
     assert rms == pytest.approx(0.5 * 0.01, rel=0.2)
 
 
+@pytest.mark.parametrize("baseline", [False, True])
 @pytest.mark.parametrize("group_size", [0, 4])
-def test_constant_fitness_moves_nothing(group_size: int) -> None:
+def test_constant_fitness_moves_nothing(group_size: int, baseline: bool) -> None:
     layer = nn.Linear(5, 4)
-    Eggroll(layer, population=8, sigma=0.1, group_size=group_size)(lambda members: torch.full((len(members),), 3.0))
+    estimate = Eggroll(layer, population=8, sigma=0.1, group_size=group_size, baseline=baseline)
+    estimate(lambda members: torch.full((len(members),), 3.0))
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in layer.parameters())  # type: ignore[arg-type]
 
 
-def test_shaping() -> None:
-    f = torch.tensor([1.0, 2.0, 3.0, 4.0, 10.0, 20.0, 30.0, 40.0])
-    torch.testing.assert_close(shaped(f), (f - f.mean()) / (f.var(correction=0) + 1e-5) ** 0.5)
-    by_group = torch.cat([f[:4] - 2.5, f[4:] - 25.0]) / (f.var(correction=0) + 1e-5) ** 0.5
-    torch.testing.assert_close(shaped(f, 4), by_group)
+def by_hand(f: list[float], group_size: int) -> list[float]:
+    """Without the group's mean, over the deviation of all, one number at a time."""
+    mean = sum(f) / len(f)
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in f) / len(f) + 1e-5)
+    groups = [f[i : i + group_size] for i in range(0, len(f), group_size)]
+    return [(x - sum(group) / group_size) / deviation for group in groups for x in group]
+
+
+def over_first(f: list[float], group_size: int) -> list[float]:
+    z = []
+    for start in range(0, len(f), group_size):
+        group = f[start : start + group_size]
+        mean = sum(group) / group_size
+        deviation = math.sqrt(sum((x - mean) ** 2 for x in group) / group_size)
+        z += [0.0, 0.0] + [(x - group[0]) / (deviation + 1e-8) for x in group[2:]]
+    return z
+
+
+@pytest.mark.parametrize("group_size", [0, 4, 6])
+@pytest.mark.parametrize(("shape", "formula"), [(shaped, by_hand), (above_baseline, over_first)])
+def test_shaping(shape: Any, formula: Any, group_size: int) -> None:
+    f = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).exp()
+    expected = torch.tensor(formula(f.tolist(), group_size or 12), dtype=torch.float64)
+    torch.testing.assert_close(shape(f, group_size), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(shape(f + 7.0, group_size), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_shaping_of_several_questions() -> None:
+    """z is the mean over the questions, each with its own mean; of z-scores the deviation is that of all answers."""
+    f = torch.randn(8, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [1.0, 5.0, 9.0]
+    )
+    answers = f.flatten().tolist()
+    mean = sum(answers) / 24
+    deviation = math.sqrt(sum((x - mean) ** 2 for x in answers) / 24 + 1e-5)
+    expected = [sum(f[i, q].item() - sum(f[:, q].tolist()) / 8 for q in range(3)) / 3 / deviation for i in range(8)]
+    torch.testing.assert_close(shaped(f), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12)
+    each = [over_first(f[:, q].tolist(), 4) for q in range(3)]
+    expected = [sum(z) / 3 for z in zip(*each, strict=True)]
+    torch.testing.assert_close(
+        above_baseline(f, 4), torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("chunk", [2, 6, 12])
+def test_with_a_baseline_the_first_pair_of_each_group_has_no_noise_and_the_update_a_norm_of_one(chunk: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 8).double()
+    estimate = Eggroll(layer, population=12, sigma=0.5, group_size=6, baseline=True, chunk=chunk)
+    x, seen = torch.randn(1, 6, dtype=torch.float64), []
+
+    def fitness(members: range) -> Tensor:
+        y = layer(x.expand(len(members), 6))
+        seen.append(y)
+        return y.square().sum(1)
+
+    moved = {i: moves(estimate, i) for i in range(12)}
+    f = estimate(fitness)
+    outputs, plain = torch.cat(seen), layer(x)[0].detach()
+    same = [torch.allclose(y, plain, rtol=1e-12, atol=1e-12) for y in outputs]
+    assert same == [i % 6 < 2 for i in range(12)]
+    z = over_first(f.tolist(), 6)
+    G = {p: -math.sqrt(12) / 12 * sum(z[i] * moved[i][p] for i in range(12)) for p in layer.parameters()}
+    norm = math.sqrt(sum(g.square().sum().item() for g in G.values()))
+    assert norm > 1.0
+    for p, g in G.items():
+        torch.testing.assert_close(p.grad, g / norm, rtol=1e-4, atol=1e-5)
+    small = Eggroll(layer, population=12, sigma=1e-3, group_size=6, baseline=True)
+    small(fitness)
+    assert sum(p.grad.square().sum() for p in layer.parameters()) < 0.99, "what is shorter stays as it is"  # type: ignore[union-attr]
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that a tensor has which torch makes inside."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
+        self.numbers = max([self.numbers, *sizes])
+        return out
 
 
 def test_no_tensor_is_a_matrix_per_member() -> None:
     """The largest tensor of an estimate is an activation or a factor, far below [pairs, a, b]."""
-
-    class Largest(TorchDispatchMode):
-        numbers = 0
-
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            out = function(*args, **(kwargs or {}))
-            sizes = [t.numel() for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)]
-            self.numbers = max([self.numbers, *sizes])
-            return out
 
     a, b, N, r = 96, 80, 64, 2
     layer = nn.Linear(b, a)
@@ -174,6 +325,16 @@ def test_no_tensor_is_a_matrix_per_member() -> None:
         estimate(lambda members: layer(x.expand(len(members), b)).sum(1))
     assert largest.numbers <= N * r * (a + b)
     assert N * r * (a + b) < N // 2 * a * b / 5
+
+
+def test_no_tensor_is_a_matrix_per_member_in_integers() -> None:
+    """The largest is the logits of all rows; M1 alone would be 16 times as many numbers per pair, the embedding 32 times."""
+    D, pairs = 64, 128
+    model = EggForCausalLM(EggConfig(hidden_size=D, num_hidden_layers=1))
+    estimate = IntegerEggroll(model, population=2 * pairs, chunk=2 * pairs)
+    with Largest() as largest:
+        estimate(torch.randint(0, 256, (pairs, 3)))
+    assert largest.numbers == pairs * 2 * 256 < pairs * 4 * D * D / 16
 
 
 def test_it_learns_with_any_optimizer() -> None:
@@ -207,13 +368,14 @@ def test_refusals() -> None:
         ({"population": 8, "chunk": 3}, "chunk=3 is not an even number"),
         ({"population": 8, "rank": 0}, "rank=0"),
         ({"population": 8, "sigma": 0.0}, "sigma=0.0"),
+        ({"population": 8, "group_size": 2, "baseline": True}, "leaves no member with noise in groups of 2"),
     ]:
         with pytest.raises(ValueError, match=message):
             Eggroll(layer, **{"sigma": 0.1, **wrong})
-    with pytest.raises(ValueError, match=r"the model \(Conv1d\) keeps bias, weight itself"):
+    with pytest.raises(ValueError, match="weight has 3 dimensions; EGGROLL perturbs matrices and vectors"):
         Eggroll(nn.Conv1d(3, 4, 2), population=4, sigma=0.1)
     with (
-        pytest.raises(RuntimeError, match="5 rows, which are not those of 4 members"),
+        pytest.raises(ValueError, match="5 rows, which are not those of 4 members"),
         Eggroll(layer, population=4, sigma=0.1).perturb(range(4)),
     ):
         layer(torch.zeros(5, 3))

@@ -10,12 +10,19 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
+from lorank import accounting
+from lorank.accelerators import Fleet, find_accelerator
 from lorank.cli import cli
 from lorank.train import run
-from lorank.train.data import byte_tokenizer
+from lorank.train.data import byte_tokenizer, load_corpus
+from lorank.train.estimators import EggEggroll, build_estimator
 from lorank.train.evaluation import evaluate_folder
+from lorank.train.forecast import fit_all, forecast_all
+from lorank.train.model import build_config, build_model
+from lorank.train.plan import plan
 from lorank.train.recipe import EGG_SETTINGS, Recipe
 
 TEXT = "".join(
@@ -138,7 +145,7 @@ def test_bytes_are_tokens(tmp_path: Path) -> None:
         (FLOAT, {"micro_batch_size": 2}, "eggroll does not accumulate gradients; drop micro_batch_size"),
         (FLOAT, {"options": {"populaton": 4}}, "eggroll has no field 'populaton'; it has population, sigma"),
         (FLOAT, {"options": {"population": 8, "group_size": 4}, "batch_size": 3}, "3 sequences are not dealt evenly"),
-        (FLOAT, {"compile": True}, "works through hooks, which compile does not see"),
+        (FLOAT, {"compile": True}, "changes what torch's functions do, which compile does not see"),
         (FLOAT, {"targets": ["q_proj"]}, "eggroll moves every matrix; drop targets"),
         (EGG, {"method": "cola"}, "model=egg has no gradient, so method=cola cannot train it"),
         (EGG, {"clip": 1.0}, "clip=1.0 has no meaning for model=egg; leave it at 0.0"),
@@ -153,19 +160,133 @@ def test_refusals(kind: dict[str, Any], changes: dict[str, Any], message: str, t
         run.pretrain(recipe(text, kind, **changes), tmp_path / "run")
 
 
-def test_several_processes_and_dry_runs_are_refused(text: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from lorank.train.plan import plan
-
-    for kind in (FLOAT, EGG):
-        with pytest.raises(ValueError, match="a plan counts backward passes"):
-            plan(recipe(text, kind))
-    from lorank.train.estimators import build_estimator
-    from lorank.train.model import build_config, build_model
-
+def test_several_processes_and_streams_that_cannot_be_carried_on_are_refused(
+    text: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    load = run.data.load_corpus
+    streamed = lambda *a, **k: dataclasses.replace(c := load(*a, **k), train=c.train.to_iterable_dataset())  # noqa: E731
+    with monkeypatch.context() as patch:
+        patch.setattr(run.data, "load_corpus", streamed)
+        with pytest.raises(
+            ValueError, match="is a stream, whose rows do not go on from batch to batch; give --option carry=false"
+        ):
+            run.pretrain(recipe(text, EGG), tmp_path / "stream")
+        options = {**EGG["options"], "carry": False}
+        assert run.pretrain(recipe(text, EGG, options=options, steps=1), tmp_path / "not carried") is not None
     monkeypatch.setenv("WORLD_SIZE", "2")
     r = recipe(text, FLOAT)
     with pytest.raises(ValueError, match="eggroll runs in one process"):
         build_estimator(r, build_model(r, build_config(r)))
+
+
+@pytest.mark.parametrize("carry", [True, False])
+def test_rows_of_egg_go_on_from_batch_to_batch(text: Path, tmp_path: Path, monkeypatch: Any, carry: bool) -> None:
+    seen: list[torch.Tensor] = []
+    call = EggEggroll.__call__
+    monkeypatch.setattr(
+        EggEggroll, "__call__", lambda self, b, step: seen.append(b["input_ids"]) or call(self, b, step)
+    )
+    run.pretrain(recipe(text, EGG, options={**EGG["options"], "carry": carry}), tmp_path / "run")
+    corpus = load_corpus(str(text), tokenizer="bytes", sequence_length=16, seed=42)
+    whole = torch.tensor(corpus.train["input_ids"])
+    lanes = whole[: len(whole) // 8 * 8].view(8, -1)  # the text cut into as many lanes as a batch has rows
+    assert torch.equal(torch.cat(seen, dim=1), lanes[:, : 6 * 16]) == carry
+
+
+# ---- before anything is trained
+
+
+def test_every_parameter_has_its_treatment(text: Path) -> None:
+    options = {"population": 8, "freeze_others": True, "rank": 2, "sigma": 0.5, "group_size": 4}
+    config = {"model": "gpt2", "vocab_size": 100, "options": options}
+    found = plan(recipe(text, FLOAT, **config))
+    how = {row.role: (row.depths, row.treatment) for row in found.treatments}
+    assert how["transformer.wte.weight"] == (1, "rank-2 noise, σ = 0.5, also as lm_head.weight; adamw")
+    assert how["transformer.h.*.attn.c_attn.weight"] == (12, "rank-2 noise, σ = 0.5; adamw")
+    assert how["transformer.h.*.ln_1.bias"] == (12, "no noise, not stepped")
+    assert found.dense is not None and sum(depths for depths, _ in how.values()) == 148
+    vectors = found.model.parameters.total - (768 * (1024 + 100) + 12 * 12 * 768**2)
+    assert (
+        f"noise on {found.model.parameters.total - vectors:,} of {found.model.parameters.total:,}" in found.population
+    )
+    numbers = 2 * (1024 + 768 + 100 + 768 + 12 * 768 * (4 + 2 + 5 + 5))
+    assert found.population.startswith("8 members, 8 at a time, each group of 4 on 2 sequences of 16")
+    assert found.population.endswith(f"of {numbers:,} numbers a pair")
+
+    found = plan(recipe(text, EGG))
+    how = {row.role: (row.depths, row.treatment) for row in found.treatments}
+    assert how["head"] == (1, "rank-1 int8 noise, σ = 2^-4; votes")
+    assert how["layers.*.bf"] == (1, "full int8 noise, σ = 2^-4; votes")
+    assert found.dense is None and len(how) == 13
+    assert found.population.startswith(
+        "16 members, 16 at a time, each group of 2 on 1 sequence of 16; noise on 4,904 of"
+    )
+
+
+@pytest.mark.parametrize("group_size", [0, 4])
+@pytest.mark.parametrize("kind", [FLOAT, EGG], ids=["float", "egg"])
+def test_a_planned_step_costs_what_a_real_one_does(kind: dict[str, Any], group_size: int, text: Path) -> None:
+    """Operations to the number; bytes nearly, for a plan looks at one chunk of members."""
+    options = {**kind["options"], "population": 16, "chunk": 4, "group_size": group_size}
+    r = recipe(text, {**kind, "options": options}, **({"rank": 2} if kind is FLOAT else {}))
+    found = plan(r).model
+    torch.manual_seed(0)
+    model = build_model(r, build_config(r))
+    estimator = build_estimator(r, model)
+    assert estimator is not None
+    ids = torch.randint(1, 256, (r.batch_size, r.sequence_length))
+    batch = {"input_ids": ids, "labels": ids}
+    meter = accounting._Meter([*model.parameters(), *model.buffers(), ids])
+    with FlopCounterMode(display=False, custom_mapping=accounting.CPU_ATTENTION) as counter, meter:
+        estimator(batch, 0)
+    assert found.flops.total == counter.get_total_flops()
+    state = found.memory.optimizer_bytes
+    held = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+    assert found.memory.peak_bytes - state - held == pytest.approx(meter.most, rel=0.05)
+    assert found.memory.activations_bytes == 0
+    assert found.memory.gradients_bytes == sum(p.grad.numel() * p.grad.element_size() for p in model.parameters())  # type: ignore[union-attr]
+
+
+def test_the_flops_of_a_transformers_members_in_closed_form(text: Path) -> None:
+    r = recipe(text, FLOAT, rank=2)  # 8 members of 4 sequences of 16
+    found = plan(r).model
+    d, d_ff, layers, tokens = 256, 688, 2, 8 * 4 * 16
+    projections = [(d, d)] * 4 + [(d, d_ff)] * 2 + [(d_ff, d)]
+    forward = layers * sum(2 * a * b for a, b in projections) + 2 * d * 300 + layers * 4 * 16 * d
+    noise = 2 * 2 * (layers * sum(a + b for a, b in projections) + d + 300) + 2 * 2 * d  # the last is the lookup's
+    assert found.flops.forward == tokens * (forward + noise)
+    matrices = layers * sum(a * b for a, b in projections) + 2 * 300 * d
+    assert found.flops.backward == 2 * 4 * (2 * matrices + (2 * layers + 1) * d)
+
+
+def test_what_lorank_plan_says_of_eggroll() -> None:
+    fleet = Fleet(accelerator=find_accelerator("h100"), devices=1)
+    shape = Recipe(size="20m", batch_size=4, micro_batch_size=2, sequence_length=32)
+    dense, eggroll = forecast_all([shape], ["dense", "eggroll"], fleet=fleet, tokens=10_000)
+    assert eggroll.counts.flops.forward / 4 > 64 * dense.counts.flops.forward / 2, "64 members, each on the whole batch"
+    assert eggroll.counts.memory.activations_bytes == 0 and eggroll.checkpoint == "none"
+    assert eggroll.to_dict()["flops_per_token"] == eggroll.counts.flops_per_token
+    with pytest.raises(ValueError, match="eggroll runs in one process; give --devices 1"):
+        forecast_all([shape], ["eggroll"], fleet=dataclasses.replace(fleet, devices=2), tokens=10_000)
+    with pytest.raises(ValueError, match="what fits is not sought for method=eggroll"):
+        fit_all([shape], ["eggroll"], 10.0)
+    with pytest.raises(ValueError, match="EGG is a model of its own with no dense twin"):
+        forecast_all([dataclasses.replace(shape, model="egg")], ["eggroll"], fleet=fleet)
+
+
+def test_dry_runs_from_the_command_line(text: Path) -> None:
+    for flags, line in [
+        ("--model egg", "rank-1 int8 noise, σ = 2^-4; votes"),
+        ("--method eggroll --vocab-size 300 --sequence-length 16", "rank-1 noise, σ = 0.01; adamw"),
+    ]:
+        done = CliRunner().invoke(cli, ["pretrain", *flags.split(), "--dry-run"], env={"COLUMNS": "150"})
+        assert done.exit_code == 0, done.output
+        assert line in done.output and "memory at the peak of a step" in done.output and " members, " in done.output
+
+
+def test_egg_reads_packed_text_only(text: Path) -> None:
+    with pytest.raises(ValueError, match="documents=padded has no meaning for model=egg; leave it at packed"):
+        plan(recipe(text, EGG, documents="padded"))
 
 
 def test_settings_of_egg_are_defaults_which_a_user_can_change(text: Path) -> None:
