@@ -16,8 +16,8 @@ authors' repository Guitaricet/relora.
 
 Departures from the authors' code. There A starts at 0 beside B = 0, so that until the first merge neither has a gradient
 and only embeddings, head, norms and biases learn; here A is drawn as at a restart (`start="repo"` is theirs). Merging and
-resetting the optimizer have one period, of which the last may be cut short (theirs refuse steps that are not whole
-cycles). The warm start belongs to the run instead of a checkpoint. Our cosine counts from the end of the warm start.
+resetting the optimizer have one period. The warm start belongs to the run instead of a checkpoint. Our cosine counts from
+the end of the warm start.
 """
 
 import math
@@ -142,8 +142,8 @@ class ReLoRA(Parametrization):
     dropout: float = 0.1
     """Of the factors' input while training."""
     cycle: int | None = None
-    """K: updates between two restarts; at least 2, and fewer than the run has after the warm start. None: a quarter of
-    these, rounded up. The last cycle is as long as the run lets it be."""
+    """K: updates between two restarts; at least 2, and a divisor of the run's steps after the warm start. None: a quarter
+    of these, rounded up."""
     restart_warmup_steps: int | None = None
     """Updates in which the learning rate climbs back after a restart; None: 50, or half of shorter cycles."""
     reset: Reset = "reset"
@@ -197,18 +197,18 @@ class ReLoRA(Parametrization):
         return (weight + module.product()).to(weight.dtype), module.W.bias
 
     def period(self, steps: int) -> int:
-        """K in a run of so many steps; ValueError if those after the warm start hold no restart."""
+        """K in a run of so many steps; ValueError if those after the warm start are not whole cycles."""
         low_rank = steps - self.warm_start
         if low_rank < 3:
             raise ValueError(
                 f"relora: steps={steps} leave too few after warm_start={self.warm_start}; give more of them"
             )
         if self.cycle is None:
-            return max(2, math.ceil(low_rank / 4))
-        if low_rank <= self.cycle:
+            return max(2, math.ceil(low_rank / 4))  # the last one may be shorter
+        if low_rank < 2 * self.cycle or low_rank % self.cycle:
             raise ValueError(
-                f"relora: steps={steps} less warm_start={self.warm_start} hold no restart after cycle={self.cycle}; give more "
-                "steps or shorter cycles"
+                f"relora: steps={steps} less warm_start={self.warm_start} are not several times cycle={self.cycle}; change "
+                "one of the three"
             )
         return self.cycle
 

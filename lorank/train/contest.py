@@ -233,15 +233,29 @@ def plan_contest(
     for contestant in contestants:
         for candidate in contestant.candidates:
             steps = _matched_steps(comparison, contestants[0], contestant, candidate, seconds_per_step or {})
-            candidate.flops *= steps / candidate.recipe.steps
-            candidate.recipe = with_steps(candidate.recipe, steps)
-            try:
-                schedule_of(candidate.recipe)
-            except ValueError as error:  # better now than when its turn comes
-                raise ValueError(
-                    f"{contestant.name}, at the {steps:,} steps that --match {comparison.match} gives it: {error}"
-                ) from None
+            matched = _at_steps(contestant.name, comparison.match, candidate.recipe, steps)
+            candidate.flops *= matched.steps / candidate.recipe.steps
+            candidate.recipe = matched
     return contestants
+
+
+def _at_steps(name: str, match: str, recipe: Recipe, steps: int) -> Recipe:
+    """The recipe at so many steps or, if its method takes whole cycles only, at the nearest that it takes.
+
+    Raises:
+        ValueError: there is none within a quarter.
+    """
+    refused: ValueError | None = None
+    for away in range(steps // 4 + 1):
+        for near in (steps - away, steps + away):
+            matched = with_steps(recipe, near)
+            try:
+                schedule_of(matched)
+            except ValueError as error:
+                refused = refused or error
+            else:
+                return matched
+    raise ValueError(f"{name}, at the {steps:,} steps that --match {match} gives it: {refused}") from None
 
 
 def _swept(comparison: Comparison, name: str, recipe: Recipe) -> list[tuple[dict[str, Any], Recipe]]:

@@ -67,9 +67,6 @@ def test_the_schedule_of_the_specification() -> None:
     assert [jagged_cosine(s, 15_000, 500, 100, 5_000, 0.1) for s in (0, 250, 500)] == [0, 0.5, 1]
     method = ReLoRA(cycle=5_000, restart_warmup_steps=100)
     assert method.schedule(15_000, 500, 0.1)(5_050) == pytest.approx(0.397203, abs=1e-6)
-    shorter = method.schedule(12_345, 500, 0.1)
-    assert [s for s in range(12_345) if shorter(s) == 0] == [0, 5_000, 10_000]
-    assert shorter(12_345) == pytest.approx(0.1)
 
 
 def test_a_merge_changes_no_output_and_starts_the_factors_anew(small: Any, tokens: Tensor) -> None:
@@ -87,12 +84,12 @@ def test_a_merge_changes_no_output_and_starts_the_factors_anew(small: Any, token
 
 
 def test_merges_come_after_updates_k_plus_1_and_2k_plus_1_of_the_low_rank_stage(small: Any, tokens: Tensor) -> None:
-    for warm_start, steps in ((0, 9), (3, 9), (0, 8)):  # of the last, the last cycle is cut short
+    for warm_start in (0, 3):
         method = ReLoRA(rank=4, cycle=3, restart_warmup_steps=1, warm_start=warm_start)
         model = convert(small("llama"), method).train()
-        optimizer, _ = trainer(model, steps + warm_start)
+        optimizer, _ = trainer(model, 9 + warm_start)
         merged, W = [], layers_of(model)[0].W.weight
-        for step in range(1, steps + 1 + warm_start):
+        for step in range(1, 10 + warm_start):
             before = W.detach().clone()
             a_step(model, optimizer, tokens)
             if step > warm_start and not torch.equal(W, before):
@@ -219,7 +216,7 @@ def test_a_cycle_that_nobody_gave_is_a_quarter_of_the_run(steps: int, warm_start
 def test_a_warm_start_leaves_something_to_the_factors() -> None:
     with pytest.raises(ValueError, match="steps=20 leave too few after warm_start=30"):
         ReLoRA(warm_start=30).period(20)
-    with pytest.raises(ValueError, match="steps=100 less warm_start=0 hold no restart after cycle=100"):
+    with pytest.raises(ValueError, match="are not several times cycle=100"):
         ReLoRA(cycle=100).period(100)
 
 
@@ -265,8 +262,10 @@ def test_refusals(options: dict[str, Any], words: str) -> None:
         ReLoRA(**options)
 
 
-def test_a_warm_up_beyond_the_cycle_and_an_optimizer_without_moments_are_refused(small: Any) -> None:
+def test_a_run_of_broken_cycles_and_an_optimizer_without_moments_are_refused(small: Any) -> None:
     method = ReLoRA(rank=4, cycle=4, restart_warmup_steps=1)
+    with pytest.raises(ValueError, match="steps=10 less warm_start=0 are not several times cycle=4"):
+        method.schedule(10, 1, 0.1)
     with pytest.raises(ValueError, match="warmup_steps=5 do not fit into cycle=4"):
         method.schedule(8, 5, 0.1)
     model = convert(small("llama"), method)

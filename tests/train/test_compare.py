@@ -262,13 +262,13 @@ def test_a_cycle_in_updates_stays_what_it_is_when_steps_are_matched(
     asked = Comparison(base=long, methods=["cola", "relora"], own={"relora": {"option.cycle": [5]}}, match="flops")
     race, watcher = Race.plan(asked, tmp_path / "race", Silent()), Silent()
     cola, relora, _ = (one.candidates[0] for one in race.contestants)
-    assert relora.recipe.steps % 5 and relora.recipe.options["cycle"] == 5
-    assert relora.flops == pytest.approx(cola.flops, rel=0.5 / relora.recipe.steps)
+    assert relora.recipe.steps in (10, 15, 20) and relora.recipe.options["cycle"] == 5
+    assert relora.flops == pytest.approx(cola.flops, rel=2.5 / relora.recipe.steps)
     race.run(watcher, after_each=lambda race: None)
     assert race.failures() == {} and len(watcher.outcomes) == 3
     asked = dataclasses.replace(asked, own={"relora": {"option.cycle": [18]}})
     with pytest.raises(
-        ValueError, match=r"relora, at the 1\d steps that --match flops gives it: .* after cycle=18; give"
+        ValueError, match=r"relora, at the 1\d steps that --match flops gives it: .* not several times cycle=18; change"
     ):
         plan_contest(asked, costs, tmp_path / "models")
 

@@ -274,7 +274,7 @@ def test_a_recipe_is_the_run_that_it_makes() -> None:
 @pytest.mark.parametrize(
     ("changes", "devices", "said"),
     [
-        ({"method": "relora", "options": {"cycle": 30}}, 1, r"r\.yaml: relora: steps=30 .* hold no restart"),
+        ({"method": "relora", "options": {"cycle": 30}}, 1, r"r\.yaml: relora: steps=30 .* not several times cycle=30"),
         ({"method": "cola", "options": {"depth": 3}}, 1, r"r\.yaml: options: cola has no field 'depth'"),
         (GALORE, 2, r"r\.yaml: in_backward=true sees .* give --devices 1"),
         ({"micro_batch_size": None, "batch_size": 3}, 2, "2 devices .* do not divide batch_size=3"),
