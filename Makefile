@@ -46,6 +46,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/demo_sweep.py
+	$(BIN)/python benchmarks/egg_demo.py
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build dist *.egg-info
