@@ -284,6 +284,7 @@ def test_dry_runs_from_the_command_line(text: Path) -> None:
         assert line in done.output and "memory at the peak of a step" in done.output and " members, " in done.output
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_egg_is_compiled_where_the_recipe_says_so(text: Path) -> None:
     for asked in (False, True):
         r = recipe(text, EGG, compile=asked)
