@@ -53,6 +53,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/demo_sweep.py
+	$(BIN)/python benchmarks/egg_demo.py
 
 curves: $(STAMP)
 	$(BIN)/python benchmarks/first_steps.py record

@@ -1,7 +1,7 @@
 """EGG, an int8 recurrent language model, learns bytes without a gradient: how far, against counts of single bytes and pairs.
 
-    python benchmarks/egg_demo.py > benchmarks/results/egg_demo.txt                # calendars and names of Latin characters
-    python benchmarks/egg_demo.py docstrings embedded >> benchmarks/results/egg_demo.txt
+    python benchmarks/egg_demo.py                         # calendars and names of Latin characters
+    for corpus in calendar latin docstrings embedded; do python benchmarks/egg_demo.py $corpus; done > benchmarks/results/egg_demo.txt
 
 Corpora: `calendar`, years 1000 to 2999 as Python's own `calendar` prints them; `latin`, the names that Unicode gives to Latin
 characters, 32 to a document; `docstrings`, those of Python's standard library; `embedded`, its sources, the default corpus of

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from lorank import accounting
+from lorank import accounting, egg
 from lorank.accelerators import Fleet, find_accelerator
 from lorank.cli import cli
 from lorank.train import run
@@ -282,6 +282,14 @@ def test_dry_runs_from_the_command_line(text: Path) -> None:
         done = CliRunner().invoke(cli, ["pretrain", *flags.split(), "--dry-run"], env={"COLUMNS": "150"})
         assert done.exit_code == 0, done.output
         assert line in done.output and "memory at the peak of a step" in done.output and " members, " in done.output
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_egg_is_compiled_where_the_recipe_says_so(text: Path) -> None:
+    for asked in (False, True):
+        r = recipe(text, EGG, compile=asked)
+        estimator: Any = build_estimator(r, build_model(r, build_config(r)))
+        assert (estimator.estimate.score is not egg.score) == asked
 
 
 def test_egg_reads_packed_text_only(text: Path) -> None:
