@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorank.report.tables import quantity
+from lorank.sizes import SIZES
 from lorank.train.forecast import TOKENS_PER_PARAMETER, Fit, Forecast
 
 
@@ -29,6 +30,12 @@ def _under(title: str, table: Table) -> Group:
     return Group(Text(title, "bold"), table)
 
 
+LARGEST = (
+    f"Largest Llama: of the named sizes {', '.join(SIZES)}, with the row's method and settings; no size between them was "
+    "tried, and no other family, also where --model names one."
+)
+
+
 def forecast_tables(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float = 0) -> RenderableType:
     """Parameters and FLOPs, memory, the run, and what fits; a row for each forecast."""
     parts: list[RenderableType] = [_parameters(found), "", _flops(found), "", _memory(found), "", _run(found)]
@@ -36,7 +43,7 @@ def forecast_tables(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: fl
         parts = [_settings(found), "", *parts]
     if fits:
         parts += ["", _fits(found, fits, gib)]
-    return Group(*parts, "", *_assumptions(found))
+    return Group(*parts, "", *_assumptions(found), *([LARGEST] if fits else []))
 
 
 def _names(found: Sequence[Forecast]) -> list[str]:
@@ -153,7 +160,7 @@ def _duration(hours: float) -> str:
 
 
 def _fits(found: Sequence[Forecast], fits: Sequence[Fit], gib: float) -> Group:
-    table = _table("micro-batch", "largest size at micro-batch 1")
+    table = _table("micro-batch", "largest Llama, one sequence at a time")
     for name, fit in zip(_names(found), fits, strict=True):
         table.add_row(name, str(fit.micro_batch or "none"), fit.size or "none")
     return _under(f"What fits in {gib:g} GiB", table)
@@ -196,7 +203,7 @@ def forecasts_csv(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: floa
 def _records(found: Sequence[Forecast], fits: Sequence[Fit], gib: float | None) -> list[dict]:
     rows = [f.to_dict() for f in found]
     for row, fit in zip(rows, fits, strict=False):
-        row |= {"fits_gib": gib, "largest_micro_batch": fit.micro_batch, "largest_size": fit.size}
+        row |= {"fits_gib": gib, "largest_micro_batch": fit.micro_batch, "largest_llama_size": fit.size}
     return rows
 
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from lorank import accounting
-from lorank.accelerators import Fleet, Run
+from lorank.accelerators import Fleet, Run, check_memory
 from lorank.methods import find_method
 from lorank.optim import find_optimizer, option_names
 from lorank.sizes import SIZES
 from lorank.train.model import check_name, rank_of, schedule_of
-from lorank.train.plan import Counts, count, empty_model, memory, optimizer_bytes
+from lorank.train.plan import Counts, count, empty_model, memory, standing_bytes
 from lorank.train.recipe import Recipe
 
 METHODS = ("dense", "low-rank", "cola", "cola-m", "crnet", "sltrain", "relora", "masa")
@@ -253,7 +253,30 @@ class Fit(NamedTuple):
     micro_batch: int
     """The most sequences at a time; 0 where not even one goes in."""
     size: str | None
-    """The largest named size that trains, as its recipe says, with one sequence at a time."""
+    """The largest Llama of `SIZES` that trains, otherwise as its recipe says, with one sequence at a time."""
+
+
+def check_budget(recipes: Iterable[Recipe], gib: float) -> None:
+    """Before anything is counted: `gib` is a budget, in which one recipe at least could train at its own or the smallest size.
+
+    Raises:
+        ValueError: it is not positive and finite; or what stands by in any step, weights, gradients and optimizer state, is
+            more already.
+    """
+    check_memory(gib)
+    least, name = math.inf, ""
+    for recipe in recipes:
+        smallest = dataclasses.replace(recipe, size=next(iter(SIZES)), model=None)
+        for trial in (smallest, recipe):
+            size = standing_bytes(trial, _empty(trial))
+            if size <= gib * 2**30:
+                return
+            if size < least:
+                least, name = size, f"{trial.method} {trial.model or trial.size}"
+    raise ValueError(
+        f"nothing fits in {gib:g} GiB: {name}, the least of what was asked, needs {least / 2**30:.3g} GiB for weights, "
+        "gradients and optimizer state alone"
+    )
 
 
 def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], object] = lambda line: None) -> list[Fit]:
@@ -262,8 +285,7 @@ def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], objec
     Raises:
         ValueError: nothing does, or the peak cannot be known.
     """
-    if not gib > 0 or math.isinf(gib):
-        raise ValueError(f"--fits {gib:g} is not a positive number of GiB")
+    check_budget((one.recipe for one in found), gib)
     limit, fits, least, known = gib * 2**30, [], (math.inf, ""), dict[str, _Peaks]()
 
     def peaks_of(recipe: Recipe) -> _Peaks:
@@ -305,9 +327,7 @@ class _Peaks:
 
     def fits(self, limit: float) -> bool:
         """Whether one sequence does."""
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        state = weights + optimizer_bytes(self.recipe, self.model)  # known at once
-        return state <= limit and self.at(1) <= limit
+        return standing_bytes(self.recipe, self.model) <= limit and self.at(1) <= limit  # the former is known at once
 
 
 def largest_below(f: Callable[[int], float], limit: float) -> int:

@@ -1,6 +1,7 @@
 """What a recipe would do, without doing it: a model on the meta device, counted."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -136,6 +137,15 @@ def optimizer_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
     """What the recipe's optimizer keeps between steps."""
     kind, ranks, options = find_projection(recipe, model) or (None, None, None)
     return state_bytes(model, recipe.optimizer, kind, ranks, options)
+
+
+def standing_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
+    """Weights, gradients and optimizer state of a step with several micro-batches: what it takes at least, known at once."""
+    kind, ranks, options = find_projection(recipe, model) or (None, None, None)
+    kept = kept_gradients(kind, ranks, options)
+    gradients = sum(math.prod(kept.get(p, p.shape)) * p.element_size() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights + gradients + state_bytes(model, recipe.optimizer, kind, ranks, options)
 
 
 def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:

@@ -206,6 +206,34 @@ def test_nothing_fits_is_an_error_that_says_what_would() -> None:
         forecast.fit_all(forecast.forecast_all([Recipe(**TINY)], ["cola"], fleet=FLEET, tokens=10**6), 0.001)
 
 
+@pytest.mark.parametrize("gib", [math.nan, math.inf, -1.0, 0.0])
+def test_what_is_no_budget_is_refused_before_anything_is_counted(gib: float) -> None:
+    with pytest.raises(ValueError, match="is not a positive number of GiB"):
+        forecast.check_budget(iter([]), gib)
+
+
+def test_a_budget_below_weights_gradients_and_state_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "measure_peak", None)  # nothing may be run
+    tiny = Recipe(**TINY, method="cola")
+    need = 4 * 4 * accounting.count_parameters(empty_model(tiny)).total / 2**30
+    with pytest.raises(
+        ValueError, match=rf"nothing fits in .* GiB: cola tiny, .* needs {need:.3g} GiB for weights, gradients"
+    ):
+        forecast.check_budget([dataclasses.replace(tiny, size="7b"), tiny], 0.999 * need)
+    forecast.check_budget([tiny], 1.001 * need)
+
+
+def test_optimizers_with_little_state_get_the_size_that_they_can_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer does not depend on what else is planned for, and 16 bytes a parameter are no bound for Adafactor."""
+    monkeypatch.setattr(forecast, "SIZES", ["tiny", "20m"])
+    shape = Recipe(**{**TINY, "vocab_size": 8000}, optimizer="adafactor")
+    alone = forecast.forecast_all([shape], ["dense"], fleet=FLEET, tokens=10**6)
+    both = forecast.forecast_all([shape, dataclasses.replace(shape, size="20m")], ["dense"], fleet=FLEET, tokens=10**6)
+    peak = forecast._Peaks(both[1].recipe).at(1)
+    assert peak < 16 * both[1].counts.parameters.total
+    assert {fit.size for fit in forecast.fit_all(alone + both, peak / 2**30)} == {"20m"}
+
+
 def test_of_a_mixture_of_experts_memory_is_unknown(tmp_path: Path) -> None:
     from transformers import MixtralConfig
 
@@ -238,7 +266,7 @@ def test_json_and_csv_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     for record, row, fit in zip(records, rows, fits, strict=True):
         assert float(row["peak_bytes"]) == record["peak_bytes"] > record["activations_bytes"]
         assert int(row["largest_micro_batch"]) == record["largest_micro_batch"] == fit.micro_batch
-        assert row["largest_size"] == record["largest_size"] == fit.size
+        assert row["largest_llama_size"] == record["largest_llama_size"] == fit.size
         whole = (
             record["forward_flops_per_token"] + record["backward_flops_per_token"] + record["recompute_flops_per_token"]
         )
