@@ -52,6 +52,11 @@ def transform(A: Tensor, how: Transform = "matmul") -> Tensor:
     return torch.cat([z[..., 0], -z[..., 1 : (n + 1) // 2, 1].flip(-1)], dim=-1).to(A.dtype)
 
 
+def transform_flops(m: int, n: int, how: Transform = "matmul") -> int:
+    """FLOPs of the matrix product of `transform` on A [m, n]; an FFT is none, and its own operations are left out."""
+    return 2 * m * n * n if how == "matmul" else 0
+
+
 def select(S: Tensor, rank: int, ell_norm: float = 1) -> Tensor:
     """I [..., r], ascending: the columns of S [..., m, n] with the largest norms."""
     scores = torch.linalg.vector_norm(S.float(), ord=ell_norm, dim=-2)

@@ -94,15 +94,16 @@ def _parameters(found: Sequence[Forecast]) -> Group:
 
 
 def _flops(found: Sequence[Forecast]) -> Group:
-    table = _table("forward", "backward", "again", "sum", "a step", "÷ dense")
+    table = _table("forward", "backward", "again", "sum", "optimizer", "a step", "÷ dense")
     for name, f in zip(_names(found), found, strict=True):
-        dense, each = _first(found, f), f.counts.flops_per_token
+        dense, each = _first(found, f), f.flops_per_step / f.tokens_per_step
         table.add_row(
             name,
             *(quantity(n / f.counts.tokens) if n else "-" for n in f.counts.flops),
-            quantity(each),
-            quantity(each * f.tokens_per_step),
-            f"{each / dense.counts.flops_per_token:.3f}" if dense else "-",
+            quantity(f.counts.flops_per_token),
+            quantity(f.optimizer_flops) if f.optimizer_flops else "-",
+            quantity(f.flops_per_step),
+            f"{each * dense.tokens_per_step / dense.flops_per_step:.3f}" if dense else "-",
         )
     return _under("FLOPs per token, and of a step", table)
 
@@ -173,6 +174,13 @@ def _assumptions(found: Sequence[Forecast]) -> list[str]:
         "Counted: FLOPs of matrix products and attention (again: recomputed); bytes of tensors, without a kernel's scratch "
         "memory and an allocator's waste.",
     ]
+    if any(f.optimizer_flops for f in found):
+        lines.append(
+            "Optimizer: its own matrix products in a step, on every device, those of a refresh spread over the steps "
+            "between two; eigenvectors, QR and Fourier transforms not counted."
+        )
+    if moving := list(dict.fromkeys(f.recipe.method for f in found if f.moves_between_steps)):
+        lines.append(f"Not counted: what happens between the steps of {', '.join(moving)}.")
     if fleet.devices > 1:
         lines.append(f"Sent per step: 2 (p - 1) / p of the gradients' bytes, p = {fleet.devices} devices in a ring.")
     lines += [

@@ -17,6 +17,7 @@ from lorank import accounting
 from lorank.accelerators import Fleet, Run, check_memory
 from lorank.methods import find_method
 from lorank.optim import find_optimizer, option_names
+from lorank.parametrization import Parametrization
 from lorank.sizes import SIZES
 from lorank.train.model import check_name, rank_of, schedule_of
 from lorank.train.plan import Counts, count, empty_model, memory, standing_bytes
@@ -64,13 +65,30 @@ class Forecast:
         return math.ceil(self.tokens / self.tokens_per_step)
 
     @property
+    def optimizer_flops(self) -> float:
+        """Of the optimizer's matrix products in a step, on all devices: each does the same."""
+        return self.fleet.devices * self.counts.step_flops
+
+    @property
+    def flops_per_step(self) -> float:
+        """Of forward and backward passes, recomputation, and the optimizer."""
+        return self.counts.flops_per_token * self.tokens_per_step + self.optimizer_flops
+
+    @property
+    def moves_between_steps(self) -> bool:
+        """Whether the method does something between steps, which no figure here has."""
+        if self.recipe.method == "dense" or find_optimizer(self.recipe.method) is not None:
+            return False
+        return find_method(self.recipe.method).hook is not Parametrization.hook
+
+    @property
     def all_reduce_bytes(self) -> float:
         """Sent by each device in a step of data-parallel training."""
         return accounting.all_reduce_bytes(self.counts.memory.gradients_bytes, self.fleet.devices)
 
     @property
     def run(self) -> Run:
-        return self.fleet.run(self.counts.flops_per_token * self.tokens)
+        return self.fleet.run(self.counts.flops_per_token * self.tokens + self.optimizer_flops * self.steps)
 
     @property
     def fits(self) -> bool:
@@ -98,7 +116,8 @@ class Forecast:
             "block_parameters": counts.parameters.blocks,
             **{f"{name}_flops_per_token": n for name, n in per_token.items()},
             "flops_per_token": counts.flops_per_token,
-            "flops_per_step": counts.flops_per_token * self.tokens_per_step,
+            "optimizer_flops_per_step": self.optimizer_flops,
+            "flops_per_step": self.flops_per_step,
             **counts.memory._asdict(),
             "accelerator": fleet.accelerator.name,
             "accelerator_flops": fleet.accelerator.flops,

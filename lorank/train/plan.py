@@ -14,7 +14,7 @@ from lorank import accounting
 from lorank.conversion import find_sites
 from lorank.train.data import load_tokenizer
 from lorank.train.model import Projection, build_config, build_model, find_projection
-from lorank.train.optimizers import kept_gradients, state_bytes
+from lorank.train.optimizers import kept_gradients, state_bytes, step_flops
 from lorank.train.recipe import Recipe
 
 
@@ -43,17 +43,19 @@ class Treatment:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """A model's cost of training; FLOPs and memory are those of one micro-batch on one device."""
+    """A model's cost of training; FLOPs and memory are those of one micro-batch on one device, but for the step's."""
 
     parameters: accounting.Parameters
     flops: accounting.Flops
     tokens: int
     """Of the micro-batch."""
     memory: accounting.Memory
+    step_flops: float
+    """Of the optimizer's own matrix products in an average step."""
 
     @property
     def flops_per_token(self) -> float:
-        """Recomputation included."""
+        """Of forward and backward passes, recomputation included."""
         return self.flops.total / self.tokens
 
 
@@ -116,6 +118,7 @@ def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts
         accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length),
         batch * recipe.sequence_length,
         memory(recipe, model, batch, accumulate=batch * devices < recipe.batch_size),
+        optimizer_flops(recipe, model, devices=devices),
     )
 
 
@@ -131,6 +134,13 @@ def memory(recipe: Recipe, model: PreTrainedModel, batch: int, *, accumulate: bo
         autocast=recipe.precision == "bf16",
         accumulate=accumulate,
     )
+
+
+def optimizer_flops(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> float:
+    """Of the matrix products in an average step of the recipe's optimizer, on each device the same."""
+    kind, ranks, options = find_projection(recipe, model) or (None, None, None)
+    micro_batches = max(1, recipe.batch_size // (devices * (recipe.micro_batch_size or recipe.batch_size)))
+    return step_flops(model, recipe.optimizer, kind, ranks, options, micro_batches=micro_batches)
 
 
 def optimizer_bytes(recipe: Recipe, model: PreTrainedModel) -> int:

@@ -146,6 +146,26 @@ def test_a_run_is_flops_over_rate() -> None:
     assert found.all_reduce_bytes == 2 * 7 / 8 * 4 * found.counts.parameters.trainable
 
 
+def test_the_optimizers_products_are_part_of_a_step_and_of_the_run() -> None:
+    methods = ["dense", "galore", "trion", "relora"]
+    found = forecast.forecast_all([Recipe(**TINY, rank=16)], methods, fleet=FLEET, tokens=10_000_000)
+    dense, galore, trion, _ = found
+    d, f, layers, _, _ = SIZES["tiny"]
+    numbers = layers * (4 * d * d + 3 * d * f)
+    grams = layers * (4 * 2 * d**3 + 3 * 2 * d * d * f)  # every 200 steps
+    assert galore.counts.step_flops == pytest.approx(4 * numbers * 16 + grams / 200)
+    newton_schulz = 5 * layers * (7 * 2 * 16**3 + 4 * 16**2 * (4 * d + 3 * f))
+    assert trion.counts.step_flops == 2 * numbers * d + 4 * numbers * 16 + newton_schulz
+    assert dense.counts.step_flops == 0 and galore.counts.flops == dense.counts.flops
+    for one in (galore, trion):
+        record, spent = one.to_dict(), 8 * one.counts.step_flops  # each of 8 devices takes the whole step
+        assert record["flops_per_step"] - dense.to_dict()["flops_per_step"] == pytest.approx(spent)
+        assert record["optimizer_flops_per_step"] == spent
+        extra = spent * one.steps / (8 * 989e12 * 0.4) / 3600
+        assert one.run.hours - dense.run.hours == pytest.approx(extra)
+    assert [one.moves_between_steps for one in found] == [False, False, False, True]
+
+
 def test_the_budget_is_the_dense_models_for_all() -> None:
     found = forecast.forecast_all([Recipe(**TINY)], ["cola", "dense"], fleet=FLEET)
     assert {f.tokens for f in found} == {20 * found[1].counts.parameters.total}
