@@ -27,9 +27,18 @@ Transform = Literal["matmul", "fft"]
 
 
 @torch.compiler.disable  # which would compute it again at each call
-@functools.lru_cache(maxsize=16)
 def dct_matrix(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Q [n, n], computed in float64 and cast."""
+    """Q [n, n], computed in float64 and cast; kept for the next call."""
+    return _dct_matrix(n, device, dtype)
+
+
+def forget_matrices() -> None:
+    """Let go of every Q that is kept; those of tensors without data must not outlive the mode they were made in."""
+    _dct_matrix.cache_clear()
+
+
+@functools.lru_cache(maxsize=16)
+def _dct_matrix(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     Q = math.sqrt(2 / n) * torch.cos(math.pi * i * (2 * j + 1) / (2 * n))
     Q[0] *= math.sqrt(0.5)

@@ -20,7 +20,7 @@ from lorank.optim import find_optimizer, option_names
 from lorank.parametrization import Parametrization
 from lorank.sizes import SIZES
 from lorank.train.model import check_name, rank_of, schedule_of
-from lorank.train.plan import Counts, count, empty_model, memory, standing_bytes
+from lorank.train.plan import Counts, count, empty_model, memory, optimizer_step, standing_bytes
 from lorank.train.recipe import Recipe
 
 METHODS = ("dense", "low-rank", "cola", "cola-m", "crnet", "sltrain", "relora", "masa")
@@ -307,15 +307,15 @@ def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], objec
     check_budget((one.recipe for one in found), gib)
     limit, fits, least, known = gib * 2**30, [], (math.inf, ""), dict[str, _Peaks]()
 
-    def peaks_of(recipe: Recipe) -> _Peaks:
+    def peaks_of(recipe: Recipe, step: accounting.Step | None = None) -> _Peaks:
         if (key := repr(recipe)) not in known:
-            known[key] = _Peaks(recipe)
+            known[key] = _Peaks(recipe, step)
         return known[key]
 
     for one in found:
         name = one.file or f"{one.recipe.method} {one.shape}"
         say(f"the largest micro-batch of {name}")
-        peak = peaks_of(one.recipe).at
+        peak = peaks_of(one.recipe, one.counts.step).at
         batch = largest_below(peak, limit)
         least = min(least, (peak(1), name))
         say(f"the largest size of {name}")
@@ -332,12 +332,15 @@ def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], objec
 class _Peaks:
     """Peaks of a recipe's model in bytes by micro-batch, each measured once."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, step: accounting.Step | None = None):
         self.recipe, self.model, self.known = recipe, _empty(recipe), dict[int, float]()
+        self.step = step
 
     def at(self, batch: int) -> float:
         if batch not in self.known:
-            self.known[batch] = memory(self.recipe, self.model, batch, accumulate=True).peak_bytes
+            self.step = self.step or optimizer_step(self.recipe, self.model)
+            found = memory(self.recipe, self.model, batch, accumulate=True, step=self.step)
+            self.known[batch] = found.peak_bytes
         if math.isnan(self.known[batch]):
             raise ValueError(
                 f"what fits is unknown for {self.recipe.model}: memory of mixtures of experts is not counted"

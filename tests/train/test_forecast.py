@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorank import accounting
 from lorank.accelerators import ACCELERATORS, Fleet, find_accelerator
+from lorank.optim.dct import dct_matrix
 from lorank.report import plans
 from lorank.sizes import SIZES
 from lorank.train import forecast
-from lorank.train.plan import count, empty_model
+from lorank.train.plan import count, empty_model, optimizer_bytes, optimizer_step
 from lorank.train.recipe import Recipe
 
 FLEET = Fleet(accelerator=find_accelerator("h100"), devices=8)
@@ -70,6 +72,15 @@ PEAKS: list[dict[str, Any]] = [
     {**SMALL, **GALORE, "batch_size": 2, "sequence_length": 16},
     {**SMALL, **GALORE, "batch_size": 4, "sequence_length": 16},
 ]
+FEW = {"size": "20m", "vocab_size": 2000, "sequence_length": 64, "batch_size": 2}
+STEPS: list[dict[str, Any]] = [
+    {**FEW, "method": "dense", "optimizer": "muon"},
+    {**FEW, "method": "dense", "optimizer": "adafactor"},
+    {**FEW, "method": "galore", "rank": 64},
+    {**FEW, "method": "trion", "rank": 64},
+    {**FEW, "method": "switchlora", "sequence_length": 16},  # whose AdamW makes all denominators at once
+]
+"""With few tokens the most is held in the optimizer's step: products, Gram matrices, what is not done in place."""
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of resident memory are Linux's")
@@ -83,15 +94,33 @@ def test_predicted_peaks_are_those_of_real_steps() -> None:
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(script), json.dumps(PEAKS)]
+    command = [sys.executable, str(script), json.dumps(PEAKS + STEPS)]
     real = json.loads(subprocess.run(command, capture_output=True, check=True, text=True, env=environment).stdout)
     whens = []
-    for settings, measured in zip(PEAKS, real, strict=True):
+    for settings, measured in zip(PEAKS + STEPS, real, strict=True):
         found = count(recipe := Recipe.from_dict(settings), empty_model(recipe)).memory
         whens.append(found.peak_when)
         assert found.peak_bytes == pytest.approx(measured, rel=0.1), settings
     assert whens[:4] == ["backward"] * 4
     assert whens[4] == "step", "with few tokens the most is held when all gradients are there"
+    assert set(whens[len(PEAKS) :]) == {"step"}
+
+
+def test_a_step_is_followed_without_leaving_its_bases_behind() -> None:
+    """A cosine basis is kept for the next call; one without data would break it."""
+    recipe = Recipe(size="tiny", vocab_size=64, method="trion", rank=8)
+    optimizer_step(recipe, empty_model(recipe))
+    assert type(dct_matrix(256, torch.device("cpu"), torch.float32)) is torch.Tensor
+
+
+def test_moments_of_a_byte_are_taken_off_the_step() -> None:
+    recipe = Recipe(size="tiny", vocab_size=64)
+    model = empty_model(recipe)
+    whole, small = (
+        optimizer_step(dataclasses.replace(recipe, optimizer=rule), model) for rule in ("adamw", "adamw-8bit")
+    )
+    saved = optimizer_bytes(recipe, model) - optimizer_bytes(dataclasses.replace(recipe, optimizer="adamw-8bit"), model)
+    assert whole.kept_bytes - small.kept_bytes == whole.most_bytes - small.most_bytes == saved > 0
 
 
 def test_of_a_gradient_projected_as_it_arrives_the_projection_stays() -> None:
