@@ -110,7 +110,7 @@ def test_commands_and_flags_shown_exist(document: str) -> None:
                 for flag in (word for word in words[2:] if word.startswith("--")):
                     assert re.search(rf"{flag}\b", shown), line
                 for recipe in (word for word in words[2:] if word.endswith(".yaml")):
-                    assert (ROOT / recipe).exists(), line
+                    assert any(ROOT.glob(recipe)), line  # may be a pattern
 
 
 def test_every_method_has_a_row_in_the_readme() -> None:

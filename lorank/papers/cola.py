@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from lorank.accounting import (
+    Method,
     block_forward_flops,
     block_training_flops,
     bottleneck_recompute_flops,
@@ -94,7 +95,13 @@ COMPUTE: dict[str, Callable[..., float]] = {  # of d, d_ff, r, n
     "d² r": lambda d, f, r, n: d * d * r,
     "d d_ff r": lambda d, f, r, n: d * f * r,
 }
-METHODS = {"full-rank": "dense", "CoLA": "cola", "(Re)LoRA": "relora", "SLTrain": "sltrain", "GaLore": "galore"}
+METHODS: dict[str, Method] = {
+    "full-rank": "dense",
+    "CoLA": "cola",
+    "(Re)LoRA": "relora",
+    "SLTrain": "sltrain",
+    "GaLore": "galore",
+}
 
 
 @functools.cache
