@@ -45,6 +45,12 @@ def find_accelerator(name: str) -> Accelerator:
     raise ValueError(f"unknown accelerator {name!r}; {hint}the accelerators are: {', '.join(ACCELERATORS)}")
 
 
+def check_memory(gib: float) -> None:
+    """Raises ValueError if that is no amount of memory."""
+    if not 0 < gib < math.inf:
+        raise ValueError(f"--fits {gib:g} is not a positive number of GiB; give one, for example --fits 40")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
     """Devices that train one model together, and what is assumed of them; ValueError for what cannot be.

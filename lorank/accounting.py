@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
@@ -204,7 +205,7 @@ class Memory(NamedTuple):
     activations_bytes: float
     """What a forward pass leaves for backward."""
     peak_bytes: float
-    """The most that is held at once in a step, see `measure_peak`; below the total where gradients come as activations
+    """The most that is held at once in a step, see `measure_peak` and `measure_step`; below the total where gradients come as activations
     go, above it where the backward pass needs more beside, such as the gradient of the logits."""
     peak_when: Literal["forward", "backward", "step"]
 
@@ -358,6 +359,10 @@ class _Meter(TorchDispatchMode):
         self._seen = {_storage(tensor) for tensor in known}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and getattr(args[0], "constant", None) is None:
+            return (
+                True if args[0].dtype == torch.bool else 1
+            )  # where a step looks into data, all is well: finite, not zero
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and leaf.layout is torch.strided and _storage(leaf) not in self._seen:
@@ -445,10 +450,41 @@ def measure_call(model: nn.Module, call: Callable[[Any], object]) -> tuple[int, 
     return counter.get_total_flops(), meter.most
 
 
+class Step(NamedTuple):
+    """Bytes of an optimizer's step, beside weights."""
+
+    kept_bytes: int
+    """State, as it is after the step."""
+    most_bytes: int
+    """The most that was held at once: state, gradients, and what the step makes for a while."""
+
+
+def measure_step(model: nn.Module, build: Callable[[nn.Module], Optimizer]) -> Step:
+    """Follow every tensor of two optimizer steps, the second of which finds all state there, on a data-free twin.
+
+    Tensors only, as in `measure_peak`. Matrices are stacked as on a CPU, one by one but for small ones.
+
+    Args:
+        build: makes the optimizer of a model's parameters.
+    """
+    with FakeTensorMode(), _told_as("stepped"):
+        twin = _twin(model)
+        trained = [p for p in twin.parameters() if p.requires_grad]
+        meter = _Meter([*twin.parameters(), *twin.buffers()])
+        with meter:
+            optimizer = build(twin)
+            for _ in range(2):
+                torch.stack([p.sum() for p in trained]).sum().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        return Step(meter.now, meter.most)
+
+
 def memory_estimate(
     model: nn.Module,
     *,
     optimizer_bytes: int | None = None,
+    step: Step | None = None,
     batch: int,
     sequence_length: int,
     autocast: bool = False,
@@ -458,7 +494,8 @@ def memory_estimate(
     """Bytes of training `model` on micro-batches [batch, sequence_length]: exact for the state, measured on a twin for
     activations and peak; `accumulate` if a step has several of them. `kept_gradients` are as in `measure_peak`.
 
-    Without `optimizer_bytes`, those of AdamW: two moments per trainable number.
+    Without `optimizer_bytes`, those of AdamW: two moments per trainable number. Without `step` the optimizer's step is taken
+    to need nothing beside its state, which is so of a fused AdamW.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     weights = sum(t.numel() * t.element_size() for t in set(model.state_dict(keep_vars=True).values()))
@@ -475,7 +512,10 @@ def memory_estimate(
         kept_gradients=kept_gradients,
     )
     held = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
-    return Memory(weights, gradients, moments, found.activations_bytes, held + moments + found.most_bytes, found.when)
+    peak, when = held + (moments if step is None else step.kept_bytes) + found.most_bytes, found.when
+    if step is not None and held + step.most_bytes > peak:
+        peak, when = held + step.most_bytes, "step"
+    return Memory(weights, gradients, moments, found.activations_bytes, peak, when)
 
 
 def achievable_flops() -> tuple[float, str]:

@@ -265,7 +265,10 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
             if name not in free and ctx.get_parameter_source(name) != untouched:
                 raise ValueError(f"--paper prints published costs at the paper's own settings; drop {flags[name]}")
         return _print_papers(console, paper, as_json, as_csv)
-    from lorank.accelerators import Fleet, find_accelerator
+    from lorank.accelerators import Fleet, check_memory, find_accelerator
+
+    if fits is not None:
+        check_memory(fits)  # before anything that takes seconds to import
     from lorank.report import plans
     from lorank.train import forecast
 
@@ -291,9 +294,13 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
         say = lambda line: status.update(f"counting {line}")  # noqa: E731
         if recipes:
             files = {path: _recipe(path, flags) for path in recipes}
+            if fits is not None:
+                forecast.check_budget(files.values(), fits)
             found = forecast.forecast_recipes(files, fleet=fleet, tokens=budget, say=say)
         else:
             asked = [_recipe(None, {**PLANNED, **flags, **shape}) for shape in shapes]
+            if fits is not None:
+                forecast.check_budget((forecast.with_method(shape, name) for shape in asked for name in names), fits)
             found = forecast.forecast_all(asked, names, fleet=fleet, tokens=budget, say=say)
         fit = forecast.fit_all(found, fits, say=say) if fits is not None else []
     if as_json:

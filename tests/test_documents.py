@@ -139,7 +139,7 @@ def test_commands_and_flags_shown_exist(document: str) -> None:
             assert command is not None, line
             command.make_context(words[1], words[2:], parent=click.Context(cli))  # parses, runs nothing
             for recipe in (word for word in words[2:] if word.endswith(".yaml")):
-                assert (ROOT / recipe).exists(), line
+                assert any(ROOT.glob(recipe)), line  # may be a pattern
 
 
 @pytest.mark.parametrize("name", [*lorank.METHODS, *lorank.optim.OPTIMIZERS, *lorank.optim.ESTIMATORS])

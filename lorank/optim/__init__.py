@@ -3,7 +3,8 @@ estimates of gradients.
 
 `OPTIMIZERS` names those that ``lorank pretrain --method NAME`` takes; other packages add theirs under the entry-point
 group ``lorank.optimizers`` (name -> "package.module:Class"). Such a class is called with parameter groups, of which those
-with a ``rank`` are low rank, and lr, betas, eps, weight_decay; its other keyword arguments are the options.
+with a ``rank`` are low rank, and lr, betas, eps, weight_decay; its other keyword arguments are the options. For
+``lorank plan`` it says what it costs, with static methods ``state_bytes`` and ``step_flops`` as GaLore's.
 """
 
 import importlib

@@ -54,3 +54,20 @@ def randomised_basis(G: Tensor, rank: int, iterations: int = 2, seed: int = 0) -
 
 
 BASES: dict[str, Basis] = {"singular": singular_basis, "svd": svd_basis, "randomised": randomised_basis}
+
+
+def basis_flops(basis: str, m: int, n: int, rank: int) -> int:
+    """FLOPs of the matrix products that find a basis [m, r] of a gradient [m, n]; those of eigh, SVD and QR are left out, as no
+    formula gives what a library's take.
+
+    singular: the Gram matrix of the shorter side, and from the right singular vectors to the left ones where m > n.
+
+    >>> basis_flops("singular", 10, 20, 3), basis_flops("singular", 20, 10, 3), basis_flops("svd", 10, 20, 3)
+    (4000, 5200, 0)
+    """
+    apply = 2 * m * n * rank
+    return {
+        "singular": 2 * m * n * min(m, n) + (apply if m > n else 0),
+        "svd": 0,
+        "randomised": 5 * apply,
+    }[basis]

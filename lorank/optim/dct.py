@@ -27,9 +27,18 @@ Transform = Literal["matmul", "fft"]
 
 
 @torch.compiler.disable  # which would compute it again at each call
-@functools.lru_cache(maxsize=16)
 def dct_matrix(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Q [n, n], computed in float64 and cast."""
+    """Q [n, n], computed in float64 and cast; kept for the next call."""
+    return _dct_matrix(n, device, dtype)
+
+
+def forget_matrices() -> None:
+    """Let go of every Q that is kept; those of tensors without data must not outlive the mode they were made in."""
+    _dct_matrix.cache_clear()
+
+
+@functools.lru_cache(maxsize=16)
+def _dct_matrix(n: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     i, j = torch.arange(n, dtype=torch.float64)[:, None], torch.arange(n, dtype=torch.float64)
     Q = math.sqrt(2 / n) * torch.cos(math.pi * i * (2 * j + 1) / (2 * n))
     Q[0] *= math.sqrt(0.5)
@@ -50,6 +59,11 @@ def transform(A: Tensor, how: Transform = "matmul") -> Tensor:
     w[0] *= math.sqrt(0.5)
     z = torch.view_as_real(F * w)
     return torch.cat([z[..., 0], -z[..., 1 : (n + 1) // 2, 1].flip(-1)], dim=-1).to(A.dtype)
+
+
+def transform_flops(m: int, n: int, how: Transform = "matmul") -> int:
+    """FLOPs of the matrix product of `transform` on A [m, n]; an FFT is none, and its own operations are left out."""
+    return 2 * m * n * n if how == "matmul" else 0
 
 
 def select(S: Tensor, rank: int, ell_norm: float = 1) -> Tensor:

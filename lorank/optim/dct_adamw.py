@@ -23,7 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lorank.optim.dct import Transform, back, carry, columns, dequantise, quantise, select, transform
+from lorank.optim.dct import Transform, back, carry, columns, dequantise, quantise, select, transform, transform_flops
 from lorank.optim.matrices import MatrixOptimizer, Stack
 
 
@@ -77,6 +77,18 @@ class DCTAdamW(MatrixOptimizer):
         """Bytes kept for a matrix [m, n] of `itemsize` bytes per number: moments, indices, error feedback."""
         error = {"none": 0, "full": m * n * itemsize, "8bit": m * n + 8 * max(m, n)}[error_feedback]
         return 2 * max(m, n) * rank * itemsize + 4 * rank + error
+
+    @staticmethod
+    def step_flops(
+        m: int, n: int, rank: int, *, transform: Transform = "matmul", error_feedback: str = "none", **_: Any
+    ) -> int:
+        """FLOPs of matrix products in a step on a matrix [m, n]: A Qᵀ, u Q[I], and for error feedback a Q[I].
+
+        >>> DCTAdamW.step_flops(20, 10, 3), DCTAdamW.step_flops(20, 10, 3, transform="fft", error_feedback="full")
+        (5200, 2400)
+        """
+        back = 2 * m * n * rank
+        return transform_flops(max(m, n), min(m, n), transform) + back * (1 if error_feedback == "none" else 2)
 
     def step_stack(self, stack: Stack, G: Tensor) -> Tensor:
         group, n, t = stack.group, G.shape[-1], int(stack.states[0]["steps"]) + 1

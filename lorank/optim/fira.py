@@ -112,6 +112,11 @@ class FiraAdamW(GaLoreAdamW):
         """GaLore's, and one number."""
         return GaLoreAdamW.state_bytes(m, n, rank, itemsize, **options) + itemsize
 
+    @staticmethod
+    def step_flops(m: int, n: int, rank: int, **options: Any) -> float:
+        """As GaLore's: G to R, and one product back; the residual costs none of its own, see `leave`."""
+        return GaLoreAdamW.step_flops(m, n, rank, **options)
+
     def leave(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> None:
         """W ← W - lr (α P N + s S) with S = c (G - a P R) as two products: s c G goes to W at once, α N - s a c R by P."""
         lr, alpha, repo = stack.group["lr"], stack.group["scale"], self.residual == "repo"

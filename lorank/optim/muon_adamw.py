@@ -1,9 +1,16 @@
 """torch.optim.Muon with AdamW beside it, for the parameters that Muon does not take."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+
+from lorank.optim.trion import newton_schulz_flops
+
+
+def muon_flops(shape: Sequence[int]) -> int:
+    """FLOPs of the matrix products of Muon's step on a matrix: Newton-Schulz, five steps on the whole of it."""
+    return newton_schulz_flops(*shape)
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.optim.bases import BASES, Basis
+from lorank.optim.bases import BASES, Basis, basis_flops
 from lorank.optim.matrices import (
     Stack,
     adamw_bytes,
@@ -209,6 +209,38 @@ class Subspace(Optimizer):
         """Bytes kept for a matrix [m, n] of `itemsize` bytes per number, `moments` of them by the inner optimizer on R."""
         left, right = sides(projection, m, n)
         return moments(inside_shape(projection, m, n, rank), itemsize) + rank * (m * left + n * right) * itemsize
+
+    @staticmethod
+    def step_flops(
+        m: int,
+        n: int,
+        rank: int,
+        *,
+        inside: Callable[[Sequence[int]], int] = lambda shape: 0,
+        micro_batches: int = 1,
+        in_backward: bool = False,
+        projection: Projection = "std",
+        basis: str | Basis = "singular",
+        update_gap: int = 200,
+        **_: Any,
+    ) -> float:
+        """FLOPs of matrix products in a step on a matrix [m, n], a refresh spread over `update_gap` steps: into the subspace 2 m n r
+        (with `in_backward` for each micro-batch), `inside` on R, and back as much.
+
+        What finds a basis is in `basis_flops`, decompositions left out, and a function of yours too.
+
+        >>> Subspace.step_flops(10, 20, 3, basis="svd")
+        2400.0
+        """
+        left, right = sides(projection, m, n)
+        across = 2 * rank * rank * n if projection == "full" else 0  # from [r, n] to R
+        again = 2 * m * rank * rank if projection == "full" else 0  # from D to [m, r]
+        into, out = 2 * m * n * rank + across, 2 * m * n * rank + again
+        found = 0
+        if isinstance(basis, str):
+            found = left * basis_flops(basis, m, n, rank) + right * basis_flops(basis, n, m, rank)
+        times = micro_batches if in_backward else 1
+        return into * times + inside(inside_shape(projection, m, n, rank)) + out + found / update_gap
 
     @staticmethod
     def kept_gradient(

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lorank.optim.dct import Transform, back, columns, select, transform
+from lorank.optim.dct import Transform, back, columns, select, transform, transform_flops
 from lorank.optim.matrices import MatrixOptimizer, Stack
 from lorank.parametrization import Published
 
@@ -53,6 +53,16 @@ def newton_schulz(b: Tensor, steps: int = 5) -> Tensor:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=y, alpha=z), X, beta=x)  # x X + (y A + z A A) X
     return X if wide else X.mT
+
+
+def newton_schulz_flops(m: int, n: int, steps: int = 5) -> int:
+    """Of `newton_schulz` on [m, n] with the shorter side s and the longer l: steps (4 s² l + 2 s³).
+
+    >>> newton_schulz_flops(20, 3)
+    3870
+    """
+    short, long = min(m, n), max(m, n)
+    return steps * (4 * short * short * long + 2 * short**3)
 
 
 class Trion(MatrixOptimizer):
@@ -109,6 +119,16 @@ class Trion(MatrixOptimizer):
     def state_bytes(m: int, n: int, rank: int, itemsize: int, **_: Any) -> int:
         """Bytes kept for a matrix [m, n] of `itemsize` bytes per number: its momentum."""
         return m * n * itemsize
+
+    @staticmethod
+    def step_flops(m: int, n: int, rank: int, *, transform: Transform = "matmul", **_: Any) -> int:
+        """FLOPs of matrix products in a step on a matrix [m, n]: B Qᵀ, b Q[I], Newton-Schulz on b, o Q[I].
+
+        >>> Trion.step_flops(20, 10, 3, transform="fft") - newton_schulz_flops(20, 3)
+        2400
+        """
+        there = transform_flops(max(m, n), min(m, n), transform)
+        return there + 2 * 2 * m * n * rank + newton_schulz_flops(max(m, n), rank)
 
     def step_stack(self, stack: Stack, G: Tensor) -> Tensor:
         group, n = stack.group, G.shape[-1]

@@ -47,6 +47,11 @@ def vision(row: str, column: str) -> float:
     }[row]
 
 
+def attention_flops(row: str, column: str) -> float:
+    """Coefficient of attention's forward FLOPs: four projections, scores and values, and of MASA its four weights W_l = Σ c_s D_s."""
+    return {"n² d": 2 * 2, "n d²": 4 * 2, "k d²": 4 * 2 if row == "MASA-QKVO" else 0}[column]
+
+
 WIDE_MLP = "blocks of 12 d² hold more; half of it, 6 d², would fit: MLPs as wide as the model"
 PAPER = Paper(
     name="masa",
@@ -84,6 +89,15 @@ PAPER = Paper(
             ours=by_atoms,
             formula="shared / 4 (1 - S / L), L = 12",
             source="the paper's ablation, read in its text",
+        ),
+        PaperTable(
+            title="Forward FLOPs of a block's attention, coefficients, k atoms",
+            columns=("n² d", "n d²", "k d²"),
+            rows={"dense": ("4", "8", None), "MASA-QKVO": ("4", "8", "8")},
+            ours=attention_flops,
+            formula="2 FLOPs for each of 4 d² weights and token, of 2 n² d scores and values, and of k d² per weight that is built "
+            "once per call; tests/train/test_forecast.py holds our model to it",
+            source="the paper's text",
         ),
         PaperTable(
             title="Vision transformers by width x blocks, S = 4",

@@ -10,7 +10,7 @@ from rich.text import Text
 from lorank.papers import Cell, Paper, PaperTable
 from lorank.report.plans import records_csv
 
-SIGNS = {"follows": "", "other rounding": "≈", "does not follow": "✗", "unchecked": "?"}
+SIGNS = {"follows": "", "other rounding": "≈", "met": "~", "does not follow": "✗", "unchecked": "?"}
 
 
 def paper_tables(found: Sequence[Paper]) -> RenderableType:
@@ -26,7 +26,8 @@ def paper_tables(found: Sequence[Paper]) -> RenderableType:
     counts = {mark: sum(cell.mark == mark for cell in cells) for mark in SIGNS}
     parts.append(
         f"{len(cells)} published cells: {counts['follows']} follow from their formula, {counts['other rounding']} but for "
-        f"the rounding of the last digit (≈), {counts['does not follow']} do not (✗), {counts['unchecked']} cannot be checked (?)."
+        f"the rounding of the last digit (≈), {counts['met']} were measured and our count meets them (~), "
+        f"{counts['does not follow']} do not (✗), {counts['unchecked']} cannot be checked (?)."
     )
     return Group(*parts)
 
@@ -55,7 +56,8 @@ def _figures(cell: Cell) -> tuple[str, str]:
 
 
 def _notes(table: PaperTable) -> Iterator[Text]:
-    yield Text(f"Ours: {table.formula}. Published: {table.source}.", "dim")
+    met = f" ~ is within {table.within:.0%}." if table.within is not None else ""
+    yield Text(f"Ours: {table.formula}. Published: {table.source}.{met}", "dim")
     reasons: dict[str, list[Cell]] = {}
     for cell in table.cells():
         if cell.reason:

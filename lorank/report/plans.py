@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorank.report.tables import quantity
+from lorank.sizes import SIZES
 from lorank.train.forecast import TOKENS_PER_PARAMETER, Fit, Forecast
 
 
@@ -29,6 +30,12 @@ def _under(title: str, table: Table) -> Group:
     return Group(Text(title, "bold"), table)
 
 
+LARGEST = (
+    f"Largest Llama: of the named sizes {', '.join(SIZES)}, with the row's method and settings; no size between them was "
+    "tried, and no other family, also where --model names one."
+)
+
+
 def forecast_tables(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float = 0) -> RenderableType:
     """Parameters and FLOPs, memory, the run, and what fits; a row for each forecast."""
     parts: list[RenderableType] = [_parameters(found), "", _flops(found), "", _memory(found), "", _run(found)]
@@ -36,7 +43,7 @@ def forecast_tables(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: fl
         parts = [_settings(found), "", *parts]
     if fits:
         parts += ["", _fits(found, fits, gib)]
-    return Group(*parts, "", *_assumptions(found))
+    return Group(*parts, "", *_assumptions(found), *([LARGEST] if fits else []))
 
 
 def _names(found: Sequence[Forecast]) -> list[str]:
@@ -87,15 +94,16 @@ def _parameters(found: Sequence[Forecast]) -> Group:
 
 
 def _flops(found: Sequence[Forecast]) -> Group:
-    table = _table("forward", "backward", "again", "sum", "a step", "÷ dense")
+    table = _table("forward", "backward", "again", "sum", "optimizer", "a step", "÷ dense")
     for name, f in zip(_names(found), found, strict=True):
-        dense, each = _first(found, f), f.counts.flops_per_token
+        dense, each = _first(found, f), f.flops_per_step / f.tokens_per_step
         table.add_row(
             name,
             *(quantity(n / f.counts.tokens) if n else "-" for n in f.counts.flops),
-            quantity(each),
-            quantity(each * f.tokens_per_step),
-            f"{each / dense.counts.flops_per_token:.3f}" if dense else "-",
+            quantity(f.counts.flops_per_token),
+            quantity(f.optimizer_flops) if f.optimizer_flops else "-",
+            quantity(f.flops_per_step),
+            f"{each * dense.tokens_per_step / dense.flops_per_step:.3f}" if dense else "-",
         )
     return _under("FLOPs per token, and of a step", table)
 
@@ -153,7 +161,7 @@ def _duration(hours: float) -> str:
 
 
 def _fits(found: Sequence[Forecast], fits: Sequence[Fit], gib: float) -> Group:
-    table = _table("micro-batch", "largest size at micro-batch 1")
+    table = _table("micro-batch", "largest Llama, one sequence at a time")
     for name, fit in zip(_names(found), fits, strict=True):
         table.add_row(name, str(fit.micro_batch or "none"), fit.size or "none")
     return _under(f"What fits in {gib:g} GiB", table)
@@ -166,6 +174,13 @@ def _assumptions(found: Sequence[Forecast]) -> list[str]:
         "Counted: FLOPs of matrix products and attention (again: recomputed); bytes of tensors, without a kernel's scratch "
         "memory and an allocator's waste.",
     ]
+    if any(f.optimizer_flops for f in found):
+        lines.append(
+            "Optimizer: its own matrix products in a step, on every device, those of a refresh spread over the steps "
+            "between two; eigenvectors, QR and Fourier transforms not counted."
+        )
+    if moving := list(dict.fromkeys(f.recipe.method for f in found if f.moves_between_steps)):
+        lines.append(f"Not counted: what happens between the steps of {', '.join(moving)}.")
     if fleet.devices > 1:
         lines.append(f"Sent per step: 2 (p - 1) / p of the gradients' bytes, p = {fleet.devices} devices in a ring.")
     lines += [
@@ -196,7 +211,7 @@ def forecasts_csv(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: floa
 def _records(found: Sequence[Forecast], fits: Sequence[Fit], gib: float | None) -> list[dict]:
     rows = [f.to_dict() for f in found]
     for row, fit in zip(rows, fits, strict=False):
-        row |= {"fits_gib": gib, "largest_micro_batch": fit.micro_batch, "largest_size": fit.size}
+        row |= {"fits_gib": gib, "largest_micro_batch": fit.micro_batch, "largest_llama_size": fit.size}
     return rows
 
 

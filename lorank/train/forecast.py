@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel
 
 from lorank import accounting
-from lorank.accelerators import Fleet, Run
+from lorank.accelerators import Fleet, Run, check_memory
 from lorank.methods import find_method
 from lorank.optim import ESTIMATORS, find_optimizer, option_names
+from lorank.parametrization import Parametrization
 from lorank.sizes import SIZES
 from lorank.train.estimators import settings_of
 from lorank.train.model import check_name, rank_of, schedule_of
-from lorank.train.plan import Counts, count, empty_model, memory, optimizer_bytes
+from lorank.train.plan import Counts, count, empty_model, memory, optimizer_step, standing_bytes
 from lorank.train.recipe import Recipe
 
 METHODS = ("dense", "low-rank", "cola", "cola-m", "crnet", "sltrain", "relora", "masa")
@@ -65,13 +66,30 @@ class Forecast:
         return math.ceil(self.tokens / self.tokens_per_step)
 
     @property
+    def optimizer_flops(self) -> float:
+        """Of the optimizer's matrix products in a step, on all devices: each does the same."""
+        return self.fleet.devices * self.counts.step_flops
+
+    @property
+    def flops_per_step(self) -> float:
+        """Of forward and backward passes, recomputation, and the optimizer."""
+        return self.counts.flops_per_token * self.tokens_per_step + self.optimizer_flops
+
+    @property
+    def moves_between_steps(self) -> bool:
+        """Whether the method does something between steps, which no figure here has."""
+        if self.recipe.method == "dense" or find_optimizer(self.recipe.method) is not None:
+            return False
+        return find_method(self.recipe.method).hook is not Parametrization.hook
+
+    @property
     def all_reduce_bytes(self) -> float:
         """Sent by each device in a step of data-parallel training."""
         return accounting.all_reduce_bytes(self.counts.memory.gradients_bytes, self.fleet.devices)
 
     @property
     def run(self) -> Run:
-        return self.fleet.run(self.counts.flops_per_token * self.tokens)
+        return self.fleet.run(self.counts.flops_per_token * self.tokens + self.optimizer_flops * self.steps)
 
     @property
     def fits(self) -> bool:
@@ -99,7 +117,8 @@ class Forecast:
             "block_parameters": counts.parameters.blocks,
             **{f"{name}_flops_per_token": n for name, n in per_token.items()},
             "flops_per_token": counts.flops_per_token,
-            "flops_per_step": counts.flops_per_token * self.tokens_per_step,
+            "optimizer_flops_per_step": self.optimizer_flops,
+            "flops_per_step": self.flops_per_step,
             **counts.memory._asdict(),
             "accelerator": fleet.accelerator.name,
             "accelerator_flops": fleet.accelerator.flops,
@@ -268,7 +287,30 @@ class Fit(NamedTuple):
     micro_batch: int
     """The most sequences at a time; 0 where not even one goes in."""
     size: str | None
-    """The largest named size that trains, as its recipe says, with one sequence at a time."""
+    """The largest Llama of `SIZES` that trains, otherwise as its recipe says, with one sequence at a time."""
+
+
+def check_budget(recipes: Iterable[Recipe], gib: float) -> None:
+    """Before anything is counted: `gib` is a budget, in which one recipe at least could train at its own or the smallest size.
+
+    Raises:
+        ValueError: it is not positive and finite; or what stands by in any step, weights, gradients and optimizer state, is
+            more already.
+    """
+    check_memory(gib)
+    least, name = math.inf, ""
+    for recipe in recipes:
+        smallest = dataclasses.replace(recipe, size=next(iter(SIZES)), model=None)
+        for trial in (smallest, recipe):
+            size = standing_bytes(trial, _empty(trial))
+            if size <= gib * 2**30:
+                return
+            if size < least:
+                least, name = size, f"{trial.method} {trial.model or trial.size}"
+    raise ValueError(
+        f"nothing fits in {gib:g} GiB: {name}, the least of what was asked, needs {least / 2**30:.3g} GiB for weights, "
+        "gradients and optimizer state alone"
+    )
 
 
 def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], object] = lambda line: None) -> list[Fit]:
@@ -277,19 +319,18 @@ def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], objec
     Raises:
         ValueError: nothing does, or the peak cannot be known.
     """
-    if not gib > 0 or math.isinf(gib):
-        raise ValueError(f"--fits {gib:g} is not a positive number of GiB")
+    check_budget((one.recipe for one in found), gib)
     limit, fits, least, known = gib * 2**30, [], (math.inf, ""), dict[str, _Peaks]()
 
-    def peaks_of(recipe: Recipe) -> _Peaks:
+    def peaks_of(recipe: Recipe, step: accounting.Step | None = None) -> _Peaks:
         if (key := repr(recipe)) not in known:
-            known[key] = _Peaks(recipe)
+            known[key] = _Peaks(recipe, step)
         return known[key]
 
     for one in found:
         name = one.file or f"{one.recipe.method} {one.shape}"
         say(f"the largest micro-batch of {name}")
-        peak = peaks_of(one.recipe).at
+        peak = peaks_of(one.recipe, one.counts.step).at
         batch = largest_below(peak, limit)
         least = min(least, (peak(1), name))
         say(f"the largest size of {name}")
@@ -306,12 +347,15 @@ def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], objec
 class _Peaks:
     """Peaks of a recipe's model in bytes by micro-batch, each measured once."""
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, step: accounting.Step | None = None):
         self.recipe, self.model, self.known = recipe, _empty(recipe), dict[int, float]()
+        self.step = step
 
     def at(self, batch: int) -> float:
         if batch not in self.known:
-            self.known[batch] = memory(self.recipe, self.model, batch, accumulate=True).peak_bytes
+            self.step = self.step or optimizer_step(self.recipe, self.model)
+            found = memory(self.recipe, self.model, batch, accumulate=True, step=self.step)
+            self.known[batch] = found.peak_bytes
         if math.isnan(self.known[batch]):
             raise ValueError(
                 f"what fits is unknown for {self.recipe.model}: memory of mixtures of experts is not counted"
@@ -320,9 +364,7 @@ class _Peaks:
 
     def fits(self, limit: float) -> bool:
         """Whether one sequence does."""
-        weights = sum(p.numel() * p.element_size() for p in self.model.parameters())
-        state = weights + optimizer_bytes(self.recipe, self.model)  # known at once
-        return state <= limit and self.at(1) <= limit
+        return standing_bytes(self.recipe, self.model) <= limit and self.at(1) <= limit  # the former is known at once
 
 
 def largest_below(f: Callable[[int], float], limit: float) -> int:

@@ -4,7 +4,8 @@ A contestant is a name and a recipe. Its costs are counted on a model without we
 anything is trained. What may be matched:
 
 tokens   nothing is changed
-flops    steps, so that steps × tokens per step × FLOPs per token (recomputation counted) are those of the first method
+flops    steps, so that steps × tokens per step × FLOPs per token (recomputation and the optimizer's products counted) are
+         those of the first method
 time     steps, by the throughput measured in a short run
 params   the rank, or where no rank changes it the width of the model
 memory   the same, by the estimate of weights, gradients, optimizer state and activations
@@ -23,7 +24,7 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrai
 
 from lorank import accounting
 from lorank.train.model import build_config, build_model, written_out
-from lorank.train.plan import memory
+from lorank.train.plan import memory, optimizer_flops
 from lorank.train.recipe import Recipe
 
 Match = Literal["tokens", "flops", "time", "params", "memory"]
@@ -34,7 +35,8 @@ CLOSE = 0.02
 
 
 Figure = Literal["parameters", "flops_per_token", "memory_bytes"]
-"""What is counted of a model: its parameters, FLOPs per position with recomputation, bytes of training one micro-batch."""
+"""What is counted of a model: its parameters, FLOPs per position with recomputation and the optimizer's products, bytes of
+training one micro-batch."""
 
 
 class Costs:
@@ -47,7 +49,7 @@ class Costs:
     def of(self, figure: Figure, recipe: Recipe, config: PretrainedConfig | None = None) -> float:
         """A figure of a recipe, or of its method on the shape of `config`; ValueError as building the model would."""
         config = build_config(recipe, self.tokenizer) if config is None else config
-        free = (*FREE_OF_COST, "optimizer") if figure != "memory_bytes" else FREE_OF_COST
+        free = (*FREE_OF_COST, "optimizer") if figure == "parameters" else FREE_OF_COST
         settings = {name: value for name, value in recipe.to_dict().items() if name not in free}
         key = json.dumps([figure, settings, config.to_dict()], sort_keys=True, default=str)
         if key not in self._known:
@@ -62,7 +64,8 @@ def _count(figure: Figure, recipe: Recipe, model: PreTrainedModel) -> float:
         return accounting.count_parameters(model).total
     length, batch = recipe.sequence_length, recipe.micro_batch_size or recipe.batch_size
     if figure == "flops_per_token":
-        return accounting.measure_flops(model, batch=batch, sequence_length=length).total / (batch * length)
+        passes = accounting.measure_flops(model, batch=batch, sequence_length=length).total / (batch * length)
+        return passes + optimizer_flops(recipe, model) / (recipe.batch_size * length)
     return memory(recipe, model, batch, accumulate=batch < recipe.batch_size).total_bytes
 
 

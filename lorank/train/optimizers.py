@@ -11,7 +11,7 @@ from torch import nn
 from lorank.optim.galore import GaLoreAdamW
 from lorank.optim.groups import split
 from lorank.optim.matrices import adamw_bytes
-from lorank.optim.muon_adamw import MuonAdamW, muon
+from lorank.optim.muon_adamw import MuonAdamW, muon, muon_flops
 from lorank.optim.subspace import Subspace
 
 Rule = Literal["adamw", "adamw-8bit", "adafactor", "muon"]
@@ -146,10 +146,52 @@ def state_bytes(
         for p in (p for part in group for p in part["params"]):
             if kind is not None and ranks and p in ranks:
                 chosen: Any = {**(options or {}), "moments": moment if name == "muon" else rest}
-                total += kind.state_bytes(*p.shape, ranks[p], p.element_size(), **chosen)  # type: ignore[attr-defined]
+                total += _said_by(kind, "state_bytes")(*p.shape, ranks[p], p.element_size(), **chosen)
             else:
                 total += inside(p.shape, p.element_size())
     return total
+
+
+# ---- operations of a step
+
+
+def _adafactor_flops(shape: Sequence[int]) -> int:
+    return 2 * math.prod(shape) if len(shape) > 1 else 0  # the second moment, a column by a row
+
+
+def step_flops(
+    model: nn.Module,
+    name: Rule = "adamw",
+    kind: type[torch.optim.Optimizer] | None = None,
+    ranks: Mapping[nn.Parameter, int] | None = None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    micro_batches: int = 1,
+) -> float:
+    """FLOPs of the matrix products in a step of what `build_optimizer`, or with a `kind` `build_low_rank_optimizer`, makes; those
+    of some steps only are spread over all. AdamW has none. Decompositions (eigenvectors, QR) and transforms by FFT are left out.
+
+    Raises:
+        ValueError: a `kind` that does not say what it costs.
+    """
+    rest: Callable[[Sequence[int]], int] = _adafactor_flops if name == "adafactor" else lambda shape: 0
+    matrices = muon_flops if name == "muon" else rest
+    hidden, others = parameter_groups(model, 0.0, "all")
+    total = 0.0
+    for group, plain in ((hidden, rest if kind is not None else matrices), (others, rest)):
+        for p in (p for part in group for p in part["params"]):
+            if kind is not None and ranks and p in ranks:
+                chosen: Any = {**(options or {}), "inside": matrices, "micro_batches": micro_batches}
+                total += _said_by(kind, "step_flops")(*p.shape, ranks[p], **chosen)
+            else:
+                total += plain(p.shape)
+    return total
+
+
+def _said_by(kind: type[torch.optim.Optimizer], what: str) -> Callable[..., Any]:
+    if (found := getattr(kind, what, None)) is None:
+        raise ValueError(f"{kind.__name__} does not say what it costs; give it {what} as lorank/optim/galore.py has it")
+    return found
 
 
 def kept_gradients(

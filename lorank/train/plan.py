@@ -1,6 +1,7 @@
 """What a recipe would do, without doing it: a model on the meta device, counted."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +12,20 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorank import accounting
-from lorank.conversion import find_sites
+from lorank.conversion import find_sites, method_of
 from lorank.egg import EggForCausalLM
+from lorank.optim import option_names
+from lorank.optim.dct import forget_matrices
 from lorank.train.data import load_tokenizer
 from lorank.train.estimators import population, step_cost, treatment
 from lorank.train.model import Projection, build_config, build_model, find_projection
-from lorank.train.optimizers import kept_gradients, state_bytes
+from lorank.train.optimizers import (
+    build_low_rank_optimizer,
+    build_optimizer,
+    kept_gradients,
+    state_bytes,
+    step_flops,
+)
 from lorank.train.recipe import Recipe
 
 
@@ -45,17 +54,21 @@ class Treatment:
 
 @dataclasses.dataclass(frozen=True)
 class Counts:
-    """A model's cost of training; FLOPs and memory are those of one micro-batch on one device."""
+    """A model's cost of training; FLOPs and memory are those of one micro-batch on one device, but for the step's."""
 
     parameters: accounting.Parameters
     flops: accounting.Flops
     tokens: int
     """Of the micro-batch."""
     memory: accounting.Memory
+    step: accounting.Step
+    """Bytes of the optimizer's step."""
+    step_flops: float
+    """Of the optimizer's own matrix products in an average step."""
 
     @property
     def flops_per_token(self) -> float:
-        """Recomputation included."""
+        """Of forward and backward passes, recomputation included."""
         return self.flops.total / self.tokens
 
 
@@ -122,24 +135,30 @@ def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts
     if recipe.method == "eggroll":
         moments = 0 if isinstance(model, EggForCausalLM) else state_bytes(model, recipe.optimizer)
         flops, held = step_cost(recipe, model, moments)
-        return Counts(accounting.count_parameters(model), flops, recipe.batch_size * recipe.sequence_length, held)
-    batch = recipe.micro_batch_size or recipe.batch_size
+        tokens = recipe.batch_size * recipe.sequence_length
+        return Counts(accounting.count_parameters(model), flops, tokens, held, accounting.Step(moments, moments), 0)
+    batch, step = recipe.micro_batch_size or recipe.batch_size, optimizer_step(recipe, model)
     return Counts(
         accounting.count_parameters(model),
         accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length),
         batch * recipe.sequence_length,
-        memory(recipe, model, batch, accumulate=batch * devices < recipe.batch_size),
+        memory(recipe, model, batch, accumulate=batch * devices < recipe.batch_size, step=step),
+        step,
+        optimizer_flops(recipe, model, devices=devices),
     )
 
 
-def memory(recipe: Recipe, model: PreTrainedModel, batch: int, *, accumulate: bool) -> accounting.Memory:
-    """What a device holds that trains `recipe`'s model on `batch` sequences at a time."""
+def memory(
+    recipe: Recipe, model: PreTrainedModel, batch: int, *, accumulate: bool, step: accounting.Step | None = None
+) -> accounting.Memory:
+    """What a device holds that trains `recipe`'s model on `batch` sequences at a time; `step` is `optimizer_step`'s, if known."""
     if recipe.method == "eggroll":
         raise ValueError("what fits is not sought for method=eggroll, whose memory goes by --option chunk; drop --fits")
     kind, ranks, options = find_projection(recipe, model) or (None, None, None)
     return accounting.memory_estimate(
         model,
         optimizer_bytes=optimizer_bytes(recipe, model),
+        step=step or optimizer_step(recipe, model),
         kept_gradients=kept_gradients(kind, ranks, options),
         batch=batch,
         sequence_length=recipe.sequence_length,
@@ -148,10 +167,52 @@ def memory(recipe: Recipe, model: PreTrainedModel, batch: int, *, accumulate: bo
     )
 
 
+def optimizer_flops(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> float:
+    """Of the matrix products in an average step of the recipe's optimizer, on each device the same."""
+    kind, ranks, options = find_projection(recipe, model) or (None, None, None)
+    micro_batches = max(1, recipe.batch_size // (devices * (recipe.micro_batch_size or recipe.batch_size)))
+    return step_flops(model, recipe.optimizer, kind, ranks, options, micro_batches=micro_batches)
+
+
+def optimizer_step(recipe: Recipe, model: PreTrainedModel) -> accounting.Step:
+    """What the recipe's optimizer holds in the step that takes most, one that refreshes its bases.
+
+    The kernels of adamw-8bit cannot be followed and need nothing beside their state: that step is AdamW's with smaller moments.
+    """
+    rule = "adamw" if recipe.optimizer == "adamw-8bit" else recipe.optimizer
+    projection = find_projection(recipe, model) or (None, None, None)
+    fewer = state_bytes(model, rule, *projection) - state_bytes(model, recipe.optimizer, *projection)
+
+    def build(twin: nn.Module) -> torch.optim.Optimizer:
+        projection, method = find_projection(recipe, twin), method_of(model)
+        if projection is None:
+            own = method.adamw if method else None
+            return build_optimizer(twin, rule, lr=0.1, weight_decay=0.1, adamw=own)
+        kind, ranks, options = projection
+        often = {"update_gap": 1} if "update_gap" in option_names(kind) else {}
+        return build_low_rank_optimizer(twin, kind, ranks, rule, lr=0.1, weight_decay=0.1, options={**options, **often})
+
+    forget_matrices()
+    try:
+        found = accounting.measure_step(model, build)
+    finally:
+        forget_matrices()
+    return accounting.Step(found.kept_bytes - fewer, found.most_bytes - fewer)
+
+
 def optimizer_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
     """What the recipe's optimizer keeps between steps."""
     kind, ranks, options = find_projection(recipe, model) or (None, None, None)
     return state_bytes(model, recipe.optimizer, kind, ranks, options)
+
+
+def standing_bytes(recipe: Recipe, model: PreTrainedModel) -> int:
+    """Weights, gradients and optimizer state of a step with several micro-batches: what it takes at least, known at once."""
+    kind, ranks, options = find_projection(recipe, model) or (None, None, None)
+    kept = kept_gradients(kind, ranks, options)
+    gradients = sum(math.prod(kept.get(p, p.shape)) * p.element_size() for p in model.parameters() if p.requires_grad)
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    return weights + gradients + state_bytes(model, recipe.optimizer, kind, ranks, options)
 
 
 def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:

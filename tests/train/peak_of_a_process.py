@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lorank.conversion import method_of
 from lorank.train.model import build_config, build_model, find_projection
 from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
 from lorank.train.recipe import Recipe
@@ -27,7 +28,8 @@ def train(recipe: Recipe, steps: int = 2) -> None:
         kind, ranks, options = found
         optimizer = build_low_rank_optimizer(model, kind, ranks, lr=1e-3, weight_decay=0.0, options=options)
     else:
-        optimizer = build_optimizer(model, recipe.optimizer, lr=1e-3, weight_decay=0.0)
+        own = method.adamw if (method := method_of(model)) else None
+        optimizer = build_optimizer(model, recipe.optimizer, lr=1e-3, weight_decay=0.0, adamw=own)
     micro = recipe.micro_batch_size or recipe.batch_size
     for _ in range(steps):
         for _ in range(recipe.batch_size // micro):
@@ -51,7 +53,7 @@ def peak(recipe: Recipe) -> int:
 def main() -> None:
     recipes = [Recipe.from_dict(settings) for settings in json.loads(sys.argv[1])]
     for recipe in {
-        recipe.method: recipe for recipe in recipes
+        (recipe.method, recipe.optimizer): recipe for recipe in recipes
     }.values():  # what is loaded at first use is no one's peak
         train(dataclasses.replace(recipe, size="tiny", vocab_size=64, sequence_length=16))
     print(json.dumps([peak(recipe) for recipe in recipes]))

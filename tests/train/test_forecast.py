@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lorank import accounting
 from lorank.accelerators import ACCELERATORS, Fleet, find_accelerator
+from lorank.optim.dct import dct_matrix
 from lorank.report import plans
 from lorank.sizes import SIZES
 from lorank.train import forecast
-from lorank.train.plan import count, empty_model
+from lorank.train.plan import count, empty_model, optimizer_bytes, optimizer_step
 from lorank.train.recipe import Recipe
 
 FLEET = Fleet(accelerator=find_accelerator("h100"), devices=8)
@@ -70,6 +72,15 @@ PEAKS: list[dict[str, Any]] = [
     {**SMALL, **GALORE, "batch_size": 2, "sequence_length": 16},
     {**SMALL, **GALORE, "batch_size": 4, "sequence_length": 16},
 ]
+FEW = {"size": "20m", "vocab_size": 2000, "sequence_length": 64, "batch_size": 2}
+STEPS: list[dict[str, Any]] = [
+    {**FEW, "method": "dense", "optimizer": "muon"},
+    {**FEW, "method": "dense", "optimizer": "adafactor"},
+    {**FEW, "method": "galore", "rank": 64},
+    {**FEW, "method": "trion", "rank": 64},
+    {**FEW, "method": "switchlora", "sequence_length": 16},  # whose AdamW makes all denominators at once
+]
+"""With few tokens the most is held in the optimizer's step: products, Gram matrices, what is not done in place."""
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of resident memory are Linux's")
@@ -83,15 +94,33 @@ def test_predicted_peaks_are_those_of_real_steps() -> None:
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(script), json.dumps(PEAKS)]
+    command = [sys.executable, str(script), json.dumps(PEAKS + STEPS)]
     real = json.loads(subprocess.run(command, capture_output=True, check=True, text=True, env=environment).stdout)
     whens = []
-    for settings, measured in zip(PEAKS, real, strict=True):
+    for settings, measured in zip(PEAKS + STEPS, real, strict=True):
         found = count(recipe := Recipe.from_dict(settings), empty_model(recipe)).memory
         whens.append(found.peak_when)
         assert found.peak_bytes == pytest.approx(measured, rel=0.1), settings
     assert whens[:4] == ["backward"] * 4
     assert whens[4] == "step", "with few tokens the most is held when all gradients are there"
+    assert set(whens[len(PEAKS) :]) == {"step"}
+
+
+def test_a_step_is_followed_without_leaving_its_bases_behind() -> None:
+    """A cosine basis is kept for the next call; one without data would break it."""
+    recipe = Recipe(size="tiny", vocab_size=64, method="trion", rank=8)
+    optimizer_step(recipe, empty_model(recipe))
+    assert type(dct_matrix(256, torch.device("cpu"), torch.float32)) is torch.Tensor
+
+
+def test_moments_of_a_byte_are_taken_off_the_step() -> None:
+    recipe = Recipe(size="tiny", vocab_size=64)
+    model = empty_model(recipe)
+    whole, small = (
+        optimizer_step(dataclasses.replace(recipe, optimizer=rule), model) for rule in ("adamw", "adamw-8bit")
+    )
+    saved = optimizer_bytes(recipe, model) - optimizer_bytes(dataclasses.replace(recipe, optimizer="adamw-8bit"), model)
+    assert whole.kept_bytes - small.kept_bytes == whole.most_bytes - small.most_bytes == saved > 0
 
 
 def test_of_a_gradient_projected_as_it_arrives_the_projection_stays() -> None:
@@ -158,6 +187,26 @@ def test_the_budget_is_the_dense_models(tiny: list[forecast.Forecast]) -> None:
     assert found.budget_is_default and not tiny[0].budget_is_default
 
 
+def test_the_optimizers_products_are_part_of_a_step_and_of_the_run() -> None:
+    methods = ["dense", "galore", "trion", "relora"]
+    found = forecast.forecast_all([Recipe(**TINY, rank=16)], methods, fleet=FLEET, tokens=10_000_000)
+    dense, galore, trion, _ = found
+    d, f, layers, _, _ = SIZES["tiny"]
+    numbers = layers * (4 * d * d + 3 * d * f)
+    grams = layers * (4 * 2 * d**3 + 3 * 2 * d * d * f)  # every 200 steps
+    assert galore.counts.step_flops == pytest.approx(4 * numbers * 16 + grams / 200)
+    newton_schulz = 5 * layers * (7 * 2 * 16**3 + 4 * 16**2 * (4 * d + 3 * f))
+    assert trion.counts.step_flops == 2 * numbers * d + 4 * numbers * 16 + newton_schulz
+    assert dense.counts.step_flops == 0 and galore.counts.flops == dense.counts.flops
+    for one in (galore, trion):
+        record, spent = one.to_dict(), 8 * one.counts.step_flops  # each of 8 devices takes the whole step
+        assert record["flops_per_step"] - dense.to_dict()["flops_per_step"] == pytest.approx(spent)
+        assert record["optimizer_flops_per_step"] == spent
+        extra = spent * one.steps / (8 * 989e12 * 0.4) / 3600
+        assert one.run.hours - dense.run.hours == pytest.approx(extra)
+    assert [one.moves_between_steps for one in found] == [False, False, False, True]
+
+
 def test_steps_of_one_micro_batch_per_device_do_not_accumulate() -> None:
     recipe = Recipe(**{**TINY, "sequence_length": 256})
     alone = forecast.forecast_all([recipe], ["dense"], fleet=dataclasses.replace(FLEET, devices=1), tokens=10**6)[0]
@@ -212,6 +261,34 @@ def test_nothing_fits_is_an_error_that_says_what_would(tiny: list[forecast.Forec
         forecast.fit_all(tiny[1:2], 0.001)
 
 
+@pytest.mark.parametrize("gib", [math.nan, math.inf, -1.0, 0.0])
+def test_what_is_no_budget_is_refused_before_anything_is_counted(gib: float) -> None:
+    with pytest.raises(ValueError, match="is not a positive number of GiB"):
+        forecast.check_budget(iter([]), gib)
+
+
+def test_a_budget_below_weights_gradients_and_state_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accounting, "measure_peak", None)  # nothing may be run
+    tiny = Recipe(**TINY, method="cola")
+    need = 4 * 4 * accounting.count_parameters(empty_model(tiny)).total / 2**30
+    with pytest.raises(
+        ValueError, match=rf"nothing fits in .* GiB: cola tiny, .* needs {need:.3g} GiB for weights, gradients"
+    ):
+        forecast.check_budget([dataclasses.replace(tiny, size="7b"), tiny], 0.999 * need)
+    forecast.check_budget([tiny], 1.001 * need)
+
+
+def test_optimizers_with_little_state_get_the_size_that_they_can_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer does not depend on what else is planned for, and 16 bytes a parameter are no bound for Adafactor."""
+    monkeypatch.setattr(forecast, "SIZES", ["tiny", "20m"])
+    shape = Recipe(**{**TINY, "vocab_size": 8000}, optimizer="adafactor")
+    alone = forecast.forecast_all([shape], ["dense"], fleet=FLEET, tokens=10**6)
+    both = forecast.forecast_all([shape, dataclasses.replace(shape, size="20m")], ["dense"], fleet=FLEET, tokens=10**6)
+    peak = forecast._Peaks(both[1].recipe).at(1)
+    assert peak < 16 * both[1].counts.parameters.total
+    assert {fit.size for fit in forecast.fit_all(alone + both, peak / 2**30)} == {"20m"}
+
+
 def test_of_a_mixture_of_experts_memory_is_unknown(tmp_path: Path) -> None:
     from transformers import MixtralConfig
 
@@ -244,7 +321,7 @@ def test_json_and_csv_say_the_same(tiny: list[forecast.Forecast], monkeypatch: p
     for record, row, fit in zip(records, rows, fits, strict=True):
         assert float(row["peak_bytes"]) == record["peak_bytes"] > record["activations_bytes"]
         assert int(row["largest_micro_batch"]) == record["largest_micro_batch"] == fit.micro_batch
-        assert row["largest_size"] == record["largest_size"] == fit.size
+        assert row["largest_llama_size"] == record["largest_llama_size"] == fit.size
         whole = (
             record["forward_flops_per_token"] + record["backward_flops_per_token"] + record["recompute_flops_per_token"]
         )

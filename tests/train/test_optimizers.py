@@ -2,13 +2,23 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import lorank
-from lorank.train.optimizers import MuonAdamW, build_optimizer, parameter_groups
+from lorank.optim import find_optimizer
+from lorank.optim.groups import ranks as low_rank_ranks
+from lorank.train.optimizers import (
+    MuonAdamW,
+    build_low_rank_optimizer,
+    build_optimizer,
+    parameter_groups,
+    step_flops,
+)
 
 
 def llama(**changes) -> LlamaForCausalLM:
@@ -112,3 +122,58 @@ def test_closures_are_refused() -> None:
     assert isinstance(optimizer, MuonAdamW)
     with pytest.raises(ValueError, match="closure"):
         optimizer.step(lambda: 0.0)
+
+
+# ---- operations of a step
+
+
+def in_place(out: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    """Of W.addmm_(a, b), which PyTorch's counter does not know."""
+    (m, r), (_, n) = shapes
+    return 2 * m * r * n
+
+
+@pytest.mark.parametrize(
+    ("method", "rule", "options"),
+    [
+        ("dense", "adamw", {}),
+        ("dense", "muon", {}),
+        ("dense", "adafactor", {}),
+        ("galore", "adamw", {}),
+        ("galore", "adamw", {"in_backward": True}),
+        ("galore", "adamw", {"projection": "reverse_std"}),
+        ("galore", "muon", {"projection": "full", "basis": "svd"}),
+        ("galore", "adafactor", {"projection": "left", "basis": "randomised"}),
+        ("fira", "adamw", {}),
+        ("dct-adamw", "adamw", {}),
+        ("dct-adamw", "adamw", {"error_feedback": "full", "transform": "fft"}),
+        ("trion", "adamw", {}),
+        ("trion", "adamw", {"transform": "fft"}),
+    ],
+)
+def test_operations_of_a_step_are_those_of_the_counter(method: str, rule: Any, options: dict[str, Any]) -> None:
+    """To the number, over the steps from one refresh to the next, with two micro-batches each."""
+    model, gap = llama(intermediate_size=24), 3
+    kind, ranks = find_optimizer(method), low_rank_ranks(model, 5) if method != "dense" else {}
+    settings: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.0}
+    if kind is None:
+        optimizer = build_optimizer(model, rule, **settings)
+    else:
+        options = options | ({"update_gap": gap} if method != "trion" else {})
+        optimizer = build_low_rank_optimizer(model, kind, ranks, rule, options=options, **settings)
+    weights = [(p, torch.randn_like(p)) for p in model.parameters()]
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        for _ in range(gap):
+            for _ in range(2):
+                torch.stack([(p * gradient).sum() for p, gradient in weights]).sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    found = step_flops(model, rule, kind, ranks, options, micro_batches=2)
+    assert counter.get_total_flops() == pytest.approx(gap * found, rel=1e-12)
+    assert (found > 0) == ((method, rule) != ("dense", "adamw"))
+
+
+def test_an_optimizer_that_does_not_say_what_it_costs_is_named() -> None:
+    model = llama()
+    with pytest.raises(ValueError, match="SGD does not say what it costs; give it step_flops"):
+        step_flops(model, kind=torch.optim.SGD, ranks=low_rank_ranks(model, 4))
