@@ -19,6 +19,7 @@ halves the digits: singular values are good down to 1e-8 of the largest.
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -108,13 +109,13 @@ def analyze(
     gradient_batches: int = 1,
     say: Callable[[str], None] = lambda line: None,
 ) -> Analysis:
-    """Spectra of every projection of a causal language model of transformers, dense or converted by lorank.
+    """Spectra of every projection of a model of transformers that reads tokens, dense or converted by lorank.
 
     The model is run in evaluation mode where it is; its mode, gradients and parameters are afterwards what they were.
 
     Args:
-        batches: ``input_ids`` [b, n], and ``attention_mask`` and ``labels`` if there is padding. What is masked does not
-            count.
+        batches: ``input_ids`` [b, n], and ``attention_mask`` and ``labels`` if there is padding. What is padding does not
+            count. A causal model's labels may be left out; a masked language model's gradients need them.
         tokens: stop after the batch in which so many are reached; None: all batches.
         gradient_batches: the first batches over which the loss is averaged for gradients; 0: no gradients. With one,
             each gradient is freed as soon as its singular values are known; several need room for all of them.
@@ -146,13 +147,39 @@ def analyze(
             say("spectra of activations and weights")
             projections = streams.spectra(method_of(model))
         used = first[:gradient_batches]
-        if used:
+        lossless = _why_no_loss(model, first[0]) if used else None
+        if used and lossless is None:
             say("gradients")
             _gradient_spectra(model, found, used, {one.name: one for one in projections})
     finally:
         model.train(training)
-    seen = sum(_real(batch) for batch in used)
-    return Analysis(projections, streams.tokens, seen, list(_notes(model, found, projections, streams.tokens, seen)))
+    seen = 0 if lossless else sum(_real(batch) for batch in used)
+    notes = [
+        *([f"no gradients: {lossless}"] if lossless else []),
+        *_notes(model, found, projections, streams.tokens, seen),
+    ]
+    return Analysis(projections, streams.tokens, seen, notes)
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """What a forward pass is told so that it keeps nothing for a next one; models that keep nothing do not know the word."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    open_ended = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    return {"use_cache": False} if _accepts(model, "use_cache") or open_ended else {}
+
+
+def _why_no_loss(model: nn.Module, batch: Batch) -> str | None:
+    """Why a model has no loss whose gradient could be looked at; None if it has one."""
+    kind = type(model).__name__
+    if not _accepts(model, "labels"):
+        return f"{kind} is a body without a head, which has no loss"
+    if kind.endswith("ForMaskedLM") and "labels" not in batch:
+        return f"the loss of {kind} is of masked tokens, and nothing is masked (has the tokenizer no mask token?)"
+    return None
 
 
 def _notes(
@@ -222,7 +249,7 @@ class Streams:
         mask = batch.get("attention_mask")
         self.mask = None if mask is None or bool(mask.all()) else mask.flatten().bool()
         try:
-            model(**{name: batch[name] for name in batch if name != "labels"}, use_cache=False)
+            model(**{name: batch[name] for name in batch if name != "labels"}, **_without_cache(model))
         finally:
             self._forget()
         self.tokens += _real(batch)
@@ -320,7 +347,7 @@ def _gradient_spectra(
             if done == len(batches):
                 hooks = [parameter.register_post_accumulate_grad_hook(reduce) for parameter in wanted]
             with torch.enable_grad():
-                loss = model(**{"labels": batch["input_ids"], **batch}, use_cache=False).loss
+                loss = model(**{"labels": batch["input_ids"], **batch}, **_without_cache(model)).loss
                 if loss.requires_grad:
                     (loss / len(batches)).backward()
         for parameter in wanted:

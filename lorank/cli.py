@@ -315,6 +315,9 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
     "--max-tokens", type=click.IntRange(min=1), default=10_000_000, help="Stop after this many predicted tokens."
 )
 @click.option("--seed", type=SEED, default=42, help="The run's seed: it decides what was held out.")
+@click.option(
+    "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """Perplexity of MODEL (a run, a folder, a hub name): unbiased, per byte, and as the published tables compute it."""
@@ -353,6 +356,9 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     help="Suggest ranks: parameters such as 10M, or a part of the dense ones: 0.5.",
 )
 @click.option("--seed", type=SEED, default=42, help="The run's seed: it decides what was held out.")
+@click.option(
+    "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
+)
 @click.option("--out", default=None, help="Folder of what is written.", show_default="runs/analyze-MODEL")
 def analyze(model: str, out: str | None, **settings: Any) -> None:
     """How many dimensions MODEL (a run, a folder, a hub name) uses: effective rank of activations, weights, gradients.

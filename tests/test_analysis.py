@@ -352,9 +352,89 @@ def test_the_suggested_recipe_is_one(name: str, saved: Path, tmp_path: Path) -> 
     assert planned is not None
 
 
+@pytest.fixture(scope="module")
+def berts(saved: Path) -> Path:
+    """Beside the others: a masked language model, the same with a tokenizer without masks, its body; an encoder-decoder; a model
+    with a broken weight and one without a tokenizer."""
+    from transformers import (
+        AutoTokenizer,
+        BertConfig,
+        BertForMaskedLM,
+        BertModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **shape)
+    plain, masking = (AutoTokenizer.from_pretrained(saved / "dense") for _ in range(2))
+    masking.mask_token = masking.convert_ids_to_tokens(5)
+    broken = ARCHITECTURES["llama"].dense()
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    masked = BertForMaskedLM(config)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, num_layers=1, num_heads=2))
+    for name, model, tokenizer in (
+        ("masked", masked, masking),
+        ("maskless", masked, plain),
+        ("body", BertModel(config), masking),
+        ("t5", t5, plain),
+        ("nan", broken, plain),
+        ("wordless", ARCHITECTURES["llama"].dense(), None),
+    ):
+        model.save_pretrained(saved / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(saved / name)
+    return saved
+
+
+def test_a_masked_language_model_is_looked_at_as_it_is_trained(berts: Path, tmp_path: Path) -> None:
+    """A seventh or so of the tokens are to be guessed, and the gradient is that of guessing them."""
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForMaskedLM
+
+    from lorank.train import analysis
+
+    seen: list[list[dict[str, Tensor]]] = []
+
+    def watched(model: nn.Module, batches: DataLoader, **settings: Any) -> Any:
+        seen.append(list(batches))
+        assert all(torch.equal(a[k], b[k]) for a, b in zip(batches, seen[0], strict=True) for k in a)  # the same again
+        return analyze(model, batches, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "analyze", watched)
+        found = analysis.analyze_folder(
+            str(berts / "masked"), tmp_path, data=str(berts / "fox.txt"), sequence_length=32, tokens=2000
+        )
+    assert not found["notes"] or not any("no gradients" in note for note in found["notes"])
+    guessed = torch.cat([batch["labels"].flatten() for batch in seen[0]]) != -100
+    assert 0.1 < guessed.float().mean() < 0.2
+    model = AutoModelForMaskedLM.from_pretrained(berts / "masked").eval()
+    model(**seen[0][0]).loss.backward()
+    told = {one["name"]: one["gradients"]["W"]["singular_values"] for one in found["projections"]}
+    for name, values in told.items():
+        expected = torch.linalg.svdvals(model.get_parameter(f"{name}.weight").grad)
+        torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("body", "body without a head"), ("maskless", "no mask token")])
+def test_without_a_loss_there_are_no_gradients_and_a_sentence(name, reason, berts: Path, tmp_path: Path) -> None:
+    from lorank.train.analysis import analyze_folder
+
+    found = analyze_folder(
+        str(berts / name), tmp_path, data=str(berts / "fox.txt"), sequence_length=32, tokens=1000, tokenizer=None
+    )
+    assert any("no gradients" in note and reason in note for note in found["notes"])
+    assert len(found["projections"]) == 12 and not any(one["gradients"] for one in found["projections"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["{saved}/t5"], "is an encoder-decoder (t5)"),
+        (["{saved}/nan"], "weights that are not finite numbers: model.layers.1.mlp.up_proj.weight"),
+        (["{saved}/wordless"], "name one with --tokenizer"),
+        ([""], "name is empty"),
         (["nowhere/at-all"], "no model could be loaded"),
         (["{saved}"], "no config.json"),
         (["{saved}/dense", "--data", "{saved}/fox.txt", "--alpha", "1"], "alpha=1.0"),
@@ -365,7 +445,9 @@ def test_the_suggested_recipe_is_one(name: str, saved: Path, tmp_path: Path) -> 
         (["{saved}/dense", "--data", "{saved}/fox.txt", "--out", "{saved}/fox.txt"], "is a file"),
     ],
 )
-def test_mistakes_at_the_command_line(arguments, message, saved: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_mistakes_at_the_command_line(
+    arguments, message, saved: Path, berts: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     from lorank.cli import main
 
     monkeypatch.chdir(tmp_path)
@@ -373,7 +455,7 @@ def test_mistakes_at_the_command_line(arguments, message, saved: Path, tmp_path:
     with pytest.raises(SystemExit) as end:
         main()
     error = capsys.readouterr().err
-    assert end.value.code == 2 and message in error and error.strip().splitlines()[-1].startswith("lorank: ")
+    assert end.value.code == 2 and message in error and error.startswith("lorank: ") and error.count("\n") == 1
     assert not list(tmp_path.rglob("suggested.yaml"))
     assert bool(list(tmp_path.rglob("analysis.html"))) == (message == "choose between")  # what took time is kept
 

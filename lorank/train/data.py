@@ -37,6 +37,8 @@ from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lorank.train.hub import asked_if_reachable
+
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # part of every cache key; raise it when the same text should give other tokens or sequences
@@ -409,8 +411,9 @@ def _open_hub(source: str, text_column: str, seed: int) -> Source:
     """Streams; without a validation split their first documents, 5 % at most, are held out."""
     name, _, config = source.partition(":")
     try:
-        splits = datasets.load_dataset(name, config or None, streaming=True)
-        first = {split: list(splits[split].take(1)) for split in ("train", "validation") if split in splits}
+        with asked_if_reachable():
+            splits = datasets.load_dataset(name, config or None, streaming=True)
+            first = {split: list(splits[split].take(1)) for split in ("train", "validation") if split in splits}
     except Exception as error:  # the network, the hub and every builder raise their own
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(f"{source} is not on disk, and the hub does not open it ({_first_line(error)})") from error
@@ -462,7 +465,8 @@ def load_tokenizer(
         return byte_tokenizer()
     if name_or_path is not None:
         try:
-            return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), trust_remote_code=False)
+            with asked_if_reachable():
+                return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), trust_remote_code=False)
         except Exception as error:  # the hub, a file or its parser
             raise OSError(f"{name_or_path}: no tokenizer could be loaded ({_first_line(error)})") from error
     if vocab_size < 258:
