@@ -314,7 +314,12 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=10_000_000, help="Stop after this many predicted tokens."
 )
-@click.option("--seed", type=SEED, default=42, help="The run's seed: it decides what was held out.")
+@click.option(
+    "--seed",
+    type=SEED,
+    default=42,
+    help="The run's data_seed, or its seed if it has none: it decides what was held out.",
+)
 @click.option(
     "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
 )
@@ -355,7 +360,12 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     metavar="N",
     help="Suggest ranks: parameters such as 10M, or a part of the dense ones: 0.5.",
 )
-@click.option("--seed", type=SEED, default=42, help="The run's seed: it decides what was held out.")
+@click.option(
+    "--seed",
+    type=SEED,
+    default=42,
+    help="The run's data_seed, or its seed if it has none: it decides what was held out.",
+)
 @click.option(
     "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
 )
@@ -456,7 +466,12 @@ def _errors_console() -> Any:
 @click.option(
     "--method", "methods", multiple=True, metavar="METHOD", help="A contestant, or NAME=METHOD; once for each."
 )
-@click.option("--seeds", default="42", metavar="N,N...", help="Seeds of every contestant; several give intervals.")
+@click.option(
+    "--seeds",
+    default="42",
+    metavar="N,N...",
+    help="Seeds of every contestant, of initial values and the order of data; several give intervals.",
+)
 @click.option("--sweep", multiple=True, metavar="NAME=V,V...", help="Values of a setting of which each takes its best.")
 @click.option(
     "--for", "own", nargs=2, multiple=True, metavar="CONTESTANT NAME=V,V...", help="A contestant's own value or values."

@@ -160,7 +160,7 @@ def _edges(contestant: Contestant, best: Candidate | None) -> list[str]:
 
 
 def _difference(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Loss minus the baseline's, paired by seed: a seed fixes data and order for all."""
+    """Loss minus the baseline's, paired by seed: a seed fixes the order of the data for all."""
     ours, theirs = ({run["seed"]: run["loss"] for run in one["runs"] if "loss" in run} for one in (row, baseline))
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return _numbers(mean_interval(pairs)._asdict()) if pairs and row is not baseline else None
@@ -208,12 +208,8 @@ def _notes(race: Race, results: Mapping[str, Any]) -> list[str]:
         notes.append(
             f"No learning rate was swept: all rows train at {race.comparison.base.lr:g}, which may suit one of them."
         )
-    by_seed: dict[int, set[str]] = {}
-    for row in rows:
-        for run in row["runs"]:
-            by_seed.setdefault(run["seed"], set()).update([run["data_hash"]] if "data_hash" in run else [])
-    if any(len(hashes) > 1 for hashes in by_seed.values()):
-        notes.append("The runs of one seed did not see the same data (their hashes differ): this comparison is void.")
+    if len({run["data_hash"] for row in rows for run in row["runs"] if "data_hash" in run}) > 1:
+        notes.append("The runs did not see the same data (their hashes differ): this comparison is void.")
     if not any(row["kind"] == "control" for row in rows):
         notes.append("There is no dense-small: no method here costs fewer FLOPs per token than the dense model.")
     if race.comparison.match in ("params", "memory") and any(row["kind"] == "control" for row in rows):

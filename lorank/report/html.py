@@ -178,8 +178,8 @@ def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
         lines.append(name + "".join(cells))
     chosen = "".join(f" {row['name']}: {row['chosen']}." for row in rows if row["chosen"] != "as it is")
     intervals = (
-        f"Second lines: 95 % intervals over {seeds} seeds by Student's t. A seed decides also which text is held out, so that "
-        "perplexities spread with it; the difference is paired by seed and does not. "
+        f"Second lines: 95 % intervals over {seeds} seeds by Student's t. A seed decides initial values and the order of the "
+        "training data, not which text is held out; the difference is paired by seed. "
         if seeds > 1
         else ""
     )

@@ -7,7 +7,8 @@ OUT/failed.json            run -> why it failed; tried again when the comparison
 OUT/results.json, report.html    what came out, written anew after every run
 
 Every contestant runs each of its candidates with the first seed; the one with the lowest validation loss then runs with
-the other seeds. Whatever is finished is never run again, so that starting a comparison twice continues it.
+the other seeds. A seed changes initial values and the order of the training data; tokenizer and held-out text are those of
+the first seed in all runs, so that their losses are of the same text. Whatever is finished is never run again, so that starting a comparison twice continues it.
 """
 
 import dataclasses
@@ -100,7 +101,9 @@ class Race:
         """
         out = Path(out).resolve()
         tasks = [os.path.abspath(task) if is_file(task) else task for task in comparison.tasks]
-        comparison = dataclasses.replace(comparison, base=absolute(comparison.base), tasks=tasks)
+        base = absolute(comparison.base)
+        base = dataclasses.replace(base, data_seed=comparison.seeds[0] if base.data_seed is None else base.data_seed)
+        comparison = dataclasses.replace(comparison, base=base, tasks=tasks)
         if (out / "comparison.json").exists():
             race = cls.open(out)
             was, now = race.comparison.to_dict(), comparison.to_dict()
@@ -118,7 +121,6 @@ class Race:
         from lorank.train import data
 
         watcher.say("reading the data and counting the models")
-        base = comparison.base
         corpus = data.load_corpus(
             base.data,
             validation=base.validation,
@@ -127,7 +129,7 @@ class Race:
             sequence_length=base.sequence_length,
             documents=base.documents,
             text_column=base.text_column,
-            seed=comparison.seeds[0],
+            seed=base.split_seed,
         )
         costs, seconds = Costs(corpus.tokenizer), {}
         made = not out.exists()

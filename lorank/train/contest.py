@@ -24,6 +24,7 @@ SWEEP = {"lr": [1e-3, 3e-3, 9e-3]}
 SHARED = [
     "method",
     "seed",
+    "data_seed",
     "data",
     "validation",
     "text_column",

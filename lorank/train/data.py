@@ -150,6 +150,7 @@ def load_corpus(
     documents: Literal["packed", "padded"] = "packed",
     text_column: str = "text",
     seed: int = 42,
+    order_seed: int | None = None,
     validation_tokens: int = 10_000_000,
     cache_dir: Path | None = None,
 ) -> Corpus:
@@ -164,7 +165,9 @@ def load_corpus(
         documents: "packed" lays documents end to end, an end-of-sequence token after each, and cuts windows
             of `sequence_length` tokens; "padded" cuts or pads each document to one row, as the papers do.
         text_column: of jsonl, json, parquet and hub data.
-        seed: of the split and of the order of documents.
+        seed: of the split, of the order of documents, and so of the tokenizer that is trained on them.
+        order_seed: of the order in which a stream is trained on, if another than `seed`. Rows on disk are shuffled by whoever
+            reads them.
         validation_tokens: predicted tokens after which validation ends.
         cache_dir: default $XDG_CACHE_HOME/lorank, or ~/.cache/lorank.
 
@@ -185,6 +188,9 @@ def load_corpus(
     texts = partial(_texts, train)
     tok = load_tokenizer(tokenizer, texts, vocab_size=vocab_size, cache_dir=cache, texts_name=name)
     form = Form(tok, sequence_length, documents)
+    if isinstance(train, IterableDataset) and order_seed not in (None, seed):  # the same documents in another order
+        again = _open(data, text_column, order_seed, cache)  # type: ignore[arg-type]
+        train = again.whole if train is source.whole else again.train
     rows = _sequences(train, form, f"the training text of {data}", cache)
     what = f"the validation text of {validation}"
     held_out_rows = _sequences(held_out, form, what, cache, validation_tokens)

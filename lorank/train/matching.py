@@ -27,7 +27,19 @@ from lorank.train.plan import memory
 from lorank.train.recipe import Recipe
 
 Match = Literal["tokens", "flops", "time", "params", "memory"]
-FREE_OF_COST = ("lr", "seed", "weight_decay", "decay", "betas", "eps", "clip", "steps", "warmup_steps", "min_lr_ratio")
+FREE_OF_COST = (
+    "lr",
+    "seed",
+    "data_seed",
+    "weight_decay",
+    "decay",
+    "betas",
+    "eps",
+    "clip",
+    "steps",
+    "warmup_steps",
+    "min_lr_ratio",
+)
 """Settings that change neither a model nor what a step of it costs."""
 CLOSE = 0.02
 """How far from its target a match by rank or width may stay, as a part of the target."""

@@ -111,7 +111,8 @@ def pretrain(
         sequence_length=recipe.sequence_length,
         documents=recipe.documents,
         text_column=recipe.text_column,
-        seed=recipe.seed,
+        seed=recipe.split_seed,
+        order_seed=recipe.seed,
     )
     config = build_config(recipe, corpus.tokenizer)
     data.check_ids(corpus.largest_id, config.vocab_size)

@@ -159,20 +159,22 @@ def check_results(results: dict[str, Any], out: Path) -> None:
     assert results["finished_runs"] == results["planned_runs"] == 9
     assert [row["name"] for row in results["contestants"]] == ["cola", "dense", "dense-muon", "dense-small"]
     assert [row["kind"] for row in results["contestants"]] == ["method", "dense", "dense", "control"]
-    hashes: dict[int, set[str]] = {1: set(), 2: set()}
+    hashes, texts, words = set(), set(), set()
     for row in results["contestants"]:
         assert row["loss"]["low"] < row["loss"]["mean"] < row["loss"]["high"] and row["loss"]["number"] == 2
         assert [run["seed"] for run in row["runs"]] == [1, 2]
         assert results["match"]["ratios"][row["name"]] == pytest.approx(1, abs=0.25)  # six steps are coarse
         assert set(row["spectra"]) >= {"q_proj", "down_proj"} and row["sample"]
         for run in row["runs"]:
-            hashes[run["seed"]].add(run["data_hash"])
+            hashes.add(run["data_hash"])
+            texts.add(json.loads((out / run["folder"] / "run.json").read_text())["recipe"]["data_seed"])
+            words.add((out / run["folder"] / "tokenizer.json").read_bytes())
             assert (out / run["folder"] / "model.safetensors").exists()
             for curve in (run["curve"], run["training"]):
                 assert len({len(values) for values in curve.values()}) == 1
                 assert curve["tokens"] == sorted(curve["tokens"]) and curve["seconds"] == sorted(curve["seconds"])
             assert run["curve"]["flops"][-1] == pytest.approx(row["training_flops"])
-    assert all(len(found) == 1 for found in hashes.values())  # one seed, one data set and split
+    assert len(hashes) == len(words) == 1 and texts == {1}  # one text held out and one tokenizer over all seeds
     cola = results["contestants"][0]
     losses = {tried["settings"]["lr"]: tried["loss"] for tried in cola["tried"]}
     assert cola["settings"]["lr"] == min(losses, key=lambda lr: losses[lr]) and cola["edge"] == ["lr"]
@@ -185,6 +187,33 @@ def check_results(results: dict[str, Any], out: Path) -> None:
     assert cola["difference"]["high"] - cola["difference"]["mean"] == pytest.approx(
         12.7062 * abs(gaps[0] - gaps[1]) / 2, rel=1e-4
     )
+
+
+def test_a_seed_changes_order_and_initial_values_but_not_the_text(
+    base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    race = Race(
+        tmp_path, Comparison(base=dataclasses.replace(base, data_seed=1), methods=["dense"], seeds=[1, 2]), [], {}
+    )
+    seen: list[list[torch.Tensor]] = []
+    collate = data.collate
+
+    def remember(rows: Any, vocab_size: int | None = None) -> Any:
+        seen[-1].append(collate(rows, vocab_size)["input_ids"])
+        return collate(rows, vocab_size)
+
+    monkeypatch.setattr(data, "collate", remember)
+    for seed in race.comparison.seeds:
+        seen.append([])
+        recipe = dataclasses.replace(
+            race.comparison.base, method="dense", rank=None, seed=seed, eval_every=0, save_every=0
+        )
+        pretrain(recipe, tmp_path / str(seed))
+    first, second = ([row.tolist() for batch in one for row in batch] for one in seen)
+    train = base.steps * base.batch_size
+    held_out = data.load_corpus(base.data, vocab_size=300, sequence_length=32, seed=1).validation["input_ids"]
+    assert first[:train] != second[:train]
+    assert first[-len(held_out) :] == second[-len(held_out) :] == [list(row) for row in held_out]
 
 
 def test_all_methods_see_the_same_tokens_in_the_same_order(
