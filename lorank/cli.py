@@ -494,9 +494,11 @@ def _errors_console() -> Any:
 def compare(out: str, resume: str | None, **asked: Any) -> None:
     """Train several methods on the same tokens in the same order, and write a report.
 
-    RECIPE and the flags of `lorank pretrain` are what all have in common. `dense` runs with AdamW and with Muon, and a
-    narrower dense model that costs what the cheapest method costs (dense-small) always runs as well. Without --lr or
-    --sweep, three learning rates are tried. The same command again, or --resume, continues what was stopped.
+    RECIPE and the flags of `lorank pretrain` are what all have in common. A dense model trained by AdamW and by Muon, and a
+    narrower one that costs what the cheapest method costs (dense-small), always run as well. Without --lr or --sweep lr=...
+    a method takes the learning rate that its recipe at that --size names; where there is none, and for dense rows, the best
+    of three. With --lr methods take that, and dense rows the best of it, a third and three times it. The same command again,
+    or --resume, continues what was stopped.
     """
     console = _quiet_console()
     from lorank.report.comparison import comparison_table, write_results
@@ -541,10 +543,10 @@ def _comparison(
     tasks: str,
     **flags: Any,
 ) -> Any:
-    """What `lorank compare` was asked for; a learning rate that nobody gave is swept."""
+    """What `lorank compare` was asked for."""
     import yaml
 
-    from lorank.train.contest import SWEEP, Comparison, parse_values
+    from lorank.train.contest import Comparison, parse_values
 
     base = _recipe(recipe, flags)
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
@@ -558,8 +560,9 @@ def _comparison(
         base=base,
         methods=methods,
         seeds=[int(seed) for seed in seeds.split(",")],
-        sweep=settings if settings or rate_given else SWEEP,
+        sweep=settings,
         own=each,
+        tuned="dense" if rate_given else "all",
         match=match,
         tasks=[task for task in tasks.split(",") if task],
     )

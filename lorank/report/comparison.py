@@ -77,6 +77,8 @@ def _row(race: Race, contestant: Contestant, failures: Mapping[str, str]) -> dic
         "method": contestant.method,
         "kind": contestant.kind,
         "chosen": contestant.chosen,
+        "rate": contestant.rate,
+        "lr": (best or contestant.candidates[0]).recipe.lr,
         "settings": best.settings if best else None,
         "edge": _edges(contestant, best),
         "tried": tried,
@@ -204,10 +206,10 @@ def _notes(race: Race, results: Mapping[str, Any]) -> list[str]:
             notes.append(
                 f"The best {name} of {', '.join(edge)} is at the edge of the sweep; a better one may lie beyond."
             )
-    if not any("lr" in tried["settings"] for row in rows for tried in row["tried"]):
-        notes.append(
-            f"No learning rate was swept: all rows train at {race.comparison.base.lr:g}, which may suit one of them."
-        )
+    for rate in dict.fromkeys(row["rate"] for row in rows):
+        here = [f"{row['name']} {row['lr']:g}" for row in rows if row["rate"] == rate]
+        if "not tuned" in rate:
+            notes.append(f"Learning rate {rate}, so it may suit one of them better than another: {', '.join(here)}.")
     if len({run["data_hash"] for row in rows for run in row["runs"] if "data_hash" in run}) > 1:
         notes.append("The runs did not see the same data (their hashes differ): this comparison is void.")
     if not any(row["kind"] == "control" for row in rows):
@@ -306,6 +308,6 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
             f"{row['tokens_per_second']:,.0f}",
             f"{row['peak_memory_gib'] * 1024:,.0f}",
             *([f"{ratio:.4f}" if ratio else "-"] if by != "tokens" else []),
-            settings_text(row["settings"]),
+            settings_text({"lr": row["lr"], **row["settings"]}),
         )
     return table

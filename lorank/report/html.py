@@ -171,8 +171,8 @@ def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
             cell(f"{row['tokens_per_second']:,.0f}"),
             cell(memory(row["peak_memory_gib"])),
             cell(
-                settings_text(row["settings"]) or "—",
-                f"best of {tried}{', edge' if row['edge'] else ''}" if tried > 1 else "",
+                settings_text({"lr": row["lr"], **row["settings"]}),
+                f"best of {tried}{', edge' if row['edge'] else ''}" if tried > 1 else row["rate"],
             ),
         ]
         lines.append(name + "".join(cells))

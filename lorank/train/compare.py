@@ -102,7 +102,6 @@ class Race:
         out = Path(out).resolve()
         tasks = [os.path.abspath(task) if is_file(task) else task for task in comparison.tasks]
         base = absolute(comparison.base)
-        base = dataclasses.replace(base, data_seed=comparison.seeds[0] if base.data_seed is None else base.data_seed)
         comparison = dataclasses.replace(comparison, base=base, tasks=tasks)
         if (out / "comparison.json").exists():
             race = cls.open(out)
@@ -121,6 +120,9 @@ class Race:
         from lorank.train import data
 
         watcher.say("reading the data and counting the models")
+        if base.data_seed is None:
+            base = dataclasses.replace(base, data_seed=comparison.seeds[0])
+        planned = dataclasses.replace(comparison, base=base)
         corpus = data.load_corpus(
             base.data,
             validation=base.validation,
@@ -135,10 +137,10 @@ class Race:
         made = not out.exists()
         try:
             if comparison.match == "time":
-                untimed = dataclasses.replace(comparison, match="tokens")
+                untimed = dataclasses.replace(planned, match="tokens")
                 for contestant in plan_contest(untimed, costs, out / "models"):
                     seconds[contestant.name] = _seconds_per_step(contestant, out / "probes", watcher)
-            contestants = plan_contest(comparison, costs, out / "models", seconds)
+            contestants = plan_contest(planned, costs, out / "models", seconds)
         except BaseException:
             _remove(out, "models", "probes", folder=made)
             raise

@@ -210,6 +210,21 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
+def recipes_folder() -> Path:
+    """Where recipes/ is: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
+
+
+@functools.cache
+def published_lr(method: str, size: str) -> float | None:
+    """The learning rate that the recipe of a method at a size names; None where there is no recipe, or it leaves the rate open
+    because no source is known for it."""
+    path = recipes_folder() / f"{method.removesuffix('-m')}-{size}.yaml"
+    found = yaml.safe_load(path.read_text(encoding="utf-8")).get("lr") if path.is_file() else None
+    return None if found is None else float(found)
+
+
 @functools.cache
 def setting_types() -> dict[str, Any]:
     """The type of each setting, by name."""

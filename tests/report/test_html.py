@@ -35,6 +35,8 @@ def row(name: str, kind: str, loss: float, *, seeds: int = 3, flops: float = 1e1
         "kind": kind,
         "chosen": "as it is",
         "settings": {"lr": 3e-3},
+        "lr": 3e-3,
+        "rate": "the best of its sweep",
         "edge": ["lr"] if name == "cola" else [],
         "tried": [
             {"settings": {"lr": lr}, "status": "finished", "loss": loss + gap}

@@ -20,7 +20,7 @@ from lorank.cli import main
 from lorank.report.comparison import _baseline_rank, write_results
 from lorank.train import compare, data, tasks
 from lorank.train.compare import Race, Run
-from lorank.train.contest import Comparison, plan_contest, slug
+from lorank.train.contest import Comparison, _swept, find_contestants, plan_contest, slug
 from lorank.train.matching import Costs
 from lorank.train.process import PretrainProcess
 from lorank.train.recipe import Recipe
@@ -278,23 +278,45 @@ def test_no_two_settings_share_a_folder() -> None:
 
 def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     asked = Comparison(base=base, methods=["cola", "d=dense"], match="time")
-    seconds = {"cola": 0.1, "d": 0.3, "dense-small": 0.05}
+    seconds = {"cola": 0.1, "d": 0.3, "dense": 0.15, "dense-muon": 0.2, "dense-small": 0.05}
     found = plan_contest(asked, costs, tmp_path, seconds)
-    assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 12]
-    assert found[2].candidates[0].recipe.warmup_steps == 4 and found[2].candidates[0].recipe.eval_every == 4
+    assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 4, 3, 12]
+    assert found[-1].candidates[0].recipe.warmup_steps == 4 and found[-1].candidates[0].recipe.eval_every == 4
+
+
+def test_dense_rows_are_always_there_and_always_tuned(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    def rates(**asked: Any) -> dict[str, tuple[list[Any], str]]:
+        comparison, found = Comparison(**asked), {}
+        for name, (recipe, _) in find_contestants(comparison).items():
+            recipes, rate = _swept(comparison, name, recipe)
+            found[name] = [one.lr for _, one in recipes], rate
+        return found
+
+    around, swept = [0.003333, 0.01, 0.03], "the best of its sweep"
+    found = rates(base=base, methods=["cola"], tuned="dense")  # --lr 1e-2
+    assert found == {"cola": ([0.01], "as given, not tuned"), "dense": (around, swept), "dense-muon": (around, swept)}
+    *_, small = plan_contest(Comparison(base=base, methods=["cola"], tuned="dense"), costs, tmp_path)
+    assert small.name == "dense-small" and [one.recipe.lr for one in small.candidates] == around
+    found = rates(base=base, methods=["d=dense"], tuned="dense", own={"dense": {"lr": [5e-3]}})
+    assert found == {"d": (around, swept), "dense": ([5e-3], "as given, not tuned"), "dense-muon": (around, swept)}
+    sized = dataclasses.replace(base, model=None, size="60m", rank=None)
+    found = rates(base=sized, methods=["galore", "cola-m", "crnet"], tuned="all")  # neither --lr nor --sweep
+    assert found["galore"] == ([1e-2], "its recipe's at 60m, not tuned here") and found["cola-m"][0] == [6e-3]
+    assert found["crnet"] == found["dense"] == ([1e-3, 3e-3, 9e-3], swept)  # no source is known for CR-Net's
+    assert rates(base=base, methods=["cola"], tuned="all")["cola"][1] == swept  # no recipe is for this shape
 
 
 def test_a_cycle_in_updates_stays_what_it_is_when_steps_are_matched(
     base: Recipe, costs: Costs, quick: type[InThisProcess], tmp_path: Path
 ) -> None:
-    long = dataclasses.replace(base, steps=20, eval_every=0, save_every=0)
+    long = dataclasses.replace(base, steps=20, eval_every=0, save_every=0)  # dense rows take fewer
     asked = Comparison(base=long, methods=["cola", "relora"], own={"relora": {"option.cycle": [5]}}, match="flops")
     race, watcher = Race.plan(asked, tmp_path / "race", Silent()), Silent()
-    cola, relora, _ = (one.candidates[0] for one in race.contestants)
+    cola, relora, *_ = (one.candidates[0] for one in race.contestants)
     assert relora.recipe.steps % 5 and relora.recipe.options["cycle"] == 5
     assert relora.flops == pytest.approx(cola.flops, rel=0.5 / relora.recipe.steps)
     race.run(watcher, after_each=lambda race: None)
-    assert race.failures() == {} and len(watcher.outcomes) == 3
+    assert race.failures() == {} and len(watcher.outcomes) == 5
     asked = dataclasses.replace(asked, own={"relora": {"option.cycle": [18]}})
     with pytest.raises(
         ValueError, match=r"relora, at the 1\d steps that --match flops gives it: .* after cycle=18; give"
@@ -321,7 +343,7 @@ BAD = {
     "no values": (["--method", "cola", "--sweep", "lr"], "is not NAME=VALUE"),
     "bad value": (["--method", "cola", "--sweep", "lr=1e-3,-1"], "lr=-1.0 is not positive"),
     "shared setting": (["--method", "cola", "--sweep", "steps=5,9"], "steps is the same for all"),
-    "own of nobody": (["--method", "cola", "--for", "dense", "lr=1e-3"], "there is no such contestant"),
+    "own of nobody": (["--method", "cola", "--for", "sparse", "lr=1e-3"], "there is no such contestant"),
     "twice": (["--method", "cola", "--method", "cola"], "two contestants are called 'cola'"),
     "the control's name": (["--method", "dense-small=dense"], "two contestants are called 'dense-small'"),
     "seeds": (["--method", "cola", "--seeds", "1,x"], "is not a list of whole numbers"),
@@ -362,19 +384,19 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
 
 
 def test_the_command_and_a_folder_that_holds_another_comparison(command, base: Recipe, quick, tmp_path: Path) -> None:
-    arguments = ["--method", "mine=cola", *flags(base), "--out", "there"]
+    arguments = ["--method", "mine=cola", "--sweep", "lr=1e-2", *flags(base), "--out", "there"]
     code, out, err = command(*arguments)
     assert code == 0, err
     assert (
         "mine" in out
         and "dense-small" in out
         and "report.html" in out
-        and "No learning rate was swept" in " ".join(out.split())
+        and "Learning rate as given, not tuned" in " ".join(out.split())
     )
     code, _, err = command(*arguments, "--seeds", "7")
     assert code == 2 and "holds another comparison (seeds was [42], is [7])" in err
     code, out, _ = command("--resume", "there")
-    assert code == 0 and "[1/2]" not in out
+    assert code == 0 and "[1/4]" not in out
     assert command("--resume", "there", "--seeds", "7")[0] == 2
     assert command("--resume", "nowhere")[0] == 2
     Path("full").mkdir()
@@ -407,7 +429,7 @@ def test_a_rate_that_nobody_names_is_swept(command, base: Recipe, monkeypatch: p
     command("--method", "cola", *without, "--lr", "1e-3")
     Path("recipe.yaml").write_text("lr: 2e-3\n")
     command("recipe.yaml", "--method", "cola", "--for", "cola", "option.nonlinearity=low-rank")
-    assert [list(one.sweep) for one in found] == [["lr"], [], []] and len(found[0].sweep["lr"]) == 3
+    assert [(one.tuned, one.sweep) for one in found] == [("all", {}), ("dense", {}), ("dense", {})]
     assert found[2].own == {"cola": {"option.nonlinearity": ["low-rank"]}} and found[2].base.lr == 2e-3
 
 
@@ -442,7 +464,7 @@ def test_stopped_then_killed_and_nothing_is_lost(
 ) -> None:
     """SIGTERM: the run of the moment saves and stops. SIGKILL: it goes on alone and is found again. In real processes."""
     long = dataclasses.replace(base, steps=150, warmup_steps=4, eval_every=0, save_every=50)
-    race = Race.plan(Comparison(base=long, methods=["cola"]), tmp_path / "race", Silent())
+    race = Race.plan(Comparison(base=long, methods=["dense"]), tmp_path / "race", Silent())
     first, second = race.runs()
     folder, records = race.folder(first), []
 
@@ -476,7 +498,7 @@ def test_stopped_then_killed_and_nothing_is_lost(
     child.process.poll()  # it was ours in truth
     assert code == 0, out + err
     assert begun == [race.folder(second)]  # the first was left to the process that had it already
-    assert "[1/2] cola seed 42 validation perplexity" in " ".join(out.split())
+    assert "[1/2] dense seed 42 validation perplexity" in " ".join(out.split())
     for run in (first, second):
         assert [one["step"] for one in history(race.folder(run)) if "lr" in one] == list(range(1, 151))
 
