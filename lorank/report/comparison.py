@@ -14,11 +14,13 @@ from lorank.report.html import write_report
 from lorank.report.markup import settings_text
 from lorank.report.statistics import LEVEL, mean_interval
 from lorank.report.tables import quantity
-from lorank.train.compare import Race, Run
+from lorank.train.compare import PROBE_STEPS, Race, Run
 from lorank.train.contest import Candidate, Contestant
 from lorank.train.run import history
 from lorank.train.trainer import write_whole
 
+CLOSE_ENOUGH = 0.03
+"""How far from one the ratio of what was matched may be without a note."""
 FORMAT = 1
 """Of results.json; raised when a key changes its meaning."""
 
@@ -178,7 +180,7 @@ def _match(race: Race, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "params": "parameters",
         "memory": "memory_estimate_bytes",
     }[by]
-    first = next((row[figure] for row in rows if row.get(figure)), None)
+    first = rows[0].get(figure) or next((row[figure] for row in rows if row.get(figure)), None)
     ratios = {row["name"]: row[figure] / first for row in rows if first and row.get(figure)}
     return {"by": by, "figure": figure, "ratios": ratios}
 
@@ -216,6 +218,26 @@ def _notes(race: Race, results: Mapping[str, Any]) -> list[str]:
         notes.append("There is no dense-small: no method here costs fewer FLOPs per token than the dense model.")
     if race.comparison.match in ("params", "memory") and any(row["kind"] == "control" for row in rows):
         notes.append(f"dense-small is matched by FLOPs per token, not by {race.comparison.match}.")
+    return notes + _mismatches(results)
+
+
+def _mismatches(results: Mapping[str, Any]) -> list[str]:
+    """What was to be made equal and did not come out so."""
+    by, notes = results["match"]["by"], []
+    if by == "time":
+        notes.append(
+            f"Times are matched by the speed of {PROBE_STEPS} steps before the race, the ratios are those of the race itself: on a "
+            "machine that does other work they differ."
+        )
+    controls = [
+        row["name"] for row in results["contestants"] if row["kind"] == "control" and by in ("params", "memory")
+    ]
+    for name, ratio in results["match"]["ratios"].items():
+        if abs(ratio - 1) > CLOSE_ENOUGH and name not in controls:
+            notes.append(
+                f"{name} is not matched: its {results['match']['figure'].replace('_', ' ')} came out {ratio:.3g} times those of "
+                f"{results['contestants'][0]['name']}."
+            )
     return notes
 
 

@@ -6,7 +6,7 @@ anything is trained. What may be matched:
 tokens   nothing is changed
 flops    steps, so that steps × tokens per step × FLOPs per token (recomputation counted) are those of the first method
 time     steps, by the throughput measured in a short run
-params   the rank, or where no rank changes it the width of the model
+params   the rank, or where no rank changes it the width of the model; what a method drops after training does not count
 memory   the same, by the estimate of weights, gradients, optimizer state and activations
 """
 
@@ -22,6 +22,7 @@ import torch
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorank import accounting
+from lorank.conversion import method_of
 from lorank.train.model import build_config, build_model, written_out
 from lorank.train.plan import memory
 from lorank.train.recipe import Recipe
@@ -71,6 +72,10 @@ class Costs:
 
 def _count(figure: Figure, recipe: Recipe, model: PreTrainedModel) -> float:
     if figure == "parameters":
+        if (method := method_of(model)) is not None:
+            method.finalize(
+                model
+            )  # what is saved and reported: MASA's is without the network that made its coefficients
         return accounting.count_parameters(model).total
     length, batch = recipe.sequence_length, recipe.micro_batch_size or recipe.batch_size
     if figure == "flops_per_token":

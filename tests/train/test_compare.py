@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from lorank.cli import main
-from lorank.report.comparison import _baseline_rank, write_results
+from lorank.report.comparison import _baseline_rank, _mismatches, gather, write_results
 from lorank.train import compare, data, tasks
 from lorank.train.compare import Race, Run
 from lorank.train.contest import Comparison, _swept, find_contestants, plan_contest, slug
@@ -269,6 +269,32 @@ def test_rank_or_width_make_costs_equal(base: Recipe, costs: Costs, tmp_path: Pa
     for one in found[1 : len(names)]:
         assert costs.of(figure, one.candidates[0].recipe) == pytest.approx(target, rel=0.02)
         assert one.chosen.startswith("hidden size" if one.method == "dense" else "rank")
+
+
+def test_what_a_method_drops_after_training_is_not_matched(base: Recipe, costs: Costs, quick, tmp_path: Path) -> None:
+    """MASA has a network for its coefficients while it trains, half as large as a small model."""
+    short = dataclasses.replace(base, rank=None, steps=2, warmup_steps=1, eval_every=0, save_every=0)
+    asked = Comparison(base=short, methods=["cola", "masa"], match="params")
+    race = Race(tmp_path, asked, plan_contest(asked, costs, tmp_path / "models")[:2], {"corpus": ""})
+    race.run(Silent(), after_each=lambda race: None)
+    results = gather(race)
+    assert results["match"]["ratios"]["masa"] == pytest.approx(1, abs=0.02)
+    assert not any("not matched" in note for note in results["notes"])
+
+
+def test_what_did_not_come_out_equal_is_told() -> None:
+    rows = [
+        {"name": name, "kind": kind} for name, kind in (("cola", "method"), ("d", "dense"), ("dense-small", "control"))
+    ]
+    match = {"by": "time", "figure": "seconds", "ratios": {"cola": 1.0, "d": 1.02, "dense-small": 1.44}}
+    probed, told = _mismatches({"match": match, "contestants": rows})
+    assert (
+        "speed of 12 steps" in probed
+        and told == "dense-small is not matched: its seconds came out 1.44 times those of cola."
+    )
+    match = {"by": "params", "figure": "parameters", "ratios": {"cola": 1.0, "d": 0.78, "dense-small": 0.9}}
+    [told] = _mismatches({"match": match, "contestants": rows})
+    assert told.startswith("d is not matched: its parameters came out 0.78 times")
 
 
 def test_no_two_settings_share_a_folder() -> None:
