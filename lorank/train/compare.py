@@ -23,9 +23,10 @@ import psutil
 
 from lorank.train.contest import Candidate, Comparison, Contestant, find_contestants, plan_contest, slug
 from lorank.train.matching import Costs
+from lorank.train.model import build_config
 from lorank.train.process import PretrainProcess, stop_on_signal
 from lorank.train.recipe import Recipe
-from lorank.train.run import absolute
+from lorank.train.run import absolute, check_corpus
 from lorank.train.tasks import check_tasks, is_file
 from lorank.train.trainer import write_whole
 
@@ -133,6 +134,7 @@ class Race:
             text_column=base.text_column,
             seed=base.split_seed,
         )
+        check_corpus(base, corpus, build_config(base, corpus.tokenizer).vocab_size)
         costs, seconds = Costs(corpus.tokenizer), {}
         made = not out.exists()
         try:

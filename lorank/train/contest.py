@@ -255,9 +255,13 @@ def plan_contest(
             steps = _matched_steps(comparison, contestants[0], contestant, candidate, seconds_per_step or {})
             candidate.flops *= steps / candidate.recipe.steps
             candidate.recipe = with_steps(candidate.recipe, steps)
+            try:  # better now than when its turn comes
+                costs.check(candidate.recipe)
+            except (ValueError, ImportError) as error:
+                raise ValueError(f"{contestant.name}: {error}") from None
             try:
                 schedule_of(candidate.recipe)
-            except ValueError as error:  # better now than when its turn comes
+            except ValueError as error:
                 raise ValueError(
                     f"{contestant.name}, at the {steps:,} steps that --match {comparison.match} gives it: {error}"
                 ) from None

@@ -115,17 +115,12 @@ def pretrain(
         order_seed=recipe.seed,
     )
     config = build_config(recipe, corpus.tokenizer)
-    data.check_ids(corpus.largest_id, config.vocab_size)
+    check_corpus(recipe, corpus, config.vocab_size)
     began = _read_json(out / "run.json")["data_hash"] if resume else corpus.hash
     if began != corpus.hash:
         raise ValueError(
             f"data={recipe.data!r} are not what {out} began with (hash {corpus.hash}, was {began}); restore them, or start "
             "another run with --out"
-        )
-    if hasattr(corpus.train, "__len__") and len(corpus.train) < recipe.batch_size:
-        raise ValueError(
-            f"data={recipe.data!r} gives {len(corpus.train)} sequences of sequence_length={recipe.sequence_length}, fewer than "
-            f"batch_size={recipe.batch_size}; give more text or a smaller batch"
         )
     with PeakMemory() as memory, StopOnSignal() as stop:
         set_seed(recipe.seed)
@@ -171,6 +166,16 @@ def pretrain(
         write_whole(out / "README.md", model_card(recipe, summary, corpus.description))
         write_whole(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2))
     return summary
+
+
+def check_corpus(recipe: Recipe, corpus: data.Corpus, vocab_size: int) -> None:
+    """Raises ValueError if the vocabulary does not hold the text's tokens, or the text does not fill a batch."""
+    data.check_ids(corpus.largest_id, vocab_size)
+    if hasattr(corpus.train, "__len__") and len(corpus.train) < recipe.batch_size:
+        raise ValueError(
+            f"data={recipe.data!r} gives {len(corpus.train)} sequences of sequence_length={recipe.sequence_length}, fewer than "
+            f"batch_size={recipe.batch_size}; give more text or a smaller batch"
+        )
 
 
 def build_trainer(

@@ -377,6 +377,10 @@ BAD = {
     "impossible match": (["--method", "cola", "--method", "relora", "--match", "params"], "no rank of relora has parameters"),
     "rank swept and matched": (["--method", "cola", "--match", "params", "--sweep", "rank=4,8"], "cannot be swept beside it"),
     "field of no method": (["--method", "cola", "--for", "cola", "option.depth=3"], "has no field 'depth'"),
+    "no rank for an optimizer": (["--method", "dense", "--method", "g=galore"], "g: method=galore needs a rank"),
+    "option of no optimizer": (["--method", "fira", "--for", "fira", "option.gap=3"], "fira: options: fira has no field"),
+    "an optimizer of its own": (["--method", "fira", "--for", "fira", "optimizer=muon"], "fira: optimizer='muon': FiraAdamW"),
+    "few sequences": (["--method", "cola", "--batch-size", "4000"], "give more text or a smaller batch"),
     "harness missing": (["--method", "cola", "--tasks", "arc_easy"], "pip install 'lorank[eval]'"),
 }  # fmt: skip
 
@@ -404,7 +408,10 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     arguments, said = BAD[mistake]
-    code, _, err = command(*arguments, *flags(base), "--out", "there")
+    shared = flags(base)
+    if "needs a rank" in said:
+        shared = shared[: shared.index("--rank")] + shared[shared.index("--rank") + 2 :]
+    code, _, err = command(*shared, *arguments, "--out", "there")
     assert code == 2 and said in " ".join(err.split()) and err.startswith("lorank: ") and err.count("\n") == 1, err
     assert not (tmp_path / "there").exists()
 
