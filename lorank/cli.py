@@ -159,6 +159,7 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
         from lorank.train.plan import plan
 
         return console.print(plan_tables(plan(settings)), highlight=False)
+    from lorank.report.markup import visible
     from lorank.report.progress import TerminalProgress
     from lorank.report.tables import runs_table
     from lorank.train import run
@@ -176,7 +177,7 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
         console.print(f"stopped; continue with [bold]lorank pretrain --resume {folder}[/bold]", highlight=False)
         sys.exit(130)
     console.print(runs_table({settings.method: {**dataclasses.asdict(summary), "lr": settings.lr}}))
-    console.print(f"\n{summary.sample}\n", markup=False, highlight=False)
+    console.print(f"\n{visible(summary.sample)}\n", markup=False, highlight=False)
     console.print(f"model, metrics and model card are in [bold]{folder}[/bold]", highlight=False)
 
 
@@ -427,6 +428,7 @@ def generate(model: str, **settings: Any) -> None:
 def demo(out: str, steps: int | None) -> None:
     """Pre-train CoLA and its dense twin on Python's standard library, and compare them."""
     console = _quiet_console()
+    from lorank.report.markup import visible
     from lorank.report.tables import runs_table
     from lorank.train.demo import run_demo
 
@@ -436,7 +438,7 @@ def demo(out: str, steps: int | None) -> None:
     console.print(runs_table(summaries))
     for method, summary in summaries.items():
         console.rule(f"{method} writes", align="left")
-        console.print(summary["sample"], markup=False, highlight=False)
+        console.print(visible(summary["sample"]), markup=False, highlight=False)
     console.rule()
     console.print(f"runs and curves: [bold]{out}/dense[/bold], [bold]{out}/cola[/bold], [bold]{out}/loss.png[/bold]")
 

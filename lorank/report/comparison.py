@@ -305,13 +305,14 @@ def _one_line(error: Exception) -> str:
 
 
 def comparison_table(results: Mapping[str, Any]) -> Table:
-    """One line per contestant, the best first."""
+    """One line per contestant, the best first; narrow enough for 80 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     several, by = len(results["seeds"]) > 1, results["match"]["by"]
-    titles = ["", "ppl", *(["95 % CI"] if several else []), f"Δ {results['baseline']}", "params", "FLOPs/tok"]
-    titles += ["tok/s", "MiB", *([f"{by} ratio"] if by != "tokens" else []), "settings"]
+    titles = ["", "ppl", *(["95 % CI"] if several else []), f"Δ nats\n{results['baseline']}", "params", "FLOPs\n/token"]
+    titles += ["tokens\n/s", "MiB", *([f"{by}\nratio"] if by != "tokens" else []), "settings"]
     for title in titles:
-        table.add_column(title, justify="left" if title in ("", "settings") else "right", no_wrap=True)
+        free = title in ("", "settings")
+        table.add_column(title, justify="left" if free else "right", no_wrap=not free, vertical="top", overflow="fold")
     rows = sorted(results["contestants"], key=lambda row: row["loss"]["mean"] if row["loss"] else math.inf)
     for row in rows:
         if not row["loss"]:
@@ -327,9 +328,9 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
             f"{gap['mean']:+.3f}" if gap else "-",
             quantity(row["parameters"]),
             quantity(row["flops_per_token"]),
-            f"{row['tokens_per_second']:,.0f}",
+            quantity(row["tokens_per_second"]),
             f"{row['peak_memory_gib'] * 1024:,.0f}",
-            *([f"{ratio:.4f}" if ratio else "-"] if by != "tokens" else []),
+            *([f"{ratio:.3f}" if ratio else "-"] if by != "tokens" else []),
             settings_text({"lr": row["lr"], **row["settings"]}),
         )
     return table
