@@ -352,7 +352,15 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     "--gradient-batches",
     type=click.IntRange(min=0),
     default=1,
-    help="Batches whose mean gradient is looked at; 0: none.",
+    help="Batches whose mean gradient is looked at; 0: none. Several need room for all gradients, as large as the weights.",
+)
+@click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    default=None,
+    metavar="GIB",
+    help="Room for sums over activations; where they need more, the text is gone through several times.",
+    show_default="half of what is free",
 )
 @click.option("--alpha", type=float, default=0.95, help="Part of the energy that the effective rank is to hold.")
 @click.option(
@@ -374,7 +382,9 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
 def analyze(model: str, out: str | None, **settings: Any) -> None:
     """How many dimensions MODEL (a run, a folder, a hub name) uses: effective rank of activations, weights, gradients.
 
-    Writes results.json, analysis.html and, with --budget, suggested.yaml: ranks for `lorank pretrain`.
+    Writes results.json, analysis.html and, with --budget, suggested.yaml: ranks for `lorank pretrain`. Needs memory for the
+    weights, the activations of a batch, and sums of 8 bytes times the square of each width, within --memory: of a 7B model
+    208 GB at once, or 3 GB for one projection at a time.
     """
     console = _quiet_console()
     from lorank.report.effective_ranks import analysis_table

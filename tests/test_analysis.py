@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorank
-from lorank.analysis import analyze
+from lorank.analysis import Streams, analyze
 from lorank.projections import places
 from lorank.ranks import read_budget, suggest_ranks
 from lorank.spectrum import effective_rank, rank_leaving
@@ -79,6 +79,41 @@ def test_activations_and_weights_are_those_of_the_whole_matrices(name: str, meth
             assert_spectrum(one.difference, y - beta * previous)
         else:
             assert one.difference is None and one.beta is None
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("llama", "dense"), ("gpt2", "dense"), ("llama", "crnet"), ("phi3", "cola")]
+)
+def test_with_little_room_the_text_is_gone_through_again_and_all_is_the_same(name, method, small, batches) -> None:
+    model = small(name, num_hidden_layers=3) if name != "gpt2" else small(name)
+    if method != "dense":
+        lorank.convert(model, method)
+    whole, said = analyze(model, batches), []
+    survey = Streams(list(places(model)), only=())
+    with torch.no_grad(), survey.attached():
+        survey.add(model, batches[0])
+    needed = survey.bytes_of([one.name for one in whole.projections])
+    for room, least in ((needed, 1), (needed / 3, 3), (1.0, len(whole.projections))):
+        parts = list(survey.passes(room))
+        assert len(parts) >= least and all(survey.bytes_of(part) <= room or len(part) == 1 for part in parts)
+        found = analyze(model, iter(batches), room_bytes=room, say=said.append)
+        assert found.to_dict() == {**whole.to_dict(), "notes": found.notes} and found.tokens == whole.tokens
+        assert any("more than the" in note for note in found.notes) == any(survey.bytes_of(one) > room for one in parts)
+    assert any(f"part {len(whole.projections)} of" in line for line in said)
+
+
+def test_the_sums_take_what_was_foretold(small, batches) -> None:
+    model = small("llama", num_hidden_layers=4)
+    survey = Streams(list(places(model)), only=())
+    with torch.no_grad(), survey.attached():
+        survey.add(model, batches[0])
+    assert not survey.outputs and not survey.inputs and not survey.crosses
+    for part in survey.passes(survey.bytes_of(list(survey.shapes)) / 4):
+        streams = Streams(list(places(model)), only=part, before=survey.before)
+        with torch.no_grad(), streams.attached():
+            streams.add(model, batches[0])
+        sums = [gram for one in (streams.inputs, streams.outputs, streams.crosses) for gram in one.values()]
+        assert sum(gram.numel() * 8 for gram in sums) <= survey.bytes_of(part)
 
 
 def test_the_weight_is_the_linear_map(small) -> None:
@@ -198,17 +233,18 @@ def test_nothing_of_a_batch_is_kept(small) -> None:
     for place in places(model):
         place.module.register_forward_hook(watch)
 
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for _ in range(3):
-            yield {"input_ids": torch.randint(3, VOCABULARY, (8, 60))}
-            gc.collect()
-            assert not any(ref() is not None for ref in alive)
-            assert not any(
-                type(one) is Tensor and one.ndim == 2 and len(one) == 480 and one.is_floating_point()
-                for one in gc.get_objects()
-            )
+    class Batches:
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            for _ in range(3):
+                yield {"input_ids": torch.randint(3, VOCABULARY, (8, 60))}
+                gc.collect()
+                assert not any(ref() is not None for ref in alive)
+                assert not any(
+                    type(one) is Tensor and one.ndim == 2 and len(one) == 480 and one.is_floating_point()
+                    for one in gc.get_objects()
+                )
 
-    analyze(model, batches(), gradient_batches=0)
+    analyze(model, Batches(), gradient_batches=0)
     assert alive
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 import yaml
 from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
@@ -37,12 +38,15 @@ def analyze_folder(
     budget: str | None = None,
     seed: int = 42,
     tokenizer: str | None = None,
+    memory: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """`lorank.analysis.analyze` for a run folder, model folder or hub name on any source of text that training takes.
 
     Any model of transformers that reads one text: causal, masked (it is shown text as in training, with masks, and its gradients
     are those of guessing what they hide), or a body without a head, which has no loss and so no gradients.
+
+    `memory` is the room in GiB for sums over activations, half of what is free by default; `tokenizer` another than the model's own.
 
     Returns:
         What is in out/results.json. Beside it are analysis.html and, with a budget, suggested.yaml.
@@ -74,7 +78,11 @@ def analyze_folder(
     )
     if torch.cuda.is_available():
         loaded.to("cuda")  # type: ignore[arg-type]
-    found = analyze(loaded, batches, tokens=tokens, gradient_batches=gradient_batches, say=say)
+    if memory is None:
+        room = (torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available) / 2
+    else:
+        room = memory * 2**30
+    found = analyze(loaded, batches, tokens=tokens, gradient_batches=gradient_batches, room_bytes=room, say=say)
     method = converted_with(loaded)
     results: dict[str, Any] = {
         "lorank": lorank.__version__,
