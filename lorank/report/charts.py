@@ -89,7 +89,7 @@ def line_chart(
     ys += [y for one in series for x, *edge in one.band if x >= late for y in edge]
     lowest = min(ys + [y for one in series for x, y in one.faint if x >= late])
     low, high = y_range or _padded(lowest, max(ys), 0.06)
-    x_low, x_high = _log_padded(min(ends), max(ends)) if log_x else (0.0, max(ends))
+    x_low, x_high = _log_padded(min(ends), max(ends)) if log_x else (0.0, max(ends) or 1.0)
     across = Axis(x_low, x_high, 46, width - room, log_x)
     up = Axis(low, high, height - 40, 22)
     parts = _frame(across, up, size, x_title, y_title, x_format)

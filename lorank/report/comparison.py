@@ -115,6 +115,9 @@ def _run(race: Race, run: Run, failures: Mapping[str, str]) -> dict[str, Any]:
         found |= {name: _number(value) for name, value in summary.items()}
         found["curve"], found["training"] = _curves(folder, run.candidate)
         found["seconds"] = found["tokens"] / found["tokens_per_second"] if found["tokens_per_second"] else 0.0
+        for curve in (found["curve"], found["training"]):
+            if not any(curve["seconds"]):  # a run too short for a log line, and so for a rate of its own
+                curve["seconds"] = [found["seconds"] * step / found["steps"] for step in curve["step"]]
         if found["curve"]["step"][-1:] != [found["steps"]]:
             end = {"step": found["steps"], "tokens": found["tokens"], "loss": found["loss"]}
             end |= {"flops": run.candidate.flops, "seconds": max([found["seconds"], *found["curve"]["seconds"]])}

@@ -233,3 +233,4 @@ def test_single_points_and_nothing_at_all_still_draw() -> None:
     for draw in (line_chart, scatter_chart):
         ElementTree.fromstring(draw([Series("one", "s0", [(5.0, 2.0)])], **about))
     ElementTree.fromstring(line_chart([Series("one", "s0", [(0.1, 2.0)])], log_x=True, **about))
+    ElementTree.fromstring(line_chart([Series("one", "s0", [(0.0, 2.0), (0.0, 1.0)])], **about))
