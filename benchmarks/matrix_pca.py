@@ -25,7 +25,8 @@ from lorank import MASA
 from lorank.pca import calibrate, truncate
 from lorank.projections import projection_type
 from lorank.train.data import load_corpus
-from lorank.train.evaluation import evaluate, open_for_evaluation
+from lorank.train.evaluation import evaluate, text_for
+from lorank.train.run import load_model
 
 SHAPE = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 8}
 CORPUS = {"vocab_size": 1024, "sequence_length": 128}
@@ -120,7 +121,8 @@ def main() -> None:
 
     folder = train(options.out, options.steps)
     form = {"data": "embedded", "sequence_length": CORPUS["sequence_length"], "batch_size": 32}
-    dense, batches, _ = open_for_evaluation(str(folder), max_tokens=options.tokens, **form)
+    dense, tokenizer = load_model(str(folder))
+    batches, _ = text_for(dense, tokenizer, max_tokens=options.tokens, **form)
     rows = load_corpus("embedded", **CORPUS).train[:512]["input_ids"]
     data = list(torch.tensor(rows).split(32))
     whole = attention(dense)

@@ -14,13 +14,17 @@ which for activations motivates CoLA (arXiv 2502.10940). Looked at are, for ever
 
 Activations are streamed: σ(Y)² are the eigenvalues of YᵀY = Σ_batches Y_bᵀ Y_b [d, d], so that only sums of such Gram
 matrices live longer than a batch, and the difference follows from three of them. They are kept in float64, for squaring
-halves the digits: singular values are good down to 1e-8 of the largest.
+halves the digits: singular values are good down to 1e-8 of the largest. A matrix takes 8 d² bytes for each input and output
+and as much again for the difference, which for a large model is more than memory holds (all of a Llama of 7B: 208 GB); then
+the text is gone through several times, each time for some of the projections.
 """
 
 import contextlib
 import dataclasses
+import inspect
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -106,18 +110,21 @@ def analyze(
     *,
     tokens: int | None = None,
     gradient_batches: int = 1,
+    room_bytes: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Analysis:
-    """Spectra of every projection of a causal language model of transformers, dense or converted by lorank.
+    """Spectra of every projection of a model of transformers that reads tokens, dense or converted by lorank.
 
     The model is run in evaluation mode where it is; its mode, gradients and parameters are afterwards what they were.
 
     Args:
-        batches: ``input_ids`` [b, n], and ``attention_mask`` and ``labels`` if there is padding. What is masked does not
-            count.
+        batches: ``input_ids`` [b, n], and ``attention_mask`` and ``labels`` if there is padding. What is padding does not
+            count. A causal model's labels may be left out; a masked language model's gradients need them. What can be gone
+            through once only (an iterator) is kept, which is a few bytes per token.
         tokens: stop after the batch in which so many are reached; None: all batches.
         gradient_batches: the first batches over which the loss is averaged for gradients; 0: no gradients. With one,
             each gradient is freed as soon as its singular values are known; several need room for all of them.
+        room_bytes: for the Gram matrices; where they need more, the batches are gone through several times. None: once.
         say: told what is being done.
 
     Raises:
@@ -129,30 +136,78 @@ def analyze(
             f"found no linear layer inside a repeated block of this {type(model).__name__}; nothing to analyze"
         )
     training, device = model.training, next(model.parameters()).device
-    rows = ({name: tensor.to(device) for name, tensor in batch.items()} for batch in batches)
-    first = list(itertools.islice(rows, max(gradient_batches, 1)))
-    if not first:
+    if iter(batches) is batches:
+        batches = list(_until(batches, tokens))
+
+    def rows() -> Iterator[Batch]:
+        for batch in _until(batches, tokens):
+            yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+    first = next(rows(), None)
+    if first is None:
         raise ValueError("the text gives not a single batch to look at")
+    lossless = _why_no_loss(model, first) if gradient_batches else None
+    spectra: dict[str, Projection] = {}
     model.eval()
     try:
         with torch.no_grad():
-            streams = Streams(found)
-            with streams.attached():
-                for batch in itertools.chain(first, rows):
-                    streams.add(model, batch)
-                    say(f"activations of {streams.tokens:,} tokens")
-                    if tokens is not None and streams.tokens >= tokens:
-                        break
-            say("spectra of activations and weights")
-            projections = streams.spectra(method_of(model))
-        used = first[:gradient_batches]
-        if used:
+            survey = Streams(found, only=())
+            with survey.attached():
+                survey.add(model, first)
+            passes = list(survey.passes(math.inf if room_bytes is None else room_bytes))
+            for number, some in enumerate(passes, 1):
+                streams, part = Streams(found, only=some, before=survey.before), f", part {number} of {len(passes)}"
+                with streams.attached():
+                    for batch in rows():
+                        streams.add(model, batch)
+                        say(f"activations of {streams.tokens:,} tokens{part if len(passes) > 1 else ''}")
+                say("spectra of activations and weights")
+                spectra |= {one.name: one for one in streams.spectra(method_of(model))}
+        projections = [spectra[place.name] for place in found if place.name in spectra]
+        seen = 0
+        if gradient_batches and lossless is None:
             say("gradients")
-            _gradient_spectra(model, found, used, {one.name: one for one in projections})
+            seen = _gradient_spectra(model, found, itertools.islice(rows(), gradient_batches), spectra)
     finally:
         model.train(training)
-    seen = sum(_real(batch) for batch in used)
-    return Analysis(projections, streams.tokens, seen, list(_notes(model, found, projections, streams.tokens, seen)))
+    notes = [f"no gradients: {lossless}"] if lossless else []
+    if room_bytes is not None and (most := max(map(survey.bytes_of, passes))) > room_bytes:
+        notes.append(
+            f"sums took {most / 2**30:.3g} GiB, more than the {room_bytes / 2**30:.3g} asked for: one projection alone needs that"
+        )
+    notes += _notes(model, found, projections, streams.tokens, seen)
+    return Analysis(projections, streams.tokens, seen, notes)
+
+
+def _until(batches: Iterable[Batch], tokens: int | None) -> Iterator[Batch]:
+    """Batches to the one with which so many tokens are reached."""
+    seen = 0
+    for batch in batches:
+        yield batch
+        seen += _real(batch)
+        if tokens is not None and seen >= tokens:
+            return
+
+
+def _accepts(model: nn.Module, name: str) -> bool:
+    return name in inspect.signature(model.forward).parameters
+
+
+def _without_cache(model: nn.Module) -> dict[str, bool]:
+    """What a forward pass is told so that it keeps nothing for a next one; models that keep nothing do not know the word."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    open_ended = any(one.kind is one.VAR_KEYWORD for one in parameters)
+    return {"use_cache": False} if _accepts(model, "use_cache") or open_ended else {}
+
+
+def _why_no_loss(model: nn.Module, batch: Batch) -> str | None:
+    """Why a model has no loss whose gradient could be looked at; None if it has one."""
+    kind = type(model).__name__
+    if not _accepts(model, "labels"):
+        return f"{kind} is a body without a head, which has no loss"
+    if kind.endswith("ForMaskedLM") and "labels" not in batch:
+        return f"the loss of {kind} is of masked tokens, and nothing is masked (has the tokenizer no mask token?)"
+    return None
 
 
 def _notes(
@@ -186,11 +241,24 @@ def _real(batch: Batch) -> int:
 
 
 class Streams:
-    """Sums of Gram matrices over batches, gathered by hooks on the projections; of their inputs alone if so asked."""
+    """Sums of Gram matrices over batches, gathered by hooks on the projections; of their inputs alone if so asked, or of some
+    projections only, for which it has to be known which ones are `before` them."""
 
-    def __init__(self, found: list[Place], *, outputs: bool = True):
+    def __init__(
+        self,
+        found: list[Place],
+        *,
+        outputs: bool = True,
+        only: Collection[str] | None = None,
+        before: Mapping[str, str] | None = None,
+    ):
         self.places = found
         self.wants_outputs = outputs
+        self.wanted = {place.name for place in found} if only is None else set(only)
+        self.beside = {earlier for name, earlier in (before or {}).items() if name in self.wanted}
+        """Those of which outputs are summed too, for they are what the wanted ones are compared with."""
+        self.shapes: dict[str, tuple[int, int]] = {}
+        """Name -> (d_in, d_out)."""
         self.tokens = 0
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
@@ -222,7 +290,7 @@ class Streams:
         mask = batch.get("attention_mask")
         self.mask = None if mask is None or bool(mask.all()) else mask.flatten().bool()
         try:
-            model(**{name: batch[name] for name in batch if name != "labels"}, use_cache=False)
+            model(**{name: batch[name] for name in batch if name != "labels"}, **_without_cache(model))
         finally:
             self._forget()
         self.tokens += _real(batch)
@@ -232,38 +300,66 @@ class Streams:
         reader = self.read[1] if self.read is not None and self.read[0] is x else first
         for place in parts:
             self.reads.setdefault(place.name, reader)
-        if self.reads[first] == first:
-            x_rows = self._rows(x)
+        if self.reads[first] == first and first in self.wanted:
+            x_rows = self._rows(x).double()
             _accumulate(self.inputs, first, x_rows, x_rows)
         self.read = x, reader
         if not self.wants_outputs:
             return
         y = self._rows(output)
         for place in parts:
-            own = place.rows(y.T).T
-            _accumulate(self.outputs, place.name, own, own)
+            name, own = place.name, place.rows(y.T).T
+            self.shapes[name] = x.shape[-1], own.shape[-1]
+            if name in self.wanted or name in self.beside:
+                own = own.double()
+                _accumulate(self.outputs, name, own, own)
             above, earlier, previous = self.last.get(place.role, (-2, "", None))
             if above == place.depth - 1 and previous is not None and previous.shape == own.shape:
-                self.before[place.name] = earlier
-                _accumulate(self.crosses, place.name, own, previous)
-            self.last[place.role] = place.depth, place.name, own
+                self.before[name] = earlier
+                if name in self.wanted:
+                    _accumulate(self.crosses, name, own, previous)
+            self.last[place.role] = place.depth, name, own
 
     def _rows(self, tensor: Tensor) -> Tensor:
-        rows = tensor.detach().flatten(0, -2).double()  # [b n, d]
+        rows = tensor.detach().flatten(0, -2)  # [b n, d]
         return rows[self.mask] if self.mask is not None and len(self.mask) == len(rows) else rows
+
+    def bytes_of(self, names: Collection[str]) -> int:
+        """Of all sums that are needed for some projections that were seen."""
+        total = 0
+        for name in names:
+            (d_in, d_out), earlier = self.shapes[name], self.before.get(name)
+            total += d_out**2 + (self.reads[name] == name) * d_in**2
+            total += 0 if earlier is None else d_out**2 * (2 if earlier not in names else 1)
+        return 8 * total
+
+    def passes(self, room: float) -> Iterator[list[str]]:
+        """The projections that were seen, from first block to last, in groups whose sums fit in so many bytes; one at least in
+        each."""
+        group: list[str] = []
+        for place in sorted(self.places, key=lambda place: place.depth):
+            if place.name in self.shapes:
+                if group and self.bytes_of([*group, place.name]) > room:
+                    yield group
+                    group = []
+                group.append(place.name)
+        if group:
+            yield group
 
     def spectra(self, method: Parametrization | None) -> list[Projection]:
         found = []
         for place in self.places:
             name = place.name
-            if name not in self.outputs:
+            if name not in self.outputs or name not in self.wanted:
                 continue
-            if not all(gram.isfinite().all() for gram in (self.outputs[name], self.inputs[self.reads[name]])):
+            if not all(
+                gram.isfinite().all() for gram in (self.outputs[name], self.inputs.get(name)) if gram is not None
+            ):
                 raise ValueError(
                     f"the activations of {name} are not finite numbers; the model has diverged, take an earlier one"
                 )
             one = Projection(name, place.role, place.depth, self.reads[name], gram_spectrum(self.outputs[name]))
-            one.d_in = len(self.inputs[one.reads])
+            one.d_in = self.shapes[name][0]
             if one.reads == name:
                 one.input = gram_spectrum(self.inputs[name])
             if name in self.crosses:
@@ -290,9 +386,9 @@ def _accumulate(sums: dict[str, Tensor], name: str, left: Tensor, right: Tensor)
 
 
 def _gradient_spectra(
-    model: nn.Module, found: list[Place], batches: list[Batch], projections: dict[str, Projection]
-) -> None:
-    """Singular values of the mean loss's gradients, of each matrix as soon as it has its own."""
+    model: nn.Module, found: list[Place], batches: Iterator[Batch], projections: dict[str, Projection]
+) -> int:
+    """Singular values of the mean loss's gradients, of each matrix as soon as it has its own; returns the number of tokens."""
     wanted: dict[nn.Parameter, list[tuple[Place, str]]] = {}
     for place in found:
         for name, parameter in place.module.named_parameters():
@@ -310,19 +406,23 @@ def _gradient_spectra(
         if gradient is not None:
             for place, label in wanted[parameter]:  # type: ignore[index]
                 matrix = gradient.T if isinstance(place.module, Conv1D) else gradient
-                projections[place.name].gradients[label] = svdvals(place.rows(matrix) if label == "W" else matrix)
+                sigma = svdvals(place.rows(matrix) if label == "W" else matrix)
+                projections[place.name].gradients[label] = sigma / done  # of the mean
 
-    hooks = []
+    hooks, done, tokens = [], 0, 0
+    following = next(batches, None)
     try:
         for parameter in kept:
             parameter.requires_grad_(parameter in wanted).grad = None
-        for done, batch in enumerate(batches, 1):
-            if done == len(batches):
+        while following is not None:
+            batch, following = following, next(batches, None)
+            done, tokens = done + 1, tokens + _real(batch)
+            if following is None:
                 hooks = [parameter.register_post_accumulate_grad_hook(reduce) for parameter in wanted]
             with torch.enable_grad():
-                loss = model(**{"labels": batch["input_ids"], **batch}, use_cache=False).loss
+                loss = model(**{"labels": batch["input_ids"], **batch}, **_without_cache(model)).loss
                 if loss.requires_grad:
-                    (loss / len(batches)).backward()
+                    loss.backward()
         for parameter in wanted:
             reduce(parameter)  # of a matrix that the last batch did not use
     finally:
@@ -330,3 +430,4 @@ def _gradient_spectra(
             hook.remove()
         for parameter, (trained, gradient) in kept.items():
             parameter.requires_grad_(trained).grad = gradient
+    return tokens

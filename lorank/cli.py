@@ -159,6 +159,7 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
         from lorank.train.plan import plan
 
         return console.print(plan_tables(plan(settings)), highlight=False)
+    from lorank.report.markup import visible
     from lorank.report.progress import TerminalProgress
     from lorank.report.tables import runs_table
     from lorank.train import run
@@ -176,7 +177,7 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
         console.print(f"stopped; continue with [bold]lorank pretrain --resume {folder}[/bold]", highlight=False)
         sys.exit(130)
     console.print(runs_table({settings.method: {**dataclasses.asdict(summary), "lr": settings.lr}}))
-    console.print(f"\n{summary.sample}\n", markup=False, highlight=False)
+    console.print(f"\n{visible(summary.sample)}\n", markup=False, highlight=False)
     console.print(f"model, metrics and model card are in [bold]{folder}[/bold]", highlight=False)
 
 
@@ -321,7 +322,15 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=10_000_000, help="Stop after this many predicted tokens."
 )
-@click.option("--seed", type=SEED, default=42, help="The run's seed: it decides what was held out.")
+@click.option(
+    "--seed",
+    type=SEED,
+    default=42,
+    help="The run's data_seed, or its seed if it has none: it decides what was held out.",
+)
+@click.option(
+    "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """Perplexity of MODEL (a run, a folder, a hub name): unbiased, per byte, and as the published tables compute it."""
@@ -350,7 +359,15 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     "--gradient-batches",
     type=click.IntRange(min=0),
     default=1,
-    help="Batches whose mean gradient is looked at; 0: none.",
+    help="Batches whose mean gradient is looked at; 0: none. Several need room for all gradients, as large as the weights.",
+)
+@click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    default=None,
+    metavar="GIB",
+    help="Room for sums over activations; where they need more, the text is gone through several times.",
+    show_default="half of what is free",
 )
 @click.option("--alpha", type=float, default=0.95, help="Part of the energy that the effective rank is to hold.")
 @click.option(
@@ -359,12 +376,22 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     metavar="N",
     help="Suggest ranks: parameters such as 10M, or a part of the dense ones: 0.5.",
 )
-@click.option("--seed", type=SEED, default=42, help="The run's seed: it decides what was held out.")
+@click.option(
+    "--seed",
+    type=SEED,
+    default=42,
+    help="The run's data_seed, or its seed if it has none: it decides what was held out.",
+)
+@click.option(
+    "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
+)
 @click.option("--out", default=None, help="Folder of what is written.", show_default="runs/analyze-MODEL")
 def analyze(model: str, out: str | None, **settings: Any) -> None:
     """How many dimensions MODEL (a run, a folder, a hub name) uses: effective rank of activations, weights, gradients.
 
-    Writes results.json, analysis.html and, with --budget, suggested.yaml: ranks for `lorank pretrain`.
+    Writes results.json, analysis.html and, with --budget, suggested.yaml: ranks for `lorank pretrain`. Needs memory for the
+    weights, the activations of a batch, and sums of 8 bytes times the square of each width, within --memory: of a 7B model
+    208 GB at once, or 3 GB for one projection at a time.
     """
     console = _quiet_console()
     from lorank.report.effective_ranks import analysis_table
@@ -482,6 +509,7 @@ def _first_steps(console: Any, one: Any, details: bool) -> bool:
 def demo(out: str, steps: int | None) -> None:
     """Pre-train CoLA and its dense twin on Python's standard library, and compare them."""
     console = _quiet_console()
+    from lorank.report.markup import visible
     from lorank.report.tables import runs_table
     from lorank.train.demo import run_demo
 
@@ -491,7 +519,7 @@ def demo(out: str, steps: int | None) -> None:
     console.print(runs_table(summaries))
     for method, summary in summaries.items():
         console.rule(f"{method} writes", align="left")
-        console.print(summary["sample"], markup=False, highlight=False)
+        console.print(visible(summary["sample"]), markup=False, highlight=False)
     console.rule()
     console.print(f"runs and curves: [bold]{out}/dense[/bold], [bold]{out}/cola[/bold], [bold]{out}/loss.png[/bold]")
 
@@ -521,7 +549,12 @@ def _errors_console() -> Any:
 @click.option(
     "--method", "methods", multiple=True, metavar="METHOD", help="A contestant, or NAME=METHOD; once for each."
 )
-@click.option("--seeds", default="42", metavar="N,N...", help="Seeds of every contestant; several give intervals.")
+@click.option(
+    "--seeds",
+    default="42",
+    metavar="N,N...",
+    help="Seeds of every contestant, of initial values and the order of data; several give intervals.",
+)
 @click.option("--sweep", multiple=True, metavar="NAME=V,V...", help="Values of a setting of which each takes its best.")
 @click.option(
     "--for", "own", nargs=2, multiple=True, metavar="CONTESTANT NAME=V,V...", help="A contestant's own value or values."
@@ -544,9 +577,11 @@ def _errors_console() -> Any:
 def compare(out: str, resume: str | None, **asked: Any) -> None:
     """Train several methods on the same tokens in the same order, and write a report.
 
-    RECIPE and the flags of `lorank pretrain` are what all have in common. `dense` runs with AdamW and with Muon, and a
-    narrower dense model that costs what the cheapest method costs (dense-small) always runs as well. Without --lr or
-    --sweep, three learning rates are tried. The same command again, or --resume, continues what was stopped.
+    RECIPE and the flags of `lorank pretrain` are what all have in common. A dense model trained by AdamW and by Muon, and a
+    narrower one that costs what the cheapest method costs (dense-small), always run as well. Without --lr or --sweep lr=...
+    a method takes the learning rate that its recipe at that --size names; where there is none, and for dense rows, the best
+    of three. With --lr methods take that, and dense rows the best of it, a third and three times it. The same command again,
+    or --resume, continues what was stopped.
     """
     console = _quiet_console()
     from lorank.report.comparison import comparison_table, write_results
@@ -591,10 +626,10 @@ def _comparison(
     tasks: str,
     **flags: Any,
 ) -> Any:
-    """What `lorank compare` was asked for; a learning rate that nobody gave is swept."""
+    """What `lorank compare` was asked for."""
     import yaml
 
-    from lorank.train.contest import SWEEP, Comparison, parse_values
+    from lorank.train.contest import Comparison, parse_values
 
     base = _recipe(recipe, flags)
     if not all(seed.strip().isdigit() for seed in seeds.split(",")):
@@ -608,8 +643,9 @@ def _comparison(
         base=base,
         methods=methods,
         seeds=[int(seed) for seed in seeds.split(",")],
-        sweep=settings if settings or rate_given else SWEEP,
+        sweep=settings,
         own=each,
+        tuned="dense" if rate_given else "all",
         match=match,
         tasks=[task for task in tasks.split(",") if task],
     )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorank
-from lorank.analysis import analyze
+from lorank.analysis import Streams, analyze
 from lorank.projections import places
 from lorank.ranks import read_budget, suggest_ranks
 from lorank.spectrum import effective_rank, rank_leaving
@@ -79,6 +79,41 @@ def test_activations_and_weights_are_those_of_the_whole_matrices(name: str, meth
             assert_spectrum(one.difference, y - beta * previous)
         else:
             assert one.difference is None and one.beta is None
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("llama", "dense"), ("gpt2", "dense"), ("llama", "crnet"), ("phi3", "cola")]
+)
+def test_with_little_room_the_text_is_gone_through_again_and_all_is_the_same(name, method, small, batches) -> None:
+    model = small(name, num_hidden_layers=3) if name != "gpt2" else small(name)
+    if method != "dense":
+        lorank.convert(model, method)
+    whole, said = analyze(model, batches), []
+    survey = Streams(list(places(model)), only=())
+    with torch.no_grad(), survey.attached():
+        survey.add(model, batches[0])
+    needed = survey.bytes_of([one.name for one in whole.projections])
+    for room, least in ((needed, 1), (needed / 3, 3), (1.0, len(whole.projections))):
+        parts = list(survey.passes(room))
+        assert len(parts) >= least and all(survey.bytes_of(part) <= room or len(part) == 1 for part in parts)
+        found = analyze(model, iter(batches), room_bytes=room, say=said.append)
+        assert found.to_dict() == {**whole.to_dict(), "notes": found.notes} and found.tokens == whole.tokens
+        assert any("more than the" in note for note in found.notes) == any(survey.bytes_of(one) > room for one in parts)
+    assert any(f"part {len(whole.projections)} of" in line for line in said)
+
+
+def test_the_sums_take_what_was_foretold(small, batches) -> None:
+    model = small("llama", num_hidden_layers=4)
+    survey = Streams(list(places(model)), only=())
+    with torch.no_grad(), survey.attached():
+        survey.add(model, batches[0])
+    assert not survey.outputs and not survey.inputs and not survey.crosses
+    for part in survey.passes(survey.bytes_of(list(survey.shapes)) / 4):
+        streams = Streams(list(places(model)), only=part, before=survey.before)
+        with torch.no_grad(), streams.attached():
+            streams.add(model, batches[0])
+        sums = [gram for one in (streams.inputs, streams.outputs, streams.crosses) for gram in one.values()]
+        assert sum(gram.numel() * 8 for gram in sums) <= survey.bytes_of(part)
 
 
 def test_the_weight_is_the_linear_map(small) -> None:
@@ -198,17 +233,18 @@ def test_nothing_of_a_batch_is_kept(small) -> None:
     for place in places(model):
         place.module.register_forward_hook(watch)
 
-    def batches() -> Iterator[dict[str, Tensor]]:
-        for _ in range(3):
-            yield {"input_ids": torch.randint(3, VOCABULARY, (8, 60))}
-            gc.collect()
-            assert not any(ref() is not None for ref in alive)
-            assert not any(
-                type(one) is Tensor and one.ndim == 2 and len(one) == 480 and one.is_floating_point()
-                for one in gc.get_objects()
-            )
+    class Batches:
+        def __iter__(self) -> Iterator[dict[str, Tensor]]:
+            for _ in range(3):
+                yield {"input_ids": torch.randint(3, VOCABULARY, (8, 60))}
+                gc.collect()
+                assert not any(ref() is not None for ref in alive)
+                assert not any(
+                    type(one) is Tensor and one.ndim == 2 and len(one) == 480 and one.is_floating_point()
+                    for one in gc.get_objects()
+                )
 
-    analyze(model, batches(), gradient_batches=0)
+    analyze(model, Batches(), gradient_batches=0)
     assert alive
 
 
@@ -352,9 +388,89 @@ def test_the_suggested_recipe_is_one(name: str, saved: Path, tmp_path: Path) -> 
     assert planned is not None
 
 
+@pytest.fixture(scope="module")
+def berts(saved: Path) -> Path:
+    """Beside the others: a masked language model, the same with a tokenizer without masks, its body; an encoder-decoder; a model
+    with a broken weight and one without a tokenizer."""
+    from transformers import (
+        AutoTokenizer,
+        BertConfig,
+        BertForMaskedLM,
+        BertModel,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **shape)
+    plain, masking = (AutoTokenizer.from_pretrained(saved / "dense") for _ in range(2))
+    masking.mask_token = masking.convert_ids_to_tokens(5)
+    broken = ARCHITECTURES["llama"].dense()
+    broken.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    masked = BertForMaskedLM(config)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, d_model=16, d_ff=16, num_layers=1, num_heads=2))
+    for name, model, tokenizer in (
+        ("masked", masked, masking),
+        ("maskless", masked, plain),
+        ("body", BertModel(config), masking),
+        ("t5", t5, plain),
+        ("nan", broken, plain),
+        ("wordless", ARCHITECTURES["llama"].dense(), None),
+    ):
+        model.save_pretrained(saved / name)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(saved / name)
+    return saved
+
+
+def test_a_masked_language_model_is_looked_at_as_it_is_trained(berts: Path, tmp_path: Path) -> None:
+    """A seventh or so of the tokens are to be guessed, and the gradient is that of guessing them."""
+    from torch.utils.data import DataLoader
+    from transformers import AutoModelForMaskedLM
+
+    from lorank.train import analysis
+
+    seen: list[list[dict[str, Tensor]]] = []
+
+    def watched(model: nn.Module, batches: DataLoader, **settings: Any) -> Any:
+        seen.append(list(batches))
+        assert all(torch.equal(a[k], b[k]) for a, b in zip(batches, seen[0], strict=True) for k in a)  # the same again
+        return analyze(model, batches, **settings)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(analysis, "analyze", watched)
+        found = analysis.analyze_folder(
+            str(berts / "masked"), tmp_path, data=str(berts / "fox.txt"), sequence_length=32, tokens=2000
+        )
+    assert not found["notes"] or not any("no gradients" in note for note in found["notes"])
+    guessed = torch.cat([batch["labels"].flatten() for batch in seen[0]]) != -100
+    assert 0.1 < guessed.float().mean() < 0.2
+    model = AutoModelForMaskedLM.from_pretrained(berts / "masked").eval()
+    model(**seen[0][0]).loss.backward()
+    told = {one["name"]: one["gradients"]["W"]["singular_values"] for one in found["projections"]}
+    for name, values in told.items():
+        expected = torch.linalg.svdvals(model.get_parameter(f"{name}.weight").grad)
+        torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "reason"), [("body", "body without a head"), ("maskless", "no mask token")])
+def test_without_a_loss_there_are_no_gradients_and_a_sentence(name, reason, berts: Path, tmp_path: Path) -> None:
+    from lorank.train.analysis import analyze_folder
+
+    found = analyze_folder(
+        str(berts / name), tmp_path, data=str(berts / "fox.txt"), sequence_length=32, tokens=1000, tokenizer=None
+    )
+    assert any("no gradients" in note and reason in note for note in found["notes"])
+    assert len(found["projections"]) == 12 and not any(one["gradients"] for one in found["projections"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["{saved}/t5"], "is an encoder-decoder (t5)"),
+        (["{saved}/nan"], "weights that are not finite numbers: model.layers.1.mlp.up_proj.weight"),
+        (["{saved}/wordless"], "name one with --tokenizer"),
+        ([""], "name is empty"),
         (["nowhere/at-all"], "no model could be loaded"),
         (["{saved}"], "no config.json"),
         (["{saved}/dense", "--data", "{saved}/fox.txt", "--alpha", "1"], "alpha=1.0"),
@@ -365,7 +481,9 @@ def test_the_suggested_recipe_is_one(name: str, saved: Path, tmp_path: Path) -> 
         (["{saved}/dense", "--data", "{saved}/fox.txt", "--out", "{saved}/fox.txt"], "is a file"),
     ],
 )
-def test_mistakes_at_the_command_line(arguments, message, saved: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_mistakes_at_the_command_line(
+    arguments, message, saved: Path, berts: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
     from lorank.cli import main
 
     monkeypatch.chdir(tmp_path)
@@ -373,7 +491,7 @@ def test_mistakes_at_the_command_line(arguments, message, saved: Path, tmp_path:
     with pytest.raises(SystemExit) as end:
         main()
     error = capsys.readouterr().err
-    assert end.value.code == 2 and message in error and error.strip().splitlines()[-1].startswith("lorank: ")
+    assert end.value.code == 2 and message in error and error.startswith("lorank: ") and error.count("\n") == 1
     assert not list(tmp_path.rglob("suggested.yaml"))
     assert bool(list(tmp_path.rglob("analysis.html"))) == (message == "choose between")  # what took time is kept
 

@@ -89,7 +89,7 @@ def line_chart(
     ys += [y for one in series for x, *edge in one.band if x >= late for y in edge]
     lowest = min(ys + [y for one in series for x, y in one.faint if x >= late])
     low, high = y_range or _padded(lowest, max(ys), 0.06)
-    x_low, x_high = _log_padded(min(ends), max(ends)) if log_x else (0.0, max(ends))
+    x_low, x_high = _log_padded(min(ends), max(ends)) if log_x else (0.0, max(ends) or 1.0)
     across = Axis(x_low, x_high, 46, width - room, log_x)
     up = Axis(low, high, height - 40, 22)
     parts = _frame(across, up, size, x_title, y_title, x_format)
@@ -150,22 +150,25 @@ def scatter_chart(
     reach = most - least or most
     up = Axis(*_padded(max(min(lows), least - reach), min(max(highs), most + reach), 0.14), height - 40, 22)
     parts = _frame(across, up, size, x_title, y_title, x_format)
-    front = pareto_front(points)
+    front, strokes = pareto_front(points), []  # what names should not lie on
     if len(front) > 1:
         steps = [front[0]]
         for (_, y), (next_x, next_y) in itertools.pairwise(front):
             steps += [(next_x, y), (next_x, next_y)]
         parts.append(f'<path class="front" d="{_path(steps, across, up)}"/>')
+        strokes += _along([(across(x), up(y)) for x, y in steps])
     tails = []
     for one in series:
         for x, low, high in one.band:
+            ends = up(max(low, up.low)), up(min(high, up.high))
             parts.append(
-                f'<line class="bar {one.style}" x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{up(max(low, up.low)):.1f}" y2="{up(min(high, up.high)):.1f}"/>'
+                f'<line class="bar {one.style}" x1="{across(x):.1f}" x2="{across(x):.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
             )
+            strokes += _along([(across(x), end) for end in ends])
         for x, y in one.points:
             parts.append(_dot(across(x), up(y), one.style, 6))
             tails.append((across(x), up(y), one))
-    parts += _point_labels(tails, (across.start, across.end))
+    parts += _point_labels(tails, (across.start, across.end), strokes)
     data = [
         [one.name, one.style, [[round(across(x), 1), round(up(y), 1), x_format(x), y_format(y)] for x, y in one.points]]
         for one in series
@@ -298,8 +301,8 @@ def _point_labels(
             left = at_x - (wide if "right" in kind else wide / 2 if "middle" in kind else 0)
             box = (left, at_y - 11, left + wide, at_y + 3)
             over = sum(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
-            crossed = sum(box[0] < x < box[2] and box[1] < y < box[3] for x, y in lines) / 8
-            outside = 9 * (box[0] < limits[0] or box[2] > limits[1] + 14)
+            crossed = sum(box[0] - 3 < x < box[2] + 3 and box[1] - 3 < y < box[3] + 3 for x, y in lines) / 4
+            outside = 9 * (box[0] < limits[0] or box[2] > limits[1] + 16)
             boxes.append((2 * over + crossed + outside, at_x, at_y, kind, box))
         _, at_x, at_y, kind, box = min(boxes, key=lambda spot: spot[0])
         taken.append(box)

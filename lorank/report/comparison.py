@@ -14,11 +14,13 @@ from lorank.report.html import write_report
 from lorank.report.markup import settings_text
 from lorank.report.statistics import LEVEL, mean_interval
 from lorank.report.tables import quantity
-from lorank.train.compare import Race, Run
+from lorank.train.compare import PROBE_STEPS, Race, Run
 from lorank.train.contest import Candidate, Contestant
 from lorank.train.run import history
 from lorank.train.trainer import write_whole
 
+CLOSE_ENOUGH = 0.03
+"""How far from one the ratio of what was matched may be without a note."""
 FORMAT = 1
 """Of results.json; raised when a key changes its meaning."""
 
@@ -77,6 +79,8 @@ def _row(race: Race, contestant: Contestant, failures: Mapping[str, str]) -> dic
         "method": contestant.method,
         "kind": contestant.kind,
         "chosen": contestant.chosen,
+        "rate": contestant.rate,
+        "lr": (best or contestant.candidates[0]).recipe.lr,
         "settings": best.settings if best else None,
         "edge": _edges(contestant, best),
         "tried": tried,
@@ -111,6 +115,9 @@ def _run(race: Race, run: Run, failures: Mapping[str, str]) -> dict[str, Any]:
         found |= {name: _number(value) for name, value in summary.items()}
         found["curve"], found["training"] = _curves(folder, run.candidate)
         found["seconds"] = found["tokens"] / found["tokens_per_second"] if found["tokens_per_second"] else 0.0
+        for curve in (found["curve"], found["training"]):
+            if not any(curve["seconds"]):  # a run too short for a log line, and so for a rate of its own
+                curve["seconds"] = [found["seconds"] * step / found["steps"] for step in curve["step"]]
         if found["curve"]["step"][-1:] != [found["steps"]]:
             end = {"step": found["steps"], "tokens": found["tokens"], "loss": found["loss"]}
             end |= {"flops": run.candidate.flops, "seconds": max([found["seconds"], *found["curve"]["seconds"]])}
@@ -160,7 +167,7 @@ def _edges(contestant: Contestant, best: Candidate | None) -> list[str]:
 
 
 def _difference(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Loss minus the baseline's, paired by seed: a seed fixes data and order for all."""
+    """Loss minus the baseline's, paired by seed: a seed fixes the order of the data for all."""
     ours, theirs = ({run["seed"]: run["loss"] for run in one["runs"] if "loss" in run} for one in (row, baseline))
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return _numbers(mean_interval(pairs)._asdict()) if pairs and row is not baseline else None
@@ -176,7 +183,7 @@ def _match(race: Race, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "params": "parameters",
         "memory": "memory_estimate_bytes",
     }[by]
-    first = next((row[figure] for row in rows if row.get(figure)), None)
+    first = rows[0].get(figure) or next((row[figure] for row in rows if row.get(figure)), None)
     ratios = {row["name"]: row[figure] / first for row in rows if first and row.get(figure)}
     return {"by": by, "figure": figure, "ratios": ratios}
 
@@ -204,20 +211,36 @@ def _notes(race: Race, results: Mapping[str, Any]) -> list[str]:
             notes.append(
                 f"The best {name} of {', '.join(edge)} is at the edge of the sweep; a better one may lie beyond."
             )
-    if not any("lr" in tried["settings"] for row in rows for tried in row["tried"]):
-        notes.append(
-            f"No learning rate was swept: all rows train at {race.comparison.base.lr:g}, which may suit one of them."
-        )
-    by_seed: dict[int, set[str]] = {}
-    for row in rows:
-        for run in row["runs"]:
-            by_seed.setdefault(run["seed"], set()).update([run["data_hash"]] if "data_hash" in run else [])
-    if any(len(hashes) > 1 for hashes in by_seed.values()):
-        notes.append("The runs of one seed did not see the same data (their hashes differ): this comparison is void.")
+    for rate in dict.fromkeys(row["rate"] for row in rows):
+        here = [f"{row['name']} {row['lr']:g}" for row in rows if row["rate"] == rate]
+        if "not tuned" in rate:
+            notes.append(f"Learning rate {rate}, so it may suit one of them better than another: {', '.join(here)}.")
+    if len({run["data_hash"] for row in rows for run in row["runs"] if "data_hash" in run}) > 1:
+        notes.append("The runs did not see the same data (their hashes differ): this comparison is void.")
     if not any(row["kind"] == "control" for row in rows):
         notes.append("There is no dense-small: no method here costs fewer FLOPs per token than the dense model.")
     if race.comparison.match in ("params", "memory") and any(row["kind"] == "control" for row in rows):
         notes.append(f"dense-small is matched by FLOPs per token, not by {race.comparison.match}.")
+    return notes + _mismatches(results)
+
+
+def _mismatches(results: Mapping[str, Any]) -> list[str]:
+    """What was to be made equal and did not come out so."""
+    by, notes = results["match"]["by"], []
+    if by == "time":
+        notes.append(
+            f"Times are matched by the speed of {PROBE_STEPS} steps before the race, the ratios are those of the race itself: on a "
+            "machine that does other work they differ."
+        )
+    controls = [
+        row["name"] for row in results["contestants"] if row["kind"] == "control" and by in ("params", "memory")
+    ]
+    for name, ratio in results["match"]["ratios"].items():
+        if abs(ratio - 1) > CLOSE_ENOUGH and name not in controls:
+            notes.append(
+                f"{name} is not matched: its {results['match']['figure'].replace('_', ' ')} came out {ratio:.3g} times those of "
+                f"{results['contestants'][0]['name']}."
+            )
     return notes
 
 
@@ -285,13 +308,14 @@ def _one_line(error: Exception) -> str:
 
 
 def comparison_table(results: Mapping[str, Any]) -> Table:
-    """One line per contestant, the best first."""
+    """One line per contestant, the best first; narrow enough for 80 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     several, by = len(results["seeds"]) > 1, results["match"]["by"]
-    titles = ["", "ppl", *(["95 % CI"] if several else []), f"Δ {results['baseline']}", "params", "FLOPs/tok"]
-    titles += ["tok/s", "MiB", *([f"{by} ratio"] if by != "tokens" else []), "settings"]
+    titles = ["", "ppl", *(["95 % CI"] if several else []), f"Δ nats\n{results['baseline']}", "params", "FLOPs\n/token"]
+    titles += ["tokens\n/s", "MiB", *([f"{by}\nratio"] if by != "tokens" else []), "settings"]
     for title in titles:
-        table.add_column(title, justify="left" if title in ("", "settings") else "right", no_wrap=True)
+        free = title in ("", "settings")
+        table.add_column(title, justify="left" if free else "right", no_wrap=not free, vertical="top", overflow="fold")
     rows = sorted(results["contestants"], key=lambda row: row["loss"]["mean"] if row["loss"] else math.inf)
     for row in rows:
         if not row["loss"]:
@@ -307,9 +331,9 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
             f"{gap['mean']:+.3f}" if gap else "-",
             quantity(row["parameters"]),
             quantity(row["flops_per_token"]),
-            f"{row['tokens_per_second']:,.0f}",
+            quantity(row["tokens_per_second"]),
             f"{row['peak_memory_gib'] * 1024:,.0f}",
-            *([f"{ratio:.4f}" if ratio else "-"] if by != "tokens" else []),
-            settings_text(row["settings"]),
+            *([f"{ratio:.3f}" if ratio else "-"] if by != "tokens" else []),
+            settings_text({"lr": row["lr"], **row["settings"]}),
         )
     return table

@@ -83,7 +83,7 @@ def pareto(rows: Sequence[Row], style: Mapping[str, str]) -> str:
         ("training_flops", "training FLOPs", quantity, 1),
         ("peak_memory_gib", "peak memory, GiB", "{:.3g}".format, 1)
         if large
-        else ("peak_memory_gib", "peak memory, MiB", "{:,.0f}".format, 1024),
+        else ("peak_memory_gib", "peak memory, MiB", "{:.4g}".format, 1024),
     ):
         series = []
         for row in rows:

@@ -147,8 +147,8 @@ def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
     rows, by, seeds = results["contestants"], results["match"]["by"], len(results["seeds"])
     lowest = min((row["loss"]["mean"] for row in rows if row["loss"]), default=0)
     ratio = [f"{MATCHED[by]}, ratio"] if by != "tokens" else []
-    titles = ["", "perplexity", f"loss − {results['baseline']}", *ratio, "parameters", "FLOPs/token", "training FLOPs"]
-    titles += ["training time", "tokens/s", "peak memory", "settings"]
+    titles = ["", "perplexity", f"loss − {results['baseline']}, nats", *ratio, "parameters", "training FLOPs"]
+    titles += ["training time", "peak memory", "settings"]
     lines = []
     for row in rows:
         name = name_cell(row["name"], style[row["name"]])
@@ -165,21 +165,20 @@ def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
             cell(signed(gap["mean"]), between(gap, "{:+.3f}")) if gap else cell("—"),
             *([cell(f"{equal:.4f}" if equal else "—")] if ratio else []),
             cell(quantity(row["parameters"])),
-            cell(quantity(row["flops_per_token"])),
-            cell(quantity(row["training_flops"])),
-            cell(duration(row["seconds"])),
-            cell(f"{row['tokens_per_second']:,.0f}"),
+            cell(quantity(row["training_flops"]), f"{quantity(row['flops_per_token'])} a token"),
+            cell(duration(row["seconds"]), f"{quantity(row['tokens_per_second'])} tokens/s"),
             cell(memory(row["peak_memory_gib"])),
             cell(
-                settings_text(row["settings"]) or "—",
-                f"best of {tried}{', edge' if row['edge'] else ''}" if tried > 1 else "",
+                settings_text({"lr": row["lr"], **row["settings"]}),
+                f"best of {tried}{', edge' if row['edge'] else ''}" if tried > 1 else row["rate"],
+                "free",
             ),
         ]
         lines.append(name + "".join(cells))
     chosen = "".join(f" {row['name']}: {row['chosen']}." for row in rows if row["chosen"] != "as it is")
     intervals = (
-        f"Second lines: 95 % intervals over {seeds} seeds by Student's t. A seed decides also which text is held out, so that "
-        "perplexities spread with it; the difference is paired by seed and does not. "
+        f"Second lines: 95 % intervals over {seeds} seeds by Student's t. A seed decides initial values and the order of the "
+        "training data, not which text is held out; the difference is paired by seed. "
         if seeds > 1
         else ""
     )
@@ -187,7 +186,7 @@ def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
         f"{intervals}FLOPs count recomputation, not the optimizer; time is that of training steps alone, by the median step, "
         f"and means something only where the machine did nothing else; memory is its measured growth.{chosen}"
     )
-    return f'<h2>Results</h2>\n{table(titles, lines)}\n<p class="under small">{escape(small)}</p>'
+    return f'<h2>Results</h2>\n{table(titles, lines, stacks=True)}\n<p class="under small">{escape(small)}</p>'
 
 
 def _tasks(rows: Sequence[Row], style: Mapping[str, str]) -> str:

@@ -1,13 +1,28 @@
 """Small pieces of a page: cells and tables of HTML, and numbers as a reader says them."""
 
 import html
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
 def escape(text: object) -> str:
-    return html.escape(str(text))
+    return html.escape(visible(str(text)))
+
+
+def visible(text: str) -> str:
+    """Text whose control characters are seen and do nothing: for a page and for a terminal.
+
+    >>> visible("a\\x00b\\x1b[2J"), visible("line\\n")
+    ('a␀b␛[2J', 'line\\n')
+    """
+
+    def picture(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        return chr(0x2400 + code) if code < 0x20 else "␡" if code == 0x7F else f"\\x{code:02x}"
+
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", picture, text)
 
 
 def page(title: str, sections: Iterable[str], footer: str) -> str:
@@ -24,7 +39,7 @@ def page(title: str, sections: Iterable[str], footer: str) -> str:
 
 
 def cell(text: str, small: str = "", kind: str = "") -> str:
-    """A table cell with a second, smaller line."""
+    """A table cell with a second, smaller line; `table(stacks=True)` puts the column's title into it for narrow windows."""
     under = f"<small>{escape(small)}</small>" if small else ""
     return f'<td class="{kind}">{escape(text)}{under}</td>' if kind else f"<td>{escape(text)}{under}</td>"
 
@@ -34,11 +49,20 @@ def name_cell(name: str, style: str) -> str:
     return f'<th scope="row"><i class="key {style}"></i>{escape(name)}</th>'
 
 
-def table(titles: Iterable[str], rows: Iterable[str]) -> str:
-    """A table that scrolls sideways where it is too wide; the rows are cells already."""
+def table(titles: Iterable[str], rows: Iterable[str], *, stacks: bool = False) -> str:
+    """A table that scrolls sideways where it is too wide, or on a telephone stacks each row's cells under its name; the rows are
+    cells already."""
+    titles = list(titles)
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    body = "".join(f"<tr>{_titled(row, titles) if stacks else row}</tr>" for row in rows)
+    kind = ' class="stacks"' if stacks else ""
+    return f'<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _titled(row: str, titles: Sequence[str]) -> str:
+    """A row whose cells know the titles of their columns."""
+    ahead = iter(titles[1:])
+    return re.sub("<td", lambda _: f'<td data-title="{escape(next(ahead))}"', row)
 
 
 def section(title: str, under: str, *parts: str) -> str:

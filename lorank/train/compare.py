@@ -7,7 +7,8 @@ OUT/failed.json            run -> why it failed; tried again when the comparison
 OUT/results.json, report.html    what came out, written anew after every run
 
 Every contestant runs each of its candidates with the first seed; the one with the lowest validation loss then runs with
-the other seeds. Whatever is finished is never run again, so that starting a comparison twice continues it.
+the other seeds. A seed changes initial values and the order of the training data; tokenizer and held-out text are those of
+the first seed in all runs, so that their losses are of the same text. Whatever is finished is never run again, so that starting a comparison twice continues it.
 """
 
 import dataclasses
@@ -22,9 +23,10 @@ import psutil
 
 from lorank.train.contest import Candidate, Comparison, Contestant, find_contestants, plan_contest, slug
 from lorank.train.matching import Costs
+from lorank.train.model import build_config
 from lorank.train.process import PretrainProcess, stop_on_signal
 from lorank.train.recipe import Recipe
-from lorank.train.run import absolute
+from lorank.train.run import absolute, check_corpus
 from lorank.train.tasks import check_tasks, is_file
 from lorank.train.trainer import write_whole
 
@@ -100,7 +102,8 @@ class Race:
         """
         out = Path(out).resolve()
         tasks = [os.path.abspath(task) if is_file(task) else task for task in comparison.tasks]
-        comparison = dataclasses.replace(comparison, base=absolute(comparison.base), tasks=tasks)
+        base = absolute(comparison.base)
+        comparison = dataclasses.replace(comparison, base=base, tasks=tasks)
         if (out / "comparison.json").exists():
             race = cls.open(out)
             was, now = race.comparison.to_dict(), comparison.to_dict()
@@ -118,7 +121,9 @@ class Race:
         from lorank.train import data
 
         watcher.say("reading the data and counting the models")
-        base = comparison.base
+        if base.data_seed is None:
+            base = dataclasses.replace(base, data_seed=comparison.seeds[0])
+        planned = dataclasses.replace(comparison, base=base)
         corpus = data.load_corpus(
             base.data,
             validation=base.validation,
@@ -127,16 +132,17 @@ class Race:
             sequence_length=base.sequence_length,
             documents=base.documents,
             text_column=base.text_column,
-            seed=comparison.seeds[0],
+            seed=base.split_seed,
         )
+        check_corpus(base, corpus, build_config(base, corpus.tokenizer).vocab_size)
         costs, seconds = Costs(corpus.tokenizer), {}
         made = not out.exists()
         try:
             if comparison.match == "time":
-                untimed = dataclasses.replace(comparison, match="tokens")
+                untimed = dataclasses.replace(planned, match="tokens")
                 for contestant in plan_contest(untimed, costs, out / "models"):
                     seconds[contestant.name] = _seconds_per_step(contestant, out / "probes", watcher)
-            contestants = plan_contest(comparison, costs, out / "models", seconds)
+            contestants = plan_contest(planned, costs, out / "models", seconds)
         except BaseException:
             _remove(out, "models", "probes", folder=made)
             raise

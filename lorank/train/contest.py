@@ -1,7 +1,7 @@
 """Who takes part in a comparison, with which settings: from what the user asked for to the recipe of every run.
 
-Beside the methods that were named there is always a control: `dense-small`, a dense model that is narrower, so that a
-token costs it as many FLOPs as the cheapest method. And a dense row comes twice, trained by AdamW and by Muon.
+Beside the methods that were named there are always controls: the dense model trained by AdamW and by Muon, and
+`dense-small`, a dense model that is narrower, so that a token costs it as many FLOPs as the cheapest method.
 """
 
 import dataclasses
@@ -10,20 +10,23 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import yaml
 
 from lorank.train.matching import Costs, Figure, Match, flops_of, match_structure, narrow_to_match, with_steps
 from lorank.train.model import build_config, schedule_of, written_out
-from lorank.train.recipe import Recipe
+from lorank.train.recipe import Recipe, published_lr
 
 MATCHES = ("tokens", "flops", "time", "params", "memory")
-SWEEP = {"lr": [1e-3, 3e-3, 9e-3]}
+RATES = (1e-3, 3e-3, 9e-3)
 """Tried where neither a learning rate nor a sweep is asked for."""
+AROUND = (1 / 3, 1.0, 3.0)
+"""Times the learning rate that is asked for: what the dense rows try."""
 SHARED = [
     "method",
     "seed",
+    "data_seed",
     "data",
     "validation",
     "text_column",
@@ -62,6 +65,10 @@ class Comparison:
     """Setting -> the values among which each contestant's best is chosen."""
     own: Mapping[str, Mapping[str, Sequence[Any]]] = dataclasses.field(default_factory=dict)
     """Contestant -> setting -> its own values instead."""
+    tuned: Literal["none", "dense", "all"] = "none"
+    """Whose learning rate is chosen where `sweep` and `own` do not say: nobody's, all train at the base's; of dense rows, the best
+    around it; everybody's, the one that the method's recipe of the size names, and for dense rows and where there is none the
+    best of `RATES`."""
     match: Match = "tokens"
     tasks: Sequence[str] = ()
     """Of lm-evaluation-harness."""
@@ -130,6 +137,8 @@ class Contestant:
     chosen: str
     """What was chosen for it to match the others, in words."""
     candidates: list[Candidate]
+    rate: str = ""
+    """Where its learning rate comes from, in words."""
 
 
 def parse_values(text: str) -> tuple[str, list[Any]]:
@@ -186,16 +195,27 @@ def find_contestants(comparison: Comparison) -> dict[str, tuple[Recipe, str]]:
             raise ValueError(f"{name!r} is no name for a contestant; take letters, digits, '.', '+', '-' and '_'")
         found[name] = (recipe, kind)
 
+    base = comparison.base
+    dense = dataclasses.replace(base, method="dense", rank=None, options={}, targets=[], exclude=[])
+
+    def add_dense(name: str) -> None:
+        """With both optimizers; a dense row of the user's own with one of them is one more."""
+        add(name, dense, "dense")
+        for other in ("adamw", "muon"):
+            if other != base.optimizer:
+                add(f"dense-{other}", with_setting(dense, "optimizer", other), "dense")
+
     for text in comparison.methods:
         name, equals, method = text.partition("=")
         method = method if equals else name
-        dense = method == "dense"
-        plain: dict[str, Any] = {"rank": None, "options": {}, "targets": [], "exclude": []} if dense else {}
-        recipe = dataclasses.replace(comparison.base, method=method, **plain)
-        add(name, recipe, "dense" if dense else "method")
-        if dense and not equals:
-            other = "adamw" if recipe.optimizer == "muon" else "muon"
-            add(f"dense-{other}", with_setting(recipe, "optimizer", other), "dense")
+        if text == "dense":
+            add_dense("dense")
+        elif method == "dense":
+            add(name, dense, "dense")
+        else:
+            add(name, dataclasses.replace(base, method=method), "method")
+    if "dense" not in comparison.methods and base.model != "egg":  # whose like there is not in floating point
+        add_dense("dense")
     unknown = [name for name in comparison.own if name not in (*found, CONTROL)]
     if unknown:
         raise ValueError(f"--for {unknown[0]}: there is no such contestant; there are {', '.join((*found, CONTROL))}")
@@ -218,14 +238,14 @@ def plan_contest(
     by, target = STRUCTURE.get(comparison.match), None
     for name, (recipe, kind) in find_contestants(comparison).items():
         try:
-            chosen, recipes = "as it is", _swept(comparison, name, recipe)
+            chosen, (recipes, rate) = "as it is", _swept(comparison, name, recipe)
             if by and target is not None:
                 first, chosen = match_structure(recipes[0][1], costs, target, by, folder / name)
                 shape: dict[str, Any] = {"rank": first.rank, "model": first.model}
                 recipes = [(settings, dataclasses.replace(written_out(one), **shape)) for settings, one in recipes]
             elif by:
                 target = costs.of(by, recipes[0][1])
-            contestants.append(_contestant(comparison, name, kind, chosen, recipes, costs))
+            contestants.append(_contestant(comparison, name, kind, chosen, recipes, rate, costs))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     control = _control(comparison, contestants, costs, folder)
@@ -236,6 +256,10 @@ def plan_contest(
             matched = _at_steps(contestant.name, comparison.match, candidate.recipe, steps)
             candidate.flops *= matched.steps / candidate.recipe.steps
             candidate.recipe = matched
+            try:  # better now than when its turn comes
+                costs.check(candidate.recipe)
+            except (ValueError, ImportError) as error:
+                raise ValueError(f"{contestant.name}: {error}") from None
     return contestants
 
 
@@ -258,9 +282,15 @@ def _at_steps(name: str, match: str, recipe: Recipe, steps: int) -> Recipe:
     raise ValueError(f"{name}, at the {steps:,} steps that --match {match} gives it: {refused}") from None
 
 
-def _swept(comparison: Comparison, name: str, recipe: Recipe) -> list[tuple[dict[str, Any], Recipe]]:
-    """The contestant's recipe with every combination of values; what its method does not have is not swept."""
-    values = {**comparison.sweep, **comparison.own.get(name, {})}
+def _swept(comparison: Comparison, name: str, recipe: Recipe) -> tuple[list[tuple[dict[str, Any], Recipe]], str]:
+    """The contestant's recipe with every combination of values, and where its learning rate comes from; what its method does
+    not have is not swept."""
+    values, rate = {**comparison.sweep, **comparison.own.get(name, {})}, "as given, not tuned"
+    if "lr" not in values:
+        rates, rate = _rates(comparison, recipe)
+        values = {**({"lr": rates} if rates else {}), **values}
+    if len(values.get("lr", ())) > 1:
+        rate = "the best of its sweep"
     if recipe.method == "dense":
         values = {
             key: value for key, value in values.items() if key.partition(".")[0] not in (*LOW_RANK_ONLY, "option")
@@ -273,7 +303,20 @@ def _swept(comparison: Comparison, name: str, recipe: Recipe) -> list[tuple[dict
         for key, value in settings.items():
             changed = with_setting(changed, key, value)
         found.append((settings, changed))
-    return found
+    return found, rate
+
+
+def _rates(comparison: Comparison, recipe: Recipe) -> tuple[list[float], str]:
+    """The learning rates that a contestant tries where the user names none for it, and where they come from."""
+    given = "as given, not tuned"
+    if comparison.tuned == "none" or (comparison.tuned == "dense" and recipe.method != "dense"):
+        return [], given
+    if recipe.model == "egg":  # its rule has no learning rate of that kind
+        return [], "the default of its rule"
+    if comparison.tuned == "dense":
+        return [float(f"{recipe.lr * part:.4g}") for part in AROUND], ""
+    published = None if recipe.model or recipe.method == "dense" else published_lr(recipe.method, recipe.size)
+    return list(RATES if published is None else [published]), f"its recipe's at {recipe.size}, not tuned here"
 
 
 def _contestant(
@@ -282,13 +325,14 @@ def _contestant(
     kind: str,
     chosen: str,
     recipes: Sequence[tuple[dict[str, Any], Recipe]],
+    rate: str,
     costs: Costs,
 ) -> Contestant:
     candidates = []
     for settings, recipe in recipes:
         memory = costs.of("memory_bytes", recipe) if comparison.match == "memory" else None
         candidates.append(Candidate(settings, recipe, flops_of(recipe, costs), memory))
-    return Contestant(name, recipes[0][1].method, kind, chosen, candidates)
+    return Contestant(name, recipes[0][1].method, kind, chosen, candidates, rate)
 
 
 def _control(
@@ -308,7 +352,7 @@ def _control(
     rivals = [
         (candidate.recipe, one.name) for one in contestants for candidate in one.candidates if one.kind == "method"
     ]
-    if not rivals:
+    if not rivals or comparison.base.model == "egg":
         return None
     cheapest, rival = min(
         ((costs.of("flops_per_token", recipe), name) for recipe, name in rivals), key=lambda pair: pair[0]
@@ -318,7 +362,8 @@ def _control(
     recipe, shape = narrow_to_match(dense, costs, cheapest, "flops_per_token", folder / CONTROL)
     whole = build_config(dense, costs.tokenizer)
     chosen = f"{shape} (the whole dense model: {whole.hidden_size}), for the training FLOPs per token of {rival}"
-    return _contestant(comparison, CONTROL, "control", chosen, _swept(comparison, CONTROL, recipe), costs)
+    recipes, rate = _swept(comparison, CONTROL, recipe)
+    return _contestant(comparison, CONTROL, "control", chosen, recipes, rate, costs)
 
 
 def _matched_steps(

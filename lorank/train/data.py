@@ -37,6 +37,8 @@ from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lorank.train.hub import asked_if_reachable
+
 logger = logging.getLogger(__name__)
 
 VERSION = 1  # part of every cache key; raise it when the same text should give other tokens or sequences
@@ -148,6 +150,7 @@ def load_corpus(
     documents: Literal["packed", "padded"] = "packed",
     text_column: str = "text",
     seed: int = 42,
+    order_seed: int | None = None,
     validation_tokens: int = 10_000_000,
     cache_dir: Path | None = None,
 ) -> Corpus:
@@ -162,7 +165,9 @@ def load_corpus(
         documents: "packed" lays documents end to end, an end-of-sequence token after each, and cuts windows
             of `sequence_length` tokens; "padded" cuts or pads each document to one row, as the papers do.
         text_column: of jsonl, json, parquet and hub data.
-        seed: of the split and of the order of documents.
+        seed: of the split, of the order of documents, and so of the tokenizer that is trained on them.
+        order_seed: of the order in which a stream is trained on, if another than `seed`. Rows on disk are shuffled by whoever
+            reads them.
         validation_tokens: predicted tokens after which validation ends.
         cache_dir: default $XDG_CACHE_HOME/lorank, or ~/.cache/lorank.
 
@@ -183,6 +188,9 @@ def load_corpus(
     texts = partial(_texts, train)
     tok = load_tokenizer(tokenizer, texts, vocab_size=vocab_size, cache_dir=cache, texts_name=name)
     form = Form(tok, sequence_length, documents)
+    if isinstance(train, IterableDataset) and order_seed not in (None, seed):  # the same documents in another order
+        again = _open(data, text_column, order_seed, cache)  # type: ignore[arg-type]
+        train = again.whole if train is source.whole else again.train
     rows = _sequences(train, form, f"the training text of {data}", cache)
     what = f"the validation text of {validation}"
     held_out_rows = _sequences(held_out, form, what, cache, validation_tokens)
@@ -409,8 +417,9 @@ def _open_hub(source: str, text_column: str, seed: int) -> Source:
     """Streams; without a validation split their first documents, 5 % at most, are held out."""
     name, _, config = source.partition(":")
     try:
-        splits = datasets.load_dataset(name, config or None, streaming=True)
-        first = {split: list(splits[split].take(1)) for split in ("train", "validation") if split in splits}
+        with asked_if_reachable():
+            splits = datasets.load_dataset(name, config or None, streaming=True)
+            first = {split: list(splits[split].take(1)) for split in ("train", "validation") if split in splits}
     except Exception as error:  # the network, the hub and every builder raise their own
         kind = ValueError if isinstance(error, ValueError) else OSError
         raise kind(f"{source} is not on disk, and the hub does not open it ({_first_line(error)})") from error
@@ -462,7 +471,8 @@ def load_tokenizer(
         return byte_tokenizer()
     if name_or_path is not None:
         try:
-            return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), trust_remote_code=False)
+            with asked_if_reachable():
+                return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), trust_remote_code=False)
         except Exception as error:  # the hub, a file or its parser
             raise OSError(f"{name_or_path}: no tokenizer could be loaded ({_first_line(error)})") from error
     if vocab_size < 258:

@@ -7,7 +7,7 @@ tokens   nothing is changed
 flops    steps, so that steps × tokens per step × FLOPs per token (recomputation and the optimizer's products counted) are
          those of the first method
 time     steps, by the throughput measured in a short run
-params   the rank, or where no rank changes it the width of the model
+params   the rank, or where no rank changes it the width of the model; what a method drops after training does not count
 memory   the same, by the estimate of weights, gradients, optimizer state and activations
 """
 
@@ -17,18 +17,33 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorank import accounting
-from lorank.train.model import build_config, build_model, written_out
+from lorank.conversion import method_of
+from lorank.train.estimators import build_estimator
+from lorank.train.model import Projection, build_config, build_model, find_projection, written_out
+from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
 from lorank.train.plan import memory, optimizer_flops
 from lorank.train.recipe import Recipe
 
 Match = Literal["tokens", "flops", "time", "params", "memory"]
-FREE_OF_COST = ("lr", "seed", "weight_decay", "decay", "betas", "eps", "clip", "steps", "warmup_steps", "min_lr_ratio")
+FREE_OF_COST = (
+    "lr",
+    "seed",
+    "data_seed",
+    "weight_decay",
+    "decay",
+    "betas",
+    "eps",
+    "clip",
+    "steps",
+    "warmup_steps",
+    "min_lr_ratio",
+)
 """Settings that change neither a model nor what a step of it costs."""
 CLOSE = 0.02
 """How far from its target a match by rank or width may stay, as a part of the target."""
@@ -58,9 +73,42 @@ class Costs:
             self._known[key] = _count(figure, recipe, model)
         return self._known[key]
 
+    def check(self, recipe: Recipe) -> None:
+        """Build what a run builds before it trains: its model, on no device, and its optimizer, on a matrix.
+
+        Raises:
+            ValueError, ImportError: as the run would.
+        """
+        free = [name for name in FREE_OF_COST if name != "lr"] if recipe.method == "eggroll" else FREE_OF_COST
+        settings = {name: value for name, value in recipe.to_dict().items() if name not in free}
+        key = json.dumps(["check", settings], sort_keys=True, default=str)
+        if key not in self._known:
+            with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+                model = build_model(recipe, build_config(recipe, self.tokenizer))
+                projection = find_projection(recipe, model)
+                estimator = build_estimator(recipe, model)
+            if estimator is None:
+                _try_optimizer(recipe, model, projection)
+            self._known[key] = 1.0
+
+
+def _try_optimizer(recipe: Recipe, model: PreTrainedModel, projection: Projection | None) -> None:
+    matrix: Any = torch.nn.Linear(4, 4, bias=False)
+    method = method_of(model)
+    settings: dict[str, Any] = {name: getattr(recipe, name) for name in ("lr", "weight_decay", "decay", "betas", "eps")}
+    if projection is not None:
+        kind, _, options = projection
+        build_low_rank_optimizer(matrix, kind, {matrix.weight: 1}, recipe.optimizer, options=options, **settings)
+    else:
+        build_optimizer(matrix, recipe.optimizer, adamw=method.adamw if method else None, **settings)
+
 
 def _count(figure: Figure, recipe: Recipe, model: PreTrainedModel) -> float:
     if figure == "parameters":
+        if (method := method_of(model)) is not None:
+            method.finalize(
+                model
+            )  # what is saved and reported: MASA's is without the network that made its coefficients
         return accounting.count_parameters(model).total
     length, batch = recipe.sequence_length, recipe.micro_batch_size or recipe.batch_size
     if figure == "flops_per_token":

@@ -21,6 +21,7 @@ from lorank.optim import ESTIMATORS, find_optimizer, optimizer_names, option_nam
 from lorank.optim.groups import ranks
 from lorank.sizes import llama_config
 from lorank.train.estimators import build_egg, egg_config
+from lorank.train.hub import asked_if_reachable
 from lorank.train.recipe import Recipe
 
 
@@ -68,7 +69,8 @@ def _read_config(name: str) -> PretrainedConfig:
             f"model={name!r} does not exist; give a folder with a config.json, or a model type such as gpt2"
         )
     try:
-        return AutoConfig.from_pretrained(os.path.expanduser(name))
+        with asked_if_reachable():
+            return AutoConfig.from_pretrained(os.path.expanduser(name))
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         # a field that a configuration class refuses is told of in the last line, all else in the first
         reason = str(error).strip().splitlines()[-1 if isinstance(error, StrictDataclassError) else 0]
@@ -154,6 +156,8 @@ def check_causal(model: PreTrainedModel) -> None:
     finally:
         hook.remove()
         model.train(training)
+    if not influence.isfinite().all():
+        raise ValueError(f"a model of type {kind!r} gives numbers that are not finite on any text; it has diverged")
     if influence[:, -1].any():
         raise ValueError(
             f"model type {kind!r} sees tokens that are still to come, so its perplexity would mean nothing; take a decoder"

@@ -109,7 +109,13 @@ class Recipe:
     save_every: int = _option(200, "Steps between checkpoints; 0 keeps the final model only.")
     keep: int = _option(2, "Checkpoints to keep.")
     report_to: list[str] = _option([], "Trackers that transformers reports to: tensorboard, wandb, ...")
-    seed: int = _option(42, "Fixes initial weights, order of data and dropout.")
+    seed: int = _option(
+        42, "Fixes initial weights, order of data and dropout, and what data_seed does if that is not given."
+    )
+    data_seed: int | None = _option(
+        None,
+        "Fixes which text is held out and the trained tokenizer, so that runs of several seeds share them. Default: the seed.",
+    )
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -139,6 +145,8 @@ class Recipe:
         for name in ("data", "validation", "tokenizer", "model"):
             if getattr(self, name) == "":
                 raise ValueError(f"{name} is empty; name something or leave it out")
+        if self.data_seed is not None and self.data_seed < 0:
+            raise ValueError(f"data_seed={self.data_seed} is negative")
         if self.vocab_size is not None and self.vocab_size <= 0:
             raise ValueError(f"vocab_size={self.vocab_size} is not positive")
         if self.sequence_length < 2:
@@ -193,8 +201,28 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
+    @property
+    def split_seed(self) -> int:
+        """The seed that decides what is held out: `data_seed`, or the run's own."""
+        return self.seed if self.data_seed is None else self.data_seed
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def recipes_folder() -> Path:
+    """Where recipes/ is: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[1]
+    return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
+
+
+@functools.cache
+def published_lr(method: str, size: str) -> float | None:
+    """The learning rate that the recipe of a method at a size names; None where there is no recipe, or it leaves the rate open
+    because no source is known for it."""
+    path = recipes_folder() / f"{method.removesuffix('-m')}-{size}.yaml"
+    found = yaml.safe_load(path.read_text(encoding="utf-8")).get("lr") if path.is_file() else None
+    return None if found is None else float(found)
 
 
 @functools.cache

@@ -33,8 +33,11 @@ import torch
 from datasets import IterableDataset
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
-    AutoTokenizer,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -50,6 +53,7 @@ from lorank.conversion import method_of
 from lorank.train import data
 from lorank.train.estimators import EggEggroll, build_estimator, egg_optimizer
 from lorank.train.generation import generate_text
+from lorank.train.hub import asked_if_reachable, is_reachable
 from lorank.train.model import build_config, build_model, check_causal, find_projection
 from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
 from lorank.train.recipe import Recipe
@@ -114,20 +118,16 @@ def pretrain(
         sequence_length=recipe.sequence_length,
         documents=recipe.documents,
         text_column=recipe.text_column,
-        seed=recipe.seed,
+        seed=recipe.split_seed,
+        order_seed=recipe.seed,
     )
     config = build_config(recipe, corpus.tokenizer)
-    data.check_ids(corpus.largest_id, config.vocab_size)
+    check_corpus(recipe, corpus, config.vocab_size)
     began = _read_json(out / "run.json")["data_hash"] if resume else corpus.hash
     if began != corpus.hash:
         raise ValueError(
             f"data={recipe.data!r} are not what {out} began with (hash {corpus.hash}, was {began}); restore them, or start "
             "another run with --out"
-        )
-    if hasattr(corpus.train, "__len__") and len(corpus.train) < recipe.batch_size:
-        raise ValueError(
-            f"data={recipe.data!r} gives {len(corpus.train)} sequences of sequence_length={recipe.sequence_length}, fewer than "
-            f"batch_size={recipe.batch_size}; give more text or a smaller batch"
         )
     with PeakMemory() as memory, StopOnSignal() as stop:
         set_seed(recipe.seed)
@@ -175,6 +175,16 @@ def pretrain(
         write_whole(out / "README.md", model_card(recipe, summary, corpus.description))
         write_whole(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2))
     return summary
+
+
+def check_corpus(recipe: Recipe, corpus: data.Corpus, vocab_size: int) -> None:
+    """Raises ValueError if the vocabulary does not hold the text's tokens, or the text does not fill a batch."""
+    data.check_ids(corpus.largest_id, vocab_size)
+    if hasattr(corpus.train, "__len__") and len(corpus.train) < recipe.batch_size:
+        raise ValueError(
+            f"data={recipe.data!r} gives {len(corpus.train)} sequences of sequence_length={recipe.sequence_length}, fewer than "
+            f"batch_size={recipe.batch_size}; give more text or a smaller batch"
+        )
 
 
 def build_trainer(
@@ -381,18 +391,79 @@ def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: 
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def load_model(folder: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A saved model and its tokenizer, in evaluation mode; ValueError in one sentence if `folder` has none."""
+def load_model(
+    folder: str, *, tokenizer: str | None = None, of_any_kind: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A saved model (folder or hub name) and its tokenizer, in evaluation mode.
+
+    Args:
+        tokenizer: folder or hub name of another one, or "bytes"; by default the model's own.
+        of_any_kind: also what is no causal language model, as the class that its config.json names: a masked language
+            model, or a body without a head.
+
+    Raises:
+        ValueError: there is none, it reads no text, or its weights are not finite.
+    """
+    if not folder.strip():
+        raise ValueError("the model's name is empty; give a run, a folder with a config.json, or a hub name")
     path = Path(folder).expanduser()
     looks_local = folder.startswith((".", "/", "~")) or path.exists()
     if looks_local and not (path / "config.json").exists():
         hint = "; it is an unfinished run, continue it with --resume" if (path / "recipe.yaml").exists() else ""
         raise ValueError(f"{folder} is not a directory with a model (no config.json){hint}")
+    place = str(path) if looks_local else folder
     try:
-        model = AutoModelForCausalLM.from_pretrained(path if looks_local else folder)
-        return model.eval(), AutoTokenizer.from_pretrained(path if looks_local else folder)
+        with asked_if_reachable():
+            kind = _kind_of(AutoConfig.from_pretrained(place), folder) if of_any_kind else AutoModelForCausalLM
+            model = kind.from_pretrained(place)
+    except _Unfit:
+        raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise ValueError(f"no model could be loaded from {folder}: {str(error).strip().splitlines()[0]}") from None
+        reason = str(error).strip().splitlines()[0]
+        if not looks_local and not is_reachable():
+            reason = "there is no such folder, and without a network the hub cannot be asked for it"
+        raise ValueError(f"no model could be loaded from {folder}: {reason}") from None
+    check_finite(model, folder)
+    return model.eval(), _tokenizer_of(place, folder, tokenizer)
+
+
+class _Unfit(ValueError):
+    """The model is there, but not one that can be used here."""
+
+
+def _kind_of(config: PretrainedConfig, folder: str) -> Any:
+    """The Auto class for the architecture that a configuration names, else the first that has its type."""
+    if config.is_encoder_decoder:
+        raise _Unfit(
+            f"{folder} is an encoder-decoder ({config.model_type}), which reads one text and writes another; only models that read "
+            "one text are looked at"
+        )
+    named, autos = (config.architectures or [""])[0], (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
+    fitting = [auto for auto in autos if type(config) in auto._model_mapping]
+    for auto in fitting:
+        classes: Any = auto._model_mapping[type(config)]
+        if named in [one.__name__ for one in (classes if isinstance(classes, tuple) else (classes,))]:
+            return auto
+    return fitting[-1] if fitting else AutoModel  # of a classifier and the like, the body
+
+
+def _tokenizer_of(place: str, folder: str, other: str | None) -> PreTrainedTokenizerBase:
+    try:
+        return data.load_tokenizer(other or place)
+    except OSError as error:
+        if other is not None:
+            raise ValueError(str(error)) from None
+        raise ValueError(f"{folder} has a model but no tokenizer that can be read; name one with --tokenizer") from None
+
+
+def check_finite(model: torch.nn.Module, name: str) -> None:
+    """ValueError that names the weights of a model that hold NaN or infinity."""
+    broken = [key for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
+    if broken:
+        others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise ValueError(
+            f"{name} has weights that are not finite numbers: {broken[0]}{others}; it has diverged or was damaged, take an earlier one"
+        )
 
 
 def environment(corpus: data.Corpus) -> dict[str, Any]:

@@ -35,6 +35,8 @@ def row(name: str, kind: str, loss: float, *, seeds: int = 3, flops: float = 1e1
         "kind": kind,
         "chosen": "as it is",
         "settings": {"lr": 3e-3},
+        "lr": 3e-3,
+        "rate": "the best of its sweep",
         "edge": ["lr"] if name == "cola" else [],
         "tried": [
             {"settings": {"lr": lr}, "status": "finished", "loss": loss + gap}
@@ -154,8 +156,55 @@ def test_what_failed_or_is_not_there_yet_has_its_row(results: dict[str, Any]) ->
 def test_what_was_matched_is_shown_with_how_well(results: dict[str, Any]) -> None:
     results["match"] = {"by": "flops", "ratios": {"cola": 1.0, "dense": 0.9987}}
     page = write_report(results)
-    assert "training FLOPs, ratio" in page and "<td>0.9987</td>" in page
+    assert "training FLOPs, ratio" in page and '<td data-title="training FLOPs, ratio">0.9987</td>' in page
     assert "best of 3, edge" in page
+
+
+def test_control_characters_are_seen_and_do_nothing(results: dict[str, Any]) -> None:
+    results["contestants"][0]["sample"] = "a\x00b\x1b[31m\x7f\x9b\rtab\there\nnext"
+    page = write_report(results)
+    assert "a␀b␛[31m␡\\x9b␍tab\there\nnext" in page
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
+
+
+def test_on_a_telephone_every_cell_of_the_results_says_what_it_is(results: dict[str, Any]) -> None:
+    found = re.search(r'<table class="stacks">(.*?)</table>', write_report(results), re.S)
+    assert found is not None
+    head, _, body = found[1].partition("<tbody>")
+    titles = re.findall(r'<th scope="col">(.*?)</th>', head)
+    for line in re.findall(r"<tr>(.*?)</tr>", body):
+        assert re.findall(r'<td data-title="(.*?)"', line) == titles[1:] and line.count("<td") == len(titles) - 1
+
+
+def test_names_keep_off_the_lines_of_a_pareto_plot() -> None:
+    """A point whose right, where names go first, is crossed by another's bar."""
+    about: dict[str, Any] = {"size": (478, 320), "x_title": "x", "y_title": "y", "x_format": str, "y_format": str}
+    series = [Series("dense-small", "g2", [(10.0, 5.0)]), Series("m", "s0", [(10.8, 4.0)], [(10.8, 1.0, 9.0)])]
+    tree = ElementTree.fromstring(scatter_chart(series, **about))
+    [name] = [one for one in tree.iter("text") if one.text == "dense-small"]
+    [bar] = [one for one in tree.iter("line") if "bar" in (one.get("class") or "")]
+    x, wide, at = float(name.get("x") or 0), 11 * 7.2, float(bar.get("x1") or 0)
+    left = (
+        x - wide
+        if "right" in (name.get("class") or "")
+        else x - wide / 2
+        if "middle" in (name.get("class") or "")
+        else x
+    )
+    assert not left < at < left + wide
+
+
+def test_the_terminal_has_80_columns(results: dict[str, Any]) -> None:
+    from io import StringIO
+
+    from rich.console import Console
+
+    results["match"]["by"] = "flops"
+    shown = Console(file=StringIO(), width=80)
+    shown.print(comparison_table(results))
+    said = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in said and "Δ nats" in said and all(len(line) <= 80 for line in said.splitlines())
+    assert "lr 0.003" in " ".join(said.split())
 
 
 def test_dense_rows_are_grey_and_methods_coloured(results: dict[str, Any]) -> None:
@@ -184,3 +233,4 @@ def test_single_points_and_nothing_at_all_still_draw() -> None:
     for draw in (line_chart, scatter_chart):
         ElementTree.fromstring(draw([Series("one", "s0", [(5.0, 2.0)])], **about))
     ElementTree.fromstring(line_chart([Series("one", "s0", [(0.1, 2.0)])], log_x=True, **about))
+    ElementTree.fromstring(line_chart([Series("one", "s0", [(0.0, 2.0), (0.0, 1.0)])], **about))

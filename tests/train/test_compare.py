@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from lorank.cli import main
-from lorank.report.comparison import _baseline_rank, write_results
+from lorank.report.comparison import _baseline_rank, _mismatches, gather, write_results
 from lorank.train import compare, data, tasks
 from lorank.train.compare import Race, Run
-from lorank.train.contest import Comparison, plan_contest, slug
+from lorank.train.contest import Comparison, _swept, find_contestants, plan_contest, slug
 from lorank.train.matching import Costs
 from lorank.train.process import PretrainProcess
 from lorank.train.recipe import Recipe
@@ -159,20 +159,22 @@ def check_results(results: dict[str, Any], out: Path) -> None:
     assert results["finished_runs"] == results["planned_runs"] == 9
     assert [row["name"] for row in results["contestants"]] == ["cola", "dense", "dense-muon", "dense-small"]
     assert [row["kind"] for row in results["contestants"]] == ["method", "dense", "dense", "control"]
-    hashes: dict[int, set[str]] = {1: set(), 2: set()}
+    hashes, texts, words = set(), set(), set()
     for row in results["contestants"]:
         assert row["loss"]["low"] < row["loss"]["mean"] < row["loss"]["high"] and row["loss"]["number"] == 2
         assert [run["seed"] for run in row["runs"]] == [1, 2]
         assert results["match"]["ratios"][row["name"]] == pytest.approx(1, abs=0.25)  # six steps are coarse
         assert set(row["spectra"]) >= {"q_proj", "down_proj"} and row["sample"]
         for run in row["runs"]:
-            hashes[run["seed"]].add(run["data_hash"])
+            hashes.add(run["data_hash"])
+            texts.add(json.loads((out / run["folder"] / "run.json").read_text())["recipe"]["data_seed"])
+            words.add((out / run["folder"] / "tokenizer.json").read_bytes())
             assert (out / run["folder"] / "model.safetensors").exists()
             for curve in (run["curve"], run["training"]):
                 assert len({len(values) for values in curve.values()}) == 1
                 assert curve["tokens"] == sorted(curve["tokens"]) and curve["seconds"] == sorted(curve["seconds"])
             assert run["curve"]["flops"][-1] == pytest.approx(row["training_flops"])
-    assert all(len(found) == 1 for found in hashes.values())  # one seed, one data set and split
+    assert len(hashes) == len(words) == 1 and texts == {1}  # one text held out and one tokenizer over all seeds
     cola = results["contestants"][0]
     losses = {tried["settings"]["lr"]: tried["loss"] for tried in cola["tried"]}
     assert cola["settings"]["lr"] == min(losses, key=lambda lr: losses[lr]) and cola["edge"] == ["lr"]
@@ -185,6 +187,33 @@ def check_results(results: dict[str, Any], out: Path) -> None:
     assert cola["difference"]["high"] - cola["difference"]["mean"] == pytest.approx(
         12.7062 * abs(gaps[0] - gaps[1]) / 2, rel=1e-4
     )
+
+
+def test_a_seed_changes_order_and_initial_values_but_not_the_text(
+    base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    race = Race(
+        tmp_path, Comparison(base=dataclasses.replace(base, data_seed=1), methods=["dense"], seeds=[1, 2]), [], {}
+    )
+    seen: list[list[torch.Tensor]] = []
+    collate = data.collate
+
+    def remember(rows: Any, vocab_size: int | None = None) -> Any:
+        seen[-1].append(collate(rows, vocab_size)["input_ids"])
+        return collate(rows, vocab_size)
+
+    monkeypatch.setattr(data, "collate", remember)
+    for seed in race.comparison.seeds:
+        seen.append([])
+        recipe = dataclasses.replace(
+            race.comparison.base, method="dense", rank=None, seed=seed, eval_every=0, save_every=0
+        )
+        pretrain(recipe, tmp_path / str(seed))
+    first, second = ([row.tolist() for batch in one for row in batch] for one in seen)
+    train = base.steps * base.batch_size
+    held_out = data.load_corpus(base.data, vocab_size=300, sequence_length=32, seed=1).validation["input_ids"]
+    assert first[:train] != second[:train]
+    assert first[-len(held_out) :] == second[-len(held_out) :] == [list(row) for row in held_out]
 
 
 def test_all_methods_see_the_same_tokens_in_the_same_order(
@@ -242,6 +271,32 @@ def test_rank_or_width_make_costs_equal(base: Recipe, costs: Costs, tmp_path: Pa
         assert one.chosen.startswith("hidden size" if one.method == "dense" else "rank")
 
 
+def test_what_a_method_drops_after_training_is_not_matched(base: Recipe, costs: Costs, quick, tmp_path: Path) -> None:
+    """MASA has a network for its coefficients while it trains, half as large as a small model."""
+    short = dataclasses.replace(base, rank=None, steps=2, warmup_steps=1, eval_every=0, save_every=0)
+    asked = Comparison(base=short, methods=["cola", "masa"], match="params")
+    race = Race(tmp_path, asked, plan_contest(asked, costs, tmp_path / "models")[:2], {"corpus": ""})
+    race.run(Silent(), after_each=lambda race: None)
+    results = gather(race)
+    assert results["match"]["ratios"]["masa"] == pytest.approx(1, abs=0.02)
+    assert not any("not matched" in note for note in results["notes"])
+
+
+def test_what_did_not_come_out_equal_is_told() -> None:
+    rows = [
+        {"name": name, "kind": kind} for name, kind in (("cola", "method"), ("d", "dense"), ("dense-small", "control"))
+    ]
+    match = {"by": "time", "figure": "seconds", "ratios": {"cola": 1.0, "d": 1.02, "dense-small": 1.44}}
+    probed, told = _mismatches({"match": match, "contestants": rows})
+    assert (
+        "speed of 12 steps" in probed
+        and told == "dense-small is not matched: its seconds came out 1.44 times those of cola."
+    )
+    match = {"by": "params", "figure": "parameters", "ratios": {"cola": 1.0, "d": 0.78, "dense-small": 0.9}}
+    [told] = _mismatches({"match": match, "contestants": rows})
+    assert told.startswith("d is not matched: its parameters came out 0.78 times")
+
+
 def test_no_two_settings_share_a_folder() -> None:
     settings = [{"lr": 1e30}, {"lr": 1e-30}, {"lr": 1.0}, {"lr": 10.0}, {"betas": "a b"}, {}]
     assert len({slug(one) for one in settings}) == len(settings) and "/" not in slug({"x": "../y"})
@@ -249,23 +304,45 @@ def test_no_two_settings_share_a_folder() -> None:
 
 def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     asked = Comparison(base=base, methods=["cola", "d=dense"], match="time")
-    seconds = {"cola": 0.1, "d": 0.3, "dense-small": 0.05}
+    seconds = {"cola": 0.1, "d": 0.3, "dense": 0.15, "dense-muon": 0.2, "dense-small": 0.05}
     found = plan_contest(asked, costs, tmp_path, seconds)
-    assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 12]
-    assert found[2].candidates[0].recipe.warmup_steps == 4 and found[2].candidates[0].recipe.eval_every == 4
+    assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 4, 3, 12]
+    assert found[-1].candidates[0].recipe.warmup_steps == 4 and found[-1].candidates[0].recipe.eval_every == 4
+
+
+def test_dense_rows_are_always_there_and_always_tuned(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    def rates(**asked: Any) -> dict[str, tuple[list[Any], str]]:
+        comparison, found = Comparison(**asked), {}
+        for name, (recipe, _) in find_contestants(comparison).items():
+            recipes, rate = _swept(comparison, name, recipe)
+            found[name] = [one.lr for _, one in recipes], rate
+        return found
+
+    around, swept = [0.003333, 0.01, 0.03], "the best of its sweep"
+    found = rates(base=base, methods=["cola"], tuned="dense")  # --lr 1e-2
+    assert found == {"cola": ([0.01], "as given, not tuned"), "dense": (around, swept), "dense-muon": (around, swept)}
+    *_, small = plan_contest(Comparison(base=base, methods=["cola"], tuned="dense"), costs, tmp_path)
+    assert small.name == "dense-small" and [one.recipe.lr for one in small.candidates] == around
+    found = rates(base=base, methods=["d=dense"], tuned="dense", own={"dense": {"lr": [5e-3]}})
+    assert found == {"d": (around, swept), "dense": ([5e-3], "as given, not tuned"), "dense-muon": (around, swept)}
+    sized = dataclasses.replace(base, model=None, size="60m", rank=None)
+    found = rates(base=sized, methods=["galore", "cola-m", "crnet"], tuned="all")  # neither --lr nor --sweep
+    assert found["galore"] == ([1e-2], "its recipe's at 60m, not tuned here") and found["cola-m"][0] == [6e-3]
+    assert found["crnet"] == found["dense"] == ([1e-3, 3e-3, 9e-3], swept)  # no source is known for CR-Net's
+    assert rates(base=base, methods=["cola"], tuned="all")["cola"][1] == swept  # no recipe is for this shape
 
 
 def test_a_cycle_in_updates_stays_what_it_is_when_steps_are_matched(
     base: Recipe, costs: Costs, quick: type[InThisProcess], tmp_path: Path
 ) -> None:
-    long = dataclasses.replace(base, steps=20, eval_every=0, save_every=0)
+    long = dataclasses.replace(base, steps=20, eval_every=0, save_every=0)  # dense rows take fewer
     asked = Comparison(base=long, methods=["cola", "relora"], own={"relora": {"option.cycle": [5]}}, match="flops")
     race, watcher = Race.plan(asked, tmp_path / "race", Silent()), Silent()
-    cola, relora, _ = (one.candidates[0] for one in race.contestants)
+    cola, relora, *_ = (one.candidates[0] for one in race.contestants)
     assert relora.recipe.steps in (10, 15, 20) and relora.recipe.options["cycle"] == 5
     assert relora.flops == pytest.approx(cola.flops, rel=2.5 / relora.recipe.steps)
     race.run(watcher, after_each=lambda race: None)
-    assert race.failures() == {} and len(watcher.outcomes) == 3
+    assert race.failures() == {} and len(watcher.outcomes) == 5
     asked = dataclasses.replace(asked, own={"relora": {"option.cycle": [18]}})
     with pytest.raises(
         ValueError, match=r"relora, at the 1\d steps that --match flops gives it: .* not several times cycle=18; change"
@@ -292,7 +369,7 @@ BAD = {
     "no values": (["--method", "cola", "--sweep", "lr"], "is not NAME=VALUE"),
     "bad value": (["--method", "cola", "--sweep", "lr=1e-3,-1"], "lr=-1.0 is not positive"),
     "shared setting": (["--method", "cola", "--sweep", "steps=5,9"], "steps is the same for all"),
-    "own of nobody": (["--method", "cola", "--for", "dense", "lr=1e-3"], "there is no such contestant"),
+    "own of nobody": (["--method", "cola", "--for", "sparse", "lr=1e-3"], "there is no such contestant"),
     "twice": (["--method", "cola", "--method", "cola"], "two contestants are called 'cola'"),
     "the control's name": (["--method", "dense-small=dense"], "two contestants are called 'dense-small'"),
     "seeds": (["--method", "cola", "--seeds", "1,x"], "is not a list of whole numbers"),
@@ -300,6 +377,10 @@ BAD = {
     "impossible match": (["--method", "cola", "--method", "relora", "--match", "params"], "no rank of relora has parameters"),
     "rank swept and matched": (["--method", "cola", "--match", "params", "--sweep", "rank=4,8"], "cannot be swept beside it"),
     "field of no method": (["--method", "cola", "--for", "cola", "option.depth=3"], "has no field 'depth'"),
+    "no rank for an optimizer": (["--method", "dense", "--method", "g=galore"], "g: method=galore needs a rank"),
+    "option of no optimizer": (["--method", "fira", "--for", "fira", "option.gap=3"], "fira: options: fira has no field"),
+    "an optimizer of its own": (["--method", "fira", "--for", "fira", "optimizer=muon"], "fira: optimizer='muon': FiraAdamW"),
+    "few sequences": (["--method", "cola", "--batch-size", "4000"], "give more text or a smaller batch"),
     "harness missing": (["--method", "cola", "--tasks", "arc_easy"], "pip install 'lorank[eval]'"),
 }  # fmt: skip
 
@@ -327,25 +408,28 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
 ) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)  # as if it were not installed
     arguments, said = BAD[mistake]
-    code, _, err = command(*arguments, *flags(base), "--out", "there")
+    shared = flags(base)
+    if "needs a rank" in said:
+        shared = shared[: shared.index("--rank")] + shared[shared.index("--rank") + 2 :]
+    code, _, err = command(*shared, *arguments, "--out", "there")
     assert code == 2 and said in " ".join(err.split()) and err.startswith("lorank: ") and err.count("\n") == 1, err
     assert not (tmp_path / "there").exists()
 
 
 def test_the_command_and_a_folder_that_holds_another_comparison(command, base: Recipe, quick, tmp_path: Path) -> None:
-    arguments = ["--method", "mine=cola", *flags(base), "--out", "there"]
+    arguments = ["--method", "mine=cola", "--sweep", "lr=1e-2", *flags(base), "--out", "there"]
     code, out, err = command(*arguments)
     assert code == 0, err
     assert (
         "mine" in out
         and "dense-small" in out
         and "report.html" in out
-        and "No learning rate was swept" in " ".join(out.split())
+        and "Learning rate as given, not tuned" in " ".join(out.split())
     )
     code, _, err = command(*arguments, "--seeds", "7")
     assert code == 2 and "holds another comparison (seeds was [42], is [7])" in err
     code, out, _ = command("--resume", "there")
-    assert code == 0 and "[1/2]" not in out
+    assert code == 0 and "[1/4]" not in out
     assert command("--resume", "there", "--seeds", "7")[0] == 2
     assert command("--resume", "nowhere")[0] == 2
     Path("full").mkdir()
@@ -378,7 +462,7 @@ def test_a_rate_that_nobody_names_is_swept(command, base: Recipe, monkeypatch: p
     command("--method", "cola", *without, "--lr", "1e-3")
     Path("recipe.yaml").write_text("lr: 2e-3\n")
     command("recipe.yaml", "--method", "cola", "--for", "cola", "option.nonlinearity=low-rank")
-    assert [list(one.sweep) for one in found] == [["lr"], [], []] and len(found[0].sweep["lr"]) == 3
+    assert [(one.tuned, one.sweep) for one in found] == [("all", {}), ("dense", {}), ("dense", {})]
     assert found[2].own == {"cola": {"option.nonlinearity": ["low-rank"]}} and found[2].base.lr == 2e-3
 
 
@@ -413,7 +497,7 @@ def test_stopped_then_killed_and_nothing_is_lost(
 ) -> None:
     """SIGTERM: the run of the moment saves and stops. SIGKILL: it goes on alone and is found again. In real processes."""
     long = dataclasses.replace(base, steps=150, warmup_steps=4, eval_every=0, save_every=50)
-    race = Race.plan(Comparison(base=long, methods=["cola"]), tmp_path / "race", Silent())
+    race = Race.plan(Comparison(base=long, methods=["dense"]), tmp_path / "race", Silent())
     first, second = race.runs()
     folder, records = race.folder(first), []
 
@@ -447,7 +531,7 @@ def test_stopped_then_killed_and_nothing_is_lost(
     child.process.poll()  # it was ours in truth
     assert code == 0, out + err
     assert begun == [race.folder(second)]  # the first was left to the process that had it already
-    assert "[1/2] cola seed 42 validation perplexity" in " ".join(out.split())
+    assert "[1/2] dense seed 42 validation perplexity" in " ".join(out.split())
     for run in (first, second):
         assert [one["step"] for one in history(race.folder(run)) if "lr" in one] == list(range(1, 151))
 

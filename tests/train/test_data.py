@@ -471,6 +471,13 @@ def test_a_stream_is_shuffled_by_seed_and_never_ends(hub):
     assert abs(len(set(order[:95])) - 95) <= 1
 
 
+def test_a_stream_is_read_in_another_order_with_the_same_words_and_the_same_text_held_out(hub):
+    one, other = (load("owner/whole", text_column="body", seed=1, order_seed=seed) for seed in (1, 2))
+    assert one.hash == other.hash and one.tokenizer.get_vocab() == other.tokenizer.get_vocab()
+    assert tokens(one.train.take(40)) != tokens(other.train.take(40))
+    assert set(numbers(other, other.train.take(1000))) == set(range(5, 100))
+
+
 def test_a_stream_resumes_by_skipping(hub):
     corpus = load("owner/whole", text_column="body")
     loader = DataLoader(corpus.train, batch_size=4, collate_fn=collate)
