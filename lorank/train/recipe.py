@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 
 import yaml
 
+import lorank
 from lorank.methods import METHODS
 from lorank.optim import OPTIMIZERS
 
@@ -212,15 +213,20 @@ class Recipe:
 
 def recipes_folder() -> Path:
     """Where recipes/ is: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parents[1]
+    package = Path(lorank.__file__).parent
     return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
+
+
+def recipe_file(method: str, size: str) -> Path:
+    """Of a method at a size, whether it exists or not; CoLA-M has CoLA's."""
+    return recipes_folder() / f"{method.removesuffix('-m')}-{size}.yaml"
 
 
 @functools.cache
 def published_lr(method: str, size: str) -> float | None:
     """The learning rate that the recipe of a method at a size names; None where there is no recipe, or it leaves the rate open
     because no source is known for it."""
-    path = recipes_folder() / f"{method.removesuffix('-m')}-{size}.yaml"
+    path = recipe_file(method, size)
     found = yaml.safe_load(path.read_text(encoding="utf-8")).get("lr") if path.is_file() else None
     return None if found is None else float(found)
 

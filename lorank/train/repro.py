@@ -23,13 +23,12 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
-import lorank
 from lorank import lookup
 from lorank.sizes import SIZES
 from lorank.train import run
 from lorank.train.data import cache_folder
 from lorank.train.model import written_out
-from lorank.train.recipe import Recipe
+from lorank.train.recipe import Recipe, recipe_file
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the papers report
@@ -99,12 +98,6 @@ class Reproduction:
     curve_file: Path
 
 
-def recipes_folder() -> Path:
-    """Where recipes/ is: inside an installed package, beside it in a checkout."""
-    package = Path(lorank.__file__).parent
-    return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
-
-
 def find(name: str) -> Reproduction:
     """The reproduction of a name, SIZE-METHOD, or METHOD-SIZE as its recipe is called; ValueError that lists them all."""
     method, _, size = name.rpartition("-")
@@ -112,9 +105,7 @@ def find(name: str) -> Reproduction:
         size, _, method = name.partition("-")
     if (title := f"{size}-{method}") not in PUBLISHED:
         raise lookup.unknown("reproduction", "reproductions", name, list(PUBLISHED))
-    file = (
-        recipes_folder() / f"{method.removesuffix('-m')}-{size}.yaml"
-    )  # CoLA-M has CoLA's recipe and must have its curve
+    file = recipe_file(method, size)  # CoLA-M must have the curve of CoLA
     recipe = dataclasses.replace(Recipe.read(file), method=method)
     return Reproduction(title, recipe, PUBLISHED[title], file.with_suffix(".json"))
 

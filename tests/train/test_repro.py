@@ -20,7 +20,7 @@ from lorank.methods.sst import Resampling
 from lorank.methods.switchlora import SwitchLoRAHook
 from lorank.optim import OPTIMIZERS
 from lorank.train import repro, run
-from lorank.train.recipe import Recipe
+from lorank.train.recipe import Recipe, recipes_folder
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def test_every_method_and_every_recipe_at_60m_has_a_reproduction_with_a_curve() -> None:
-    recipes = {path.stem.removesuffix("-60m") for path in repro.recipes_folder().glob("*-60m.yaml")}
+    recipes = {path.stem.removesuffix("-60m") for path in recipes_folder().glob("*-60m.yaml")}
     assert {"60m-dense", *(f"60m-{name}" for name in {*METHODS, *OPTIMIZERS, *recipes})} == set(repro.PUBLISHED)
     for name in repro.PUBLISHED:
         curve = repro.recorded(repro.find(name))
@@ -86,7 +86,7 @@ def test_an_installed_package_has_its_recipes_inside(monkeypatch: pytest.MonkeyP
     )
     (tmp_path / "lorank/recipes").mkdir(parents=True)
     monkeypatch.setattr(lorank, "__file__", str(tmp_path / "lorank/__init__.py"))
-    assert repro.recipes_folder() == tmp_path / "lorank/recipes"
+    assert recipes_folder() == tmp_path / "lorank/recipes"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
