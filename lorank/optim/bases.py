@@ -39,8 +39,11 @@ def oriented(P: Tensor) -> Tensor:
 
 
 def svd_basis(G: Tensor, rank: int) -> Tensor:
-    """The same by an SVD in the gradient's precision, as the authors of GaLore do: slower and less exact."""
-    return oriented(torch.linalg.svd(G, full_matrices=False).U[..., :rank])
+    """The same by an SVD in the gradient's precision, as the authors of GaLore do: slower and less exact. The same way out."""
+    try:
+        return oriented(torch.linalg.svd(G, full_matrices=False).U[..., :rank])
+    except torch.linalg.LinAlgError:
+        return randomised_basis(G, rank)
 
 
 def randomised_basis(G: Tensor, rank: int, iterations: int = 2, seed: int = 0) -> Tensor:

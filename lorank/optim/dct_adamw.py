@@ -57,7 +57,7 @@ class DCTAdamW(MatrixOptimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         update_gap: int = 1,
-        ell_norm: float = 1,
+        ell_norm: float = 1.0,
         transform: Transform = "matmul",
         error_feedback: Literal["none", "full", "8bit"] = "none",
         rotate: bool = True,

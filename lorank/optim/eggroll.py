@@ -29,6 +29,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
@@ -157,7 +158,8 @@ class Eggroll:
         """Put the estimate into `.grad`, begin the next epoch, and return the members' fitness [N].
 
         `fitness` gets a range of members and returns the fitness of each, [members], or [members, Q] of Q questions. Every module
-        it calls must see the rows of these members one after another along the first dimension, equally many of each.
+        it calls must see the rows of these members one after another along the first dimension, equally many of each. In a
+        distributed run it is the mean over the processes, so that data may differ among them and estimates do not.
 
         Raises:
             FloatingPointError: the fitness of a member is not finite; `.grad` is as it was.
@@ -169,6 +171,11 @@ class Eggroll:
             with self.perturb(members):
                 found.append(fitness(members).float())
         f = torch.cat(found)
+        if (
+            dist.is_initialized() and dist.get_world_size() > 1
+        ):  # each process has asked the same members about rows of its own
+            dist.all_reduce(f)
+            f /= dist.get_world_size()
         if not f.isfinite().all():
             raise FloatingPointError("the fitness of a member is not finite; lower sigma or lr")
         self.write_gradients((above_baseline if self.baseline else shaped)(f, self.group_size))

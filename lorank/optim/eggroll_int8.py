@@ -97,7 +97,7 @@ class IntegerEggroll:
         if self.carry:
             ids = self._go_on(ids)
         data = deal(ids, self.population, self.group_size)
-        self.votes = {p: torch.zeros(p.shape, device=p.device) for p in self.perturbed}
+        self.votes = {p: torch.zeros(p.shape, dtype=torch.int32, device=p.device) for p in self.perturbed}
         found, left = [], []
         for start in range(0, self.population, self.chunk):
             members = range(start, min(start + self.chunk, self.population))
@@ -122,13 +122,13 @@ class IntegerEggroll:
                 weighted = A * vote[:, None]
                 if p is self.model.embedding:
                     weighted *= read
-                # exact below 2²⁴: 1024 pairs of the largest noise, 60,000 of the usual
-                self.votes[p] += weighted.T @ B if p.ndim == 2 else (weighted * B).sum(0)
+                # exact below 2²⁴: 1024 pairs at a time of the largest noise, 60,000 of the usual
+                self.votes[p] += (weighted.T @ B if p.ndim == 2 else (weighted * B).sum(0)).int()
         if self.carry:
             self.left = {"last": ids[:, -1:].clone(), "states": torch.cat(left)}
         for p, Z in self.votes.items():
             p.grad_dtype = torch.int32
-            p.grad = Z.int()
+            p.grad = Z
         self.epoch += 1
         return torch.cat(found)
 

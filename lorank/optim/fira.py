@@ -27,6 +27,7 @@ from torch import Tensor
 from lorank.optim import galore
 from lorank.optim.galore import GaLoreAdamW
 from lorank.optim.matrices import Stack
+from lorank.optim.subspace import lift
 from lorank.parametrization import Published
 
 GAMMA = 1.01
@@ -37,27 +38,21 @@ EPS = 1e-8
 def column_factors(inside: Tensor, projected: Tensor, columns: bool) -> Tensor:
     """k: the length that Adam gives each column (or row) of R, over the length it had; broadcasts against G."""
     along = -2 if columns else -1
-    return (norm(inside, along) / (norm(projected, along) + EPS)).to(inside.dtype)
+    return norm(inside, along) / (norm(projected, along) + EPS)
 
 
 def norm(matrices: Tensor, dim: int | tuple[int, int]) -> Tensor:
-    """In single precision at least, where `EPS` is a number."""
+    """In single precision at least, where `EPS` is a number and k may be large."""
     wide = torch.promote_types(matrices.dtype, torch.float32)
     return torch.linalg.vector_norm(matrices, dim=dim, keepdim=True, dtype=wide)
 
 
-def residual_norm(G: Tensor, R: Tensor, k: Tensor, alpha: float, columns: bool) -> Tensor:
-    """‖k E‖ of E = G - α P R, without E: PᵀP = I gives ‖E[:, i]‖² = ‖G[:, i]‖² - (2 α - α²) ‖R[:, i]‖²."""
-    along = -2 if columns else -1
-    squares = norm(G, along).double() ** 2 - (2 * alpha - alpha**2) * norm(R, along).double() ** 2
-    return (k.double() ** 2 * squares.clamp(min=0)).sum(dim=(-2, -1)).sqrt()
-
-
-def limiter(length: Tensor, before: Tensor) -> Tensor:
-    """What shortens S [k, m, n] of norms `length` [k] where they exceed GAMMA times the norm `before` [k] (0 or less: there was
-    none, or nothing to compare with)."""
-    growth = length / (before + EPS)
-    return torch.where(before <= 0, torch.ones_like(growth), GAMMA / growth.clamp(min=GAMMA))
+def limited(residual: Tensor, before: Tensor) -> Tensor:
+    """S [k, m, n], shortened where its norm exceeds GAMMA times the norm `before` [k] (0 or less: there was none, or nothing to
+    compare with)."""
+    growth = residual.norm(dim=(-2, -1)) / (before + EPS)
+    factor = torch.where(before <= 0, torch.ones_like(growth), GAMMA / growth.clamp(min=GAMMA))
+    return residual * factor[:, None, None]
 
 
 def state_elements(m: int, n: int, r: int) -> int:
@@ -109,34 +104,27 @@ class FiraAdamW(GaLoreAdamW):
 
     @staticmethod
     def state_bytes(m: int, n: int, rank: int, itemsize: int, **options: Any) -> int:
-        """GaLore's, and one number."""
-        return GaLoreAdamW.state_bytes(m, n, rank, itemsize, **options) + itemsize
+        """GaLore's, and one number of at least single precision."""
+        return GaLoreAdamW.state_bytes(m, n, rank, itemsize, **options) + max(itemsize, 4)
 
     @staticmethod
     def step_flops(m: int, n: int, rank: int, **options: Any) -> float:
-        """As GaLore's: G to R, and one product back; the residual costs none of its own, see `leave`."""
-        return GaLoreAdamW.step_flops(m, n, rank, **options)
+        """GaLore's, and P R for the residual."""
+        return GaLoreAdamW.step_flops(m, n, rank, **options) + 2 * m * n * rank
 
     def leave(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> None:
-        """W ← W - lr (α P N + s S) with S = c (G - a P R) as two products: s c G goes to W at once, α N - s a c R by P."""
         lr, alpha, repo = stack.group["lr"], stack.group["scale"], self.residual == "repo"
         G, R, N = stack.gradients(), self.projected(stack), -inside
+        E = G - (alpha if repo else 1.0) * lift(R, left, right)
+        if self.scaling == "matrix":
+            k = norm(N, (-2, -1)) / (norm(R, (-2, -1)) + EPS)
+        else:
+            k = column_factors(N, R, columns=left is not None)
+        states = [self.state[p] for p in stack.parameters]
+        before = torch.stack([state.get("norm", k.new_tensor(-1.0)).to(k.dtype) for state in states])
         (b1, b2), t = stack.group["betas"], int(stack.states[0]["steps"])
         correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if repo else 1.0  # which the authors apply after the limiter
-        a, s, columns = (alpha, correction, left is not None) if repo else (1.0, alpha, left is not None)
-        if self.scaling == "matrix":
-            k = (norm(N, (-2, -1)) / (norm(R, (-2, -1)) + EPS)).to(N.dtype)
-        else:
-            k = column_factors(N, R, columns)
-        before = torch.stack([self.state[p].get("norm", G.new_tensor(-1.0)) for p in stack.parameters])
-        length = residual_norm(G, R, k, a, columns) / correction
-        shorter = limiter(length, before.double())
-        for p, norm_now in zip(stack.parameters, (shorter * length).to(G.dtype), strict=True):
-            self.state[p]["norm"] = norm_now.clone()
-        c = k * (shorter / correction)[:, None, None].to(k.dtype)
-        stack.add(-lr * s * c * G)
-        within = alpha * N - s * a * c * R
-        if left is not None:
-            stack.add_product(left, within, -lr)
-        elif right is not None:
-            stack.add_product(within, right, -lr)
+        S = limited(k * E / correction, before)
+        for state, length in zip(states, S.norm(dim=(-2, -1)), strict=True):
+            state["norm"] = length.clone()
+        stack.add(-lr * (alpha * lift(N, left, right) + (correction if repo else alpha) * S))

@@ -14,7 +14,8 @@ learning rate and does not depend on r.
 Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024, arXiv 2403.03507.
 
 Departures from the authors' code. ε defaults to the paper's 1e-8 (theirs: 1e-6). "reverse_std" goes back on the side it
-came from. Matrices of equal shape share one batched product. Tensors that are no matrices are refused, not decomposed.
+came from. As there, parameters without rank take the same rule at α = 1, with ε beside √V and weight decay after the step:
+torch's AdamW with another ε. Matrices of equal shape share one batched product. Tensors that are no matrices are refused, not decomposed.
 """
 
 from collections.abc import Iterable

@@ -25,6 +25,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lorank.optim.bases import BASES, Basis, basis_flops
@@ -96,12 +97,14 @@ class Subspace(Optimizer):
         basis: "singular", "svd", "randomised", or a function of yours; see lorank/optim/bases.py.
         stagger: refresh the bases of a k-th of the matrices at a time instead of all in one long step.
         in_backward: project each gradient when it arrives, see above.
-        weight_decay: decoupled: W ← W - lr weight_decay W after the step, not scaled.
+        weight_decay: decoupled, for all groups: W ← W - lr weight_decay W after the step, not scaled.
 
     Raises:
         ValueError: a parameter of a projected group is not a matrix, an unknown projection or basis, a closure, or
             `in_backward` in a distributed run, where each process would project its own part of the gradient.
-        FloatingPointError: a gradient is not finite; nothing has been changed.
+        FloatingPointError: a gradient is not finite; nothing has been changed. With `in_backward` it is raised in the backward
+            pass, when other gradients may have been projected: no weight and no moment has been changed, and the optimizer's
+            ``zero_grad`` drops the rest.
     """
 
     def __init__(
@@ -267,10 +270,15 @@ class Subspace(Optimizer):
         seen = dict(zip(self._inside, self.seen_parameters(), strict=True))
         moved = [p for p, sees in seen.items() if sees.grad is not None]
         check_finite({p: seen[p].grad for p in moved})
+        self._check_sharded(moved)
         found = stacks(self.param_groups, self.state, moved)
-        for stack in found:
-            if not self.in_backward:
+        if not self.in_backward:
+            for p, inside in self._inside.items():
+                if inside is not p:
+                    inside.grad = None  # what a step left that failed half-way
+            for stack in found:
                 self._enter(stack, stack.gradients())
+        for stack in found:
             for p, state in zip(stack.parameters, stack.states, strict=True):
                 self._inside[p].data = torch.zeros_like(self._inside[p].grad)  # type: ignore[arg-type]
                 state["steps"] += 1
@@ -292,6 +300,15 @@ class Subspace(Optimizer):
             if group["weight_decay"] and decayed:
                 torch._foreach_mul_(decayed, 1 - group["lr"] * group["weight_decay"])
         return None
+
+    def _check_sharded(self, moved: Sequence[nn.Parameter]) -> None:
+        """Adafactor's step goes by norms of whole parameters, which torch takes of a process's part alone."""
+        plain = {p for group in self.param_groups if group["rank"] is None for p in group["params"]}
+        if isinstance(self.inner, torch.optim.Adafactor) and any(isinstance(p, DTensor) and p in plain for p in moved):
+            raise ValueError(
+                "Adafactor takes norms of whole parameters and sees a part of those without rank, which are sharded (FSDP2); "
+                "take another inner optimizer, or DDP"
+            )
 
     unit_lr = False
     """Whether the inner optimizer takes projected groups at a learning rate of 1, which `leave` puts right."""

@@ -91,7 +91,7 @@ class Trion(MatrixOptimizer):
         weight_decay: float = 0.0,
         scale: Literal["dion", "kj", "kimi", "none"] = "dion",
         adamw_lr: float = 3e-4,
-        ell_norm: float = 1,
+        ell_norm: float = 1.0,
         transform: Transform = "matmul",
         orthonormalise_in: torch.dtype | str | None = None,
     ):
@@ -101,8 +101,8 @@ class Trion(MatrixOptimizer):
             raise ValueError(f"transform={transform!r} is neither matmul nor fft")
         if isinstance(orthonormalise_in, str):
             orthonormalise_in = getattr(torch, orthonormalise_in, None)
-            if not isinstance(orthonormalise_in, torch.dtype):
-                raise ValueError("orthonormalise_in is no dtype of torch; give bfloat16, for example")
+            if not isinstance(orthonormalise_in, torch.dtype) or not orthonormalise_in.is_floating_point:
+                raise ValueError("orthonormalise_in is no floating-point dtype of torch; give bfloat16, for example")
         self.adamw_lr = adamw_lr
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         super().__init__(params, defaults)

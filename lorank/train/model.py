@@ -1,6 +1,7 @@
 """From a recipe to a model: the shape, then the method, then what is kept for backward."""
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -228,6 +229,25 @@ def check_options(recipe: Recipe, known: Sequence[str]) -> None:
             raise ValueError(f"options: {recipe.method} has no field {name!r}; it has {', '.join(known)}")
 
 
+def check_types(recipe: Recipe, kind: type) -> None:
+    """Raises ValueError for an option of another type than its default."""
+    defaults = {
+        parameter.name: parameter.default
+        for one in reversed(kind.__mro__)
+        for parameter in inspect.signature(one).parameters.values()
+    }
+    for name, value in recipe.options.items():
+        default = defaults.get(name)
+        for type_, asked in ((bool, "true or false"), (int, "a whole number"), (float, "a number"), (str, "a name")):
+            if isinstance(default, type_):
+                fits = isinstance(value, int | float if type_ is float else type_)
+                if not fits or isinstance(value, bool) != (type_ is bool):
+                    raise ValueError(
+                        f"options: {name}={value!r} of {recipe.method} is not {asked}; its default is {default!r}"
+                    )
+                break
+
+
 class Projection(NamedTuple):
     """A low-rank optimizer, the matrices of a model that it projects, and its options."""
 
@@ -247,6 +267,7 @@ def find_projection(recipe: Recipe, model: nn.Module) -> Projection | None:
     if kind is None:
         return None
     check_options(recipe, option_names(kind))
+    check_types(recipe, kind)
     try:
         make: Any = kind
         make([{"params": [nn.Parameter(torch.zeros(2, 2))], "rank": 1}], lr=1.0, **recipe.options)

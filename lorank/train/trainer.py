@@ -102,7 +102,7 @@ class PretrainTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if self.estimator is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        model.train()
+        model.eval()  # dropout would draw another mask for each member, and their differences be those of the masks
         with self.compute_loss_context_manager():
             return self.estimator(self._prepare_inputs(inputs), self.state.global_step)  # type: ignore[arg-type]
 

@@ -1,13 +1,14 @@
 """Fira against its equations in float64, in both readings, and in the limits in which it is GaLore."""
 
+import itertools
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorank.optim import FiraAdamW, GaLoreAdamW
-from lorank.optim.fira import column_factors, limiter, residual_norm
+from lorank.optim.fira import column_factors, limited
 from tests.optim.test_galore import gradients, matrices, run
 
 
@@ -84,13 +85,24 @@ def test_a_first_gradient_of_zero_limits_nothing() -> None:
     assert optimizer.state[p]["norm"] > 0.1
 
 
-def test_half_precision_has_no_trouble_with_a_column_of_zeros() -> None:
-    for dtype in (torch.float16, torch.bfloat16):
-        [p] = matrices((12, 20), dtype=dtype)
-        p.grad = gradients(0, [p])[0]
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_has_no_trouble_with_columns_of_zeros_and_small_gradients(dtype: torch.dtype) -> None:
+    [p] = matrices((12, 20), dtype=dtype)
+    optimizer = FiraAdamW([{"params": [p], "rank": 4}], lr=0.01)
+    for size in (1.0, 1e-6, 0.0, 1.0):
+        p.grad = size * gradients(0, [p])[0]
         p.grad[:, 3] = 0
-        FiraAdamW([{"params": [p], "rank": 4}], lr=0.01).step()
+        optimizer.step()
         assert p.isfinite().all()
+        assert optimizer.state[p]["norm"].dtype == torch.float32
+
+
+def test_without_the_residual_it_is_galore(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorank.optim.fira.limited", lambda residual, before: torch.zeros_like(residual))
+    ours, theirs = matrices((12, 20)), matrices((12, 20))
+    run(FiraAdamW([{"params": ours, "rank": 4}], lr=0.1), ours, range(4))
+    run(GaLoreAdamW([{"params": theirs, "rank": 4}], lr=0.1), theirs, range(4))
+    torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
 
 
 def test_state_is_galores_and_one_number_per_matrix() -> None:
@@ -112,22 +124,32 @@ def test_at_full_rank_nothing_is_left_and_fira_is_galore() -> None:
 
 
 def test_a_residual_grows_by_a_hundredth_at_most_and_shrinks_freely() -> None:
+    shape = torch.ones(1, 2, 2) / 2  # norm 1
     stored, norms = torch.tensor([-1.0]), []
     for norm in (1.0, 10.0, 10.0, 0.5, 0.4):
-        length = torch.tensor([norm])
-        stored = limiter(length, stored) * length
+        S = limited(norm * shape, stored)
+        stored = S.norm(dim=(-2, -1))
         norms.append(stored.item())
     assert norms == pytest.approx([1, 1.01, 1.0201, 0.5, 0.4], rel=1e-5)
 
 
-@pytest.mark.parametrize("alpha", [1.0, 0.25])
-@pytest.mark.parametrize("columns", [True, False])
-def test_the_norm_of_the_residual_needs_no_residual(alpha: float, columns: bool) -> None:
-    G, P = torch.randn(2, 12, 20).double(), torch.linalg.qr(torch.randn(2, 12, 5).double()).Q
-    R, k = P.mT @ G, torch.rand(2, 1, 20).double()
-    expected = (k * (G - alpha * P @ R)).norm(dim=(-2, -1))
-    found = residual_norm(G, R, k, alpha, True) if columns else residual_norm(G.mT, R.mT, k.mT, alpha, False)
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_what_is_left_of_nearly_low_rank_gradients_is_limited_by_its_true_norm(dtype: torch.dtype) -> None:
+    """Of what a step moves, from weights of zero, only S lies outside of the subspace."""
+    torch.manual_seed(0)
+    [p] = matrices((24, 40), dtype=dtype)
+    optimizer = FiraAdamW([{"params": [p], "rank": 4}], lr=1.0)
+    low_rank, norms = torch.randn(24, 4) @ torch.randn(4, 40), []
+    for noise in (1e-3, 1e-3, 1.0, 1.0, 1e-4):
+        nn.init.zeros_(p)
+        p.grad = (low_rank + noise * torch.randn(24, 40)).to(dtype)
+        optimizer.step()
+        P, moved = optimizer.state[p]["left"].double(), p.detach().double() / 0.25
+        norms.append((moved - P @ (P.mT @ moved)).norm().item())
+        assert optimizer.state[p]["norm"].item() == pytest.approx(norms[-1], rel=1e-3)
+    for before, after in itertools.pairwise(norms):
+        assert after <= 1.01 * before * (1 + 1e-3)
+    assert norms[4] < norms[3] / 2, "and it shrinks freely"
 
 
 def test_one_factor_per_column_or_per_row() -> None:
@@ -135,7 +157,7 @@ def test_one_factor_per_column_or_per_row() -> None:
     assert column_factors(R, R, columns=True).shape == (2, 1, 20)
     assert column_factors(R.mT, R.mT, columns=False).shape == (2, 20, 1)
     zero = torch.zeros(1, 4, 3, dtype=torch.bfloat16)
-    assert torch.equal(column_factors(zero, zero, columns=True), torch.zeros(1, 1, 3, dtype=torch.bfloat16))
+    assert torch.equal(column_factors(zero, zero, columns=True), torch.zeros(1, 1, 3))
 
 
 def test_the_limiter_outlives_a_refresh_and_a_restart() -> None:

@@ -110,6 +110,51 @@ def test_the_side_of_each_projector_type_and_the_shapes_of_its_state(
             torch.testing.assert_close(gram, torch.eye(4, dtype=gram.dtype), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(12, 20), (20, 12)])
+@pytest.mark.parametrize("projection", ["std", "reverse_std", "left", "right", "full"])
+def test_the_equations_of_each_projector_type(projection: Any, shape: tuple[int, int]) -> None:
+    [p] = matrices(shape)
+    W, M, V = p.detach().clone(), 0.0, 0.0
+    optimizer = GaLoreAdamW([{"params": [p], "rank": 4, "update_gap": 3}], lr=0.1, projection=projection)
+    run(optimizer, [p], range(5))
+    tall = shape[0] >= shape[1]
+    on_right = {"std": tall, "reverse_std": not tall, "left": False, "right": True, "full": True}[projection]
+    on_left = projection == "full" or not on_right
+    for t in range(5):
+        [G] = gradients(t, [p])
+        if t % 3 == 0:
+            U, _, Vh = torch.linalg.svd(G, full_matrices=False)
+            left, right = U[:, :4], Vh[:4]
+            left = left * left.gather(0, left.abs().argmax(0)[None]).sign()
+            right = right * right.gather(1, right.abs().argmax(1)[:, None]).sign()
+        R = left.T @ G if on_left else G
+        R = R @ right.T if on_right else R
+        M, V = 0.9 * M + 0.1 * R, 0.999 * V + 0.001 * R * R
+        N = M / (V**0.5 + 1e-8) * (1 - 0.999 ** (t + 1)) ** 0.5 / (1 - 0.9 ** (t + 1))
+        N = left @ N if on_left else N
+        W = W - 0.1 * 0.25 * (N @ right if on_right else N)
+    torch.testing.assert_close(p.detach(), W, rtol=1e-7, atol=1e-7)
+
+
+def test_a_step_that_failed_half_way_may_be_taken_again() -> None:
+    failures = [False, True, *[False] * 9]  # the second matrix's first basis
+
+    def fragile(G: Tensor, rank: int) -> Tensor:
+        if failures.pop(0):
+            raise RuntimeError("no basis")
+        return singular_basis(G, rank)
+
+    ours, theirs = matrices((12, 20), (20, 12)), matrices((12, 20), (20, 12))
+    optimizer = GaLoreAdamW([{"params": ours, "rank": 4}], lr=0.1, basis=fragile)
+    for p, gradient in zip(ours, gradients(0, ours), strict=True):
+        p.grad = gradient
+    with pytest.raises(RuntimeError, match="no basis"):
+        optimizer.step()
+    run(optimizer, ours, range(3))
+    run(GaLoreAdamW([{"params": theirs, "rank": 4}], lr=0.1), theirs, range(3))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
 def test_on_a_refresh_the_subspace_holds_the_largest_singular_values() -> None:
     [p] = matrices((20, 12))
     optimizer = GaLoreAdamW([{"params": [p], "rank": 4}], lr=0.1)
