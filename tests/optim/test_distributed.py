@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Trion
+from lorank.optim import DCTAdamW, Eggroll, FiraAdamW, GaLoreAdamW, Subspace, Trion
 
 MAKE = {
     "galore": lambda g: GaLoreAdamW(g, lr=0.01, weight_decay=0.1, update_gap=2),
@@ -60,6 +60,32 @@ for name in MAKE:
     both = [torch.empty_like(replicated[0]) for _ in range(2)]
     dist.all_gather(both, replicated[0])
     found[name] = {"ddp": error(replicated), "fsdp": error(sharded), "same": torch.equal(*both)}
+def evolve(part):
+    model = net()
+    estimate, optimizer = Eggroll(model, population=16, sigma=0.1, seed=1), torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        x = part(batch(step))
+        fitness = lambda members: -(model(x.repeat(len(members), 1)) - x[:, :8].sin().repeat(len(members), 1)).square().view(len(members), -1).mean(1)
+        estimate(fitness)
+        optimizer.step()
+    return [p.detach() for p in model.parameters()]
+
+mine = evolve(half)
+both = [torch.empty_like(mine[0]) for _ in range(2)]
+dist.all_gather(both, mine[0].contiguous())
+found["eggroll"] = {"same": torch.equal(*both), "ddp": max(((a - b).norm() / a.norm()).item() for a, b in zip(evolve(lambda x: x), mine))}
+def shard(model):
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    return model
+sharded = shard(net())
+optimizer = Subspace(groups(sharded), torch.optim.Adafactor, lr=0.01)
+sharded(batch(0)).sum().backward()
+try:
+    optimizer.step()
+except ValueError as refusal:
+    found["adafactor"] = str(refusal)
 try:
     GaLoreAdamW(groups(net()), lr=0.01, in_backward=True)
 except ValueError as refusal:
@@ -105,6 +131,14 @@ def test_two_processes_do_what_one_does(found: dict, name: str) -> None:
     assert found[name]["ddp"] < 1e-9
     assert found[name]["fsdp"] < 1e-9
     assert found[name]["same"], "both processes have the same weights"
+
+
+def test_members_of_eggroll_are_judged_by_the_rows_of_all_processes(found: dict) -> None:
+    assert found["eggroll"]["same"] and found["eggroll"]["ddp"] < 1e-6
+
+
+def test_adafactor_beside_sharded_vectors_is_refused(found: dict) -> None:
+    assert "sees a part of those without rank, which are sharded (FSDP2)" in found["adafactor"]
 
 
 def test_gradients_of_one_process_only_are_refused(found: dict) -> None:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from lorank import accounting, egg
 from lorank.accelerators import Fleet, find_accelerator
 from lorank.cli import cli
+from lorank.optim import Eggroll
 from lorank.train import run
 from lorank.train.data import byte_tokenizer, load_corpus
 from lorank.train.estimators import EggEggroll, build_estimator
@@ -301,3 +302,16 @@ def test_settings_of_egg_are_defaults_which_a_user_can_change(text: Path) -> Non
     assert Recipe.from_dict({"model": "egg"}).method == "eggroll"
     assert Recipe.from_dict({"model": "egg", "lr": 0.25}).lr == 0.25
     assert dataclasses.replace(Recipe(), steps=90).method == "cola"
+
+
+def test_members_draw_no_dropout_masks(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their differences would be those of the masks."""
+    training, call = [], Eggroll.__call__
+
+    def remember(self: Eggroll, fitness: Any) -> Any:
+        training.append(self.model.training)
+        return call(self, fitness)
+
+    monkeypatch.setattr(Eggroll, "__call__", remember)
+    run.pretrain(recipe(text, FLOAT, steps=2, warmup_steps=0), tmp_path / "run")
+    assert training == [False, False]

@@ -20,6 +20,7 @@ from lorank.optim.dct import dct_matrix
 from lorank.report import plans
 from lorank.sizes import SIZES
 from lorank.train import forecast
+from lorank.train.model import find_projection
 from lorank.train.plan import count, empty_model, optimizer_bytes, optimizer_step
 from lorank.train.recipe import Recipe
 
@@ -380,3 +381,26 @@ def test_options_go_to_the_methods_that_have_them_and_to_one_at_least() -> None:
     ):
         with pytest.raises(ValueError, match=said):
             forecast.forecast_all([Recipe(**{**TINY, **changes})], methods, fleet=FLEET)
+
+
+@pytest.mark.parametrize(("method", "counters"), [("galore", 12), ("fira", 12), ("dct-adamw", 8), ("trion", 8)])
+def test_optimizer_state_of_the_60m_model_has_the_bytes_of_its_formula(method: str, counters: int) -> None:
+    """Counted on the tensors of a real step without data; beside the formula, each parameter has counters of steps."""
+    recipe = Recipe(size="60m", vocab_size=32000, method=method, rank=128, precision="bf16-pure")
+    model = empty_model(recipe)
+    projection = find_projection(recipe, model)
+    kept = optimizer_step(recipe, model).kept_bytes
+    (d, f, layers, _, _), r, bf16 = SIZES["60m"], 128, 2
+    formula = {
+        "galore": lambda m, n: (2 * r * max(m, n) + r * min(m, n)) * bf16,
+        "fira": lambda m, n: (2 * r * max(m, n) + r * min(m, n)) * bf16 + 4,
+        "dct-adamw": lambda m, n: 2 * r * max(m, n) * bf16 + 4 * r,
+        "trion": lambda m, n: m * n * bf16,
+    }[method]
+    projected = layers * (4 * formula(d, d) + 3 * formula(d, f))
+    others = 2 * bf16 * (2 * 32000 * d + (2 * layers + 1) * d)  # AdamW's moments of embedding, head and norms
+    shared = (
+        d * d * bf16 if method in ("dct-adamw", "trion") else 0
+    )  # the cosines, one matrix for all: every short side is d
+    assert projection is not None and len(projection.ranks) == 7 * layers
+    assert kept - projected - others - shared == counters * 7 * layers + 4 * (2 + 2 * layers + 1)
