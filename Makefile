@@ -53,7 +53,9 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/demo_sweep.py
-	$(BIN)/python benchmarks/egg_demo.py
+	$(BIN)/python benchmarks/egg_demo.py calendar latin docstrings embedded
+	$(BIN)/python benchmarks/matrix_pca.py
+	$(BIN)/python benchmarks/first_steps.py spread
 
 curves: $(STAMP)
 	$(BIN)/python benchmarks/first_steps.py record

@@ -132,7 +132,9 @@ def main() -> None:
         return evaluate(model, batches, max_tokens=options.tokens).perplexity
 
     tokens = options.steps * 8 * CORPUS["sequence_length"]
-    print(f"8 blocks, d 64, trained on {tokens:,} tokens; perplexity on {options.tokens:,} held-out tokens")
+    print(
+        f"MASA.from_dense: 8 blocks, d 64, trained on {tokens:,} tokens; perplexity on {options.tokens:,} held-out tokens"
+    )
     print(f"drift into blocks 1 to 7, nats: {' '.join(f'{value:.3f}' for value in drift.tolist())}")
     print(f"{'':42} {'groups':>8} {'atoms':>6} {'r of q, k':>9} {'attention':>10} {'perplexity':>11}")
     print(f"{'dense':42} {'':8} {'':6} {'':>9} {whole:10,} {perplexity(dense):11.2f}", flush=True)

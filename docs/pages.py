@@ -21,8 +21,10 @@ from lorank.cli import cli
 from lorank.methods import METHODS
 from lorank.optim import ESTIMATORS, OPTIMIZERS, option_names
 from lorank.papers import PAPERS, find_paper
+from lorank.report.repro import expectation
 from lorank.report.tables import quantity
 from lorank.sizes import SIZES
+from lorank.train import repro
 from lorank.train.estimators import build_estimator
 from lorank.train.model import rank_of
 from lorank.train.plan import empty_model
@@ -74,7 +76,15 @@ def expand(docname: str, text: str) -> str:
     folder, _, page = docname.rpartition("/")
     if folder == "methods" and page in method_pages():
         names = method_pages()[page]
-        parts = (usage(names), options(names), cost(names), published(names), measured(names), notes(names))
+        parts = (
+            usage(names),
+            options(names),
+            cost(names),
+            published(names),
+            reproductions(names),
+            measured(names),
+            notes(names),
+        )
         text = "\n\n".join([text.rstrip(), *(part for part in parts if part)]) + "\n"
     return linked_tables(text) if docname == "methods/index" else text
 
@@ -109,7 +119,12 @@ def relinked(text: str, depth: int) -> str:
     return LINK.sub(link, text)
 
 
-SITE = {"CONTRIBUTING.md": "add-a-method.md", "README.md": "index.md", "examples/": "own-loop.md"}
+SITE = {
+    "CONTRIBUTING.md": "add-a-method.md",
+    "README.md": "index.md",
+    "examples/": "own-loop.md",
+    "recipes/": "methods/index.md",
+}
 
 
 def slug(heading: str) -> str:
@@ -232,6 +247,28 @@ def recipe_head(path: Path) -> str:
     assert lines is not None, f"{path.name} says nowhere where its settings come from"
     text = re.sub(r"^# ?", "", lines[0], flags=re.M)
     return escaped(" ".join(re.sub(r"Run: lorank pretrain \S+\s*$", "", text).split()))
+
+
+def reproductions(names: list[str]) -> str:
+    """What `lorank repro` has of these methods: commands, what is expected of a whole run, and of its first steps."""
+    found = [one for one in map(repro.find, repro.PUBLISHED) if one.recipe.method in names]
+    if not found:
+        return ""
+    shell = [
+        line
+        for name in (one.name for one in found)
+        for line in (f"lorank repro {name} --first-steps", f"lorank repro {name} --out runs/{name}")
+    ]
+    said = "\n".join(
+        f"- `lorank repro {one.name}`: {escaped(expectation(one))}. First steps: every loss within {repro.tolerance_of(one.recipe) * 100:g} % "
+        f"of `{one.curve_file.name}`."
+        for one in found
+    )
+    return (
+        "## Reproductions\n\nIn miniature on a CPU, in seconds, against a recorded curve; then all of it, which takes a GPU and C4:\n\n"
+        f"```sh\n{chr(10).join(shell)}\n```\n\nWhat is expected; the perplexities are those of the papers named, not reproduced here. "
+        f"[What a verdict says](../repro.md), and what it cannot.\n\n{said}"
+    )
 
 
 def measured(names: list[str]) -> str:

@@ -32,7 +32,7 @@ def text_of(document: str) -> str:
     """What is written, and of a method's page also the commands and programs that `make docs` puts there."""
     text = (ROOT / document).read_text()
     if names := pages.method_pages().get(Path(document).stem):
-        text += f"\n{pages.usage(names)}\n\n{pages.recipes(names)}\n"
+        text += f"\n{pages.usage(names)}\n\n{pages.recipes(names)}\n\n{pages.reproductions(names)}\n"
     return text
 
 

@@ -56,21 +56,25 @@ def card(one: repro.Reproduction, counts: Counts) -> RenderableType:
     shown = {name: value for name, value in one.recipe.to_dict().items() if value not in (None, [], {})}
     for name, value in shown.items():
         settings.add_row(name, str(value))
-    p, micro = one.published, one.recipe.micro_batch_size
-    if p.perplexity is None:
-        expected = f"nothing is published at this size on C4: {p.source} {p.remark}"
-    else:
-        judged = f"to be met within {_band(p.tolerance)}" if p.tolerance else "to look at, not to be met"
-        expected = f"perplexity {p.perplexity} ({p.source}), {judged}{f': {p.remark}' if p.remark else ''}"
+    micro = one.recipe.micro_batch_size
     return Group(
         settings,
         "",
         f"needs: a GPU with {counts.memory.peak_bytes / 2**30:.0f} GiB (counted; less with --micro-batch-size below {micro}), "
         f"the hub for C4 and the tokenizer, and {flops:.2g} FLOPs: {hours:.1f} h on {h100.name} if it reached 40 % of its peak, "
         "of which so small a model falls short",
-        f"expected: {expected}",
+        f"expected: {expectation(one)}",
         f"run it: lorank repro {one.name} --out runs/{one.name}",
     )
+
+
+def expectation(one: repro.Reproduction) -> str:
+    """What is published, whose it is, and how near to it a run is to come."""
+    p = one.published
+    if p.perplexity is None:
+        return f"nothing is published at this size on C4: {p.source} {p.remark}"
+    judged = f"to be met within {_band(p.tolerance)}" if p.tolerance else "to look at, not to be met"
+    return f"perplexity {p.perplexity} ({p.source}), {judged}{f': {p.remark}' if p.remark else ''}"
 
 
 def outcome_table(outcome: repro.Outcome) -> RenderableType:
