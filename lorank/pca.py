@@ -11,8 +11,9 @@ Three steps, of which the first and the last look at some text, forward only.
                R Rᵀ = X_lᵀ X_l / n and the SVD (W_l − Ŵ_l) R = U Σ Vᵀ,   B_l = U_r Σ_r^½,   A_l = Σ_r^½ V_rᵀ R⁻¹
 
 The cuts are those that make the drifts within groups least in sum. The error of the residual on the data is then
-√(σ²_{r+1} + …), the least that rank r can have. Memory beside the model: one matrix [d_in, d_in] in float64 for each input
-of a projection (query, key and value read the same), and the weights until the end.
+√(σ²_{r+1} + …), the least that rank r can have. A group with as many atoms as blocks is exact and has no residual. Memory
+beside the model: one matrix [d_in, d_in] in float64 for each input of a projection (query, key and value read the same), and
+the weights until the end.
 
 Source: Zhussip et al., arXiv 2508.04581, "Matrix Weight-Sharing for Pretrained Models"; structure and ranks are those of
 `lorank.methods.masa`. The paper's appendix, with the steps of grouping and the allocation of ranks, we have not seen. Ours are:
@@ -212,7 +213,7 @@ def from_dense(
         data: batches of token ids [b, n] of text like that which the model is to read; for a number of groups above one
             and for residuals. A residual of d inputs wants many more than d tokens.
         targets, exclude: as of `lorank.convert`.
-        fields: as of `lorank.MASA`; coefficients are a table.
+        fields: as of `lorank.MASA`; coefficients are a table, and a group with as many atoms as blocks gets no residual.
 
     Raises:
         ValueError: as `lorank.convert` and `calibrate`; data that are lacking or of no use. The model is then unchanged.
@@ -255,7 +256,7 @@ def _fit(model: nn.Module, dense: dict[str, nn.Linear], factors: dict[str, Tenso
         for linear, layer, R in members:
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-            if R is not None:
+            if R is not None and layer.A is not None:  # else atoms alone are exact
                 B, A = truncate(linear.weight - dictionary(layer.depth), R, layer.A.out_features)
                 layer.B.weight.copy_(B)
                 layer.A.weight.copy_(A)

@@ -285,6 +285,18 @@ def test_each_step_brings_the_outputs_of_a_projection_nearer(
     torch.testing.assert_close(merge(loaded)(tokens).logits, model(tokens).logits, rtol=1e-9, atol=1e-11)
 
 
+def test_exact_groups_carry_no_residual(small: Callable[..., Any], data: list[Tensor]) -> None:
+    dense = deep(small)
+    model = MASA.from_dense(copy.deepcopy(dense), data=data, atoms=0.5, groups=(0, 1), residual_rank=6)
+    plain = MASA.from_dense(copy.deepcopy(dense), atoms=0.5, groups=(0, 1))
+    for name, layer in layers(model).items():
+        exact = ".0." in name
+        assert (layer.A is None) == (layer.B is None) == exact
+        if exact:
+            torch.testing.assert_close(layer.weight(), dense.get_submodule(name).weight, rtol=1e-12, atol=1e-14)
+    assert model.num_parameters() - plain.num_parameters() == 5 * (2 * 6 * (32 + 32) + 2 * 3 * (32 + 16))
+
+
 def test_what_is_excluded_stays_dense(small: Callable[..., Any], data: list[Tensor]) -> None:
     dense = deep(small)
     model = MASA.from_dense(

@@ -8,11 +8,12 @@ In training c_l is no free parameter: a small network reads an embedding of the 
 32 → 64 → 64 → S with GELU. `freeze_coefficients` evaluates it once and keeps C alone. Query, key, value and output
 never share an atom; MLPs, norms and embeddings stay dense. `groups` cuts the stack of blocks into consecutive groups with
 dictionaries of their own, and `residual_rank` gives each block its B_l A_l; by default there is one group and no residual.
+A group with as many atoms as blocks, as one of a single block, gets no residual: its atoms reach every weight without one.
 `MASA.from_dense` finds all of this for a trained model without training: Matrix PCA, see `lorank.pca`. Dictionaries hang
 at the root of the model's body, as `lorank_atoms`, and layers refer to them: each tensor is registered, sharded,
 decayed and saved once.
 
-Cost of one projection type and group of L blocks: S d_in d_out + L S + L r (d_in + d_out) parameters instead of
+Cost of one projection type and group of L blocks: S d_in d_out + L S + L r (d_in + d_out) parameters, r = 0 if S = L, instead of
 L d_in d_out, and L 32 + 6,272 + 65 S in place of L S while the network is there. Each call of a layer on n tokens spends
 2 S d_in d_out FLOPs on W_l and 2 n r (d_in + d_out) on the residual, and twice that backward, beside the dense layer's.
 W_l is kept for backward unless the block is checkpointed, so MASA saves weights, gradients and optimizer state, not
@@ -146,7 +147,7 @@ class MASALinear(nn.Module):
 
     dictionary: Dictionary
 
-    def __init__(self, dictionary: Dictionary, depth: int, bias: bool, residual_rank: int | None = None):
+    def __init__(self, dictionary: Dictionary, depth: int, bias: bool, residual_rank: int = 0):
         super().__init__()
         (_, d_out, d_in), options = dictionary.atoms.shape, _like(dictionary.atoms)
         object.__setattr__(self, "dictionary", dictionary)  # no submodule: the body owns it; copies and pickles follow
@@ -205,7 +206,7 @@ class MASA(Parametrization):
     """Consecutive blocks with atoms of their own: the number of groups, as equal as can be, or the first block of each: (0, 4, 9)."""
     residual_rank: Rank | None = None
     """r, None for no residual: an integer or a fraction of the width, of which key and value get half; or a table {pattern: either},
-    taken as it is."""
+    taken as it is. Of no effect in groups with as many atoms as blocks."""
 
     def __post_init__(self) -> None:
         whole = _is_whole(self.atoms) and self.atoms >= 1
@@ -230,10 +231,10 @@ class MASA(Parametrization):
         """S of a group of that many blocks."""
         return min(self.atoms, blocks) if isinstance(self.atoms, int) else max(1, round(self.atoms * blocks))
 
-    def rank_of(self, site: Site) -> int | None:
-        """r at a site; never more than its narrower side."""
-        if self.residual_rank is None:
-            return None
+    def rank_of(self, site: Site, blocks: int) -> int:
+        """r at a site whose group has that many blocks; never more than its narrower side, and 0 where atoms are enough."""
+        if self.residual_rank is None or self.count(blocks) >= blocks:
+            return 0
         rank = min(rank_at(self.residual_rank, site), site.d_in, site.d_out)
         less = not isinstance(self.residual_rank, Mapping) and projection_type(site.name) in ("key", "value")
         return max(1, rank // 2) if less else rank
@@ -274,8 +275,9 @@ class MASA(Parametrization):
                 raise ValueError(
                     f"{role} differs from block to block ({kinds}), so blocks cannot share its atoms; exclude those that differ"
                 )
-            residuals = sum((self.rank_of(site) or 0) / site.break_even_rank for site in stack)  # in dense matrices
-            if sum(self.count(len(group)) for group in self.split(stack)) + residuals >= len(stack):
+            groups = self.split(stack)
+            residuals = sum(self.rank_of(site, len(group)) / site.break_even_rank for group in groups for site in group)
+            if sum(self.count(len(group)) for group in groups) + residuals >= len(stack):  # in dense matrices
                 large.append(role)
         if large:
             less = "atoms than blocks" if self.residual_rank is None else "weights in atoms and residuals than dense"
@@ -289,7 +291,7 @@ class MASA(Parametrization):
             kind = f"{key}_{number}" if len(groups) > 1 else key, len(group), weight.shape, self.count(len(group))
             shared = Dictionary(*kind, self.coefficients, **_like(weight))
             for depth, site in enumerate(group):
-                layers.append(MASALinear(shared, depth, site.linear.bias is not None, self.rank_of(site)))
+                layers.append(MASALinear(shared, depth, site.linear.bias is not None, self.rank_of(site, len(group))))
         return layers
 
     def finish(self, model: nn.Module) -> None:
