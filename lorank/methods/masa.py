@@ -269,20 +269,33 @@ class MASA(Parametrization):
             )
         if self.residual_rank is not None:
             check_table(self.residual_rank, sites, "residual_rank")
-        large = []
+        large: dict[str, list[str]] = {}
         for role, stack in stacks.items():
             if len(kinds := {(*m.weight.shape, m.weight.dtype, m.weight.device) for *_, m in stack}) > 1:
                 raise ValueError(
                     f"{role} differs from block to block ({kinds}), so blocks cannot share its atoms; exclude those that differ"
                 )
-            groups = self.split(stack)
-            residuals = sum(self.rank_of(site, len(group)) / site.break_even_rank for group in groups for site in group)
-            if sum(self.count(len(group)) for group in groups) + residuals >= len(stack):  # in dense matrices
-                large.append(role)
-        if large:
-            less = "atoms than blocks" if self.residual_rank is None else "weights in atoms and residuals than dense"
-            lower = "atoms" if self.residual_rank is None else "residual_rank"
-            warnings.warn(f"there are no fewer {less} in {', '.join(large)}; lower {lower}", stacklevel=2)
+            if fault := self._no_smaller(stack):
+                large.setdefault(fault, []).append(role)
+        for fault, roles in large.items():
+            warnings.warn(f"there are no fewer {fault.format(', '.join(roles))}", stacklevel=2)
+
+    def _no_smaller(self, stack: Sequence[Site]) -> str | None:
+        """What is as large as dense in all depths of one projection, {}, and what to change; None if they are smaller."""
+        groups = self.split(stack)
+        if all(self.count(len(group)) == len(group) for group in groups):  # which then have no residuals
+            if len(stack) == 1:
+                return "atoms than blocks in {}, which are in one block alone; exclude them"
+            single = len(groups) == len(stack)
+            return "atoms than blocks in {}" + (
+                ", for each group is one block; take fewer groups" if single else "; lower atoms"
+            )
+        saved = len(stack) - sum(self.count(len(group)) for group in groups)  # in dense matrices, as what follows
+        ranks = [(self.rank_of(site, len(group)), site.break_even_rank) for group in groups for site in group]
+        if sum(rank / even for rank, even in ranks) < saved:
+            return None
+        enough = sum(min(rank, 1) / even for rank, even in ranks) < saved
+        return "weights in atoms and residuals than dense in {}; " + ("lower" if enough else "drop") + " residual_rank"
 
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
         groups, layers = self.split(sites), []

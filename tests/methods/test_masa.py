@@ -291,6 +291,31 @@ def test_weights_that_save_nothing_are_told(small: Callable[..., Any]) -> None:
         convert(deep(small), MASA(residual_rank={"[qo]_proj": 10, "[kv]_proj": 7}))
 
 
+@pytest.mark.parametrize(
+    ("blocks", "fields", "message", "mended"),
+    [
+        (6, {"atoms": 6}, "no fewer atoms than blocks in .*; lower atoms", {"atoms": 5}),
+        (6, {"atoms": 6, "residual_rank": 1}, "no fewer atoms than blocks in .*; lower atoms", {"atoms": 5, "residual_rank": 1}),
+        (6, {"atoms": 0.75, "groups": 3}, "no fewer atoms than blocks in .*; lower atoms", {"atoms": 0.5, "groups": 3}),
+        (6, {"groups": 6}, "no fewer atoms than blocks in .*, for each group is one block; take fewer groups", {"groups": 5}),
+        (2, {"groups": 2, "residual_rank": 4}, "each group is one block; take fewer groups", {"residual_rank": 4}),
+        (1, {}, "no fewer atoms than blocks in .*, which are in one block alone; exclude them", None),
+        (6, {"atoms": 5, "residual_rank": 3}, "residuals than dense in .*q_proj.*; lower residual_rank", {"atoms": 5, "residual_rank": 1}),
+        (18, {"atoms": 17, "residual_rank": 1}, "residuals than dense in .*; drop residual_rank", {"atoms": 17}),
+    ],
+)  # fmt: skip
+def test_the_setting_that_is_told_is_the_one_to_change(
+    small: Callable[..., Any], blocks: int, fields: dict[str, Any], message: str, mended: dict[str, Any] | None
+) -> None:
+    with pytest.warns(UserWarning, match=message) as told:
+        convert(small("llama", num_hidden_layers=blocks), MASA(**fields))
+    assert len(told) == 1
+    if mended is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            convert(small("llama", num_hidden_layers=blocks), MASA(**mended))
+
+
 SHARDED = r"""
 import torch, torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
