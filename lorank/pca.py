@@ -173,23 +173,22 @@ def calibrate(
 
 
 def _predictions(model: nn.Module, chain: list[nn.Module], states: Tensor, plain: bool) -> Tensor:
-    """Logits [L, V] if each state [L, d] in turn were what the last block gives: the blocks stand aside for one token."""
+    """Logits [L, V] if each state [L, d] in turn were what the last block gives: what the blocks make of one token is put aside."""
     found = []
     token = torch.zeros(1, 1, dtype=torch.int64, device=states.device)
-    try:
-        for state in states.to(next(model.parameters()).dtype):
-            output = state[None, None] if plain else (state[None, None], None)
-            for block in chain:
-                block.forward = lambda *args, output=output, **kwargs: output  # type: ignore[method-assign]
+    for state in states.to(next(model.parameters()).dtype):
+        output = state[None, None] if plain else (state[None, None], None)
+        hooks = [block.register_forward_hook(lambda *_, output=output: output) for block in chain]
+        try:
             logits = getattr(model(input_ids=token, use_cache=False), "logits", None)
             if logits is None:
                 raise ValueError(
                     f"this {type(model).__name__} predicts no tokens; give the model with its head, or the first block of each group"
                 )
             found.append(logits[0])
-    finally:
-        for block in chain:
-            block.__dict__.pop("forward", None)
+        finally:
+            for hook in hooks:
+                hook.remove()
     return torch.cat(found)
 
 

@@ -120,6 +120,21 @@ def test_drift_is_the_divergence_of_what_the_mean_states_predict(small: Callable
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
 
 
+def test_a_block_keeps_a_forward_of_its_own(small: Callable[..., Any], data: list[Tensor]) -> None:
+    model, called = deep(small), []
+    block = model.model.layers[2]
+    plain = block.forward
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        called.append(1)
+        return plain(*args, **kwargs)
+
+    expected = calibrate(model, data, ["model.layers.0.self_attn.q_proj"], inputs=False).drift
+    block.forward = wrapped
+    assert torch.equal(calibrate(model, data, ["model.layers.0.self_attn.q_proj"], inputs=False).drift, expected)
+    assert vars(block)["forward"] is wrapped and len(called) >= len(data)
+
+
 def silence(block: Any, factor: float = 0.0) -> None:
     """A block of Llama that adds nothing, or little, to what it reads."""
     with torch.no_grad():
@@ -167,7 +182,7 @@ def test_drift_of_distributions_that_are_known() -> None:
 def test_one_block_to_a_group_is_the_dense_model_on_every_architecture(
     architecture: Any, tokens: Tensor, tmp_path: Path
 ) -> None:
-    """Also that blocks stand aside in all of them when their outputs are judged."""
+    """Also that what blocks give can be replaced in all of them when their outputs are judged."""
     dense = architecture.dense().double()
     model = MASA.from_dense(copy.deepcopy(dense), data=[tokens], groups=2)
     assert model.config.lorank["arguments"]["groups"] == [0, 1]
