@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorank.analysis import Streams
 from lorank.conversion import Patterns, blocks, convert, sites_to_convert
@@ -125,7 +126,8 @@ def calibrate(
         inputs: look at what the projections read.
 
     Raises:
-        ValueError: no batches, something that is none, several stacks, no head, or activations that are not finite.
+        ValueError: no batches, something that is none or that the model cannot read, several stacks, no head, or activations that
+            are not finite.
     """
     stacks = {stack for stack, depth, _ in blocks(model) if any(n.startswith(f"{stack}.{depth}.") for n in projections)}
     if drift and len(stacks) > 1:
@@ -151,8 +153,7 @@ def calibrate(
     try:
         with streams.attached():
             for batch in data:
-                if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
-                    raise ValueError("data: a batch is a tensor of token ids [b, n]; give a list of these")
+                _check_batch(model, batch)
                 streams.add(model, {"input_ids": batch.to(device)})
         if not streams.tokens:
             raise ValueError("data: there is not a single batch to look at")
@@ -170,6 +171,28 @@ def calibrate(
         raise ValueError("the model's activations are not finite numbers; it has diverged, take an earlier one")
     factors = {reader: whitening(gram / streams.tokens) for reader, gram in streams.inputs.items()}
     return Calibration(moved, {name: factors[reader] for name, reader in streams.reads.items()})
+
+
+def _check_batch(model: nn.Module, batch: Any) -> None:
+    """ValueError for what is no batch of token ids that the model can read."""
+    if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.dtype not in (torch.int32, torch.int64):
+        raise ValueError("data: a batch is a tensor of token ids [b, n] of int64 or int32; give a list of these")
+    if not batch.numel():
+        raise ValueError(f"data: a batch of shape {list(batch.shape)} has no tokens; leave it out")
+    if isinstance(model, PreTrainedModel):
+        from lorank.train.model import positions_of
+
+        if (positions := positions_of(model)) is not None and batch.shape[1] > positions:
+            raise ValueError(
+                f"data: sequences of {batch.shape[1]} tokens exceed the model's {positions} positions; cut them"
+            )
+        rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore
+        least, most = int(batch.min()), int(batch.max())
+        if least < 0 or most >= rows:
+            wrong = least if least < 0 else most
+            raise ValueError(
+                f"data: token id {wrong} is none of the model's, 0 to {rows - 1}; use the model's own tokenizer"
+            )
 
 
 def _predictions(model: nn.Module, chain: list[nn.Module], states: Tensor, plain: bool) -> Tensor:
