@@ -6,7 +6,8 @@ First a dense Llama (8 blocks, d 64, four heads, none grouped) learns the embedd
 kept. Then its attention is written with the named part of its parameters: atoms of all blocks, of two equal groups and of two
 groups found by drift; half atoms and half residual, whitened or not, with and without groups; and, without atoms, the SVD
 of each whitened weight (SVD-LLM, arXiv 2403.07378), what the paper compares with. Rank fills what parameters are left, so
-that no row has more than its part. Drift and whitening see 512 sequences of training text, 65,536 tokens.
+that no row has more than its part; a group with as many atoms as blocks is exact and takes none of it. Drift and whitening
+see 512 sequences of training text, 65,536 tokens.
 """
 
 import argparse
@@ -70,7 +71,11 @@ def compressed(dense: Any, budget: int, data: list[torch.Tensor], atoms: float, 
         model = MASA.from_dense(copy.deepcopy(dense), **fields)
     if residual == "none":
         return model
-    two = sum(3 * sum(m.weight.shape) for name, m in projections(dense).items() if name.endswith(("q_proj", "o_proj")))
+    two = sum(
+        3 * sum(projections(dense)[name].weight.shape)
+        for name, layer in projections(model).items()
+        if name.endswith(("q_proj", "o_proj")) and not exact(layer)
+    )
     rank = 2 * ((budget - attention(model)) // two)  # rank 2 of query and output, 1 of key and value, costs `two`
     model = MASA.from_dense(copy.deepcopy(dense), data=data, residual_rank=rank, **fields)
     if residual == "plain":
@@ -80,6 +85,11 @@ def compressed(dense: Any, budget: int, data: list[torch.Tensor], atoms: float, 
 
 def drifts_of(dense: Any, data: list[torch.Tensor]) -> torch.Tensor:
     return calibrate(dense, data, [*projections(dense)], inputs=False).drift
+
+
+def exact(layer: Any) -> bool:
+    """Whether a group has as many atoms as blocks, and so no residual."""
+    return len(layer.dictionary.atoms) == len(layer.dictionary.coefficients.values)
 
 
 def projections(model: Any) -> dict[str, Any]:
@@ -151,11 +161,11 @@ def main() -> None:
         ):
             chosen = (0, 4) if groups == 2 else groups
             model = compressed(dense, budget, data, atoms, chosen, residual)
-            first = model.model.layers[0].self_attn
+            last = model.model.layers[-1].self_attn  # a first group of one block has no residual
             found = model.config.lorank["arguments"]["groups"]
             starts = "all" if found == 1 else ",".join(map(str, found))
             count = sum(len(d.atoms) for key, d in model.model.lorank_atoms.items() if "q_proj" in key)
-            ranks = "" if first.q_proj.A is None else f"{first.q_proj.A.out_features}, {first.k_proj.A.out_features}"
+            ranks = "" if last.q_proj.A is None else f"{last.q_proj.A.out_features}, {last.k_proj.A.out_features}"
             used = attention(model)
             print(f"{what:42} {starts:>8} {count:6} {ranks:>9} {used:10,} {perplexity(model):11.2f}", flush=True)
         model, used = svd(dense, budget, data)

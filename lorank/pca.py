@@ -11,8 +11,9 @@ Three steps, of which the first and the last look at some text, forward only.
                R Rᵀ = X_lᵀ X_l / n and the SVD (W_l − Ŵ_l) R = U Σ Vᵀ,   B_l = U_r Σ_r^½,   A_l = Σ_r^½ V_rᵀ R⁻¹
 
 The cuts are those that make the drifts within groups least in sum. The error of the residual on the data is then
-√(σ²_{r+1} + …), the least that rank r can have. Memory beside the model: one matrix [d_in, d_in] in float64 for each input
-of a projection (query, key and value read the same), and the weights until the end.
+√(σ²_{r+1} + …), the least that rank r can have. A group with as many atoms as blocks is exact and has no residual. Memory
+beside the model: one matrix [d_in, d_in] in float64 for each input of a projection (query, key and value read the same), and
+the weights until the end.
 
 Source: Zhussip et al., arXiv 2508.04581, "Matrix Weight-Sharing for Pretrained Models"; structure and ranks are those of
 `lorank.methods.masa`. The paper's appendix, with the steps of grouping and the allocation of ranks, we have not seen. Ours are:
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lorank.analysis import Streams
 from lorank.conversion import Patterns, blocks, convert, sites_to_convert
@@ -124,7 +126,8 @@ def calibrate(
         inputs: look at what the projections read.
 
     Raises:
-        ValueError: no batches, something that is none, several stacks, no head, or activations that are not finite.
+        ValueError: no batches, something that is none or that the model cannot read, several stacks, no head, or activations that
+            are not finite.
     """
     stacks = {stack for stack, depth, _ in blocks(model) if any(n.startswith(f"{stack}.{depth}.") for n in projections)}
     if drift and len(stacks) > 1:
@@ -150,8 +153,7 @@ def calibrate(
     try:
         with streams.attached():
             for batch in data:
-                if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.is_floating_point():
-                    raise ValueError("data: a batch is a tensor of token ids [b, n]; give a list of these")
+                _check_batch(model, batch)
                 streams.add(model, {"input_ids": batch.to(device)})
         if not streams.tokens:
             raise ValueError("data: there is not a single batch to look at")
@@ -171,24 +173,45 @@ def calibrate(
     return Calibration(moved, {name: factors[reader] for name, reader in streams.reads.items()})
 
 
+def _check_batch(model: nn.Module, batch: Any) -> None:
+    """ValueError for what is no batch of token ids that the model can read."""
+    if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.dtype not in (torch.int32, torch.int64):
+        raise ValueError("data: a batch is a tensor of token ids [b, n] of int64 or int32; give a list of these")
+    if not batch.numel():
+        raise ValueError(f"data: a batch of shape {list(batch.shape)} has no tokens; leave it out")
+    if isinstance(model, PreTrainedModel):
+        from lorank.train.model import positions_of
+
+        if (positions := positions_of(model)) is not None and batch.shape[1] > positions:
+            raise ValueError(
+                f"data: sequences of {batch.shape[1]} tokens exceed the model's {positions} positions; cut them"
+            )
+        rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore
+        least, most = int(batch.min()), int(batch.max())
+        if least < 0 or most >= rows:
+            wrong = least if least < 0 else most
+            raise ValueError(
+                f"data: token id {wrong} is none of the model's, 0 to {rows - 1}; use the model's own tokenizer"
+            )
+
+
 def _predictions(model: nn.Module, chain: list[nn.Module], states: Tensor, plain: bool) -> Tensor:
-    """Logits [L, V] if each state [L, d] in turn were what the last block gives: the blocks stand aside for one token."""
+    """Logits [L, V] if each state [L, d] in turn were what the last block gives: what the blocks make of one token is put aside."""
     found = []
     token = torch.zeros(1, 1, dtype=torch.int64, device=states.device)
-    try:
-        for state in states.to(next(model.parameters()).dtype):
-            output = state[None, None] if plain else (state[None, None], None)
-            for block in chain:
-                block.forward = lambda *args, output=output, **kwargs: output  # type: ignore[method-assign]
+    for state in states.to(next(model.parameters()).dtype):
+        output = state[None, None] if plain else (state[None, None], None)
+        hooks = [block.register_forward_hook(lambda *_, output=output: output) for block in chain]
+        try:
             logits = getattr(model(input_ids=token, use_cache=False), "logits", None)
             if logits is None:
                 raise ValueError(
                     f"this {type(model).__name__} predicts no tokens; give the model with its head, or the first block of each group"
                 )
             found.append(logits[0])
-    finally:
-        for block in chain:
-            block.__dict__.pop("forward", None)
+        finally:
+            for hook in hooks:
+                hook.remove()
     return torch.cat(found)
 
 
@@ -212,7 +235,7 @@ def from_dense(
         data: batches of token ids [b, n] of text like that which the model is to read; for a number of groups above one
             and for residuals. A residual of d inputs wants many more than d tokens.
         targets, exclude: as of `lorank.convert`.
-        fields: as of `lorank.MASA`; coefficients are a table.
+        fields: as of `lorank.MASA`; coefficients are a table, and a group with as many atoms as blocks gets no residual.
 
     Raises:
         ValueError: as `lorank.convert` and `calibrate`; data that are lacking or of no use. The model is then unchanged.
@@ -255,7 +278,7 @@ def _fit(model: nn.Module, dense: dict[str, nn.Linear], factors: dict[str, Tenso
         for linear, layer, R in members:
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
-            if R is not None:
+            if R is not None and layer.A is not None:  # else atoms alone are exact
                 B, A = truncate(linear.weight - dictionary(layer.depth), R, layer.A.out_features)
                 layer.B.weight.copy_(B)
                 layer.A.weight.copy_(A)

@@ -120,6 +120,21 @@ def test_drift_is_the_divergence_of_what_the_mean_states_predict(small: Callable
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
 
 
+def test_a_block_keeps_a_forward_of_its_own(small: Callable[..., Any], data: list[Tensor]) -> None:
+    model, called = deep(small), []
+    block = model.model.layers[2]
+    plain = block.forward
+
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        called.append(1)
+        return plain(*args, **kwargs)
+
+    expected = calibrate(model, data, ["model.layers.0.self_attn.q_proj"], inputs=False).drift
+    block.forward = wrapped
+    assert torch.equal(calibrate(model, data, ["model.layers.0.self_attn.q_proj"], inputs=False).drift, expected)
+    assert vars(block)["forward"] is wrapped and len(called) >= len(data)
+
+
 def silence(block: Any, factor: float = 0.0) -> None:
     """A block of Llama that adds nothing, or little, to what it reads."""
     with torch.no_grad():
@@ -167,7 +182,7 @@ def test_drift_of_distributions_that_are_known() -> None:
 def test_one_block_to_a_group_is_the_dense_model_on_every_architecture(
     architecture: Any, tokens: Tensor, tmp_path: Path
 ) -> None:
-    """Also that blocks stand aside in all of them when their outputs are judged."""
+    """Also that what blocks give can be replaced in all of them when their outputs are judged."""
     dense = architecture.dense().double()
     model = MASA.from_dense(copy.deepcopy(dense), data=[tokens], groups=2)
     assert model.config.lorank["arguments"]["groups"] == [0, 1]
@@ -285,6 +300,18 @@ def test_each_step_brings_the_outputs_of_a_projection_nearer(
     torch.testing.assert_close(merge(loaded)(tokens).logits, model(tokens).logits, rtol=1e-9, atol=1e-11)
 
 
+def test_exact_groups_carry_no_residual(small: Callable[..., Any], data: list[Tensor]) -> None:
+    dense = deep(small)
+    model = MASA.from_dense(copy.deepcopy(dense), data=data, atoms=0.5, groups=(0, 1), residual_rank=6)
+    plain = MASA.from_dense(copy.deepcopy(dense), atoms=0.5, groups=(0, 1))
+    for name, layer in layers(model).items():
+        exact = ".0." in name
+        assert (layer.A is None) == (layer.B is None) == exact
+        if exact:
+            torch.testing.assert_close(layer.weight(), dense.get_submodule(name).weight, rtol=1e-12, atol=1e-14)
+    assert model.num_parameters() - plain.num_parameters() == 5 * (2 * 6 * (32 + 32) + 2 * 3 * (32 + 16))
+
+
 def test_what_is_excluded_stays_dense(small: Callable[..., Any], data: list[Tensor]) -> None:
     dense = deep(small)
     model = MASA.from_dense(
@@ -310,9 +337,22 @@ IDS = torch.zeros(1, 4, dtype=torch.int64)
         ({"data": [IDS]}, "data= is of no use without residual_rank or a number of groups; drop it"),
         ({"data": [IDS], "groups": (0, 3)}, "data= is of no use"),
         ({"data": [], "groups": 2}, "data: there is not a single batch"),
-        ({"data": IDS, "groups": 2}, r"data: a batch is a tensor of token ids \[b, n\]; give a list of these"),
+        (
+            {"data": IDS, "groups": 2},
+            r"data: a batch is a tensor of token ids \[b, n\] of int64 or int32; give a list of these",
+        ),
         ({"data": [{"input_ids": IDS}], "groups": 2}, "data: a batch is a tensor"),
         ({"data": [IDS.float()], "groups": 2}, "data: a batch is a tensor"),
+        ({"data": [IDS.bool()], "groups": 2}, "data: a batch is a tensor"),
+        ({"data": [IDS.to(torch.int16)], "groups": 2}, "data: a batch is a tensor of token ids .* of int64 or int32"),
+        ({"data": [IDS, IDS[:0]], "groups": 2}, r"data: a batch of shape \[0, 4\] has no tokens; leave it out"),
+        ({"data": [IDS[:, :0]], "residual_rank": 2}, r"data: a batch of shape \[1, 0\] has no tokens"),
+        ({"data": [IDS, IDS + VOCABULARY], "groups": 2}, "data: token id 96 is none of the model's, 0 to 95; use"),
+        ({"data": [IDS - 1], "residual_rank": 2}, "data: token id -1 is none of the model's"),
+        (
+            {"data": [IDS.repeat(1, 1000)], "groups": 2},
+            "data: sequences of 4000 tokens exceed the model's .* positions; cut them",
+        ),
         ({"data": [IDS], "groups": 7}, "groups=7: of the blocks 0 to 5"),
         ({"coefficients": "network"}, "Matrix PCA finds coefficients that no network holds; drop coefficients"),
         ({"targets": "o_proj"}, "finds no query nor key nor value"),

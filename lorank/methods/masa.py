@@ -8,11 +8,12 @@ In training c_l is no free parameter: a small network reads an embedding of the 
 32 → 64 → 64 → S with GELU. `freeze_coefficients` evaluates it once and keeps C alone. Query, key, value and output
 never share an atom; MLPs, norms and embeddings stay dense. `groups` cuts the stack of blocks into consecutive groups with
 dictionaries of their own, and `residual_rank` gives each block its B_l A_l; by default there is one group and no residual.
+A group with as many atoms as blocks, as one of a single block, gets no residual: its atoms reach every weight without one.
 `MASA.from_dense` finds all of this for a trained model without training: Matrix PCA, see `lorank.pca`. Dictionaries hang
 at the root of the model's body, as `lorank_atoms`, and layers refer to them: each tensor is registered, sharded,
 decayed and saved once.
 
-Cost of one projection type and group of L blocks: S d_in d_out + L S + L r (d_in + d_out) parameters instead of
+Cost of one projection type and group of L blocks: S d_in d_out + L S + L r (d_in + d_out) parameters, r = 0 if S = L, instead of
 L d_in d_out, and L 32 + 6,272 + 65 S in place of L S while the network is there. Each call of a layer on n tokens spends
 2 S d_in d_out FLOPs on W_l and 2 n r (d_in + d_out) on the residual, and twice that backward, beside the dense layer's.
 W_l is kept for backward unless the block is checkpointed, so MASA saves weights, gradients and optimizer state, not
@@ -146,7 +147,7 @@ class MASALinear(nn.Module):
 
     dictionary: Dictionary
 
-    def __init__(self, dictionary: Dictionary, depth: int, bias: bool, residual_rank: int | None = None):
+    def __init__(self, dictionary: Dictionary, depth: int, bias: bool, residual_rank: int = 0):
         super().__init__()
         (_, d_out, d_in), options = dictionary.atoms.shape, _like(dictionary.atoms)
         object.__setattr__(self, "dictionary", dictionary)  # no submodule: the body owns it; copies and pickles follow
@@ -205,7 +206,7 @@ class MASA(Parametrization):
     """Consecutive blocks with atoms of their own: the number of groups, as equal as can be, or the first block of each: (0, 4, 9)."""
     residual_rank: Rank | None = None
     """r, None for no residual: an integer or a fraction of the width, of which key and value get half; or a table {pattern: either},
-    taken as it is."""
+    taken as it is. Of no effect in groups with as many atoms as blocks."""
 
     def __post_init__(self) -> None:
         whole = _is_whole(self.atoms) and self.atoms >= 1
@@ -230,10 +231,10 @@ class MASA(Parametrization):
         """S of a group of that many blocks."""
         return min(self.atoms, blocks) if isinstance(self.atoms, int) else max(1, round(self.atoms * blocks))
 
-    def rank_of(self, site: Site) -> int | None:
-        """r at a site; never more than its narrower side."""
-        if self.residual_rank is None:
-            return None
+    def rank_of(self, site: Site, blocks: int) -> int:
+        """r at a site whose group has that many blocks; never more than its narrower side, and 0 where atoms are enough."""
+        if self.residual_rank is None or self.count(blocks) >= blocks:
+            return 0
         rank = min(rank_at(self.residual_rank, site), site.d_in, site.d_out)
         less = not isinstance(self.residual_rank, Mapping) and projection_type(site.name) in ("key", "value")
         return max(1, rank // 2) if less else rank
@@ -268,19 +269,33 @@ class MASA(Parametrization):
             )
         if self.residual_rank is not None:
             check_table(self.residual_rank, sites, "residual_rank")
-        large = []
+        large: dict[str, list[str]] = {}
         for role, stack in stacks.items():
             if len(kinds := {(*m.weight.shape, m.weight.dtype, m.weight.device) for *_, m in stack}) > 1:
                 raise ValueError(
                     f"{role} differs from block to block ({kinds}), so blocks cannot share its atoms; exclude those that differ"
                 )
-            residuals = sum((self.rank_of(site) or 0) / site.break_even_rank for site in stack)  # in dense matrices
-            if sum(self.count(len(group)) for group in self.split(stack)) + residuals >= len(stack):
-                large.append(role)
-        if large:
-            less = "atoms than blocks" if self.residual_rank is None else "weights in atoms and residuals than dense"
-            lower = "atoms" if self.residual_rank is None else "residual_rank"
-            warnings.warn(f"there are no fewer {less} in {', '.join(large)}; lower {lower}", stacklevel=2)
+            if fault := self._no_smaller(stack):
+                large.setdefault(fault, []).append(role)
+        for fault, roles in large.items():
+            warnings.warn(f"there are no fewer {fault.format(', '.join(roles))}", stacklevel=2)
+
+    def _no_smaller(self, stack: Sequence[Site]) -> str | None:
+        """What is as large as dense in all depths of one projection, {}, and what to change; None if they are smaller."""
+        groups = self.split(stack)
+        if all(self.count(len(group)) == len(group) for group in groups):  # which then have no residuals
+            if len(stack) == 1:
+                return "atoms than blocks in {}, which are in one block alone; exclude them"
+            single = len(groups) == len(stack)
+            return "atoms than blocks in {}" + (
+                ", for each group is one block; take fewer groups" if single else "; lower atoms"
+            )
+        saved = len(stack) - sum(self.count(len(group)) for group in groups)  # in dense matrices, as what follows
+        ranks = [(self.rank_of(site, len(group)), site.break_even_rank) for group in groups for site in group]
+        if sum(rank / even for rank, even in ranks) < saved:
+            return None
+        enough = sum(min(rank, 1) / even for rank, even in ranks) < saved
+        return "weights in atoms and residuals than dense in {}; " + ("lower" if enough else "drop") + " residual_rank"
 
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
         groups, layers = self.split(sites), []
@@ -289,7 +304,7 @@ class MASA(Parametrization):
             kind = f"{key}_{number}" if len(groups) > 1 else key, len(group), weight.shape, self.count(len(group))
             shared = Dictionary(*kind, self.coefficients, **_like(weight))
             for depth, site in enumerate(group):
-                layers.append(MASALinear(shared, depth, site.linear.bias is not None, self.rank_of(site)))
+                layers.append(MASALinear(shared, depth, site.linear.bias is not None, self.rank_of(site, len(group))))
         return layers
 
     def finish(self, model: nn.Module) -> None:

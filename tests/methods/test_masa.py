@@ -170,6 +170,25 @@ def test_parameters_of_groups_and_residuals(
     assert count_parameters(model).blocks == held - 2 * 96 * 32 - 32
 
 
+@pytest.mark.parametrize("coefficients", ["network", "table"])
+def test_groups_with_an_atom_for_each_block_have_no_residual(
+    small: Callable[..., Any], tokens: Tensor, tmp_path: Path, coefficients: Any
+) -> None:
+    """Groups of one, two and three blocks with two atoms at most: the last alone is not exact."""
+    fields: dict[str, Any] = {"atoms": 2, "groups": (0, 1, 3), "coefficients": coefficients}
+    model = convert(deep(small, num_key_value_heads=4), MASA(**fields, residual_rank=4))
+    plain = convert(deep(small, num_key_value_heads=4), MASA(**fields))
+    depths = {name.split(".")[2] for name, _ in model.named_parameters() if name.endswith((".A.weight", ".B.weight"))}
+    assert depths == {"3", "4", "5"}
+    residuals = 3 * (4 + 2 + 2 + 4) * (32 + 32)
+    assert model.num_parameters() - plain.num_parameters() == residuals
+    assert count_parameters(model).blocks - count_parameters(plain).blocks == residuals
+    model.save_pretrained(tmp_path)
+    loaded, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(report.values())
+    assert torch.equal(loaded.eval()(tokens).logits, model(tokens).logits)
+
+
 def test_a_plan_counts_groups_and_residuals(tmp_path: Path) -> None:
     shape = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
     (tmp_path / "config.json").write_text(json.dumps({**shape, "num_attention_heads": 4}))
@@ -178,8 +197,13 @@ def test_a_plan_counts_groups_and_residuals(tmp_path: Path) -> None:
         Recipe(method="masa", model=str(tmp_path / "config.json"), vocab_size=64, rank=None, options=options)
     )
     shown = {row.role: row for row in counted.rows}
-    assert shown["model.layers.*.self_attn.q_proj"].after == "MASALinear(atoms=1, residual_rank=6)"
-    assert shown["model.layers.*.self_attn.v_proj"].parameters_after == 4 * 3 * (32 + 32)
+    assert (
+        shown["model.layers.*.self_attn.q_proj"].after
+        == "MASALinear(atoms=1, residual_rank=6), then MASALinear(atoms=1)"
+    )
+    assert shown["model.layers.*.self_attn.v_proj"].parameters_after == 3 * 3 * (
+        32 + 32
+    )  # none in the last group, of one block
     assert shown["model.layers.*.self_attn.o_proj"].after == "stays dense"
     assert shown["model.lorank_atoms"].parameters_after == 3 * (2 * 32 * 32 + 4 * 32 + 2 * (6272 + 65))
     norms = 4 * 2 * 32
@@ -265,6 +289,31 @@ def test_weights_that_save_nothing_are_told(small: Callable[..., Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(deep(small), MASA(residual_rank={"[qo]_proj": 10, "[kv]_proj": 7}))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "fields", "message", "mended"),
+    [
+        (6, {"atoms": 6}, "no fewer atoms than blocks in .*; lower atoms", {"atoms": 5}),
+        (6, {"atoms": 6, "residual_rank": 1}, "no fewer atoms than blocks in .*; lower atoms", {"atoms": 5, "residual_rank": 1}),
+        (6, {"atoms": 0.75, "groups": 3}, "no fewer atoms than blocks in .*; lower atoms", {"atoms": 0.5, "groups": 3}),
+        (6, {"groups": 6}, "no fewer atoms than blocks in .*, for each group is one block; take fewer groups", {"groups": 5}),
+        (2, {"groups": 2, "residual_rank": 4}, "each group is one block; take fewer groups", {"residual_rank": 4}),
+        (1, {}, "no fewer atoms than blocks in .*, which are in one block alone; exclude them", None),
+        (6, {"atoms": 5, "residual_rank": 3}, "residuals than dense in .*q_proj.*; lower residual_rank", {"atoms": 5, "residual_rank": 1}),
+        (18, {"atoms": 17, "residual_rank": 1}, "residuals than dense in .*; drop residual_rank", {"atoms": 17}),
+    ],
+)  # fmt: skip
+def test_the_setting_that_is_told_is_the_one_to_change(
+    small: Callable[..., Any], blocks: int, fields: dict[str, Any], message: str, mended: dict[str, Any] | None
+) -> None:
+    with pytest.warns(UserWarning, match=message) as told:
+        convert(small("llama", num_hidden_layers=blocks), MASA(**fields))
+    assert len(told) == 1
+    if mended is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            convert(small("llama", num_hidden_layers=blocks), MASA(**mended))
 
 
 SHARDED = r"""
