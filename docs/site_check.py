@@ -5,7 +5,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-LOADS = {("script", "src"), ("img", "src"), ("source", "src"), ("iframe", "src"), ("link", "href")}
+LOADS = {
+    *((tag, "src") for tag in ("script", "img", "source", "iframe", "video", "audio", "track", "embed", "input")),
+    *(("link", "href"), ("object", "data"), ("video", "poster"), ("image", "href"), ("use", "href")),
+}
+STYLE = re.compile(r"""url\(\s*['"]?([^'")]+?)['"]?\s*\)|@import\s*['"]([^'"]+)['"]""")
 OUTWARD = re.compile(r"https://[a-z0-9-]+(\.[a-z0-9-]+)+(/\S*)?")
 
 
@@ -17,6 +21,7 @@ class Page(HTMLParser):
         self.anchors: set[str] = set()
         self.links: list[tuple[str, bool]] = []
         """(target, whether a browser loads it unasked)."""
+        self.styled = False
         self.feed(text)
 
     def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
@@ -25,15 +30,35 @@ class Page(HTMLParser):
                 self.anchors.add(value or "")
             elif (tag, name) == ("a", "href") or (tag, name) in LOADS:
                 self.links.append((value or "", tag != "a"))
+            elif name == "srcset":
+                self.links += [(part.split()[0], True) for part in (value or "").split(", ") if part.strip()]
+            elif name == "style":
+                self.links += [(target, True) for target in loaded_by(value or "")]
+        self.styled = tag == "style"
+
+    def handle_data(self, data: str) -> None:
+        if self.styled:
+            self.links += [(target, True) for target in loaded_by(data)]
+
+    def handle_endtag(self, tag: str) -> None:
+        self.styled = False
+
+
+def loaded_by(style: str) -> list[str]:
+    """What a style sheet loads, but for its comments."""
+    return [url or imported for url, imported in STYLE.findall(re.sub(r"/\*.*?\*/", "", style, flags=re.S))]
 
 
 def complaints(site: Path) -> list[str]:
-    """One sentence for each link of the site's pages that is wrong, and for each style that comes from elsewhere."""
+    """One sentence for each link that is wrong, and for each thing that a page or a style sheet loads from elsewhere."""
     found = {path.resolve(): Page(path.read_text()) for path in site.rglob("*.html")}
+    styles = {
+        path.resolve(): [(target, True) for target in loaded_by(path.read_text())] for path in site.rglob("*.css")
+    }
     wrong = []
-    for path, page in found.items():
+    for path, links in [*((path, page.links) for path, page in found.items()), *styles.items()]:
         where = path.relative_to(site.resolve())
-        for target, loaded in page.links:
+        for target, loaded in links:
             parts = urlsplit(target)
             if parts.scheme or parts.netloc:
                 if loaded and parts.scheme != "data":
@@ -47,9 +72,6 @@ def complaints(site: Path) -> list[str]:
                 wrong.append(f"{where} links to {target}, and there is no such file")
             elif parts.fragment and file in found and unquote(parts.fragment) not in found[file].anchors:
                 wrong.append(f"{where} links to {target}, and the page has no such place")
-    for path in site.rglob("*.css"):
-        for target in re.findall(r"(?:url\(|@import)\s*['\"]?((?:https?:)?//[^'\")]+)", path.read_text()):
-            wrong.append(f"{path.relative_to(site)} loads {target}")
     return wrong
 
 

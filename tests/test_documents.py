@@ -130,8 +130,9 @@ def test_links_within_the_repository_lead_somewhere(document: str) -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_and_flags_shown_exist(document: str) -> None:
-    for line in "".join(code(document, "sh|bash")).splitlines():
-        words = shlex.split(line, comments=True)
+    typed = re.findall(r"^\$ (.+)", "".join(code(document, "console")), re.M)
+    for line in [*"".join(code(document, "sh|bash")).splitlines(), *typed]:
+        words = shlex.split(re.sub(r"^torchrun .* -m lorank", "lorank", line), comments=True)
         if words[:1] == ["make"]:
             assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.M), line
         elif words[:1] == ["lorank"]:
@@ -140,6 +141,12 @@ def test_commands_and_flags_shown_exist(document: str) -> None:
             command.make_context(words[1], words[2:], parent=click.Context(cli))  # parses, runs nothing
             for recipe in (word for word in words[2:] if word.endswith(".yaml")):
                 assert any(ROOT.glob(recipe)), line  # may be a pattern
+    prose = re.sub(r"^ *```.*?^ *```", "", text_of(document), flags=re.M | re.S)
+    for line in re.findall(r"`lorank ([^`]+)`", prose):  # it may have RECIPE or NAME in it, so it cannot be parsed
+        name, *words = line.split()
+        assert name in cli.commands, line
+        flags = {flag for option in cli.commands[name].params for flag in (*option.opts, *option.secondary_opts)}
+        assert {word.partition("=")[0] for word in words if word.startswith("-")} <= {*flags, "--help"}, line
 
 
 @pytest.mark.parametrize("name", [*lorank.METHODS, *lorank.optim.OPTIMIZERS, *lorank.optim.ESTIMATORS])
@@ -187,14 +194,32 @@ def test_a_page_takes_a_section_of_another_file_with_its_links() -> None:
         ('<img src="picture.png">', "a.html links to picture.png, and there is no such file"),
         ('<script src="https://cdn.example.org/x.js">', "a.html loads https://cdn.example.org/x.js"),
         ('<link rel="stylesheet" href="//fonts.example.org/x">', "a.html loads //fonts.example.org/x"),
+        ('<img srcset="b.html 1x, big.png 2x">', "a.html links to big.png, and there is no such file"),
+        ('<source srcset="https://cdn.example.org/x.png">', "a.html loads https://cdn.example.org/x.png"),
+        ('<video src="film.mp4">', "a.html links to film.mp4, and there is no such file"),
+        ('<video><source src="film.mp4">', "a.html links to film.mp4, and there is no such file"),
+        ('<object data="https://cdn.example.org/x.svg">', "a.html loads https://cdn.example.org/x.svg"),
+        ("<p style=\"background: url('gone.png')\">", "a.html links to gone.png, and there is no such file"),
+        ("<style>p { background: url(b.html) }</style>", None),
+        ("<style>@import 'gone.css';</style>", "a.html links to gone.css, and there is no such file"),
+        ("<style>@import url(//fonts.example.org/x)</style>", "a.html loads //fonts.example.org/x"),
+        ("<p>a sheet may have url(gone.png)", None),
     ],
 )
 def test_a_broken_link_of_the_site_is_found(body: str, complaint: str | None, tmp_path: Path) -> None:
     (tmp_path / "a.html").write_text(f"<p id='here'>{body}")
     (tmp_path / "b.html").write_text("<p id='there'>")
     assert site_check.complaints(tmp_path) == ([complaint] if complaint else [])
-    (tmp_path / "s.css").write_text("@import url('https://fonts.example.org/f.css'); a { background: url(here.png) }")
-    assert "s.css loads https://fonts.example.org/f.css" in site_check.complaints(tmp_path)
+
+
+def test_what_a_style_sheet_loads_is_found(tmp_path: Path) -> None:
+    (tmp_path / "here.png").touch()
+    style = "@import url('https://fonts.example.org/f.css'); a { background: url(here.png) } b { background: url(gone.png) }"
+    (tmp_path / "s.css").write_text(f"/* url(old.png) */ {style} c {{ background: url(data:image/png;base64,AA) }}")
+    assert site_check.complaints(tmp_path) == [
+        "s.css loads https://fonts.example.org/f.css",
+        "s.css links to gone.png, and there is no such file",
+    ]
 
 
 def test_every_method_has_a_row_in_the_readme() -> None:
