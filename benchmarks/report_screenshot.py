@@ -2,7 +2,7 @@
 
     python benchmarks/report_screenshot.py runs/compare/report.html pictures/
 
-The picture in the README is pictures/report.png of this race, which takes two CPU cores half an hour:
+The picture in the README is pictures/report.png of this race, which takes two CPU cores a quarter of an hour:
 
     lorank compare --model benchmarks/shapes/llama-1m --rank 32 --method cola --method low-rank --method dense \\
         --vocab-size 2048 --sequence-length 128 --batch-size 16 --steps 120 --warmup-steps 20 --eval-every 10 \\
