@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from lorank.accounting import flops_per_token
 from lorank.cli import cli
 from lorank.methods import METHODS
-from lorank.optim import ESTIMATORS, OPTIMIZERS, option_names
+from lorank.optim import ESTIMATORS, OPTIMIZERS, options_of
 from lorank.papers import PAPERS, find_paper
 from lorank.report.repro import expectation
 from lorank.report.tables import quantity
@@ -181,7 +181,7 @@ def options(names: list[str]) -> str:
     for name in names:
         kind, directive = class_of(name), [f".. autoclass:: {public_name(class_of(name))}", "   :show-inheritance:"]
         if name in OPTIMIZERS:
-            known = ", ".join(f"`{option}`" for option in option_names(kind))
+            known = ", ".join(f"`{option}`" for option in options_of(kind))
             where = "those that it does not explain itself are explained in {py:class}`lorank.optim.Subspace`"
             parts.append(f"`{name}` takes {known}; {where}.")
         elif fields := [

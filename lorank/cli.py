@@ -312,6 +312,19 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
         console.print(plans.forecast_tables(found, fit, fits or 0), highlight=False)
 
 
+def of_saved_model(command: Any) -> Any:
+    """Flags of what reads a text with a model that has been trained on another part of it."""
+    seed = "The run's data_seed, or its seed if it has none: it decides what was held out."
+    tokenizer: dict[str, Any] = {
+        "metavar": "NAME",
+        "help": "Folder or hub name, or bytes.",
+        "show_default": "the model's",
+    }
+    return click.option("--seed", type=SEED, default=42, help=seed)(
+        click.option("--tokenizer", default=None, **tokenizer)(command)
+    )
+
+
 @cli.command(context_settings=SETTINGS)
 @click.argument("model")
 @click.option("--data", default="embedded", help="As in pretrain; of embedded and hub data the held-out part is used.")
@@ -322,15 +335,7 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=10_000_000, help="Stop after this many predicted tokens."
 )
-@click.option(
-    "--seed",
-    type=SEED,
-    default=42,
-    help="The run's data_seed, or its seed if it has none: it decides what was held out.",
-)
-@click.option(
-    "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
-)
+@of_saved_model
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """Perplexity of MODEL (a run, a folder, a hub name): unbiased, per byte, and as the published tables compute it."""
@@ -376,15 +381,7 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     metavar="N",
     help="Suggest ranks: parameters such as 10M, or a part of the dense ones: 0.5.",
 )
-@click.option(
-    "--seed",
-    type=SEED,
-    default=42,
-    help="The run's data_seed, or its seed if it has none: it decides what was held out.",
-)
-@click.option(
-    "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
-)
+@of_saved_model
 @click.option("--out", default=None, help="Folder of what is written.", show_default="runs/analyze-MODEL")
 def analyze(model: str, out: str | None, **settings: Any) -> None:
     """How many dimensions MODEL (a run, a folder, a hub name) uses: effective rank of activations, weights, gradients.

@@ -32,6 +32,7 @@ from transformers import PreTrainedModel
 from lorank.analysis import Streams
 from lorank.conversion import Patterns, blocks, convert, sites_to_convert
 from lorank.methods.masa import MASA, CoefficientTable, Dictionary, MASALinear
+from lorank.pretrained import positions_of
 from lorank.projections import places
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -180,8 +181,6 @@ def _check_batch(model: nn.Module, batch: Any) -> None:
     if not batch.numel():
         raise ValueError(f"data: a batch of shape {list(batch.shape)} has no tokens; leave it out")
     if isinstance(model, PreTrainedModel):
-        from lorank.train.model import positions_of
-
         if (positions := positions_of(model)) is not None and batch.shape[1] > positions:
             raise ValueError(
                 f"data: sequences of {batch.shape[1]} tokens exceed the model's {positions} positions; cut them"

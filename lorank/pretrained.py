@@ -159,3 +159,12 @@ def _auto_classes() -> list[Any]:
     """AutoModel, AutoModelForCausalLM, ... : every Auto class that maps configurations to models."""
     candidates = vars(modeling_auto).values()
     return [auto for auto in candidates if inspect.isclass(auto) and getattr(auto, "_model_mapping", None) is not None]
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The longest sequence that a model takes; None: any."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None or positions <= 0:
+        return None
+    learned = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
+    return positions - max([m.padding_idx + 1 for m in learned if m.padding_idx is not None], default=0)  # RoBERTa's

@@ -30,6 +30,7 @@ import transformers
 from torch import Tensor
 
 import lorank
+from lorank.cli import main
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -208,5 +209,23 @@ def fresh_python() -> Callable[..., str]:
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
+
+    return run
+
+
+@pytest.fixture
+def in_this_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    """lorank ARGUMENTS: (exit code, stdout, stderr)."""
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lorank", *map(str, arguments)])
+        code = 0
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return (code, *capsys.readouterr())
 
     return run

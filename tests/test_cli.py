@@ -5,11 +5,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
-from lorank.cli import main
 
 TEXT = "".join(f"line {i}: the {'quick' if i % 3 else 'slow'} brown fox counts {i * i} lazy dogs\n" for i in range(600))
 QUICK = ["--vocab-size", "300", "--sequence-length", "32", "--batch-size", "4", "--steps", "4", "--warmup-steps", "1"]
@@ -23,21 +22,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def lorank(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def lorank(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, in_this_process: Callable[..., tuple[int, str, str]]):
     """Run a command in this process; returns (exit code, stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lorank", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
+    return in_this_process
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ with a ``rank`` are low rank, and lr, betas, eps, weight_decay; its other keywor
 
 import importlib
 import inspect
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorank import lookup
 
@@ -86,12 +86,12 @@ def find_optimizer(name: str) -> "type[Optimizer] | None":
     return lookup.find(name, OPTIMIZERS, GROUP)
 
 
-def option_names(optimizer: "type[Optimizer]") -> list[str]:
-    """Keyword arguments of a low-rank optimizer beside those that every one has."""
-    found: list[str] = []
+def options_of(optimizer: "type[Optimizer]") -> dict[str, Any]:
+    """Keyword arguments of a low-rank optimizer beside those that every one has, with their defaults."""
+    found: dict[str, Any] = {}
     for kind in optimizer.__mro__:
         parameters = inspect.signature(kind).parameters.values()
-        found += [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in found]
+        found |= {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in found}
         if not any(p.kind is p.VAR_KEYWORD for p in parameters):
             break
-    return [name for name in found if name not in ("lr", "betas", "eps", "weight_decay")]
+    return {name: default for name, default in found.items() if name not in ("lr", "betas", "eps", "weight_decay")}

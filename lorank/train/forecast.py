@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lorank import accounting
 from lorank.accelerators import Fleet, Run, check_memory
 from lorank.methods import find_method
-from lorank.optim import ESTIMATORS, find_optimizer, option_names
+from lorank.optim import ESTIMATORS, find_optimizer, options_of
 from lorank.parametrization import Parametrization
 from lorank.sizes import SIZES
 from lorank.train.estimators import settings_of
@@ -243,7 +243,7 @@ def _settings_of(method: str) -> list[str]:
     if method in ESTIMATORS:
         return settings_of()
     if (optimizer := find_optimizer(method)) is not None:
-        return ["rank", *option_names(optimizer)]
+        return ["rank", *options_of(optimizer)]
     return list(find_method(method).__dataclass_fields__)
 
 

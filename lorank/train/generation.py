@@ -5,7 +5,7 @@ import re
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lorank.train.model import positions_of
+from lorank.pretrained import positions_of
 
 
 def generate_text(

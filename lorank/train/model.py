@@ -1,7 +1,6 @@
 """From a recipe to a model: the shape, then the method, then what is kept for backward."""
 
 import dataclasses
-import inspect
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +17,9 @@ from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
 from lorank.egg import EggConfig
 from lorank.methods import find_method, method_names
-from lorank.optim import ESTIMATORS, find_optimizer, optimizer_names, option_names
+from lorank.optim import ESTIMATORS, find_optimizer, optimizer_names, options_of
 from lorank.optim.groups import ranks
+from lorank.pretrained import positions_of
 from lorank.sizes import llama_config
 from lorank.train.estimators import build_egg, egg_config
 from lorank.train.hub import asked_if_reachable
@@ -112,15 +112,6 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     if policy is not None:
         checkpoint(model, POLICIES[policy], every=recipe.checkpoint_every)
     return model
-
-
-def positions_of(model: nn.Module) -> int | None:
-    """The longest sequence that a model takes; None: any."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None or positions <= 0:
-        return None
-    learned = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and "position" in name]
-    return positions - max([m.padding_idx + 1 for m in learned if m.padding_idx is not None], default=0)  # RoBERTa's
 
 
 def check_positions(model: nn.Module, sequence_length: int) -> None:
@@ -231,11 +222,7 @@ def check_options(recipe: Recipe, known: Sequence[str]) -> None:
 
 def check_types(recipe: Recipe, kind: type) -> None:
     """Raises ValueError for an option of another type than its default."""
-    defaults = {
-        parameter.name: parameter.default
-        for one in reversed(kind.__mro__)
-        for parameter in inspect.signature(one).parameters.values()
-    }
+    defaults = options_of(kind)
     for name, value in recipe.options.items():
         default = defaults.get(name)
         for type_, asked in ((bool, "true or false"), (int, "a whole number"), (float, "a number"), (str, "a name")):
@@ -266,7 +253,7 @@ def find_projection(recipe: Recipe, model: nn.Module) -> Projection | None:
     kind = find_optimizer(recipe.method)
     if kind is None:
         return None
-    check_options(recipe, option_names(kind))
+    check_options(recipe, list(options_of(kind)))
     check_types(recipe, kind)
     try:
         make: Any = kind

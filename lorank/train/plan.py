@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from lorank import accounting
 from lorank.conversion import find_sites, method_of
 from lorank.egg import EggForCausalLM
-from lorank.optim import option_names
+from lorank.optim import options_of
 from lorank.optim.dct import forget_matrices
 from lorank.train.data import load_tokenizer
 from lorank.train.estimators import population, step_cost, treatment
@@ -189,7 +189,7 @@ def optimizer_step(recipe: Recipe, model: PreTrainedModel) -> accounting.Step:
             own = method.adamw if method else None
             return build_optimizer(twin, rule, lr=0.1, weight_decay=0.1, adamw=own)
         kind, ranks, options = projection
-        often = {"update_gap": 1} if "update_gap" in option_names(kind) else {}
+        often = {"update_gap": 1} if "update_gap" in options_of(kind) else {}
         return build_low_rank_optimizer(twin, kind, ranks, rule, lr=0.1, weight_decay=0.1, options={**options, **often})
 
     forget_matrices()

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import math
 import re
-import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,6 @@ from transformers import TrainerCallback
 
 import lorank
 from lorank import accounting
-from lorank.cli import main
 from lorank.methods import METHODS
 from lorank.methods.relora import ReLoRAHook
 from lorank.methods.sst import Resampling
@@ -31,19 +31,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def command(in_this_process: Callable[..., tuple[int, str, str]]):
     """lorank repro ARGUMENTS in this process: (exit code, stdout, stderr)."""
-
-    def call(*arguments: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lorank", "repro", *map(str, arguments)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capsys.readouterr())
-
-    return call
+    return partial(in_this_process, "repro")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
