@@ -96,11 +96,14 @@ class FiraAdamW(GaLoreAdamW):
         if scaling not in ("column", "matrix"):
             raise ValueError(f"scaling={scaling!r} is neither column nor matrix")
         super().__init__(params, **galore)
-        if any(group["rank"] is not None and group["projection"] == "full" for group in self.param_groups):
-            raise ValueError("projection='full' leaves no columns to scale; take std, left or right")
         if self.in_backward:
             raise ValueError("in_backward=True frees the gradient whose residual Fira needs; leave it out")
         self.residual, self.scaling = residual, scaling
+
+    def _admit(self, group: dict[str, Any]) -> dict[str, Any]:
+        if group["rank"] is not None and group["projection"] == "full":
+            raise ValueError("projection='full' leaves no columns to scale; take std, left or right")
+        return super()._admit(group)
 
     @staticmethod
     def state_bytes(m: int, n: int, rank: int, itemsize: int, **options: Any) -> int:

@@ -186,8 +186,12 @@ class MatrixOptimizer(Optimizer):
         """Of AdamW's groups, those without rank, learning rate, betas and the like are read at each step."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        check_groups([group])
-        check_numbers(group, "lr", "weight_decay", "eps")
+        try:
+            check_groups([group])
+            check_numbers(group, "lr", "weight_decay", "eps")
+        except ValueError:
+            self.param_groups.pop()
+            raise
         if group["rank"] is None:
             plain = {"params": group["params"]}
             if self._adamw is None:

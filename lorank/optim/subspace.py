@@ -101,7 +101,8 @@ class Subspace(Optimizer):
 
     Raises:
         ValueError: a parameter of a projected group is not a matrix, an unknown projection or basis, a closure, or
-            `in_backward` in a distributed run, where each process would project its own part of the gradient.
+            `in_backward` in a distributed run, where each process would project its own part of the gradient, or under
+            ``torch.amp.GradScaler``.
         FloatingPointError: a gradient is not finite; nothing has been changed. With `in_backward` it is raised in the backward
             pass, when other gradients may have been projected: no weight and no moment has been changed, and the optimizer's
             ``zero_grad`` drops the rest.
@@ -150,7 +151,12 @@ class Subspace(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if "inner" in self.__dict__:
-            self.inner.add_param_group(self._admit(self.param_groups[-1]))
+            try:
+                admitted = self._admit(self.param_groups[-1])
+            except ValueError:
+                self.param_groups.pop()
+                raise
+            self.inner.add_param_group(admitted)
             self._share()
             self._watch()
 
@@ -262,11 +268,21 @@ class Subspace(Optimizer):
             if inside is not p:
                 inside.grad = None
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Has ``torch.amp.GradScaler`` come to `step` with its gradients scaled, where `in_backward` is refused."""
+        return self.in_backward
+
     @torch.compiler.disable  # parameters of the inner optimizer change their shape; compile `inner.step` where that helps
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if closure is not None:
             raise ValueError(f"{type(self).__name__} evaluates no closure; call backward() before step()")
+        if self.in_backward and hasattr(self, "found_inf"):
+            raise ValueError(
+                "in_backward=True projects gradients that GradScaler has scaled, and cannot scale them back; "
+                "train in bfloat16, which needs no scaler, or leave it out"
+            )
         seen = dict(zip(self._inside, self.seen_parameters(), strict=True))
         moved = [p for p, sees in seen.items() if sees.grad is not None]
         check_finite({p: seen[p].grad for p in moved})

@@ -195,3 +195,11 @@ def test_a_transposed_gradient_takes_a_transposed_step() -> None:
 def test_refusals(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         FiraAdamW([{"params": matrices((12, 20)), "rank": 4}], lr=0.1, **changes)
+
+
+def test_a_group_without_columns_to_scale_is_refused_when_added_later_too() -> None:
+    p, later = matrices((12, 20)), matrices((12, 20))
+    optimizer = FiraAdamW([{"params": p, "rank": 4}], lr=0.1)
+    with pytest.raises(ValueError, match="leaves no columns to scale"):
+        optimizer.add_param_group({"params": later, "rank": 4, "projection": "full"})
+    run(optimizer, p, range(2))

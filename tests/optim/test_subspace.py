@@ -220,6 +220,42 @@ def test_groups_may_be_added_later(make: Any) -> None:
 
 
 @pytest.mark.parametrize("make", EVERY)
+def test_a_group_that_is_refused_leaves_the_others_alone(make: Any) -> None:
+    model = net()
+    optimizer = make(plain_groups(model)[:1])
+    with pytest.raises(ValueError, match="rank=0 is not positive"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 4))], "rank": 0})
+    assert len(optimizer.param_groups) == 1
+    a_step(model, optimizer, 0)
+
+
+def test_a_matrix_added_later_is_projected_as_its_gradient_arrives() -> None:
+    whole, grown = net(), net()
+    one = GaLoreAdamW(groups(whole), lr=0.05, in_backward=True)
+    first, *later = groups(grown)
+    other = GaLoreAdamW([first], lr=0.05, in_backward=True)
+    for group in later:
+        other.add_param_group(group)
+    assert train(whole, one, range(3)) == train(grown, other, range(3))
+    assert all(map(torch.equal, whole.parameters(), grown.parameters()))
+
+
+def test_scaled_gradients_are_not_projected_as_they_arrive() -> None:
+    model = net().float()
+    scaler = torch.amp.GradScaler("cpu")
+    for in_backward in (False, True):
+        optimizer = GaLoreAdamW(groups(model), lr=0.05, in_backward=in_backward)
+        scaler.scale(model(torch.ones(2, 12)).sum()).backward()
+        if in_backward:
+            with pytest.raises(ValueError, match="train in bfloat16, which needs no scaler"):
+                scaler.step(optimizer)
+        else:
+            scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("make", EVERY)
 def test_each_group_may_have_settings_of_its_own(make: Any) -> None:
     found = []
     for betas in ((0.9, 0.95), (0.0, 0.5)):

@@ -54,6 +54,19 @@ def test_newton_schulz_brings_singular_values_near_one() -> None:
     torch.testing.assert_close(newton_schulz(b.T[None]), newton_schulz(b[None]).mT)
 
 
+def test_products_in_bfloat16_err_by_its_precision_and_weights_keep_theirs() -> None:
+    moved = []
+    for precision in (None, "bfloat16"):
+        [p] = [q.detach().float().requires_grad_() for q in matrices((20, 12))]
+        before = p.detach().clone()
+        p.grad = torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
+        Trion([{"params": [p], "rank": 4}], lr=0.1, orthonormalise_in=precision).step()
+        moved.append(p.detach() - before)
+    error = (moved[0] - moved[1]).norm() / moved[0].norm()
+    assert 1e-5 < error < 5e-2
+    assert moved[1].dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("scale", "length"),
     [("dion", (20 / 12) ** 0.5), ("kj", (20 / 12) ** 0.5), ("kimi", 0.2 * 20**0.5), ("none", 1.0)],
