@@ -6,9 +6,9 @@
 The matrices of blocks of the 130M model (d 768, d_ff 2048), fp32, rank 256. All optimizers move the same weights by the same
 gradients in turns in one process; a step without and a step with a new basis are timed apart, and "mean" is what a step costs
 on average at the usual gap of 200 (DCT-AdamW and Trion choose anew at each step). "two products" is what no implementation of
-GaLore can do without: G Qᵀ and W + N Q for every matrix, nothing else. `--compile` adds the steps that ``torch.compile``
-takes. The table ends with the largest difference
-between the updates of our GaLore and of the original over four steps with two bases, found by the same call of LAPACK: random
+GaLore can do without: G Qᵀ and W + N Q for every matrix, nothing else. EGGROLL is what follows the forward passes of 256
+members: their noise drawn anew, the estimate in one product per matrix, and fused AdamW. `--compile` adds the steps that
+``torch.compile`` takes. Below it stands how exact each basis is. The table ends with the largest difference between the updates of our GaLore and of the original over four steps with two bases, found by the same call of LAPACK: random
 gradients have no gaps in their spectrum, so that bases by different routines differ, and each is one up to signs.
 """
 
@@ -26,7 +26,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Trion
+from lorank.optim import DCTAdamW, Eggroll, FiraAdamW, GaLoreAdamW, Subspace, Trion
+from lorank.optim.bases import BASES
 
 RANK, GAP = 256, 200
 BLOCK = [(768, 768)] * 4 + [(2048, 768)] * 2 + [(768, 2048)]
@@ -57,7 +58,12 @@ def optimizers(gap: int, compile: bool = False) -> dict[str, Callable[[list[nn.P
         "DCT-AdamW": lambda p: DCTAdamW([{"params": p, "rank": RANK}], lr=0.01),
         "DCT-AdamW, FFT": lambda p: DCTAdamW([{"params": p, "rank": RANK}], lr=0.01, transform="fft"),
         "Trion": lambda p: Trion([{"params": p, "rank": RANK}], lr=0.01),
+        "EGGROLL": EggrollAdamW,
     }
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        from bitsandbytes.optim import AdamW8bit
+
+        table["GaLore, 8-bit AdamW"] = lambda p: Subspace([{"params": p, **ours}], AdamW8bit, lr=0.01)
     if compile:
         for name in ("DCT-AdamW", "DCT-AdamW, FFT", "Trion"):
             table[f"{name}, comp."] = lambda p, make=table[name]: compiled(make(p))  # type: ignore[misc]
@@ -81,6 +87,23 @@ class TwoProducts(Optimizer):
                 p.addmm_(p.grad @ Q.mT, Q, alpha=1e-6)
             else:
                 p.addmm_(Q.mT, Q @ p.grad, alpha=1e-6)
+
+
+class EggrollAdamW(torch.optim.AdamW):
+    """What EGGROLL does after the members' forward passes, and AdamW."""
+
+    def __init__(self, params: list[nn.Parameter]):
+        super().__init__(params, lr=0.01, weight_decay=0.0, fused=True)
+        self.estimate = Eggroll(nn.ParameterList(params), population=256, sigma=0.01)
+        self.z = torch.randn(256, generator=torch.Generator().manual_seed(0))
+
+    def step(self) -> None:  # type: ignore[override]
+        given = [p.grad for p in self.estimate.perturbed]
+        with torch.no_grad():
+            self.estimate.write_gradients(self.z)
+        super().step()
+        for p, gradient in zip(self.estimate.perturbed, given, strict=True):
+            p.grad = gradient
 
 
 def compiled(optimizer: Optimizer) -> Optimizer:
@@ -131,6 +154,23 @@ def difference(layers: int, steps: int = 4) -> float | None:
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*moved, strict=True))
 
 
+def accuracy() -> None:
+    """Print how far each basis is from the exact one, by an SVD in float64: of the projectors, relative; and its share of the energy
+    that the exact one holds."""
+    generator = torch.Generator().manual_seed(0)
+    random = torch.randn(768, 2048, generator=generator, dtype=torch.float64)
+    U, _, Vh = torch.linalg.svd(random, full_matrices=False)
+    for spectrum, G in (("1/i", (U / torch.arange(1, 769)) @ Vh), ("Gaussian", random)):
+        P = torch.linalg.svd(G.float().double()).U[:, :RANK]
+        for name, basis in BASES.items():
+            found = basis(G.float()[None], RANK)[0].double()
+            error = (found @ found.T - P @ P.T).norm() / (P @ P.T).norm()
+            energy = (found.T @ G).square().sum() / (P.T @ G).square().sum()
+            print(
+                f"basis {name:11} of a 768 x 2048 gradient, {spectrum:8} spectrum: projector off by {error:.0e}, energy {energy:.4f}"
+            )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=2)
@@ -162,7 +202,7 @@ def main() -> None:
     mean = {}
     for name, times in plain.items():
         median = statistics.median(times)
-        every_step = name.startswith(("AdamW", "DCT", "Trion", "two"))
+        every_step = name.startswith(("AdamW", "DCT", "Trion", "EGGROLL", "two"))
         mean[name] = median if every_step else ((GAP - 1) * median + refresh[name]) / GAP
     for name, optimizer in made.items():
         state = sum(bytes_of(optimizer.state.get(p)) for p in parameters) / 2**20
@@ -171,6 +211,7 @@ def main() -> None:
             f"{name:20} {state:10.1f} {statistics.median(plain[name]) * 1e3:9.1f} {refresh[name] * 1e3:15.1f} "
             f"{mean[name] * 1e3:9.1f} {mean[name] / mean['AdamW (fused)']:9.2f} {against}"
         )
+    accuracy()
     if (off := difference(1)) is not None:
         print(f"updates of GaLore and of the original differ by {off:.1e} of the largest")
 

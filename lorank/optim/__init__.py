@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from lorank.optim.fira import FiraAdamW
     from lorank.optim.galore import GaLoreAdamW
     from lorank.optim.groups import low_rank_groups
-    from lorank.optim.muon_adamw import MuonAdamW, muon
+    from lorank.optim.muon_adamw import MuonAdamW
     from lorank.optim.subspace import Subspace
     from lorank.optim.trion import Trion
 
@@ -38,7 +38,6 @@ _HOME = {
     "Trion": "trion",
     "VectorAdamW": "adamw",
     "low_rank_groups": "groups",
-    "muon": "muon_adamw",
     "MuonAdamW": "muon_adamw",
 }
 OPTIMIZERS = {
@@ -65,7 +64,6 @@ __all__ = [
     "Votes",
     "find_optimizer",
     "low_rank_groups",
-    "muon",
     "optimizer_names",
 ]
 

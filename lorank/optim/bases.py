@@ -4,8 +4,8 @@
     randomised     P ← orthonormalised G Gᵀ P, twice, from random directions
 
 The eigenvectors are taken of the smaller Gram matrix in float64, where squaring costs no accuracy that single precision
-had: on gradients whose singular values fall like 1/i the projector comes out a million times closer to the exact one
-than by a single-precision SVD, and in less time (benchmarks/optimizers.py measures both). A singular vector is one up to its
+had: on a gradient of 768 x 2048 the projector of rank 256 is off by 4e-8, that of a single-precision SVD by 1e-5 to 3e-5, in
+more time. `benchmarks/optimizers.py` prints both, and what the randomised basis holds. A singular vector is one up to its
 sign, which matters here: moments outlive their basis. So its largest entry is made positive, on every machine alike.
 
 Source of the second: Halko, Martinsson and Tropp, "Finding structure with randomness", arXiv 0909.4061.
@@ -47,7 +47,8 @@ def svd_basis(G: Tensor, rank: int) -> Tensor:
 
 
 def randomised_basis(G: Tensor, rank: int, iterations: int = 2, seed: int = 0) -> Tensor:
-    """Nearly the same in a fraction of the time: with singular values falling like 1/i, 99 % of the exact one's energy."""
+    """Nearly the same in a fraction of the time: of the exact one's energy 99.99 % where singular values fall like 1/i, and 94 %
+    where they hardly fall (a Gaussian 768 x 2048 at rank 256), though in other directions: the projector is off by half."""
     generator = torch.Generator(G.device).manual_seed(seed)
     shape = (*G.shape[:-2], G.shape[-1], rank)
     P = G @ torch.randn(shape, generator=generator, device=G.device, dtype=G.dtype)

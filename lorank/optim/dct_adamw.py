@@ -23,6 +23,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lorank.optim import dct
 from lorank.optim.dct import Transform, back, carry, columns, dequantise, quantise, select, transform, transform_flops
 from lorank.optim.matrices import MatrixOptimizer, Stack
 
@@ -64,10 +65,7 @@ class DCTAdamW(MatrixOptimizer):
     ):
         if error_feedback not in ("none", "full", "8bit"):
             raise ValueError(f"error_feedback={error_feedback!r} is none of none, full, 8bit")
-        if transform not in ("matmul", "fft"):
-            raise ValueError(f"transform={transform!r} is neither matmul nor fft")
-        if update_gap < 1:
-            raise ValueError(f"update_gap={update_gap} is not positive")
+        dct.check_choice(transform, ell_norm)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update_gap": update_gap}
         super().__init__(params, defaults)
         self.ell_norm, self.transform, self.error_feedback, self.rotate = ell_norm, transform, error_feedback, rotate
@@ -97,17 +95,18 @@ class DCTAdamW(MatrixOptimizer):
         refreshed = t == 1 or t % group["update_gap"] == 0
         now = select(S, min(group["rank"], n), self.ell_norm) if refreshed else stack.get("indices").long()
         a = columns(S, now)
+        wide = a.to(torch.promote_types(a.dtype, torch.float32))  # in half precision ε would be 0
         if t == 1:
-            M, V = torch.zeros_like(a), torch.zeros_like(a)
+            M, V = torch.zeros_like(wide), torch.zeros_like(wide)
         else:
-            M, V = stack.get("exp_avg"), stack.get("exp_avg_sq")
+            M, V = stack.get("exp_avg").to(wide.dtype), stack.get("exp_avg_sq").to(wide.dtype)
             if refreshed and self.rotate:
                 before = stack.get("indices").long()
                 M, V = carry(M, before, now, n), carry(V, before, now, n)
         (b1, b2), lr = group["betas"], group["lr"]
-        M, V = M.lerp(a, 1 - b1), V.lerp(a * a, 1 - b2)
-        u = M / (1 - b1**t) / ((V / (1 - b2**t)).sqrt() + group["eps"])
-        for name, value in (("exp_avg", M), ("exp_avg_sq", V), ("indices", now.int())):
+        M, V = M.lerp(wide, 1 - b1), (V * b2).addcmul(wide, wide, value=1 - b2)  # lerp makes NaN where a² is infinite
+        u = (M / (1 - b1**t) / ((V / (1 - b2**t)).sqrt() + group["eps"])).to(a.dtype)
+        for name, value in (("exp_avg", M.to(a.dtype)), ("exp_avg_sq", V.to(a.dtype)), ("indices", now.int())):
             stack.put(name, value)
         self._leave_out(stack, A - back(a, now, n) if self.error_feedback != "none" else None)
         return -lr * back(u, now, n)

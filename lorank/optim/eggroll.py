@@ -31,6 +31,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
@@ -49,6 +50,17 @@ def pair_noise(key: tuple[int, int, int], pairs: range, size: int, device: torch
         noise = torch.randn(BLOCK, size, generator=generator, device=device)
         drawn.append(noise[max(0, pairs.start - block * BLOCK) : pairs.stop - block * BLOCK])
     return torch.cat(drawn)
+
+
+def processes() -> int:
+    """In a distributed run each asks the same members about rows of its own."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def over_processes(values: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+    """Make `values` their sum over the processes, or what else `op` says."""
+    if processes() > 1:
+        dist.all_reduce(values, op)
 
 
 def shaped(fitness: Tensor, group_size: int = 0) -> Tensor:
@@ -86,7 +98,7 @@ class Eggroll:
         chunk: members in one forward pass, an even number; None: all.
 
     Raises:
-        ValueError: numbers that do not go together, or a parameter that is neither a matrix nor a vector.
+        ValueError: numbers that do not go together, or a parameter that is neither a matrix nor a vector, or sharded (FSDP2).
 
     >>> model = nn.Linear(2, 1, bias=False)
     >>> estimate = Eggroll(model, population=4096, sigma=0.01)
@@ -130,6 +142,11 @@ class Eggroll:
         }
         self.names = {p: name for name, p in model.named_parameters()}
         for p in self.perturbed:
+            if isinstance(p, DTensor):
+                raise ValueError(
+                    f"{self.names[p]} is sharded (FSDP2), and EGGROLL perturbs whole matrices; leave the model as it is in each "
+                    "process: it keeps no gradients, and fitness is taken over all processes"
+                )
             if p.ndim > 2:
                 raise ValueError(
                     f"{self.names[p]} has {p.ndim} dimensions; EGGROLL perturbs matrices and vectors; freeze it"
@@ -171,11 +188,8 @@ class Eggroll:
             with self.perturb(members):
                 found.append(fitness(members).float())
         f = torch.cat(found)
-        if (
-            dist.is_initialized() and dist.get_world_size() > 1
-        ):  # each process has asked the same members about rows of its own
-            dist.all_reduce(f)
-            f /= dist.get_world_size()
+        over_processes(f)
+        f /= processes()
         if not f.isfinite().all():
             raise FloatingPointError("the fitness of a member is not finite; lower sigma or lr")
         self.write_gradients((above_baseline if self.baseline else shaped)(f, self.group_size))

@@ -21,11 +21,12 @@ from statistics import NormalDist
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorank.egg import DOCUMENT_START, EggForCausalLM, Noise, score, signs
-from lorank.optim.eggroll import check_population, pair_noise
+from lorank.optim.eggroll import check_population, over_processes, pair_noise, processes
 
 
 def alpha_at(step: int, flag: float) -> float:
@@ -92,6 +93,7 @@ class IntegerEggroll:
     def __call__(self, ids: Tensor) -> Tensor:
         """Votes on bytes [batch, T], begin the next epoch, and return fitness per member [N], in sixteenths of a bit a byte.
 
+        In a distributed run it is that over the batches of all processes, so that all count the same votes.
         With a group size the batch is dealt to the groups, which are as many as its rows or a divisor of them.
         """
         if self.carry:
@@ -114,10 +116,12 @@ class IntegerEggroll:
             )
             left.append(torch.stack(states, dim=1).to(torch.int8))
             fitness = total.view(len(members), -1).sum(1)
-            found.append(fitness / (rows.shape[1] * (rows.shape[2] - 1)))
+            over_processes(fitness)
+            found.append(fitness / (rows.shape[1] * (rows.shape[2] - 1) * processes()))
             vote = (fitness[0::2] - fitness[1::2]).sign().float()
             read = torch.zeros(len(pairs), 256, device=ids.device)
             read.scatter_(1, rows[:, :, :-1].reshape(len(pairs), -1), 1.0)
+            over_processes(read, dist.ReduceOp.MAX)
             for p, (A, B) in factors.items():
                 weighted = A * vote[:, None]
                 if p is self.model.embedding:

@@ -118,6 +118,8 @@ class FiraAdamW(GaLoreAdamW):
     def leave(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> None:
         lr, alpha, repo = stack.group["lr"], stack.group["scale"], self.residual == "repo"
         G, R, N = stack.gradients(), self.projected(stack), -inside
+        if stack.group["maximize"]:
+            G, R = -G, -R
         E = G - (alpha if repo else 1.0) * lift(R, left, right)
         if self.scaling == "matrix":
             k = norm(N, (-2, -1)) / (norm(R, (-2, -1)) + EPS)

@@ -83,7 +83,8 @@ class GaLoreAdamW(Subspace):
         for group in self.inner.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._taken[p] = 1 + (self._taken[p] if p in self._taken else self._saved_count(p))
+                    known = p in self._taken and p in self.inner.state
+                    self._taken[p] = 1 + (self._taken[p] if known else self._saved_count(p))
                     waiting.setdefault(self._taken[p], []).append((p, p.grad))
                     p.grad = None
         for t, some in waiting.items():

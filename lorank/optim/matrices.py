@@ -79,23 +79,27 @@ def adamw_bytes(shape: Sequence[int], itemsize: int) -> int:
 
 
 def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
-    """Raises ValueError if a group with a rank has a parameter that is no matrix, or a rank that is not positive."""
+    """Raises ValueError if a group with a rank has a parameter that is no matrix, or a rank or a gap that is no positive integer."""
     for group in groups:
+        for name in ("rank", "update_gap"):
+            value = group.get(name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(f"{name}={value!r} is no positive integer")
         if group["rank"] is None:
             continue
-        if group["rank"] < 1:
-            raise ValueError(f"rank={group['rank']} is not positive")
         for p in group["params"]:
             if p.ndim != 2:
                 raise ValueError(f"a parameter of shape {tuple(p.shape)} is no matrix; put it in a group without rank")
 
 
 def check_numbers(group: Mapping[str, Any], *names: str) -> None:
-    """Raises ValueError if one of these settings is no number, or negative."""
+    """Raises ValueError if one of these settings is no finite number, or negative, or if betas are not in [0, 1)."""
     for name in names:
         value = group[name]
-        if not isinstance(value, int | float | Tensor) or not value >= 0:
-            raise ValueError(f"{name}={value!r} is negative or no number; give one >= 0")
+        if not isinstance(value, int | float | Tensor) or not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value!r} is negative or no finite number; give one >= 0")
+    if not all(0 <= beta < 1 for beta in group.get("betas", ())):
+        raise ValueError(f"betas={group['betas']} are not both in [0, 1); the usual ones are (0.9, 0.999)")
 
 
 @torch.compiler.disable
@@ -142,7 +146,7 @@ def stacks(
 def _alike(group: dict[str, Any], state: Mapping[Any, dict[str, Any]], wanted: set[nn.Parameter]) -> Iterator[Stack]:
     alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for p in group["params"]:
-        if p in wanted:
+        if p in wanted and p.numel():
             steps = int(state[p].setdefault("steps", torch.tensor(0)))
             alike.setdefault((p.shape, p.dtype, p.device, steps), []).append(p)
     for (shape, _, device, _), parameters in alike.items():
@@ -188,7 +192,7 @@ class MatrixOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             check_groups([group])
-            check_numbers(group, "lr", "weight_decay", "eps")
+            check_numbers(group, *({"lr", "weight_decay", "eps", "momentum"} & group.keys()))
         except ValueError:
             self.param_groups.pop()
             raise
@@ -224,6 +228,9 @@ class MatrixOptimizer(Optimizer):
             plain = [group for group in self.param_groups if group["rank"] is None]
             for ours, its in zip(plain, self._adamw.param_groups, strict=True):
                 its.update({name: ours[name] for name in ("lr", "betas", "eps", "weight_decay")})
+                for p in its["params"]:
+                    if p not in self.state:
+                        self._adamw.state.pop(p, None)  # somebody has cleared the state
             self._adamw.step()
             self.state.update({p: self._adamw.state[p] for group in plain for p in group["params"]})
         return None

@@ -1,9 +1,10 @@
 """torch.optim.Muon with AdamW beside it, for the parameters that Muon does not take."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from lorank.optim.trion import newton_schulz_flops
 
@@ -14,54 +15,58 @@ def muon_flops(shape: Sequence[int]) -> int:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """torch.optim.Muon on the hidden matrices and torch.optim.AdamW on everything else, as one optimizer.
+    """torch.optim.Muon for the groups with a ``momentum`` or a ``rank``, torch.optim.AdamW for the others, as one optimizer.
 
     Muon's updates are scaled to AdamW's root mean square (``adjust_lr_fn="match_rms_adamw"``, arXiv 2502.16982), so
     that one learning rate, weight decay and schedule serve both. Both halves work on this object's `param_groups` and
-    `state`: schedulers, ``state_dict`` and hooks see one optimizer.
+    `state`: schedulers, ``state_dict`` and hooks see one optimizer. It works inside a `Subspace`, whose groups have ranks.
+
+    Raises:
+        ValueError: a parameter of Muon's is not a matrix, or a closure.
+
+    >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4, bias=False))
+    >>> optimizer = MuonAdamW([{"params": model[1].weight, "momentum": 0.95}, {"params": model[0].weight}], lr=0.01)
+    >>> model(torch.arange(10)).square().mean().backward()
+    >>> optimizer.step()
+    >>> [sorted(optimizer.state[p]) for p in model.parameters()]
+    [['exp_avg', 'exp_avg_sq', 'step'], ['momentum_buffer']]
     """
 
     def __init__(
         self,
-        hidden: list[dict[str, Any]],
-        others: list[dict[str, Any]],
+        params: Iterable[dict[str, Any]],
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ):
-        self._halves = (
-            [torch.optim.Muon(hidden, lr=lr, momentum=momentum, adjust_lr_fn="match_rms_adamw")] if hidden else []
-        ) + ([torch.optim.AdamW(others, lr=lr, betas=betas, eps=eps)] if others else [])
-        self._sizes = [len(half.param_groups) for half in self._halves]
-        super().__init__([group for half in self._halves for group in half.param_groups], {})
-        self._share()
+        some = [nn.Parameter(torch.empty(0, 0))]
+        both: Any = {"lr": lr, "weight_decay": weight_decay}
+        self._muon = torch.optim.Muon(some, momentum=momentum, adjust_lr_fn="match_rms_adamw", **both)
+        self._adamw = torch.optim.AdamW(some, betas=betas, eps=eps, **both)
+        super().__init__(params, both)
 
-    def _share(self) -> None:
-        start = 0
-        for half, size in zip(self._halves, self._sizes, strict=True):
-            half.param_groups = self.param_groups[start : start + size]
-            half.state = self.state
-            start += size
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        ours = "momentum" in param_group or param_group.get("rank") is not None
+        super().add_param_group({**(self._muon if ours else self._adamw).defaults, **param_group})
+        for p in self.param_groups[-1]["params"] if ours else ():
+            if p.ndim != 2:
+                self.param_groups.pop()
+                raise ValueError(
+                    f"a parameter of shape {tuple(p.shape)} is no matrix; put it in a group without momentum"
+                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if "hooks" not in name}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if closure is not None:
             raise ValueError("MuonAdamW evaluates no closure; call backward() before step()")
-        for half in self._halves:
+        for half in (self._muon, self._adamw):
+            half.param_groups = [group for group in self.param_groups if ("betas" in group) == (half is self._adamw)]
+            half.state = self.state
             half.step()
         return None
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._share()  # loading made new groups and a new state
-
-
-def muon(groups: list[dict[str, Any]], *, lr: float, weight_decay: float, **settings: Any) -> MuonAdamW:
-    """Muon on the groups with a `rank`, which come first, and AdamW on the others: `inner` of a `Subspace`."""
-    groups = [{**group, "weight_decay": weight_decay} for group in groups]
-    ranked = [group["rank"] is not None for group in groups]
-    if ranked != sorted(ranked, reverse=True):
-        raise ValueError("groups with a rank must come first, as lorank.optim.low_rank_groups puts them")
-    return MuonAdamW([g for g in groups if g["rank"]], [g for g in groups if not g["rank"]], lr=lr, **settings)

@@ -87,7 +87,7 @@ class Subspace(Optimizer):
             group are ``rank`` (a rank above the narrower side is that side), and, to differ from the arguments below,
             ``update_gap``, ``scale`` and ``projection``.
         inner: class of the optimizer that works inside, called with groups and `options`: any that steps without a
-            closure and makes its state when it first sees a gradient (AdamW, SGD, Adafactor, RMSprop, `lorank.optim.muon`,
+            closure and makes its state when it first sees a gradient (AdamW, SGD, Adafactor, RMSprop, `lorank.optim.MuonAdamW`,
             bitsandbytes' AdamW8bit, ...; not Adagrad). Settings of its own may differ from group to group as in torch.
         lr: learning rate, of the group as everywhere in torch.
         update_gap: steps between two refreshes of a basis; the first step has one.
@@ -166,8 +166,6 @@ class Subspace(Optimizer):
         check_numbers(group, "lr", "weight_decay", "scale")
         if group["projection"] not in ("std", "reverse_std", "left", "right", "full"):
             raise ValueError(f"projection={group['projection']!r} is none of std, reverse_std, left, right, full")
-        if not isinstance(group["update_gap"], int) or group["update_gap"] < 1:
-            raise ValueError(f"update_gap={group['update_gap']!r} is no positive integer")
         for p in group["params"]:
             self._inside[p] = p if group["rank"] is None else nn.Parameter(local(p).new_empty(0, 0))
         own = {name: value for name, value in group.items() if name not in OURS}
@@ -283,6 +281,11 @@ class Subspace(Optimizer):
                 "in_backward=True projects gradients that GradScaler has scaled, and cannot scale them back; "
                 "train in bfloat16, which needs no scaler, or leave it out"
             )
+        if self.in_backward:
+            for p, inside in self._inside.items():
+                if inside is not p and p.grad is not None:
+                    self._arrive(p)  # no backward pass brought it, or none while the parameter was trained
+            self._watch()
         seen = dict(zip(self._inside, self.seen_parameters(), strict=True))
         moved = [p for p, sees in seen.items() if sees.grad is not None]
         check_finite({p: seen[p].grad for p in moved})
@@ -302,6 +305,9 @@ class Subspace(Optimizer):
             its.update({name: ours[name] for name in its if name not in OURS and name in ours})
             if self.unit_lr and ours["rank"]:
                 its["lr"] = 1.0
+        for p, inside in self._inside.items():
+            if "inner" not in self.state.get(p, ()):
+                self.inner.state.pop(inside, None)  # somebody has cleared the state
         self.step_inside()
         for p, inside in self._inside.items():
             if inside in self.inner.state:
@@ -318,12 +324,16 @@ class Subspace(Optimizer):
         return None
 
     def _check_sharded(self, moved: Sequence[nn.Parameter]) -> None:
-        """Adafactor's step goes by norms of whole parameters, which torch takes of a process's part alone."""
+        """Adafactor's step goes by norms of whole parameters, which torch takes of a process's part alone; bitsandbytes' kernels
+        do not know parts."""
         plain = {p for group in self.param_groups if group["rank"] is None for p in group["params"]}
-        if isinstance(self.inner, torch.optim.Adafactor) and any(isinstance(p, DTensor) and p in plain for p in moved):
+        whole_only = isinstance(self.inner, torch.optim.Adafactor) or type(self.inner).__module__.startswith(
+            "bitsandbytes"
+        )
+        if whole_only and any(isinstance(p, DTensor) and p in plain for p in moved):
             raise ValueError(
-                "Adafactor takes norms of whole parameters and sees a part of those without rank, which are sharded (FSDP2); "
-                "take another inner optimizer, or DDP"
+                f"{type(self.inner).__name__} needs whole parameters and sees a part of those without rank, which are sharded "
+                "(FSDP2); take another inner optimizer, or DDP"
             )
 
     unit_lr = False

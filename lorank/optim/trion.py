@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from lorank.optim.dct import Transform, back, columns, select, transform, transform_flops
+from lorank.optim.dct import Transform, back, check_choice, columns, select, transform, transform_flops
 from lorank.optim.matrices import MatrixOptimizer, Stack
 from lorank.parametrization import Published
 
@@ -97,8 +97,9 @@ class Trion(MatrixOptimizer):
     ):
         if scale not in SCALES:
             raise ValueError(f"scale={scale!r} is none of {', '.join(SCALES)}")
-        if transform not in ("matmul", "fft"):
-            raise ValueError(f"transform={transform!r} is neither matmul nor fft")
+        check_choice(transform, ell_norm)
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum={momentum!r} is not in [0, 1]; the usual one is 0.95")
         if isinstance(orthonormalise_in, str):
             orthonormalise_in = getattr(torch, orthonormalise_in, None)
             if not isinstance(orthonormalise_in, torch.dtype) or not orthonormalise_in.is_floating_point:

@@ -11,7 +11,7 @@ from torch import nn
 from lorank.optim.galore import GaLoreAdamW
 from lorank.optim.groups import split
 from lorank.optim.matrices import adamw_bytes
-from lorank.optim.muon_adamw import MuonAdamW, muon, muon_flops
+from lorank.optim.muon_adamw import MuonAdamW, muon_flops
 from lorank.optim.subspace import Subspace
 
 Rule = Literal["adamw", "adamw-8bit", "adafactor", "muon"]
@@ -76,7 +76,7 @@ def build_optimizer(
             raise ValueError(f"optimizer={name!r}: the method needs {adamw.__name__}; take optimizer=adamw")
         return adamw(hidden + others, lr=lr, betas=(beta1, beta2), eps=eps)  # type: ignore[call-arg]
     if name == "muon":
-        return MuonAdamW(hidden, others, lr=lr, betas=(beta1, beta2), eps=eps)
+        hidden = [{**group, "momentum": 0.95} for group in hidden]
     return _RULES[name](hidden + others, lr=lr, betas=(beta1, beta2), eps=eps)
 
 
@@ -107,13 +107,14 @@ def build_low_rank_optimizer(
         return kind(groups, **settings)
     if kind is not GaLoreAdamW:
         raise ValueError(f"optimizer={name!r}: {kind.__name__} is an optimizer of its own; leave optimizer out")
-    return Subspace(groups, muon if name == "muon" else _RULES[name], **settings)
+    return Subspace(groups, _RULES[name], **settings)
 
 
 _RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw": partial(torch.optim.AdamW, fused=True),
     "adamw-8bit": adamw_8bit,
     "adafactor": adafactor,
+    "muon": MuonAdamW,
 }
 
 

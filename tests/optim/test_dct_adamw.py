@@ -145,12 +145,32 @@ def test_groups_without_rank_are_adamw() -> None:
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
 
 
+def test_gradients_whose_squares_are_infinite_spoil_no_weights() -> None:
+    [p] = [q.detach().float().requires_grad_() for q in matrices((12, 20))]
+    optimizer = DCTAdamW([{"params": [p], "rank": 3}], lr=0.1)
+    for size in (1e20, 1.0, 1.0):
+        p.grad = torch.full_like(p, size)
+        optimizer.step()
+    assert p.isfinite().all()
+
+
+def test_half_precision_has_no_trouble_with_gradients_of_zero() -> None:
+    [p] = [q.detach().half().requires_grad_() for q in matrices((12, 20))]
+    before = p.detach().clone()
+    p.grad = torch.zeros_like(p)
+    DCTAdamW([{"params": [p], "rank": 3}], lr=0.1).step()
+    assert torch.equal(p, before)
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"error_feedback": "4bit"}, "error_feedback='4bit' is none of"),
         ({"transform": "dst"}, "transform='dst' is neither"),
-        ({"update_gap": 0}, "update_gap=0 is not positive"),
+        ({"update_gap": 0}, "update_gap=0 is no positive integer"),
+        ({"update_gap": 2.5}, "update_gap=2.5 is no positive integer"),
+        ({"ell_norm": -1}, "ell_norm=-1 is not positive"),
+        ({"betas": (0.9, 2.0)}, "are not both in"),
     ],
 )
 def test_refusals(options: dict[str, Any], words: str) -> None:

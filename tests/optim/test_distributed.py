@@ -15,7 +15,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from lorank.optim import DCTAdamW, Eggroll, FiraAdamW, GaLoreAdamW, Subspace, Trion
+from lorank.optim import DCTAdamW, Eggroll, FiraAdamW, GaLoreAdamW, IntegerEggroll, Subspace, Trion, Votes
+from lorank.egg import EggConfig, EggForCausalLM
+from lorank.train.optimizers import adamw_8bit
 
 MAKE = {
     "galore": lambda g: GaLoreAdamW(g, lr=0.01, weight_decay=0.1, update_gap=2),
@@ -74,6 +76,21 @@ mine = evolve(half)
 both = [torch.empty_like(mine[0]) for _ in range(2)]
 dist.all_gather(both, mine[0].contiguous())
 found["eggroll"] = {"same": torch.equal(*both), "ddp": max(((a - b).norm() / a.norm()).item() for a, b in zip(evolve(lambda x: x), mine))}
+def vote(part):
+    torch.manual_seed(0)
+    model = EggForCausalLM(EggConfig(hidden_size=16, num_hidden_layers=1))
+    estimate, optimizer = IntegerEggroll(model, population=64, group_size=0, seed=1), Votes(model.parameters(), lr=0.3, pairs=32)
+    for step in range(3):
+        estimate(part(torch.randint(1, 256, (4, 12), generator=torch.Generator().manual_seed(step))))
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+mine = vote(half)
+both = [torch.empty_like(mine) for _ in range(2)]
+dist.all_gather(both, mine)
+world, dist.get_world_size = dist.get_world_size, lambda *_: 1  # which sees the joint batch
+found["egg"] = {"same": torch.equal(*both), "ddp": torch.equal(vote(lambda x: x), mine)}
+dist.get_world_size = world
 def shard(model):
     for layer in model:
         if isinstance(layer, nn.Linear):
@@ -86,6 +103,14 @@ try:
     optimizer.step()
 except ValueError as refusal:
     found["adafactor"] = str(refusal)
+sharded = shard(net().float())
+optimizer = Subspace(groups(sharded), adamw_8bit, lr=0.01)
+sharded(batch(0).float()).sum().backward()
+for name, refused in (("8bit", optimizer.step), ("eggroll-fsdp", lambda: Eggroll(sharded, population=4, sigma=0.1))):
+    try:
+        refused()
+    except ValueError as refusal:
+        found[name] = str(refusal)
 try:
     GaLoreAdamW(groups(net()), lr=0.01, in_backward=True)
 except ValueError as refusal:
@@ -137,8 +162,16 @@ def test_members_of_eggroll_are_judged_by_the_rows_of_all_processes(found: dict)
     assert found["eggroll"]["same"] and found["eggroll"]["ddp"] < 1e-6
 
 
-def test_adafactor_beside_sharded_vectors_is_refused(found: dict) -> None:
-    assert "sees a part of those without rank, which are sharded (FSDP2)" in found["adafactor"]
+def test_integers_count_the_same_votes_in_all_processes(found: dict) -> None:
+    assert found["egg"] == {"same": True, "ddp": True}
+
+
+def test_what_cannot_work_on_parts_of_parameters_refuses_them(found: dict) -> None:
+    for name, kind in (("adafactor", "Adafactor"), ("8bit", "AdamW8bit")):
+        assert found[name].startswith(
+            f"{kind} needs whole parameters and sees a part of those without rank, which are sharded"
+        )
+    assert found["eggroll-fsdp"].startswith("0.weight is sharded (FSDP2), and EGGROLL perturbs whole matrices")
 
 
 def test_gradients_of_one_process_only_are_refused(found: dict) -> None:

@@ -365,7 +365,7 @@ def test_refusals() -> None:
         GaLoreAdamW([{"params": [vector], "rank": 4}], lr=0.1)
     with pytest.raises(ValueError, match="projection='up' is none of std"):
         GaLoreAdamW([{"params": [p], "rank": 4, "projection": "up"}], lr=0.1)
-    with pytest.raises(ValueError, match="rank=0 is not positive"):
+    with pytest.raises(ValueError, match="rank=0 is no positive integer"):
         GaLoreAdamW([{"params": [p], "rank": 0}], lr=0.1)
     with pytest.raises(ValueError, match="evaluates no closure"):
         GaLoreAdamW([{"params": [p], "rank": 4}], lr=0.1).step(lambda: 0.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Subspace, Trion, low_rank_groups, muon
+from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, MuonAdamW, Subspace, Trion, low_rank_groups
 from tests.optim.test_galore import gradients, matrices, run
 
 
@@ -151,6 +151,7 @@ EVERY: list[Any] = [
     lambda g: FiraAdamW(g, lr=0.05),
     lambda g: DCTAdamW(g, lr=0.05),
     lambda g: Trion(g, lr=0.05),
+    lambda g: Subspace(g, MuonAdamW, lr=0.05),
 ]
 """With groups of `net`: matrices at rank 3, and biases."""
 
@@ -223,7 +224,7 @@ def test_groups_may_be_added_later(make: Any) -> None:
 def test_a_group_that_is_refused_leaves_the_others_alone(make: Any) -> None:
     model = net()
     optimizer = make(plain_groups(model)[:1])
-    with pytest.raises(ValueError, match="rank=0 is not positive"):
+    with pytest.raises(ValueError, match="rank=0 is no positive integer"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3, 4))], "rank": 0})
     assert len(optimizer.param_groups) == 1
     a_step(model, optimizer, 0)
@@ -238,6 +239,78 @@ def test_a_matrix_added_later_is_projected_as_its_gradient_arrives() -> None:
         other.add_param_group(group)
     assert train(whole, one, range(3)) == train(grown, other, range(3))
     assert all(map(torch.equal, whole.parameters(), grown.parameters()))
+
+
+def test_gradients_that_no_backward_pass_brought_count_too() -> None:
+    """Set by hand, as an estimator does, or of a matrix that was frozen when the optimizer was made."""
+    one, other = net(), net()
+    other[0].weight.requires_grad_(False)
+    plain = GaLoreAdamW(groups(one), lr=0.05)
+    arriving = GaLoreAdamW(groups(other), lr=0.05, in_backward=True)
+    other[0].weight.requires_grad_(True)
+    assert train(one, plain, range(3)) == train(other, arriving, range(3))
+    for model, optimizer in ((one, plain), (other, arriving)):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_an_optimizer_whose_state_is_cleared_begins_anew(make: Any) -> None:
+    model, fresh = net(), net()
+    optimizer = make(plain_groups(model))
+    for step in range(3):
+        a_step(model, optimizer, step)
+    optimizer.state.clear()
+    fresh.load_state_dict(model.state_dict())
+    other = make(plain_groups(fresh))
+    for step in range(2):
+        a_step(model, optimizer, step)
+        a_step(fresh, other, step)
+    assert all(map(torch.equal, model.parameters(), fresh.parameters()))
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_matrix_without_numbers_is_left_alone(make: Any) -> None:
+    p = nn.Parameter(torch.zeros(0, 4))
+    p.grad = torch.zeros(0, 4)
+    make([{"params": [p], "rank": 2}]).step()
+
+
+@pytest.mark.parametrize("make", EVERY[:4])
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"rank": 2.5}, "rank=2.5 is no positive integer"),
+        ({"rank": True}, "rank=True is no positive integer"),
+        ({"lr": float("inf")}, "lr=inf is negative or no finite number"),
+        ({"betas": (1.0, 0.9)}, r"(?i)betas=\(1.0, 0.9\) are not|Invalid beta parameter at index 0: 1.0"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(make: Any, settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make([{"params": [nn.Parameter(torch.ones(6, 4))], "rank": 2, **settings}]).step()
+
+
+@pytest.mark.parametrize("kind", [GaLoreAdamW, FiraAdamW])
+def test_to_maximise_is_to_minimise_the_negative(kind: Any) -> None:
+    up, down = net(), net()
+    one, other = kind(groups(up), lr=0.05, maximize=True), kind(groups(down), lr=0.05)
+    for step in range(4):
+        x = torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        (-up(x)).square().sum().neg().backward()
+        down(x).square().sum().backward()
+        for optimizer in (one, other):
+            optimizer.step()
+            optimizer.zero_grad()
+    for p, q in zip(up.parameters(), down.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+def test_muon_takes_matrices_only() -> None:
+    with pytest.raises(ValueError, match=r"shape \(3,\) is no matrix; put it in a group without momentum"):
+        MuonAdamW([{"params": [nn.Parameter(torch.ones(3))], "momentum": 0.9}], lr=0.1)
 
 
 def test_scaled_gradients_are_not_projected_as_they_arrive() -> None:
@@ -307,7 +380,7 @@ def test_adafactor_takes_the_size_of_the_weights_into_account() -> None:
 
 def test_muon_works_inside_with_adamw_beside_it() -> None:
     model = net()
-    optimizer = Subspace(groups(model), muon, lr=0.05, betas=(0.9, 0.99))
+    optimizer = Subspace(groups(model), MuonAdamW, lr=0.05, betas=(0.9, 0.99))
     before = train(model, optimizer, range(1))[0]
     assert train(model, optimizer, range(1, 30))[-1] < before
 
@@ -318,7 +391,7 @@ def test_rules_that_cannot_work_inside_are_told_apart() -> None:
     Subspace(groups(net()), torch.optim.Rprop, lr=0.1)  # which knows no weight decay
     for settings, words in (
         ({"lr": -1.0}, "lr=-1.0 is negative"),
-        ({"lr": 0.1, "scale": "abc"}, "scale='abc' is negative or no number"),
+        ({"lr": 0.1, "scale": "abc"}, "scale='abc' is negative or no finite number"),
         ({"lr": 0.1, "update_gap": 0.5}, "update_gap=0.5 is no positive integer"),
         ({"lr": 0.1, "basis": "dct"}, "basis='dct' is none of singular, svd, randomised"),
     ):

@@ -96,6 +96,9 @@ def test_other_parameters_take_adamw_at_its_own_rate_under_the_same_schedule() -
 
 
 def test_refusals() -> None:
+    for momentum in (float("nan"), -5.0, 1.5):
+        with pytest.raises(ValueError, match="momentum=.* is not in \\[0, 1\\]|momentum=.* no finite number"):
+            Trion(matrices((12, 20)), momentum=momentum)
     with pytest.raises(ValueError, match="scale='muon' is none of dion"):
         Trion(matrices((12, 20)), scale="muon")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="evaluates no closure"):
