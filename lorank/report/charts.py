@@ -118,7 +118,7 @@ def line_chart(
         parts += _labels(late_ones, across.end + 8, (up.end, up.start))
         lines = [spot for one in series for spot in _along([(across(x), up(y)) for x, y in one.points])]
         lines += [(across.end + 10 + 8 * k, y) for _, y, one in late_ones for k in range(len(one.name))]
-        parts += _point_labels(early, (across.start, width - 14), lines)
+        parts += _point_labels(early, (across.start, width - 14), (up.end - 14, up.start), lines)
     points = [
         [one.name, one.style, [[round(across(x), 1), round(up(y), 1), x_format(x), y_format(y)] for x, y in one.points]]
         for one in series
@@ -168,7 +168,7 @@ def scatter_chart(
         for x, y in one.points:
             parts.append(_dot(across(x), up(y), one.style, 6))
             tails.append((across(x), up(y), one))
-    parts += _point_labels(tails, (across.start, across.end), strokes)
+    parts += _point_labels(tails, (across.start, across.end), (up.end - 14, up.start), strokes)
     data = [
         [one.name, one.style, [[round(across(x), 1), round(up(y), 1), x_format(x), y_format(y)] for x, y in one.points]]
         for one in series
@@ -274,39 +274,63 @@ def _along(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return found
 
 
+class _Spot(NamedTuple):
+    """A place for a point's name."""
+
+    x: float
+    y: float
+    kind: str
+    """Class of the text, which says where it begins."""
+    box: tuple[float, float, float, float]
+    """Left, top, right, bottom."""
+    far: bool
+    """Too far from the point to do without a line to it."""
+
+
+def _spots(x: float, y: float, name: str) -> list[_Spot]:
+    """Around the point, then further off."""
+    wide, found = len(name) * 7.2, []
+    for reach in (0, 18, 36, 60):
+        for aside, below in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
+            at_x, at_y = x + aside * (10 + reach), y + 4 + below * (15 + reach)
+            left = at_x - wide * (1 - aside) / 2
+            kind = {1: "name", 0: "name middle", -1: "name right"}[aside]
+            found.append(_Spot(at_x, at_y, kind, (left, at_y - 11, left + wide, at_y + 3), reach > 0))
+    return found
+
+
 def _point_labels(
     tails: Sequence[tuple[float, float, Series]],
     limits: tuple[float, float],
+    heights: tuple[float, float],
     lines: Sequence[tuple[float, float]] = (),
 ) -> list[str]:
-    """Names beside their points, where they cover neither each other, nor points, nor lines, as far as may be."""
+    """Names beside their points, where they cover neither each other, nor points, nor lines, and are nearer to their own point
+    than to others, as far as may be: each takes the best place that the others leave, in a few rounds."""
+    placed: dict[int, _Spot] = {}
+
+    def cost(k: int, spot: _Spot) -> float:
+        left, top, right, bottom = spot.box
+        apart = [math.hypot(max(left - x, 0, x - right), max(top - y, 0, y - bottom)) for x, y, _ in tails]
+        covered = sum(distance < 6 for distance in apart)
+        strange = sum(distance < min(apart[k], 24) for other, distance in enumerate(apart) if other != k)
+        boxes = [other.box for place, other in placed.items() if place != k]
+        over = sum(left < b[2] and b[0] < right and top < b[3] and b[1] < bottom for b in boxes)
+        crossed = sum(left - 5 < x < right + 5 and top - 4 < y < bottom + 4 for x, y in lines) / 2
+        outside = left < limits[0] or right > limits[1] + 16 or top < heights[0] or bottom > heights[1]
+        return 6 * over + 3 * covered + (1 if spot.far else 2) * strange + crossed + 9 * outside + apart[k] / 24
+
+    for _ in range(4):
+        for k in sorted(range(len(tails)), key=lambda k: tails[k][1]):
+            x, y, one = tails[k]
+            placed[k] = min(_spots(x, y, one.name), key=lambda spot: cost(k, spot))
     parts = []
-    taken: list[tuple[float, float, float, float]] = [(x - 6, y - 6, x + 6, y + 6) for x, y, _ in tails]
-    for x, y, one in sorted(tails, key=lambda tail: tail[1]):
-        wide = len(one.name) * 7.2
-        spots = [
-            (x + 10, y + 4, "name"),
-            (x - 10, y + 4, "name right"),
-            (x, y - 11, "name middle"),
-            (x, y + 20, "name middle"),
-        ]
-        spots += [
-            (x + 10, y - 12, "name"),
-            (x + 10, y + 19, "name"),
-            (x - 10, y - 12, "name right"),
-            (x - 10, y + 19, "name right"),
-        ]
-        boxes = []
-        for at_x, at_y, kind in spots:
-            left = at_x - (wide if "right" in kind else wide / 2 if "middle" in kind else 0)
-            box = (left, at_y - 11, left + wide, at_y + 3)
-            over = sum(box[0] < t[2] and t[0] < box[2] and box[1] < t[3] and t[1] < box[3] for t in taken)
-            crossed = sum(box[0] - 3 < x < box[2] + 3 and box[1] - 3 < y < box[3] + 3 for x, y in lines) / 4
-            outside = 9 * (box[0] < limits[0] or box[2] > limits[1] + 16)
-            boxes.append((2 * over + crossed + outside, at_x, at_y, kind, box))
-        _, at_x, at_y, kind, box = min(boxes, key=lambda spot: spot[0])
-        taken.append(box)
-        parts.append(_text(at_x, at_y, one.name, f"{kind} {one.style}"))
+    for k, spot in placed.items():
+        x, y, one = tails[k]
+        if spot.far:
+            near_x, near_y = min(max(x, spot.box[0]), spot.box[2]), min(max(y, spot.box[1]), spot.box[3])
+            parts.append(f'<path class="leader" d="M{x:.1f} {y:.1f}L{near_x:.1f} {near_y:.1f}"/>')
+        parts.append(_text(spot.x, spot.y, one.name, f"{spot.kind} {one.style}"))
     return parts
 
 

@@ -161,8 +161,11 @@ class PretrainTrainer(Trainer):
         return metrics
 
     def mfu(self, tokens_per_second: float) -> float:
-        """Model FLOPs utilisation; positions of padding are computed and count."""
-        return tokens_per_second / self.fill * self.flops_per_token / self.peak_flops
+        """Model FLOPs utilisation; positions of padding are computed and count. What is reached can be reached: a peak that was
+        measured while the machine was busy is too low, and gives way."""
+        reached = tokens_per_second / self.fill * self.flops_per_token
+        self.peak_flops = max(self.peak_flops, reached)
+        return reached / self.peak_flops
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and (rate := self.throughput.tokens_per_second()) is not None:

@@ -194,6 +194,29 @@ def test_names_keep_off_the_lines_of_a_pareto_plot() -> None:
     assert not left < at < left + wide
 
 
+@pytest.mark.parametrize("width", [334, 478])
+def test_names_of_curves_that_end_together_do_not_cover_each_other(width: int) -> None:
+    about: dict[str, Any] = {"size": (width, 300), "x_title": "x", "y_title": "y", "x_format": str, "y_format": str}
+    ends = {
+        "cola": (9.7, 5.24),
+        "dense": (16.4, 5.26),
+        "dense-small": (9.7, 5.22),
+        "low-rank": (12.0, 5.25),
+        "dense-muon": (79, 5.16),
+    }
+    series = [Series(name, "s0", [(x / 2, y + 0.3), (x, y)]) for name, (x, y) in ends.items()]
+    tree = ElementTree.fromstring(line_chart(series, **about))
+    boxes = []
+    for text in (one for one in tree.iter("text") if one.text in ends):
+        x, y, wide = float(text.get("x") or 0), float(text.get("y") or 0), len(text.text or "") * 7.2
+        kind = text.get("class") or ""
+        left = x - (wide if "right" in kind else wide / 2 if "middle" in kind else 0)
+        boxes.append((left, y - 11, left + wide, y + 3))
+    assert len(boxes) == 5
+    for a, b in itertools.combinations(boxes, 2):
+        assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+
+
 def test_the_terminal_has_80_columns(results: dict[str, Any]) -> None:
     from io import StringIO
 

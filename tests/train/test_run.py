@@ -70,7 +70,8 @@ class Interrupt(KillAfter):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_run_leaves_everything_it_promises(text: Path, tmp_path: Path) -> None:
+def test_a_run_leaves_everything_it_promises(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run.accounting, "achievable_flops", lambda: (1e3, "measured while others computed"))
     summary = run.pretrain(recipe(text), tmp_path / "run")
     assert summary is not None and summary.steps == 8 and summary.tokens == 8 * 4 * 32
     assert json.loads((tmp_path / "run/summary.json").read_text()) == dataclasses.asdict(summary)
@@ -80,7 +81,8 @@ def test_a_run_leaves_everything_it_promises(text: Path, tmp_path: Path) -> None
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert model.config.lorank["method"] == "cola"
     assert sum(p.numel() for p in model.parameters()) == summary.parameters
-    assert 0 < summary.peak_memory_gib < 4 and summary.tokens_per_second > 0 and summary.mfu > 0
+    assert 0 < summary.peak_memory_gib < 4 and summary.tokens_per_second > 0
+    assert 0 < summary.mfu <= 1, "what is reached can be reached"
     card = (tmp_path / "run/README.md").read_text()
     assert f"{summary.validation_perplexity:.2f}" in card
 
