@@ -212,7 +212,7 @@ def _why_no_loss(model: nn.Module, batch: Batch) -> str | None:
     named = (getattr(getattr(model, "config", None), "architectures", None) or [kind])[0]
     if named != kind and not _accepts(model, "labels"):
         return (
-            f"{kind} is looked at, the body of a {named}, whose head is no language model's: there is no loss of tokens"
+            f"{kind} is looked at, the body of {named}, whose head is no language model's: there is no loss of tokens"
         )
     if not _accepts(model, "labels"):
         return f"{kind} is a body without a head, which has no loss"
