@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorank.conversion import method_of
+from lorank.conversion import blocks, derived_layers, method_of
 from lorank.parametrization import SHARED, Parametrization
 from lorank.projections import Place, linear_part, places
 from lorank.spectrum import effective_rank, gram_spectrum, rank_leaving, scaled_difference, svdvals
@@ -96,11 +97,13 @@ class Analysis:
     """Over which activations were summed."""
     gradient_tokens: int
     notes: list[str]
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Matrices of the blocks that no linear layer applies, as the experts of Mixtral: role -> parameters, all depths together."""
 
     def to_dict(self, alpha: float = 0.95) -> dict[str, Any]:
         """As JSON types, with r(alpha) beside each spectrum."""
         found = [one.to_dict(alpha) for one in self.projections]
-        counted = {"tokens": self.tokens, "gradient_tokens": self.gradient_tokens}
+        counted = {"tokens": self.tokens, "gradient_tokens": self.gradient_tokens, "left_out": self.left_out}
         return {"alpha": alpha, **counted, "notes": self.notes, "projections": found}
 
 
@@ -132,8 +135,10 @@ def analyze(
     """
     found = list(places(model))
     if not found:
+        kinds = derived_layers(model)
+        others = f" ({', '.join(kinds)} do more than a linear layer)" if kinds else ""
         raise ValueError(
-            f"found no linear layer inside a repeated block of this {type(model).__name__}; nothing to analyze"
+            f"found no linear layer inside a repeated block of this {type(model).__name__}{others}; nothing to analyze"
         )
     training, device = model.training, next(model.parameters()).device
     if iter(batches) is batches:
@@ -175,8 +180,9 @@ def analyze(
         notes.append(
             f"sums took {most / 2**30:.3g} GiB, more than the {room_bytes / 2**30:.3g} asked for: one projection alone needs that"
         )
-    notes += _notes(model, found, projections, streams.tokens, seen)
-    return Analysis(projections, streams.tokens, seen, notes)
+    left_out = _left_out(model, found, spectra)
+    notes += _notes(model, projections, streams.tokens, seen, left_out, survey.calls)
+    return Analysis(projections, streams.tokens, seen, notes, left_out)
 
 
 def _until(batches: Iterable[Batch], tokens: int | None) -> Iterator[Batch]:
@@ -203,15 +209,38 @@ def _without_cache(model: nn.Module) -> dict[str, bool]:
 def _why_no_loss(model: nn.Module, batch: Batch) -> str | None:
     """Why a model has no loss whose gradient could be looked at; None if it has one."""
     kind = type(model).__name__
+    named = (getattr(getattr(model, "config", None), "architectures", None) or [kind])[0]
+    if named != kind and not _accepts(model, "labels"):
+        return (
+            f"{kind} is looked at, the body of {named}, whose head is no language model's: there is no loss of tokens"
+        )
     if not _accepts(model, "labels"):
         return f"{kind} is a body without a head, which has no loss"
+    if isinstance(model, PreTrainedModel) and model.get_output_embeddings() is None:
+        return f"the head of {kind} is no language model's: there is no loss of tokens"
     if kind.endswith("ForMaskedLM") and "labels" not in batch:
         return f"the loss of {kind} is of masked tokens, and nothing is masked (has the tokenizer no mask token?)"
     return None
 
 
+def _left_out(model: nn.Module, found: list[Place], shown: Collection[str]) -> dict[str, int]:
+    covered = {parameter for place in found if place.name in shown for parameter in place.module.parameters()}
+    left: dict[str, int] = {}
+    for stack, _, block in blocks(model):
+        for inner, parameter in block.named_parameters():
+            if parameter not in covered and sum(size > 1 for size in parameter.shape) > 1:
+                role = f"{stack}.*.{inner}"
+                left[role] = left.get(role, 0) + parameter.numel()
+    return left
+
+
 def _notes(
-    model: nn.Module, found: list[Place], projections: list[Projection], tokens: int, gradient_tokens: int
+    model: nn.Module,
+    projections: list[Projection],
+    tokens: int,
+    gradient_tokens: int,
+    left_out: Mapping[str, int],
+    calls: Mapping[str, int],
 ) -> Iterator[str]:
     """What a reader has to know of these figures."""
     width = max((max(one.d_in, one.d_out) for one in projections), default=0)
@@ -219,8 +248,18 @@ def _notes(
         yield f"{tokens:,} tokens are few for a width of {width:,}: no rank can exceed their number, and all come out low; take more"
     if any(one.weight_is == "product" for one in projections):
         yield "where a layer is not a linear map of its input (CoLA, CR-Net), weights mean the product B·A of its factors"
-    if unused := {place.role for place in found} - {one.role for one in projections}:
-        yield f"never called, so not shown: {', '.join(sorted(unused))}"
+    if left_out:
+        total = sum(parameter.numel() for parameter in model.parameters())
+        yield (
+            f"left out, being matrices that no linear layer applies: {sum(left_out.values()):,} of the model's {total:,} parameters, in "
+            f"{', '.join(left_out)}"
+        )
+    often: dict[int, list[str]] = {}
+    for one in projections:
+        often.setdefault(calls[one.name], []).append(one.role)
+    for number, roles in often.items():
+        if number > 1:
+            yield f"applied {number} times in each pass, and shown once, over all of them together: {', '.join(dict.fromkeys(roles))}"
     if gradient_tokens:
         if shared := {name.split(".")[-1] for name, _ in model.named_children() if SHARED in name} | {
             name for name, _ in getattr(model, "base_model", model).named_children() if name.startswith(SHARED)
@@ -263,6 +302,8 @@ class Streams:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.crosses: dict[str, Tensor] = {}
+        self.calls: dict[str, int] = {}
+        """Name -> how often it was called."""
         self.reads: dict[str, str] = {}
         self.before: dict[str, str] = {}
         """Name of a projection -> the same one block before."""
@@ -300,6 +341,7 @@ class Streams:
         reader = self.read[1] if self.read is not None and self.read[0] is x else first
         for place in parts:
             self.reads.setdefault(place.name, reader)
+            self.calls[place.name] = self.calls.get(place.name, 0) + 1
         if self.reads[first] == first and first in self.wanted:
             x_rows = self._rows(x).double()
             _accumulate(self.inputs, first, x_rows, x_rows)

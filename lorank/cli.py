@@ -391,7 +391,7 @@ def analyze(model: str, out: str | None, **settings: Any) -> None:
     208 GB at once, or 3 GB for one projection at a time.
     """
     console = _quiet_console()
-    from lorank.report.effective_ranks import analysis_table
+    from lorank.report.effective_ranks import analysis_table, budget_line, loss_line
     from lorank.train.analysis import analyze_folder
 
     folder = Path(out or f"runs/analyze-{model.rstrip('/').split('/')[-1]}")
@@ -401,13 +401,14 @@ def analyze(model: str, out: str | None, **settings: Any) -> None:
     for note in results["notes"]:
         console.print(f"· {note}", markup=False, highlight=False)
     if suggestion := results["suggestion"]:
-        part = suggestion["parameters"] / suggestion["dense_parameters"]
-        console.print(
-            f"ranks: [bold]lorank pretrain {folder}/suggested.yaml[/bold] has {suggestion['parameters']:,} parameters in its "
-            f"factors, {part * 100:.1f} % of the dense matrices'",
-            highlight=False,
-            soft_wrap=True,
-        )
+        refused = suggestion["no_recipe"]
+        recipe = "no recipe" if refused else f"[bold]lorank pretrain {folder}/suggested.yaml[/bold]"
+        console.print(f"ranks: {recipe}: {budget_line(results)}", highlight=False, soft_wrap=True)
+        console.print(f"       {loss_line(suggestion)}", highlight=False, soft_wrap=True)
+        if refused:
+            console.print(
+                f"no recipe, for pretrain cannot train it: {refused}", markup=False, highlight=False, soft_wrap=True
+            )
     console.print(f"report: [bold]{folder}/analysis.html[/bold]", highlight=False, soft_wrap=True)
 
 

@@ -313,8 +313,8 @@ def choose_sites(sites: list[Site], targets: Patterns = None, exclude: Patterns 
     """Those that match a pattern of `targets` (None: all) and none of `exclude`; ValueError for a pattern without use."""
     if not sites:
         raise ValueError(
-            "found no linear layer (nn.Linear or transformers' Conv1D, not a class derived from them) inside a repeated block (a "
-            "ModuleList of blocks); nothing to convert"
+            "found no linear layer (nn.Linear or transformers' Conv1D, not a class derived from them that does anything else) inside "
+            "a repeated block (a ModuleList of blocks); nothing to convert"
         )
     wanted = [compile_pattern(p, "targets") for p in _listed(targets)]
     unwanted = [compile_pattern(p, "exclude") for p in _listed(exclude)]
@@ -344,19 +344,29 @@ def _listed(patterns: Patterns) -> list[str]:
 
 def _check_callers(model: nn.Module, sites: Sequence[Site]) -> None:
     """Refuse a projection whose weight is read by the code around it, which would not find it in what takes its place."""
-    modules = dict(model.named_modules())
     for site in sites:
-        name = site.name if site.name in modules else site.name.rpartition(".")[0]  # a part of a fused matrix
-        parent, _, attribute = name.rpartition(".")
-        caller = type(modules[parent])
-        code = _code(caller)  # type: ignore[arg-type]
-        if (
-            re.search(rf"self\.{attribute}\.weight\b", code) and "pretraining_tp" not in code
-        ):  # Bloom: a branch for tests
+        if (caller := weight_reader(model, site)) is not None:
+            attribute = _module_name(model, site).rpartition(".")[2]
             raise ValueError(
-                f"the code of {caller.__name__} reads the weight of {site.role} itself, so it cannot be replaced; exclude it "
+                f"the code of {caller} reads the weight of {site.role} itself, so it cannot be replaced; exclude it "
                 f"(exclude={attribute!r}) or take another architecture"
             )
+
+
+def weight_reader(model: nn.Module, site: Site) -> str | None:
+    """The class around a projection whose code reads its weight, so that nothing else can take its place; None: it does not."""
+    parent, _, attribute = _module_name(model, site).rpartition(".")
+    caller = type(model.get_submodule(parent))
+    code = _code(caller)  # type: ignore[arg-type]
+    reads = (
+        re.search(rf"self\.{attribute}\.weight\b", code) and "pretraining_tp" not in code
+    )  # Bloom: a branch for tests
+    return caller.__name__ if reads else None
+
+
+def _module_name(model: nn.Module, site: Site) -> str:
+    """Of the module that a site is, or of the fused matrix that it is a part of."""
+    return site.name if fusion_of(model, site.name.rpartition(".")[0]) is None else site.name.rpartition(".")[0]
 
 
 @functools.cache
@@ -371,8 +381,33 @@ def _code(module: type[nn.Module]) -> str:
         return ""
 
 
+def derived_layers(model: nn.Module) -> list[str]:
+    """Names of the classes derived from ``nn.Linear`` whose layers are not taken for linear maps."""
+    return sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and not _is_linear(m)})
+
+
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) in (nn.Linear, Conv1D)  # subclasses (quantised, tensor-parallel) have meanings of their own
+    return type(module) in (nn.Linear, Conv1D) or _computes_linear_map(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _computes_linear_map(kind: Any) -> bool:
+    """Whether a class changes nothing of nn.Linear but how `forward` computes the same x Wᵀ + b (Falcon's). Others (quantised,
+    tensor-parallel, routers) have meanings of their own."""
+    own = {name for name in vars(kind) if not (name.startswith("__") and name != "__init__")}
+    if kind.__mro__[1:] != nn.Linear.__mro__ or own != {"forward"}:
+        return False
+    layer: Any = kind(3, 2, device="meta", dtype=torch.float64).to_empty(device="cpu")  # draws no random numbers
+    with torch.inference_mode(), torch.device("cpu"):
+        for number, parameter in enumerate(layer.parameters()):
+            parameter.copy_(torch.linspace(-1, 2 + number, parameter.numel()).view_as(parameter))
+        x = torch.linspace(-3, 1, 12, dtype=torch.float64).view(2, 2, 3)
+        expected = nn.functional.linear(x, layer.weight, layer.bias)
+        try:
+            found = layer(x)
+        except Exception:  # it wants more than an input
+            return False
+        return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def _holds_linear(block: nn.Module) -> bool:

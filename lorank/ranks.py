@@ -1,16 +1,19 @@
-"""A rank for every projection of every block, so that all together cost a given number of parameters.
+"""Ranks for every projection of every block, so that all together cost a given number of parameters and lose the least.
 
-Two factors of rank r hold r (d_in + d_out) weights. The ranks follow the effective ranks e of the projections' outputs,
+Two factors of rank r hold r (d_in + d_out) weights, and whatever is linear and has rank r leaves at least this part of the energy
+of a projection's outputs Y, whose singular values σ_1 ≥ σ_2 ≥ ... are:
 
-    r_i = min(⌊c e_i⌋, cap_i)        c such that  Σ r_i (d_in + d_out)_i  is the budget
+    e(r) = Σ_{k > r} σ_k² / Σ_k σ_k²
 
-cap_i being the largest rank at which the factors are smaller than the dense matrix. What rounding leaves over goes, one
-rank at a time, to the projections that lost most by it.
+The ranks make the mean of e_i(r_i) over all projections small, at Σ r_i (d_in + d_out)_i ≤ budget and 1 ≤ r_i ≤ cap_i, the
+largest rank at which the factors are smaller than the dense matrix. Since every e_i is convex, it does to give out ranks one by one,
+each where it saves most per parameter: no ranks of the same price lose less, as long as the next one still fits; then
+what fits of the rest is taken, so that the mean is within one rank's gain of the least.
 """
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 
@@ -25,6 +28,12 @@ class Suggestion(NamedTuple):
     """In the factors of all projections."""
     dense_parameters: int
     """In the dense matrices that they replace."""
+    lost: dict[str, float]
+    """The part of the outputs' energy that such ranks lose: "mean" over projections, and that of the "worst"."""
+    uniform_rank: int
+    """The rank that all projections could have for the same budget, some of them one more."""
+    uniform_lost: dict[str, float]
+    """What that would lose."""
 
 
 def read_budget(text: str, dense_parameters: int) -> int:
@@ -42,55 +51,85 @@ def read_budget(text: str, dense_parameters: int) -> int:
     return round(number * dense_parameters if number <= 1 and "." in found[1] and not found[2] else number)
 
 
-def suggest_ranks(projections: Sequence[Mapping[str, Any]], budget: str) -> Suggestion:
-    """Ranks in proportion to the effective ranks of the outputs.
-
-    Args:
-        projections: as in `Analysis.to_dict`.
-        budget: see `read_budget`; of the weights in the factors, without embeddings, head, norms and biases.
-
-    Raises:
-        ValueError: a budget that is none, or that no ranks meet.
-    """
-    price = [one["d_in"] + one["d_out"] for one in projections]
-
-    def cost(ranks: Sequence[float]) -> float:
-        return sum(rank * each for rank, each in zip(ranks, price, strict=True))
-
-    dense = sum(one["d_in"] * one["d_out"] for one in projections)
-    cap = [
-        max(1, math.ceil(one["d_in"] * one["d_out"] / cost) - 1) for one, cost in zip(projections, price, strict=True)
-    ]
-    most, least = int(cost(cap)), sum(price)
+def check_budget(budget: str, shapes: Iterable[tuple[int, int]]) -> int:
+    """A budget as a number of parameters; ValueError if no ranks of matrices (d_in, d_out) meet it."""
+    shapes = list(shapes)
+    dense = sum(d_in * d_out for d_in, d_out in shapes)
+    least = sum(d_in + d_out for d_in, d_out in shapes)
+    most = sum(_cap(*shape) * sum(shape) for shape in shapes)
     wanted = read_budget(budget, dense)
     if not least <= wanted <= most:
         raise ValueError(
             f"budget={budget} is {wanted:,} parameters, and factors in place of the dense {dense:,} hold {least:,} (rank 1) to "
             f"{most:,} (break-even); choose between"
         )
-    effective = [max(1, one["output"]["rank"]) for one in projections]
-
-    def shares(scale: float) -> list[float]:
-        return [min(max(1.0, scale * rank), top) for rank, top in zip(effective, cap, strict=True)]
-
-    low, high = 0.0, float(max(cap))
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if cost(shares(middle)) <= wanted else (low, middle)
-    exact = shares(low)
-    ranks = [math.floor(rank) for rank in exact]
-    left = wanted - int(cost(ranks))
-    while True:
-        fitting = [i for i in range(len(ranks)) if ranks[i] < cap[i] and price[i] <= left]
-        if not fitting:
-            break
-        one = max(fitting, key=lambda i: exact[i] - ranks[i])
-        ranks[one], left = ranks[one] + 1, left - price[one]
-    names = {one["name"]: rank for one, rank in zip(projections, ranks, strict=True)}
-    return Suggestion(names, _table(projections, ranks), wanted - left, dense)
+    return wanted
 
 
-def _table(projections: Sequence[Mapping[str, Any]], ranks: Sequence[int]) -> dict[str, int]:
+def _cap(d_in: int, d_out: int) -> int:
+    return max(1, math.ceil(d_in * d_out / (d_in + d_out)) - 1)
+
+
+def suggest_ranks(
+    projections: Sequence[Mapping[str, Any]], budget: str, *, called: Callable[[str], str] = lambda name: name
+) -> Suggestion:
+    """The ranks of a budget that lose the least of the outputs' energy, in the mean over projections.
+
+    Args:
+        projections: as in `Analysis.to_dict`.
+        budget: see `read_budget`; of the weights in the factors, without embeddings, head, norms and biases.
+        called: from names here to those in the model that the table is for, where they differ.
+
+    Raises:
+        ValueError: a budget that is none, or that no ranks meet.
+    """
+    shapes = [(one["d_in"], one["d_out"]) for one in projections]
+    wanted = check_budget(budget, shapes)
+    price, cap = [sum(shape) for shape in shapes], [_cap(*shape) for shape in shapes]
+    parts = [_parts(one["output"]["singular_values"]) for one in projections]
+    by_gain = sorted(
+        ((i, k) for i, top in enumerate(cap) for k in range(1, top)),
+        key=lambda at: -_at(parts[at[0]], at[1]) / price[at[0]],
+    )
+    ranks, parameters = _given_out((i for i, _ in by_gain), price, wanted)
+    by_turn = sorted(((i, k) for i, top in enumerate(cap) for k in range(1, top)), key=lambda at: at[1])
+    uniform, _ = _given_out((i for i, _ in by_turn), price, wanted)
+    return Suggestion(
+        ranks={one["name"]: rank for one, rank in zip(projections, ranks, strict=True)},
+        table=table_of([{**one, "role": called(one["role"])} for one in projections], ranks),
+        parameters=parameters,
+        dense_parameters=sum(d_in * d_out for d_in, d_out in shapes),
+        lost=_lost(parts, ranks),
+        uniform_rank=min(rank for rank, top in zip(uniform, cap, strict=True) if rank < top or top == max(cap)),
+        uniform_lost=_lost(parts, uniform),
+    )
+
+
+def _parts(sigma: Sequence[float]) -> list[float]:
+    """Of each singular value in the energy of all."""
+    energy = math.fsum(value**2 for value in sigma)
+    return [value**2 / energy if energy else 0.0 for value in sigma]
+
+
+def _at(parts: Sequence[float], index: int) -> float:
+    return parts[index] if index < len(parts) else 0.0
+
+
+def _given_out(turns: Iterable[int], price: Sequence[int], budget: int) -> tuple[list[int], int]:
+    """Ranks, from 1 on, of projections that one after another get one more as long as it can be paid; and what they cost."""
+    ranks, left = [1] * len(price), budget - sum(price)
+    for one in turns:
+        if price[one] <= left:
+            ranks[one], left = ranks[one] + 1, left - price[one]
+    return ranks, budget - left
+
+
+def _lost(parts: Sequence[Sequence[float]], ranks: Sequence[int]) -> dict[str, float]:
+    lost = [math.fsum(each[rank:]) for each, rank in zip(parts, ranks, strict=True)]
+    return {"mean": math.fsum(lost) / len(lost), "worst": max(lost)}
+
+
+def table_of(projections: Sequence[Mapping[str, Any]], ranks: Sequence[int]) -> dict[str, int]:
     """Patterns that match these projections and no others, one for all depths of a projection that have the same rank."""
     depths: dict[tuple[str, int], list[int]] = {}
     for one, rank in zip(projections, ranks, strict=True):

@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorank import CoLA, CoLAM, LowRank, Parametrization, Site, convert
-from lorank.conversion import converted_with, find_sites
+from lorank.conversion import converted_with, find_sites, merge
 from lorank.fusion import FusedProjections
 from lorank.methods.cola import CoLALinear
 
@@ -607,3 +608,32 @@ def test_gpt2_cross_attention_has_a_key_and_a_value() -> None:
     assert {name.rpartition("crossattention.")[2] for name in sites if "crossattention" in name} == {
         "c_attn.key", "c_attn.value", "q_attn", "c_proj"
     }  # fmt: skip
+
+
+def test_a_class_that_computes_the_linear_map_its_own_way_is_converted(tmp_path: Path) -> None:
+    """Falcon's; what is saved and loaded, and what is merged, gives the same outputs. What does more is left alone."""
+    from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=2)
+    model = convert(FalconForCausalLM(config), LowRank(rank=4)).eval()
+    assert not [m for m in model.transformer.h.modules() if type(m).__name__ == "FalconLinear"]
+    ids = torch.arange(3, 20)[None]
+    model.save_pretrained(tmp_path)
+    loaded, merged = AutoModelForCausalLM.from_pretrained(tmp_path).eval(), merge(model).eval()
+    torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-4)
+
+    class Scaled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    class Routed(nn.Linear):
+        def forward(self, input: Tensor, expert: int) -> Tensor:
+            return super().forward(input)
+
+    class Kept(nn.Linear):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+
+    for kind in (Scaled, Routed, Kept):
+        assert not find_sites(nn.Sequential(nn.ModuleList([nn.ModuleDict({"up": kind(4, 4)})])))

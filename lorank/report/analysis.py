@@ -5,7 +5,18 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from lorank.report.charts import Series, line_chart
-from lorank.report.effective_ranks import Found, Pick, Quantity, Results, gradients, in_percent, quantities, short_names
+from lorank.report.effective_ranks import (
+    Found,
+    Pick,
+    Quantity,
+    Results,
+    budget_line,
+    gradients,
+    in_percent,
+    loss_line,
+    quantities,
+    short_names,
+)
 from lorank.report.figures import PANEL, SMALL_PANEL, figure
 from lorank.report.markup import cell, escape, page, percent, section, table
 from lorank.report.tables import quantity
@@ -240,15 +251,20 @@ def _suggestion(results: Results, names: Mapping[str, str]) -> str:
     if not found:
         return ""
     depths = sorted({one["depth"] for one in results["projections"]})
-    ranks = {(one["role"], one["depth"]): found["ranks"][one["name"]] for one in results["projections"]}
+    ranks = {(one["role"], one["depth"]): found["ranks"].get(one["name"], "—") for one in results["projections"]}
+    refused = found["no_recipe"]
+    start = (
+        f"No recipe, for lorank pretrain cannot train it: {refused}."
+        if refused
+        else "A start, not a result: train it with lorank pretrain suggested.yaml and compare."
+    )
     lines = [
         f'<th scope="row">{depth}</th>' + "".join(cell(str(ranks.get((role, depth), "—"))) for role in names)
         for depth in depths
     ]
     return section(
         "Ranks for the budget",
-        f"In proportion to the effective ranks of the outputs: {found['parameters']:,} parameters in the factors, "
-        f"{percent(found['parameters'] / found['dense_parameters'], 1)} of the dense matrices'. A start, not a result: train it with "
-        "lorank pretrain suggested.yaml and compare.",
+        f"Those that lose the least of the outputs' energy, in the mean over projections: {budget_line(results)}. "
+        f"{_sentence(loss_line(found))}. {start}",
         table(["block", *names.values()], lines),
     )

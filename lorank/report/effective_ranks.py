@@ -100,6 +100,28 @@ def analysis_table(results: Results) -> Table:
     return shown
 
 
+def budget_line(results: Results) -> str:
+    """What the suggested ranks cost, in words."""
+    found, left = results["suggestion"], sum(results["left_out"].values())
+    part = found["parameters"] / found["dense_parameters"] * 100
+    others = [one["role"] for one in results["projections"] if one["name"] not in found["ranks"]]
+    return (
+        f"{found['parameters']:,} parameters in the factors, {part:.1f} % of the dense matrices'"
+        + (f"; {', '.join(dict.fromkeys(others))} cannot be replaced and stay dense" if others else "")
+        + (f"; {left:,} parameters of matrices that are left out of it stay as they are" if left else "")
+    )
+
+
+def loss_line(suggestion: Found) -> str:
+    """What the suggested ranks lose, beside one rank for all."""
+    lost, uniform = suggestion["lost"], suggestion["uniform_lost"]
+    return (
+        f"at best they lose {in_percent(lost['mean'])} % of a projection's output energy in the mean, {in_percent(lost['worst'])} % in the "
+        f"worst; rank {suggestion['uniform_rank']} for all, at the same price, {in_percent(uniform['mean'])} % and "
+        f"{in_percent(uniform['worst'])} %"
+    )
+
+
 def in_percent(value: float) -> str:
     """In percent without the sign; a second digit where there is but one.
 

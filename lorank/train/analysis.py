@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import psutil
 import torch
@@ -13,13 +13,15 @@ from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrained
 
 import lorank
 from lorank.analysis import analyze
-from lorank.conversion import converted_with
-from lorank.ranks import Suggestion, read_budget, suggest_ranks
+from lorank.conversion import base_prefix, converted_with, find_sites, weight_reader
+from lorank.parametrization import Site
+from lorank.ranks import Suggestion, check_budget, read_budget, suggest_ranks, table_of
 from lorank.report.analysis import analysis_page
 from lorank.train.data import collate
 from lorank.train.evaluation import text_for
+from lorank.train.plan import empty_model
 from lorank.train.recipe import Recipe
-from lorank.train.run import load_model
+from lorank.train.run import absolute, load_model
 from lorank.train.trainer import write_whole
 
 
@@ -49,16 +51,19 @@ def analyze_folder(
     `memory` is the room in GiB for sums over activations, half of what is free by default; `tokenizer` another than the model's own.
 
     Returns:
-        What is in out/results.json. Beside it are analysis.html and, with a budget, suggested.yaml.
+        What is in out/results.json. Beside it are analysis.html and, with a budget, suggested.yaml; where `lorank pretrain` can
+        train no such model, the suggestion says why under "no_recipe" instead. What an earlier analysis left there is replaced.
 
     Raises:
         ValueError: as `evaluate_folder`, but that a model may see what is to come; an encoder-decoder; an alpha that is no part;
-            a budget that cannot be met.
+            a budget that the shapes cannot meet, which is known before the work; a memory that is none.
     """
     if not 0 < alpha < 1:
         raise ValueError(f"alpha={alpha} is not a part of the energy between 0 and 1; give for example 0.95")
     if out.exists() and not out.is_dir():
         raise ValueError(f"out={out} is a file; name a folder")
+    if memory is not None and not memory > 0:
+        raise ValueError(f"memory={memory:g} is not a positive number of GiB; give one, for example 8")
     if budget is not None:
         read_budget(budget, 0)  # a mistake is told of before the work
     say("loading the model and the text")
@@ -76,6 +81,14 @@ def analyze_folder(
         make_batch=_batches_for(loaded, words, seed),
         **form,
     )
+    if budget is not None:
+        base = _recipe_for(
+            model, loaded.config, out, data=data, sequence_length=sequence_length, tokenizer=tokenizer, **form
+        )
+        target, refused = _target(loaded, base)
+        sites = target.sites.values() if target else () if converted_with(loaded) else find_sites(loaded)
+        if sites:
+            check_budget(budget, [(site.d_in, site.d_out) for site in sites])
     if torch.cuda.is_available():
         loaded.to("cuda")  # type: ignore[arg-type]
     if memory is None:
@@ -95,17 +108,21 @@ def analyze_folder(
         "suggestion": None,
         **found.to_dict(alpha),
     }
+    recipe = None
+    if budget is not None:
+        try:
+            suggestion, recipe = _suggestion(results["projections"], budget, loaded, target)
+        except ValueError as error:  # of what the text has shown, which does not cost all that was found
+            results["notes"].append(f"no ranks: {error}")
+        else:
+            results["suggestion"] = {"budget": budget, **suggestion._asdict(), "no_recipe": refused}
     out.mkdir(parents=True, exist_ok=True)
-    try:
-        if budget is not None:
-            suggestion = suggest_ranks(results["projections"], budget)
-            recipe = suggested_recipe(model, loaded.config, suggestion, out, data, sequence_length)
-            write_whole(out / "suggested.yaml", _as_yaml(recipe, results, suggestion))
-            results["suggestion"] = {"budget": budget, **suggestion._asdict()}
-    finally:  # a budget that cannot be met does not cost what was found
-        say("writing the report")
-        write_whole(out / "results.json", json.dumps(results))
-        write_whole(out / "analysis.html", analysis_page(results))
+    (out / "suggested.yaml").unlink(missing_ok=True)
+    say("writing the report")
+    write_whole(out / "results.json", json.dumps(results))
+    write_whole(out / "analysis.html", analysis_page(results))
+    if recipe is not None:
+        write_whole(out / "suggested.yaml", _as_yaml(recipe, results, suggestion))
     return results
 
 
@@ -131,36 +148,75 @@ def _batches_for(
     return make
 
 
-def suggested_recipe(
-    model: str, config: Any, suggestion: Suggestion, out: Path, data: str, sequence_length: int
-) -> Recipe:
-    """CoLA with the suggested ranks: of a run, its own recipe with nothing else changed; of any other model, its shape
-    and tokenizer, and the text it was looked at with."""
-    changes: dict[str, Any] = {"method": "cola", "rank": suggestion.table, "options": {}, "targets": [], "exclude": []}
+class Target(NamedTuple):
+    """The model that `lorank pretrain` would make low rank."""
+
+    recipe: Recipe
+    """Without ranks."""
+    prefix: str
+    """Of its names, as `base_prefix`."""
+    sites: dict[str, Site]
+    """The projections that can be replaced."""
+    others: list[Site]
+
+
+def _recipe_for(model: str, config: Any, out: Path, *, tokenizer: str | None, **form: Any) -> Recipe:
+    """CoLA still without ranks: of a run, its own recipe with nothing else changed; of any other model, its shape and
+    attention, and the tokenizer and text it was looked at with."""
+    changes: dict[str, Any] = {"method": "cola", "rank": None, "options": {}, "targets": [], "exclude": []}
     written = Path(model).expanduser() / "recipe.yaml"
     if written.exists():
         return dataclasses.replace(Recipe.read(written), **changes, checkpoint=None, checkpoint_every=1)
-    place = str(Path(model).expanduser().resolve()) if Path(model).expanduser().exists() else model
-    shape = place
+    shape = model
     if getattr(config, "lorank", None) is not None:  # a recipe wants the dense shape
-        shape = str((out / "shape").resolve())
+        shape = str(out / "shape")
         settings = {name: value for name, value in config.to_dict().items() if name not in ("lorank", "model_type")}
         AutoConfig.for_model(config.model_type.removeprefix("lorank_"), **settings).save_pretrained(shape)
-    return Recipe(
-        model=shape,
-        tokenizer=place,
-        vocab_size=config.vocab_size,
-        data=data,
-        sequence_length=sequence_length,
-        **changes,
+    attention = {"attention": kind} if (kind := config._attn_implementation) else {}
+    recipe = Recipe(
+        model=shape, tokenizer=tokenizer or model, vocab_size=config.vocab_size, **form, **attention, **changes
     )
+    return absolute(recipe)
+
+
+def _target(loaded: PreTrainedModel, recipe: Recipe) -> tuple[Target | None, str | None]:
+    """What a recipe would train, or why it could not."""
+    try:
+        empty = empty_model(dataclasses.replace(recipe, method="dense"))
+    except (ValueError, OSError) as error:
+        return None, " ".join(str(error).split())[:200]
+    sites = find_sites(empty)
+    free = {site.name: site for site in sites if weight_reader(empty, site) is None}
+    if not free:
+        return None, f"the code of {weight_reader(empty, sites[0])} reads the weights of its projections itself"
+    return Target(recipe, base_prefix(empty), free, [site for site in sites if site.name not in free]), None
+
+
+def _suggestion(
+    projections: list[dict[str, Any]], budget: str, loaded: PreTrainedModel, target: Target | None
+) -> tuple[Suggestion, Recipe | None]:
+    """Ranks, and the recipe with them; what cannot be replaced, or was not seen, stays dense."""
+    if target is None:
+        return suggest_ranks(projections, budget), None
+
+    def called(name: str) -> str:
+        return target.prefix + name.removeprefix(base_prefix(loaded))
+
+    chosen = [one for one in projections if called(one["name"]) in target.sites]
+    seen = {called(one["name"]) for one in chosen}
+    dense = [site for site in (*target.sites.values(), *target.others) if site.name not in seen]
+    found = suggest_ranks(chosen, budget, called=called)
+    exclude = list(table_of([site._asdict() for site in dense], [0] * len(dense)))
+    recipe = dataclasses.replace(target.recipe, rank=found.table, exclude=exclude)
+    empty_model(recipe)  # every projection has its rank, and every pattern its projection
+    return found, recipe
 
 
 def _as_yaml(recipe: Recipe, results: dict[str, Any], suggestion: Suggestion) -> str:
     asked = yaml.safe_dump(recipe.to_dict(), sort_keys=False, width=200, allow_unicode=True)
     part = suggestion.parameters / suggestion.dense_parameters
     return (
-        f"# Suggested by lorank analyze {results['model']}: ranks in proportion to r({results['alpha']:g}) of each projection's\n"
-        f"# output; {suggestion.parameters:,} parameters in the factors, {part * 100:.1f} % of the dense matrices' {suggestion.dense_parameters:,}.\n"
+        f"# Suggested by lorank analyze {results['model']}: the ranks of this budget that lose the least of the outputs' energy;\n"
+        f"# {suggestion.parameters:,} parameters in the factors, {part * 100:.1f} % of the dense matrices' {suggestion.dense_parameters:,}.\n"
         "# Nothing else was tuned: learning rate and length are the analyzed run's, or lorank's defaults.\n" + asked
     )

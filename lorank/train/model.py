@@ -87,6 +87,10 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     """
     if isinstance(config, EggConfig):
         return build_egg(recipe, config)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ValueError(
+            f"no causal language model of {config.model_type!r} can be built: transformers has none of this type"
+        )
     try:
         dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attention)

@@ -25,7 +25,7 @@ def results_of(name: str, method: str | None = None, gradient_batches: int = 1, 
     drawn = torch.randint(3, VOCABULARY, (16, 60), generator=torch.Generator().manual_seed(3))
     found = analyze(model, [{"input_ids": drawn}], gradient_batches=gradient_batches).to_dict()
     about = {"lorank": "0", "model": f"runs/{name}", "model_type": name, "method": method or "dense", "data": "a.txt"}
-    suggestion = {"budget": "0.5", **suggest_ranks(found["projections"], "0.5")._asdict()}
+    suggestion = {"budget": "0.5", **suggest_ranks(found["projections"], "0.5")._asdict(), "no_recipe": None}
     return {**about, "parameters": 1234567, "sequence_length": 60, "suggestion": suggestion, **found}
 
 
@@ -62,6 +62,17 @@ def test_other_models_have_a_page_and_a_table(name: str, method: str | None, cha
     with console.capture() as shown:
         console.print(analysis_table(results))
     assert "block 0" in shown.get() and "…" not in shown.get()
+
+
+def test_what_is_lost_stands_beside_one_rank_for_all_and_what_is_left_out(llama: dict[str, Any]) -> None:
+    found = llama["suggestion"]
+    assert f"rank {found['uniform_rank']} for all" in analysis_page(llama) and "left out of it" not in analysis_page(
+        llama
+    )
+    experts = copy.deepcopy(llama) | {"left_out": {"model.layers.*.mlp.experts.down_proj": 12345}}
+    experts["suggestion"]["no_recipe"] = "there is no such model"
+    page = analysis_page(experts)
+    assert "12,345 parameters of matrices that are left out of it" in page and "there is no such model" in page
 
 
 def test_without_gradients_and_without_a_budget() -> None:
