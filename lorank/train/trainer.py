@@ -249,7 +249,7 @@ class Throughput(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log record to metrics.jsonl; after a resume, the steps that will be run again are cut off first."""
+    """Appends every log record to metrics.jsonl, which is there from the first step on; after a resume, the steps that will be run again are cut off first."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -257,9 +257,10 @@ class MetricsFile(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero or not self.path.exists():
+        if not state.is_world_process_zero:
             return
-        records = [line for line in self.path.read_text().splitlines() if _step(line) <= state.global_step]
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        records = [line for line in lines if _step(line) <= state.global_step]
         write_whole(self.path, "".join(f"{record}\n" for record in records))
 
     def on_log(
