@@ -576,7 +576,8 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
     """Train several methods on the same tokens in the same order, and write a report.
 
     RECIPE and the flags of `lorank pretrain` are what all have in common. A dense model trained by AdamW and by Muon, and a
-    narrower one that costs what the cheapest method costs (dense-small), always run as well. Without --lr or --sweep lr=...
+    narrower one of the same architecture (dense-small) run as well. dense-small has the FLOPs per token of the cheapest method;
+    where none saves those, its parameters or memory; and the report says why where there is none. Without --lr or --sweep lr=...
     a method takes the learning rate that its recipe at that --size names; where there is none, and for dense rows, the best
     of three. With --lr methods take that, and dense rows the best of it, a third and three times it. The same command again,
     or --resume, continues what was stopped.

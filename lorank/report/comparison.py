@@ -79,6 +79,7 @@ def _row(race: Race, contestant: Contestant, failures: Mapping[str, str]) -> dic
         "method": contestant.method,
         "kind": contestant.kind,
         "chosen": contestant.chosen,
+        "like": contestant.like,
         "rate": contestant.rate,
         "lr": (best or contestant.candidates[0]).recipe.lr,
         "settings": best.settings if best else None,
@@ -97,7 +98,8 @@ def _row(race: Race, contestant: Contestant, failures: Mapping[str, str]) -> dic
         row["training_flops"] = best.flops
         row["memory_estimate_bytes"] = _number(best.memory_bytes)
         for name in ("tokens", "seconds", "parameters", "block_parameters", "tokens_per_second", "peak_memory_gib"):
-            row[name] = statistics.fmean(run[name] for run in done)
+            known = [run[name] for run in done if run[name] is not None]
+            row[name] = statistics.fmean(known) if known else None
         row["flops_per_token"] = best.flops / row["tokens"]
         row["sample"] = done[0]["sample"]
     return row
@@ -114,13 +116,13 @@ def _run(race: Race, run: Run, failures: Mapping[str, str]) -> dict[str, Any]:
         found["loss"] = summary.pop("validation_loss_nats_per_token")
         found |= {name: _number(value) for name, value in summary.items()}
         found["curve"], found["training"] = _curves(folder, run.candidate)
-        found["seconds"] = found["tokens"] / found["tokens_per_second"] if found["tokens_per_second"] else 0.0
+        found["seconds"] = found["tokens"] / found["tokens_per_second"] if found["tokens_per_second"] else None
         for curve in (found["curve"], found["training"]):
-            if not any(curve["seconds"]):  # a run too short for a log line, and so for a rate of its own
+            if found["seconds"] and not any(curve["seconds"]):  # a run too short for a log line with a rate of its own
                 curve["seconds"] = [found["seconds"] * step / found["steps"] for step in curve["step"]]
         if found["curve"]["step"][-1:] != [found["steps"]]:
             end = {"step": found["steps"], "tokens": found["tokens"], "loss": found["loss"]}
-            end |= {"flops": run.candidate.flops, "seconds": max([found["seconds"], *found["curve"]["seconds"]])}
+            end |= {"flops": run.candidate.flops, "seconds": max([found["seconds"] or 0.0, *found["curve"]["seconds"]])}
             for name, value in end.items():
                 found["curve"][name].append(value)
         about = json.loads((folder / "run.json").read_text())
@@ -217,10 +219,11 @@ def _notes(race: Race, results: Mapping[str, Any]) -> list[str]:
             notes.append(f"Learning rate {rate}, so it may suit one of them better than another: {', '.join(here)}.")
     if len({run["data_hash"] for row in rows for run in row["runs"] if "data_hash" in run}) > 1:
         notes.append("The runs did not see the same data (their hashes differ): this comparison is void.")
-    if not any(row["kind"] == "control" for row in rows):
-        notes.append("There is no dense-small: no method here costs fewer FLOPs per token than the dense model.")
-    if race.comparison.match in ("params", "memory") and any(row["kind"] == "control" for row in rows):
-        notes.append(f"dense-small is matched by FLOPs per token, not by {race.comparison.match}.")
+    if why := race.facts.get("no_control"):
+        notes.append(f"There is no dense-small: {why}.")
+    for row in rows:
+        if row["kind"] == "control" and race.comparison.match in ("params", "memory"):
+            notes.append(f"{row['name']} has the {row['like']}, and is not matched by {race.comparison.match}.")
     return notes + _mismatches(results)
 
 
@@ -331,7 +334,7 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
             f"{gap['mean']:+.3f}" if gap else "-",
             quantity(row["parameters"]),
             quantity(row["flops_per_token"]),
-            quantity(row["tokens_per_second"]),
+            "-" if row["tokens_per_second"] is None else quantity(row["tokens_per_second"]),
             f"{row['peak_memory_gib'] * 1024:,.0f}",
             *([f"{ratio:.3f}" if ratio else "-"] if by != "tokens" else []),
             settings_text({"lr": row["lr"], **row["settings"]}),

@@ -43,15 +43,16 @@ def curves(results: Mapping[str, Any], rows: Sequence[Row], style: Mapping[str, 
         ("flops", "training FLOPs", quantity, HALF),
         ("seconds", "time of training", duration, HALF),
     ):
-        series = [_averaged(row, key, style[row["name"]]) for row in rows]
+        timed = [row for row in rows if key != "seconds" or row["seconds"] is not None]
+        series = [_averaged(row, key, style[row["name"]]) for row in timed]
         titles = (title, "loss, nats per token")
-        charts.append(figure(line_chart, series, (size, PHONE), titles, (show, "{:.3f}".format)))
+        charts += [figure(line_chart, series, (size, PHONE), titles, (show, "{:.3f}".format))] if series else []
     band = " Bands reach from the lowest to the highest seed." if len(results["seeds"]) > 1 else ""
     return section(
         "Loss against tokens, compute and time",
         f"Line with dots: validation. Faint: training, first seed.{band}",
         charts[0],
-        f'<div class="two">{charts[1]}{charts[2]}</div>',
+        f'<div class="two">{"".join(charts[1:])}</div>',
     )
 
 

@@ -117,10 +117,7 @@ def verdict(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
     if control is not None:
         ahead = _loss(control) < _loss(method)
         judged = f": {escape(method['name'])} has yet to beat that" if ahead else ""
-        said += (
-            "A plain dense model made narrower, so that a token costs it as much as the cheapest method, reaches "
-            f"{_ppl(control)}{judged}."
-        )
+        said += f"A plain dense model made narrower until it has the {escape(control['like'])} reaches {_ppl(control)}{judged}."
     return said
 
 
@@ -166,7 +163,9 @@ def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
             *([cell(f"{equal:.4f}" if equal else "—")] if ratio else []),
             cell(quantity(row["parameters"])),
             cell(quantity(row["training_flops"]), f"{quantity(row['flops_per_token'])} a token"),
-            cell(duration(row["seconds"]), f"{quantity(row['tokens_per_second'])} tokens/s"),
+            cell(duration(row["seconds"]), f"{quantity(row['tokens_per_second'])} tokens/s")
+            if row["seconds"]
+            else cell("—"),
             cell(memory(row["peak_memory_gib"])),
             cell(
                 settings_text({"lr": row["lr"], **row["settings"]}),

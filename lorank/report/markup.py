@@ -99,7 +99,9 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     >>> settings_text({"lr": 0.003, "decay": "all"})
     'lr 0.003, decay all'
     """
-    return ", ".join(f"{name} {value:g}" if is_number(value) else f"{name} {value}" for name, value in settings.items())
+    return ", ".join(
+        f"{name} {value:.10g}" if is_number(value) else f"{name} {value}" for name, value in settings.items()
+    )
 
 
 def duration(seconds: float) -> str:

@@ -3,6 +3,7 @@
 OUT/comparison.json        what was asked for, and the plan: contestants, candidates, what was matched
 OUT/runs/NAME/SETTINGS/seed-N/   a run of `lorank pretrain` each, with its output in log.txt
 OUT/models/NAME/           shapes of the narrower dense models
+OUT/running.json           who plans or runs it at this moment
 OUT/failed.json            run -> why it failed; tried again when the comparison is continued
 OUT/results.json, report.html    what came out, written anew after every run
 
@@ -11,6 +12,7 @@ the other seeds. A seed changes initial values and the order of the training dat
 the first seed in all runs, so that their losses are of the same text. Whatever is finished is never run again, so that starting a comparison twice continues it.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -30,6 +32,9 @@ from lorank.train.run import absolute, check_corpus
 from lorank.train.tasks import check_tasks, is_file
 from lorank.train.trainer import write_whole
 
+LOCK = "running.json"
+PLANNING = "planning"
+"""What running.json says is run before there are runs."""
 PROBE_STEPS = 12
 PROBE_TEXT = "Enough text for one evaluation: how fast a step is does not depend on what the evaluation says.\n"
 
@@ -48,7 +53,7 @@ class Run(NamedTuple):
     @property
     def title(self) -> str:
         settings = " ".join(
-            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}"
+            f"{name}={value:.10g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in self.candidate.settings.items()
         )
         return " ".join(filter(None, (self.contestant.name, settings, f"seed {self.seed}")))
@@ -113,8 +118,7 @@ class Race:
                     "choose another --out"
                 )
             return race
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise ValueError(f"{out} is not an empty folder and holds no comparison; choose another --out")
+        _check_free(out)
         find_contestants(comparison)
         if comparison.tasks:
             check_tasks(comparison.tasks)
@@ -136,25 +140,32 @@ class Race:
         )
         check_corpus(base, corpus, build_config(base, corpus.tokenizer).vocab_size)
         costs, seconds = Costs(corpus.tokenizer), {}
+        _check_free(out)
         made = not out.exists()
         try:
-            if comparison.match == "time":
-                untimed = dataclasses.replace(planned, match="tokens")
-                for contestant in plan_contest(untimed, costs, out / "models"):
-                    seconds[contestant.name] = _seconds_per_step(contestant, out / "probes", watcher)
-            contestants = plan_contest(planned, costs, out / "models", seconds)
+            with stop_on_signal():
+                _clear(out)  # what a plan left that was killed
+                out.mkdir(parents=True, exist_ok=True)
+                _hold(out / LOCK, PLANNING)
+                if comparison.match == "time":
+                    untimed = dataclasses.replace(planned, match="tokens")
+                    for contestant in plan_contest(untimed, costs, out / "models")[0]:
+                        seconds[contestant.name] = _seconds_per_step(contestant, out, watcher)
+                contestants, no_control = plan_contest(planned, costs, out / "models", seconds)
+                facts = {"corpus": corpus.description, "seconds_per_step": seconds, "no_control": no_control}
+                plan = {
+                    "comparison": comparison.to_dict(),
+                    "facts": facts,
+                    "contestants": [dataclasses.asdict(contestant) for contestant in contestants],
+                }
+                write_whole(out / "comparison.json", json.dumps(plan, indent=2))
         except BaseException:
-            _remove(out, "models", "probes", folder=made)
+            _clear(out)
+            if made and out.exists() and not any(out.iterdir()):
+                out.rmdir()
             raise
-        race = cls(out, comparison, contestants, {"corpus": corpus.description, "seconds_per_step": seconds})
-        out.mkdir(parents=True, exist_ok=True)
-        plan = {
-            "comparison": comparison.to_dict(),
-            "facts": race.facts,
-            "contestants": [dataclasses.asdict(contestant) for contestant in contestants],
-        }
-        write_whole(out / "comparison.json", json.dumps(plan, indent=2))
-        return race
+        (out / LOCK).unlink()
+        return cls(out, comparison, contestants, facts)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -210,8 +221,8 @@ class Race:
             Stopped: a signal came; the run of the moment has left a checkpoint.
             ValueError: somebody else is running this comparison.
         """
-        lock = self.out / "running.json"
-        self._check_lock(lock)
+        lock = self.out / LOCK
+        _check_lock(lock)
         work = self.work()
         try:
             with stop_on_signal():
@@ -228,9 +239,7 @@ class Race:
     def _run_one(self, run: Run, lock: Path, watcher: Watcher) -> str:
         folder = self.folder(run)
         process = _orphan(lock, run.key) or PretrainProcess.start(run.recipe, folder)
-        me = psutil.Process()
-        holder = {"pid": me.pid, "since": me.create_time()}
-        write_whole(lock, json.dumps({**holder, "run": run.key, "child": process.pid, "child_since": process.since}))
+        _hold(lock, run.key, process)
         process.wait(watcher.update)
         failures = self.failures()
         failures.pop(run.key, None)
@@ -242,13 +251,51 @@ class Race:
             return f"failed: {failures[run.key]}"
         return f"validation perplexity {found['validation_perplexity']:.2f}"
 
-    def _check_lock(self, lock: Path) -> None:
-        if lock.exists():
-            held = json.loads(lock.read_text())
-            if held["pid"] != os.getpid() and _alive(held["pid"], held["since"]):
-                raise ValueError(
-                    f"{self.out} is being run by process {held['pid']}; wait for it, or end it and try again"
-                )
+
+def _hold(lock: Path, key: str, child: PretrainProcess | None = None) -> None:
+    """Write down that this process is at it, and whose end it waits for."""
+    me = psutil.Process()
+    about = {"child": child.pid, "child_since": child.since} if child else {"child": None, "child_since": None}
+    write_whole(lock, json.dumps({"pid": me.pid, "since": me.create_time(), "run": key, **about}))
+
+
+def _check_lock(lock: Path) -> None:
+    if lock.exists():
+        held = json.loads(lock.read_text())
+        if held["pid"] != os.getpid() and _alive(held["pid"], held["since"]):
+            raise ValueError(
+                f"{lock.parent} is being run by process {held['pid']}; wait for it, or end it and try again"
+            )
+
+
+def _check_free(out: Path) -> None:
+    """Raises ValueError unless a comparison may be planned in a folder: it is not there, empty, or holds nothing but what a
+    plan left that was killed, whose running.json says whose it is."""
+    if not out.exists():
+        return
+    found = {path.name.removeprefix(".").removesuffix(".part") for path in out.iterdir()} if out.is_dir() else {""}
+    if LOCK in found:
+        _check_lock(out / LOCK)
+        found -= {LOCK, "models", "probes", "comparison.json"}
+    if found:
+        raise ValueError(f"{out} is not an empty folder and holds no comparison; choose another --out")
+
+
+def _clear(out: Path) -> None:
+    """End the probe that a plan left behind, and take its files away."""
+    lock = out / LOCK
+    if lock.exists() and not (out / "comparison.json").exists():
+        held = json.loads(lock.read_text())
+        if held["run"] == PLANNING and held["child"] and _alive(held["child"], held["child_since"]):
+            with contextlib.suppress(psutil.Error):
+                probe = psutil.Process(held["child"])
+                probe.kill()
+                probe.wait()
+        shutil.rmtree(out / "models", ignore_errors=True)
+        shutil.rmtree(out / "probes", ignore_errors=True)
+        lock.unlink()  # the last of all: it says whose the rest is
+    for part in (LOCK, "comparison.json"):
+        (out / f".{part}.part").unlink(missing_ok=True)
 
 
 def _orphan(lock: Path, key: str) -> PretrainProcess | None:
@@ -285,14 +332,16 @@ def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     return "made by another version of lorank"
 
 
-def _seconds_per_step(contestant: Contestant, folder: Path, watcher: Watcher) -> float:
+def _seconds_per_step(contestant: Contestant, out: Path, watcher: Watcher) -> float:
     """By the median of a few steps of the contestant's first candidate, in a process of its own.
 
     Raises:
-        OSError: the short run failed.
+        ValueError: the short run failed.
+        Stopped: a signal came; the short run has ended.
     """
     watcher.say(f"measuring how fast {contestant.name} trains")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = out / "probes"
+    folder.mkdir(exist_ok=True)
     recipe = contestant.candidates[0].recipe
     (folder / "validation.txt").write_text(PROBE_TEXT * (2 + recipe.sequence_length // 4))
     probe = dataclasses.replace(
@@ -305,17 +354,14 @@ def _seconds_per_step(contestant: Contestant, folder: Path, watcher: Watcher) ->
         report_to=[],
     )
     process = PretrainProcess.start(probe, folder / contestant.name)
+    try:
+        _hold(out / LOCK, PLANNING, process)
+    except KeyboardInterrupt:
+        process.stop()
+        raise
     process.wait(lambda records: None)
     try:
         found = json.loads((folder / contestant.name / "summary.json").read_text())
     except FileNotFoundError:
         raise ValueError(f"{contestant.name} cannot be timed: {process.last_words()}") from None
     return found["tokens"] / found["steps"] / found["tokens_per_second"]
-
-
-def _remove(out: Path, *names: str, folder: bool) -> None:
-    """Take away what planning left behind, so that the same --out can be used again."""
-    for name in names:
-        shutil.rmtree(out / name, ignore_errors=True)
-    if folder and out.exists() and not any(out.iterdir()):
-        out.rmdir()

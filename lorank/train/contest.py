@@ -1,7 +1,8 @@
 """Who takes part in a comparison, with which settings: from what the user asked for to the recipe of every run.
 
-Beside the methods that were named there are always controls: the dense model trained by AdamW and by Muon, and
-`dense-small`, a dense model that is narrower, so that a token costs it as many FLOPs as the cheapest method.
+Beside the methods that were named there are controls: the dense model trained by AdamW and by Muon, and `dense-small`, a
+dense model made narrower until it costs what the cheapest method costs: FLOPs per token, or if no method saves those,
+parameters or memory. There is no dense-small where no method saves any of them or the architecture cannot be made narrower.
 """
 
 import dataclasses
@@ -11,10 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import quote
 
 import yaml
 
-from lorank.train.matching import Costs, Figure, Match, flops_of, match_structure, narrow_to_match, with_steps
+from lorank.train.matching import CLOSE, Costs, Figure, Match, flops_of, match_structure, narrow_to_match, with_steps
 from lorank.train.model import build_config, schedule_of, written_out
 from lorank.train.recipe import Recipe, published_lr
 
@@ -50,6 +52,14 @@ LOW_RANK_ONLY = ("rank", "options", "targets", "exclude")
 CONTROL = "dense-small"
 STRUCTURE: dict[str, Figure] = {"params": "parameters", "memory": "memory_bytes"}
 """What is matched by rank or width, and the figure that says so."""
+SAVINGS: dict[Figure, str] = {
+    "flops_per_token": "training FLOPs per token",
+    "parameters": "parameters",
+    "memory_bytes": "memory (estimated)",
+}
+"""What the control has as little of as the cheapest method: the first of them that any method saves."""
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+"""No names of files on Windows, with or without an extension."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,8 +112,10 @@ class Comparison:
             raise ValueError(f"--match {self.match} chooses the rank itself; leave {name} out")
         if not values:
             raise ValueError(f"{name} has no values to try; give some, for example lr=1e-3,3e-3")
-        for value in values:
-            with_setting(self.base, name, value)
+        tried = [with_setting(self.base, name, value) for value in values]
+        for value, recipe in zip(values, tried, strict=True):
+            if tried.count(recipe) > 1:
+                raise ValueError(f"{name}={value} is given twice among the values to try; give each once")
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types, equal for equal comparisons."""
@@ -139,6 +151,8 @@ class Contestant:
     candidates: list[Candidate]
     rate: str = ""
     """Where its learning rate comes from, in words."""
+    like: str = ""
+    """Of the control: what of whom it has, in words."""
 
 
 def parse_values(text: str) -> tuple[str, list[Any]]:
@@ -172,15 +186,12 @@ def with_setting(recipe: Recipe, name: str, value: Any) -> Recipe:
 
 
 def slug(settings: Mapping[str, Any]) -> str:
-    """Settings as a piece of a file name.
+    """Settings as a piece of a file name, another one for every value.
 
-    >>> slug({"lr": 0.003, "rank": 64})
-    'lr=0.003_rank=64'
+    >>> slug({"lr": 0.003, "rank": 64}), slug({"betas": [0.9, 0.95]})
+    ('lr=0.003_rank=64', 'betas=%5B0.9%2C%200.95%5D')
     """
-    text = "_".join(
-        f"{name}={value:g}" if isinstance(value, float) else f"{name}={value}" for name, value in settings.items()
-    )
-    return re.sub(r"[^\w.=+-]+", "-", text) or "run"
+    return quote("_".join(f"{name}={value}" for name, value in settings.items()), safe="=+") or "run"
 
 
 def find_contestants(comparison: Comparison) -> dict[str, tuple[Recipe, str]]:
@@ -188,11 +199,15 @@ def find_contestants(comparison: Comparison) -> dict[str, tuple[Recipe, str]]:
     found: dict[str, tuple[Recipe, str]] = {}
 
     def add(name: str, recipe: Recipe, kind: str) -> None:
-        if name in found or name == CONTROL:
+        if name.casefold() in map(str.casefold, (*found, CONTROL)):  # one folder where case does not count
             way_out = f"give one another name, as in --method my-{name}={recipe.method}"
             raise ValueError(f"two contestants are called {name!r}; {way_out}")
-        if not re.fullmatch(r"[\w.+-]+", name):
-            raise ValueError(f"{name!r} is no name for a contestant; take letters, digits, '.', '+', '-' and '_'")
+        folder = re.fullmatch(r"\w[\w.+-]{0,63}", name) and not name.endswith(".")
+        if not folder or name.partition(".")[0].lower() in DEVICES:
+            raise ValueError(
+                f"{name!r} is no name for a contestant, which has a folder of that name; take up to 64 letters, digits, '.', '+', "
+                "'-' and '_', a letter or digit first and no '.' last"
+            )
         found[name] = (recipe, kind)
 
     base = comparison.base
@@ -224,8 +239,9 @@ def find_contestants(comparison: Comparison) -> dict[str, tuple[Recipe, str]]:
 
 def plan_contest(
     comparison: Comparison, costs: Costs, folder: Path, seconds_per_step: Mapping[str, float] | None = None
-) -> list[Contestant]:
-    """Every contestant with the recipes of its candidates, matched to the first one as the comparison says.
+) -> tuple[list[Contestant], str]:
+    """Every contestant with the recipes of its candidates, matched to the first one as the comparison says; and why there is
+    no control, if there is none.
 
     Args:
         folder: where the shapes of narrower models are written.
@@ -249,7 +265,7 @@ def plan_contest(
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     control = _control(comparison, contestants, costs, folder)
-    contestants += [control] if control else []
+    contestants += [] if isinstance(control, str) else [control]
     for contestant in contestants:
         for candidate in contestant.candidates:
             steps = _matched_steps(comparison, contestants[0], contestant, candidate, seconds_per_step or {})
@@ -260,7 +276,7 @@ def plan_contest(
                 costs.check(candidate.recipe)
             except (ValueError, ImportError) as error:
                 raise ValueError(f"{contestant.name}: {error}") from None
-    return contestants
+    return contestants, control if isinstance(control, str) else ""
 
 
 def _at_steps(name: str, match: str, recipe: Recipe, steps: int) -> Recipe:
@@ -335,10 +351,8 @@ def _contestant(
     return Contestant(name, recipes[0][1].method, kind, chosen, candidates, rate)
 
 
-def _control(
-    comparison: Comparison, contestants: Sequence[Contestant], costs: Costs, folder: Path
-) -> Contestant | None:
-    """The dense model whose token costs what the cheapest method's costs; None if none is cheaper than dense."""
+def _control(comparison: Comparison, contestants: Sequence[Contestant], costs: Costs, folder: Path) -> Contestant | str:
+    """The dense model as narrow as costs what the cheapest method costs, or why there is none."""
     dense = dataclasses.replace(
         comparison.base,
         method="dense",
@@ -349,21 +363,32 @@ def _control(
         checkpoint=None,
         checkpoint_every=1,
     )
-    rivals = [
-        (candidate.recipe, one.name) for one in contestants for candidate in one.candidates if one.kind == "method"
-    ]
-    if not rivals or comparison.base.model == "egg":
-        return None
-    cheapest, rival = min(
-        ((costs.of("flops_per_token", recipe), name) for recipe, name in rivals), key=lambda pair: pair[0]
-    )
-    if cheapest >= costs.of("flops_per_token", dense):
-        return None
-    recipe, shape = narrow_to_match(dense, costs, cheapest, "flops_per_token", folder / CONTROL)
+    methods = [one for one in contestants if one.kind == "method" and one.method != "eggroll"]
+    rivals = [(candidate.recipe, one.name) for one in methods for candidate in one.candidates]
+    if not rivals:
+        return "no method takes part that a narrower model could cost as much as"
+    if comparison.base.model == "egg":
+        return "EGG has no like in floating point"
+    matched = STRUCTURE.get(comparison.match)  # by which the dense rows are as narrow as the first method makes them
+    try:
+        for by in SAVINGS:
+            if by == matched:
+                continue
+            cheapest, rival = min(((costs.of(by, recipe), name) for recipe, name in rivals), key=lambda pair: pair[0])
+            if cheapest < (1 - CLOSE) * costs.of(by, dense):
+                break
+        else:
+            saved = " or ".join(words for by, words in SAVINGS.items() if by != matched)
+            return f"no method here costs less than the dense model in {saved}"
+        recipe, shape = narrow_to_match(dense, costs, cheapest, by, folder / CONTROL)
+    except ValueError as error:
+        return str(error)
+    like = f"{SAVINGS[by]} of {rival}"
     whole = build_config(dense, costs.tokenizer)
-    chosen = f"{shape} (the whole dense model: {whole.hidden_size}), for the training FLOPs per token of {rival}"
+    chosen = f"{shape} (the whole dense model: {whole.hidden_size}), for the {like}"
     recipes, rate = _swept(comparison, CONTROL, recipe)
-    return _contestant(comparison, CONTROL, "control", chosen, recipes, rate, costs)
+    control = _contestant(comparison, CONTROL, "control", chosen, recipes, rate, costs)
+    return dataclasses.replace(control, like=like)
 
 
 def _matched_steps(

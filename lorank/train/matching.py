@@ -16,11 +16,13 @@ import dataclasses
 import json
 import warnings
 from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorank import accounting
 from lorank.conversion import method_of
@@ -47,7 +49,12 @@ FREE_OF_COST = (
 """Settings that change neither a model nor what a step of it costs."""
 CLOSE = 0.02
 """How far from its target a match by rank or width may stay, as a part of the target."""
-
+MLP_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim")
+"""What configurations call the width of the MLP; None in one of them is four times the hidden size."""
+ALONG = ("head_dim", "rotary_dim", "word_embed_proj_dim", "embedding_size", "encoder_ffn_dim")
+"""Even sizes that follow the hidden size in proportion, where a configuration has them."""
+OTHER_WIDTHS = ("_dim", "_rank", "_width", "_hidden_size", "_intermediate_size")
+"""How the names of further widths end (latent attention, experts, recurrences): who has those is not resized by halves."""
 
 Figure = Literal["parameters", "flops_per_token", "memory_bytes"]
 """What is counted of a model: its parameters, FLOPs per position with recomputation and the optimizer's products, bytes of
@@ -145,25 +152,40 @@ def nearest(value: Callable[[int], float], target: float, low: int, high: int) -
 
 
 def resized(config: PretrainedConfig, hidden_size: int, intermediate_size: int) -> PretrainedConfig:
-    """The same architecture at another width, with as many blocks and heads; a Llama of that shape where the
-    architecture does not name its widths as Llama does."""
-    if not {"hidden_size", "intermediate_size"} <= set(config.to_dict()):
-        return LlamaConfig(
-            vocab_size=config.vocab_size,
-            hidden_size=hidden_size,
-            intermediate_size=intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=1e-6,
-            tie_word_embeddings=config.tie_word_embeddings,
-            use_cache=False,
-        )
+    """The same architecture at another width, with as many blocks and heads.
+
+    Raises:
+        ValueError: the configuration does not say how wide the model or its MLP is.
+    """
+    hidden, mlp = _widths(config)
     new = copy.deepcopy(config)
-    new.hidden_size, new.intermediate_size = hidden_size, intermediate_size
-    if getattr(new, "head_dim", None):
-        new.head_dim = hidden_size // new.num_attention_heads
+    new.hidden_size = hidden_size
+    setattr(new, mlp, intermediate_size)
+    for name in set(ALONG) & set(config.to_dict()):
+        if size := getattr(config, name):
+            setattr(new, name, 2 * max(1, round(size * hidden_size / hidden / 2)))
     return new
+
+
+def _widths(config: PretrainedConfig) -> tuple[int, str]:
+    """The hidden size, and what the configuration calls the width of its MLP."""
+    hidden = getattr(config, "hidden_size", None)
+    mlp = next((name for name in MLP_WIDTHS if hasattr(config, name)), None)
+    refused = f"a model of type {config.model_type!r} cannot be made narrower: its configuration"
+    if hidden is None or mlp is None or not isinstance(getattr(config, mlp), int | None):
+        raise ValueError(f"{refused} does not name one hidden size and one width of its MLP")
+    for name, value in config.to_dict().items():
+        if name.endswith(OTHER_WIDTHS) and name not in (*ALONG, *MLP_WIDTHS) and value:
+            raise ValueError(f"{refused} has a width of another kind ({name}={value})")
+    return hidden, mlp
+
+
+def _hidden_unit(config: PretrainedConfig) -> int:
+    """What hidden sizes are multiples of: each head then has an even number of rotary positions, also where they turn a part
+    of it only."""
+    rotary = getattr(config, "rope_parameters", None) or {}
+    part = rotary.get("partial_rotary_factor") or 1.0
+    return 2 * Fraction(part).limit_denominator(64).denominator * config.num_attention_heads
 
 
 def choose_width(
@@ -171,20 +193,30 @@ def choose_width(
 ) -> PretrainedConfig:
     """`config` at the width whose `measure` is nearest to `target`.
 
-    Blocks and heads stay. The hidden size is a multiple of two per head (rotary positions take even heads), as near as
-    may be to the old proportions; the MLP's width then closes the gap.
-    """
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    wide = getattr(config, "intermediate_size", None) or 4 * hidden
-    unit = 2 * heads
+    Blocks and heads stay. The hidden size is as near as may be to the old proportions; the MLP's width then closes the gap,
+    from the next smaller hidden size where that is not enough.
 
-    def proportional(units: int) -> PretrainedConfig:
-        return resized(config, units * unit, max(1, round(units * unit * wide / hidden)))
+    Raises:
+        ValueError: as `resized`.
+    """
+    hidden, mlp = _widths(config)
+    wide, unit = getattr(config, mlp) or 4 * hidden, _hidden_unit(config)
+
+    def proportional(units: int) -> int:
+        return max(1, round(units * unit * wide / hidden))
+
+    def closest(units: int) -> tuple[float, PretrainedConfig]:
+        most = 16 * proportional(units)
+        shape = partial(resized, config, units * unit)
+        found = shape(nearest(lambda width: measure(shape(width)), target, 1, most))
+        return abs(measure(found) - target), found
 
     most = max(1, 2 * hidden // unit)
-    units = nearest(lambda units: measure(proportional(units)), target, 1, most)
-    best = nearest(lambda width: measure(resized(config, units * unit, width)), target, 1, 4 * units * unit)
-    return resized(config, units * unit, best)
+    units = nearest(lambda units: measure(resized(config, units * unit, proportional(units))), target, 1, most)
+    away, found = closest(units)
+    if away > CLOSE * target and units > 1:
+        away, found = min((away, found), closest(units - 1), key=lambda pair: pair[0])
+    return found
 
 
 def narrow_to_match(recipe: Recipe, costs: Costs, target: float, by: Figure, folder: Path) -> tuple[Recipe, str]:
@@ -192,18 +224,24 @@ def narrow_to_match(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
     its shape in words.
 
     Raises:
-        ValueError: no width comes near the target.
+        ValueError: the architecture cannot be resized, or no width comes near the target.
     """
-    config = choose_width(build_config(recipe, costs.tokenizer), lambda shape: costs.of(by, recipe, shape), target)
+    whole = build_config(recipe, costs.tokenizer)
+    config = choose_width(whole, lambda shape: costs.of(by, recipe, shape), target)
+    if _parameter_names(recipe, config) != _parameter_names(recipe, whole):  # a projection between widths, for example
+        raise ValueError(f"a model of type {whole.model_type!r} is another architecture at another width")
     found = costs.of(by, recipe, config)
     if abs(found - target) > CLOSE * target:
-        raise ValueError(
-            f"no width of {recipe.method} has {by}={target:,.0f}; the nearest has {found:,.0f}; take --match tokens or "
-            "methods whose costs are nearer to each other"
-        )
+        raise ValueError(f"no width of {recipe.method} has {by}={target:,.0f}; the nearest has {found:,.0f}")
     config.save_pretrained(folder)
-    shape = f"hidden size {config.hidden_size}, MLP {config.intermediate_size}, {config.num_hidden_layers} blocks"
+    mlp = getattr(config, _widths(config)[1])
+    shape = f"hidden size {config.hidden_size}, MLP {mlp}, {config.num_hidden_layers} blocks"
     return dataclasses.replace(written_out(recipe), model=str(folder)), shape
+
+
+def _parameter_names(recipe: Recipe, config: PretrainedConfig) -> list[str]:
+    with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+        return [name for name, _ in build_model(recipe, config).named_parameters()]
 
 
 def match_structure(recipe: Recipe, costs: Costs, target: float, by: Figure, folder: Path) -> tuple[Recipe, str]:
@@ -215,7 +253,7 @@ def match_structure(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
     """
     if abs(costs.of(by, recipe) - target) <= 1e-9 * target:
         return recipe, "as it is"
-    most = build_config(recipe, costs.tokenizer).hidden_size
+    most = build_config(recipe, costs.tokenizer).get_text_config().hidden_size
 
     def at(rank: int) -> float:
         return costs.of(by, dataclasses.replace(recipe, rank=rank))
@@ -227,7 +265,10 @@ def match_structure(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
             raise
         lowest = highest = 0.0
     if lowest == highest:
-        return narrow_to_match(recipe, costs, target, by, folder)
+        try:
+            return narrow_to_match(recipe, costs, target, by, folder)
+        except ValueError as error:
+            raise ValueError(f"{error}; take --match tokens, or methods whose costs are nearer to each other") from None
     rank = nearest(at, target, 1, most)
     if abs(at(rank) - target) > CLOSE * target:
         raise ValueError(

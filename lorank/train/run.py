@@ -72,9 +72,9 @@ class Summary:
     flops_per_token: float
     steps: int
     tokens: int
-    tokens_per_second: float
-    """By the median step of training."""
-    mfu: float
+    tokens_per_second: float | None
+    """By the median step of training; None if no step was timed, as the first never is."""
+    mfu: float | None
     peak_flops_source: str
     peak_memory_gib: float
     validation_loss_nats_per_token: float
@@ -162,7 +162,7 @@ def pretrain(
         steps=trainer.state.global_step,
         tokens=round(trainer.state.global_step * trainer.throughput.tokens_per_step),
         tokens_per_second=rate,
-        mfu=trainer.mfu(rate),
+        mfu=None if rate is None else trainer.mfu(rate),
         peak_flops_source=trainer.peak_flops_source,
         peak_memory_gib=memory.gib,
         validation_loss_nats_per_token=found.loss,
@@ -344,10 +344,10 @@ def _step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.partition("-")[2])
 
 
-def _logged_rate(out: Path) -> float:
-    """The median of the rates in a run's metrics.jsonl, 0 if it has none."""
+def _logged_rate(out: Path) -> float | None:
+    """The median of the rates in a run's metrics.jsonl, None if it has none."""
     rates = [record["tokens_per_second"] for record in history(out) if "tokens_per_second" in record]
-    return statistics.median(rates) if rates else 0.0
+    return statistics.median(rates) if rates else None
 
 
 def _read_json(path: Path) -> Any:

@@ -232,9 +232,9 @@ class Throughput(TrainerCallback):
         window, self._read = self.seconds[self._read :], len(self.seconds)
         return self.tokens_per_step / statistics.fmean(window) if window else None
 
-    def typical_tokens_per_second(self) -> float:
-        """By the median step: what else the machine did for a moment does not count; 0 if no step was timed."""
-        return self.tokens_per_step / statistics.median(self.seconds) if self.seconds else 0.0
+    def typical_tokens_per_second(self) -> float | None:
+        """By the median step: what else the machine did for a moment does not count; None if no step was timed."""
+        return self.tokens_per_step / statistics.median(self.seconds) if self.seconds else None
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         now = time.perf_counter()

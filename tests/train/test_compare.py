@@ -18,11 +18,12 @@ import psutil
 import pytest
 import torch
 
-from lorank.report.comparison import _baseline_rank, _mismatches, gather, write_results
+from lorank.report.comparison import _baseline_rank, _mismatches, comparison_table, gather, write_results
 from lorank.train import compare, data, tasks
 from lorank.train.compare import Race, Run
 from lorank.train.contest import Comparison, _swept, find_contestants, plan_contest, slug
-from lorank.train.matching import Costs
+from lorank.train.matching import CLOSE, Costs, narrow_to_match
+from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.process import PretrainProcess
 from lorank.train.recipe import Recipe
 from lorank.train.run import history, pretrain
@@ -225,7 +226,7 @@ def test_all_methods_see_the_same_tokens_in_the_same_order(
     comparison = Comparison(
         base=dataclasses.replace(base, steps=8, eval_every=0, save_every=0), methods=["cola", "dense"], match="flops"
     )  # dense rows take fewer steps, and with Muon, whose products weigh much beside so few tokens, the fewest
-    for one in plan_contest(comparison, costs, tmp_path / "models"):
+    for one in plan_contest(comparison, costs, tmp_path / "models")[0]:
         batches: list[torch.Tensor] = []
 
         def remember(rows: Any, vocab_size: int | None = None, batches: list[torch.Tensor] = batches) -> Any:
@@ -249,23 +250,99 @@ def costs(base: Recipe) -> Costs:
 
 
 def test_the_control_costs_what_the_cheapest_method_costs(base: Recipe, costs: Costs, tmp_path: Path) -> None:
-    *_, control = plan_contest(Comparison(base=base, methods=["low-rank", "cola"]), costs, tmp_path)
+    (*_, control), missing = plan_contest(Comparison(base=base, methods=["low-rank", "cola"]), costs, tmp_path)
     cola = costs.of("flops_per_token", dataclasses.replace(base, method="cola"))
     assert (control.name, control.kind) == (
         "dense-small",
         "control",
-    ) and "for the training FLOPs per token of" in control.chosen
+    ) and control.chosen.endswith(f"for the {control.like}")
+    assert control.like == "training FLOPs per token of low-rank" and missing == ""
     assert costs.of("flops_per_token", control.candidates[0].recipe) == pytest.approx(cola, rel=0.02)
     assert control.candidates[0].recipe.steps == base.steps  # equal tokens
-    names = [one.name for one in plan_contest(Comparison(base=base, methods=["dense"]), costs, tmp_path)]
-    assert names == ["dense", "dense-muon"]  # nothing is cheaper than dense here
+    found, missing = plan_contest(Comparison(base=base, methods=["dense"]), costs, tmp_path)
+    assert [one.name for one in found] == ["dense", "dense-muon"] and missing.startswith("no method takes part")
+
+
+def of_type(model_type: str, folder: Path, base: Recipe, **shape: Any) -> Recipe:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({"model_type": model_type, "max_position_embeddings": 64, **shape}))
+    return dataclasses.replace(base, model=str(folder))
+
+
+PLAIN = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPES: dict[str, dict[str, Any]] = {
+    "llama": {**PLAIN, "intermediate_size": 172},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 2},
+    "opt": {**PLAIN, "ffn_dim": 256, "word_embed_proj_dim": 64},
+    "qwen2": {**PLAIN, "intermediate_size": 172, "num_key_value_heads": 2},
+    "qwen3": {**PLAIN, "intermediate_size": 172, "num_key_value_heads": 2, "head_dim": 32},
+    "gpt_neox": {**PLAIN, "intermediate_size": 256},
+    "phi": {**PLAIN, "intermediate_size": 256},  # of whose heads a half is turned
+}
+
+
+@pytest.mark.parametrize("model_type", SHAPES)
+def test_a_narrower_model_is_of_the_same_architecture(
+    base: Recipe, costs: Costs, tmp_path: Path, model_type: str
+) -> None:
+    recipe = dataclasses.replace(
+        of_type(model_type, tmp_path / "m", base, **SHAPES[model_type]), method="dense", rank=None
+    )
+    whole = build_config(recipe, costs.tokenizer)
+    kinds = [type(module) for module in build_model(recipe, whole).modules()]
+    for part in (0.8, 0.45):
+        target = part * costs.of("parameters", recipe)
+        narrow, _ = narrow_to_match(recipe, costs, target, "parameters", tmp_path / str(part))
+        small = build_config(narrow, costs.tokenizer)
+        assert type(small) is type(whole) and small.hidden_size < whole.hidden_size + 1
+        for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+            assert getattr(small, name, None) == getattr(whole, name, None)
+        model = build_model(narrow, small)
+        assert [type(module) for module in model.modules()] == kinds
+        assert sum(p.numel() for p in model.parameters()) == pytest.approx(target, rel=CLOSE)
+        check_causal(model)  # it runs
+
+
+def test_the_control_of_a_gpt2_is_one(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    recipe = of_type("gpt2", tmp_path / "m", base, **SHAPES["gpt2"])
+    (*_, control), _ = plan_contest(Comparison(base=recipe, methods=["cola"]), costs, tmp_path)
+    assert control.name == "dense-small" and control.like == "training FLOPs per token of cola"
+    assert build_config(control.candidates[0].recipe, costs.tokenizer).model_type == "gpt2"
+
+
+def test_a_race_goes_on_without_a_control_that_cannot_be_made(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        of_type("bloom", tmp_path / "m", base, hidden_size=64, n_layer=2, n_head=4), attention="eager"
+    )
+    asked = Comparison(base=recipe, methods=["cola"])
+    found, missing = plan_contest(asked, costs, tmp_path / "models")
+    assert [one.name for one in found] == ["cola", "dense", "dense-muon"]
+    assert missing.startswith("a model of type 'bloom' cannot be made narrower") and not (tmp_path / "models").exists()
+    results = gather(Race(tmp_path, asked, found, {"corpus": "", "no_control": missing}))
+    assert f"There is no dense-small: {missing}." in results["notes"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "match", "figure"),
+    [(["switchlora"], "flops", "memory_bytes"), (["masa"], "flops", "parameters"), (["galore", "cola"], "params", "memory_bytes")],
+)  # fmt: skip
+def test_where_no_method_saves_compute_the_control_has_what_is_saved(
+    base: Recipe, costs: Costs, tmp_path: Path, methods: list[str], match: Any, figure: Any
+) -> None:
+    recipe = dataclasses.replace(base, rank=None if methods == ["masa"] else 8)
+    found, missing = plan_contest(Comparison(base=recipe, methods=methods, match=match), costs, tmp_path)
+    control = found[-1]
+    assert control.name == "dense-small" and missing == "", missing
+    least = min(costs.of(figure, one.candidates[0].recipe) for one in found if one.kind == "method")
+    assert costs.of(figure, control.candidates[0].recipe) == pytest.approx(least, rel=CLOSE)
+    assert control.like.startswith({"parameters": "parameters of", "memory_bytes": "memory (estimated) of"}[figure])
 
 
 @pytest.mark.parametrize(("match", "figure"), [("params", "parameters"), ("memory", "memory_bytes")])
 def test_rank_or_width_make_costs_equal(base: Recipe, costs: Costs, tmp_path: Path, match: Any, figure: Any) -> None:
     base = dataclasses.replace(base, rank=6)
     names = ["cola", "sltrain", "d=dense"] if match == "params" else ["cola", "sltrain"]
-    found = plan_contest(Comparison(base=base, methods=names, match=match), costs, tmp_path)
+    found, _ = plan_contest(Comparison(base=base, methods=names, match=match), costs, tmp_path)
     target = costs.of(figure, found[0].candidates[0].recipe)
     for one in found[1 : len(names)]:
         assert costs.of(figure, one.candidates[0].recipe) == pytest.approx(target, rel=0.02)
@@ -276,7 +353,7 @@ def test_what_a_method_drops_after_training_is_not_matched(base: Recipe, costs: 
     """MASA has a network for its coefficients while it trains, half as large as a small model."""
     short = dataclasses.replace(base, rank=None, steps=2, warmup_steps=1, eval_every=0, save_every=0)
     asked = Comparison(base=short, methods=["cola", "masa"], match="params")
-    race = Race(tmp_path, asked, plan_contest(asked, costs, tmp_path / "models")[:2], {"corpus": ""})
+    race = Race(tmp_path, asked, plan_contest(asked, costs, tmp_path / "models")[0][:2], {"corpus": ""})
     race.run(Silent(), after_each=lambda race: None)
     results = gather(race)
     assert results["match"]["ratios"]["masa"] == pytest.approx(1, abs=0.02)
@@ -299,14 +376,15 @@ def test_what_did_not_come_out_equal_is_told() -> None:
 
 
 def test_no_two_settings_share_a_folder() -> None:
-    settings = [{"lr": 1e30}, {"lr": 1e-30}, {"lr": 1.0}, {"lr": 10.0}, {"betas": "a b"}, {}]
+    settings = [{"lr": 1e30}, {"lr": 1e-30}, {"lr": 1.0}, {"lr": 10.0}, {"betas": "a b"}, {"betas": "a-b"}, {}]
+    settings += [{"lr": 0.003000001}, {"lr": 0.003000002}]
     assert len({slug(one) for one in settings}) == len(settings) and "/" not in slug({"x": "../y"})
 
 
 def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     asked = Comparison(base=base, methods=["cola", "d=dense"], match="time")
     seconds = {"cola": 0.1, "d": 0.3, "dense": 0.15, "dense-muon": 0.2, "dense-small": 0.05}
-    found = plan_contest(asked, costs, tmp_path, seconds)
+    found, _ = plan_contest(asked, costs, tmp_path, seconds)
     assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 4, 3, 12]
     assert found[-1].candidates[0].recipe.warmup_steps == 4 and found[-1].candidates[0].recipe.eval_every == 4
 
@@ -322,7 +400,7 @@ def test_dense_rows_are_always_there_and_always_tuned(base: Recipe, costs: Costs
     around, swept = [0.003333, 0.01, 0.03], "the best of its sweep"
     found = rates(base=base, methods=["cola"], tuned="dense")  # --lr 1e-2
     assert found == {"cola": ([0.01], "as given, not tuned"), "dense": (around, swept), "dense-muon": (around, swept)}
-    *_, small = plan_contest(Comparison(base=base, methods=["cola"], tuned="dense"), costs, tmp_path)
+    (*_, small), _ = plan_contest(Comparison(base=base, methods=["cola"], tuned="dense"), costs, tmp_path)
     assert small.name == "dense-small" and [one.recipe.lr for one in small.candidates] == around
     found = rates(base=base, methods=["d=dense"], tuned="dense", own={"dense": {"lr": [5e-3]}})
     assert found == {"d": (around, swept), "dense": ([5e-3], "as given, not tuned"), "dense-muon": (around, swept)}
@@ -373,6 +451,10 @@ BAD = {
     "own of nobody": (["--method", "cola", "--for", "sparse", "lr=1e-3"], "there is no such contestant"),
     "twice": (["--method", "cola", "--method", "cola"], "two contestants are called 'cola'"),
     "the control's name": (["--method", "dense-small=dense"], "two contestants are called 'dense-small'"),
+    "a value twice": (["--method", "cola", "--sweep", "lr=1e-3,0.001"], "lr=0.001 is given twice"),
+    "a name out of the folder": (["--method", "..=cola"], "'..' is no name for a contestant"),
+    "a name that is a device": (["--method", "nul.1=cola"], "'nul.1' is no name for a contestant"),
+    "one folder for two names": (["--method", "a=cola", "--method", "A=cola"], "two contestants are called 'A'"),
     "seeds": (["--method", "cola", "--seeds", "1,x"], "is not a list of whole numbers"),
     "seed twice": (["--method", "cola", "--seeds", "1,1"], "hold one twice"),
     "impossible match": (["--method", "cola", "--method", "relora", "--match", "params"], "no rank of relora has parameters"),
@@ -528,6 +610,52 @@ def test_stopped_then_killed_and_nothing_is_lost(
     assert "[1/2] dense seed 42 validation perplexity" in " ".join(out.split())
     for run in (first, second):
         assert [one["step"] for one in history(race.folder(run)) if "lr" in one] == list(range(1, 151))
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_a_plan_that_is_ended_leaves_nothing_in_the_way(base: Recipe, tmp_path: Path, quick, end: int) -> None:
+    """While it measures how fast a contestant is: no folder that is refused, no process that goes on."""
+    long = dataclasses.replace(base, batch_size=64, sequence_length=64)
+    arguments = ["--method", "dense", *flags(long), "--match", "time", "--out", str(tmp_path / "race")]
+    planner = psutil.Popen(
+        [sys.executable, "-m", "lorank", "compare", *arguments], stdout=subprocess.DEVNULL, stderr=-1
+    )
+    lock, held = tmp_path / "race/running.json", {}
+    while not held.get("child"):
+        assert planner.poll() is None, planner.stderr.read()
+        held = json.loads(lock.read_text()) if lock.exists() else {}
+    probe = psutil.Process(held["child"])
+    with pytest.raises(ValueError, match="is being run by process"):
+        compare._check_free(tmp_path / "race")
+    planner.send_signal(end)
+    assert planner.wait() == (130 if end == signal.SIGTERM else -end)
+    planner.stderr.close()
+    if end == signal.SIGTERM:
+        assert not lock.parent.exists()
+    else:
+        Race.plan(Comparison(base=long, methods=["dense"]), lock.parent, Silent())
+        assert sorted(path.name for path in lock.parent.iterdir()) == ["comparison.json"]
+    assert not probe.is_running() or probe.status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_folder_with_models_of_somebody_else_is_not_taken(base: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "race/models").mkdir(parents=True)
+    with pytest.raises(ValueError, match="is not an empty folder"):
+        Race.plan(Comparison(base=base, methods=["dense"]), tmp_path / "race", Silent())
+    assert (tmp_path / "race/models").exists()
+
+
+def test_what_was_not_timed_is_not_shown(base: Recipe, quick: type[InThisProcess], tmp_path: Path) -> None:
+    """The first step is not, and here is no other."""
+    one = dataclasses.replace(base, steps=1, warmup_steps=0, eval_every=0, save_every=0)
+    race = Race.plan(Comparison(base=one, methods=["dense"]), tmp_path / "race", Silent())
+    race.run(Silent(), after_each=lambda race: None)
+    results = write_results(race, whole=False)
+    assert all(row["loss"] and row["tokens_per_second"] is row["seconds"] is None for row in results["contestants"])
+    speeds = next(column for column in comparison_table(results).columns if "tokens" in str(column.header))
+    assert list(speeds.cells) == ["-", "-"]
+    page = (race.out / "report.html").read_text()
+    assert "tokens/s" not in page and "time of training" not in page
 
 
 def test_the_baseline_is_the_first_dense_row_that_came_through() -> None:
