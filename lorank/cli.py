@@ -238,7 +238,9 @@ PLANNED = {
 @click.option(
     "--utilisation", type=float, default=0.4, help="Assumed part of the peak rate; recomputation counts as work."
 )
-@click.option("--flops", type=float, default=None, help="Peak bf16 FLOP/s of a device.", show_default="data sheet")
+@click.option(
+    "--flops", type=float, default=None, help="Peak FLOP/s of a device, in any precision.", show_default="data sheet"
+)
 @click.option("--watts", type=float, default=None, help="Power of a device.", show_default="data sheet")
 @click.option("--price", type=float, default=None, help="Dollars per device and hour.", show_default="assumed")
 @click.option("--fits", type=float, default=None, metavar="GIB", help="Also find what fits in that much memory.")
@@ -273,7 +275,13 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
     from lorank.report import plans
     from lorank.train import forecast
 
-    overrides = {"flops": given.pop("flops"), "watts": given.pop("watts"), "dollars_per_hour": given.pop("price")}
+    flops = given.pop("flops")
+    overrides = {
+        "flops": flops,
+        "tf32_flops": flops,
+        "watts": given.pop("watts"),
+        "dollars_per_hour": given.pop("price"),
+    }
     accelerator = find_accelerator(given.pop("accelerator"))
     accelerator = accelerator._replace(**{name: value for name, value in overrides.items() if value is not None})
     recipes = given.pop("recipes")
@@ -286,9 +294,10 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
         raise ValueError(
             "a recipe has its own model and method; plan for them apart, or drop --size, --model and --method"
         )
-    for size in (sizes := forecast.split_names(sizes)):
+    named = forecast.split_names(sizes)
+    for size in named or sizes:  # of --size "" the latter says that it is none
         find_size(size)
-    shapes = [{"size": size} for size in sizes] + [{"model": model} for model in models] or [{"size": "60m"}]
+    shapes = [{"size": size} for size in named] + [{"model": model} for model in models] or [{"size": "60m"}]
     names = forecast.split_names(methods) if methods else list(forecast.METHODS)
     flags = {name: value for name, value in given.items() if value not in (None, ())}
     with _errors_console().status("counting") as status:

@@ -97,6 +97,8 @@ def test_plan_for_programs(lorank) -> None:
     assert (dense["method"], cola["method"]) == ("dense", "cola-m")
     assert dense["dollars"] == pytest.approx(9 * 8 * dense["hours"])
     assert dense["hours"] * 3600 * 8 * 5e13 == pytest.approx(dense["flops_per_token"] * dense["tokens"])
+    code, out, _ = lorank(*PLAN, "--flops", 1e14, "--precision", "fp32", "--json")
+    assert [one["accelerator_flops"] for one in json.loads(out)["forecasts"]] == [1e14, 1e14], "given for any precision"
     code, out, _ = lorank(*PLAN, "--csv")
     header, *rows = out.strip().splitlines()
     assert code == 0 and len(rows) == 2 and header.startswith("shape,method,rank")
@@ -130,6 +132,7 @@ BAD = {
     "an unknown accelerator": ([*PLAN, "--accelerator", "h101"], "did you mean 'h100'"),
     "an empty set of methods": (["plan", "--method", ""], "no method to plan for"),
     "an unknown method to plan": (["plan", "--method", "colla"], "did you mean 'cola'"),
+    "an empty set of sizes": (["plan", "--size", ""], "unknown size ''"),
     "an unknown size to plan": (["plan", "--size", "61m"], "did you mean '60m'"),
     "a budget below one step": ([*PLAN, "--tokens", "5"], "tokens=5 are fewer than one step's"),
     "a budget of nothing": ([*PLAN, "--tokens", "0"], "tokens='0'"),

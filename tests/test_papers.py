@@ -14,7 +14,7 @@ import lorank
 from lorank import accounting, papers
 from lorank.methods import sltrain, sst
 from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, dct_adamw, fira, galore, trion
-from lorank.papers import cola
+from lorank.papers import cola, crnet, masa
 from lorank.sizes import SIZES, llama_config
 from lorank.train.plan import empty_model, memory
 from lorank.train.recipe import Recipe
@@ -63,6 +63,42 @@ def test_what_the_specs_name_as_not_following_is_marked() -> None:
     assert mark("cola", "Memory", "GaLore", "350m") == "follows"
     assert mark("cola", "Recomputation", "less recomputation, times (authors' code)", "n = 256") == "does not follow"
     assert mark("crnet", "Llama 1B", "fewer FLOPs per step, %", "1b") == "does not follow"
+    assert (
+        mark("galore", "7B", "states saved", "7b") == mark("galore", "7B", "states saved, %", "7b") == "does not follow"
+    )
+    assert mark("eggroll", "Batch", "EGGROLL with r = 1, members", "batch") == "follows"
+
+
+def test_what_is_not_ours_to_count_is_not_counted_as_ours() -> None:
+    cells = {
+        (paper, cell.row, cell.column): cell
+        for paper in ("cola", "sltrain", "fira", "dct")
+        for table in papers.find_paper(paper).tables
+        for cell in table.cells()
+    }
+    for key in (
+        ("sltrain", "less than Adam, %", "7b"),
+        ("dct", "DCT-AdamW", "800m"),
+        ("fira", "Fira", "1b training"),
+        ("fira", "LoRA", "7b fine-tuning"),
+        ("cola", "smaller dense model", "130m"),
+    ):
+        assert cells[key].mark == "unchecked", key
+    assert cells["cola", "CoLA, larger rank", "350m"].reason.endswith("0.7 at r = 445")
+
+
+def test_no_sequence_length_gives_all_of_crnets_recomputation() -> None:
+    needed = {row: crnet.length_for(row) for row in crnet.SEVEN_BILLION}
+    for row, n in needed.items():
+        printed, count = crnet.SEVEN_BILLION[row]
+        assert n is None or count(n) == pytest.approx(float(printed), rel=2e-3)
+    lengths = [n for n in needed.values() if n is not None]
+    assert max(lengths) > 20 * min(lengths) and needed["of vanilla checkpointing's memory"] is None
+    assert 7000 < lengths[1] < 8500 and 90 < 0.692e15 / crnet.again(256) < 100
+
+
+def test_attentions_flops_are_those_of_the_weights_that_share() -> None:
+    assert [masa.attention_flops(row, "k d²") for row in ("dense", "MASA-QKV", "MASA-QKVO")] == [0, 3 * 2, 4 * 2]
 
 
 def test_a_paper_is_found_by_name() -> None:

@@ -37,11 +37,28 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lorank.layers import linear
 from lorank.methods.cola import CoLALinear
 from lorank.parametrization import Parametrization, Published, Rank, Site, check_rank, check_ranks, rank_at
-from lorank.tape import Tape
+from lorank.tape import ANCHORS, Tape
 
 EPS = 1e-6
 DENSE_STD = 0.02
 """Standard deviation of W's entries."""
+
+
+# ---- what `keep_recurrence` costs in a Llama of hidden size d and intermediate size d_ff
+
+
+def recompute_flops(d: int, d_ff: int, r: int, n: int, layers: int) -> int:
+    """That backward spends on the forward pass of a sequence again: L 4 n² d + (L - 1) 2 n r (5 d + 2 d_ff) + 2 n (4 d² + 2 d d_ff).
+
+    Attention in every block; the B products of every block but the first, and that one's W but the last.
+    """
+    factors, dense = 2 * n * r * (5 * d + 2 * d_ff), 2 * n * (4 * d * d + 2 * d * d_ff)
+    return layers * 4 * n * n * d + (layers - 1) * factors + dense
+
+
+def kept_numbers(d: int, d_ff: int, r: int, n: int, layers: int) -> int:
+    """That the blocks keep of a sequence for backward: L n (d + 7 r), and n (5 d + 2 d_ff) for every eighth block."""
+    return layers * n * (d + 7 * r) + math.ceil((layers - 1) / ANCHORS) * n * (5 * d + 2 * d_ff)
 
 
 # ---- the mathematics

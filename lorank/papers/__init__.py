@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 
 from lorank.sizes import SIZES
 
-PAPERS = ("cola", "crnet", "sltrain", "galore", "fira", "relora", "switchlora", "sst", "masa", "dct")
+PAPERS = ("cola", "crnet", "sltrain", "galore", "fira", "relora", "switchlora", "sst", "masa", "dct", "eggroll")
 """Each is a file of this folder that defines `PAPER`."""
 ALSO = {"cola-m": "cola", "cr-net": "crnet", "dct-adamw": "dct", "trion": "dct"}
 """Methods whose paper has another name."""

@@ -1,5 +1,6 @@
 """Costs as the CoLA paper prints them."""
 
+import bisect
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -59,11 +60,24 @@ def state_gib(row: str, size: str) -> float:
     }[row] / 2**30
 
 
-def compute_ratio(row: str, size: str) -> float:
-    shape, rank = shape_of(size), SIZES[size].rank
+def ratio_at(rank: int, size: str) -> float:
+    shape = shape_of(size)
     blocks = (block_training_flops(method, shape.d, shape.d_ff, rank, 256) for method in ("cola", "dense"))  # type: ignore[arg-type]
     cola, dense = blocks
     return cola / dense
+
+
+def compute_ratio(row: str, size: str) -> float | None:
+    return ratio_at(SIZES[size].rank, size) if row == "CoLA" else None
+
+
+def rank_at(ratio: float, size: str) -> int:
+    """The lowest at which CoLA costs that part of the dense model.
+
+    >>> rank_at(0.7, "60m"), rank_at(0.7, "130m"), rank_at(0.7, "350m")
+    (219, 332, 445)
+    """
+    return 1 + bisect.bisect_left(range(1, shape_of(size).d), ratio, key=functools.partial(ratio_at, size=size))
 
 
 def recomputation(row: str, column: str) -> float:
@@ -223,12 +237,26 @@ PAPER = Paper(
             source="the paper's main table, from memory",
         ),
         PaperTable(
-            title="Training compute of CoLA, part of the dense model's",
+            title="Training compute, part of the dense model's",
             columns=("60m", "130m", "350m"),
-            rows={"CoLA": ("0.4", "0.5", "0.4")},
+            rows={
+                "CoLA": ("0.4", "0.5", "0.4"),
+                "CoLA, larger rank": ("0.7", "0.7", "0.7"),
+                "smaller dense model": ("0.4", "0.5", "0.4"),
+            },
             ours=compute_ratio,
             formula="(48 n d r + 12 n² d + 18 n r (d + d_ff)) / (24 n d² + 12 n² d + 18 n d d_ff), n = 256, a block",
             source="the paper's ablation of compute, from memory",
+            strays={
+                **{
+                    (
+                        "CoLA, larger rank",
+                        size,
+                    ): f"its rank is not known; the formula has 0.7 at r = {rank_at(0.7, size)}"
+                    for size in ("60m", "130m", "350m")
+                },
+                ("smaller dense model", "*"): "its shape is not known",
+            },
         ),
         PaperTable(
             title="Recomputation of CoLA-M, and the rank at which CoLA costs what dense does",

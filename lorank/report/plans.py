@@ -170,6 +170,8 @@ def _fits(found: Sequence[Forecast], fits: Sequence[Fit], gib: float) -> Group:
 def _assumptions(found: Sequence[Forecast]) -> list[str]:
     fleet = found[0].fleet
     a = fleet.accelerator
+    known = {"fp32": "fp32 (multiplied in TF32)"}
+    rates = {known.get(f.recipe.precision, "bf16"): a.rate(f.recipe.precision) for f in found}
     lines = [
         "Counted: FLOPs of matrix products and attention (again: recomputed); bytes of tensors, without a kernel's scratch "
         "memory and an allocator's waste.",
@@ -184,7 +186,8 @@ def _assumptions(found: Sequence[Forecast]) -> list[str]:
     if fleet.devices > 1:
         lines.append(f"Sent per step: 2 (p - 1) / p of the gradients' bytes, p = {fleet.devices} devices in a ring.")
     lines += [
-        f"Data sheet of {a.name}: {a.flops / 1e12:,.0f} TFLOP/s in bf16, {a.memory_gib:g} GB, {a.watts:g} W.",
+        f"{a.name}, by its data sheet unless given: {', '.join(f'{rate / 1e12:,.10g} TFLOP/s in {name}' for name, rate in rates.items())}, "
+        f"{a.memory_gib:g} GB, {a.watts:g} W.",
         f"Assumed: {fleet.utilisation:.0%} of that rate for every method (the narrow products of low-rank factors may reach "
         f"less), ${a.dollars_per_hour:.2f} per device and hour, full board power, no waiting for the network.",
     ]

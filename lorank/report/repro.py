@@ -51,7 +51,7 @@ def _band(tolerance: float | None) -> str:
 def card(one: repro.Reproduction, counts: Counts) -> RenderableType:
     """The recipe in full, what it takes, and what is expected."""
     flops, h100 = counts.flops_per_token * _positions(one), find_accelerator("h100")
-    hours = Fleet(accelerator=h100, devices=1).run(flops).hours
+    hours = Fleet(accelerator=h100, devices=1).run(flops, one.recipe.precision).hours
     settings = Table(box=None, pad_edge=False, show_header=False)
     shown = {name: value for name, value in one.recipe.to_dict().items() if value not in (None, [], {})}
     for name, value in shown.items():

@@ -89,7 +89,8 @@ class Forecast:
 
     @property
     def run(self) -> Run:
-        return self.fleet.run(self.counts.flops_per_token * self.tokens + self.optimizer_flops * self.steps)
+        flops = self.counts.flops_per_token * self.tokens + self.optimizer_flops * self.steps
+        return self.fleet.run(flops, self.recipe.precision)
 
     @property
     def fits(self) -> bool:
@@ -121,7 +122,7 @@ class Forecast:
             "flops_per_step": self.flops_per_step,
             **counts.memory._asdict(),
             "accelerator": fleet.accelerator.name,
-            "accelerator_flops": fleet.accelerator.flops,
+            "accelerator_flops": fleet.accelerator.rate(recipe.precision),
             "accelerator_memory_gib": fleet.accelerator.memory_gib,
             "accelerator_watts": fleet.accelerator.watts,
             "accelerator_dollars_per_hour": fleet.accelerator.dollars_per_hour,

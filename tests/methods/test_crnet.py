@@ -24,9 +24,17 @@ from lorank import (
     keep_recurrence,
     merge,
 )
-from lorank.accounting import crnet_parameters, measure_saved
+from lorank.accounting import crnet_parameters, measure_flops, measure_peak, measure_saved
 from lorank.checkpointing import keep_nothing
-from lorank.methods.crnet import CRNetDense, CRNetLinear, bounded, next_output, previous_output
+from lorank.methods.crnet import (
+    CRNetDense,
+    CRNetLinear,
+    bounded,
+    kept_numbers,
+    next_output,
+    previous_output,
+    recompute_flops,
+)
 from lorank.tape import Rerun, Slot, Tape
 
 D, D_FF, N, R = 48, 112, 20, 9
@@ -246,6 +254,29 @@ def test_the_rank_may_differ_from_block_to_block(build: Callable[..., Any]) -> N
     assert ranks == [[5] * 7, [12] + [7] * 6, [7] * 7]
     checkpoint(model, keep_recurrence)
     assert all(grad.isfinite().all() for grad in gradients(model).values())
+
+
+def test_what_recomputation_costs_is_what_the_closed_forms_say() -> None:
+    def block_by_block(layers: int) -> tuple[int, float]:
+        config = LlamaConfig(
+            vocab_size=8,
+            hidden_size=D,
+            intermediate_size=D_FF,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            use_cache=False,
+        )
+        with torch.device("meta"):
+            model = convert(LlamaForCausalLM(config), CRNet(rank=R))
+        checkpoint(model, keep_recurrence)
+        kept = measure_peak(model, batch=1, sequence_length=N).activations_bytes / 4
+        return measure_flops(model, sequence_length=N).recompute, kept
+
+    found = {layers: block_by_block(layers) for layers in (2, 10)}
+    for layers, (flops, kept) in found.items():
+        assert flops == recompute_flops(D, D_FF, R, N, layers)
+        outside = kept - kept_numbers(D, D_FF, R, N, layers)
+        assert outside == found[2][1] - kept_numbers(D, D_FF, R, N, 2), "embeddings, head and loss, whatever the depth"
 
 
 # ---- the recurrence backwards

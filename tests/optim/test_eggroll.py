@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorank.egg import EggConfig, EggForCausalLM
 from lorank.optim import Eggroll, IntegerEggroll
-from lorank.optim.eggroll import BLOCK, above_baseline, pair_noise, shaped
+from lorank.optim.eggroll import BLOCK, above_baseline, operations_per_byte, pair_noise, shaped
 
 
 def moves(estimate: Eggroll, member: int) -> dict[nn.Parameter, Tensor]:
@@ -38,6 +38,13 @@ def members_one_by_one(model: nn.Module, estimate: Eggroll, call: Callable[[int]
             yield call(member)
             for p, move in moved.items():
                 p -= move
+
+
+@pytest.mark.parametrize(("m", "members", "r"), [(8192, 352, 1), (64, 7, 4)])
+def test_operations_per_byte_are_the_papers_for_a_square_matrix(m: int, members: int, r: int) -> None:
+    noisy = (m + 2 * r + 1 / 2) / (2 + r * (2 + 2 / m) + m / members)
+    assert operations_per_byte(m, m, members, r) == pytest.approx(noisy)
+    assert operations_per_byte(m, m, members) == pytest.approx(members * m / (2 * members + m))
 
 
 @pytest.mark.parametrize("rank", [1, 4])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from lorank import accounting
 from lorank.accelerators import ACCELERATORS, Fleet, find_accelerator
@@ -174,12 +175,28 @@ def tiny() -> list[forecast.Forecast]:
 
 def test_a_run_is_flops_over_rate(tiny: list[forecast.Forecast]) -> None:
     found = tiny[1]
-    seconds = found.counts.flops_per_token * 1e7 / (8 * 989e12 * 0.4)
+    seconds = found.counts.flops_per_token * 1e7 / (8 * 494e12 * 0.4)  # fp32, Recipe's default
     assert found.run.hours * 3600 == pytest.approx(seconds)
     assert found.run.kilowatt_hours == pytest.approx(seconds / 3600 * 8 * 0.7)
     assert found.run.dollars == pytest.approx(seconds / 3600 * 8 * 2.5)
     assert found.steps == math.ceil(1e7 / (16 * 32))
     assert found.all_reduce_bytes == 2 * 7 / 8 * 4 * found.counts.parameters.trainable
+
+
+def test_a_run_is_priced_at_the_rate_of_its_precision() -> None:
+    recipes = {name: Recipe(**TINY, precision=name, steps=90) for name in ("fp32", "bf16", "bf16-pure")}  # type: ignore[arg-type]
+    found = forecast.forecast_recipes(recipes, fleet=FLEET)
+    assert [one.to_dict()["accelerator_flops"] for one in found] == [494e12, 989e12, 989e12]
+    assert found[0].run.hours / found[1].run.hours == pytest.approx(989 / 494)
+    assert found[0].run.dollars / found[2].run.dollars == pytest.approx(989 / 494)
+    said = Console(width=300, file=io.StringIO())
+    said.print(plans.forecast_tables(found))
+    assert "494 TFLOP/s in fp32 (multiplied in TF32), 989 TFLOP/s in bf16, 80 GB" in said.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_tf32_is_half_as_fast_as_bf16_on_every_data_sheet() -> None:
+    for one in ACCELERATORS.values():
+        assert one.flops / 2.1 < one.tf32_flops < one.flops / 1.97, one.name
 
 
 def test_the_budget_is_the_dense_models(tiny: list[forecast.Forecast]) -> None:
@@ -203,7 +220,7 @@ def test_the_optimizers_products_are_part_of_a_step_and_of_the_run() -> None:
         record, spent = one.to_dict(), 8 * one.counts.step_flops  # each of 8 devices takes the whole step
         assert record["flops_per_step"] - dense.to_dict()["flops_per_step"] == pytest.approx(spent)
         assert record["optimizer_flops_per_step"] == spent
-        extra = spent * one.steps / (8 * 989e12 * 0.4) / 3600
+        extra = spent * one.steps / (8 * 494e12 * 0.4) / 3600
         assert one.run.hours - dense.run.hours == pytest.approx(extra)
     assert [one.moves_between_steps for one in found] == [False, False, False, True]
 

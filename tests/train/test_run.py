@@ -106,6 +106,7 @@ def test_resuming_after_a_crash_gives_the_losses_of_an_uninterrupted_run(
     assert losses(tmp_path / "killed")[-1][0] == 6, "steps 5 and 6 are logged and will be run again"
     resumed = run.pretrain(run.read_run(tmp_path / "killed"), tmp_path / "killed", resume=True)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert torch.get_float32_matmul_precision() == "high", "`Accelerator.tf32_flops` is the rate of fp32 runs"
     assert resumed.validation_loss_nats_per_token == whole.validation_loss_nats_per_token
 
 
