@@ -200,7 +200,7 @@ def test_commands_and_flags_shown_exist(document: str) -> None:
 
 
 RUN_WITH = {
-    "plan": "",
+    "plan": "--method cola",
     "pretrain": "--vocab-size 300 --sequence-length 32 --batch-size 4 --steps 4 --warmup-steps 1 --save-every 2 --data my_texts",
     "pretrain --resume": "",
     "evaluate": "--data held_out.txt",

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorank import METHODS, SST, checkpoint, convert, merge, step_hook
+from lorank import METHODS, SST, checkpoint, convert, lr_schedule, merge, step_hook
 from lorank.checkpointing import POLICIES
 from lorank.conversion import method_of
 from lorank.methods import find_method
@@ -328,6 +328,15 @@ def test_merged_it_is_a_dense_model_that_says_the_same(
     assert torch.equal(again(tokens).logits, dense(tokens).logits)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_run_without_steps_is_refused(method: Any, small: Any, steps: int) -> None:
+    model = convert(small("llama"), method)
+    with pytest.raises(ValueError, match=f"^steps={steps} is not positive; give the optimizer steps of the whole run"):
+        step_hook(model, optimizer_for(model), steps=steps)
+    with pytest.raises(ValueError, match=f"^steps={steps} is not positive"):
+        lr_schedule(model, steps=steps)
 
 
 def test_a_hook_stopped_and_started_again_changes_nothing(method: Any, tokens: Tensor, small: Any) -> None:
