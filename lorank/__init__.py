@@ -5,12 +5,14 @@ saved by lorank (``model_type`` "lorank_llama", "lorank_gpt2", ...) can be loade
 `lorank.registry`.
 """
 
+# ruff: noqa: F401
 import importlib
 from typing import TYPE_CHECKING
 
 from lorank import registry
+from lorank.methods import METHODS, register
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.checkpointing import (
         checkpoint,
         keep_bottlenecks,
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
         keep_recurrence,
     )
     from lorank.conversion import convert, lr_schedule, merge, step_hook
-    from lorank.methods import METHODS, register
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.crnet import CRNet
     from lorank.methods.low_rank import LowRank
@@ -33,63 +34,28 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "convert": "conversion",
-    "lr_schedule": "conversion",
-    "merge": "conversion",
-    "step_hook": "conversion",
-    "checkpoint": "checkpointing",
-    "keep_bottlenecks": "checkpointing",
-    "keep_bottlenecks_and_attention": "checkpointing",
-    "keep_recurrence": "checkpointing",
-    "METHODS": "methods",
-    "register": "methods",
-    "CoLA": "methods.cola",
-    "CoLAM": "methods.cola",
-    "CRNet": "methods.crnet",
-    "LowRank": "methods.low_rank",
-    "SLTrain": "methods.sltrain",
-    "SST": "methods.sst",
-    "MASA": "methods.masa",
-    "freeze_coefficients": "methods.masa",
-    "matrix_pca": "pca",
-    "Parametrization": "parametrization",
-    "Site": "parametrization",
-    "StepHook": "parametrization",
-    "ReLoRA": "methods.relora",
-    "SwitchLoRA": "methods.switchlora",
+    "convert": "lorank.conversion",
+    "lr_schedule": "lorank.conversion",
+    "merge": "lorank.conversion",
+    "step_hook": "lorank.conversion",
+    "checkpoint": "lorank.checkpointing",
+    "keep_bottlenecks": "lorank.checkpointing",
+    "keep_bottlenecks_and_attention": "lorank.checkpointing",
+    "keep_recurrence": "lorank.checkpointing",
+    "freeze_coefficients": "lorank.methods.masa",
+    "matrix_pca": "lorank.pca",
+    "Parametrization": "lorank.parametrization",
+    "Site": "lorank.parametrization",
+    "StepHook": "lorank.parametrization",
+    **{kind: module for module, _, kind in (where.partition(":") for where in METHODS.values())},
 }
-__all__ = [
-    "MASA",
-    "METHODS",
-    "SST",
-    "CRNet",
-    "CoLA",
-    "CoLAM",
-    "LowRank",
-    "Parametrization",
-    "ReLoRA",
-    "SLTrain",
-    "Site",
-    "StepHook",
-    "SwitchLoRA",
-    "checkpoint",
-    "convert",
-    "freeze_coefficients",
-    "keep_bottlenecks",
-    "keep_bottlenecks_and_attention",
-    "keep_recurrence",
-    "lr_schedule",
-    "matrix_pca",
-    "merge",
-    "register",
-    "step_hook",
-]
+__all__ = sorted(["METHODS", "register", *_HOME])
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOME:
         raise AttributeError(f"module 'lorank' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"lorank.{_HOME[name]}"), name)
+    value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

@@ -178,6 +178,7 @@ def step_hook(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int,
     Raises:
         ValueError: the method cannot live with this optimizer or with so few steps.
     """
+    _check_steps(steps)
     method = method_of(model)
     return None if method is None else method.hook(model, optimizer, steps=steps, seed=seed)
 
@@ -189,11 +190,20 @@ def lr_schedule(
     method needs (ReLoRA and SST climb again after each restart), or else a linear warm-up and a cosine.
 
     Raises:
-        ValueError: the method's cycles do not fit into the steps.
+        ValueError: there are no steps, or the method's cycles do not fit into them.
     """
+    _check_steps(steps)
     method = method_of(model)
     own = None if method is None else method.schedule(steps, warmup_steps, min_lr_ratio)
     return own or (lambda step: warmup_cosine(step, steps, warmup_steps, min_lr_ratio))
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise ValueError(
+            f"steps={steps} is not positive; give the optimizer steps of the whole run (Trainer hands them to create_scheduler; "
+            "its max_steps is -1 where it counts epochs)"
+        )
 
 
 def rewrite(

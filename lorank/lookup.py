@@ -3,8 +3,14 @@
 import difflib
 import importlib
 from collections.abc import Mapping
-from importlib.metadata import entry_points
 from typing import Any
+
+
+def entry_points(group: str) -> Any:
+    """What installed packages add under a group; the import takes longer than all else that `import lorank` does."""
+    from importlib.metadata import entry_points
+
+    return entry_points(group=group)
 
 
 def names(table: Mapping[str, str], group: str) -> list[str]:

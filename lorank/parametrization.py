@@ -93,7 +93,9 @@ class Parametrization:
         Raises:
             ValueError: there is none; why.
         """
-        raise ValueError(f"{self.name} cannot be merged: its layers are not linear maps")
+        raise ValueError(
+            f"{self.name} cannot be merged: it does not say which dense layer one of its layers amounts to"
+        )
 
     def undo(self, model: nn.Module) -> None:
         """Take away what `finish` added; called when a model is merged, after its layers are dense again."""

@@ -87,6 +87,56 @@ def test_the_example_method_of_contributing_is_a_whole_method(tmp_path: Path) ->
     assert json.loads((tmp_path / "run/config.json").read_text())["lorank"]["method"] == "gained"
 
 
+def test_a_method_added_to_this_repository_as_contributing_says_passes_its_contract(tmp_path: Path) -> None:
+    """File, line, row and page as they are printed, in a copy; nothing else is changed there."""
+    for part in ("lorank", "tests", "docs", "examples", "recipes", "benchmarks/results"):
+        shutil.copytree(ROOT / part, tmp_path / part)
+    for file in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", "CITATION.cff"):
+        shutil.copy(ROOT / file, tmp_path)
+
+    def insert(file: str, above: str, line: str) -> None:
+        text = (tmp_path / file).read_text()
+        assert text.count(above) == 1
+        (tmp_path / file).write_text(text.replace(above, line + above))
+
+    line, row = code("CONTRIBUTING.md", "text")
+    (tmp_path / "lorank/methods/gained.py").write_text(code("CONTRIBUTING.md", "python")[0])
+    insert("lorank/methods/__init__.py", "}\n\n\nGROUP", f"    {line}")
+    insert("README.md", "| `dense` |", row)
+    (tmp_path / "docs/methods/gained.md").write_text(code("CONTRIBUTING.md", "markdown")[0])
+
+    of_it = "gained and (llama or gpt2 or docs or page or published) and not (compiler or policies)"  # those take long
+    asked = f"({of_it}) or every_method_ or every_page_ or everything_public"
+    files = (
+        "contract/test_methods.py",
+        "contract/test_published.py",
+        "test_documents.py",
+        "test_registry.py",
+        "test_recipes.py",
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rA",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        asked,
+        *(f"tests/{f}" for f in files),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    for passed in (
+        "test_methods.py::test_merged_it_is_a_dense_model_that_says_the_same[gained-llama]",
+        "test_documents.py::test_the_python_of_a_page_runs[docs/methods/gained.md]",
+        "test_documents.py::test_every_method_has_a_row_in_the_readme",
+    ):
+        assert f"PASSED tests/{'contract/' * ('methods.py' in passed)}{passed}" in done.stdout, done.stdout
+
+
 def test_a_method_of_a_script_is_registered_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorank.methods._registered", {})
     scope: dict[str, Any] = {"__name__": "script"}
@@ -147,6 +197,41 @@ def test_commands_and_flags_shown_exist(document: str) -> None:
         assert name in cli.commands, line
         flags = {flag for option in cli.commands[name].params for flag in (*option.opts, *option.secondary_opts)}
         assert {word.partition("=")[0] for word in words if word.startswith("-")} <= {*flags, "--help"}, line
+
+
+RUN_WITH = {
+    "plan": "--method cola",
+    "pretrain": "--vocab-size 300 --sequence-length 32 --batch-size 4 --steps 4 --warmup-steps 1 --save-every 2 --data my_texts",
+    "pretrain --resume": "",
+    "evaluate": "--data held_out.txt",
+    "generate": "",
+    "analyze": "--data held_out.txt --sequence-length 32",
+}
+"""What is added to the commands of the quick start to make them short."""
+ELSEWHERE = {"demo": "tests/train/test_demo.py", "compare": "tests/train/test_compare.py"}
+"""What takes many runs, and where it is tested."""
+
+
+def test_the_quick_start_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = "".join(f"line {i} of a text that counts {i * i}\n" for i in range(900))
+    (tmp_path / "my_texts").mkdir()
+    for file in ("my_texts/some.txt", "held_out.txt"):
+        (tmp_path / file).write_text(text)
+    ran = set()
+    for line in "".join(code("docs/quickstart.md", "sh")).splitlines():
+        name, *words = shlex.split(line, comments=True)
+        if name != "lorank" or words[0] in ELSEWHERE:
+            assert name == "lorank" or [name, *words] == ["pip", "install", "."], line
+            continue
+        if "--resume" in words:  # as if it had been stopped
+            (tmp_path / "runs/first/summary.json").unlink()
+            shutil.rmtree(tmp_path / "runs/first/checkpoint-4")
+        kind = " ".join(words[:2]) if "--resume" in words else words[0]
+        code_, out, err = in_this_process(*words, *RUN_WITH[kind].split())
+        assert code_ == 0 and out, f"{line}\n{out}{err}"
+        ran.add(kind)
+    assert ran == set(RUN_WITH)
 
 
 @pytest.mark.parametrize("name", [*lorank.METHODS, *lorank.optim.OPTIMIZERS, *lorank.optim.ESTIMATORS])
@@ -236,9 +321,40 @@ def test_one_version_everywhere() -> None:
 
 
 @pytest.mark.parametrize("example", [path.name for path in (ROOT / "examples").glob("*.py")])
-@pytest.mark.parametrize("method", ["cola", "low-rank"])
-def test_the_examples_run_and_learn(example: str, method: str, fresh_python) -> None:
-    program = "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0])"
-    said = fresh_python(program, str(ROOT / "examples" / example), method)
-    losses = [float(loss) for loss in re.findall(r"\bloss'?:? '?([0-9.]+)", said)]
-    assert len(losses) >= 3 and losses[-1] < 0.8 * losses[0], said
+def test_the_examples_run_and_learn(example: str, fresh_python) -> None:
+    """With methods that do nothing between steps, merge, need an AdamW of their own, need a schedule, or are an optimizer."""
+    methods = ["cola", "relora", "switchlora", "sst", "galore"]
+    program = """
+        import runpy, sys
+        example, *methods = sys.argv[1:]
+        for method in methods:
+            print("METHOD", method)
+            sys.argv = [example, method]
+            runpy.run_path(example)
+    """
+    _, *runs = fresh_python(program, str(ROOT / "examples" / example), *methods).split("METHOD ")
+    assert [said.split()[0] for said in runs] == methods
+    for said in runs:
+        losses = [float(loss) for loss in re.findall(r"\bloss'?:? '?([0-9.]+)", said)]
+        assert len(losses) >= 2 and losses[-1] < 0.8 * losses[0], said
+
+
+def test_the_trainer_example_goes_on_as_if_it_had_not_stopped(tmp_path: Path, fresh_python) -> None:
+    """Of ReLoRA, whose factors are merged after the checkpoint that is left, by the steps that its hook has counted."""
+    program = """
+        import runpy, shutil, sys
+        from pathlib import Path
+        example, folder = sys.argv[1:]
+        sys.argv = [example, "relora", folder]
+        runpy.run_path(example)
+        weights = Path(folder, "model/model.safetensors")
+        first = weights.read_bytes()
+        for checkpoint in Path(folder).glob("checkpoint-*"):
+            if checkpoint.name != "checkpoint-10":
+                shutil.rmtree(checkpoint)
+        weights.unlink()
+        runpy.run_path(example)
+        print("SAME", weights.read_bytes() == first)
+    """
+    said = fresh_python(program, str(ROOT / "examples/own_trainer.py"), str(tmp_path))
+    assert "SAME True" in said, said

@@ -250,13 +250,13 @@ class Pool:
 class SwitchLoRAHook(StepHook):
     """Before each step: exchange vectors of A, then of B, and hold still those whose counterpart is new.
 
-    Raises ValueError for an optimizer other than `VectorAdamW` or without the factors, sharded factors, and no steps.
+    Raises ValueError for an optimizer other than `VectorAdamW` or without the factors, and sharded factors.
     """
 
     def __init__(self, method: SwitchLoRA, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int):
         self.method, self.steps, self.seed = method, steps, seed
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SwitchLoRALinear)}
-        _check(optimizer, layers, steps)
+        _check(optimizer, layers)
         super().__init__(optimizer)
         self.layers = {n: layer for n, layer in layers.items() if layer.A.out_features < min(layer.W.weight.shape)}
         self.pools = {name: self._pools(name, layer) for name, layer in self.layers.items()}
@@ -316,9 +316,7 @@ class SwitchLoRAHook(StepHook):
             tensor.copy_(state[name])
 
 
-def _check(optimizer: Optimizer, layers: Mapping[str, SwitchLoRALinear], steps: int) -> None:
-    if steps < 1:
-        raise ValueError(f"steps={steps} is not positive; switchlora's frequency falls over the steps of the whole run")
+def _check(optimizer: Optimizer, layers: Mapping[str, SwitchLoRALinear]) -> None:
     if not isinstance(optimizer, VectorAdamW):
         raise ValueError(
             f"switchlora resets the state of single vectors, which {type(optimizer).__name__} does not keep; take "

@@ -6,6 +6,7 @@ A method earns its place by passing this file unchanged; what is particular to i
 import copy
 import json
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorank import METHODS, SST, checkpoint, convert, merge, step_hook
+from lorank import METHODS, SST, checkpoint, convert, lr_schedule, merge, step_hook
 from lorank.checkpointing import POLICIES
 from lorank.conversion import method_of
 from lorank.methods import find_method
@@ -22,8 +23,6 @@ IN_FP32 = {"crnet": "beta$"}
 """Parameters that a method keeps in single precision, as a pattern of their names."""
 WITHOUT_NOISE: dict[str, Any] = {"relora": {"dropout": 0.0}}
 """Settings without which two calls of one model would differ; default: the method's own."""
-NOT_LINEAR = ("cola", "cola-m", "crnet")
-"""Methods whose layers are no linear maps of their input, and which therefore refuse to be merged."""
 REBUILDS = {"crnet": "recurrence"}
 """Checkpoint policies under which a method rebuilds what it dropped, so that gradients agree up to rounding only."""
 SHORT_LIVED: dict[str, Any] = {
@@ -276,13 +275,41 @@ def test_the_compiler_takes_the_checkpointed_blocks_too(tokens: Tensor, small: A
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+def is_linear(model: nn.Module, tokens: Tensor) -> bool:
+    """Whether each layer of the later block is y = W x + b: at x = 0 nothing but b, the same everywhere, and additive beside it."""
+    layers = [module for module in model.modules() if hasattr(module, "stands_for_linear")]
+
+    def given(*seeds: int) -> list[Tensor]:
+        """Their answers to a sum of random inputs; none is zero."""
+        answers: list[Tensor] = []
+
+        def put(_: nn.Module, inputs: tuple[Tensor]) -> Tensor:
+            drawn = [torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+            return sum(drawn, torch.zeros_like(inputs[0]))
+
+        later = layers[len(layers) // 2 :]
+        hooks: list[Any] = [layer.register_forward_pre_hook(put) for layer in later]
+        hooks += [layer.register_forward_hook(lambda _, inputs, y: answers.append(y)) for layer in later]
+        model(tokens)
+        for hook in hooks:
+            hook.remove()
+        return answers
+
+    close = partial(torch.allclose, rtol=1e-4, atol=1e-5)
+    answers = zip(given(), given(1), given(2), given(1, 2), strict=True)
+    return all(
+        close(b, b.flatten(0, -2)[0].expand_as(b)) and close(both + b, one + other) for b, one, other, both in answers
+    )
+
+
 def test_merged_it_is_a_dense_model_that_says_the_same(
     method: Any, model: Any, architecture: Any, tokens: Tensor, tmp_path: Path
 ) -> None:
     a_step(model, tokens)
     model.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    if method.name in NOT_LINEAR:
+    if not is_linear(model, tokens):
         with pytest.raises(ValueError, match=f"{method.name} cannot be merged: "):
             merge(model)
         return
@@ -301,6 +328,15 @@ def test_merged_it_is_a_dense_model_that_says_the_same(
     assert torch.equal(again(tokens).logits, dense(tokens).logits)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_a_run_without_steps_is_refused(method: Any, small: Any, steps: int) -> None:
+    model = convert(small("llama"), method)
+    with pytest.raises(ValueError, match=f"^steps={steps} is not positive; give the optimizer steps of the whole run"):
+        step_hook(model, optimizer_for(model), steps=steps)
+    with pytest.raises(ValueError, match=f"^steps={steps} is not positive"):
+        lr_schedule(model, steps=steps)
 
 
 def test_a_hook_stopped_and_started_again_changes_nothing(method: Any, tokens: Tensor, small: Any) -> None:

@@ -89,8 +89,8 @@ def test_a_size_gets_the_printed_numbers(method: str, size: str, fields: dict[st
 def test_nothing_is_called_published_that_is_not_printed(method: str) -> None:
     published = getattr(find_optimizer(method) or find_method(method), "published", {})
     assert set(published) <= set(SIZES)
-    assert set(published) - {"tiny", "20m"} == set(PRINTED[method]), "tiny and 20m are ours"
-    for size in set(published) & set(PRINTED[method]):
+    assert set(published) - {"tiny", "20m"} == set(PRINTED.get(method, {})), "tiny and 20m are ours"
+    for size in set(published) - {"tiny", "20m"}:
         assert published[size].items() <= PRINTED[method][size].items()
 
 
