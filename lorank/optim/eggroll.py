@@ -36,6 +36,7 @@ from torch.func import functional_call, vmap
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakTensorKeyDictionary
 
 BLOCK = 32
 """Pairs drawn from one seed."""
@@ -59,7 +60,7 @@ def operations_per_byte(a: int, b: int, members: int, rank: int = 0) -> float:
     x B is written and read. Of a square one this is the paper's (m + 2 r + 1/2) / (2 + r (2 + 2 / m) + m / N), and N m / (2 N + m) without noise.
 
     >>> round(operations_per_byte(8192, 8192, 324), 2), round(operations_per_byte(8192, 8192, 352, 1), 2)
-    (300.25, 300.48)
+    (300.25, 300.46)
     """
     operations = members * (2 * a * b + (2 * rank * (a + b) + a if rank else 0))
     return operations / (2 * (a * b + members * (1 + rank) * (a + b) + 2 * members * rank))
@@ -137,7 +138,15 @@ class Eggroll:
         chunk: int | None = None,
         seed: int = 0,
     ):
-        check_population(population, group_size, chunk)
+        check_population(
+            population,
+            group_size,
+            chunk,
+            rank=rank,
+            noise_reuse=noise_reuse,
+            baseline=baseline,
+            freeze_others=freeze_others,
+        )
         if sigma <= 0 or rank < 1 or noise_reuse < 0:
             raise ValueError(
                 f"sigma={sigma} and rank={rank} have to be positive, noise_reuse={noise_reuse} not negative"
@@ -193,13 +202,17 @@ class Eggroll:
 
         Raises:
             FloatingPointError: the fitness of a member is not finite; `.grad` is as it was.
-            ValueError: the model uses a parameter in a way that cannot be perturbed.
+            ValueError: the model uses a parameter in a way that cannot be perturbed, or fitness is not one for each member.
         """
         found = []
         for start in range(0, self.population, self.chunk):
             members = range(start, min(start + self.chunk, self.population))
             with self.perturb(members):
                 found.append(fitness(members).float())
+            if found[-1].ndim not in (1, 2) or len(found[-1]) != len(members):
+                raise ValueError(
+                    f"fitness returned {list(found[-1].shape)} for {len(members)} members; it has to be one number, or row, for each"
+                )
         f = torch.cat(found)
         over_processes(f)
         f /= processes()
@@ -242,21 +255,34 @@ class Eggroll:
                 noise = {name: self.dense(own[name], pairs) for name in vectors}
                 moved = {name: torch.stack([p + noise[name], p - noise[name]], dim=1) for name, p in vectors.items()}
                 module.forward = partial(_with_vectors, module, {n: v.flatten(0, 1) for n, v in moved.items()}, batch)
+        uses = _Uses(self, pairs, batch)
+        hooks = [
+            self.model.register_forward_pre_hook(lambda *_: uses.enter(1)),
+            self.model.register_forward_hook(lambda *_: uses.enter(-1), always_call=True),
+        ]
         try:
-            with _Uses(self, pairs, batch):
+            with uses:
                 yield
         finally:
+            for hook in hooks:
+                hook.remove()
             for module in self.model.modules():
                 module.__dict__.pop("forward", None)
                 if module in before:
                     module.forward = before[module]
 
 
-def _with_vectors(module: Any, moved: dict[str, Tensor], batch: "_Batch", x: Tensor) -> Tensor:
-    """A module of vectors, such as a norm, called with those [N, ...] of each member."""
+def _with_vectors(module: Any, moved: dict[str, Tensor], batch: "_Batch", *args: Any, **kwargs: Any) -> Tensor:
+    """A module of vectors, such as a norm, called with those [N, ...] of each member; ValueError if it is none of one input."""
     ours = module.__dict__.pop("forward")
+    given = [*args, *kwargs.values()]
     try:
-        y = vmap(partial(functional_call, module))(moved, batch.split(x))
+        if len(given) != 1 or (module.training and getattr(module, "running_mean", None) is not None):
+            raise ValueError(
+                f"EGGROLL calls a module of vectors with each member's, and does not know how to for {type(module).__name__}, which "
+                "has several inputs or goes by all rows together; freeze its parameters"
+            )
+        y = vmap(partial(functional_call, module))(moved, batch.split(given[0]))
     finally:
         module.forward = ours
     return y.flatten(0, 1)
@@ -268,15 +294,29 @@ class _Uses(TorchFunctionMode):
     def __init__(self, estimate: Eggroll, pairs: range, batch: "_Batch"):
         super().__init__()
         self.estimate, self.pairs, self.batch = estimate, pairs, batch
+        self.inside = 0
+        """How deep in calls of the model."""
+        self.own: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        """Tensors that follow from nothing that the model was given."""
+        for buffer in estimate.model.buffers():
+            self.own[buffer] = True
         self.forms: dict[Any, Callable[..., Tensor | None]] = {
             F.linear: self._linear,
             F.embedding: self._embedding,
             torch.addmm: self._addmm,
         }
 
+    def enter(self, calls: int) -> None:
+        self.inside += calls
+
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
+        if self.inside:
+            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            follows = all(self.own.get(t, False) for t in given)
+            for made in (t for t in tree_leaves(output) if isinstance(t, Tensor)):
+                self.own[made] = follows and self.own.get(made, True)
         used = [p for p in tree_leaves((args, kwargs)) if isinstance(p, nn.Parameter) and p in self.estimate.perturbed]
         if not used or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
             return output  # a question such as W.shape
@@ -313,16 +353,24 @@ class _Uses(TorchFunctionMode):
             y = y + torch.stack([noise, -noise], dim=1)[:, :, None]
         return y.view_as(out)
 
-    def _embedding(self, out: Tensor, used: list[Any], input: Tensor, weight: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def _embedding(
+        self, out: Tensor, used: list[Any], input: Tensor, weight: Any, *args: Any, **kwargs: Any
+    ) -> Tensor | None:
         """W[t] + A'[t] Bᵀ; what is looked up once for all, as positions are, is looked up by each."""
         A, B = self.estimate.factors(weight, self.pairs)
+        if self.own.get(input, False) and len(input) == self.batch.rows and not (input == input[:1]).all():
+            return None  # rows of a table of its own, as many as the batch has by chance
         input, out = (self.batch.of_each(t) for t in (input, out))
         at = self.batch.split(input).reshape(len(A), -1)  # [K, 2 * rows]
         h = self.batch.signed(A.gather(1, at[:, :, None].expand(-1, -1, A.shape[-1])))
         return (out.reshape(len(at), -1, B.shape[1]) + h @ B.mT).view_as(out)
 
 
-def check_population(population: int, group_size: int, chunk: int | None) -> None:
+def check_population(population: int, group_size: int, chunk: int | None, **others: Any) -> None:
+    """Raises ValueError for numbers of members that do not go together, and for others that are no integers, or no booleans."""
+    for name, value in {"population": population, "group_size": group_size, "chunk": chunk, **others}.items():
+        if value is not None and not isinstance(value, int):
+            raise ValueError(f"{name}={value!r} is no integer, true or false")
     if population < 2 or population % 2:
         raise ValueError(f"population={population} is not an even number of members, two to a pair")
     if group_size < 0 or group_size % 2 or (group_size and population % group_size):

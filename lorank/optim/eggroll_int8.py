@@ -30,11 +30,15 @@ from lorank.optim.eggroll import check_population, over_processes, pair_noise, p
 
 
 def alpha_at(step: int, flag: float) -> float:
-    """The fraction of weights moved by noise alone.
+    """The fraction of weights moved by noise alone; ValueError for a flag beyond [0, 64].
 
     >>> round(alpha_at(10, 4), 4), round(alpha_at(999, 4), 5), alpha_at(999, 0.25)
     (0.8696, 0.06256, 0.25)
     """
+    if not 0 <= flag <= 64:
+        raise ValueError(
+            f"the flag of α, which is lr, is {flag}; give a part of the weights up to 1, or above 1 how fast it falls: 4"
+        )
     return flag if flag <= 1 else 1 / ((2**flag - 1) * step / 1000 + 1)
 
 
@@ -72,9 +76,9 @@ class IntegerEggroll:
         compile: bool = False,
         seed: int = 0,
     ):
-        check_population(population, group_size, chunk)
-        if sig < 0:
-            raise ValueError(f"sig={sig} is negative; the noise is 2**-sig")
+        check_population(population, group_size, chunk, sig=sig, carry=carry)
+        if not 0 <= sig < 28:
+            raise ValueError(f"sig={sig} is not between 0 and 27; the noise is 2**-sig")
         self.model, self.population, self.sig, self.group_size = model, population, sig, group_size
         self.carry, self.chunk, self.seed, self.epoch = carry, chunk, seed, 0
         self.score: Any = torch.compile(score, dynamic=False) if compile else score

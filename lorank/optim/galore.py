@@ -70,9 +70,8 @@ class GaLoreAdamW(Subspace):
         **subspace: Any,
     ):
         self._taken: dict[Tensor, int] = {}
-        super().__init__(
-            params, torch.optim.AdamW, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True, **subspace
-        )
+        options = {"fused": not subspace.get("foreach"), **subspace}
+        super().__init__(params, torch.optim.AdamW, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
 
     def step_inside(self) -> None:
         """AdamW with ε beside √V: torch adds it to √(V / (1 - β₂ᵗ)), where it has to be larger by that root.

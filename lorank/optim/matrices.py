@@ -156,14 +156,35 @@ def _alike(group: dict[str, Any], state: Mapping[Any, dict[str, Any]], wanted: s
             yield Stack(some, group, [state[p] for p in some])
 
 
-def restore(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Give an optimizer's state, just loaded, the types it was saved with: torch casts all of it to the parameters' type, in
-    which indices and counters may not be exact. Moments and bases stay in the parameters' type."""
-    ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+def load(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """``Optimizer.load_state_dict``, after which state has the types it was saved with: torch casts all of it to the parameters'
+    type, in which indices and counters may not be exact. Moments and bases stay in the parameters' type.
+
+    Raises:
+        ValueError: the state is another optimizer's, or of other ranks; nothing has been changed.
+    """
+    before, seen = (optimizer.param_groups, optimizer.state), dict[str, Any]()
+    last = optimizer.register_load_state_dict_pre_hook(lambda _, given: seen.update(given))  # what others made of it
+    try:
+        Optimizer.load_state_dict(optimizer, state_dict)
+    finally:
+        last.remove()
+    for index, (ours, saved) in enumerate(zip(before[0], optimizer.param_groups, strict=True)):
+        missing = sorted(name for name in optimizer.defaults if name in ours and name not in saved)
+        if missing or ours["rank"] != saved["rank"]:
+            optimizer.param_groups, optimizer.state = before
+            what = (
+                f"has no {missing[0]!r}" if missing else f"has rank {saved['rank']} where this one has {ours['rank']}"
+            )
+            raise ValueError(
+                f"group {index} of the saved state {what}: it is not of this {type(optimizer).__name__}; make the optimizer as "
+                "it was made for the state"
+            )
+    ids = [index for group in seen["param_groups"] for index in group["params"]]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for index, p in zip(ids, parameters, strict=True):
-        if index in state_dict["state"]:
-            optimizer.state[p] = _copied(state_dict["state"][index], optimizer.state[p])
+        if index in seen["state"]:
+            optimizer.state[p] = _copied(seen["state"][index], optimizer.state[p])
 
 
 def _copied(saved: Any, loaded: Any) -> Any:
@@ -193,6 +214,9 @@ class MatrixOptimizer(Optimizer):
         try:
             check_groups([group])
             check_numbers(group, *({"lr", "weight_decay", "eps", "momentum"} & group.keys()))
+            for name in ("maximize", "amsgrad"):
+                if group.get(name):
+                    raise ValueError(f"{type(self).__name__} has no {name}; leave it out of the group")
         except ValueError:
             self.param_groups.pop()
             raise
@@ -227,17 +251,18 @@ class MatrixOptimizer(Optimizer):
         if self._adamw is not None:
             plain = [group for group in self.param_groups if group["rank"] is None]
             for ours, its in zip(plain, self._adamw.param_groups, strict=True):
-                its.update({name: ours[name] for name in ("lr", "betas", "eps", "weight_decay")})
+                its.update({name: ours[name] for name in ("params", "lr", "betas", "eps", "weight_decay")})
                 for p in its["params"]:
                     if p not in self.state:
                         self._adamw.state.pop(p, None)  # somebody has cleared the state
             self._adamw.step()
-            self.state.update({p: self._adamw.state[p] for group in plain for p in group["params"]})
+            self.state.update(
+                {p: self._adamw.state[p] for group in plain for p in group["params"] if p in self._adamw.state}
+            )
         return None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        restore(self, state_dict)
+        load(self, state_dict)
         if self._adamw is not None:
             self._adamw.state.clear()
             plain = [p for group in self.param_groups if group["rank"] is None for p in group["params"]]

@@ -35,8 +35,8 @@ from lorank.optim.matrices import (
     check_finite,
     check_groups,
     check_numbers,
+    load,
     local,
-    restore,
     stacked,
     stacks,
     whole,
@@ -88,7 +88,8 @@ class Subspace(Optimizer):
             ``update_gap``, ``scale`` and ``projection``.
         inner: class of the optimizer that works inside, called with groups and `options`: any that steps without a
             closure and makes its state when it first sees a gradient (AdamW, SGD, Adafactor, RMSprop, `lorank.optim.MuonAdamW`,
-            bitsandbytes' AdamW8bit, ...; not Adagrad). Settings of its own may differ from group to group as in torch.
+            bitsandbytes' AdamW8bit, ...; not Adagrad), and of the weights' size knows nothing (LAMB does; torch's Adafactor
+            too, and is given it). Settings of its own may differ from group to group as in torch.
         lr: learning rate, of the group as everywhere in torch.
         update_gap: steps between two refreshes of a basis; the first step has one.
         scale: factor of what is lifted back.
@@ -142,6 +143,11 @@ class Subspace(Optimizer):
         if any(self.inner.state.values()):
             raise ValueError(
                 f"{type(self.inner).__name__} makes its state before it has seen a gradient, so it cannot work in a subspace"
+            )
+        if self.inner.defaults.get("scale_parameter"):
+            raise ValueError(
+                "an Adafactor with scale_parameter=True goes by the size of the weights, which it does not see in a subspace; take "
+                "torch.optim.Adafactor, which is given it, or scale_parameter=False"
             )
         self._share()
         projected = [(p, group) for group in self.param_groups if group["rank"] for p in group["params"]]
@@ -258,7 +264,10 @@ class Subspace(Optimizer):
 
     def seen_parameters(self) -> list[nn.Parameter]:
         """Parameters whose ``.grad`` is what the optimizer sees; with `in_backward`, give these to ``clip_grad_norm_``."""
-        return [self._inside[p] if self.in_backward else p for group in self.param_groups for p in group["params"]]
+        return [self._inside[p] if self.in_backward else p for p in self._parameters()]
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"]]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
@@ -282,11 +291,11 @@ class Subspace(Optimizer):
                 "train in bfloat16, which needs no scaler, or leave it out"
             )
         if self.in_backward:
-            for p, inside in self._inside.items():
-                if inside is not p and p.grad is not None:
+            for p in self._parameters():
+                if self._inside[p] is not p and p.grad is not None:
                     self._arrive(p)  # no backward pass brought it, or none while the parameter was trained
             self._watch()
-        seen = dict(zip(self._inside, self.seen_parameters(), strict=True))
+        seen = dict(zip(self._parameters(), self.seen_parameters(), strict=True))
         moved = [p for p, sees in seen.items() if sees.grad is not None]
         check_finite({p: seen[p].grad for p in moved})
         self._check_sharded(moved)
@@ -303,6 +312,7 @@ class Subspace(Optimizer):
                 state["steps"] += 1
         for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
             its.update({name: ours[name] for name in its if name not in OURS and name in ours})
+            its["params"] = [self._inside[p] for p in ours["params"]]
             if self.unit_lr and ours["rank"]:
                 its["lr"] = 1.0
         for p, inside in self._inside.items():
@@ -313,7 +323,7 @@ class Subspace(Optimizer):
             if inside in self.inner.state:
                 self.state[p]["inner"] = self.inner.state[inside]
         for stack in found:
-            self.leave(stack, stacked([self._change(p) for p in stack.parameters]), *_bases(stack))
+            self.leave(stack, stacked([self._change(p, stack.group) for p in stack.parameters]), *_bases(stack))
             for p in stack.parameters:
                 self._inside[p].data, self._inside[p].grad = local(p).new_empty(0, 0), None
         have_moved = set(moved)
@@ -343,11 +353,11 @@ class Subspace(Optimizer):
         """The inner optimizer's step."""
         self.inner.step()
 
-    def _change(self, p: nn.Parameter) -> Tensor:
+    def _change(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
         """What the inner optimizer made of its zeros; Adafactor takes the size of weights into account, and gets it here."""
         change = self._inside[p].data
         if isinstance(self.inner, torch.optim.Adafactor):
-            least = self.inner.defaults["eps"][1]
+            least = group["eps"][1]
             size = whole(p.detach()).square().mean().sqrt()
             change = change * (size / least).clamp(min=1)
         return change
@@ -366,8 +376,10 @@ class Subspace(Optimizer):
     @torch.no_grad()
     def _arrive(self, p: nn.Parameter) -> None:
         """Project a gradient that backward has just finished, and free it."""
+        group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
+        if group is None:
+            return  # somebody has taken it out
         check_finite({p: p.grad})
-        group = next(group for group in self.param_groups if any(q is p for q in group["params"]))
         [stack] = stacks([{**group, "params": [p]}], self.state, [p])
         self._enter(stack, stack.gradients())
         p.grad = None
@@ -396,8 +408,7 @@ class Subspace(Optimizer):
                 its.grad += R
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        restore(self, state_dict)
+        load(self, state_dict)
         self.inner.state.clear()
         for p, inside in self._inside.items():
             if "inner" in self.state.get(p, {}):

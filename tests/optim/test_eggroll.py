@@ -386,3 +386,45 @@ def test_refusals() -> None:
         Eggroll(layer, population=4, sigma=0.1).perturb(range(4)),
     ):
         layer(torch.zeros(5, 3))
+
+
+def test_a_table_with_as_many_rows_as_the_batch_is_not_taken_for_it() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.positions = nn.Embedding(11, 6), nn.Embedding(16, 6)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.tokens(ids) + self.positions(torch.arange(ids.shape[1]))
+
+    model = Net()
+    estimate = Eggroll(model, population=4, sigma=0.1)
+    ids = torch.zeros(2, 8, dtype=torch.int64)  # 8 rows of 8
+    with pytest.raises(ValueError, match=r"the model uses positions.weight in torch.nn.functional.embedding"):
+        estimate(lambda members: model(ids.repeat(len(members), 1)).view(len(members), -1).sum(1))
+    assert not model._forward_hooks and not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("shape", [(8,), (4, 2, 2), ()])
+def test_fitness_is_one_for_each_member(shape: tuple[int, ...]) -> None:
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="for 4 members; it has to be one number, or row, for each"):
+        Eggroll(model, population=4, sigma=0.1)(lambda members: torch.zeros(shape))
+    assert model.weight.grad is None
+
+
+def test_modules_that_mix_rows_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match="does not know how to for BatchNorm1d"):
+        Eggroll(model, population=4, sigma=0.1)(
+            lambda members: model(torch.ones(3 * len(members), 4)).view(len(members), -1).sum(1)
+        )
+    norm = nn.LayerNorm(4)
+    found = Eggroll(norm, population=4, sigma=0.1)(lambda members: norm(input=torch.eye(4)).sum(1))
+    assert found.shape == (4,), "an input may be given by its name"
+
+
+@pytest.mark.parametrize("options", [{"rank": 1.5}, {"population": 2.0}, {"baseline": "maybe"}, {"noise_reuse": 0.5}])
+def test_counts_are_integers(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is no integer, true or false"):
+        Eggroll(nn.Linear(2, 2), **{"population": 4, "sigma": 0.1, **options})

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorank.optim import GaLoreAdamW, Subspace
+from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Subspace, Trion, low_rank_groups
 from lorank.optim.bases import randomised_basis, singular_basis, svd_basis
 from lorank.optim.subspace import sides
 
@@ -310,6 +311,39 @@ def test_state_of_the_60m_model_is_what_the_paper_counts() -> None:
     assert all(p.numel() == 0 for p in optimizer._inside.values()), "nothing else stays between steps"
 
 
+@pytest.mark.parametrize("kind", [GaLoreAdamW, FiraAdamW, DCTAdamW, Trion])
+def test_bytes_in_the_state_of_the_60m_model_are_those_of_the_formula(kind: Any) -> None:
+    """Of the model itself, embeddings, head and norms included: everything that is a tensor, under whatever name."""
+    d, d_ff, layers, vocabulary, r = 512, 1376, 8, 32_000, 128
+    with torch.device("meta"):
+        model = LlamaForCausalLM(
+            LlamaConfig(hidden_size=d, intermediate_size=d_ff, num_hidden_layers=layers, num_attention_heads=8)
+        )
+    model.to_empty(device="cpu")
+    for p in model.parameters():
+        p.data, p.grad = torch.zeros_like(p), torch.zeros_like(p)
+    zeros = {"basis": lambda G, rank: torch.zeros(len(G), G.shape[1], rank)} if issubclass(kind, Subspace) else {}
+    optimizer = kind(low_rank_groups(model, r), lr=0.01, **zeros)
+    optimizer.step()
+
+    def count(state: Any) -> int:
+        if isinstance(state, dict):
+            return sum(map(count, state.values()))
+        return (
+            state.numel() * state.element_size() if isinstance(state, Tensor) and state.ndim else 0
+        )  # counters left out
+
+    matrices = ([(d, d)] * 4 + [(d_ff, d)] * 2 + [(d, d_ff)]) * layers
+    numbers = {
+        GaLoreAdamW: lambda m, n: 2 * r * max(m, n) + r * min(m, n),
+        FiraAdamW: lambda m, n: 2 * r * max(m, n) + r * min(m, n),  # and a norm, which has no dimension
+        DCTAdamW: lambda m, n: 2 * r * max(m, n) + r,
+        Trion: lambda m, n: m * n,
+    }[kind]
+    others = 2 * vocabulary * d + (2 * layers + 1) * d
+    assert count(dict(optimizer.state)) == 4 * (sum(numbers(m, n) for m, n in matrices) + 2 * others)
+
+
 def test_the_randomised_basis_keeps_nearly_as_much() -> None:
     """Of gradients whose singular values fall like 1/i: within 1 % of the exact basis's energy."""
     torch.manual_seed(0)
@@ -330,14 +364,18 @@ def test_the_singular_basis_is_closer_to_the_exact_one_than_single_precision_com
     torch.testing.assert_close(singular_basis(G, 8).mT @ singular_basis(G, 8), torch.eye(8).expand(2, 8, 8))
 
 
-def test_where_the_decomposition_does_not_converge_there_is_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("basis", [singular_basis, svd_basis])
+def test_where_the_decomposition_does_not_converge_there_is_another_way(
+    basis: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     G = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(0))
 
     def fails(*args: Any, **kwargs: Any) -> None:
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(torch.linalg, "eigh", fails)
-    assert torch.equal(singular_basis(G, 4), randomised_basis(G, 4))
+    for name in ("eigh", "svd"):
+        monkeypatch.setattr(torch.linalg, name, fails)
+    assert torch.equal(basis(G, 4), randomised_basis(G, 4))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

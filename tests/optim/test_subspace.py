@@ -308,6 +308,104 @@ def test_to_maximise_is_to_minimise_the_negative(kind: Any) -> None:
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
+def test_what_a_hook_makes_of_a_saved_state_is_loaded() -> None:
+    """torch's way to load what was saved in another order of parameters."""
+    for make in EVERY:
+        shapes, steps = [(6, 4)] * 3, 3
+        whole = [nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in shapes]
+        one = make([{"params": whole, "rank": 2}])
+
+        def go(optimizer: Any, parameters: list[nn.Parameter], first: int, steps: int = steps) -> None:
+            for step in range(first, first + steps):
+                for k, p in enumerate(parameters):
+                    p.grad = torch.randn(
+                        6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + k)
+                    )
+                optimizer.step()
+
+        go(one, whole, 0)
+        saved = copy.deepcopy(one.state_dict())
+        turned = [nn.Parameter(p.detach().clone()) for p in reversed(whole)]
+        other = make([{"params": turned, "rank": 2}])
+        other.register_load_state_dict_pre_hook(
+            lambda _, given: {**given, "state": {2 - k: state for k, state in given["state"].items()}}
+        )
+        other.load_state_dict(saved)
+        go(one, whole, steps)
+        go(other, turned[::-1], steps)
+        for p, q in zip(whole, reversed(turned), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_state_of_another_optimizer_is_refused_and_the_old_one_stays(make: Any) -> None:
+    model = net()
+    optimizer = make(plain_groups(model))
+    a_step(model, optimizer, 0)
+    before = copy.deepcopy(optimizer.state_dict())
+    other = copy.deepcopy(before)
+    other["param_groups"][0]["rank"] = 2
+    for state, words in (
+        (torch.optim.AdamW(plain_groups(net()), lr=0.1).state_dict(), "has no|has rank"),
+        (other, "group 0 of the saved state has rank 2 where this one has 3"),
+    ):
+        for group in state["param_groups"] if state is not other else ():
+            group.pop("rank", None)
+        with pytest.raises(ValueError, match=words):
+            optimizer.load_state_dict(state)
+    torch.testing.assert_close(optimizer.state_dict()["state"], before["state"], rtol=0, atol=0)
+    a_step(model, optimizer, 1)
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_parameter_taken_out_of_its_group_moves_no_more(make: Any) -> None:
+    model = net()
+    optimizer = make(plain_groups(model))
+    a_step(model, optimizer, 0)
+    optimizer.param_groups[1]["params"].clear()
+    before = [p.detach().clone() for p in model.parameters()]
+    a_step(model, optimizer, 1)
+    assert [torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)] == [False, True, False, True]
+
+
+def test_adafactor_takes_the_eps_of_each_group_and_another_adafactor_is_refused() -> None:
+    moved = []
+    for rank, kind in ((12, Subspace), (None, None)):
+        model = net()
+        mine: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if p.ndim == 2], "eps": (None, 10.0)}]
+        optimizer = (
+            torch.optim.Adafactor(mine, lr=0.1)
+            if kind is None
+            else Subspace([{**mine[0], "rank": rank}], torch.optim.Adafactor, lr=0.1, scale=1.0)
+        )
+        before = model[0].weight.detach().clone()
+        model(torch.ones(3, 12, dtype=torch.float64)).square().sum().backward()
+        optimizer.step()
+        moved.append((model[0].weight - before).norm().item())
+    assert 0.3 < moved[0] / moved[1] < 3, (
+        "a rotated gradient has other factors; by the default eps it would be 10,000 times as much"
+    )
+
+    class Other(torch.optim.SGD):
+        def __init__(self, params: Any, lr: float):
+            super().__init__(params, lr=lr)
+            self.defaults["scale_parameter"] = True
+
+    with pytest.raises(ValueError, match=r"take torch.optim.Adafactor, which is given it, or scale_parameter=False"):
+        Subspace(groups(net()), Other, lr=0.1)
+
+
+def test_what_torch_knows_of_adamw_and_we_do_not_is_refused() -> None:
+    for kind in (DCTAdamW, Trion):
+        for name in ("maximize", "amsgrad"):
+            with pytest.raises(ValueError, match=f"{kind.__name__} has no {name}"):
+                kind([{"params": [nn.Parameter(torch.ones(6, 4))], name: True}], lr=0.1)
+    for kind in (GaLoreAdamW, FiraAdamW):
+        for options in ({"fused": False}, {"foreach": True}, {"fused": True}, {"amsgrad": True}):
+            model = net()
+            a_step(model, kind(groups(model), lr=0.1, **options), 0)
+
+
 def test_muon_takes_matrices_only() -> None:
     with pytest.raises(ValueError, match=r"shape \(3,\) is no matrix; put it in a group without momentum"):
         MuonAdamW([{"params": [nn.Parameter(torch.ones(3))], "momentum": 0.9}], lr=0.1)
