@@ -250,6 +250,7 @@ def build_egg(recipe: Recipe, config: EggConfig) -> EggForCausalLM:
     for name in ("weight_decay", "clip", "warmup_steps", "rank", "precision", "optimizer", "checkpoint", "documents"):
         if getattr(recipe, name) != (wanted := EGG_SETTINGS.get(name, Recipe.__dataclass_fields__[name].default)):
             raise ValueError(f"{name}={getattr(recipe, name)} has no meaning for model=egg; leave it at {wanted}")
+    alpha_at(0, recipe.lr)  # complains of one that is none
     return EggForCausalLM(config)
 
 

@@ -151,6 +151,7 @@ def test_bytes_are_tokens(tmp_path: Path) -> None:
         (EGG, {"method": "cola"}, "model=egg has no gradient, so method=cola cannot train it"),
         (EGG, {"clip": 1.0}, "clip=1.0 has no meaning for model=egg; leave it at 0.0"),
         (EGG, {"optimizer": "muon"}, "optimizer=muon has no meaning for model=egg"),
+        (EGG, {"lr": 1e9}, "the flag of α, which is lr, is 1000000000.0; give a part of the weights up to 1"),
         (EGG, {"options": {"rank": 2}}, "eggroll has no field 'rank'; it has population, sig"),
         (EGG, {"batch_size": 6}, "6 sequences are not dealt evenly to 8 groups"),
         (EGG, {"tokenizer": None, "vocab_size": 300}, "vocab_size"),
