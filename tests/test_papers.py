@@ -113,7 +113,7 @@ def test_blocks_alike_give_the_peak_of_all_of_them(monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(SIZES, "7b", SIZES["20m"])
     recipe = Recipe(size="7b", method="cola-m", rank=64, options={"nonlinearity": "low-rank"}, vocab_size=32_000)
     recipe = dataclasses.replace(recipe, precision="bf16-pure", attention="eager", batch_size=16, sequence_length=256)
-    whole = memory(recipe, empty_model(recipe), 16, accumulate=False).peak_bytes
+    whole = memory(recipe, empty_model(recipe), 16, devices=1).peak_bytes
     assert cola.measured_gb.__wrapped__("CoLA-M", "7b, 16") == pytest.approx(whole / 1e9, rel=1e-4)
 
 

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from lorank.report.tables import quantity
 from lorank.sizes import SIZES
-from lorank.train.forecast import TOKENS_PER_PARAMETER, Fit, Forecast
+from lorank.train.forecast import DEEPEST, TOKENS_PER_PARAMETER, Depth, Fit, Forecast
 
 
 def _table(*columns: str) -> Table:
@@ -31,8 +31,9 @@ def _under(title: str, table: Table) -> Group:
 
 
 LARGEST = (
-    f"Largest Llama: of the named sizes {', '.join(SIZES)}, with the row's method and settings; no size between them was "
-    "tried, and no other family, also where --model names one."
+    "Micro-batch: it divides a device's part of --batch-size; all: it is the whole part, and of a larger batch more might fit.",
+    f"Models: with one sequence at a time and the row's method and settings. Llama: of the named sizes {', '.join(SIZES)}. This "
+    f"shape: its own widths with the most layers (+: {DEEPEST} times its own, more were not tried; -: their number cannot be set).",
 )
 
 
@@ -43,7 +44,7 @@ def forecast_tables(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: fl
         parts = [_settings(found), "", *parts]
     if fits:
         parts += ["", _fits(found, fits, gib)]
-    return Group(*parts, "", *_assumptions(found), *([LARGEST] if fits else []))
+    return Group(*parts, "", *_assumptions(found), *(LARGEST if fits else ()))
 
 
 def _names(found: Sequence[Forecast]) -> list[str]:
@@ -161,10 +162,18 @@ def _duration(hours: float) -> str:
 
 
 def _fits(found: Sequence[Forecast], fits: Sequence[Fit], gib: float) -> Group:
-    table = _table("micro-batch", "largest Llama, one sequence at a time")
+    table = _table("micro-batch", "largest Llama", "this shape")
     for name, fit in zip(_names(found), fits, strict=True):
-        table.add_row(name, str(fit.micro_batch or "none"), fit.size or "none")
+        batch = f"{fit.micro_batch}{', all' if fit.is_whole else ''}" if fit.micro_batch else "none"
+        table.add_row(name, batch, fit.size or "none", _depth(fit.depth))
     return _under(f"What fits in {gib:g} GiB", table)
+
+
+def _depth(depth: Depth | None) -> str:
+    if depth is None:
+        return "-"
+    more = "+" if depth.is_bound else ""
+    return f"{depth.layers}{more} layers, {quantity(depth.parameters)}" if depth.layers else "none"
 
 
 def _assumptions(found: Sequence[Forecast]) -> list[str]:
@@ -202,7 +211,7 @@ def _assumptions(found: Sequence[Forecast]) -> list[str]:
 
 
 def forecasts_json(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float | None = None) -> str:
-    """One record for each forecast; what fits is in its last three entries."""
+    """One record for each forecast; what fits is in its last entries."""
     return json.dumps({"forecasts": _records(found, fits, gib)}, indent=2)
 
 
@@ -214,7 +223,16 @@ def forecasts_csv(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: floa
 def _records(found: Sequence[Forecast], fits: Sequence[Fit], gib: float | None) -> list[dict]:
     rows = [f.to_dict() for f in found]
     for row, fit in zip(rows, fits, strict=False):
-        row |= {"fits_gib": gib, "largest_micro_batch": fit.micro_batch, "largest_llama_size": fit.size}
+        layers, parameters, is_bound = fit.depth or (None, None, None)
+        row |= {
+            "fits_gib": gib,
+            "largest_micro_batch": fit.micro_batch,
+            "largest_micro_batch_is_a_devices_batch": fit.is_whole,
+            "largest_llama_size": fit.size,
+            "most_layers": layers,
+            "most_layers_parameters": parameters,
+            "most_layers_is_a_bound": is_bound,
+        }
     return rows
 
 

@@ -4,8 +4,10 @@ Nothing here is measured on an accelerator. Counts are exact (operations of matr
 tensors); time, energy and price follow from them by the fleet's assumptions.
 """
 
+import bisect
 import dataclasses
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +30,8 @@ METHODS = ("dense", "low-rank", "cola", "cola-m", "crnet", "sltrain", "relora", 
 """Planned for unless the user names others."""
 TOKENS_PER_PARAMETER = 20
 """Of the dense model: the budget unless the user names one (arXiv 2203.15556)."""
+DEEPEST = 4
+"""Times a shape's own number of layers: deeper ones are not tried, as each layer takes time to count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,10 +266,10 @@ def _check_taken(shape: Recipe, methods: Sequence[str]) -> None:
             raise ValueError(f"none of {', '.join(methods)} takes {name!r}; {hint}")
 
 
-def _empty(recipe: Recipe) -> PreTrainedModel:
+def _empty(recipe: Recipe, layers: int | None = None) -> PreTrainedModel:
     """Its model; a complaint says whose."""
     try:
-        return empty_model(recipe)
+        return empty_model(recipe, layers=layers)
     except ValueError as error:
         raise ValueError(f"{recipe.method} on {recipe.model or recipe.size}: {error}") from None
 
@@ -282,13 +286,28 @@ def _check_batch(recipe: Recipe, devices: int) -> None:
 # ---- what fits
 
 
+class Depth(NamedTuple):
+    """The most layers with which a shape, its widths unchanged, trains in a given memory."""
+
+    layers: int
+    """0 where not even one goes in."""
+    parameters: int
+    """Of that model."""
+    is_bound: bool
+    """Whether more were not tried: it is `DEEPEST` times the shape's own number."""
+
+
 class Fit(NamedTuple):
     """What of one forecast goes into a given memory."""
 
     micro_batch: int
-    """The most sequences at a time; 0 where not even one goes in."""
+    """The most sequences at a time that divide a device's part of the batch; 0 where not even one goes in."""
+    is_whole: bool
+    """Whether that is a device's whole part, so that a larger batch might go in."""
     size: str | None
     """The largest Llama of `SIZES` that trains, otherwise as its recipe says, with one sequence at a time."""
+    depth: Depth | None
+    """How deep the asked shape may be, with one sequence at a time; None where its depth cannot be set."""
 
 
 def check_budget(recipes: Iterable[Recipe], gib: float) -> None:
@@ -315,7 +334,7 @@ def check_budget(recipes: Iterable[Recipe], gib: float) -> None:
 
 
 def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], object] = lambda line: None) -> list[Fit]:
-    """For each forecast what goes into `gib`, gradients of earlier micro-batches included.
+    """For each forecast what goes into `gib`, with its batch and on its devices.
 
     Raises:
         ValueError: nothing does, or the peak cannot be known.
@@ -323,20 +342,23 @@ def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], objec
     check_budget((one.recipe for one in found), gib)
     limit, fits, least, known = gib * 2**30, [], (math.inf, ""), dict[str, _Peaks]()
 
-    def peaks_of(recipe: Recipe, step: accounting.Step | None = None) -> _Peaks:
-        if (key := repr(recipe)) not in known:
-            known[key] = _Peaks(recipe, step)
+    def peaks_of(recipe: Recipe, devices: int, step: accounting.Step | None = None) -> _Peaks:
+        if (key := repr((recipe, devices))) not in known:
+            known[key] = _Peaks(recipe, devices, step)
         return known[key]
 
     for one in found:
         name = one.file or f"{one.recipe.method} {one.shape}"
         say(f"the largest micro-batch of {name}")
-        peak = peaks_of(one.recipe, one.counts.step).at
-        batch = largest_below(peak, limit)
-        least = min(least, (peak(1), name))
+        devices = one.fleet.devices
+        peaks, share = peaks_of(one.recipe, devices, one.counts.step), one.recipe.batch_size // devices
+        batch = peaks.largest_micro_batch(share, limit)
+        least = min(least, (peaks.at(1), name))
         say(f"the largest size of {name}")
         sizes = (dataclasses.replace(one.recipe, size=size, model=None) for size in reversed(SIZES))
-        fits.append(Fit(batch, next((trial.size for trial in sizes if peaks_of(trial).fits(limit)), None)))
+        size = next((trial.size for trial in sizes if peaks_of(trial, devices).fits(limit)), None)
+        say(f"the most layers of {name}")
+        fits.append(Fit(batch, batch == share, size, deepest(one.recipe, devices, limit)))
     if not any(fit.size or fit.micro_batch for fit in fits):
         raise ValueError(
             f"nothing fits in {gib:g} GiB: {least[1]}, the least of what was asked, needs {least[0] / 2**30:.3g} GiB for "
@@ -348,14 +370,14 @@ def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], objec
 class _Peaks:
     """Peaks of a recipe's model in bytes by micro-batch, each measured once."""
 
-    def __init__(self, recipe: Recipe, step: accounting.Step | None = None):
-        self.recipe, self.model, self.known = recipe, _empty(recipe), dict[int, float]()
-        self.step = step
+    def __init__(self, recipe: Recipe, devices: int, step: accounting.Step | None = None, *, layers: int | None = None):
+        self.recipe, self.devices, self.step = recipe, devices, step
+        self.model, self.known = _empty(recipe, layers), dict[int, float]()
 
     def at(self, batch: int) -> float:
         if batch not in self.known:
             self.step = self.step or optimizer_step(self.recipe, self.model)
-            found = memory(self.recipe, self.model, batch, accumulate=True, step=self.step)
+            found = memory(self.recipe, self.model, batch, devices=self.devices, step=self.step)
             self.known[batch] = found.peak_bytes
         if math.isnan(self.known[batch]):
             raise ValueError(
@@ -367,19 +389,53 @@ class _Peaks:
         """Whether one sequence does."""
         return standing_bytes(self.recipe, self.model) <= limit and self.at(1) <= limit  # the former is known at once
 
+    def largest_micro_batch(self, share: int, limit: float) -> int:
+        """Of those that divide a device's `share` of the batch; 0 if none fits."""
+        if self.at(share) <= limit:  # which may be less than a part of it takes: then nothing is accumulated
+            return share
+        parts = [0, *(b for b in range(1, share) if share % b == 0)]
+        return parts[bisect.bisect_right(parts, limit, lo=1, key=self.at) - 1]
 
-def largest_below(f: Callable[[int], float], limit: float) -> int:
-    """The largest b >= 1 with f(b) <= limit, for an f that grows (and almost in a line: then four calls do); else 0.
 
-    >>> largest_below(lambda b: 10 + 3 * b, 100), largest_below(lambda b: 10 + 3 * b, 12)
-    (30, 0)
+def deepest(recipe: Recipe, devices: int, limit: float) -> Depth | None:
+    """With how many layers the recipe's shape trains in `limit` bytes, one sequence at a time; None where that cannot be set."""
+
+    @functools.cache
+    def peaks(layers: int) -> _Peaks:
+        return _Peaks(recipe, devices, layers=layers)
+
+    def parameters(layers: int) -> int:
+        return accounting.count_parameters(peaks(layers).model).total
+
+    own = getattr(_empty(recipe).config, "num_hidden_layers", None)
+    start = (own or 0) // 2 or 1
+    try:
+        if own is None or not parameters(start) < parameters(start + 1):
+            return None
+        layers = largest_below(lambda layers: peaks(layers).at(1), limit, start=start, most=DEEPEST * own)
+    except ValueError:  # the shape's configuration, or a rank for each block, leaves no choice
+        return None
+    return Depth(layers, parameters(layers) if layers else 0, layers == DEEPEST * own)
+
+
+def largest_below(f: Callable[[int], float], limit: float, *, start: int = 1, most: int) -> int:
+    """The largest b from 1 to `most` with f(b) <= limit, for an f that grows (and almost in a line: then four calls do); else 0.
+    The first calls are of `start` and its neighbour.
+
+    >>> line = lambda b: 10 + 3 * b
+    >>> largest_below(line, 100, most=50), largest_below(line, 12, most=50), largest_below(line, 100, most=20)
+    (30, 0, 20)
     """
-    low, high = 1, 2
-    if f(low) > limit:
-        return 0
+    low, high = start, min(start + 1, most)
+    if f(start) > limit:
+        low, high = 1, start
+        if f(1) > limit:
+            return 0
     while f(high) <= limit:
+        if high == most:
+            return most
         slope = (f(high) - f(low)) / (high - low)
-        low, high = high, max(high + 1, int(high + (limit - f(high)) / slope) + 1)
+        low, high = high, min(most, max(high + 1, int(high + (limit - f(high)) / slope) + 1))
     while high - low > 1:
         guess = int(low + (limit - f(low)) * (high - low) / (f(high) - f(low)))
         guess = min(max(guess, low + 1), high - 1)

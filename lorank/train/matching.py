@@ -121,7 +121,7 @@ def _count(figure: Figure, recipe: Recipe, model: PreTrainedModel) -> float:
     if figure == "flops_per_token":
         passes = accounting.measure_flops(model, batch=batch, sequence_length=length).total / (batch * length)
         return passes + optimizer_flops(recipe, model) / (recipe.batch_size * length)
-    return memory(recipe, model, batch, accumulate=batch < recipe.batch_size).total_bytes
+    return memory(recipe, model, batch, devices=1).total_bytes
 
 
 def nearest(value: Callable[[int], float], target: float, low: int, high: int) -> int:

@@ -1,5 +1,6 @@
 """From a recipe to a model: the shape, then the method, then what is kept for backward."""
 
+import copy
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
@@ -60,6 +61,23 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
             setattr(config, token, getattr(tokenizer, token))
         elif isinstance(index := getattr(config, token, None), int) and index >= vocab_size:
             setattr(config, token, None)  # the architecture's own, of a larger vocabulary
+    return config
+
+
+def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
+    """A copy with that many blocks; what a configuration lists block by block is repeated from its beginning.
+
+    Raises:
+        ValueError: its number of blocks is not one that can be set.
+    """
+    now = getattr(config, "num_hidden_layers", None)
+    if not isinstance(now, int):
+        raise ValueError(f"a configuration of type {config.model_type!r} has no number of layers that can be set")
+    config = copy.deepcopy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == now:
+            setattr(config, name, (value * layers)[:layers])
+    config.num_hidden_layers = layers
     return config
 
 

@@ -18,7 +18,7 @@ from lorank.optim import options_of
 from lorank.optim.dct import forget_matrices
 from lorank.train.data import load_tokenizer
 from lorank.train.estimators import population, step_cost, treatment
-from lorank.train.model import Projection, build_config, build_model, find_projection
+from lorank.train.model import Projection, build_config, build_model, find_projection, with_layers
 from lorank.train.optimizers import (
     build_low_rank_optimizer,
     build_optimizer,
@@ -120,18 +120,19 @@ def plan(recipe: Recipe) -> Plan:
     )
 
 
-def empty_model(recipe: Recipe) -> PreTrainedModel:
-    """The recipe's model on the meta device: shapes without data."""
+def empty_model(recipe: Recipe, *, layers: int | None = None) -> PreTrainedModel:
+    """The recipe's model on the meta device: shapes without data; if asked, with another number of `layers`."""
     counted = recipe.tokenizer is not None and recipe.vocab_size is None  # all that a plan wants of a tokenizer
     tokenizer = load_tokenizer(recipe.tokenizer) if counted else None
     if tokenizer is None and recipe.vocab_size is None:
         recipe = dataclasses.replace(recipe, vocab_size=4096)  # what a tokenizer trained on the data would have
+    config = build_config(recipe, tokenizer)
     with torch.device("meta"):
-        return build_model(recipe, build_config(recipe, tokenizer))
+        return build_model(recipe, config if layers is None else with_layers(config, layers))
 
 
 def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts:
-    """What training `recipe`'s model takes; gradients are accumulated if the batch is more than all devices' micro-batches."""
+    """What training `recipe`'s model takes, on each of so many devices."""
     if recipe.method == "eggroll":
         moments = 0 if isinstance(model, EggForCausalLM) else state_bytes(model, recipe.optimizer)
         flops, held = step_cost(recipe, model, moments)
@@ -142,20 +143,25 @@ def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts
         accounting.count_parameters(model),
         accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length),
         batch * recipe.sequence_length,
-        memory(recipe, model, batch, accumulate=batch * devices < recipe.batch_size, step=step),
+        memory(recipe, model, batch, devices=devices, step=step),
         step,
         optimizer_flops(recipe, model, devices=devices),
     )
 
 
 def memory(
-    recipe: Recipe, model: PreTrainedModel, batch: int, *, accumulate: bool, step: accounting.Step | None = None
+    recipe: Recipe, model: PreTrainedModel, batch: int, *, devices: int, step: accounting.Step | None = None
 ) -> accounting.Memory:
-    """What a device holds that trains `recipe`'s model on `batch` sequences at a time; `step` is `optimizer_step`'s, if known."""
+    """What each device holds that trains `recipe`'s model on `batch` sequences at a time; `step` is `optimizer_step`'s, if known.
+
+    Gradients stand by from the beginning of a micro-batch on if others came before it, and where several devices train: there
+    they lie in buckets that are never given back. DDP sorts its buckets once, before the second step, into new ones, unless it
+    looks for unused parameters, which Trainer has it do for models without checkpoints.
+    """
     if recipe.method == "eggroll":
         raise ValueError("what fits is not sought for method=eggroll, whose memory goes by --option chunk; drop --fits")
     kind, ranks, options = find_projection(recipe, model) or (None, None, None)
-    return accounting.memory_estimate(
+    found = accounting.memory_estimate(
         model,
         optimizer_bytes=optimizer_bytes(recipe, model),
         step=step or optimizer_step(recipe, model),
@@ -163,8 +169,12 @@ def memory(
         batch=batch,
         sequence_length=recipe.sequence_length,
         autocast=recipe.precision == "bf16",
-        accumulate=accumulate,
+        accumulate=devices > 1 or batch < recipe.batch_size,
     )
+    sorted_anew = found.weights_bytes + found.optimizer_bytes + 2 * found.gradients_bytes
+    if devices > 1 and model.is_activation_checkpointing and sorted_anew > found.peak_bytes:
+        return found._replace(peak_bytes=sorted_anew, peak_when="forward")
+    return found
 
 
 def optimizer_flops(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> float:

@@ -10,6 +10,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ class PretrainTrainer(Trainer):
         self.throughput = Throughput(tokens_per_step)
         self._staging: Path | None = None
         super().__init__(*args, **kwargs)
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.make_optimizer = make_optimizer
         self.schedule = schedule
         self.estimator = estimator
@@ -84,6 +87,18 @@ class PretrainTrainer(Trainer):
             self.optimizer = self.make_optimizer(trained)
             self.hook = step_hook(trained, self.optimizer, steps=self.args.max_steps, seed=self.args.seed)
         return self.optimizer
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Under DDP gradients lie in the buckets that are sent, from before the first step on, and are never put elsewhere: with
+        the usual zero_grad, which drops them, micro-batches would be summed in a second copy of them all."""
+        replicated = self.accelerator.distributed_type.startswith("MULTI_")  # on whatever device
+        if replicated:
+            for p in self.model.parameters():  # type: ignore[union-attr]
+                p.grad = torch.zeros_like(p) if p.requires_grad else None
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if replicated:
+            model.zero_grad = partial(model.zero_grad, set_to_none=False)
+        return model, loader
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
         """Of what the optimizer sees, if that projects gradients as they arrive."""

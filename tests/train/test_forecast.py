@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoConfig, GPT2Config, PretrainedConfig
 
 from lorank import accounting
 from lorank.accelerators import ACCELERATORS, Fleet, find_accelerator
@@ -21,8 +22,8 @@ from lorank.optim.dct import dct_matrix
 from lorank.report import plans
 from lorank.sizes import SIZES
 from lorank.train import forecast
-from lorank.train.model import find_projection
-from lorank.train.plan import count, empty_model, optimizer_bytes, optimizer_step
+from lorank.train.model import find_projection, with_layers
+from lorank.train.plan import count, empty_model, memory, optimizer_bytes, optimizer_step
 from lorank.train.recipe import Recipe
 
 FLEET = Fleet(accelerator=find_accelerator("h100"), devices=8)
@@ -225,11 +226,18 @@ def test_the_optimizers_products_are_part_of_a_step_and_of_the_run() -> None:
     assert [one.moves_between_steps for one in found] == [False, False, False, True]
 
 
-def test_steps_of_one_micro_batch_per_device_do_not_accumulate() -> None:
-    recipe = Recipe(**{**TINY, "sequence_length": 256})
-    alone = forecast.forecast_all([recipe], ["dense"], fleet=dataclasses.replace(FLEET, devices=1), tokens=10**6)[0]
-    spread = forecast.forecast_all([recipe], ["dense"], fleet=FLEET, tokens=10**6)[0]
-    assert alone.counts.memory.peak_bytes > spread.counts.memory.peak_bytes
+def test_gradients_stand_by_where_there_are_several_micro_batches_or_devices() -> None:
+    recipe = Recipe(**{**TINY, "sequence_length": 256, "micro_batch_size": 1})
+    once, several, spread = (
+        forecast.forecast_all(
+            [dataclasses.replace(recipe, batch_size=batch)],
+            ["dense"],
+            fleet=dataclasses.replace(FLEET, devices=devices),
+            tokens=10**6,
+        )[0].counts.memory
+        for batch, devices in ((1, 1), (2, 1), (8, 8))
+    )
+    assert several.peak_bytes == spread.peak_bytes > once.peak_bytes + 0.8 * once.gradients_bytes
 
 
 def test_a_rank_goes_to_the_methods_that_have_one() -> None:
@@ -249,20 +257,82 @@ def test_accelerators_are_found_by_name() -> None:
 # ---- what fits
 
 
-def test_the_largest_micro_batch_fits_and_the_next_does_not(tiny: list[forecast.Forecast]) -> None:
-    shape, gib = Recipe(**TINY), 0.2
-    (fit,) = forecast.fit_all(tiny[1:2], gib)
+def test_the_largest_micro_batch_fits_and_the_next_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "SIZES", ["tiny", "20m", "60m"])
+    shape, gib = Recipe(**{**TINY, "batch_size": 8 * 64}), 0.05
+    (found,) = forecast.forecast_all([shape], ["cola"], fleet=FLEET, tokens=10**6)
+    (fit,) = forecast.fit_all([found], gib)
     b = fit.micro_batch
-    model = empty_model(forecast.with_method(shape, "cola"))
-    peaks = [
-        accounting.memory_estimate(model, batch=x, sequence_length=32, accumulate=True).peak_bytes for x in (b, b + 1)
-    ]
-    assert b > 2 and peaks[0] <= gib * 2**30 < peaks[1]
-    sizes = list(SIZES)
+    peaks = [planned(found, x).counts.memory.peak_bytes for x in (b, 2 * b)]
+    assert 1 < b < 32 and 64 % b == 0 and not fit.is_whole
+    assert peaks[0] <= gib * 2**30 < peaks[1]
+    sizes = ["tiny", "20m", "60m"]
     for name in sizes[sizes.index(fit.size or "") :][:2]:
         recipe = forecast.with_method(dataclasses.replace(shape, size=name), "cola")
         one = accounting.memory_estimate(empty_model(recipe), batch=1, sequence_length=32, accumulate=True)
         assert (one.peak_bytes <= gib * 2**30) == (name == fit.size)
+
+
+def planned(found: forecast.Forecast, micro: int) -> forecast.Forecast:
+    """The plan for another micro-batch; ValueError if it refuses that one."""
+    recipe = dataclasses.replace(found.recipe, micro_batch_size=micro)
+    (again,) = forecast.forecast_recipes({"r.yaml": recipe}, fleet=found.fleet, tokens=10**6)
+    return again
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_what_fits_is_what_the_plan_says_and_takes(devices: int) -> None:
+    """Where one micro-batch does for a whole step nothing is accumulated, and it may take less than a part of it."""
+    shape, fleet = Recipe(**{**TINY, "batch_size": 6 * devices}), dataclasses.replace(FLEET, devices=devices)
+    (found,) = forecast.forecast_all([shape], ["dense"], fleet=fleet, tokens=10**6)
+    peaks = {b: planned(found, b).counts.memory.peak_bytes for b in (1, 2, 3, 6)}
+    measured = forecast._Peaks(found.recipe, devices)
+    for b, peak in peaks.items():
+        best = max(c for c, other in peaks.items() if other <= peak)
+        assert measured.largest_micro_batch(6, peak) == best >= b
+    assert measured.largest_micro_batch(6, min(peaks.values()) - 1) == 0
+    with pytest.raises(ValueError, match=r"do(es)? not divide"):
+        planned(found, 4)
+
+
+@pytest.fixture(scope="module")
+def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("gpt2")
+    GPT2Config(n_layer=4, n_embd=64, n_head=2).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("method", ["dense", "masa", "galore"])
+def test_the_shape_with_the_most_layers_fits_and_with_one_more_does_not(method: str, four_layers: str) -> None:
+    shape = Recipe(**TINY, model=four_layers, rank=8 if method == "galore" else None)
+    recipe = forecast.with_method(shape, method)
+    within, beyond = (memory(recipe, empty_model(recipe, layers=n), 1, devices=8).peak_bytes for n in (9, 10))
+    nine = accounting.count_parameters(empty_model(recipe, layers=9)).total
+    assert forecast.deepest(recipe, 8, within) == forecast.deepest(recipe, 8, beyond - 1) == (9, nine, False)
+
+
+def test_of_a_shape_that_is_too_deep_fewer_layers_are_found_and_four_times_its_own_are_the_most(
+    four_layers: str,
+) -> None:
+    recipe = Recipe(**TINY, model=four_layers)
+    one, two = (memory(recipe, empty_model(recipe, layers=n), 1, devices=8).peak_bytes for n in (1, 2))
+    found = [forecast.deepest(recipe, 8, limit) for limit in (one - 1, one, two - 1, two * 1000)]
+    assert [(d.layers, d.is_bound) for d in found if d] == [(0, False), (1, False), (1, False), (16, True)]
+
+
+def test_layers_that_a_configuration_lists_are_repeated() -> None:
+    pattern = ["sliding_attention", "sliding_attention", "full_attention"]
+    config = AutoConfig.for_model("qwen3", num_hidden_layers=3, layer_types=pattern)
+    assert with_layers(config, 7).layer_types == [*pattern, *pattern, pattern[0]]
+    assert with_layers(config, 2).layer_types == pattern[:2] and config.num_hidden_layers == 3
+    assert with_layers(AutoConfig.for_model("gpt_neo"), 5).attention_layers == ["global", "local"] * 2 + ["global"]
+    with pytest.raises(ValueError, match="no number of layers"):
+        with_layers(PretrainedConfig(), 2)
+
+
+def test_where_layers_cannot_be_set_nothing_is_said_of_them() -> None:
+    table = {r"model\.layers\.[01]\..*": 8}  # says nothing of a third block
+    assert forecast.deepest(Recipe(**TINY, method="cola", rank=table), 8, 2**40) is None
 
 
 def test_a_bend_is_no_obstacle() -> None:
@@ -270,8 +340,9 @@ def test_a_bend_is_no_obstacle() -> None:
         return max(100 + b, 10 * b)
 
     for limit in (101, 110, 111, 112, 500, 1009):
-        best = forecast.largest_below(bent, limit)
-        assert bent(best) <= limit < bent(best + 1)
+        for start in (1, 3, 12, 60):
+            best = forecast.largest_below(bent, limit, start=start, most=1000)
+            assert bent(best) <= limit < bent(best + 1)
 
 
 def test_nothing_fits_is_an_error_that_says_what_would(tiny: list[forecast.Forecast]) -> None:
@@ -302,7 +373,7 @@ def test_optimizers_with_little_state_get_the_size_that_they_can_train(monkeypat
     shape = Recipe(**{**TINY, "vocab_size": 8000}, optimizer="adafactor")
     alone = forecast.forecast_all([shape], ["dense"], fleet=FLEET, tokens=10**6)
     both = forecast.forecast_all([shape, dataclasses.replace(shape, size="20m")], ["dense"], fleet=FLEET, tokens=10**6)
-    peak = forecast._Peaks(both[1].recipe).at(1)
+    peak = forecast._Peaks(both[1].recipe, 8).at(1)
     assert peak < 16 * both[1].counts.parameters.total
     assert {fit.size for fit in forecast.fit_all(alone + both, peak / 2**30)} == {"20m"}
 
@@ -340,6 +411,8 @@ def test_json_and_csv_say_the_same(tiny: list[forecast.Forecast], monkeypatch: p
         assert float(row["peak_bytes"]) == record["peak_bytes"] > record["activations_bytes"]
         assert int(row["largest_micro_batch"]) == record["largest_micro_batch"] == fit.micro_batch
         assert row["largest_llama_size"] == record["largest_llama_size"] == fit.size
+        assert int(row["most_layers"]) == record["most_layers"] == fit.depth.layers > 0
+        assert int(row["most_layers_parameters"]) == record["most_layers_parameters"] == fit.depth.parameters
         whole = (
             record["forward_flops_per_token"] + record["backward_flops_per_token"] + record["recompute_flops_per_token"]
         )

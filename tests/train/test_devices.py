@@ -1,0 +1,125 @@
+"""Training in two processes: the memory that is planned for, the losses of one process, and resuming."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorank.train import run
+from lorank.train.plan import count, empty_model
+from lorank.train.recipe import Recipe
+
+PROGRAM = r"""
+import gc, json, sys
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+from transformers import TrainerCallback
+from lorank.train import run
+from lorank.train.recipe import Recipe
+
+class Marks(TrainerCallback):
+    def on_train_begin(self, *args, **kwargs):
+        gc.collect()  # what only cycles hold
+        with record_function("mark"):
+            pass
+    on_step_end = on_train_begin
+
+class Kill(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise MemoryError("killed by the test")
+
+def peaks(recipe, out, **settings):
+    '''Most bytes of tensors by step.'''
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run.pretrain(recipe, out, callbacks=[Marks()], **settings)
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() in ("[memory]", "mark")]
+    now, found = 0, [0]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        if event.name() == "mark":
+            found.append(now)
+        else:
+            now += event.nbytes()
+            found[-1] = max(found[-1], now)
+    return found[1:-1]  # neither what was before training nor what came after
+
+recipes, out = [Recipe.from_dict(settings) for settings in json.loads(sys.argv[1])], sys.argv[2]
+found = [peaks(recipe, f"{out}/whole-{number}") for number, recipe in enumerate(recipes)]
+try:
+    run.pretrain(recipes[0], f"{out}/killed", callbacks=[Kill()])
+except MemoryError:
+    found.append(peaks(recipes[0], f"{out}/killed", resume=True))
+print(json.dumps(found), flush=True)
+"""
+
+SMALL = {"vocab_size": 2000, "tokenizer": "bytes", "steps": 3, "warmup_steps": 1, "log_every": 1, "save_every": 2}
+CASES: list[dict[str, Any]] = [
+    {**SMALL, "batch_size": 4, "micro_batch_size": 1, "sequence_length": 64, "method": "dense"},
+    # its blocks are checkpointed, and then the buckets are sorted anew after the first step
+    {**SMALL, "batch_size": 2, "micro_batch_size": 1, "sequence_length": 8, "method": "cola-m"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("devices")
+    (folder / "text.txt").write_text("".join(f"line {i}: {i * i} lazy dogs\n" for i in range(100)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cases(folder: Path) -> list[dict[str, Any]]:
+    return [{**case, "data": str(folder / "text.txt"), "eval_every": 0} for case in CASES]
+
+
+@pytest.fixture(scope="module")
+def peaks(folder: Path, cases: list[dict[str, Any]]) -> list[list[int]]:
+    """Of each case by step, and at last those of the first case after resuming."""
+    (script := folder / "program.py").write_text(PROGRAM)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared |= {"PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
+    both = [
+        subprocess.Popen(
+            [sys.executable, script, json.dumps(cases), folder],
+            env={**shared, "RANK": r, "LOCAL_RANK": r, "LOCAL_WORLD_SIZE": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for r in "01"
+    ]
+    said = [process.communicate(timeout=300) for process in both]
+    assert not any(process.returncode for process in both), said[0][1][-3000:]
+    return json.loads(said[0][0].splitlines()[-1])
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_planned_peaks_are_those_of_two_processes(number: int, peaks: list, cases: list[dict[str, Any]]) -> None:
+    """Within 10 %; no step is above, neither the first, nor the one before which buckets are made anew, nor one after resuming."""
+    planned = count(recipe := Recipe.from_dict(cases[number]), empty_model(recipe), devices=2).memory.peak_bytes
+    runs = [peaks[number], *([peaks[-1]] if number == 0 else [])]
+    assert [len(steps) for steps in runs] == [3, 1][: len(runs)]
+    for steps in runs:
+        assert planned == pytest.approx(max(steps), rel=0.1)
+
+
+def losses(folder: Path) -> list[float]:
+    return [r["loss_nats_per_token"] for r in run.history(folder) if "loss_nats_per_token" in r]
+
+
+def test_resuming_gives_the_losses_of_an_uninterrupted_run(peaks: list, folder: Path) -> None:
+    assert losses(folder / "killed") == losses(folder / "whole-0") != []
+
+
+def test_two_processes_give_the_losses_of_one(peaks: list, cases: list[dict[str, Any]], folder: Path) -> None:
+    run.pretrain(Recipe.from_dict(cases[0]), folder / "one", on_cpu=True)
+    assert losses(folder / "whole-0") == pytest.approx(losses(folder / "one"), rel=1e-4)
