@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel
 
 import lorank
-from lorank.accounting import CPU_ATTENTION
+from lorank.accounting import MORE_FLOPS
 
 SHAPES = ("1x128", "4x128", "1x256", "4x256")
 
@@ -50,7 +50,7 @@ def step(model: LlamaModel, x: torch.Tensor) -> float:
 
 def flops_of(model: LlamaModel, x: torch.Tensor) -> int:
     """FLOPs of one step, recomputation included."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
         step(model, x)
     return counter.get_total_flops()
 

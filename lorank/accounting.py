@@ -196,21 +196,21 @@ class Saved(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of training on one device; activations and peak are not a number where unknown: mixtures of experts."""
+    """Bytes of training on one device."""
 
     weights_bytes: int
     """Parameters, and buffers that are saved with them."""
     gradients_bytes: int
     optimizer_bytes: int
-    activations_bytes: float
+    activations_bytes: int
     """What a forward pass leaves for backward."""
-    peak_bytes: float
+    peak_bytes: int
     """The most that is held at once in a step, see `measure_peak` and `measure_step`; below the total where gradients come as activations
     go, above it where the backward pass needs more beside, such as the gradient of the logits."""
     peak_when: Literal["forward", "backward", "step"]
 
     @property
-    def total_bytes(self) -> float:
+    def total_bytes(self) -> int:
         return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes + self.activations_bytes
 
 
@@ -240,9 +240,18 @@ def _twin(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo).train()
 
 
-def _has_experts(model: nn.Module) -> bool:
-    """Whether blocks hold experts, which transformers keeps in one tensor [experts, d_out, d_in]."""
-    return any(parameter.ndim == 3 for _, _, block in blocks(model) for parameter in block.parameters())
+class _WithoutData(FakeTensorMode):
+    """Tensors have shapes alone. torch gives one to the grouped product, by which experts run, in bf16 only; here it has one in any type.
+
+    It is [tokens, d_in] times [experts, d_in, d_out], or for the gradient of the weights [d_in, tokens] times [tokens, d_out], a
+    matrix for each expert.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        a, b, offsets = args[:3]
+        return a.new_empty(*(offsets.shape if b.ndim == 2 else ()), a.shape[0], b.shape[-1])
 
 
 def _example(batch: int, sequence_length: int) -> dict[str, Tensor]:
@@ -260,7 +269,13 @@ def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *args: Any, **k
     )  # as the closed forms; that flash attention forms the scores again is not counted
 
 
-CPU_ATTENTION = {  # missing in torch's own table of FLOPs
+def _grouped_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
+    """Each token is multiplied by the matrix of its own expert alone."""
+    return 2 * math.prod(a) * b[-1]
+
+
+MORE_FLOPS = {  # missing in torch's own table
+    torch.ops.aten._grouped_mm: _grouped_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
@@ -287,16 +302,14 @@ def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 25
     """
 
     def count(model: nn.Module) -> tuple[int, int]:
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
             loss = model(**_example(batch, sequence_length)).loss
             forward = counter.get_total_flops()
             loss.backward()
         return forward, counter.get_total_flops() - forward
 
-    with FakeTensorMode(), _told_as("counted"):
+    with _WithoutData(), _told_as("counted"):
         twin = _twin(model)
-        if _has_experts(twin):  # the grouped product, the default, takes bf16 only where there are no data
-            twin.set_experts_implementation("batched_mm")  # type: ignore[operator]
         forward, backward = count(twin)
         recompute = 0
         if getattr(twin, "is_activation_checkpointing", False):
@@ -417,7 +430,7 @@ def measure_peak(
         kept.setdefault(parameter, smaller)
         parameter.grad = None
 
-    with FakeTensorMode(), _told_as("measured"):
+    with _WithoutData(), _told_as("measured"):
         twin, inputs = _twin(model), _example(batch, sequence_length)
         shapes = {ours: kept_gradients.get(p) for p, ours in zip(model.parameters(), twin.parameters(), strict=True)}
         meter = _Meter([*twin.parameters(), *twin.buffers(), *inputs.values()])
@@ -442,10 +455,10 @@ def measure_peak(
 
 def measure_call(model: nn.Module, call: Callable[[Any], object]) -> tuple[int, int]:
     """FLOPs of `call` on a data-free twin of a model, and the most bytes that it held at once beside the weights; without autograd."""
-    with FakeTensorMode(), _told_as("counted"), torch.no_grad():
+    with _WithoutData(), _told_as("counted"), torch.no_grad():
         twin = _twin(model)
         meter = _Meter([*twin.parameters(), *twin.buffers()])
-        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter, meter:
+        with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter, meter:
             call(twin)
     return counter.get_total_flops(), meter.most
 
@@ -467,7 +480,7 @@ def measure_step(model: nn.Module, build: Callable[[nn.Module], Optimizer]) -> S
     Args:
         build: makes the optimizer of a model's parameters.
     """
-    with FakeTensorMode(), _told_as("stepped"):
+    with _WithoutData(), _told_as("stepped"):
         twin = _twin(model)
         trained = [p for p in twin.parameters() if p.requires_grad]
         meter = _Meter([*twin.parameters(), *twin.buffers()])
@@ -501,8 +514,6 @@ def memory_estimate(
     weights = sum(t.numel() * t.element_size() for t in set(model.state_dict(keep_vars=True).values()))
     gradients = sum(math.prod(kept_gradients.get(p, p.shape)) * p.element_size() for p in parameters)
     moments = 2 * sum(p.numel() * p.element_size() for p in parameters) if optimizer_bytes is None else optimizer_bytes
-    if _has_experts(model):
-        return Memory(weights, gradients, moments, math.nan, math.nan, "backward")
     found = measure_peak(
         model,
         batch=batch,

@@ -1,11 +1,21 @@
 """Costs in closed form against the papers' integers, and measurements against both."""
 
-import math
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import lorank
 from lorank import accounting
@@ -230,12 +240,54 @@ def test_of_a_mixture_of_experts_only_the_chosen_ones_are_counted() -> None:
             vocab_size=96, num_hidden_layers=1, num_local_experts=experts, num_experts_per_tok=2, **shape
         )
         model = MixtralForCausalLM(config)
-        found[experts] = accounting.measure_flops(model, sequence_length=n).forward
+        found[experts] = accounting.measure_flops(model, sequence_length=n)
     projections = 2 * n * (2 * 32 * 32 + 2 * 32 * 16)
     chosen = 2 * n * 2 * 3 * 32 * 64
     for experts, flops in found.items():
-        assert flops == projections + 4 * n * n * 32 + 2 * n * 32 * experts + chosen + 2 * n * 32 * 96
-    assert math.isnan(accounting.memory_estimate(model, batch=1, sequence_length=n).activations_bytes)
+        assert flops.forward == projections + 4 * n * n * 32 + 2 * n * 32 * experts + chosen + 2 * n * 32 * 96
+        assert flops.backward == 2 * flops.forward
+    # with real data, in the form that torch's own table knows
+    model.set_experts_implementation("batched_mm")
+    ids = torch.arange(n)[None]
+    with FlopCounterMode(display=False, custom_mapping=accounting.MORE_FLOPS) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert counter.get_total_flops() == found[8].total
+
+
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    "mixtral": {**HEADS, "intermediate_size": 128, "num_local_experts": 8},
+    "qwen2_moe": {**HEADS, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 64, "num_experts": 8},
+    "gpt_oss": {**HEADS, "intermediate_size": 96, "num_local_experts": 8, "head_dim": 16},
+    "mamba": {"state_size": 8},
+}
+
+
+def peak_of_the_allocator(call: Callable[[], object]) -> int:
+    """The most bytes that torch had taken at once on the CPU beside what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        call()
+    moments = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    return max(accumulate(e.nbytes() for e in sorted(moments, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_peaks_are_those_of_the_allocator(kind: str, precision: str) -> None:
+    config = AutoConfig.for_model(
+        kind, vocab_size=96, hidden_size=64, num_hidden_layers=2, pad_token_id=0, use_cache=False, **KINDS[kind]
+    )
+    dtype = torch.bfloat16 if precision == "bf16-pure" else torch.float32
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="eager").train()
+    ids = torch.arange(64).view(4, 16)
+
+    def train() -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+
+    found = accounting.measure_peak(model, batch=4, sequence_length=16, autocast=precision == "bf16")
+    assert found.most_bytes == pytest.approx(peak_of_the_allocator(train), rel=0.1)
 
 
 def test_a_measurement_leaves_no_tensors_behind() -> None:

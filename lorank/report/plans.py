@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -110,8 +109,6 @@ def _flops(found: Sequence[Forecast]) -> Group:
 
 
 def _gib(size: float) -> str:
-    if math.isnan(size):
-        return "unknown"
     return f"{size / 2**30:.3g}" if size < 1000 * 2**30 else f"{size / 2**30:,.0f}"
 
 
@@ -123,7 +120,7 @@ def _memory(found: Sequence[Forecast]) -> Group:
     for name, f in zip(_names(found), found, strict=True):
         m = f.counts.memory
         parts = (m.weights_bytes, m.gradients_bytes, m.optimizer_bytes, m.activations_bytes, m.peak_bytes)
-        table.add_row(name, *map(_gib, parts), "-" if math.isnan(m.peak_bytes) else m.peak_when)
+        table.add_row(name, *map(_gib, parts), m.peak_when)
     return _under(title, table)
 
 

@@ -1,6 +1,5 @@
 """Tables for the terminal."""
 
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -74,15 +73,13 @@ def plan_tables(plan: Plan) -> RenderableType:
         if plan.dense is None:
             return totals.add_row(label, show(ours))
         dense = of(plan.dense)
-        ratio = f"{ours / dense:.3f}" if dense and not math.isnan(ours / dense) else ""
+        ratio = f"{ours / dense:.3f}" if dense else ""
         totals.add_row(label, show(dense), show(ours), ratio)
 
     count = lambda n: f"{n:,.0f}"  # noqa: E731
 
     def gib(size: float) -> str:
-        return (
-            "unknown" if math.isnan(size) else f"{size / 2**20:.2f} MiB" if size < 2**23 else f"{size / 2**30:.3f} GiB"
-        )
+        return f"{size / 2**20:.2f} MiB" if size < 2**23 else f"{size / 2**30:.3f} GiB"
 
     line("parameters", lambda c: c.parameters.total, count)
     line("  in the blocks", lambda c: c.parameters.blocks, count)

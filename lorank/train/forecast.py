@@ -98,14 +98,14 @@ class Forecast:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is below the accelerator's memory; an unknown peak is taken to be."""
-        return not self.counts.memory.peak_bytes > self.fleet.accelerator.memory_gib * 2**30
+        """Whether the peak is within the accelerator's memory."""
+        return self.counts.memory.peak_bytes <= self.fleet.accelerator.memory_gib * 2**30
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as one flat record with units in the names; None where unknown."""
+        """Everything as one flat record with units in the names; None: it has none."""
         recipe, counts, fleet = self.recipe, self.counts, self.fleet
         per_token = {name: n / counts.tokens for name, n in counts.flops._asdict().items()}
-        record = {
+        return {
             "shape": self.shape,
             "method": recipe.method,
             "rank": self.rank,
@@ -136,9 +136,8 @@ class Forecast:
             "tokens": self.tokens,
             "steps": self.steps,
             **self.run._asdict(),
-            "fits_the_accelerator": None if math.isnan(counts.memory.peak_bytes) else self.fits,
+            "fits_the_accelerator": self.fits,
         }
-        return {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in record.items()}
 
 
 def forecast_all(
@@ -337,7 +336,7 @@ def fit_all(found: Sequence[Forecast], gib: float, *, say: Callable[[str], objec
     """For each forecast what goes into `gib`, with its batch and on its devices.
 
     Raises:
-        ValueError: nothing does, or the peak cannot be known.
+        ValueError: nothing does.
     """
     check_budget((one.recipe for one in found), gib)
     limit, fits, least, known = gib * 2**30, [], (math.inf, ""), dict[str, _Peaks]()
@@ -379,10 +378,6 @@ class _Peaks:
             self.step = self.step or optimizer_step(self.recipe, self.model)
             found = memory(self.recipe, self.model, batch, devices=self.devices, step=self.step)
             self.known[batch] = found.peak_bytes
-        if math.isnan(self.known[batch]):
-            raise ValueError(
-                f"what fits is unknown for {self.recipe.model}: memory of mixtures of experts is not counted"
-            )
         return self.known[batch]
 
     def fits(self, limit: float) -> bool:

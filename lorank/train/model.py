@@ -114,6 +114,8 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attention)
     except Exception as error:  # whatever the modelling code makes of a shape that makes no sense
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if recipe.attention != "eager" and "does not support" in reason and "ttention" in reason:
+            reason = f"transformers has no attention={recipe.attention} for it; give --attention eager"
         raise ValueError(f"no causal language model of {config.model_type!r} can be built: {reason}") from None
     check_positions(model, recipe.sequence_length)
     optimizer = find_optimizer(recipe.method)

@@ -53,7 +53,7 @@ def peak(recipe: Recipe) -> int:
 def main() -> None:
     recipes = [Recipe.from_dict(settings) for settings in json.loads(sys.argv[1])]
     for recipe in {
-        (recipe.method, recipe.optimizer): recipe for recipe in recipes
+        (recipe.method, recipe.optimizer, recipe.model, recipe.precision): recipe for recipe in recipes
     }.values():  # what is loaded at first use is no one's peak
         train(dataclasses.replace(recipe, size="tiny", vocab_size=64, sequence_length=16))
     print(json.dumps([peak(recipe) for recipe in recipes]))

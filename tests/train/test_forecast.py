@@ -84,10 +84,21 @@ STEPS: list[dict[str, Any]] = [
     {**FEW, "method": "switchlora", "sequence_length": 16},  # whose AdamW makes all denominators at once
 ]
 """With few tokens the most is held in the optimizer's step: products, Gram matrices, what is not done in place."""
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"intermediate_size": 512, "num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {"moe_intermediate_size": 256, "num_experts": 16, "num_experts_per_tok": 4, "head_dim": 32},
+}
+
+
+def save_mixture(kind: str, folder: Path, **changes: Any) -> dict[str, Any]:
+    """Its configuration is in the folder then: the settings of a recipe that reads it."""
+    shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    AutoConfig.for_model(kind, **{**shape, **EXPERTS[kind], **changes}).save_pretrained(folder / kind)
+    return {"model": str(folder / kind), "method": "dense", "vocab_size": 1000}
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of resident memory are Linux's")
-def test_predicted_peaks_are_those_of_real_steps() -> None:
+def test_predicted_peaks_are_those_of_real_steps(tmp_path: Path) -> None:
     """Within 10 %, of resident memory, over two steps with AdamW: the first peak with moments is in the second."""
     script = Path(__file__).with_name("peak_of_a_process.py")
     # every tensor of some size in pages of its own, which go back when it is freed
@@ -97,16 +108,21 @@ def test_predicted_peaks_are_those_of_real_steps() -> None:
         "MALLOC_TRIM_THRESHOLD_": "65536",
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(script), json.dumps(PEAKS + STEPS)]
+    mixtures: list[dict[str, Any]] = [
+        {**save_mixture(kind, tmp_path), "precision": precision, "batch_size": 8, "sequence_length": 128}
+        for kind, precision in (("mixtral", "fp32"), ("qwen3_moe", "bf16"))
+    ]
+    cases = PEAKS + STEPS + mixtures
+    command = [sys.executable, str(script), json.dumps(cases)]
     real = json.loads(subprocess.run(command, capture_output=True, check=True, text=True, env=environment).stdout)
     whens = []
-    for settings, measured in zip(PEAKS + STEPS, real, strict=True):
+    for settings, measured in zip(cases, real, strict=True):
         found = count(recipe := Recipe.from_dict(settings), empty_model(recipe)).memory
         whens.append(found.peak_when)
         assert found.peak_bytes == pytest.approx(measured, rel=0.1), settings
     assert whens[:4] == ["backward"] * 4
     assert whens[4] == "step", "with few tokens the most is held when all gradients are there"
-    assert set(whens[len(PEAKS) :]) == {"step"}
+    assert set(whens[len(PEAKS) : -len(mixtures)]) == {"step"}
 
 
 def test_a_step_is_followed_without_leaving_its_bases_behind() -> None:
@@ -378,23 +394,12 @@ def test_optimizers_with_little_state_get_the_size_that_they_can_train(monkeypat
     assert {fit.size for fit in forecast.fit_all(alone + both, peak / 2**30)} == {"20m"}
 
 
-def test_of_a_mixture_of_experts_memory_is_unknown(tmp_path: Path) -> None:
-    from transformers import MixtralConfig
-
-    MixtralConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=4,
-    ).save_pretrained(tmp_path)
-    shape = Recipe(model=str(tmp_path), **TINY)
+def test_what_fits_of_a_mixture_of_experts(tmp_path: Path) -> None:
+    shape = Recipe.from_dict({**TINY, **save_mixture("mixtral", tmp_path, num_hidden_layers=1), "vocab_size": 300})
     (found,) = forecast.forecast_all([shape], ["dense"], fleet=FLEET, tokens=10**6)
-    assert found.to_dict()["peak_bytes"] is None and found.to_dict()["fits_the_accelerator"] is None
-    assert found.run.hours > 0
-    with pytest.raises(ValueError, match="mixtures of experts"):
-        forecast.fit_all([found], 1.0)
+    peak = forecast._Peaks(found.recipe).at
+    (fit,) = forecast.fit_all([found], peak(2) / 2**30)
+    assert peak(1) < peak(2) < peak(3) and fit.micro_batch == 2
 
 
 # ---- for programs

@@ -52,6 +52,14 @@ def test_a_configuration_that_makes_no_sense_is_one_sentence(shape: dict[str, An
     assert "\n" not in str(refusal.value)
 
 
+def test_attention_that_a_model_lacks_is_refused_with_the_way_out() -> None:
+    """In our words: transformers' own sentence speaks of a speech model, and of an argument that we do not have."""
+    for attention in ("sdpa", "flex_attention"):
+        with pytest.raises(ValueError, match=f"no attention={attention} for it; give --attention eager$"):
+            build(model="gptj", method="dense", attention=attention)
+    assert build(model="gptj", method="dense", attention="eager").config.model_type == "gptj"
+
+
 def test_precision_decides_the_type_of_the_weights() -> None:
     for precision, dtype in (("fp32", torch.float32), ("bf16", torch.float32), ("bf16-pure", torch.bfloat16)):
         assert {p.dtype for p in build(precision=precision).parameters()} == {dtype}
