@@ -106,8 +106,8 @@ def peaks(folder: Path, cases: list[dict[str, Any]]) -> list[list[int]]:
 def test_planned_peaks_are_those_of_two_processes(number: int, peaks: list, cases: list[dict[str, Any]]) -> None:
     """Within 10 %; no step is above, neither the first, nor the one before which buckets are made anew, nor one after resuming.
 
-    In one run of five a process holds all weights once more, from the moment when DDP has sent them to the others until the
-    end, by chance: it is gloo's thread that lets them go or not.
+    In one run of five a process holds as much as all weights once more from the beginning to the end, by chance: presumably what
+    DDP sent to the others, in a thread of gloo's. The plan knows nothing of it.
     """
     memory = count(recipe := Recipe.from_dict(cases[number]), empty_model(recipe), devices=2).memory
     planned = memory.peak_bytes
