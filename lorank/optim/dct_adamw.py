@@ -112,8 +112,8 @@ class DCTAdamW(MatrixOptimizer):
         return -lr * back(u, now, n)
 
     def _left_out(self, stack: Stack, G: Tensor) -> Tensor | float:
-        if self.error_feedback == "none":
-            return 0.0
+        if self.error_feedback == "none" or not {"error", "error_codes"} & stack.states[0].keys():
+            return 0.0  # the latter where a state of a run without error feedback was loaded
         if self.error_feedback == "full":
             return stack.get("error")
         return dequantise(*(stack.get(f"error_{part}") for part in ("codes", "low", "step"))).to(G.dtype)

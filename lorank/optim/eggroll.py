@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.func import functional_call, vmap
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -248,6 +249,11 @@ class Eggroll:
         pairs = range(members.start // 2, members.stop // 2)
         batch = _Batch(len(members))
         before = {m: m.__dict__["forward"] for m in self.model.modules() if "forward" in m.__dict__}  # somebody's own
+        for name, module in self.model.named_modules():
+            if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+                raise ValueError(
+                    f"{name or 'the model'} normalises all members' rows together; put it in eval(), or take another norm"
+                )
         for module in self.model.modules():
             own = dict(module.named_parameters(recurse=False))
             vectors = {name: p.detach() for name, p in own.items() if p in self.perturbed}
@@ -277,10 +283,10 @@ def _with_vectors(module: Any, moved: dict[str, Tensor], batch: "_Batch", *args:
     ours = module.__dict__.pop("forward")
     given = [*args, *kwargs.values()]
     try:
-        if len(given) != 1 or (module.training and getattr(module, "running_mean", None) is not None):
+        if len(given) != 1:
             raise ValueError(
                 f"EGGROLL calls a module of vectors with each member's, and does not know how to for {type(module).__name__}, which "
-                "has several inputs or goes by all rows together; freeze its parameters"
+                "has several inputs; freeze its parameters"
             )
         y = vmap(partial(functional_call, module))(moved, batch.split(given[0]))
     finally:
@@ -329,6 +335,10 @@ class _Uses(TorchFunctionMode):
             )
         return noisy
 
+    def _table(self, x: Tensor) -> bool:
+        """Whether the rows of x are not the batch's, though they may be as many by chance, but some that the model has by itself."""
+        return self.own.get(x, False) and not bool((x == x[:1]).all())
+
     def _linear(self, y: Tensor, used: list[Any], input: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
         """y + (x B) A'ᵀ, and the bias's own noise."""
         return self._product(y, used, input, weight, bias, transposed=False)
@@ -340,7 +350,7 @@ class _Uses(TorchFunctionMode):
     def _product(
         self, out: Tensor, used: list[Any], x: Tensor, W: Any, bias: Any, *, transposed: bool
     ) -> Tensor | None:
-        if any(p is not W and p is not bias for p in used):
+        if any(p is not W and p is not bias for p in used) or self._table(x):
             return None
         y = self.batch.by_pair(out)  # [K, 2, rows, d_out]
         if any(p is W for p in used):
@@ -358,8 +368,8 @@ class _Uses(TorchFunctionMode):
     ) -> Tensor | None:
         """W[t] + A'[t] Bᵀ; what is looked up once for all, as positions are, is looked up by each."""
         A, B = self.estimate.factors(weight, self.pairs)
-        if self.own.get(input, False) and len(input) == self.batch.rows and not (input == input[:1]).all():
-            return None  # rows of a table of its own, as many as the batch has by chance
+        if self._table(input):
+            return None
         input, out = (self.batch.of_each(t) for t in (input, out))
         at = self.batch.split(input).reshape(len(A), -1)  # [K, 2 * rows]
         h = self.batch.signed(A.gather(1, at[:, :, None].expand(-1, -1, A.shape[-1])))

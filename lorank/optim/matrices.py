@@ -83,7 +83,8 @@ def check_groups(groups: Iterable[Mapping[str, Any]]) -> None:
     for group in groups:
         for name in ("rank", "update_gap"):
             value = group.get(name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            given = name in group and (name, value) != ("rank", None)
+            if given and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
                 raise ValueError(f"{name}={value!r} is no positive integer")
         if group["rank"] is None:
             continue
@@ -238,6 +239,9 @@ class MatrixOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if closure is not None:
             raise ValueError(f"{type(self).__name__} evaluates no closure; call backward() before step()")
+        plain = [group for group in self.param_groups if group["rank"] is None]
+        if len(plain) != (len(self._adamw.param_groups) if self._adamw is not None else 0):
+            raise ValueError("groups have been taken out of param_groups; empty their params instead")
         moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         check_finite({p: p.grad for p in moved})
         for stack in stacks(self.param_groups, self.state, moved):
@@ -249,7 +253,6 @@ class MatrixOptimizer(Optimizer):
             for state in stack.states:
                 state["steps"] += 1
         if self._adamw is not None:
-            plain = [group for group in self.param_groups if group["rank"] is None]
             for ours, its in zip(plain, self._adamw.param_groups, strict=True):
                 its.update({name: ours[name] for name in ("params", "lr", "betas", "eps", "weight_decay")})
                 for p in its["params"]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from lorank.optim.trion import newton_schulz_flops
 
@@ -12,6 +13,10 @@ from lorank.optim.trion import newton_schulz_flops
 def muon_flops(shape: Sequence[int]) -> int:
     """FLOPs of the matrix products of Muon's step on a matrix: Newton-Schulz, five steps on the whole of it."""
     return newton_schulz_flops(*shape)
+
+
+MUON = "ns_steps"
+"""A setting that groups of Muon have and those of AdamW have not."""
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -22,7 +27,7 @@ class MuonAdamW(torch.optim.Optimizer):
     `state`: schedulers, ``state_dict`` and hooks see one optimizer. It works inside a `Subspace`, whose groups have ranks.
 
     Raises:
-        ValueError: a parameter of Muon's is not a matrix, or a closure.
+        ValueError: a parameter of Muon's is not a matrix or is sharded (FSDP2), a closure, or a state with other groups.
 
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4, bias=False))
     >>> optimizer = MuonAdamW([{"params": model[1].weight, "momentum": 0.95}, {"params": model[0].weight}], lr=0.01)
@@ -50,7 +55,8 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         ours = "momentum" in param_group or param_group.get("rank") is not None
-        super().add_param_group({**(self._muon if ours else self._adamw).defaults, **param_group})
+        given = {name: value for name, value in param_group.items() if not (ours and name in ("betas", "eps"))}
+        super().add_param_group({**(self._muon if ours else self._adamw).defaults, **given})
         for p in self.param_groups[-1]["params"] if ours else ():
             if p.ndim != 2:
                 self.param_groups.pop()
@@ -61,12 +67,22 @@ class MuonAdamW(torch.optim.Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if "hooks" not in name}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = [MUON in group for group in state_dict["param_groups"]]
+        if saved != [MUON in group for group in self.param_groups]:
+            raise ValueError(
+                "the saved state has other groups under Muon than this MuonAdamW; make it as it was made for the state"
+            )
+        super().load_state_dict(state_dict)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if closure is not None:
             raise ValueError("MuonAdamW evaluates no closure; call backward() before step()")
+        if any(isinstance(p.grad, DTensor) for group in self.param_groups if MUON in group for p in group["params"]):
+            raise ValueError("Muon orthonormalises whole matrices and sees parts of sharded ones (FSDP2); take DDP")
         for half in (self._muon, self._adamw):
-            half.param_groups = [group for group in self.param_groups if ("betas" in group) == (half is self._adamw)]
+            half.param_groups = [group for group in self.param_groups if (MUON in group) == (half is self._muon)]
             half.state = self.state
             half.step()
         return None

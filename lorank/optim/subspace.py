@@ -158,18 +158,17 @@ class Subspace(Optimizer):
         super().add_param_group(param_group)
         if "inner" in self.__dict__:
             try:
-                admitted = self._admit(self.param_groups[-1])
+                self.inner.add_param_group(self._admit(self.param_groups[-1]))
             except ValueError:
                 self.param_groups.pop()
                 raise
-            self.inner.add_param_group(admitted)
             self._share()
             self._watch()
 
     def _admit(self, group: dict[str, Any]) -> dict[str, Any]:
         """The inner optimizer's group for one of ours: what the user gave that is not ours is for it."""
         check_groups([group])
-        check_numbers(group, "lr", "weight_decay", "scale")
+        check_numbers(group, "lr", "weight_decay", "scale", *(["eps"] if isinstance(group.get("eps"), float) else []))
         if group["projection"] not in ("std", "reverse_std", "left", "right", "full"):
             raise ValueError(f"projection={group['projection']!r} is none of std, reverse_std, left, right, full")
         for p in group["params"]:
@@ -290,7 +289,10 @@ class Subspace(Optimizer):
                 "in_backward=True projects gradients that GradScaler has scaled, and cannot scale them back; "
                 "train in bfloat16, which needs no scaler, or leave it out"
             )
+        if len(self.param_groups) != len(self.inner.param_groups):
+            raise ValueError("groups have been taken out of param_groups; empty their params instead")
         if self.in_backward:
+            self._forget_orphans(self._parameters())
             for p in self._parameters():
                 if self._inside[p] is not p and p.grad is not None:
                     self._arrive(p)  # no backward pass brought it, or none while the parameter was trained
@@ -379,10 +381,17 @@ class Subspace(Optimizer):
         group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
         if group is None:
             return  # somebody has taken it out
+        self._forget_orphans([p])
         check_finite({p: p.grad})
         [stack] = stacks([{**group, "params": [p]}], self.state, [p])
         self._enter(stack, stack.gradients())
         p.grad = None
+
+    def _forget_orphans(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Drop gradients that were projected on a basis which is no more, as the state has been cleared or loaded since."""
+        for p in parameters:
+            if self._inside[p] is not p and not {"left", "right"} & self.state.get(p, {}).keys():
+                self._inside[p].grad = None
 
     def _enter(self, stack: Stack, G: Tensor) -> None:
         """Refresh the bases that are due, unless this update has begun, and project gradients [k, m, n] into `.grad`."""
@@ -390,8 +399,8 @@ class Subspace(Optimizer):
         steps = int(stack.states[0]["steps"])
         due = [
             i
-            for i, p in enumerate(stack.parameters)
-            if not steps or (steps + self._phase.get(p, 0)) % group["update_gap"] == 0
+            for i, (p, state) in enumerate(zip(stack.parameters, stack.states, strict=True))
+            if not {"left", "right"} & state.keys() or (steps + self._phase.get(p, 0)) % group["update_gap"] == 0
         ]
         if due and inside[0].grad is None:
             some = G if len(due) == len(G) else G[due]
@@ -411,6 +420,8 @@ class Subspace(Optimizer):
         load(self, state_dict)
         self.inner.state.clear()
         for p, inside in self._inside.items():
+            if inside is not p:
+                inside.grad = None
             if "inner" in self.state.get(p, {}):
                 self.inner.state[inside] = self.state[p]["inner"]
 

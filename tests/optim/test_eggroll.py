@@ -413,9 +413,26 @@ def test_fitness_is_one_for_each_member(shape: tuple[int, ...]) -> None:
     assert model.weight.grad is None
 
 
+def test_a_linear_map_of_a_table_is_not_taken_for_the_batch() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Linear(3, 3)
+            self.register_buffer("table", torch.eye(8, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.map(self.table).mT
+
+    model = Net()
+    with pytest.raises(ValueError, match="the model uses map.weight and map.bias in torch.nn.functional.linear"):
+        Eggroll(model, population=4, sigma=0.1)(
+            lambda members: model(torch.ones(2 * len(members), 3)).view(len(members), -1).sum(1)
+        )
+
+
 def test_modules_that_mix_rows_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    with pytest.raises(ValueError, match="does not know how to for BatchNorm1d"):
+    with pytest.raises(ValueError, match=r"1 normalises all members' rows together; put it in eval\(\)"):
         Eggroll(model, population=4, sigma=0.1)(
             lambda members: model(torch.ones(3 * len(members), 4)).view(len(members), -1).sum(1)
         )

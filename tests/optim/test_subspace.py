@@ -406,6 +406,52 @@ def test_what_torch_knows_of_adamw_and_we_do_not_is_refused() -> None:
             a_step(model, kind(groups(model), lr=0.1, **options), 0)
 
 
+@pytest.mark.parametrize(
+    "forget", [lambda o, start: o.state.clear(), lambda o, start: o.load_state_dict(start)], ids=["clear", "load"]
+)
+@pytest.mark.parametrize("when", ["after", "between"])
+def test_gradients_on_a_basis_that_is_gone_are_dropped(forget: Any, when: str) -> None:
+    model = net()
+    optimizer = GaLoreAdamW(groups(model), lr=0.05, in_backward=True)
+    start = copy.deepcopy(optimizer.state_dict())
+    x = torch.randn(6, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    model(x).square().sum().backward()
+    forget(optimizer, start)
+    if when == "between":
+        model(x).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    assert all(loss < 100 for loss in train(model, optimizer, range(4)))
+    shapes = {tuple(s["inner"]["exp_avg"].shape) for p, s in optimizer.state.items() if p.ndim == 2}
+    assert shapes == {(20, 3), (3, 20)}
+
+
+def test_groups_that_are_taken_out_whole_are_refused_before_anything_moves() -> None:
+    for make in EVERY:
+        model = net()
+        optimizer = make(plain_groups(model))
+        a_step(model, optimizer, 0)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer.param_groups.pop()
+        with pytest.raises(ValueError, match="groups have been taken out of param_groups; empty their params instead"):
+            a_step(model, optimizer, 1)
+        assert all(map(torch.equal, model.parameters(), before))
+
+
+def test_muon_s_groups_are_muon_s_whatever_else_they_have() -> None:
+    p, q = nn.Parameter(torch.eye(3)), nn.Parameter(torch.ones(3))
+    optimizer = MuonAdamW([{"params": [p], "momentum": 0.9, "betas": (0.9, 0.9)}, {"params": [q]}], lr=0.1)
+    p.grad, q.grad = torch.eye(3), torch.ones(3)
+    optimizer.step()
+    assert [sorted(optimizer.state[one]) for one in (p, q)] == [["momentum_buffer"], ["exp_avg", "exp_avg_sq", "step"]]
+    with pytest.raises(ValueError, match="the saved state has other groups under Muon"):
+        optimizer.load_state_dict(torch.optim.AdamW([{"params": [p]}, {"params": [q]}]).state_dict())
+    inside = Subspace([{"params": [nn.Parameter(torch.eye(4))], "rank": 2}], MuonAdamW, lr=0.1)
+    with pytest.raises(ValueError, match="is no matrix"):
+        inside.add_param_group({"params": [nn.Parameter(torch.ones(4))], "momentum": 0.9})
+    assert len(inside.param_groups) == len(inside.inner.param_groups) == 1
+
+
 def test_muon_takes_matrices_only() -> None:
     with pytest.raises(ValueError, match=r"shape \(3,\) is no matrix; put it in a group without momentum"):
         MuonAdamW([{"params": [nn.Parameter(torch.ones(3))], "momentum": 0.9}], lr=0.1)
