@@ -117,7 +117,7 @@ def loss_line(suggestion: Found) -> str:
     lost, uniform = suggestion["lost"], suggestion["uniform_lost"]
     return (
         f"at best they lose {in_percent(lost['mean'])} % of a projection's output energy in the mean, {in_percent(lost['worst'])} % in the "
-        f"worst; rank {suggestion['uniform_rank']} for all, at the same price, {in_percent(uniform['mean'])} % and "
+        f"worst; rank {suggestion['uniform_rank']} for all, and one more for some up to the same price, {in_percent(uniform['mean'])} % and "
         f"{in_percent(uniform['worst'])} %"
     )
 

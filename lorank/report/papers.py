@@ -23,11 +23,18 @@ def paper_tables(found: Sequence[Paper]) -> RenderableType:
         if paper.left_out:
             parts += [f"Not here: {paper.left_out}.", ""]
     cells = [cell for paper in found for table in paper.tables for cell in table.cells()]
+    measured = sum(
+        cell.mark == "does not follow"
+        for paper in found
+        for table in paper.tables
+        if table.within is not None
+        for cell in table.cells()
+    )
     counts = {mark: sum(cell.mark == mark for cell in cells) for mark in SIGNS}
     parts.append(
         f"{len(cells)} published cells: {counts['follows']} follow from their formula, {counts['other rounding']} but for "
         f"the rounding of the last digit (≈), {counts['met']} were measured and our count meets them (~), "
-        f"{counts['does not follow']} do not (✗), {counts['unchecked']} cannot be checked (?)."
+        f"{counts['does not follow']} do not (✗; {measured} of them were measured), {counts['unchecked']} cannot be checked (?)."
     )
     return Group(*parts)
 

@@ -379,7 +379,7 @@ def _control(comparison: Comparison, contestants: Sequence[Contestant], costs: C
                 break
         else:
             saved = " or ".join(words for by, words in SAVINGS.items() if by != matched)
-            return f"no method here costs less than the dense model in {saved}"
+            return f"no method here costs over {CLOSE:.0%} less than the dense model in {saved}"
         recipe, shape = narrow_to_match(dense, costs, cheapest, by, folder / CONTROL)
     except ValueError as error:
         return str(error)

@@ -159,7 +159,9 @@ def memory(
     looks for unused parameters, which Trainer has it do for models without checkpoints.
     """
     if recipe.method == "eggroll":
-        raise ValueError("what fits is not sought for method=eggroll, whose memory goes by --option chunk; drop --fits")
+        raise ValueError(
+            "memory of method=eggroll goes by --option chunk, so it is neither sought nor matched; drop --fits, or --match memory"
+        )
     kind, ranks, options = find_projection(recipe, model) or (None, None, None)
     found = accounting.memory_estimate(
         model,

@@ -270,7 +270,7 @@ def test_what_lorank_plan_says_of_eggroll() -> None:
     assert eggroll.to_dict()["flops_per_token"] == eggroll.counts.flops_per_token
     with pytest.raises(ValueError, match="eggroll runs in one process; give --devices 1"):
         forecast_all([shape], ["eggroll"], fleet=dataclasses.replace(fleet, devices=2), tokens=10_000)
-    with pytest.raises(ValueError, match="what fits is not sought for method=eggroll"):
+    with pytest.raises(ValueError, match="memory of method=eggroll goes by --option chunk"):
         fit_all([eggroll], 10.0)
     with pytest.raises(ValueError, match="EGG is a model of its own with no dense twin"):
         forecast_all([dataclasses.replace(shape, model="egg")], ["eggroll"], fleet=fleet)
