@@ -200,7 +200,6 @@ def test_commands_and_flags_shown_exist(document: str) -> None:
 
 
 RUN_WITH = {
-    "plan": "--method cola",
     "pretrain": "--vocab-size 300 --sequence-length 32 --batch-size 4 --steps 4 --warmup-steps 1 --save-every 2 --data my_texts",
     "pretrain --resume": "",
     "evaluate": "--data held_out.txt",
@@ -208,7 +207,11 @@ RUN_WITH = {
     "analyze": "--data held_out.txt --sequence-length 32",
 }
 """What is added to the commands of the quick start to make them short."""
-ELSEWHERE = {"demo": "tests/train/test_demo.py", "compare": "tests/train/test_compare.py"}
+ELSEWHERE = {
+    "demo": "tests/train/test_demo.py",
+    "compare": "tests/train/test_compare.py",
+    "plan": "tests/train/test_forecast.py",
+}
 """What takes many runs, and where it is tested."""
 
 
