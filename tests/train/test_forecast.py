@@ -397,9 +397,9 @@ def test_optimizers_with_little_state_get_the_size_that_they_can_train(monkeypat
 def test_what_fits_of_a_mixture_of_experts(tmp_path: Path) -> None:
     shape = Recipe.from_dict({**TINY, **save_mixture("mixtral", tmp_path, num_hidden_layers=1), "vocab_size": 300})
     (found,) = forecast.forecast_all([shape], ["dense"], fleet=FLEET, tokens=10**6)
-    peak = forecast._Peaks(found.recipe).at
+    peak = forecast._Peaks(found.recipe, FLEET.devices).at
     (fit,) = forecast.fit_all([found], peak(2) / 2**30)
-    assert peak(1) < peak(2) < peak(3) and fit.micro_batch == 2
+    assert peak(1) < peak(2) < peak(4) and fit.micro_batch == 2
 
 
 # ---- for programs
