@@ -1,15 +1,18 @@
 """What do the low-rank optimizers cost per step, in time and in state, beside torch's fused AdamW and the original GaLore?
 
     pip install --no-deps galore-torch                     (the original; left out of the table if it is not there)
-    python benchmarks/optimizers.py [--layers 2] [--rounds 5] [--compile]
+    python benchmarks/optimizers.py [--layers 12] [--rounds 5] [--compile]
 
-The matrices of blocks of the 130M model (d 768, d_ff 2048), fp32, rank 256. All optimizers move the same weights by the same
-gradients in turns in one process; a step without and a step with a new basis are timed apart, and "mean" is what a step costs
-on average at the usual gap of 200 (DCT-AdamW and Trion choose anew at each step). "two products" is what no implementation of
-GaLore can do without: G Qᵀ and W + N Q for every matrix, nothing else. EGGROLL is what follows the forward passes of 256
-members: their noise drawn anew, the estimate in one product per matrix, and fused AdamW. `--compile` adds the steps that
-``torch.compile`` takes. Below it stands how exact each basis is. The table ends with the largest difference between the updates of our GaLore and of the original over four steps with two bases, found by the same call of LAPACK: random
-gradients have no gaps in their spectrum, so that bases by different routines differ, and each is one up to signs.
+The 130M model in fp32: its blocks' matrices at rank 256; embeddings, head and norms without rank. All optimizers move the same
+weights by the same gradients in turns in one process; a step without and a step with a new basis are timed apart, and "mean"
+is what a step costs on average at the usual gap of 200 (DCT-AdamW and Trion choose anew at each step). EGGROLL is what follows
+the forward passes of 256 members: their noise drawn anew, the estimate in one product per matrix, and fused AdamW. `--compile`
+adds the steps that ``torch.compile`` takes.
+
+The second table is of the matrices of two blocks alone, with "two products": what no GaLore can do without, G Qᵀ and W + N Q
+for every matrix, and nothing else. Below it stands how exact each basis is, and the largest difference between the updates of
+our GaLore and of the original over four steps with two bases, found by the same call of LAPACK: random gradients have no gaps
+in their spectrum, so that bases by different routines differ, and each is one up to signs.
 """
 
 import argparse
@@ -25,12 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import LlamaForCausalLM
 
-from lorank.optim import DCTAdamW, Eggroll, FiraAdamW, GaLoreAdamW, Subspace, Trion
+from lorank.optim import DCTAdamW, Eggroll, FiraAdamW, GaLoreAdamW, Subspace, Trion, low_rank_groups
 from lorank.optim.bases import BASES
+from lorank.sizes import llama_config
 
 RANK, GAP = 256, 200
-BLOCK = [(768, 768)] * 4 + [(2048, 768)] * 2 + [(768, 2048)]
+
+Groups = list[dict[str, Any]]
 
 
 def original() -> type[Optimizer] | None:
@@ -46,39 +52,47 @@ def original() -> type[Optimizer] | None:
     return importlib.import_module("galore_torch.adamw").AdamW
 
 
-def optimizers(gap: int, compile: bool = False) -> dict[str, Callable[[list[nn.Parameter]], Optimizer]]:
-    ours: dict[str, Any] = {"rank": RANK, "update_gap": gap}
-    theirs = {"rank": RANK, "update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
-    table: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
-        "AdamW (fused)": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0, fused=True),
-        "GaLore": lambda p: GaLoreAdamW([{"params": p, **ours}], lr=0.01, eps=1e-6),
-        "GaLore, by SVD": lambda p: GaLoreAdamW([{"params": p, **ours}], lr=0.01, eps=1e-6, basis="svd"),
-        "GaLore, randomised": lambda p: GaLoreAdamW([{"params": p, **ours}], lr=0.01, eps=1e-6, basis="randomised"),
-        "Fira": lambda p: FiraAdamW([{"params": p, **ours}], lr=0.01),
-        "DCT-AdamW": lambda p: DCTAdamW([{"params": p, "rank": RANK}], lr=0.01),
-        "DCT-AdamW, FFT": lambda p: DCTAdamW([{"params": p, "rank": RANK}], lr=0.01, transform="fft"),
-        "Trion": lambda p: Trion([{"params": p, "rank": RANK}], lr=0.01),
+def optimizers(gap: int, compile: bool = False) -> dict[str, Callable[[Groups], Optimizer]]:
+    """Each is made of groups with and without rank."""
+
+    def ours(groups: Groups) -> Groups:
+        return [{**group, "update_gap": gap} for group in groups]
+
+    def theirs(groups: Groups) -> Groups:
+        settings = {"update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
+        return [{**group, **settings} if group["rank"] else {"params": group["params"]} for group in groups]
+
+    table: dict[str, Callable[[Groups], Optimizer]] = {
+        "AdamW (fused)": lambda g: torch.optim.AdamW(g, lr=0.01, weight_decay=0.0, fused=True),
+        "GaLore": lambda g: GaLoreAdamW(ours(g), lr=0.01, eps=1e-6),
+        "GaLore, by SVD": lambda g: GaLoreAdamW(ours(g), lr=0.01, eps=1e-6, basis="svd"),
+        "GaLore, randomised": lambda g: GaLoreAdamW(ours(g), lr=0.01, eps=1e-6, basis="randomised"),
+        "Fira": lambda g: FiraAdamW(ours(g), lr=0.01),
+        "DCT-AdamW": lambda g: DCTAdamW(g, lr=0.01),
+        "DCT-AdamW, FFT": lambda g: DCTAdamW(g, lr=0.01, transform="fft"),
+        "Trion": lambda g: Trion(g, lr=0.01),
         "EGGROLL": EggrollAdamW,
     }
     if importlib.util.find_spec("bitsandbytes") is not None:
         from bitsandbytes.optim import AdamW8bit
 
-        table["GaLore, 8-bit AdamW"] = lambda p: Subspace([{"params": p, **ours}], AdamW8bit, lr=0.01)
+        table["GaLore, 8-bit AdamW"] = lambda g: Subspace(ours(g), AdamW8bit, lr=0.01)
     if compile:
         for name in ("DCT-AdamW", "DCT-AdamW, FFT", "Trion"):
-            table[f"{name}, comp."] = lambda p, make=table[name]: compiled(make(p))  # type: ignore[misc]
+            table[f"{name}, comp."] = lambda g, make=table[name]: compiled(make(g))  # type: ignore[misc]
     table["two products"] = TwoProducts
     if (reference := original()) is not None:
-        table["GaLore, original"] = lambda p: reference([{"params": p, **theirs}], lr=0.01, no_deprecation_warning=True)
+        table["GaLore, original"] = lambda g: reference(theirs(g), lr=0.01, no_deprecation_warning=True)
     return table
 
 
 class TwoProducts(Optimizer):
     """The floor: into the subspace and back, with a basis that never changes and no rule in between."""
 
-    def __init__(self, params: list[nn.Parameter]):
-        super().__init__(params, {})
-        self.bases = {p: torch.randn(RANK, min(p.shape)) * 1e-3 for p in params}
+    def __init__(self, groups: Groups):
+        super().__init__(groups, {})
+        projected = [p for group in groups if group["rank"] for p in group["params"]]
+        self.bases = {p: torch.randn(RANK, min(p.shape)) * 1e-3 for p in projected}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -92,9 +106,9 @@ class TwoProducts(Optimizer):
 class EggrollAdamW(torch.optim.AdamW):
     """What EGGROLL does after the members' forward passes, and AdamW."""
 
-    def __init__(self, params: list[nn.Parameter]):
-        super().__init__(params, lr=0.01, weight_decay=0.0, fused=True)
-        self.estimate = Eggroll(nn.ParameterList(params), population=256, sigma=0.01)
+    def __init__(self, groups: Groups):
+        super().__init__(groups, lr=0.01, weight_decay=0.0, fused=True)
+        self.estimate = Eggroll(nn.ParameterList(everything(groups)), population=256, sigma=0.01)
         self.z = torch.randn(256, generator=torch.Generator().manual_seed(0))
 
     def step(self) -> None:  # type: ignore[override]
@@ -119,12 +133,19 @@ def bytes_of(state: Any) -> int:
     return sum(map(bytes_of, vars(state).values())) if hasattr(state, "ortho_matrix") else 0  # the original's projector
 
 
-def weights(layers: int) -> list[nn.Parameter]:
-    generator = torch.Generator().manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(shape, generator=generator) * 0.02) for shape in BLOCK * layers]
-    for p in parameters:
-        p.grad = torch.randn(p.shape, generator=generator) * 1e-3
-    return parameters
+def model_groups(layers: int) -> Groups:
+    """Of the 130M model with so many blocks, and with gradients."""
+    torch.manual_seed(0)
+    config = llama_config("130m")
+    config.num_hidden_layers = layers
+    groups = low_rank_groups(LlamaForCausalLM(config), RANK)
+    for p in everything(groups):
+        p.grad = torch.randn_like(p) * 1e-3
+    return groups
+
+
+def everything(groups: Groups) -> list[nn.Parameter]:
+    return [p for group in groups for p in group["params"]]
 
 
 def basis_as_the_original(X: Tensor, rank: int) -> Tensor:
@@ -134,23 +155,25 @@ def basis_as_the_original(X: Tensor, rank: int) -> Tensor:
     return torch.linalg.svd(X, full_matrices=False).U[..., :rank]
 
 
-def difference(layers: int, steps: int = 4) -> float | None:
+def difference(steps: int = 4) -> float | None:
     """Largest difference between the weights after some steps of ours and of the original, as a part of the largest move."""
     moved = []
     for name in ("ours", "GaLore, original"):
         table = optimizers(gap=2)
-        ours = {"rank": RANK, "update_gap": 2}
-        table["ours"] = lambda p: GaLoreAdamW([{"params": p, **ours}], lr=0.01, eps=1e-6, basis=basis_as_the_original)  # noqa: B023
-        if name not in table:
+        if name not in table and name != "ours":
             return None
-        parameters = weights(layers)
-        before = [p.detach().clone() for p in parameters]
-        optimizer = table[name](parameters)
+        groups = model_groups(1)
+        before = [p.detach().clone() for p in everything(groups)]
+        if name == "ours":
+            gaps = [{**group, "update_gap": 2} for group in groups]
+            optimizer: Optimizer = GaLoreAdamW(gaps, lr=0.01, eps=1e-6, basis=basis_as_the_original)
+        else:
+            optimizer = table[name](groups)
         for step in range(steps):
-            for i, p in enumerate(parameters):
+            for i, p in enumerate(everything(groups)):
                 p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step * 100 + i))
             optimizer.step()
-        moved.append([p.detach() - b for p, b in zip(parameters, before, strict=True)])
+        moved.append([p.detach() - b for p, b in zip(everything(groups), before, strict=True)])
     return max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(*moved, strict=True))
 
 
@@ -171,33 +194,23 @@ def accuracy() -> None:
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
-
-    parameters = weights(options.layers)
-    made = {name: make(parameters) for name, make in optimizers(GAP, options.compile).items()}
-    refresh, plain = {}, {name: [] for name in made}
+def race(groups: Groups, wanted: Callable[[str], bool], rounds: int, compile: bool = False) -> None:
+    """Step the wanted optimizers in turns, and print the table."""
+    made = {name: make(groups) for name, make in optimizers(GAP, compile).items() if wanted(name)}
+    refresh, plain = {}, {name: list[float]() for name in made}
     for name, optimizer in made.items():
         start = time.perf_counter()
         optimizer.step()
         refresh[name] = time.perf_counter() - start
         for _ in range(3 if name.endswith("comp.") else 0):  # until nothing is compiled any more
             optimizer.step()
-    for _ in range(options.rounds):
+    for _ in range(rounds):
         for name, optimizer in made.items():
             start = time.perf_counter()
             optimizer.step()
             plain[name].append(time.perf_counter() - start)
-
     print(
-        f"{options.layers} blocks of the 130M model, rank {RANK}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    print(
-        f"{'':20} {'state MiB':>10} {'step ms':>9} {'with new basis':>15} {'mean ms':>9} {'/ AdamW':>9} {'/ original':>11}"
+        f"{'':21} {'state MiB':>9} {'step ms':>8} {'with new basis':>14} {'mean ms':>8} {'/ AdamW':>8} {'/ original':>10}"
     )
     mean = {}
     for name, times in plain.items():
@@ -205,14 +218,30 @@ def main() -> None:
         every_step = name.startswith(("AdamW", "DCT", "Trion", "EGGROLL", "two"))
         mean[name] = median if every_step else ((GAP - 1) * median + refresh[name]) / GAP
     for name, optimizer in made.items():
-        state = sum(bytes_of(optimizer.state.get(p)) for p in parameters) / 2**20
-        against = f"{mean[name] / mean['GaLore, original']:11.2f}" if "GaLore, original" in mean else ""
+        state = sum(bytes_of(optimizer.state.get(p)) for p in everything(groups)) / 2**20
+        against = f"{mean[name] / mean['GaLore, original']:10.2f}" if "GaLore, original" in mean else ""
         print(
-            f"{name:20} {state:10.1f} {statistics.median(plain[name]) * 1e3:9.1f} {refresh[name] * 1e3:15.1f} "
-            f"{mean[name] * 1e3:9.1f} {mean[name] / mean['AdamW (fused)']:9.2f} {against}"
+            f"{name:21} {state:9.1f} {statistics.median(plain[name]) * 1e3:8.1f} {refresh[name] * 1e3:14.1f} "
+            f"{mean[name] * 1e3:8.1f} {mean[name] / mean['AdamW (fused)']:8.2f} {against}"
         )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+
+    print(
+        f"the 130M model, {options.layers} blocks, rank {RANK}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    race(model_groups(options.layers), lambda name: name != "two products", options.rounds, options.compile)
+    print("the matrices of two of its blocks alone")
+    matrices = [group for group in model_groups(2) if group["rank"]]
+    race(matrices, lambda name: name.startswith(("AdamW", "GaLore", "two")), 3 * options.rounds)
     accuracy()
-    if (off := difference(1)) is not None:
+    if (off := difference()) is not None:
         print(f"updates of GaLore and of the original differ by {off:.1e} of the largest")
 
 

@@ -36,8 +36,7 @@ class VectorAdamW(Optimizer):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name}={value} is negative or no number; give one >= 0")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={betas} are not both in [0, 1); the usual ones are (0.9, 0.999)")
+        check_betas(betas)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -79,6 +78,12 @@ class VectorAdamW(Optimizer):
         for parameter, state in self.state.items():  # torch leaves counters on the device they were saved from
             if "step" in state:
                 state["step"] = state["step"].to(parameter.device, torch.float32)
+
+
+def check_betas(betas: Iterable[float]) -> None:
+    """Raises ValueError if one is not in [0, 1)."""
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"betas={betas} are not both in [0, 1); the usual ones are (0.9, 0.999)")
 
 
 def reset_vectors(optimizer: Optimizer, parameter: Tensor, dim: int, rows: Tensor) -> None:

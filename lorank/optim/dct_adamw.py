@@ -23,8 +23,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lorank.optim import dct
-from lorank.optim.dct import Transform, back, carry, columns, dequantise, quantise, select, transform, transform_flops
+from lorank.optim.dct import (
+    Transform,
+    back,
+    carry,
+    check_choice,
+    columns,
+    dequantise,
+    quantise,
+    select,
+    transform,
+    transform_flops,
+)
 from lorank.optim.matrices import MatrixOptimizer, Stack
 
 
@@ -65,7 +75,7 @@ class DCTAdamW(MatrixOptimizer):
     ):
         if error_feedback not in ("none", "full", "8bit"):
             raise ValueError(f"error_feedback={error_feedback!r} is none of none, full, 8bit")
-        dct.check_choice(transform, ell_norm)
+        check_choice(transform, ell_norm)
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update_gap": update_gap}
         super().__init__(params, defaults)
         self.ell_norm, self.transform, self.error_feedback, self.rotate = ell_norm, transform, error_feedback, rotate

@@ -39,6 +39,8 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lorank.optim.matrices import processes
+
 BLOCK = 32
 """Pairs drawn from one seed."""
 
@@ -67,13 +69,8 @@ def operations_per_byte(a: int, b: int, members: int, rank: int = 0) -> float:
     return operations / (2 * (a * b + members * (1 + rank) * (a + b) + 2 * members * rank))
 
 
-def processes() -> int:
-    """In a distributed run each asks the same members about rows of its own."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
 def over_processes(values: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
-    """Make `values` their sum over the processes, or what else `op` says."""
+    """Make `values`, of the same members asked about other rows, their sum over the processes, or what else `op` says."""
     if processes() > 1:
         dist.all_reduce(values, op)
 
@@ -318,13 +315,13 @@ class _Uses(TorchFunctionMode):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = function(*args, **kwargs)
+        given, made = ([t for t in tree_leaves(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), output))
         if self.inside:
-            given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             follows = all(self.own.get(t, False) for t in given)
-            for made in (t for t in tree_leaves(output) if isinstance(t, Tensor)):
-                self.own[made] = follows and self.own.get(made, True)
-        used = [p for p in tree_leaves((args, kwargs)) if isinstance(p, nn.Parameter) and p in self.estimate.perturbed]
-        if not used or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(output)):
+            for t in made:
+                self.own[t] = follows and self.own.get(t, True)
+        used = [p for p in given if isinstance(p, nn.Parameter) and p in self.estimate.perturbed]
+        if not used or not made:
             return output  # a question such as W.shape
         noisy = self.forms[function](output, used, *args, **kwargs) if function in self.forms else None
         if noisy is None:

@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorank.egg import DOCUMENT_START, EggForCausalLM, Noise, score, signs
-from lorank.optim.eggroll import check_population, over_processes, pair_noise, processes
+from lorank.optim.eggroll import check_population, over_processes, pair_noise
+from lorank.optim.matrices import processes
 
 
 def alpha_at(step: int, flag: float) -> float:

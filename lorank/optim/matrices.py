@@ -1,5 +1,6 @@
 """What optimizers of matrices share: groups with a `rank`, and stacks of equal shape, so that one product serves all."""
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,8 +11,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from lorank.optim.adamw import check_betas
+
 STACKED = {"cpu": 1 << 18}
 """Numbers in one stack, at most: a CPU is busy with one large product, which a copy into a stack would only delay."""
+
+
+def processes() -> int:
+    """Of a distributed run; 1 without one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 # ---- parameters that are sharded (FSDP2): each process gathers the gradient, computes the same, and keeps its part
@@ -99,8 +107,23 @@ def check_numbers(group: Mapping[str, Any], *names: str) -> None:
         value = group[name]
         if not isinstance(value, int | float | Tensor) or not 0 <= value < math.inf:
             raise ValueError(f"{name}={value!r} is negative or no finite number; give one >= 0")
-    if not all(0 <= beta < 1 for beta in group.get("betas", ())):
-        raise ValueError(f"betas={group['betas']} are not both in [0, 1); the usual ones are (0.9, 0.999)")
+    check_betas(group.get("betas", ()))
+
+
+@contextlib.contextmanager
+def last_group_or_none(optimizer: Optimizer) -> Iterator[None]:
+    """Inside, a ValueError takes the group that was added last out again."""
+    try:
+        yield
+    except ValueError:
+        optimizer.param_groups.pop()
+        raise
+
+
+def check_as_many(ours: Sequence[Any], its: Sequence[Any]) -> None:
+    """Raises ValueError if an inner optimizer has other groups than its outer one."""
+    if len(ours) != len(its):
+        raise ValueError("groups have been taken out of param_groups; empty their params instead")
 
 
 @torch.compiler.disable
@@ -212,15 +235,12 @@ class MatrixOptimizer(Optimizer):
         """Of AdamW's groups, those without rank, learning rate, betas and the like are read at each step."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        try:
+        with last_group_or_none(self):
             check_groups([group])
             check_numbers(group, *({"lr", "weight_decay", "eps", "momentum"} & group.keys()))
             for name in ("maximize", "amsgrad"):
                 if group.get(name):
                     raise ValueError(f"{type(self).__name__} has no {name}; leave it out of the group")
-        except ValueError:
-            self.param_groups.pop()
-            raise
         if group["rank"] is None:
             plain = {"params": group["params"]}
             if self._adamw is None:
@@ -240,8 +260,7 @@ class MatrixOptimizer(Optimizer):
         if closure is not None:
             raise ValueError(f"{type(self).__name__} evaluates no closure; call backward() before step()")
         plain = [group for group in self.param_groups if group["rank"] is None]
-        if len(plain) != (len(self._adamw.param_groups) if self._adamw is not None else 0):
-            raise ValueError("groups have been taken out of param_groups; empty their params instead")
+        check_as_many(plain, self._adamw.param_groups if self._adamw is not None else ())
         moved = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         check_finite({p: p.grad for p in moved})
         for stack in stacks(self.param_groups, self.state, moved):

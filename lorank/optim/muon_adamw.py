@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lorank.optim.matrices import last_group_or_none
 from lorank.optim.trion import newton_schulz_flops
 
 
@@ -57,12 +58,12 @@ class MuonAdamW(torch.optim.Optimizer):
         ours = "momentum" in param_group or param_group.get("rank") is not None
         given = {name: value for name, value in param_group.items() if not (ours and name in ("betas", "eps"))}
         super().add_param_group({**(self._muon if ours else self._adamw).defaults, **given})
-        for p in self.param_groups[-1]["params"] if ours else ():
-            if p.ndim != 2:
-                self.param_groups.pop()
-                raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} is no matrix; put it in a group without momentum"
-                )
+        with last_group_or_none(self):
+            for p in self.param_groups[-1]["params"] if ours else ():
+                if p.ndim != 2:
+                    raise ValueError(
+                        f"a parameter of shape {tuple(p.shape)} is no matrix; put it in a group without momentum"
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if "hooks" not in name}

@@ -19,11 +19,10 @@ call the optimizer's ``zero_grad``, as the model's knows nothing of them. Parame
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -32,11 +31,14 @@ from lorank.optim.bases import BASES, Basis, basis_flops
 from lorank.optim.matrices import (
     Stack,
     adamw_bytes,
+    check_as_many,
     check_finite,
     check_groups,
     check_numbers,
+    last_group_or_none,
     load,
     local,
+    processes,
     stacked,
     stacks,
     whole,
@@ -127,7 +129,7 @@ class Subspace(Optimizer):
         defaults = {"lr": lr, "rank": None, "update_gap": update_gap, "scale": scale, "projection": projection}
         if isinstance(basis, str) and basis not in BASES:
             raise ValueError(f"basis={basis!r} is none of {', '.join(BASES)}")
-        if in_backward and dist.is_initialized() and dist.get_world_size() > 1:
+        if in_backward and processes() > 1:
             raise ValueError("in_backward=True sees the gradient of one process only; leave it out in distributed runs")
         self._watched: set[nn.Parameter] = set()
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
@@ -157,11 +159,8 @@ class Subspace(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         if "inner" in self.__dict__:
-            try:
+            with last_group_or_none(self):
                 self.inner.add_param_group(self._admit(self.param_groups[-1]))
-            except ValueError:
-                self.param_groups.pop()
-                raise
             self._share()
             self._watch()
 
@@ -289,8 +288,7 @@ class Subspace(Optimizer):
                 "in_backward=True projects gradients that GradScaler has scaled, and cannot scale them back; "
                 "train in bfloat16, which needs no scaler, or leave it out"
             )
-        if len(self.param_groups) != len(self.inner.param_groups):
-            raise ValueError("groups have been taken out of param_groups; empty their params instead")
+        check_as_many(self.param_groups, self.inner.param_groups)
         if self.in_backward:
             self._forget_orphans(self._parameters())
             for p in self._parameters():
@@ -390,7 +388,7 @@ class Subspace(Optimizer):
     def _forget_orphans(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop gradients that were projected on a basis which is no more, as the state has been cleared or loaded since."""
         for p in parameters:
-            if self._inside[p] is not p and not {"left", "right"} & self.state.get(p, {}).keys():
+            if self._inside[p] is not p and not _has_basis(self.state.get(p, {})):
                 self._inside[p].grad = None
 
     def _enter(self, stack: Stack, G: Tensor) -> None:
@@ -400,7 +398,7 @@ class Subspace(Optimizer):
         due = [
             i
             for i, (p, state) in enumerate(zip(stack.parameters, stack.states, strict=True))
-            if not {"left", "right"} & state.keys() or (steps + self._phase.get(p, 0)) % group["update_gap"] == 0
+            if not _has_basis(state) or (steps + self._phase.get(p, 0)) % group["update_gap"] == 0
         ]
         if due and inside[0].grad is None:
             some = G if len(due) == len(G) else G[due]
@@ -424,6 +422,10 @@ class Subspace(Optimizer):
                 inside.grad = None
             if "inner" in self.state.get(p, {}):
                 self.inner.state[inside] = self.state[p]["inner"]
+
+
+def _has_basis(state: Mapping[str, Any]) -> bool:
+    return "left" in state or "right" in state
 
 
 def _bases(stack: Stack) -> tuple[Tensor | None, Tensor | None]:

@@ -85,7 +85,7 @@ def analyze_folder(
         base = _recipe_for(
             model, loaded.config, out, data=data, sequence_length=sequence_length, tokenizer=tokenizer, **form
         )
-        target, refused = _target(loaded, base)
+        target, refused = _target(base)
         sites = target.sites.values() if target else () if converted_with(loaded) else find_sites(loaded)
         if sites:
             check_budget(budget, [(site.d_in, site.d_out) for site in sites])
@@ -179,7 +179,7 @@ def _recipe_for(model: str, config: Any, out: Path, *, tokenizer: str | None, **
     return absolute(recipe)
 
 
-def _target(loaded: PreTrainedModel, recipe: Recipe) -> tuple[Target | None, str | None]:
+def _target(recipe: Recipe) -> tuple[Target | None, str | None]:
     """What a recipe would train, or why it could not."""
     try:
         empty = empty_model(dataclasses.replace(recipe, method="dense"))

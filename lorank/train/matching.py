@@ -30,6 +30,7 @@ from lorank.train.estimators import build_estimator
 from lorank.train.model import Projection, build_config, build_model, find_projection, written_out
 from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
 from lorank.train.plan import memory, optimizer_flops
+from lorank.train.process import signals_later
 from lorank.train.recipe import Recipe
 
 Match = Literal["tokens", "flops", "time", "params", "memory"]
@@ -75,9 +76,13 @@ class Costs:
         settings = {name: value for name, value in recipe.to_dict().items() if name not in free}
         key = json.dumps([figure, settings, config.to_dict()], sort_keys=True, default=str)
         if key not in self._known:
-            with warnings.catch_warnings(action="ignore"), torch.device("meta"):  # ranks beyond break-even are tried
-                model = build_model(recipe, config)
-            self._known[key] = _count(figure, recipe, model)
+            with signals_later():
+                with (
+                    warnings.catch_warnings(action="ignore"),
+                    torch.device("meta"),
+                ):  # ranks beyond break-even are tried
+                    model = build_model(recipe, config)
+                self._known[key] = _count(figure, recipe, model)
         return self._known[key]
 
     def check(self, recipe: Recipe) -> None:
@@ -90,7 +95,7 @@ class Costs:
         settings = {name: value for name, value in recipe.to_dict().items() if name not in free}
         key = json.dumps(["check", settings], sort_keys=True, default=str)
         if key not in self._known:
-            with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+            with signals_later(), warnings.catch_warnings(action="ignore"), torch.device("meta"):
                 model = build_model(recipe, build_config(recipe, self.tokenizer))
                 projection = find_projection(recipe, model)
                 estimator = build_estimator(recipe, model)
