@@ -24,7 +24,7 @@ from lorank.train.compare import Race, Run
 from lorank.train.contest import Comparison, _swept, find_contestants, plan_contest, slug
 from lorank.train.matching import CLOSE, Costs, narrow_to_match
 from lorank.train.model import build_config, build_model, check_causal
-from lorank.train.process import PretrainProcess
+from lorank.train.process import PretrainProcess, signals_later, stop_on_signal
 from lorank.train.recipe import Recipe
 from lorank.train.run import history, pretrain
 
@@ -610,6 +610,17 @@ def test_stopped_then_killed_and_nothing_is_lost(
     assert "[1/2] dense seed 42 validation perplexity" in " ".join(out.split())
     for run in (first, second):
         assert [one["step"] for one in history(race.folder(run)) if "lr" in one] == list(range(1, 151))
+
+
+def test_a_signal_waits_for_the_end_of_a_count() -> None:
+    """An exception in the midst of torch's C++, where models are counted, may abort the process."""
+    after, before = [], signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stop_on_signal():
+        with signals_later():
+            os.kill(os.getpid(), signal.SIGTERM)
+            after.append("the rest of the count")
+        after.append("what follows")
+    assert after == ["the rest of the count"] and signal.getsignal(signal.SIGTERM) == before
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
