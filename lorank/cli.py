@@ -243,7 +243,9 @@ PLANNED = {
 )
 @click.option("--watts", type=float, default=None, help="Power of a device.", show_default="data sheet")
 @click.option("--price", type=float, default=None, help="Dollars per device and hour.", show_default="assumed")
-@click.option("--fits", type=float, default=None, metavar="GIB", help="Also find what fits in that much memory.")
+@click.option(
+    "--fits", type=float, default=None, metavar="GIB", help="Also find what fits in that much memory (some 10 s a row)."
+)
 @click.option(
     "--paper", default=None, metavar="NAME", help="Instead: a paper's published costs beside ours; all: every one."
 )

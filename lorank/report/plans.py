@@ -29,10 +29,12 @@ def _under(title: str, table: Table) -> Group:
     return Group(Text(title, "bold"), table)
 
 
-LARGEST = (
+LARGEST = list(SIZES)[-1]
+FITS = (
     "Micro-batch: it divides a device's part of --batch-size; all: it is the whole part, and of a larger batch more might fit.",
     f"Models: with one sequence at a time and the row's method and settings. Llama: of the named sizes {', '.join(SIZES)}. This "
-    f"shape: its own widths with the most layers (+: {DEEPEST} times its own, more were not tried; -: their number cannot be set).",
+    f"shape: its own widths with the most layers (-: their number cannot be set). +: the most that was tried, {LARGEST} or "
+    f"{DEEPEST} times the shape's own layers.",
 )
 
 
@@ -43,7 +45,7 @@ def forecast_tables(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: fl
         parts = [_settings(found), "", *parts]
     if fits:
         parts += ["", _fits(found, fits, gib)]
-    return Group(*parts, "", *_assumptions(found), *(LARGEST if fits else ()))
+    return Group(*parts, "", *_assumptions(found), *(FITS if fits else ()))
 
 
 def _names(found: Sequence[Forecast]) -> list[str]:
@@ -162,7 +164,8 @@ def _fits(found: Sequence[Forecast], fits: Sequence[Fit], gib: float) -> Group:
     table = _table("micro-batch", "largest Llama", "this shape")
     for name, fit in zip(_names(found), fits, strict=True):
         batch = f"{fit.micro_batch}{', all' if fit.is_whole else ''}" if fit.micro_batch else "none"
-        table.add_row(name, batch, fit.size or "none", _depth(fit.depth))
+        more = "+" if fit.size == LARGEST else ""
+        table.add_row(name, batch, f"{fit.size}{more}" if fit.size else "none", _depth(fit.depth))
     return _under(f"What fits in {gib:g} GiB", table)
 
 
