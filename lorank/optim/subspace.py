@@ -47,6 +47,9 @@ from lorank.optim.matrices import (
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
 OURS = ("params", "update_gap", "scale", "projection", "weight_decay")
 """Settings of a group that are not the inner optimizer's."""
+COUNT_BY_PARAMETER = ("torch.", "bitsandbytes.", "lorank.")
+"""Packages whose optimizers count steps parameter by parameter, so that one stack after another may be stepped: then no more than
+one's R and D are there at a time, and in a CPU's caches. Others may count calls."""
 
 
 # ---- the mathematics
@@ -305,33 +308,48 @@ class Subspace(Optimizer):
                 if inside is not p:
                     inside.grad = None  # what a step left that failed half-way
             for stack in found:
-                self._enter(stack, stack.gradients())
-        for stack in found:
-            for p, state in zip(stack.parameters, stack.states, strict=True):
-                self._inside[p].data = torch.zeros_like(self._inside[p].grad)  # type: ignore[arg-type]
-                state["steps"] += 1
-        for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
-            its.update({name: ours[name] for name in its if name not in OURS and name in ours})
-            its["params"] = [self._inside[p] for p in ours["params"]]
-            if self.unit_lr and ours["rank"]:
-                its["lr"] = 1.0
+                self._refresh(stack)
         for p, inside in self._inside.items():
             if "inner" not in self.state.get(p, ()):
                 self.inner.state.pop(inside, None)  # somebody has cleared the state
-        self.step_inside()
-        for p, inside in self._inside.items():
-            if inside in self.inner.state:
-                self.state[p]["inner"] = self.inner.state[inside]
-        for stack in found:
-            self.leave(stack, stacked([self._change(p, stack.group) for p in stack.parameters]), *_bases(stack))
-            for p in stack.parameters:
-                self._inside[p].data, self._inside[p].grad = local(p).new_empty(0, 0), None
+        plain = [p for p in moved if self._inside[p] is p]
+        if type(self.inner).__module__.startswith(COUNT_BY_PARAMETER):
+            for stack in found:
+                self._move([stack], [])
+            self._move([], plain)
+        else:
+            self._move(found, plain)
+        for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
+            its["params"] = [self._inside[p] for p in ours["params"]]
         have_moved = set(moved)
         for group in self.param_groups:
             decayed: list[Tensor] = [p for p in group["params"] if p in have_moved]
             if group["weight_decay"] and decayed:
                 torch._foreach_mul_(decayed, 1 - group["lr"] * group["weight_decay"])
         return None
+
+    def _move(self, found: list[Stack], plain: list[nn.Parameter]) -> None:
+        """Into the subspace, the inner optimizer's step, and back."""
+        for stack in found:
+            if not self.in_backward:
+                self._enter(stack)
+            for p, state in zip(stack.parameters, stack.states, strict=True):
+                self._inside[p].data = torch.zeros_like(self._inside[p].grad)  # type: ignore[arg-type]
+                state["steps"] += 1
+        stepped = {p for stack in found for p in stack.parameters}.union(plain)
+        for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
+            its.update({name: ours[name] for name in its if name not in OURS and name in ours})
+            its["params"] = [self._inside[p] for p in ours["params"] if p in stepped]
+            if self.unit_lr and ours["rank"]:
+                its["lr"] = 1.0
+        self.step_inside()
+        for p in stepped:
+            if self._inside[p] in self.inner.state:
+                self.state[p]["inner"] = self.inner.state[self._inside[p]]
+        for stack in found:
+            self.leave(stack, stacked([self._change(p, stack.group) for p in stack.parameters]), *_bases(stack))
+            for p in stack.parameters:
+                self._inside[p].data, self._inside[p].grad = local(p).new_empty(0, 0), None
 
     def _check_sharded(self, moved: Sequence[nn.Parameter]) -> None:
         """Adafactor's step goes by norms of whole parameters, which torch takes of a process's part alone; bitsandbytes' kernels
@@ -382,7 +400,8 @@ class Subspace(Optimizer):
         self._forget_orphans([p])
         check_finite({p: p.grad})
         [stack] = stacks([{**group, "params": [p]}], self.state, [p])
-        self._enter(stack, stack.gradients())
+        self._refresh(stack)
+        self._enter(stack)
         p.grad = None
 
     def _forget_orphans(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -391,28 +410,32 @@ class Subspace(Optimizer):
             if self._inside[p] is not p and not _has_basis(self.state.get(p, {})):
                 self._inside[p].grad = None
 
-    def _enter(self, stack: Stack, G: Tensor) -> None:
-        """Refresh the bases that are due, unless this update has begun, and project gradients [k, m, n] into `.grad`."""
-        group, inside = stack.group, [self._inside[p] for p in stack.parameters]
-        steps = int(stack.states[0]["steps"])
+    def _refresh(self, stack: Stack) -> None:
+        """Find the bases that are due, unless this update has begun."""
+        group, steps = stack.group, int(stack.states[0]["steps"])
         due = [
             i
             for i, (p, state) in enumerate(zip(stack.parameters, stack.states, strict=True))
             if not _has_basis(state) or (steps + self._phase.get(p, 0)) % group["update_gap"] == 0
         ]
-        if due and inside[0].grad is None:
-            some = G if len(due) == len(G) else G[due]
-            wide, rank = some.to(torch.promote_types(G.dtype, torch.float32)), min(group["rank"], *G.shape[1:])
-            for side, asked in zip(("left", "right"), sides(group["projection"], *G.shape[1:]), strict=True):
-                if asked:
-                    found = self.basis(wide, rank) if side == "left" else self.basis(wide.mT, rank).mT
-                    for i, basis in zip(due, found.to(G.dtype), strict=True):
-                        stack.states[i][side] = basis.contiguous()
-        for its, R in zip(inside, project(G, *_bases(stack)), strict=True):
-            if its.grad is None:
-                its.data, its.grad = torch.empty_like(R), R
+        if not due or self._inside[stack.parameters[0]].grad is not None:
+            return
+        G = Stack([stack.parameters[i] for i in due], group, [stack.states[i] for i in due]).gradients()
+        wide, rank = G.to(torch.promote_types(G.dtype, torch.float32)), min(group["rank"], *G.shape[1:])
+        for side, asked in zip(("left", "right"), sides(group["projection"], *G.shape[1:]), strict=True):
+            if asked:
+                found = self.basis(wide, rank) if side == "left" else self.basis(wide.mT, rank).mT
+                for i, basis in zip(due, found.to(G.dtype), strict=True):
+                    stack.states[i][side] = basis.contiguous()
+
+    def _enter(self, stack: Stack) -> None:
+        """Project gradients [k, m, n] and add them to the `.grad` of what stands for their parameters."""
+        for p, R in zip(stack.parameters, project(stack.gradients(), *_bases(stack)), strict=True):
+            inside = self._inside[p]
+            if inside.grad is None:
+                inside.data, inside.grad = torch.empty_like(R), R
             else:
-                its.grad += R
+                inside.grad += R
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         load(self, state_dict)

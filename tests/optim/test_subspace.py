@@ -641,3 +641,27 @@ def test_at_full_rank_plain_gradient_descent_moves_by_the_gradient_itself() -> N
     before = p.detach().clone()
     run(optimizer, [p], range(1))
     torch.testing.assert_close(before - p, gradients(0, [p])[0])
+
+
+class CountsCalls(torch.optim.SGD):
+    """As optimizers outside of torch may."""
+
+    calls = 0
+
+    def step(self, *closure: Any) -> Any:
+        self.calls += 1
+        self.at_once = sum(p.numel() for group in self.param_groups for p in group["params"] if p.grad is not None)
+        return super().step(*closure)
+
+
+def test_a_rule_that_may_count_calls_is_called_once_per_step_and_torch_s_stack_by_stack() -> None:
+    """With the same result; the latter has no more than one stack's R at a time."""
+    here, there = net(), net()
+    theirs: Any = type("OfTorch", (CountsCalls,), {"__module__": "torch.optim.sgd"})
+    counting = Subspace(groups(here), CountsCalls, lr=0.1, momentum=0.9)
+    by_stack = Subspace(groups(there), theirs, lr=0.1, momentum=0.9)
+    assert train(here, counting, range(7)) == train(there, by_stack, range(7))
+    assert all(map(torch.equal, here.parameters(), there.parameters()))
+    sizes = [3 * 20, 20 * 3, 20 + 8]  # two matrices' R, then what has no rank
+    assert (counting.inner.calls, counting.inner.at_once) == (7, sum(sizes))
+    assert (by_stack.inner.calls, by_stack.inner.at_once) == (7 * len(sizes), sizes[-1])
