@@ -1,10 +1,10 @@
 """What do the low-rank optimizers cost per step, in time and in state, beside torch's fused AdamW and the original GaLore?
 
     pip install --no-deps galore-torch                     (the original; left out of the table if it is not there)
-    python benchmarks/optimizers.py [--layers 12] [--rounds 5] [--compile]
+    python benchmarks/optimizers.py [--layers 12] [--rounds 9] [--compile]
 
 The 130M model in fp32: its blocks' matrices at rank 256; embeddings, head and norms without rank. All optimizers move the same
-weights by the same gradients in turns in one process; a step without and a step with a new basis are timed apart, and "mean"
+weights by the same gradients in turns, in another order each round, in one process; a step without and a step with a new basis are timed apart, and "mean"
 is what a step costs on average at the usual gap of 200 (DCT-AdamW and Trion choose anew at each step). EGGROLL is what follows
 the forward passes of 256 members: their noise drawn anew, the estimate in one product per matrix, and fused AdamW. `--compile`
 adds the steps that ``torch.compile`` takes.
@@ -18,6 +18,7 @@ in their spectrum, so that bases by different routines differ, and each is one u
 import argparse
 import importlib
 import importlib.util
+import random
 import statistics
 import sys
 import time
@@ -204,10 +205,10 @@ def race(groups: Groups, wanted: Callable[[str], bool], rounds: int, compile: bo
         refresh[name] = time.perf_counter() - start
         for _ in range(3 if name.endswith("comp.") else 0):  # until nothing is compiled any more
             optimizer.step()
-    for _ in range(rounds):
-        for name, optimizer in made.items():
+    for number in range(rounds):
+        for name in random.Random(number).sample(list(made), len(made)):  # none always follows the same other
             start = time.perf_counter()
-            optimizer.step()
+            made[name].step()
             plain[name].append(time.perf_counter() - start)
     print(
         f"{'':21} {'state MiB':>9} {'step ms':>8} {'with new basis':>14} {'mean ms':>8} {'/ AdamW':>8} {'/ original':>10}"
@@ -229,7 +230,7 @@ def race(groups: Groups, wanted: Callable[[str], bool], rounds: int, compile: bo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
 
