@@ -1,10 +1,15 @@
 """The demonstration, shortened: both twins train, the table and the picture come out."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from lorank.cli import cli
+from lorank.train import data, demo
 from lorank.train.demo import LEARNING_RATES, demo_recipe, run_demo
 from lorank.train.recipe import Recipe
 
@@ -16,7 +21,17 @@ def test_both_twins_see_the_same_tokens_in_the_same_order() -> None:
     assert demo_recipe("cola", 50).steps == 50
 
 
-def test_the_demo_leaves_two_runs_and_a_picture(tmp_path: Path) -> None:
+def test_the_demo_leaves_two_runs_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here in one process, and on a part of the text."""
+    some = data._embedded_files()[::30]
+    monkeypatch.setattr(data, "_embedded_files", lambda: some)
+
+    def call(command: list[str], check: bool) -> Any:
+        assert command[:3] == [sys.executable, "-m", "lorank"] and not check
+        cli(command[3:], standalone_mode=False)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(demo, "subprocess", SimpleNamespace(run=call))
     said: list[str] = []
     summaries = run_demo(tmp_path, 10, say=said.append)
     assert [line.split()[:4] for line in said] == [["$", "lorank", "pretrain", "--method"]] * 2
