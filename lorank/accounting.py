@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from transformers import masking_utils
 
 from lorank.accelerators import ACCELERATORS
 from lorank.conversion import blocks
@@ -254,6 +255,19 @@ class _WithoutData(FakeTensorMode):
         return a.new_empty(*(offsets.shape if b.ndim == 2 else ()), a.shape[0], b.shape[-1])
 
 
+@contextlib.contextmanager
+def _without_data() -> Iterator[None]:
+    """Inside, tensors have shapes alone, and every row is one sequence: transformers looks for several in the positions, and where
+    there is nothing to see it makes a mask [n, n] that training has none of."""
+    look = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        with _WithoutData():
+            yield
+    finally:
+        masking_utils.find_packed_sequence_indices = look
+
+
 def _example(batch: int, sequence_length: int) -> dict[str, Tensor]:
     ids = torch.zeros(batch, sequence_length, dtype=torch.int64)
     return {"input_ids": ids, "labels": ids}
@@ -308,7 +322,7 @@ def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 25
             loss.backward()
         return forward, counter.get_total_flops() - forward
 
-    with _WithoutData(), _told_as("counted"):
+    with _without_data(), _told_as("counted"):
         twin = _twin(model)
         forward, backward = count(twin)
         recompute = 0
@@ -430,7 +444,7 @@ def measure_peak(
         kept.setdefault(parameter, smaller)
         parameter.grad = None
 
-    with _WithoutData(), _told_as("measured"):
+    with _without_data(), _told_as("measured"):
         twin, inputs = _twin(model), _example(batch, sequence_length)
         shapes = {ours: kept_gradients.get(p) for p, ours in zip(model.parameters(), twin.parameters(), strict=True)}
         meter = _Meter([*twin.parameters(), *twin.buffers(), *inputs.values()])
@@ -455,7 +469,7 @@ def measure_peak(
 
 def measure_call(model: nn.Module, call: Callable[[Any], object]) -> tuple[int, int]:
     """FLOPs of `call` on a data-free twin of a model, and the most bytes that it held at once beside the weights; without autograd."""
-    with _WithoutData(), _told_as("counted"), torch.no_grad():
+    with _without_data(), _told_as("counted"), torch.no_grad():
         twin = _twin(model)
         meter = _Meter([*twin.parameters(), *twin.buffers()])
         with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter, meter:
@@ -480,7 +494,7 @@ def measure_step(model: nn.Module, build: Callable[[nn.Module], Optimizer]) -> S
     Args:
         build: makes the optimizer of a model's parameters.
     """
-    with _WithoutData(), _told_as("stepped"):
+    with _without_data(), _told_as("stepped"):
         twin = _twin(model)
         trained = [p for p in twin.parameters() if p.requires_grad]
         meter = _Meter([*twin.parameters(), *twin.buffers()])

@@ -6,6 +6,7 @@ Nothing heavy is imported before a command runs, so that ``lorank --help`` answe
 import dataclasses
 import errno
 import os
+import re
 import sys
 import typing
 from collections.abc import Mapping
@@ -622,8 +623,10 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
     for note in results["notes"]:
         console.print(f"· {note}", markup=False, highlight=False)
     console.print(f"report: [bold]{race.out}/report.html[/bold]", highlight=False, soft_wrap=True)
-    if not any(row["loss"] for row in results["contestants"]):
-        raise ValueError(f"every run failed; their last words are above, all of them in {race.out}/runs")
+    rows = [row for row in results["contestants"] if row["kind"] == "method"] or results["contestants"]
+    if not any(row["loss"] for row in rows):
+        which = "run" if len(rows) == len(results["contestants"]) else "run of a method"
+        raise ValueError(f"every {which} failed; their last words are above, all of them in {race.out}/runs")
 
 
 def _comparison(
@@ -642,13 +645,16 @@ def _comparison(
     from lorank.train.contest import Comparison, parse_values
 
     base = _recipe(recipe, flags)
-    if not all(seed.strip().isdigit() for seed in seeds.split(",")):
+    if not all(re.fullmatch(r"\s*[0-9]+\s*", seed) for seed in seeds.split(",")):
         raise ValueError(f"--seeds {seeds} is not a list of whole numbers such as 1,2,3")
-    settings = dict(map(parse_values, sweep))
+    settings: dict[str, list[Any]] = {}
+    for name, values in map(parse_values, sweep):
+        settings.setdefault(name, []).extend(values)
     rate_given = flags["lr"] is not None or (recipe and "lr" in yaml.safe_load(Path(recipe).read_text()))
-    each: dict[str, dict[str, Any]] = {}
-    for name, text in own:
-        each.setdefault(name, {}).update([parse_values(text)])
+    each: dict[str, dict[str, list[Any]]] = {}
+    for contestant, text in own:
+        name, values = parse_values(text)
+        each.setdefault(contestant, {}).setdefault(name, []).extend(values)
     return Comparison(
         base=base,
         methods=methods,

@@ -131,7 +131,7 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
     """Look at gradients before anything is done with them.
 
     Raises:
-        FloatingPointError: one is not finite; in all processes of a sharded run, whoever's part it is.
+        FloatingPointError: one is not finite, or its norm is not; in all processes of a sharded run, whoever's part it is.
         ValueError: one is sparse.
     """
     watched = {p: local(G) for p, G in gradients.items() if G is not None}
@@ -146,9 +146,7 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
         dist.all_reduce(sums)
     if sums.isfinite().all():
         return
-    odd = torch.stack(
-        [~G.isfinite().all() for G in watched.values()]
-    ).float()  # large numbers may have a sum that is none
+    odd = torch.stack([_is_odd(G) for G in watched.values()]).float()  # large numbers may have a sum that is none
     if any(isinstance(p, DTensor) for p in watched):
         dist.all_reduce(odd)
     if odd.any():
@@ -156,6 +154,13 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
         raise FloatingPointError(
             f"the gradient of a parameter of shape {tuple(p.shape)} is not finite; lower lr or clip gradients"
         )
+
+
+def _is_odd(G: Tensor) -> Tensor:
+    """Whether a number is not finite, or the norm, so that a projection may not be."""
+    wide = G.to(torch.promote_types(G.dtype, torch.float32))
+    largest = wide.abs().max().clamp(min=1)
+    return ~(largest * (wide / largest).norm() <= torch.finfo(G.dtype).max)
 
 
 @torch.compiler.disable
@@ -219,6 +224,11 @@ def _copied(saved: Any, loaded: Any) -> Any:
     return {k: loaded[k] if k in LIKE_PARAMETERS else _copied(v, loaded[k]) for k, v in saved.items()}
 
 
+def copied(optimizer: Optimizer) -> dict[str, Any]:
+    """What a copy of an optimizer has: neither hooks nor a `step` of its own, which a scheduler sets and which is the original's."""
+    return {name: value for name, value in optimizer.__dict__.items() if "hooks" not in name and name != "step"}
+
+
 class MatrixOptimizer(Optimizer):
     """Groups with a `rank` are stepped as stacks of matrices, the others by ``torch.optim.AdamW``.
 
@@ -249,7 +259,7 @@ class MatrixOptimizer(Optimizer):
                 self._adamw.add_param_group(plain)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if "hooks" not in name}
+        return copied(self)
 
     def step_stack(self, stack: Stack, G: Tensor) -> Tensor:
         """The move of a stack [k, long, short] by its gradients, which lie with their short side on the right."""

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lorank.optim.matrices import last_group_or_none
+from lorank.optim.matrices import copied, last_group_or_none
 from lorank.optim.trion import newton_schulz_flops
 
 
@@ -66,7 +66,7 @@ class MuonAdamW(torch.optim.Optimizer):
                     )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if "hooks" not in name}
+        return copied(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         saved = [MUON in group for group in state_dict["param_groups"]]

@@ -35,6 +35,7 @@ from lorank.optim.matrices import (
     check_finite,
     check_groups,
     check_numbers,
+    copied,
     last_group_or_none,
     load,
     local,
@@ -47,9 +48,9 @@ from lorank.optim.matrices import (
 Projection = Literal["std", "reverse_std", "left", "right", "full"]
 OURS = ("params", "update_gap", "scale", "projection", "weight_decay")
 """Settings of a group that are not the inner optimizer's."""
-COUNT_BY_PARAMETER = ("torch.", "bitsandbytes.", "lorank.")
+BY_STACK = ("torch.", "lorank.")
 """Packages whose optimizers count steps parameter by parameter, so that one stack after another may be stepped: then no more than
-one's R and D are there at a time, and in a CPU's caches. Others may count calls."""
+one's R and D are there at a time, and in a CPU's caches. Others may count calls, or look at their groups in the first."""
 
 
 # ---- the mathematics
@@ -201,7 +202,7 @@ class Subspace(Optimizer):
                 p.register_post_accumulate_grad_hook(arrive)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if "hooks" not in name and name != "_watched"}
+        return {name: value for name, value in copied(self).items() if name != "_watched"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -313,10 +314,11 @@ class Subspace(Optimizer):
             if "inner" not in self.state.get(p, ()):
                 self.inner.state.pop(inside, None)  # somebody has cleared the state
         plain = [p for p in moved if self._inside[p] is p]
-        if type(self.inner).__module__.startswith(COUNT_BY_PARAMETER):
+        own_step = "step" in self.inner.__dict__  # such as a compiled one, which wants equal calls
+        if type(self.inner).__module__.startswith(BY_STACK) and not own_step:
+            self._move([], plain)
             for stack in found:
                 self._move([stack], [])
-            self._move([], plain)
         else:
             self._move(found, plain)
         for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
@@ -333,9 +335,8 @@ class Subspace(Optimizer):
         for stack in found:
             if not self.in_backward:
                 self._enter(stack)
-            for p, state in zip(stack.parameters, stack.states, strict=True):
+            for p in stack.parameters:
                 self._inside[p].data = torch.zeros_like(self._inside[p].grad)  # type: ignore[arg-type]
-                state["steps"] += 1
         stepped = {p for stack in found for p in stack.parameters}.union(plain)
         for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
             its.update({name: ours[name] for name in its if name not in OURS and name in ours})
@@ -347,6 +348,8 @@ class Subspace(Optimizer):
             if self._inside[p] in self.inner.state:
                 self.state[p]["inner"] = self.inner.state[self._inside[p]]
         for stack in found:
+            for state in stack.states:
+                state["steps"] += 1
             self.leave(stack, stacked([self._change(p, stack.group) for p in stack.parameters]), *_bases(stack))
             for p in stack.parameters:
                 self._inside[p].data, self._inside[p].grad = local(p).new_empty(0, 0), None

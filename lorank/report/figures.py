@@ -107,23 +107,25 @@ def tuning(rows: Sequence[Row], style: Mapping[str, str]) -> str:
     for name in dict.fromkeys(name for row in rows for tried in row["tried"] for name in tried["settings"]):
         found = {row["name"]: _best_by_value(row, name) for row in rows}
         found = {one: best for one, best in found.items() if len(best) > 1}
-        values = sorted({value for best in found.values() for value in best})
+        values = list(dict.fromkeys(value for best in found.values() for value in best))
         if not found:
             continue
+        numbers = all(map(is_number, values))
+        values = sorted(values) if numbers else values
         series = []
         for one, best in found.items():
             points = sorted((value, loss) for value, loss in best.items() if loss is not None)
             mark = min(range(len(points)), key=lambda place: points[place][1], default=None)
             series.append(Series(one, style[one], points, mark=mark))
         titles, formats = (name, "validation loss, first seed"), ("{:g}".format, "{:.3f}".format)
-        drawn = [one for one in series if one.points]
+        drawn = [one for one in series if one.points and numbers]
         if drawn:
             parts.append(figure(line_chart, drawn, (HALF, PHONE), titles, formats, log_x=min(values) > 0))
         lines = [
             name_cell(one, style[one]) + "".join(_loss_cell(best, value) for value in values)
             for one, best in found.items()
         ]
-        parts.append(table(["", *(f"{name} {value:g}" for value in values)], lines))
+        parts.append(table(["", *(f"{name} {f'{value:g}' if numbers else value}" for value in values)], lines))
     if not parts:
         return ""
     return section(
@@ -133,18 +135,18 @@ def tuning(rows: Sequence[Row], style: Mapping[str, str]) -> str:
     )
 
 
-def _best_by_value(row: Row, name: str) -> dict[float, float | None]:
+def _best_by_value(row: Row, name: str) -> dict[Any, float | None]:
     """Value of a setting -> lowest loss with it; None where every run failed."""
-    best: dict[float, float | None] = {}
+    best: dict[Any, float | None] = {}
     for tried in row["tried"]:
         value = tried["settings"].get(name)
-        if is_number(value):
+        if is_number(value) or isinstance(value, str | bool):
             losses = [loss for loss in (tried["loss"], best.get(value)) if loss is not None]
             best[value] = min(losses, default=None)
     return best
 
 
-def _loss_cell(best: Mapping[float, float | None], value: float) -> str:
+def _loss_cell(best: Mapping[Any, float | None], value: Any) -> str:
     if value not in best:
         return cell("")
     loss = best[value]

@@ -22,16 +22,19 @@ class RaceProgress:
         self.console = console
         self.live: Live | None = None
         self.run: Run | None = None
-        self._clock = self._printed = time.monotonic()
-        self._done = 0.0
-        """FLOPs since the clock was started."""
+        self._printed = time.monotonic()
+        self._done = self._stepping = 0.0
+        """FLOPs of all steps that were watched, and the seconds they took."""
+        self._beside, self._ended = 0.0, 0
+        """Seconds in which runs that have ended began, were evaluated and were saved."""
 
     def say(self, text: str) -> None:
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def start(self, run: Run, number: int, runs: int, work_left: float) -> None:
-        self.run, self._left = run, work_left
+        self.run, self._left, self._later = run, work_left, runs - number
         self._begun = self._part = None
+        self._start, self._first, self._last = time.monotonic(), None, None
         self._head = f"[{number}/{runs}] {run.title}"
         if self.console.is_terminal:
             self.live = Live(console=self.console, refresh_per_second=4, transient=True)
@@ -43,9 +46,14 @@ class RaceProgress:
     def update(self, records: Mapping[str, Any]) -> None:
         assert self.run is not None
         step = records.get("step", 0)
-        self._part = step / self.run.recipe.steps
-        if self._begun is None:
-            self._begun = self._part  # what was there before: a run that is continued
+        part, now = step / self.run.recipe.steps, time.monotonic()
+        if self._part is None:
+            self._begun = part  # what was there before: a run that is continued
+        elif part > self._part:
+            if self._first is None:
+                self._first, self._begun = now, part  # from here on the clock tells how fast it is
+            self._last = now
+        self._part = part
         line = f"{self._head}  {self.line(records, step)}"
         if self.live is not None:
             self.live.update(Text(line))
@@ -63,16 +71,32 @@ class RaceProgress:
             parts.append(f"val ppl {records['eval_perplexity']:.2f}")
         if "tokens_per_second" in records:
             parts.append(f"{records['tokens_per_second']:,.0f} tok/s")
-        work = self.run.candidate.flops
-        done = self._done + (self._part - self._begun) * work
-        if done > 0:
-            left = self._left - self._part * work
-            parts.append(f"about {duration((time.monotonic() - self._clock) * left / done)} left")
+        if (left := self._seconds_left()) is not None:
+            parts.append(f"about {duration(left)} left")
         return "  ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        """Of the race: its steps at the speed of those seen, and for each later run what runs have taken beside their steps."""
+        assert self.run is not None and self._part is not None and self._begun is not None
+        if self._first is None:
+            return None
+        work, now = self.run.candidate.flops, time.monotonic()
+        done = self._done + (self._part - self._begun) * work
+        if done <= 0:
+            return None
+        beside = (self._beside + self._first - self._start) / (self._ended + 1)
+        speed = done / (self._stepping + now - self._first)
+        return (self._left - self._part * work) / speed + self._later * beside
 
     def end(self, outcome: str) -> None:
         assert self.run is not None
-        self._done += (1 - (self._begun or 0.0)) * self.run.candidate.flops
+        beside = time.monotonic() - self._start
+        if self._first is not None and self._last is not None:
+            assert self._part is not None and self._begun is not None
+            self._done += (self._part - self._begun) * self.run.candidate.flops
+            self._stepping += self._last - self._first
+            beside -= self._last - self._first
+        self._beside, self._ended = self._beside + beside, self._ended + 1
         self.close()
         self.say(f"{self._head}  {outcome}")
 

@@ -26,7 +26,7 @@ import psutil
 from lorank.train.contest import Candidate, Comparison, Contestant, find_contestants, plan_contest, slug
 from lorank.train.matching import Costs
 from lorank.train.model import build_config
-from lorank.train.process import PretrainProcess, stop_on_signal
+from lorank.train.process import PretrainProcess, begun, stop_on_signal
 from lorank.train.recipe import Recipe
 from lorank.train.run import absolute, check_corpus
 from lorank.train.tasks import check_tasks, is_file
@@ -218,7 +218,7 @@ class Race:
         """Do what is left to do; a failing run is noted and does not stop the others.
 
         Raises:
-            Stopped: a signal came; the run of the moment has left a checkpoint.
+            KeyboardInterrupt: a signal came; the run of the moment has left a checkpoint.
             ValueError: somebody else is running this comparison.
         """
         lock = self.out / LOCK
@@ -238,9 +238,9 @@ class Race:
 
     def _run_one(self, run: Run, lock: Path, watcher: Watcher) -> str:
         folder = self.folder(run)
-        process = _orphan(lock, run.key) or PretrainProcess.start(run.recipe, folder)
-        _hold(lock, run.key, process)
-        process.wait(watcher.update)
+        with begun(lambda: _orphan(lock, run.key) or PretrainProcess.start(run.recipe, folder)) as process:
+            _hold(lock, run.key, process)
+            process.wait(watcher.update)
         failures = self.failures()
         failures.pop(run.key, None)
         found = self.summary(run)
@@ -337,7 +337,7 @@ def _seconds_per_step(contestant: Contestant, out: Path, watcher: Watcher) -> fl
 
     Raises:
         ValueError: the short run failed.
-        Stopped: a signal came; the short run has ended.
+        KeyboardInterrupt: a signal came; the short run has ended.
     """
     watcher.say(f"measuring how fast {contestant.name} trains")
     folder = out / "probes"
@@ -353,13 +353,9 @@ def _seconds_per_step(contestant: Contestant, out: Path, watcher: Watcher) -> fl
         save_every=0,
         report_to=[],
     )
-    process = PretrainProcess.start(probe, folder / contestant.name)
-    try:
+    with begun(lambda: PretrainProcess.start(probe, folder / contestant.name)) as process:
         _hold(out / LOCK, PLANNING, process)
-    except KeyboardInterrupt:
-        process.stop()
-        raise
-    process.wait(lambda records: None)
+        process.wait(lambda records: None)
     try:
         found = json.loads((folder / contestant.name / "summary.json").read_text())
     except FileNotFoundError:

@@ -88,6 +88,9 @@ class Comparison:
             raise ValueError("no method is named; give at least one, for example --method cola --method dense")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} are none or hold one twice; give different ones, such as 1,2,3")
+        for seed in self.seeds:
+            if not 0 <= seed < 2**32:
+                raise ValueError(f"seed {seed} is not from 0 to 2**32 - 1; give different ones, such as 1,2,3")
         if self.match not in MATCHES:
             raise ValueError(f"match={self.match!r} is none of {', '.join(MATCHES)}")
         for settings in (self.sweep, *self.own.values()):

@@ -472,9 +472,12 @@ def load_tokenizer(
     if name_or_path is not None:
         try:
             with asked_if_reachable():
-                return AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), trust_remote_code=False)
+                found = AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), trust_remote_code=False)
         except Exception as error:  # the hub, a file or its parser
             raise OSError(f"{name_or_path}: no tokenizer could be loaded ({_first_line(error)})") from error
+        if found.get_vocab().keys() <= found.get_added_vocab().keys():  # of some types, where there are no files
+            raise OSError(f"{name_or_path}: no tokenizer could be loaded (its vocabulary is empty)")
+        return found
     if vocab_size < 258:
         raise ValueError(f"vocab_size={vocab_size} is too small; 256 bytes and 2 special tokens need 258")
     texts = _first(texts() if callable(texts) else texts, TOKENIZER_CHARACTERS)

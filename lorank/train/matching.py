@@ -245,7 +245,7 @@ def narrow_to_match(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
 
 
 def _parameter_names(recipe: Recipe, config: PretrainedConfig) -> list[str]:
-    with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+    with signals_later(), warnings.catch_warnings(action="ignore"), torch.device("meta"):
         return [name for name, _ in build_model(recipe, config).named_parameters()]
 
 

@@ -19,10 +19,6 @@ from lorank.train.recipe import Recipe
 POLL_SECONDS = 0.3
 
 
-class Stopped(KeyboardInterrupt):
-    """A signal came, and what was running has been stopped in good order."""
-
-
 class PretrainProcess:
     """A run, begun or continued: its folder, and the process that works on it."""
 
@@ -69,20 +65,12 @@ class PretrainProcess:
             return 0.0
 
     def wait(self, update: Callable[[Mapping[str, Any]], None]) -> None:
-        """Until it ends; `update` is called with the newest figures of the run now and then.
-
-        Raises:
-            Stopped: a signal came; the process has saved a checkpoint and ended.
-        """
+        """Until it ends; `update` is called with the newest figures of the run now and then."""
         reader = Tail(self.folder / "metrics.jsonl")
-        try:
-            while self._running():
-                with contextlib.suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
-                    self.code = self.process.wait(POLL_SECONDS)
-                update(reader.latest())
-        except KeyboardInterrupt:
-            self.stop()
-            raise Stopped from None
+        while self._running():
+            with contextlib.suppress(psutil.TimeoutExpired, subprocess.TimeoutExpired):
+                self.code = self.process.wait(POLL_SECONDS)
+            update(reader.latest())
 
     def _running(self) -> bool:
         if isinstance(self.process, psutil.Popen):
@@ -146,6 +134,21 @@ def stop_on_signal() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def begun(begin: Callable[[], PretrainProcess]) -> Iterator[PretrainProcess]:
+    """The process that `begin` starts or finds. Whatever ends the block before its time, a signal or a full disk, the process
+    has saved a checkpoint and ended by then."""
+    process = None
+    try:
+        with signals_later():
+            process = begin()
+        yield process
+    except BaseException:
+        if process is not None:
+            process.stop()
+        raise
 
 
 @contextlib.contextmanager

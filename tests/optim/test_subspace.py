@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, MuonAdamW, Subspace, Trion, low_rank_groups
@@ -662,6 +663,75 @@ def test_a_rule_that_may_count_calls_is_called_once_per_step_and_torch_s_stack_b
     by_stack = Subspace(groups(there), theirs, lr=0.1, momentum=0.9)
     assert train(here, counting, range(7)) == train(there, by_stack, range(7))
     assert all(map(torch.equal, here.parameters(), there.parameters()))
-    sizes = [3 * 20, 20 * 3, 20 + 8]  # two matrices' R, then what has no rank
+    sizes = [20 + 8, 3 * 20, 20 * 3]  # what has no rank, then two matrices' R
     assert (counting.inner.calls, counting.inner.at_once) == (7, sum(sizes))
     assert (by_stack.inner.calls, by_stack.inner.at_once) == (7 * len(sizes), sizes[-1])
+
+
+class Failing(torch.optim.SGD):
+    def step(self, *closure: Any) -> Any:
+        raise RuntimeError("no step")
+
+
+def test_a_rule_that_fails_at_once_has_moved_and_counted_nothing() -> None:
+    model = net()
+    before = copy.deepcopy(model.state_dict())
+    optimizer = Subspace(groups(model), Failing, lr=0.1)
+    with pytest.raises(RuntimeError, match="no step"):
+        train(model, optimizer, range(1))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert [int(optimizer.state[p]["steps"]) for p in model.parameters() if p.ndim == 2] == [0, 0]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+def test_a_compiled_step_of_the_rule_is_compiled_once() -> None:
+    """However many stacks there are."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    parameters = matrices(*((12, 20 + i) for i in range(12)))
+    optimizer = Subspace([{"params": parameters, "rank": 3}], torch.optim.AdamW, lr=0.1, foreach=True)
+    optimizer.inner.step = torch.compile(optimizer.inner.step, backend=counter)  # type: ignore[method-assign]
+    run(optimizer, parameters, range(4))
+    assert counter.frame_count <= 2, "once for the first step, once for those that find a state"
+
+
+def test_bitsandbytes_overrides_are_found() -> None:
+    """It looks for them when it is first called, in the groups of then."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(nn.Embedding(64, 128), nn.Linear(128, 64, bias=False))
+    bitsandbytes.optim.GlobalOptimManager.get_instance().register_module_override(
+        model[0], "weight", {"optim_bits": 32}
+    )
+    mine = [{"params": [model[1].weight], "rank": 32}, {"params": [model[0].weight]}]
+    optimizer = Subspace(mine, bitsandbytes.optim.AdamW8bit, lr=0.1, min_8bit_size=1)
+    model(torch.arange(64)).square().sum().backward()
+    optimizer.step()
+    types = [optimizer.state[p]["inner"]["state1"].dtype for p in (model[0].weight, model[1].weight)]
+    assert types == [torch.float32, torch.uint8]
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_copy_of_an_optimizer_with_a_schedule_is_one_of_its_own(make: Any) -> None:
+    """A scheduler puts a `step` on the optimizer, which is not to travel along."""
+    model = net()
+    optimizer = make(plain_groups(model))
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
+    pickle.dumps(optimizer)
+    twin, its = copy.deepcopy((model, optimizer))
+    before = copy.deepcopy(model.state_dict())
+    a_step(twin, its, 0)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(torch.equal(value, before[name]) for name, value in twin.state_dict().items())
+
+
+@pytest.mark.parametrize("make", EVERY)
+def test_a_gradient_whose_norm_is_infinite_spoils_nothing(make: Any) -> None:
+    """A finite one, but its projection would not be."""
+    model = net().float()
+    optimizer = make(plain_groups(model))
+    before = copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.full_like(p, 3e38)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        optimizer.step()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

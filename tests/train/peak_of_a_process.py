@@ -26,7 +26,9 @@ def train(recipe: Recipe, steps: int = 2) -> None:
     optimizer: torch.optim.Optimizer
     if (found := find_projection(recipe, model)) is not None:
         kind, ranks, options = found
-        optimizer = build_low_rank_optimizer(model, kind, ranks, lr=1e-3, weight_decay=0.0, options=options)
+        optimizer = build_low_rank_optimizer(
+            model, kind, ranks, recipe.optimizer, lr=1e-3, weight_decay=0.0, options=options
+        )
     else:
         own = method.adamw if (method := method_of(model)) else None
         optimizer = build_optimizer(model, recipe.optimizer, lr=1e-3, weight_decay=0.0, adamw=own)

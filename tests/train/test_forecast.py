@@ -74,12 +74,14 @@ PEAKS: list[dict[str, Any]] = [
     {**SMALL, "method": "dense", "batch_size": 2, "sequence_length": 16},
     {**SMALL, **GALORE, "batch_size": 2, "sequence_length": 16},
     {**SMALL, **GALORE, "batch_size": 4, "sequence_length": 16},
+    {"size": "tiny", "vocab_size": 1000, "method": "cola-m", "batch_size": 1, "sequence_length": 4096},
 ]
 FEW = {"size": "20m", "vocab_size": 2000, "sequence_length": 64, "batch_size": 2}
 STEPS: list[dict[str, Any]] = [
     {**FEW, "method": "dense", "optimizer": "muon"},
     {**FEW, "method": "dense", "optimizer": "adafactor"},
     {**FEW, "method": "galore", "rank": 64},
+    {**FEW, "method": "galore", "rank": 64, "optimizer": "adafactor"},
     {**FEW, "method": "trion", "rank": 64},
     {**FEW, "method": "switchlora", "sequence_length": 16},  # whose AdamW makes all denominators at once
 ]
