@@ -4,6 +4,7 @@ Most of it runs in this process, on a model of 32 numbers' width; what only proc
 """
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -12,19 +13,22 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
 from lorank.report.comparison import _baseline_rank, _mismatches, comparison_table, gather, write_results
+from lorank.report.race import RaceProgress
 from lorank.train import compare, data, tasks
 from lorank.train.compare import Race, Run
 from lorank.train.contest import Comparison, _swept, find_contestants, plan_contest, slug
 from lorank.train.matching import CLOSE, Costs, narrow_to_match
 from lorank.train.model import build_config, build_model, check_causal
-from lorank.train.process import PretrainProcess, signals_later, stop_on_signal
+from lorank.train.process import PretrainProcess, begun, signals_later, stop_on_signal
 from lorank.train.recipe import Recipe
 from lorank.train.run import history, pretrain
 
@@ -456,6 +460,10 @@ BAD = {
     "a name that is a device": (["--method", "nul.1=cola"], "'nul.1' is no name for a contestant"),
     "one folder for two names": (["--method", "a=cola", "--method", "A=cola"], "two contestants are called 'A'"),
     "seeds": (["--method", "cola", "--seeds", "1,x"], "is not a list of whole numbers"),
+    "no digits": (["--method", "cola", "--seeds", "²"], "is not a list of whole numbers"),
+    "a seed too large": (["--method", "cola", "--seeds", "1,5000000000"], "seed 5000000000 is not from 0 to 2**32 - 1"),
+    "a value in two sweeps": (["--method", "cola", "--sweep", "lr=1e-3", "--sweep", "lr=1e-3"], "is given twice"),
+    "two of its own": (["--method", "cola", "--for", "cola", "lr=1e-3", "--for", "cola", "lr=1e-3"], "is given twice"),
     "seed twice": (["--method", "cola", "--seeds", "1,1"], "hold one twice"),
     "impossible match": (["--method", "cola", "--method", "relora", "--match", "params"], "no rank of relora has parameters"),
     "rank swept and matched": (["--method", "cola", "--match", "params", "--sweep", "rank=4,8"], "cannot be swept beside it"),
@@ -595,21 +603,73 @@ def test_stopped_then_killed_and_nothing_is_lost(
         gone.wait()
     lock = {"pid": gone.pid, "since": 0, "run": first.key, "child": child.pid, "child_since": child.since}
     (race.out / "running.json").write_text(json.dumps(lock))
-    begun: list[Path] = []
+    started: list[Path] = []
     start = PretrainProcess.start
 
     def counted(recipe: Recipe, folder: Path) -> PretrainProcess:
-        begun.append(folder)
+        started.append(folder)
         return start(recipe, folder)
 
     monkeypatch.setattr(compare.PretrainProcess, "start", counted)
     code, out, err = command("--resume", race.out)
     child.process.poll()  # it was ours in truth
     assert code == 0, out + err
-    assert begun == [race.folder(second)]  # the first was left to the process that had it already
+    assert started == [race.folder(second)]  # the first was left to the process that had it already
     assert "[1/2] dense seed 42 validation perplexity" in " ".join(out.split())
     for run in (first, second):
         assert [one["step"] for one in history(race.folder(run)) if "lr" in one] == list(range(1, 151))
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, None])
+def test_whatever_ends_a_race_ends_its_run(tmp_path: Path, error: type[BaseException] | None) -> None:
+    """A full disk, a pipe that is gone, a signal, and one that came while the run was being started."""
+    found = []
+
+    def start() -> PretrainProcess:
+        process = psutil.Popen(
+            [sys.executable, "-c", "import time; print(flush=True); time.sleep(60)"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        process.stdout.readline()  # it would not hear a signal before
+        found.append(PretrainProcess(process, tmp_path))
+        if error is None:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found[0]
+
+    with pytest.raises(error or KeyboardInterrupt), stop_on_signal(), begun(start):
+        assert error is not None, "the signal came before"
+        raise error
+    assert found[0].process.wait(1) == -signal.SIGINT
+    found[0].process.stdout.close()
+
+
+def test_the_time_left_goes_by_steps_and_by_what_runs_take_beside_them(
+    base: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two equal runs of 6 steps, 2 s each, after 10 s; a second later it is saved, which takes 5 s. Planning took an hour."""
+    now = [0.0]
+    monkeypatch.setattr("lorank.report.race.time", SimpleNamespace(monotonic=lambda: now[0]))
+    progress = RaceProgress(Console(file=io.StringIO()))
+    now[0] = 3600.0
+    [first, second] = [
+        Run(SimpleNamespace(name=name), SimpleNamespace(recipe=base, flops=6.0, settings={}), 1)  # type: ignore[arg-type]
+        for name in "ab"
+    ]
+    left = []
+    for number, run in enumerate((first, second), start=1):
+        progress.start(run, number, 2, 12.0 - 6.0 * (number - 1))
+        progress.update({})
+        now[0] += 10
+        for step in range(1, 7):
+            progress.update({"step": step})
+            left.append(progress._seconds_left())
+            now[0] += 2
+        now[0] += 4
+        progress.end("done")
+    assert left[0] is None, "one step says nothing of how fast they are"
+    assert left[1:6] == pytest.approx([4 * 2 + 10 + 12, 3 * 2 + 10 + 12, 2 * 2 + 10 + 12, 2 + 10 + 12, 10 + 12])
+    assert left[7:] == pytest.approx([4 * 2, 3 * 2, 2 * 2, 2, 0])
 
 
 def test_a_signal_waits_for_the_end_of_a_count() -> None:

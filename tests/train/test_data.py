@@ -18,7 +18,7 @@ import torch
 from accelerate import skip_first_batches
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, PreTrainedTokenizerFast
 
 from lorank.train import data
 from lorank.train.data import collate, load_corpus, load_evaluation, load_tokenizer
@@ -362,6 +362,14 @@ def test_an_unwritable_cache_is_a_warning(tmp_path, caplog):
         corpus = load("a.jsonl", cache_dir=blocked)
     assert len(corpus.train) > 0
     assert f"the cache {blocked} cannot be written" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen3", "llama"])
+def test_a_folder_with_a_model_alone_has_no_tokenizer(kind, tmp_path):
+    """transformers makes one without a vocabulary for some types, which reads every text as none."""
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_a_disk_that_is_full_when_the_tokenizer_is_kept(monkeypatch, caplog):
