@@ -268,9 +268,10 @@ def _without_data() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = look
 
 
-def _example(batch: int, sequence_length: int) -> dict[str, Tensor]:
+def _example(batch: int, sequence_length: int, padded: bool = False) -> dict[str, Tensor]:
     ids = torch.zeros(batch, sequence_length, dtype=torch.int64)
-    return {"input_ids": ids, "labels": ids}
+    mask = {"attention_mask": torch.ones_like(ids)} if padded else {}  # whether there are zeros in it cannot be seen
+    return {"input_ids": ids, "labels": ids, **mask}
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
@@ -427,6 +428,7 @@ def measure_peak(
     sequence_length: int,
     autocast: bool = False,
     accumulate: bool = False,
+    padded: bool = False,
     kept_gradients: Mapping[nn.Parameter, tuple[int, ...]] = MappingProxyType({}),
 ) -> Peak:
     """Follow every tensor of a training call on [batch, sequence_length] tokens, on a data-free twin.
@@ -435,6 +437,7 @@ def measure_peak(
 
     Args:
         accumulate: gradients of earlier micro-batches are there already.
+        padded: there is padding among the tokens, so that attention has a mask.
         kept_gradients: parameter -> shape of what its gradient is replaced by as soon as it is there.
     """
     kept: dict[nn.Parameter, Tensor] = {}
@@ -445,7 +448,7 @@ def measure_peak(
         parameter.grad = None
 
     with _without_data(), _told_as("measured"):
-        twin, inputs = _twin(model), _example(batch, sequence_length)
+        twin, inputs = _twin(model), _example(batch, sequence_length, padded)
         shapes = {ours: kept_gradients.get(p) for p, ours in zip(model.parameters(), twin.parameters(), strict=True)}
         meter = _Meter([*twin.parameters(), *twin.buffers(), *inputs.values()])
         with meter:
@@ -516,10 +519,11 @@ def memory_estimate(
     sequence_length: int,
     autocast: bool = False,
     accumulate: bool = False,
+    padded: bool = False,
     kept_gradients: Mapping[nn.Parameter, tuple[int, ...]] = MappingProxyType({}),
 ) -> Memory:
     """Bytes of training `model` on micro-batches [batch, sequence_length]: exact for the state, measured on a twin for
-    activations and peak; `accumulate` if a step has several of them. `kept_gradients` are as in `measure_peak`.
+    activations and peak; `accumulate` if a step has several of them. `padded` and `kept_gradients` are as in `measure_peak`.
 
     Without `optimizer_bytes`, those of AdamW: two moments per trainable number. Without `step` the optimizer's step is taken
     to need nothing beside its state, which is so of a fused AdamW.
@@ -534,6 +538,7 @@ def memory_estimate(
         sequence_length=sequence_length,
         autocast=autocast,
         accumulate=accumulate,
+        padded=padded,
         kept_gradients=kept_gradients,
     )
     held = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})

@@ -1,4 +1,4 @@
-"""Ranks for every projection of every block, so that all together cost a given number of parameters and lose the least.
+"""Ranks for every projection of every block, so that all together cost a given number of parameters and lose little.
 
 Two factors of rank r hold r (d_in + d_out) weights, and whatever is linear and has rank r leaves at least this part of the energy
 of a projection's outputs Y, whose singular values σ_1 ≥ σ_2 ≥ ... are:
@@ -8,7 +8,8 @@ of a projection's outputs Y, whose singular values σ_1 ≥ σ_2 ≥ ... are:
 The ranks make the mean of e_i(r_i) over all projections small, at Σ r_i (d_in + d_out)_i ≤ budget and 1 ≤ r_i ≤ cap_i, the
 largest rank at which the factors are smaller than the dense matrix. Since every e_i is convex, it does to give out ranks one by one,
 each where it saves most per parameter: no ranks of the same price lose less, as long as the next one still fits; then
-what fits of the rest is taken, so that the mean is within one rank's gain of the least.
+what fits of the rest is taken, so that the mean is within one rank's gain of the least. Where equal ranks for all happen to lose
+less, as they may of a few small matrices, they are taken.
 """
 
 import math
@@ -73,7 +74,7 @@ def _cap(d_in: int, d_out: int) -> int:
 def suggest_ranks(
     projections: Sequence[Mapping[str, Any]], budget: str, *, called: Callable[[str], str] = lambda name: name
 ) -> Suggestion:
-    """The ranks of a budget that lose the least of the outputs' energy, in the mean over projections.
+    """The ranks of a budget, given out one by one where they save the most of the outputs' energy, in the mean over projections.
 
     Args:
         projections: as in `Analysis.to_dict`.
@@ -93,7 +94,9 @@ def suggest_ranks(
     )
     ranks, parameters = _given_out((i for i, _ in by_gain), price, wanted)
     by_turn = sorted(((i, k) for i, top in enumerate(cap) for k in range(1, top)), key=lambda at: at[1])
-    uniform, _ = _given_out((i for i, _ in by_turn), price, wanted)
+    uniform, costs = _given_out((i for i, _ in by_turn), price, wanted)
+    if _lost(parts, uniform)["mean"] < _lost(parts, ranks)["mean"]:
+        ranks, parameters = uniform, costs
     return Suggestion(
         ranks={one["name"]: rank for one, rank in zip(projections, ranks, strict=True)},
         table=table_of([{**one, "role": called(one["role"])} for one in projections], ranks),

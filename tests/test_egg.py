@@ -311,6 +311,8 @@ def test_refusals() -> None:
         EggConfig(hidden_size=0)
     with pytest.raises(ValueError, match="lr=2.0"):
         Votes([nn.Parameter(torch.zeros(2))], lr=2.0, pairs=2)
+    with pytest.raises(ValueError, match="pairs=0, the pairs of members that vote"):
+        Votes([nn.Parameter(torch.zeros(2))], lr=0.5, pairs=0)
     with pytest.raises(ValueError, match="sig=-1 is not between 0 and 27"):
         IntegerEggroll(egg(), population=4, sig=-1)
     with pytest.raises(ValueError, match="evaluates no closure"):

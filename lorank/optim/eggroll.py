@@ -145,10 +145,10 @@ class Eggroll:
             baseline=baseline,
             freeze_others=freeze_others,
         )
-        if sigma <= 0 or rank < 1 or noise_reuse < 0:
-            raise ValueError(
-                f"sigma={sigma} and rank={rank} have to be positive, noise_reuse={noise_reuse} not negative"
-            )
+        if not isinstance(sigma, int | float) or not 0 < sigma < math.inf:
+            raise ValueError(f"sigma={sigma!r} is no positive finite number; give for example 0.01")
+        if rank < 1 or noise_reuse < 0:
+            raise ValueError(f"rank={rank} has to be positive, noise_reuse={noise_reuse} not negative")
         self.model, self.population, self.sigma, self.rank = model, population, sigma, rank
         self.group_size, self.noise_reuse, self.chunk, self.seed = group_size, noise_reuse, chunk or population, seed
         self.baseline = baseline
@@ -162,11 +162,7 @@ class Eggroll:
         }
         self.names = {p: name for name, p in model.named_parameters()}
         for p in self.perturbed:
-            if isinstance(p, DTensor):
-                raise ValueError(
-                    f"{self.names[p]} is sharded (FSDP2), and EGGROLL perturbs whole matrices; leave the model as it is in each "
-                    "process: it keeps no gradients, and fitness is taken over all processes"
-                )
+            check_whole(p, self.names[p])
             if p.ndim > 2:
                 raise ValueError(
                     f"{self.names[p]} has {p.ndim} dimensions; EGGROLL perturbs matrices and vectors; freeze it"
@@ -384,6 +380,15 @@ def check_population(population: int, group_size: int, chunk: int | None, **othe
         raise ValueError(f"group_size={group_size} is neither 0 nor an even divisor of population={population}")
     if chunk is not None and (chunk < 2 or chunk % 2):
         raise ValueError(f"chunk={chunk} is not an even number of members, two to a pair")
+
+
+def check_whole(p: nn.Parameter, name: str) -> None:
+    """Raises ValueError if a parameter is sharded."""
+    if isinstance(p, DTensor):
+        raise ValueError(
+            f"{name} is sharded (FSDP2), and EGGROLL perturbs whole matrices; leave the model as it is in each "
+            "process: it keeps no gradients, and fitness is taken over all processes"
+        )
 
 
 class _Batch:

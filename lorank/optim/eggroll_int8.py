@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorank.egg import DOCUMENT_START, EggForCausalLM, Noise, score, signs
-from lorank.optim.eggroll import check_population, over_processes, pair_noise
+from lorank.optim.eggroll import check_population, check_whole, over_processes, pair_noise
 from lorank.optim.matrices import processes
 
 
@@ -80,6 +80,8 @@ class IntegerEggroll:
         check_population(population, group_size, chunk, sig=sig, carry=carry)
         if not 0 <= sig < 28:
             raise ValueError(f"sig={sig} is not between 0 and 27; the noise is 2**-sig")
+        for name, p in model.named_parameters():
+            check_whole(p, name)
         self.model, self.population, self.sig, self.group_size = model, population, sig, group_size
         self.carry, self.chunk, self.seed, self.epoch = carry, chunk, seed, 0
         self.score: Any = torch.compile(score, dynamic=False) if compile else score
@@ -181,6 +183,8 @@ class Votes(Optimizer):
     def __init__(self, params: Iterable[Any], *, lr: float, pairs: int):
         if not 0 <= lr <= 1:
             raise ValueError(f"lr={lr}, the fraction of weights moved by noise, is not in [0, 1]")
+        if not isinstance(pairs, int) or pairs < 1:
+            raise ValueError(f"pairs={pairs!r}, the pairs of members that vote, is no positive integer")
         super().__init__(params, {"lr": lr, "pairs": pairs})
 
     @torch.no_grad()

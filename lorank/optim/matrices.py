@@ -158,6 +158,8 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
 
 def _is_odd(G: Tensor) -> Tensor:
     """Whether a number is not finite, or the norm, so that a projection may not be."""
+    if not G.numel():  # a process's part of a sharded one
+        return G.new_zeros((), dtype=torch.bool)
     wide = G.to(torch.promote_types(G.dtype, torch.float32))
     largest = wide.abs().max().clamp(min=1)
     return ~(largest * (wide / largest).norm() <= torch.finfo(G.dtype).max)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lorank.optim.matrices import copied, last_group_or_none
+from lorank.optim.matrices import check_finite, copied, last_group_or_none
 from lorank.optim.trion import newton_schulz_flops
 
 
@@ -29,6 +29,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Raises:
         ValueError: a parameter of Muon's is not a matrix or is sharded (FSDP2), a closure, or a state with other groups.
+        FloatingPointError: a gradient is not finite; nothing has been changed.
 
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4, bias=False))
     >>> optimizer = MuonAdamW([{"params": model[1].weight, "momentum": 0.95}, {"params": model[0].weight}], lr=0.01)
@@ -82,6 +83,7 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ValueError("MuonAdamW evaluates no closure; call backward() before step()")
         if any(isinstance(p.grad, DTensor) for group in self.param_groups if MUON in group for p in group["params"]):
             raise ValueError("Muon orthonormalises whole matrices and sees parts of sharded ones (FSDP2); take DDP")
+        check_finite({p: p.grad for group in self.param_groups for p in group["params"]})
         for half in (self._muon, self._adamw):
             half.param_groups = [group for group in self.param_groups if (MUON in group) == (half is self._muon)]
             half.state = self.state

@@ -133,8 +133,8 @@ class Subspace(Optimizer):
         defaults = {"lr": lr, "rank": None, "update_gap": update_gap, "scale": scale, "projection": projection}
         if isinstance(basis, str) and basis not in BASES:
             raise ValueError(f"basis={basis!r} is none of {', '.join(BASES)}")
-        if in_backward and processes() > 1:
-            raise ValueError("in_backward=True sees the gradient of one process only; leave it out in distributed runs")
+        if in_backward:
+            _check_alone()
         self._watched: set[nn.Parameter] = set()
         super().__init__(params, {**defaults, "weight_decay": weight_decay})
         self.basis: Basis = BASES[basis] if isinstance(basis, str) else basis
@@ -294,6 +294,8 @@ class Subspace(Optimizer):
             )
         check_as_many(self.param_groups, self.inner.param_groups)
         if self.in_backward:
+            _check_alone()  # the processes may have come together since
+        if self.in_backward:
             self._forget_orphans(self._parameters())
             for p in self._parameters():
                 if self._inside[p] is not p and p.grad is not None:
@@ -448,6 +450,11 @@ class Subspace(Optimizer):
                 inside.grad = None
             if "inner" in self.state.get(p, {}):
                 self.inner.state[inside] = self.state[p]["inner"]
+
+
+def _check_alone() -> None:
+    if processes() > 1:
+        raise ValueError("in_backward=True sees the gradient of one process only; leave it out in distributed runs")
 
 
 def _has_basis(state: Mapping[str, Any]) -> bool:

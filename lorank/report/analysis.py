@@ -264,7 +264,7 @@ def _suggestion(results: Results, names: Mapping[str, str]) -> str:
     ]
     return section(
         "Ranks for the budget",
-        f"Those that lose the least of the outputs' energy, in the mean over projections: {budget_line(results)}. "
+        f"Given out one by one where they save the most of the outputs' energy: {budget_line(results)}. "
         f"{_sentence(loss_line(found))}. {start}",
         table(["block", *names.values()], lines),
     )

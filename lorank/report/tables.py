@@ -110,8 +110,9 @@ def _modules(plan: Plan) -> Table:
 
 def _treatments(plan: Plan) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("parameter", "×", "shape", "stepped by"):
-        table.add_column(title, overflow="fold", justify="right" if title == "×" else "left")
+    for title in ("parameter", "×", "shape", "stepped by"):  # names are there to be copied, so the last one wraps
+        whole = title != "stepped by"
+        table.add_column(title, overflow="fold", no_wrap=whole, justify="right" if title == "×" else "left")
     for row in plan.treatments:
         table.add_row(row.role, str(row.depths), row.shape, row.treatment)
     return table

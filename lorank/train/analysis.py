@@ -52,7 +52,8 @@ def analyze_folder(
 
     Returns:
         What is in out/results.json. Beside it are analysis.html and, with a budget, suggested.yaml; where `lorank pretrain` can
-        train no such model, the suggestion says why under "no_recipe" instead. What an earlier analysis left there is replaced.
+        train no such model, the suggestion says why under "no_recipe" instead. What an earlier analysis left there is replaced,
+        but without a budget its suggested.yaml stays.
 
     Raises:
         ValueError: as `evaluate_folder`, but that a model may see what is to come; an encoder-decoder; an alpha that is no part;
@@ -117,7 +118,8 @@ def analyze_folder(
         else:
             results["suggestion"] = {"budget": budget, **suggestion._asdict(), "no_recipe": refused}
     out.mkdir(parents=True, exist_ok=True)
-    (out / "suggested.yaml").unlink(missing_ok=True)
+    if budget is not None:
+        (out / "suggested.yaml").unlink(missing_ok=True)
     say("writing the report")
     write_whole(out / "results.json", json.dumps(results))
     write_whole(out / "analysis.html", analysis_page(results))
@@ -216,7 +218,7 @@ def _as_yaml(recipe: Recipe, results: dict[str, Any], suggestion: Suggestion) ->
     asked = yaml.safe_dump(recipe.to_dict(), sort_keys=False, width=200, allow_unicode=True)
     part = suggestion.parameters / suggestion.dense_parameters
     return (
-        f"# Suggested by lorank analyze {results['model']}: the ranks of this budget that lose the least of the outputs' energy;\n"
-        f"# {suggestion.parameters:,} parameters in the factors, {part * 100:.1f} % of the dense matrices' {suggestion.dense_parameters:,}.\n"
+        f"# Suggested by lorank analyze {results['model']}: ranks given out one by one where they save the most of the\n# outputs' energy; "
+        f"{suggestion.parameters:,} parameters in the factors, {part * 100:.1f} % of the dense matrices' {suggestion.dense_parameters:,}.\n"
         "# Nothing else was tuned: learning rate and length are the analyzed run's, or lorank's defaults.\n" + asked
     )

@@ -172,6 +172,7 @@ def memory(
         sequence_length=recipe.sequence_length,
         autocast=recipe.precision == "bf16",
         accumulate=devices > 1 or batch < recipe.batch_size,
+        padded=recipe.documents == "padded",
     )
     sorted_anew = found.weights_bytes + found.optimizer_bytes + 2 * found.gradients_bytes
     if devices > 1 and model.is_activation_checkpointing and sorted_anew > found.peak_bytes:
@@ -189,7 +190,8 @@ def optimizer_flops(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1)
 def optimizer_step(recipe: Recipe, model: PreTrainedModel) -> accounting.Step:
     """What the recipe's optimizer holds in the step that takes most, one that refreshes its bases.
 
-    The kernels of adamw-8bit cannot be followed and need nothing beside their state: that step is AdamW's with smaller moments.
+    The kernels of adamw-8bit cannot be followed: that step is AdamW's with smaller moments, so as on a GPU, where they need nothing
+    beside them (what runs on a CPU makes whole moments for a while).
     """
     rule = "adamw" if recipe.optimizer == "adamw-8bit" else recipe.optimizer
     projection = find_projection(recipe, model) or (None, None, None)
@@ -202,7 +204,12 @@ def optimizer_step(recipe: Recipe, model: PreTrainedModel) -> accounting.Step:
             return build_optimizer(twin, rule, lr=0.1, weight_decay=0.1, adamw=own)
         kind, ranks, options = projection
         often = {"update_gap": 1} if "update_gap" in options_of(kind) else {}
-        return build_low_rank_optimizer(twin, kind, ranks, rule, lr=0.1, weight_decay=0.1, options={**options, **often})
+        made: Any = build_low_rank_optimizer(
+            twin, kind, ranks, rule, lr=0.1, weight_decay=0.1, options={**options, **often}
+        )
+        if recipe.optimizer == "adamw-8bit":
+            made.inner.step = made.inner.step  # one of its own, so that all is stepped at once, as with bitsandbytes
+        return made
 
     forget_matrices()
     try:

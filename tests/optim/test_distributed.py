@@ -106,7 +106,12 @@ except ValueError as refusal:
 sharded = shard(net().float())
 optimizer = Subspace(groups(sharded), adamw_8bit, lr=0.01)
 sharded(batch(0).float()).sum().backward()
-for name, refused in (("8bit", optimizer.step), ("eggroll-fsdp", lambda: Eggroll(sharded, population=4, sigma=0.1))):
+integers = fully_shard(EggForCausalLM(EggConfig(hidden_size=16, num_hidden_layers=1)), mesh=mesh)
+for name, refused in (
+    ("8bit", optimizer.step),
+    ("eggroll-fsdp", lambda: Eggroll(sharded, population=4, sigma=0.1)),
+    ("egg-fsdp", lambda: IntegerEggroll(integers, population=4)),
+):
     try:
         refused()
     except ValueError as refusal:
@@ -115,7 +120,8 @@ try:
     GaLoreAdamW(groups(net()), lr=0.01, in_backward=True)
 except ValueError as refusal:
     found["refusal"] = str(refusal)
-bad = net()
+bad = nn.Sequential(*net())
+bad.append(nn.Linear(bad[-1].out_features, 1).double())  # of which one process has nothing
 for layer in bad:
     if isinstance(layer, nn.Linear):
         fully_shard(layer, mesh=mesh)
@@ -172,6 +178,7 @@ def test_what_cannot_work_on_parts_of_parameters_refuses_them(found: dict) -> No
             f"{kind} needs whole parameters and sees a part of those without rank, which are sharded"
         )
     assert found["eggroll-fsdp"].startswith("0.weight is sharded (FSDP2), and EGGROLL perturbs whole matrices")
+    assert "is sharded (FSDP2), and EGGROLL perturbs whole matrices" in found["egg-fsdp"]
 
 
 def test_gradients_of_one_process_only_are_refused(found: dict) -> None:

@@ -375,6 +375,8 @@ def test_refusals() -> None:
         ({"population": 8, "chunk": 3}, "chunk=3 is not an even number"),
         ({"population": 8, "rank": 0}, "rank=0"),
         ({"population": 8, "sigma": 0.0}, "sigma=0.0"),
+        ({"population": 8, "sigma": math.nan}, "sigma=nan is no positive finite number"),
+        ({"population": 8, "sigma": "x"}, "sigma='x' is no positive finite number"),
         ({"population": 8, "group_size": 2, "baseline": True}, "leaves no member with noise in groups of 2"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -735,3 +735,25 @@ def test_a_gradient_whose_norm_is_infinite_spoils_nothing(make: Any) -> None:
     with pytest.raises(FloatingPointError, match="not finite"):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_processes_that_come_together_later_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    optimizer = GaLoreAdamW(groups(model), lr=0.05, in_backward=True)
+    model(torch.ones(2, 12, dtype=torch.float64)).sum().backward()
+    monkeypatch.setattr("lorank.optim.subspace.processes", lambda: 2)
+    with pytest.raises(ValueError, match="in_backward=True sees the gradient of one process only"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["0.weight", "0.bias"])
+def test_muon_alone_refuses_gradients_that_are_not_finite(name: str) -> None:
+    model = net()
+    optimizer = MuonAdamW(plain_groups(model), lr=0.05)
+    before = copy.deepcopy(model.state_dict())
+    model(torch.ones(2, 12, dtype=torch.float64)).sum().backward()
+    model.get_parameter(name).grad.view(-1)[0] = float("nan")  # type: ignore[union-attr]
+    with pytest.raises(FloatingPointError, match="is not finite"):
+        optimizer.step()
+    assert not optimizer.state
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -36,8 +36,13 @@ def train(recipe: Recipe, steps: int = 2) -> None:
     for _ in range(steps):
         for _ in range(recipe.batch_size // micro):
             ids = torch.randint(recipe.vocab_size or 1, (micro, recipe.sequence_length))
+            batch = {"input_ids": ids, "labels": ids}
+            if recipe.documents == "padded":
+                batch["attention_mask"] = (
+                    torch.arange(recipe.sequence_length) < recipe.sequence_length // 2
+                ).expand_as(ids)
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-                loss = model(input_ids=ids, labels=ids).loss
+                loss = model(**batch).loss
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -75,6 +75,14 @@ PEAKS: list[dict[str, Any]] = [
     {**SMALL, **GALORE, "batch_size": 2, "sequence_length": 16},
     {**SMALL, **GALORE, "batch_size": 4, "sequence_length": 16},
     {"size": "tiny", "vocab_size": 1000, "method": "cola-m", "batch_size": 1, "sequence_length": 4096},
+    {
+        "size": "tiny",
+        "vocab_size": 500,
+        "method": "cola",
+        "batch_size": 4,
+        "sequence_length": 1024,
+        "documents": "padded",
+    },
 ]
 FEW = {"size": "20m", "vocab_size": 2000, "sequence_length": 64, "batch_size": 2}
 STEPS: list[dict[str, Any]] = [
