@@ -295,7 +295,6 @@ class Subspace(Optimizer):
         check_as_many(self.param_groups, self.inner.param_groups)
         if self.in_backward:
             _check_alone()  # the processes may have come together since
-        if self.in_backward:
             self._forget_orphans(self._parameters())
             for p in self._parameters():
                 if self._inside[p] is not p and p.grad is not None:
