@@ -98,7 +98,7 @@ def carry(moment: Tensor, before: Tensor, now: Tensor, n: int) -> Tensor:
     place = torch.full((*before.shape[:-1], n), -1, device=before.device)
     place.scatter_(-1, before, torch.arange(before.shape[-1], device=before.device).expand_as(before))
     source = place.gather(-1, now)
-    return columns(moment, source.clamp(min=0)) * (source >= 0)[..., None, :]
+    return columns(moment, source.clamp(min=0)).masked_fill((source < 0)[..., None, :], 0)
 
 
 # ---- a matrix in a byte per number

@@ -131,7 +131,7 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
     """Look at gradients before anything is done with them.
 
     Raises:
-        FloatingPointError: one is not finite, or its norm is not; in all processes of a sharded run, whoever's part it is.
+        FloatingPointError: one is not finite, or so large that its sum and its norm are not; in all processes of a sharded run, whoever's part it is.
         ValueError: one is sparse.
     """
     watched = {p: local(G) for p, G in gradients.items() if G is not None}
@@ -139,9 +139,7 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
         raise ValueError("a gradient is sparse, which no low-rank optimizer takes; use nn.Embedding(sparse=False)")
     if not watched:
         return
-    sums = torch.stack(
-        [G.sum(dtype=torch.float32) for G in watched.values()]
-    )  # not finite if a number is not: a cheap look
+    sums = torch.stack([_look(G) for G in watched.values()])
     if any(isinstance(p, DTensor) for p in watched):
         dist.all_reduce(sums)
     if sums.isfinite().all():
@@ -154,6 +152,14 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
         raise FloatingPointError(
             f"the gradient of a parameter of shape {tuple(p.shape)} is not finite; lower lr or clip gradients"
         )
+
+
+def _look(G: Tensor) -> Tensor:
+    """A cheap number that is not finite if one of G is not; of half precision, which ends at 65,504, if the norm is beyond."""
+    if G.dtype != torch.float16:
+        return G.sum(dtype=torch.float32)
+    room = torch.finfo(torch.float32).max / torch.finfo(torch.float16).max
+    return torch.linalg.vector_norm(G, dtype=torch.float32) * room
 
 
 def _is_odd(G: Tensor) -> Tensor:

@@ -115,14 +115,12 @@ def _run(race: Race, run: Run, failures: Mapping[str, str]) -> dict[str, Any]:
     if summary is not None:
         found["loss"] = summary.pop("validation_loss_nats_per_token")
         found |= {name: _number(value) for name, value in summary.items()}
-        found["curve"], found["training"] = _curves(folder, run.candidate)
-        found["seconds"] = found["tokens"] / found["tokens_per_second"] if found["tokens_per_second"] else None
-        for curve in (found["curve"], found["training"]):
-            if found["seconds"] and not any(curve["seconds"]):  # a run too short for a log line with a rate of its own
-                curve["seconds"] = [found["seconds"] * step / found["steps"] for step in curve["step"]]
+        rate = found["tokens_per_second"]
+        found["seconds"] = found["tokens"] / rate if rate else None
+        found["curve"], found["training"] = _curves(folder, run.candidate, rate)
         if found["curve"]["step"][-1:] != [found["steps"]]:
             end = {"step": found["steps"], "tokens": found["tokens"], "loss": found["loss"]}
-            end |= {"flops": run.candidate.flops, "seconds": max([found["seconds"] or 0.0, *found["curve"]["seconds"]])}
+            end |= {"flops": run.candidate.flops, "seconds": found["seconds"] or 0.0}
             for name, value in end.items():
                 found["curve"][name].append(value)
         about = json.loads((folder / "run.json").read_text())
@@ -138,21 +136,19 @@ def _status(race: Race, run: Run, failures: Mapping[str, str]) -> str:
     return "unfinished" if (race.folder(run) / "recipe.yaml").exists() else "not started"
 
 
-def _curves(folder: Path, candidate: Candidate) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """(validation, training) loss against steps, tokens, FLOPs and seconds of training."""
+def _curves(
+    folder: Path, candidate: Candidate, rate: float | None
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """(validation, training) loss against steps, tokens, FLOPs and seconds of training, at the run's typical tokens per second."""
     found: list[dict[str, list[float]]] = [
         {name: [] for name in ("step", "tokens", "flops", "seconds", "loss")} for _ in range(2)
     ]
-    seconds = tokens = 0.0
     for record in history(folder):
-        if record.get("tokens_per_second"):
-            seconds += (record["tokens"] - tokens) / record["tokens_per_second"]
-            tokens = record["tokens"]
         curve = found[0] if "eval_perplexity" in record else found[1]
         loss = record.get("eval_loss_nats_per_token", record.get("loss_nats_per_token"))
         if loss is not None and math.isfinite(loss):
             flops = candidate.flops * record["step"] / candidate.recipe.steps
-            values = (record["step"], record["tokens"], flops, seconds, loss)
+            values = (record["step"], record["tokens"], flops, record["tokens"] / rate if rate else 0.0, loss)
             for name, value in zip(curve, values, strict=True):
                 curve[name].append(value)
     return found[0], found[1]

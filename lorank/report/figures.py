@@ -114,7 +114,7 @@ def tuning(rows: Sequence[Row], style: Mapping[str, str]) -> str:
         values = sorted(values) if numbers else values
         series = []
         for one, best in found.items():
-            points = sorted((value, loss) for value, loss in best.items() if loss is not None)
+            points = [(value, loss) for value in values if (loss := best.get(value)) is not None]
             mark = min(range(len(points)), key=lambda place: points[place][1], default=None)
             series.append(Series(one, style[one], points, mark=mark))
         titles, formats = (name, "validation loss, first seed"), ("{:g}".format, "{:.3f}".format)

@@ -71,13 +71,24 @@ def build_optimizer(
     """The optimizer of that name over `parameter_groups`; `adamw` is a method's own AdamW."""
     hidden, others = parameter_groups(model, weight_decay, decay)
     beta1, beta2 = betas
+    check_rule(name, adamw=adamw)
     if adamw is not None:
-        if name != "adamw":
-            raise ValueError(f"optimizer={name!r}: the method needs {adamw.__name__}; take optimizer=adamw")
         return adamw(hidden + others, lr=lr, betas=(beta1, beta2), eps=eps)  # type: ignore[call-arg]
     if name == "muon":
         hidden = [{**group, "momentum": 0.95} for group in hidden]
     return _RULES[name](hidden + others, lr=lr, betas=(beta1, beta2), eps=eps)
+
+
+def check_rule(
+    name: Rule, *, kind: type[torch.optim.Optimizer] | None = None, adamw: type[torch.optim.Optimizer] | None = None
+) -> None:
+    """Raises ValueError if it is another rule than AdamW, where a low-rank optimizer, or a method's AdamW, is one of its own."""
+    if name == "adamw":
+        return
+    if adamw is not None:
+        raise ValueError(f"optimizer={name!r}: the method needs {adamw.__name__}; take optimizer=adamw")
+    if kind not in (None, GaLoreAdamW):
+        raise ValueError(f"optimizer={name!r}: {kind.__name__} is an optimizer of its own; leave optimizer out")
 
 
 def build_low_rank_optimizer(
@@ -105,8 +116,7 @@ def build_low_rank_optimizer(
     groups = split(hidden + others, ranks)
     if name == "adamw":
         return kind(groups, **settings)
-    if kind is not GaLoreAdamW:
-        raise ValueError(f"optimizer={name!r}: {kind.__name__} is an optimizer of its own; leave optimizer out")
+    check_rule(name, kind=kind)
     return Subspace(groups, _RULES[name], **settings)
 
 

@@ -22,6 +22,7 @@ from lorank.train.model import Projection, build_config, build_model, find_proje
 from lorank.train.optimizers import (
     build_low_rank_optimizer,
     build_optimizer,
+    check_rule,
     kept_gradients,
     state_bytes,
     step_flops,
@@ -199,8 +200,9 @@ def optimizer_step(recipe: Recipe, model: PreTrainedModel) -> accounting.Step:
 
     def build(twin: nn.Module) -> torch.optim.Optimizer:
         projection, method = find_projection(recipe, twin), method_of(model)
+        own = method.adamw if method else None
+        check_rule(recipe.optimizer, kind=projection.kind if projection else None, adamw=own)
         if projection is None:
-            own = method.adamw if method else None
             return build_optimizer(twin, rule, lr=0.1, weight_decay=0.1, adamw=own)
         kind, ranks, options = projection
         often = {"update_gap": 1} if "update_gap" in options_of(kind) else {}

@@ -369,6 +369,7 @@ def test_fitness_that_is_no_number_changes_nothing() -> None:
 
 def test_refusals() -> None:
     layer = nn.Linear(3, 4)
+    assert Eggroll(layer, population=4, sigma=torch.tensor(0.5)).sigma == 0.5  # type: ignore[arg-type]
     for wrong, message in [
         ({"population": 5}, "population=5 is not an even number"),
         ({"population": 8, "group_size": 6}, "group_size=6 is neither 0 nor an even divisor of population=8"),

@@ -724,14 +724,15 @@ def test_a_copy_of_an_optimizer_with_a_schedule_is_one_of_its_own(make: Any) -> 
     assert not any(torch.equal(value, before[name]) for name, value in twin.state_dict().items())
 
 
+@pytest.mark.parametrize(("dtype", "large"), [(torch.float32, 3e38), (torch.bfloat16, 3e38), (torch.float16, 1.9e4)])
 @pytest.mark.parametrize("make", EVERY)
-def test_a_gradient_whose_norm_is_infinite_spoils_nothing(make: Any) -> None:
+def test_a_gradient_whose_norm_is_infinite_spoils_nothing(make: Any, dtype: torch.dtype, large: float) -> None:
     """A finite one, but its projection would not be."""
-    model = net().float()
+    model = net().to(dtype)
     optimizer = make(plain_groups(model))
     before = copy.deepcopy(model.state_dict())
     for p in model.parameters():
-        p.grad = torch.full_like(p, 3e38)
+        p.grad = torch.full_like(p, large)
     with pytest.raises(FloatingPointError, match="not finite"):
         optimizer.step()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

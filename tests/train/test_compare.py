@@ -178,7 +178,8 @@ def check_results(results: dict[str, Any], out: Path) -> None:
             assert (out / run["folder"] / "model.safetensors").exists()
             for curve in (run["curve"], run["training"]):
                 assert len({len(values) for values in curve.values()}) == 1
-                assert curve["tokens"] == sorted(curve["tokens"]) and curve["seconds"] == sorted(curve["seconds"])
+                assert curve["tokens"] == sorted(curve["tokens"])
+                assert curve["seconds"] == pytest.approx([n / run["tokens_per_second"] for n in curve["tokens"]])
             assert run["curve"]["flops"][-1] == pytest.approx(row["training_flops"])
     assert len(hashes) == len(words) == 1 and texts == {1}  # one text held out and one tokenizer over all seeds
     cola = results["contestants"][0]

@@ -53,3 +53,17 @@ def test_autocast_needs_no_more_activations_than_fp32() -> None:
     fp32, bf16 = (plan(Recipe(vocab_size=300, precision=p)).model.memory for p in ("fp32", "bf16"))
     assert bf16.activations_bytes <= fp32.activations_bytes
     assert bf16.weights_bytes == fp32.weights_bytes, "autocast keeps fp32 weights"
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("fira", "FiraAdamW is an optimizer of its own"),
+        ("trion", "Trion is an optimizer of its own"),
+        ("switchlora", "the method needs VectorAdamW"),
+    ],
+)
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "muon"])
+def test_what_training_refuses_is_not_planned(method: str, words: str, optimizer: Any) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan(Recipe(size="tiny", vocab_size=300, sequence_length=16, method=method, rank=8, optimizer=optimizer))
