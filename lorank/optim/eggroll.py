@@ -26,7 +26,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, SupportsFloat
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -145,11 +145,15 @@ class Eggroll:
             baseline=baseline,
             freeze_others=freeze_others,
         )
-        if not isinstance(sigma, SupportsFloat) or not 0 < float(sigma) < math.inf:
+        try:
+            size = float(sigma)
+        except (TypeError, ValueError, OverflowError, RuntimeError):
+            size = math.nan
+        if not 0 < size < math.inf:
             raise ValueError(f"sigma={sigma!r} is no positive finite number; give for example 0.01")
         if rank < 1 or noise_reuse < 0:
             raise ValueError(f"rank={rank} has to be positive, noise_reuse={noise_reuse} not negative")
-        self.model, self.population, self.sigma, self.rank = model, population, float(sigma), rank
+        self.model, self.population, self.sigma, self.rank = model, population, size, rank
         self.group_size, self.noise_reuse, self.chunk, self.seed = group_size, noise_reuse, chunk or population, seed
         self.baseline = baseline
         if baseline and (group_size or population) < 4:

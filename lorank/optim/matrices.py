@@ -131,7 +131,7 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
     """Look at gradients before anything is done with them.
 
     Raises:
-        FloatingPointError: one is not finite, or so large that its sum and its norm are not; in all processes of a sharded run, whoever's part it is.
+        FloatingPointError: one is not finite, or, as far as its sum shows, so large that a projection may not be; in all processes of a sharded run, whoever's part it is.
         ValueError: one is sparse.
     """
     watched = {p: local(G) for p, G in gradients.items() if G is not None}
@@ -155,7 +155,7 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
 
 
 def _look(G: Tensor) -> Tensor:
-    """A cheap number that is not finite if one of G is not; of half precision, which ends at 65,504, if the norm is beyond."""
+    """A cheap number that is not finite if one of G is not; in half precision, which ends at 65,504, nor if the norm is beyond."""
     if G.dtype != torch.float16:
         return G.sum(dtype=torch.float32)
     room = torch.finfo(torch.float32).max / torch.finfo(torch.float16).max
@@ -163,12 +163,14 @@ def _look(G: Tensor) -> Tensor:
 
 
 def _is_odd(G: Tensor) -> Tensor:
-    """Whether a number is not finite, or the norm, so that a projection may not be."""
+    """Whether a number is not finite, or the norm of a row or column of a matrix, which is the most that a projection may hold."""
     if not G.numel():  # a process's part of a sharded one
         return G.new_zeros((), dtype=torch.bool)
     wide = G.to(torch.promote_types(G.dtype, torch.float32))
     largest = wide.abs().max().clamp(min=1)
-    return ~(largest * (wide / largest).norm() <= torch.finfo(G.dtype).max)
+    scaled = wide / largest
+    longest = torch.stack([scaled.norm(dim=dim).max() for dim in (0, 1)] if G.ndim == 2 else [scaled.abs().max()]).max()
+    return ~(largest * longest <= torch.finfo(G.dtype).max)
 
 
 @torch.compiler.disable

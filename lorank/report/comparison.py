@@ -3,10 +3,11 @@
 import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 import lorank
@@ -117,10 +118,12 @@ def _run(race: Race, run: Run, failures: Mapping[str, str]) -> dict[str, Any]:
         found |= {name: _number(value) for name, value in summary.items()}
         rate = found["tokens_per_second"]
         found["seconds"] = found["tokens"] / rate if rate else None
-        found["curve"], found["training"] = _curves(folder, run.candidate, rate)
+        records = list(history(folder))
+        clock = _clock(records, found["tokens"], rate)
+        found["curve"], found["training"] = _curves(records, run.candidate, clock)
         if found["curve"]["step"][-1:] != [found["steps"]]:
             end = {"step": found["steps"], "tokens": found["tokens"], "loss": found["loss"]}
-            end |= {"flops": run.candidate.flops, "seconds": found["seconds"] or 0.0}
+            end |= {"flops": run.candidate.flops, "seconds": clock(found["tokens"])}
             for name, value in end.items():
                 found["curve"][name].append(value)
         about = json.loads((folder / "run.json").read_text())
@@ -136,19 +139,30 @@ def _status(race: Race, run: Run, failures: Mapping[str, str]) -> str:
     return "unfinished" if (race.folder(run) / "recipe.yaml").exists() else "not started"
 
 
+def _clock(records: Sequence[Mapping[str, Any]], tokens: int, rate: float | None) -> Callable[[float], float]:
+    """Seconds of training, slow steps included, by tokens seen: at the rate of the log line that has them, after the last one at the
+    typical `rate`."""
+    marks = [(0.0, 0.0)]
+    for seen, speed in [(one["tokens"], one.get("tokens_per_second")) for one in records] + [(tokens, rate)]:
+        if speed and seen > marks[-1][0]:
+            marks.append((seen, marks[-1][1] + (seen - marks[-1][0]) / speed))
+    at, seconds = zip(*marks, strict=True)
+    return lambda seen: float(np.interp(seen, at, seconds))
+
+
 def _curves(
-    folder: Path, candidate: Candidate, rate: float | None
+    records: Sequence[Mapping[str, Any]], candidate: Candidate, clock: Callable[[float], float]
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """(validation, training) loss against steps, tokens, FLOPs and seconds of training, at the run's typical tokens per second."""
+    """(validation, training) loss against steps, tokens, FLOPs and seconds of training."""
     found: list[dict[str, list[float]]] = [
         {name: [] for name in ("step", "tokens", "flops", "seconds", "loss")} for _ in range(2)
     ]
-    for record in history(folder):
+    for record in records:
         curve = found[0] if "eval_perplexity" in record else found[1]
         loss = record.get("eval_loss_nats_per_token", record.get("loss_nats_per_token"))
         if loss is not None and math.isfinite(loss):
             flops = candidate.flops * record["step"] / candidate.recipe.steps
-            values = (record["step"], record["tokens"], flops, record["tokens"] / rate if rate else 0.0, loss)
+            values = (record["step"], record["tokens"], flops, clock(record["tokens"]), loss)
             for name, value in zip(curve, values, strict=True):
                 curve[name].append(value)
     return found[0], found[1]

@@ -378,6 +378,9 @@ def test_refusals() -> None:
         ({"population": 8, "sigma": 0.0}, "sigma=0.0"),
         ({"population": 8, "sigma": math.nan}, "sigma=nan is no positive finite number"),
         ({"population": 8, "sigma": "x"}, "sigma='x' is no positive finite number"),
+        ({"population": 8, "sigma": None}, "sigma=None is no positive finite number"),
+        ({"population": 8, "sigma": 10**400}, "is no positive finite number"),
+        ({"population": 8, "sigma": torch.ones(2)}, "is no positive finite number"),
         ({"population": 8, "group_size": 2, "baseline": True}, "leaves no member with noise in groups of 2"),
     ]:
         with pytest.raises(ValueError, match=message):

@@ -668,6 +668,17 @@ def test_a_rule_that_may_count_calls_is_called_once_per_step_and_torch_s_stack_b
     assert (by_stack.inner.calls, by_stack.inner.at_once) == (7 * len(sizes), sizes[-1])
 
 
+@pytest.mark.parametrize("make", EVERY)
+def test_half_precision_takes_gradients_whose_projection_it_can_hold(make: Any) -> None:
+    """Here the norm of the whole is beyond it."""
+    model = nn.Sequential(nn.Linear(256, 256)).half()
+    optimizer = make([{"params": [model[0].weight], "rank": 8}, {"params": [model[0].bias]}])
+    for p in model.parameters():
+        p.grad = (400 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))).half()
+    assert model[0].weight.grad.float().norm() > 65504  # type: ignore[union-attr]
+    optimizer.step()
+
+
 class Failing(torch.optim.SGD):
     def step(self, *closure: Any) -> Any:
         raise RuntimeError("no step")

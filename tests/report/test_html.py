@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from lorank.report import figures
 from lorank.report.charts import Axis, Series, line_chart, scatter_chart, spread
 from lorank.report.comparison import comparison_table
 from lorank.report.html import styles, verdict, write_report
@@ -258,3 +259,11 @@ def test_single_points_and_nothing_at_all_still_draw() -> None:
         ElementTree.fromstring(draw([Series("one", "s0", [(5.0, 2.0)])], **about))
     ElementTree.fromstring(line_chart([Series("one", "s0", [(0.1, 2.0)])], log_x=True, **about))
     ElementTree.fromstring(line_chart([Series("one", "s0", [(0.0, 2.0), (0.0, 1.0)])], **about))
+
+
+def test_what_was_tried_may_be_words_or_both() -> None:
+    """Of which there is a table and no chart."""
+    for values in (["adamw", "muon"], ["auto", 3], [True, False]):
+        tried = [{"settings": {"kind": value}, "loss": 3.0 - i} for i, value in enumerate(values)]
+        page = figures.tuning([{"name": "cola", "tried": tried}], {"cola": "s0"})
+        assert "<svg" not in page and all(f"kind {value}" in page for value in values) and "2.0000" in page

@@ -21,7 +21,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from lorank.report.comparison import _baseline_rank, _mismatches, comparison_table, gather, write_results
+from lorank.report.comparison import _baseline_rank, _clock, _mismatches, comparison_table, gather, write_results
 from lorank.report.race import RaceProgress
 from lorank.train import compare, data, tasks
 from lorank.train.compare import Race, Run
@@ -179,7 +179,7 @@ def check_results(results: dict[str, Any], out: Path) -> None:
             for curve in (run["curve"], run["training"]):
                 assert len({len(values) for values in curve.values()}) == 1
                 assert curve["tokens"] == sorted(curve["tokens"])
-                assert curve["seconds"] == pytest.approx([n / run["tokens_per_second"] for n in curve["tokens"]])
+                assert curve["seconds"][0] > 0 and curve["seconds"] == sorted(set(curve["seconds"]))
             assert run["curve"]["flops"][-1] == pytest.approx(row["training_flops"])
     assert len(hashes) == len(words) == 1 and texts == {1}  # one text held out and one tokenizer over all seeds
     cola = results["contestants"][0]
@@ -715,6 +715,15 @@ def test_a_folder_with_models_of_somebody_else_is_not_taken(base: Recipe, tmp_pa
     with pytest.raises(ValueError, match="is not an empty folder"):
         Race.plan(Comparison(base=base, methods=["dense"]), tmp_path / "race", Silent())
     assert (tmp_path / "race/models").exists()
+
+
+def test_seconds_of_evaluations_between_log_lines_and_of_slow_steps() -> None:
+    """400 steps of one token in 0.1 s, logged every 100, and 60 s for a basis in one of the first and third hundred."""
+    rates = {100: 100 / 70, 200: 10.0, 300: 100 / 70}
+    records = [{"tokens": n, **({"tokens_per_second": rates[n]} if n in rates else {})} for n in range(50, 401, 50)]
+    clock = _clock(records, 400, 10.0)
+    assert [clock(n) for n in range(0, 401, 50)] == pytest.approx([0, 35, 70, 75, 80, 115, 150, 155, 160])
+    assert _clock(records[:1], 400, None)(400) == 0 and _clock([], 400, 10.0)(200) == pytest.approx(20)
 
 
 def test_what_was_not_timed_is_not_shown(base: Recipe, quick: type[InThisProcess], tmp_path: Path) -> None:
