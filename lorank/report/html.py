@@ -182,8 +182,8 @@ def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
         else ""
     )
     small = (
-        f"{intervals}FLOPs count recomputation and the optimizer's products; time is that of training steps alone, by the median step, "
-        f"and means something only where the machine did nothing else; memory is its measured growth.{chosen}"
+        f"{intervals}FLOPs count recomputation and the optimizer's products; time is that of training steps alone, by the median step "
+        f"(curves have slow ones in them), and means something only where the machine did nothing else; memory is its measured growth.{chosen}"
     )
     return f'<h2>Results</h2>\n{table(titles, lines, stacks=True)}\n<p class="under small">{escape(small)}</p>'
 
