@@ -131,7 +131,8 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
     """Look at gradients before anything is done with them.
 
     Raises:
-        FloatingPointError: one is not finite, or, as far as its sum shows, so large that a projection may not be; in all processes of a sharded run, whoever's part it is.
+        FloatingPointError: one is not finite, or, as far as its sum shows, so large that a projection may not be; in all
+            processes of a sharded run, whoever's part it is.
         ValueError: one is sparse.
     """
     watched = {p: local(G) for p, G in gradients.items() if G is not None}

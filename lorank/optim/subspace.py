@@ -314,6 +314,10 @@ class Subspace(Optimizer):
         for p, inside in self._inside.items():
             if "inner" not in self.state.get(p, ()):
                 self.inner.state.pop(inside, None)  # somebody has cleared the state
+        for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
+            its.update({name: ours[name] for name in its if name not in OURS and name in ours})
+            if self.unit_lr and ours["rank"]:
+                its["lr"] = 1.0
         plain = [p for p in moved if self._inside[p] is p]
         own_step = "step" in self.inner.__dict__  # such as a compiled one, which wants equal calls
         if type(self.inner).__module__.startswith(BY_STACK) and not own_step:
@@ -340,10 +344,7 @@ class Subspace(Optimizer):
                 self._inside[p].data = torch.zeros_like(self._inside[p].grad)  # type: ignore[arg-type]
         stepped = {p for stack in found for p in stack.parameters}.union(plain)
         for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
-            its.update({name: ours[name] for name in its if name not in OURS and name in ours})
             its["params"] = [self._inside[p] for p in ours["params"] if p in stepped]
-            if self.unit_lr and ours["rank"]:
-                its["lr"] = 1.0
         self.step_inside()
         for p in stepped:
             if self._inside[p] in self.inner.state:

@@ -218,7 +218,7 @@ def _as_yaml(recipe: Recipe, results: dict[str, Any], suggestion: Suggestion) ->
     asked = yaml.safe_dump(recipe.to_dict(), sort_keys=False, width=200, allow_unicode=True)
     part = suggestion.parameters / suggestion.dense_parameters
     return (
-        f"# Suggested by lorank analyze {results['model']}: ranks given out one by one where they save the most of the\n# outputs' energy; "
-        f"{suggestion.parameters:,} parameters in the factors, {part * 100:.1f} % of the dense matrices' {suggestion.dense_parameters:,}.\n"
+        f"# Suggested by lorank analyze {results['model']}: ranks given out one by one where they save the most of the\n"
+        f"# outputs' energy; {suggestion.parameters:,} parameters in the factors, {part * 100:.1f} % of the dense matrices' {suggestion.dense_parameters:,}.\n"
         "# Nothing else was tuned: learning rate and length are the analyzed run's, or lorank's defaults.\n" + asked
     )

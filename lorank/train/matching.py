@@ -11,11 +11,12 @@ params   the rank, or where no rank changes it the width of the model; what a me
 memory   the same, by the estimate of weights, gradients, optimizer state and activations
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -62,6 +63,13 @@ Figure = Literal["parameters", "flops_per_token", "memory_bytes"]
 training one micro-batch."""
 
 
+@contextlib.contextmanager
+def _trying() -> Iterator[None]:
+    """Models that are built inside have no weights; nothing is said of ranks beyond break-even."""
+    with warnings.catch_warnings(action="ignore"), torch.device("meta"):
+        yield
+
+
 class Costs:
     """Counts models of a race, each figure once."""
 
@@ -77,10 +85,7 @@ class Costs:
         key = json.dumps([figure, settings, config.to_dict()], sort_keys=True, default=str)
         if key not in self._known:
             with signals_later():
-                with (
-                    warnings.catch_warnings(action="ignore"),
-                    torch.device("meta"),
-                ):  # ranks beyond break-even are tried
+                with _trying():
                     model = build_model(recipe, config)
                 self._known[key] = _count(figure, recipe, model)
         return self._known[key]
@@ -95,7 +100,7 @@ class Costs:
         settings = {name: value for name, value in recipe.to_dict().items() if name not in free}
         key = json.dumps(["check", settings], sort_keys=True, default=str)
         if key not in self._known:
-            with signals_later(), warnings.catch_warnings(action="ignore"), torch.device("meta"):
+            with signals_later(), _trying():
                 model = build_model(recipe, build_config(recipe, self.tokenizer))
                 projection = find_projection(recipe, model)
                 estimator = build_estimator(recipe, model)
@@ -245,7 +250,7 @@ def narrow_to_match(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
 
 
 def _parameter_names(recipe: Recipe, config: PretrainedConfig) -> list[str]:
-    with signals_later(), warnings.catch_warnings(action="ignore"), torch.device("meta"):
+    with signals_later(), _trying():
         return [name for name, _ in build_model(recipe, config).named_parameters()]
 
 
