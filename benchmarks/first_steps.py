@@ -23,7 +23,8 @@ from transformers.utils import logging
 from lorank.methods.relora import ReLoRAHook
 from lorank.methods.sst import Resampling
 from lorank.methods.switchlora import SwitchLoRAHook
-from lorank.train import repro, run
+from lorank.race import repro
+from lorank.train import run
 from lorank.train.recipe import Recipe
 
 OLD_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from lorank import MASA
-from lorank.pca import calibrate, truncate
-from lorank.projections import projection_type
+from lorank.architectures import projection_type
+from lorank.fit.pca import calibrate, truncate
 from lorank.train.data import load_corpus
 from lorank.train.evaluation import evaluate, text_for
 from lorank.train.run import load_model

@@ -20,8 +20,8 @@ from transformers import LlamaConfig, LlamaModel
 
 import lorank
 from lorank.conversion import method_of
-from lorank.methods import find_method
-from lorank.parametrization import StepHook
+from lorank.method import StepHook
+from lorank.table import find
 from lorank.train.run import PeakMemory
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def build(method: str, blocks: int) -> tuple[LlamaModel, torch.optim.Optimizer, 
     )
     model = LlamaModel(shape)
     if method != "dense":
-        lorank.convert(model, find_method(method)(**SETTINGS[method]))
+        lorank.convert(model, find(method)(**SETTINGS[method]))
     made_by = method_of(model)
     adamw = (made_by.adamw if made_by else None) or torch.optim.AdamW
     optimizer = adamw([p for p in model.parameters() if p.requires_grad], lr=1e-4)
@@ -61,7 +61,7 @@ def between(method: str, hook: StepHook | None, blocks: int) -> float:
     """Seconds per step that a method's rare events take on average: one round of them, over the round's steps."""
     if hook is None or method not in ("relora", "sst"):
         return 0.0
-    made = find_method(method)(**SETTINGS[method])
+    made = find(method)(**SETTINGS[method])
     if method == "relora":
         period, events = made.cycle, [2 * made.cycle]
     else:

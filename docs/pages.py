@@ -18,16 +18,16 @@ from click.testing import CliRunner
 
 from lorank.accounting import flops_per_token
 from lorank.cli import cli
-from lorank.methods import METHODS
 from lorank.optim import ESTIMATORS, OPTIMIZERS, options_of
 from lorank.papers import PAPERS, find_paper
+from lorank.plan.run import empty_model
+from lorank.race import repro
 from lorank.report.repro import expectation
 from lorank.report.tables import quantity
 from lorank.sizes import SIZES
-from lorank.train import repro
+from lorank.table import METHODS
 from lorank.train.estimators import build_estimator
 from lorank.train.model import rank_of
-from lorank.train.plan import empty_model
 from lorank.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -162,12 +162,12 @@ def example(name: str) -> str:
     if name in OPTIMIZERS:
         lines = [f"from lorank.optim import {kind.__name__}, low_rank_groups", *lines]
         return "\n".join([*lines, f"optimizer = {kind.__name__}(low_rank_groups(model, 16), lr=0.01)"])
-    from lorank import Parametrization
+    from lorank import Method
 
-    assert issubclass(kind, Parametrization)
+    assert issubclass(kind, Method)
     rank = "rank=16" if "rank" in kind.__dataclass_fields__ else ""
     lines = ["import lorank", *lines, f"lorank.convert(model, lorank.{kind.__name__}({rank}))"]
-    if kind.hook is not Parametrization.hook:  # it acts between steps
+    if kind.hook is not Method.hook:  # it acts between steps
         adamw = f"lorank.optim.{kind.adamw.__name__}" if kind.adamw else "torch.optim.AdamW"
         lines[0] = "import lorank.optim" if kind.adamw else "import lorank\nimport torch"
         lines += ["", f"optimizer = {adamw}(model.parameters(), lr=3e-3)"]

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lorank
-from lorank.methods import find_method
+from lorank.table import find
 from lorank.optim import find_optimizer, low_rank_groups
 
 STEPS = 30

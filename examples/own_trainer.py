@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArg
 from transformers.trainer_utils import get_last_checkpoint
 
 import lorank
-from lorank.methods import find_method
+from lorank.table import find
 from lorank.optim import find_optimizer, low_rank_groups
 
 

@@ -1,16 +1,15 @@
-"""lorank: train language models whose structure is low rank, from the first token on.
+"""lorank: train language models whose structure is low rank.
 
-Importing this package is cheap: it loads neither torch nor transformers. It only promises transformers that models
-saved by lorank (``model_type`` "lorank_llama", "lorank_gpt2", ...) can be loaded by the Auto classes; see
-`lorank.registry`.
+Importing this package is cheap: it loads neither torch nor transformers. It only lets transformers' Auto classes load
+models that lorank saved (``model_type`` "lorank_llama", "lorank_gpt2", ...); see `lorank.auto`.
 """
 
 # ruff: noqa: F401
 import importlib
 from typing import TYPE_CHECKING
 
-from lorank import registry
-from lorank.methods import METHODS, register
+from lorank import auto
+from lorank.table import METHODS, register
 
 if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.checkpointing import (
@@ -19,7 +18,9 @@ if TYPE_CHECKING:  # what type checkers and editors see
         keep_bottlenecks_and_attention,
         keep_recurrence,
     )
-    from lorank.conversion import convert, lr_schedule, merge, step_hook
+    from lorank.conversion import convert, lr_schedule, merge, optimizer, step_hook
+    from lorank.fit.pca import matrix_pca
+    from lorank.method import AdamW, Autograd, Dense, Method, Site, StepHook
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.crnet import CRNet
     from lorank.methods.low_rank import LowRank
@@ -28,25 +29,24 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.methods.sltrain import SLTrain
     from lorank.methods.sst import SST
     from lorank.methods.switchlora import SwitchLoRA
-    from lorank.parametrization import Parametrization, Site, StepHook
-    from lorank.pca import matrix_pca
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOME = {
     "convert": "lorank.conversion",
     "lr_schedule": "lorank.conversion",
     "merge": "lorank.conversion",
+    "optimizer": "lorank.conversion",
     "step_hook": "lorank.conversion",
     "checkpoint": "lorank.checkpointing",
     "keep_bottlenecks": "lorank.checkpointing",
     "keep_bottlenecks_and_attention": "lorank.checkpointing",
     "keep_recurrence": "lorank.checkpointing",
     "freeze_coefficients": "lorank.methods.masa",
-    "matrix_pca": "lorank.pca",
-    "Parametrization": "lorank.parametrization",
-    "Site": "lorank.parametrization",
-    "StepHook": "lorank.parametrization",
+    "matrix_pca": "lorank.fit.pca",
+    "Method": "lorank.method",
+    "Site": "lorank.method",
+    "StepHook": "lorank.method",
     **{kind: module for module, _, kind in (where.partition(":") for where in METHODS.values())},
 }
 __all__ = sorted(["METHODS", "register", *_HOME])
@@ -64,4 +64,4 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *__all__])
 
 
-registry.promise_auto_classes()
+auto.promise_auto_classes()

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from transformers import masking_utils
 
 from lorank.accelerators import ACCELERATORS
-from lorank.conversion import blocks
-from lorank.parametrization import SHARED
+from lorank.method import SHARED
+from lorank.sites import blocks
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Closed forms: d = hidden size, d_ff = intermediate size, r = rank, n = tokens of a sequence

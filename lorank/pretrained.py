@@ -18,9 +18,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto import configuration_auto, modeling_auto
 
-from lorank.conversion import base_prefix, choose_sites, find_sites, rewrite, wanted_sites
-from lorank.methods import find_method
-from lorank.registry import PREFIX
+from lorank.auto import PREFIX
+from lorank.rewriting import rewrite
+from lorank.sites import base_prefix, choose_sites, find_sites, wanted_sites
+from lorank.table import find
 
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "inside the __init__ of a generated class", default=False
@@ -64,7 +65,7 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
             raise ValueError(
                 f"a {type(config).__name__} without the entry 'lorank' does not say how to build its model"
             )
-        method = find_method(recorded["method"]).from_dict(recorded["arguments"])
+        method = find(recorded["method"]).from_dict(recorded["arguments"])
         # patterns were written for names in the model that was converted, which had a head, or had none, unlike this one
         here, there = base_prefix(self), recorded["prefix"]
         then = lambda name: name if here == there else there + name.removeprefix(here)  # noqa: E731

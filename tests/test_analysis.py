@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from lorank.analysis.effective_rank.effective_rank import Streams, analyze
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lorank
-from lorank.analysis import Streams, analyze
-from lorank.projections import places
-from lorank.ranks import read_budget, suggest_ranks
-from lorank.spectrum import effective_rank, rank_leaving
+from lorank.analysis.ranks import read_budget, suggest_ranks
+from lorank.analysis.spectrum import effective_rank, rank_leaving
+from lorank.sites import places
 from tests.conftest import ARCHITECTURES, VOCABULARY, D
 
 CASES = [
@@ -416,8 +416,8 @@ def test_suggested_ranks_lose_less_than_one_rank_for_all(budget: str) -> None:
 
 
 def test_the_table_gives_every_projection_its_rank(small) -> None:
-    from lorank.conversion import find_sites
-    from lorank.parametrization import check_table, rank_at
+    from lorank.method import check_table, rank_at
+    from lorank.sites import find_sites
 
     model = ARCHITECTURES["gpt2"].dense(n_layer=11)
     listed = analyze(model, [{"input_ids": torch.randint(3, VOCABULARY, (2, 40))}], gradient_batches=0).to_dict()
@@ -463,8 +463,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["dense", "masa"])
 def test_the_suggested_recipe_is_one(name: str, saved: Path, tmp_path: Path) -> None:
+    from lorank.plan.run import plan
     from lorank.train.analysis import analyze_folder
-    from lorank.train.plan import plan
     from lorank.train.recipe import Recipe
 
     results = analyze_folder(

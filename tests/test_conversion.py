@@ -16,14 +16,16 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorank import CoLA, CoLAM, LowRank, Parametrization, Site, convert
-from lorank.conversion import converted_with, find_sites, merge
+from lorank import CoLA, CoLAM, LowRank, Method, Site, convert
+from lorank.conversion import merge
 from lorank.fusion import FusedProjections
 from lorank.methods.cola import CoLALinear
+from lorank.rewriting import converted_with
+from lorank.sites import find_sites
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verbatim(Parametrization):
+class Verbatim(Method):
     """A method that changes nothing: every projection is replaced by a copy of itself."""
 
     name: ClassVar[str] = "verbatim"
@@ -32,7 +34,7 @@ class Verbatim(Parametrization):
         return copy.deepcopy(site.linear)
 
 
-def spy() -> tuple[Parametrization, list[list[Site]]]:
+def spy() -> tuple[Method, list[list[Site]]]:
     """A verbatim method, and the stacks it is going to be shown."""
     stacks: list[list[Site]] = []
 

@@ -138,7 +138,7 @@ def test_a_method_added_to_this_repository_as_contributing_says_passes_its_contr
 
 
 def test_a_method_of_a_script_is_registered_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorank.methods._registered", {})
+    monkeypatch.setattr("lorank.table._registered", {})
     scope: dict[str, Any] = {"__name__": "script"}
     exec(code("CONTRIBUTING.md", "python")[0], scope)
     with pytest.raises(ValueError, match="unknown method 'gained'.* is found after lorank.register"):
@@ -147,7 +147,7 @@ def test_a_method_of_a_script_is_registered_and_found_again(tmp_path: Path, monk
     model.save_pretrained(tmp_path)
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr("lorank.methods._registered", {})  # as in another process
+    monkeypatch.setattr("lorank.table._registered", {})  # as in another process
     with pytest.raises(ValueError, match="unknown method 'gained'.* is found after lorank.register"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     lorank.register(scope["Gained"])

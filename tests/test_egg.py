@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lorank.egg import EggConfig, EggForCausalLM, log_likelihood
+from lorank.evolution.egg import EggConfig, EggForCausalLM, log_likelihood
+from lorank.evolution.integers import alpha_at, deal, threshold
 from lorank.optim import IntegerEggroll, Votes
-from lorank.optim.eggroll_int8 import alpha_at, deal, threshold
 
 Vector = list[int]
 

@@ -16,8 +16,8 @@ from lorank.cli import cli
 from lorank.methods import sltrain, sst
 from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, dct_adamw, fira, galore, trion
 from lorank.papers import cola, crnet, masa
+from lorank.plan.run import empty_model, memory
 from lorank.sizes import SIZES, llama_config
-from lorank.train.plan import empty_model, memory
 from lorank.train.recipe import Recipe
 
 TABLES = [

@@ -8,8 +8,9 @@ from typing import ClassVar
 import pytest
 from torch import nn
 
-from lorank import CoLA, LowRank, Parametrization, Site
-from lorank.parametrization import Rank, check_rank, check_ranks, rank_at
+from lorank import CoLA, LowRank, Method, Site
+from lorank.fields import Rank, check_rank
+from lorank.method import check_ranks, rank_at
 
 
 def site(name: str, d_in: int, d_out: int) -> Site:
@@ -122,7 +123,7 @@ def test_two_factors_really_are_no_smaller_than_the_dense_layer_at_the_break_eve
         CoLA(rank={"q_proj": 4, "k_proj": 0.5, ".*": 8}),
     ],
 )
-def test_a_method_survives_json_that_sorts_its_keys(method: Parametrization) -> None:
+def test_a_method_survives_json_that_sorts_its_keys(method: Method) -> None:
     """transformers writes config.json with sorted keys, and of a rank table the first match counts."""
     written = json.dumps(method.to_dict(), sort_keys=True)
     back = type(method).from_dict(json.loads(written))
@@ -144,7 +145,7 @@ def test_methods_are_frozen_and_take_keywords_only() -> None:
 
 def test_a_method_without_build_says_so() -> None:
     @dataclasses.dataclass(frozen=True, kw_only=True)
-    class Empty(Parametrization):
+    class Empty(Method):
         name: ClassVar[str] = "empty"
 
     with pytest.raises(NotImplementedError, match="Empty defines neither build nor build_stack"):

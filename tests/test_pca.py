@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lorank import MASA, convert, matrix_pca, merge
+from lorank.fit.pca import RIDGE, calibrate, cuts, drifts, truncate, whitening
 from lorank.methods.masa import MASALinear
-from lorank.pca import RIDGE, calibrate, cuts, drifts, truncate, whitening
 
 VOCABULARY = 96
 

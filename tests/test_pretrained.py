@@ -114,7 +114,7 @@ def test_without_lorank_the_type_is_refused_by_name_and_importing_it_late_helps(
             print("refused")
         import lorank
         print(type(AutoModelForCausalLM.from_pretrained(f"{folder}/llama")).__name__)
-        lorank.registry.promise_auto_classes()  # as importlib.reload would
+        lorank.auto.promise_auto_classes()  # as importlib.reload would
         print(type(AutoModelForCausalLM.from_pretrained(f"{folder}/gpt2")).__name__)
         print(type(AutoConfig.for_model("lorank_opt", lorank=None)).__name__)
         """,

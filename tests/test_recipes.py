@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from lorank import accounting
-from lorank.methods import METHODS, find_method
 from lorank.optim import OPTIMIZERS
-from lorank.train import plan as dry_run
+from lorank.plan import run as dry_run
+from lorank.table import METHODS, find
 from lorank.train import run
 from lorank.train.data import _embedded_files
 from lorank.train.recipe import Recipe
@@ -92,7 +92,7 @@ def read(name: str) -> Recipe:
 
 
 def test_every_method_of_a_paper_has_a_recipe_at_60m_and_every_recipe_is_examined_here() -> None:
-    of_papers = [name for name in METHODS if "arXiv" in str(inspect.getdoc(inspect.getmodule(find_method(name))))]
+    of_papers = [name for name in METHODS if "arXiv" in str(inspect.getdoc(inspect.getmodule(find(name))))]
     assert {f"{method}-60m" for method in ["dense", *of_papers, *OPTIMIZERS] if method != "cola-m"} <= set(NAMES)
     assert sorted([*IN_FULL, *IN_PART]) == OURS and sorted(COUNTS) == NAMES
 

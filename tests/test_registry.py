@@ -7,8 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.models.auto import configuration_auto
 
 import lorank
-from lorank.methods import METHODS, find_method, method_names
 from lorank.pretrained import config_class, model_class
+from lorank.table import METHODS, find, method_names
 
 
 def test_the_package_offers_what_it_lists_and_nothing_else() -> None:
@@ -32,7 +32,7 @@ def test_import_order_and_repetition_do_not_matter(fresh_python: Callable[..., s
         from transformers import AutoConfig
         print(type(AutoConfig.for_model("lorank_llama", lorank=None)).__name__)
         finders = [type(finder).__module__ for finder in sys.meta_path if not isinstance(finder, type)]
-        print("lorank.registry" in finders)
+        print("lorank.auto" in finders)
         """
     )
     assert said.split() == ["LorankLlamaConfig", "False"]
@@ -70,29 +70,29 @@ def test_an_unknown_architecture_has_no_class() -> None:
 def test_every_method_of_the_table_is_found_under_its_own_name() -> None:
     assert set(METHODS) <= set(method_names())
     for name in METHODS:
-        method = find_method(name)
+        method = find(name)
         assert method.name == name
         assert method().name == name  # every hyper-parameter has a default
 
 
 def test_an_unknown_method_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown method 'lowrank'; did you mean 'low-rank'\? the methods are: cola, cola-m"
+        ValueError, match=r"unknown method 'lowrank'; did you mean 'low-rank'\? The methods are: dense, cola, cola-m"
     ):
-        find_method("lowrank")
-    with pytest.raises(ValueError, match=r"^unknown method 'zzz'; the methods are: cola"):
-        find_method("zzz")
+        find("lowrank")
+    with pytest.raises(ValueError, match=r"^unknown method 'zzz'\. The methods are: dense, cola"):
+        find("zzz")
 
 
 def test_methods_of_other_packages_join_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lorank.methods._registered", {})
+    monkeypatch.setattr("lorank.table._registered", {})
     from importlib.metadata import EntryPoint
 
     points = [
         EntryPoint("theirs", "lorank.methods.low_rank:LowRank", "lorank.methods"),
         EntryPoint("cola", "lorank.methods.low_rank:LowRank", "lorank.methods"),  # must not displace ours
     ]
-    monkeypatch.setattr("lorank.lookup.entry_points", lambda group: points if group == "lorank.methods" else [])
+    monkeypatch.setattr("lorank.table._entry_points", lambda: points)
     assert method_names() == [*METHODS, "theirs"]
-    assert find_method("theirs") is lorank.LowRank
-    assert find_method("cola") is lorank.CoLA
+    assert find("theirs") is lorank.LowRank
+    assert find("cola") is lorank.CoLA

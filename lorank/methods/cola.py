@@ -23,7 +23,6 @@ grouped-query attention works. σ is the `activation` field, not the model's `hi
 name in the paper's ablation; see `CoLA.nonlinearity`.
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
@@ -32,10 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lorank.architectures import GATE
 from lorank.checkpointing import checkpoint, keep_bottlenecks
-from lorank.conversion import drop_activations
+from lorank.fields import Rank
 from lorank.layers import linear
-from lorank.parametrization import Parametrization, Published, Rank, Site, check_rank, check_ranks, rank_at
+from lorank.method import Method, Published, Site, check_ranks, rank_at
+from lorank.rewriting import drop_activations
 from lorank.sizes import SIZES
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
@@ -98,12 +99,10 @@ class CoLALinear(nn.Module):
 # ---- the method
 
 Nonlinearity = Literal["both", "low-rank", "reduced", "original"]
-GATE = re.compile(r"(gate_proj|gate_up_proj\.gate|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|lin1|wi_0|wi|w1)$")
-"""Names that architectures give to the projection whose output their own activation reads."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoLA(Parametrization):
+class CoLA(Method):
     """CoLA with its hyper-parameters; ``lorank.convert(model, CoLA(rank=128))``.
 
     Raises ValueError for a rank that is not positive and for unknown names.
@@ -127,7 +126,7 @@ class CoLA(Parametrization):
     """σ: "silu", "gelu" or "relu"."""
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        super().__post_init__()
         if self.nonlinearity not in get_args(Nonlinearity):
             raise ValueError(f"nonlinearity={self.nonlinearity!r} is none of {', '.join(get_args(Nonlinearity))}")
         if self.activation not in ACTIVATIONS:
@@ -172,7 +171,7 @@ class CoLAM(CoLA):
     """CoLA-M: the same model, training with only the bottlenecks kept for backward (`lorank.keep_bottlenecks`)."""
 
     name: ClassVar[str] = "cola-m"
-    checkpoint_policy: ClassVar[str | None] = "bottlenecks"
+    policy: ClassVar[str | None] = "bottlenecks"
 
     def finish(self, model: nn.Module) -> None:
         super().finish(model)

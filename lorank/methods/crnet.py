@@ -34,9 +34,10 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from lorank.fields import Rank
 from lorank.layers import linear
+from lorank.method import Method, Published, Site, check_ranks, rank_at
 from lorank.methods.cola import CoLALinear
-from lorank.parametrization import Parametrization, Published, Rank, Site, check_rank, check_ranks, rank_at
 from lorank.tape import ANCHORS, Tape
 
 EPS = 1e-6
@@ -155,7 +156,7 @@ class CRNetLinear(CoLALinear):
 
 
 @dataclass(frozen=True, kw_only=True)
-class CRNet(Parametrization):
+class CRNet(Method):
     """CR-Net with its hyper-parameters; ValueError for a rank that is not positive or a `beta` that is no finite number.
 
     A projection is chained over the blocks in which it was chosen, which must be neighbours; the first of them is dense.
@@ -173,7 +174,7 @@ class CRNet(Parametrization):
     """What β starts from, in every layer."""
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        super().__post_init__()
         if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not math.isfinite(self.beta):
             raise ValueError(f"beta={self.beta!r} is not a finite number; give one such as 1.0 or 0.5")
 

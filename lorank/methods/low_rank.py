@@ -16,13 +16,14 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from lorank.fields import Rank
+from lorank.method import Method, Published, Site, check_ranks, rank_at
 from lorank.methods.cola import CoLALinear
-from lorank.parametrization import Parametrization, Published, Rank, Site, check_rank, check_ranks, rank_at
 from lorank.sizes import SIZES
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowRank(Parametrization):
+class LowRank(Method):
     """Linear factorisation with its rank; ValueError for a rank that is not positive."""
 
     name: ClassVar[str] = "low-rank"
@@ -31,9 +32,6 @@ class LowRank(Parametrization):
 
     rank: Rank = 0.25
     """Width of the bottlenecks: an integer, a fraction of the width, or {pattern: either}."""
-
-    def __post_init__(self) -> None:
-        check_rank(self.rank)
 
     def check(self, sites: Sequence[Site]) -> None:
         check_ranks(self.rank, sites)

@@ -9,7 +9,7 @@ In training c_l is no free parameter: a small network reads an embedding of the 
 never share an atom; MLPs, norms and embeddings stay dense. `groups` cuts the stack of blocks into consecutive groups with
 dictionaries of their own, and `residual_rank` gives each block its B_l A_l; by default there is one group and no residual.
 A group with as many atoms as blocks, as one of a single block, gets no residual: its atoms reach every weight without one.
-`MASA.from_dense` finds all of this for a trained model without training: Matrix PCA, see `lorank.pca`. Dictionaries hang
+`MASA.from_dense` finds all of this for a trained model without training: Matrix PCA, see `lorank.fit.pca`. Dictionaries hang
 at the root of the model's body, as `lorank_atoms`, and layers refer to them: each tensor is registered, sharded,
 decayed and saved once.
 
@@ -38,10 +38,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorank.conversion import converted_with
+from lorank.architectures import projection_type
+from lorank.fields import Rank
 from lorank.layers import linear
-from lorank.parametrization import Parametrization, Rank, Site, check_rank, check_table, rank_at
-from lorank.projections import projection_type
+from lorank.method import Method, Site, check_table, rank_at
+from lorank.rewriting import converted_with
 
 WIDTH, HIDDEN, STD = 32, 64, 0.02
 GELU_POWER = 0.4252
@@ -191,7 +192,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
-class MASA(Parametrization):
+class MASA(Method):
     """MASA with its hyper-parameters; ValueError for values out of range."""
 
     name: ClassVar[str] = "masa"
@@ -209,6 +210,7 @@ class MASA(Parametrization):
     taken as it is. Of no effect in groups with as many atoms as blocks."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         whole = _is_whole(self.atoms) and self.atoms >= 1
         if not whole and not (isinstance(self.atoms, float) and 0 < self.atoms < 1):
             raise ValueError(f"atoms={self.atoms!r} is neither an integer >= 1 nor a fraction of the blocks in (0, 1)")
@@ -224,8 +226,6 @@ class MASA(Parametrization):
                 what = "neither a number nor the first block of each group, ascending from 0"
                 raise ValueError(f"groups={self.groups!r} is {what}")
             object.__setattr__(self, "groups", firsts)
-        if self.residual_rank is not None:
-            check_rank(self.residual_rank, "residual_rank")
 
     def count(self, blocks: int) -> int:
         """S of a group of that many blocks."""
@@ -325,13 +325,13 @@ class MASA(Parametrization):
 
     @classmethod
     def from_dense(cls, model: Model, *, data: Iterable[Tensor] | None = None, **fields: Any) -> Model:
-        """Matrix PCA: rewrite an existing model in place, keeping its weights as well as it can; see `lorank.pca.from_dense`.
+        """Matrix PCA: rewrite an existing model in place, keeping its weights as well as it can; see `lorank.fit.pca.from_dense`.
 
         Args:
             data: batches of token ids [b, n], for a number of groups and for residuals.
             fields: as of the class, and `targets` and `exclude` as of `lorank.convert`.
         """
-        from lorank.pca import from_dense
+        from lorank.fit.pca import from_dense
 
         return from_dense(model, data=data, **fields)
 

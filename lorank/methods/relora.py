@@ -29,19 +29,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
+from lorank.fields import Rank
 from lorank.layers import linear, own_memory
-from lorank.parametrization import (
-    Parametrization,
-    Published,
-    Rank,
-    Site,
-    StepHook,
-    check_rank,
-    check_ranks,
-    rank_at,
-    seeded_generator,
-    warmup_cosine,
-)
+from lorank.method import Method, Published, Site, StepHook, check_ranks, rank_at, seeded_generator, warmup_cosine
 
 Reset = Literal["reset", "random", "magnitude"]
 Start = Literal["paper", "repo"]
@@ -128,7 +118,7 @@ class ReLoRALinear(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReLoRA(Parametrization):
+class ReLoRA(Method):
     """ReLoRA with its hyper-parameters; ValueError for names and numbers outside of what the fields say."""
 
     name: ClassVar[str] = "relora"
@@ -158,7 +148,7 @@ class ReLoRA(Parametrization):
     """First factors: "paper" A random, B = 0; "repo" both 0."""
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        super().__post_init__()
         for field, names in (("reset", get_args(Reset)), ("start", get_args(Start))):
             if getattr(self, field) not in names:
                 raise ValueError(f"{field}={getattr(self, field)!r} is none of {', '.join(names)}")

@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorank.parametrization import Parametrization, Published, Rank, Site, check_rank, check_ranks, rank_at
+from lorank.fields import Rank
+from lorank.method import Method, Published, Site, check_ranks, rank_at
 
 # ---- the mathematics
 
@@ -165,7 +166,7 @@ class SLTrainLinear(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SLTrain(Parametrization):
+class SLTrain(Method):
     """SLTrain with its hyper-parameters; ``lorank.convert(model, SLTrain(rank=128, alpha=32))``.
 
     Raises ValueError for a rank or alpha that is not positive, a density outside [0, 1], or a seed that is no integer.
@@ -191,7 +192,7 @@ class SLTrain(Parametrization):
     """Fixes, together with the projections' names, which entries these are."""
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        super().__post_init__()
         if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha={self.alpha!r} is not a positive number; the paper takes 8 to 32")
         if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 <= self.density <= 1:

@@ -34,18 +34,8 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 from torch.optim import Adam, Optimizer
 
-from lorank.parametrization import (
-    Parametrization,
-    Published,
-    Rank,
-    Site,
-    StepHook,
-    check_rank,
-    check_table,
-    rank_at,
-    seeded_generator,
-    warmup_cosine,
-)
+from lorank.fields import Rank
+from lorank.method import Method, Published, Site, StepHook, check_table, rank_at, seeded_generator, warmup_cosine
 
 # ---- the mathematics
 
@@ -207,7 +197,7 @@ class SSTLinear(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SST(Parametrization):
+class SST(Method):
     """SST with its hyper-parameters; ValueError for a rank, an interval or a warm-up that cannot be."""
 
     name: ClassVar[str] = "sst"
@@ -227,7 +217,7 @@ class SST(Parametrization):
     """Of the first draw, made with the layers; later draws follow the run's seed."""
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        super().__post_init__()
         if not isinstance(self.interval, int) or self.interval < 1:
             raise ValueError(
                 f"interval={self.interval} is not a positive integer; give steps between draws, such as 200"

@@ -28,25 +28,16 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lorank.fields import Rank
 from lorank.layers import linear, own_memory
+from lorank.method import Method, Published, Site, StepHook, check_ranks, rank_at, seeded_generator
 from lorank.optim.adamw import VectorAdamW, reset_vectors
-from lorank.parametrization import (
-    Parametrization,
-    Published,
-    Rank,
-    Site,
-    StepHook,
-    check_rank,
-    check_ranks,
-    rank_at,
-    seeded_generator,
-)
 
 Frequency = Literal["exponential", "z"]
 Mode = Literal["continuous", "discontinuous"]
@@ -145,14 +136,12 @@ class SwitchLoRALinear(nn.Module):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SwitchLoRA(Parametrization):
+class SwitchLoRA(Method):
     """SwitchLoRA with its hyper-parameters; ValueError for names and numbers outside of what the fields say."""
 
     name: ClassVar[str] = "switchlora"
     # the two sizes whose ranks are known; 1b is the paper's 1.3B
     published: ClassVar[Published] = {"350m": {"rank": 256}, "1b": {"rank": 512}}
-    adamw: ClassVar[type[Optimizer] | None] = VectorAdamW
-
     rank: Rank = 0.25
     """Vectors of each factor: an integer, a fraction of the width (the paper's d/4), or {pattern: either}."""
     interval: float = 40
@@ -169,7 +158,7 @@ class SwitchLoRA(Parametrization):
     """Pools in host memory; otherwise on their layer's device."""
 
     def __post_init__(self) -> None:
-        check_rank(self.rank)
+        super().__post_init__()
         for field, names in (("frequency", get_args(Frequency)), ("mode", get_args(Mode))):
             if getattr(self, field) not in names:
                 raise ValueError(f"{field}={getattr(self, field)!r} is none of {', '.join(names)}")
@@ -193,6 +182,12 @@ class SwitchLoRA(Parametrization):
         assert isinstance(module, SwitchLoRALinear)
         weight = module.W.weight
         return (weight + module.product()).to(weight.dtype), module.W.bias
+
+    def optimizer(
+        self, groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
+    ) -> Optimizer:
+        """AdamW that counts the steps of each vector, because exchanged ones start anew."""
+        return VectorAdamW(groups, lr=lr, betas=betas, eps=eps)
 
     def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook:
         return SwitchLoRAHook(self, model, optimizer, steps=steps, seed=seed)

@@ -11,15 +11,15 @@ import importlib
 import inspect
 from typing import TYPE_CHECKING, Any
 
-from lorank import lookup
+from lorank import table
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
+    from lorank.evolution.eggroll import Eggroll
+    from lorank.evolution.integers import IntegerEggroll, Votes
     from lorank.optim.adamw import VectorAdamW
     from lorank.optim.dct_adamw import DCTAdamW
-    from lorank.optim.eggroll import Eggroll
-    from lorank.optim.eggroll_int8 import IntegerEggroll, Votes
     from lorank.optim.fira import FiraAdamW
     from lorank.optim.galore import GaLoreAdamW
     from lorank.optim.groups import low_rank_groups
@@ -46,7 +46,7 @@ OPTIMIZERS = {
     "dct-adamw": "lorank.optim.dct_adamw:DCTAdamW",
     "trion": "lorank.optim.trion:Trion",
 }
-ESTIMATORS = {"eggroll": "lorank.optim.eggroll:Eggroll"}
+ESTIMATORS = {"eggroll": "lorank.evolution.eggroll:Eggroll"}
 """What ``lorank pretrain --method NAME`` takes in place of backward passes."""
 GROUP = "lorank.optimizers"
 __all__ = [
@@ -76,12 +76,12 @@ def __getattr__(name: str) -> object:
 
 def optimizer_names() -> list[str]:
     """Names of all low-rank optimizers, ours and those of installed packages."""
-    return lookup.names(OPTIMIZERS, GROUP)
+    return list(OPTIMIZERS)
 
 
 def find_optimizer(name: str) -> "type[Optimizer] | None":
     """The class of a low-rank optimizer, None if there is none of that name."""
-    return lookup.find(name, OPTIMIZERS, GROUP)
+    return table._load(OPTIMIZERS[name]) if name in OPTIMIZERS else None
 
 
 def options_of(optimizer: "type[Optimizer]") -> dict[str, Any]:

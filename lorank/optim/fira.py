@@ -24,11 +24,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lorank.method import Published
 from lorank.optim import galore
 from lorank.optim.galore import GaLoreAdamW
 from lorank.optim.matrices import Stack
 from lorank.optim.subspace import lift
-from lorank.parametrization import Published
 
 GAMMA = 1.01
 """Largest growth of the residual's norm from one step to the next."""

@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from lorank.method import Published
 from lorank.optim.subspace import Subspace
-from lorank.parametrization import Published
 
 
 def state_elements(m: int, n: int, r: int) -> int:

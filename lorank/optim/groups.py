@@ -1,23 +1,53 @@
-"""Which parameters of a model a low-rank optimizer projects: the matrices of its blocks, never embeddings or the head."""
+"""Parameter groups of a language model: what decays, what is a hidden matrix, and what is projected at which rank."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
 
 from torch import nn
 
-from lorank.conversion import Patterns, choose_sites, linear_layers
-from lorank.parametrization import Rank, check_rank, check_table, rank_at
+from lorank.fields import Rank, check_value
+from lorank.method import Patterns, check_table, rank_at
+from lorank.sites import choose_sites, linear_layers
+
+Decay = Literal["matrices", "all"]
+
+
+def plain_groups(model: nn.Module, weight_decay: float, decay: Decay = "matrices") -> list[dict[str, Any]]:
+    """The trained parameters of a model as ``{"params", "weight_decay"}``, hidden matrices first.
+
+    With decay="matrices" hidden matrices and the head decay, while norms, biases and embeddings do not; with "all"
+    everything does.
+    """
+    hidden = hidden_matrices(model)
+    embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    found: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for p in model.parameters():
+        if p.requires_grad:
+            decays = decay == "all" or not (p.ndim < 2 or p in embeddings)
+            found.setdefault((p not in hidden, weight_decay if decays else 0.0), []).append(p)
+    order = sorted(found, key=lambda key: key[0])  # by hidden or not, else as the model has them
+    return [{"params": found[key], "weight_decay": key[1]} for key in order]
+
+
+def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
+    """The 2-D weights that are neither embedding nor head."""
+    outside = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    for get in (getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)):
+        if get is not None and (module := get()) is not None:
+            outside |= set(module.parameters())  # may be one tensor
+    return {p for p in model.parameters() if p.ndim == 2 and p not in outside}
 
 
 def ranks(
     model: nn.Module, rank: Rank, *, targets: Patterns = None, exclude: Patterns = None
 ) -> dict[nn.Parameter, int]:
-    """The rank of each matrix that is projected, at most its narrower side.
+    """The rank of each matrix that is projected, at most its narrower side: the linear layers of the repeated blocks,
+    which in a converted model are its factors; never embeddings or the head.
 
     Raises:
-        ValueError: the rank is none, or a pattern matches nothing.
+        ValueError: the rank is not valid, there is no linear layer, or a pattern matches nothing.
     """
-    check_rank(rank)
+    check_value("rank", rank, Rank)
     chosen = choose_sites(linear_layers(model), targets, exclude)
     check_table(rank, chosen)
     found = {}
@@ -29,7 +59,7 @@ def ranks(
 
 
 def split(groups: Iterable[dict[str, Any]], ranks: dict[nn.Parameter, int]) -> list[dict[str, Any]]:
-    """The groups, each taken apart by rank; those with a rank come first."""
+    """The groups, each split by rank; those with a rank come first, the others have rank None."""
     taken: dict[tuple[int, int | None], dict[str, Any]] = {}
     for index, group in enumerate(groups):
         for p in group["params"]:
@@ -41,13 +71,13 @@ def split(groups: Iterable[dict[str, Any]], ranks: dict[nn.Parameter, int]) -> l
 def low_rank_groups(
     model: nn.Module, rank: Rank, *, targets: Patterns = None, exclude: Patterns = None
 ) -> list[dict[str, Any]]:
-    """Parameter groups of a model for any optimizer of `lorank.optim`: ``{"params", "rank"}``, rank None for the rest.
+    """Parameter groups of a model for any projecting optimizer: ``{"params", "rank"}``, rank None for the rest.
 
-    `rank`, `targets` and `exclude` mean what they do in `lorank.convert`: an integer, a fraction of the narrower side or a
-    table; regular expressions on names of linear layers.
+    `rank`, `targets` and `exclude` mean what they do in `lorank.convert`: an integer, a fraction of the narrower side or
+    a table; regular expressions on names of linear layers.
 
     Raises:
-        ValueError: the rank is none, or a pattern matches nothing.
+        ValueError: the rank is not valid, or a pattern matches nothing.
     """
-    trained = [p for p in model.parameters() if p.requires_grad]
+    trained: Sequence[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
     return split([{"params": trained}], ranks(model, rank, targets=targets, exclude=exclude))

@@ -24,9 +24,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lorank.method import Published
 from lorank.optim.dct import Transform, back, check_choice, columns, select, transform, transform_flops
 from lorank.optim.matrices import MatrixOptimizer, Stack
-from lorank.parametrization import Published
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SCALES = {

@@ -2,7 +2,7 @@
 
 import bisect
 
-from lorank.optim.eggroll import operations_per_byte
+from lorank.evolution.eggroll import operations_per_byte
 from lorank.papers import Paper, PaperTable
 
 WIDTH, ENOUGH = 8192, 300.0

@@ -11,12 +11,12 @@ import numpy as np
 from rich.table import Table
 
 import lorank
+from lorank.race.compare import PROBE_STEPS, Race, Run
+from lorank.race.contest import Candidate, Contestant
+from lorank.race.statistics import LEVEL, mean_interval
 from lorank.report.html import write_report
 from lorank.report.markup import settings_text
-from lorank.report.statistics import LEVEL, mean_interval
 from lorank.report.tables import quantity
-from lorank.train.compare import PROBE_STEPS, Race, Run
-from lorank.train.contest import Candidate, Contestant
 from lorank.train.run import history
 from lorank.train.trainer import write_whole
 
@@ -298,14 +298,14 @@ def write_results(race: Race, *, whole: bool = True) -> dict[str, Any]:
 
 def _look_inside(row: dict[str, Any], folder: Path, race: Race, notes: list[str]) -> None:
     """Add what the saved model shows; what goes wrong here must not cost the rest of the report."""
-    from lorank.report.spectra import learned_spectra
+    from lorank.race.spectra import learned_spectra
 
     try:
         row["spectra"] = learned_spectra(folder)
     except Exception as error:
         notes.append(f"The singular values of {row['name']} could not be computed: {_one_line(error)}.")
     if race.comparison.tasks:
-        from lorank.train.tasks import run_tasks
+        from lorank.race.tasks import run_tasks
 
         kept = folder / "tasks.json"
         try:

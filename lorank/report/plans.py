@@ -11,9 +11,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lorank.plan.forecast import DEEPEST, TOKENS_PER_PARAMETER, Depth, Fit, Forecast
 from lorank.report.tables import quantity
 from lorank.sizes import SIZES
-from lorank.train.forecast import DEEPEST, TOKENS_PER_PARAMETER, Depth, Fit, Forecast
 
 
 def _table(*columns: str) -> Table:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from lorank.race.compare import Run
 from lorank.report.markup import duration
-from lorank.train.compare import Run
 
 QUIET_SECONDS = 30
 """Between lines where output is not a terminal."""

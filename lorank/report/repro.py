@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from lorank.accelerators import Fleet, find_accelerator
+from lorank.plan.run import Counts
+from lorank.race import repro
 from lorank.report.tables import quantity
-from lorank.train import repro
-from lorank.train.plan import Counts
 
 VERDICT = {True: Text("within", "green"), False: Text("OUTSIDE", "bold red"), None: Text("not judged", "dim")}
 

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
+from lorank.plan.run import Counts, Plan
 from lorank.train.evaluation import Evaluation
-from lorank.train.plan import Counts, Plan
 
 
 def quantity(value: float) -> str:

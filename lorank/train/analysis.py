@@ -12,14 +12,15 @@ import yaml
 from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 import lorank
-from lorank.analysis import analyze
-from lorank.conversion import base_prefix, converted_with, find_sites, weight_reader
-from lorank.parametrization import Site
-from lorank.ranks import Suggestion, check_budget, read_budget, suggest_ranks, table_of
+from lorank.analysis.effective_rank.effective_rank import analyze
+from lorank.analysis.ranks import Suggestion, check_budget, read_budget, suggest_ranks, table_of
+from lorank.method import Site
+from lorank.plan.run import empty_model
 from lorank.report.analysis import analysis_page
+from lorank.rewriting import converted_with
+from lorank.sites import base_prefix, find_sites, weight_reader
 from lorank.train.data import collate
 from lorank.train.evaluation import text_for
-from lorank.train.plan import empty_model
 from lorank.train.recipe import Recipe
 from lorank.train.run import absolute, load_model
 from lorank.train.trainer import write_whole
@@ -43,7 +44,7 @@ def analyze_folder(
     memory: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """`lorank.analysis.analyze` for a run folder, model folder or hub name on any source of text that training takes.
+    """`lorank.analysis.effective_rank.analyze` for a run folder, model folder or hub name on any source of text that training takes.
 
     Any model of transformers that reads one text: causal, masked (it is shown text as in training, with masks, and its gradients
     are those of guessing what they hide), or a body without a head, which has no loss and so no gradients.

@@ -14,9 +14,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from lorank import accounting
-from lorank.egg import EggConfig, EggForCausalLM
-from lorank.optim.eggroll import Eggroll
-from lorank.optim.eggroll_int8 import IntegerEggroll, Votes, alpha_at, deal
+from lorank.evolution.egg import EggConfig, EggForCausalLM
+from lorank.evolution.eggroll import Eggroll
+from lorank.evolution.integers import IntegerEggroll, Votes, alpha_at, deal
 from lorank.train.recipe import EGG_SETTINGS, Recipe
 
 SHAPE = {"hidden_size": 64, "num_hidden_layers": 1}

@@ -13,15 +13,14 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from lorank import lookup
 from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
-from lorank.egg import EggConfig
-from lorank.methods import find_method, method_names
+from lorank.evolution.egg import EggConfig
 from lorank.optim import ESTIMATORS, find_optimizer, optimizer_names, options_of
 from lorank.optim.groups import ranks
 from lorank.pretrained import positions_of
 from lorank.sizes import llama_config
+from lorank.table import find, method_names, unknown
 from lorank.train.estimators import build_egg, egg_config
 from lorank.train.hub import asked_if_reachable
 from lorank.train.recipe import Recipe
@@ -128,7 +127,7 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
         raise ValueError("method=dense takes no rank, options, targets or exclude; drop them or choose another method")
     policy: str | None = recipe.checkpoint
     if policy is None and structure:
-        policy = find_method(recipe.method).checkpoint_policy
+        policy = find(recipe.method).policy
     if recipe.checkpoint_every != 1 and policy in (None, "none"):
         raise ValueError(
             f"checkpoint_every={recipe.checkpoint_every} needs a checkpoint policy; give checkpoint=bottlenecks"
@@ -184,14 +183,14 @@ def check_name(method: str) -> None:
     """Raises ValueError for a method that neither lorank nor an installed package has."""
     known = [*method_names(), *optimizer_names(), *ESTIMATORS, "dense"]
     if method not in known:
-        raise lookup.unknown("method", "methods", method, known)
+        raise ValueError(unknown("method", method, known))
 
 
 def build_method(recipe: Recipe) -> Any:
     """The recipe's method with its hyper-parameters: the recipe's, else those published for the size, else the method's
     defaults."""
     check_name(recipe.method)
-    method = find_method(recipe.method)
+    method = find(recipe.method)
     known = list(method.__dataclass_fields__)
     check_options(recipe, known)
     if recipe.rank is not None and "rank" not in known:
@@ -231,7 +230,7 @@ def written_out(recipe: Recipe) -> Recipe:
     """The recipe with the rank and options that it leaves to the size, so that its model may become another one."""
     if recipe.method in ("dense", "eggroll"):
         return recipe
-    options = _settings(recipe, find_optimizer(recipe.method) or find_method(recipe.method))
+    options = _settings(recipe, find_optimizer(recipe.method) or find(recipe.method))
     return dataclasses.replace(
         recipe, rank=rank_of(recipe), options={name: value for name, value in options.items() if name != "rank"}
     )

@@ -13,8 +13,8 @@ from typing import Any, Literal, Self
 import yaml
 
 import lorank
-from lorank.methods import METHODS
 from lorank.optim import OPTIMIZERS
+from lorank.table import METHODS
 
 
 def _option(default: Any, help: str) -> Any:
@@ -33,7 +33,7 @@ EGG_SETTINGS: dict[str, Any] = {
     "sequence_length": 32,
     "batch_size": 512,
 }
-"""What model=egg takes where a user says nothing; lr is the flag of `lorank.optim.eggroll_int8.alpha_at`."""
+"""What model=egg takes where a user says nothing; lr is the flag of `lorank.evolution.integers.alpha_at`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

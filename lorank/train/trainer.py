@@ -23,7 +23,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import rotate_checkpoints
 
 from lorank.conversion import step_hook
-from lorank.parametrization import StepHook
+from lorank.method import StepHook
 from lorank.train.estimators import Estimator
 from lorank.train.evaluation import Evaluation, evaluate
 

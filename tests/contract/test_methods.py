@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorank import METHODS, SST, checkpoint, convert, lr_schedule, merge, step_hook
+from lorank import SST, checkpoint, convert, lr_schedule, merge, optimizer, step_hook
 from lorank.checkpointing import POLICIES
-from lorank.conversion import method_of
-from lorank.methods import find_method
+from lorank.table import find, method_names
 
 IN_FP32 = {"crnet": "beta$"}
 """Parameters that a method keeps in single precision, as a pattern of their names."""
@@ -26,8 +25,8 @@ WITHOUT_NOISE: dict[str, Any] = {"relora": {"dropout": 0.0}}
 REBUILDS = {"crnet": "recurrence"}
 """Checkpoint policies under which a method rebuilds what it dropped, so that gradients agree up to rounding only."""
 SHORT_LIVED: dict[str, Any] = {
-    "relora": find_method("relora")(cycle=2, restart_warmup_steps=1, reset="magnitude", dropout=0.1),
-    "switchlora": find_method("switchlora")(interval=2, freeze_steps=1, ratio=10.0),
+    "relora": find("relora")(cycle=2, restart_warmup_steps=1, reset="magnitude", dropout=0.1),
+    "switchlora": find("switchlora")(interval=2, freeze_steps=1, ratio=10.0),
     "sst": SST(rank=0.5, interval=2, restart_warmup_steps=1),
 }
 """Settings with which whatever a method does between steps happens within eight of them; default: its own."""
@@ -35,9 +34,9 @@ FACTORISED = ("cola", "cola-m", "low-rank")
 """Methods whose layers hold r (d_in + d_out) weights; one that does not states its count in its own test file."""
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=[name for name in method_names("method") if name != "dense"])
 def method(request: pytest.FixtureRequest) -> Any:
-    return find_method(request.param)(**WITHOUT_NOISE.get(request.param, {}))
+    return find(request.param)(**WITHOUT_NOISE.get(request.param, {}))
 
 
 @pytest.fixture
@@ -120,8 +119,7 @@ def test_generation_with_a_cache_is_generation_without(model: Any, architecture:
 
 
 def optimizer_for(model: Any, lr: float = 1e-2) -> torch.optim.Optimizer:
-    method = method_of(model)
-    return (method.adamw or torch.optim.AdamW)([p for p in model.parameters() if p.requires_grad], lr=lr)
+    return optimizer(model, lr=lr)
 
 
 def a_step(model: Any, tokens: Tensor, lr: float = 1e-2) -> None:

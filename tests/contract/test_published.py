@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lorank.methods import METHODS, find_method
 from lorank.optim import OPTIMIZERS, find_optimizer
+from lorank.plan import run as dry_run
 from lorank.sizes import SIZES
-from lorank.train import plan as dry_run
+from lorank.table import METHODS, find
 from lorank.train.model import build_config, build_method, build_model, find_projection, written_out
 from lorank.train.recipe import Recipe
 
@@ -87,7 +87,7 @@ def test_a_size_gets_the_printed_numbers(method: str, size: str, fields: dict[st
 
 @pytest.mark.parametrize("method", [*METHODS, *OPTIMIZERS])
 def test_nothing_is_called_published_that_is_not_printed(method: str) -> None:
-    published = getattr(find_optimizer(method) or find_method(method), "published", {})
+    published = getattr(find_optimizer(method) or find(method), "published", {})
     assert set(published) <= set(SIZES)
     assert set(published) - {"tiny", "20m"} == set(PRINTED.get(method, {})), "tiny and 20m are ours"
     for size in set(published) - {"tiny", "20m"}:

@@ -21,11 +21,11 @@ from transformers.pytorch_utils import Conv1D
 
 from lorank import MASA, convert, freeze_coefficients, merge
 from lorank.accounting import count_parameters
+from lorank.architectures import projection_type
+from lorank.method import SHARED
 from lorank.methods.masa import CoefficientNetwork, CoefficientTable, Dictionary, MASALinear
-from lorank.parametrization import SHARED
-from lorank.projections import projection_type
+from lorank.plan.run import plan
 from lorank.train.optimizers import build_optimizer
-from lorank.train.plan import plan
 from lorank.train.recipe import Recipe
 
 TABLE: dict[str, Any] = {"coefficients": "table"}

@@ -15,9 +15,9 @@ from transformers import AutoModel, AutoModelForCausalLM, TrainerCallback, get_c
 
 from lorank import SST, Site, convert, merge, step_hook
 from lorank.accounting import count_parameters
-from lorank.conversion import find_sites
+from lorank.method import seeded_generator
 from lorank.methods.sst import SSTLinear, probabilities
-from lorank.parametrization import seeded_generator
+from lorank.sites import find_sites
 from lorank.train import run
 from lorank.train.recipe import Recipe
 

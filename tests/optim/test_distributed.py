@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from lorank.optim import DCTAdamW, Eggroll, FiraAdamW, GaLoreAdamW, IntegerEggroll, Subspace, Trion, Votes
-from lorank.egg import EggConfig, EggForCausalLM
+from lorank.evolution.egg import EggConfig, EggForCausalLM
 from lorank.train.optimizers import adamw_8bit
 
 MAKE = {

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
 
-from lorank.egg import EggConfig, EggForCausalLM
+from lorank.evolution.egg import EggConfig, EggForCausalLM
+from lorank.evolution.eggroll import BLOCK, above_baseline, operations_per_byte, pair_noise, shaped
 from lorank.optim import Eggroll, IntegerEggroll
-from lorank.optim.eggroll import BLOCK, above_baseline, operations_per_byte, pair_noise, shaped
 
 
 def moves(estimate: Eggroll, member: int) -> dict[nn.Parameter, Tensor]:

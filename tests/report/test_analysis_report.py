@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from lorank.analysis.effective_rank.effective_rank import analyze
 from rich.console import Console
 
 import lorank
-from lorank.analysis import analyze
-from lorank.ranks import suggest_ranks
+from lorank.analysis.ranks import suggest_ranks
 from lorank.report.analysis import analysis_page
 from lorank.report.effective_ranks import analysis_table, in_percent, quantities, short_names
 from tests.conftest import ARCHITECTURES, VOCABULARY

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorank
-from lorank.report.spectra import POINTS, effective_rank, learned_spectra, projections
+from lorank.race.spectra import POINTS, effective_rank, learned_spectra, projections
 from tests.conftest import LLAMA_BLOCK
 
 

@@ -21,14 +21,15 @@ import pytest
 import torch
 from rich.console import Console
 
+from lorank.race import compare, tasks
+from lorank.race.compare import Race, Run
+from lorank.race.contest import Comparison, _swept, find_contestants, plan_contest, slug
+from lorank.race.matching import CLOSE, Costs, narrow_to_match
+from lorank.race.process import PretrainProcess, begun, signals_later, stop_on_signal
 from lorank.report.comparison import _baseline_rank, _clock, _mismatches, comparison_table, gather, write_results
 from lorank.report.race import RaceProgress
-from lorank.train import compare, data, tasks
-from lorank.train.compare import Race, Run
-from lorank.train.contest import Comparison, _swept, find_contestants, plan_contest, slug
-from lorank.train.matching import CLOSE, Costs, narrow_to_match
+from lorank.train import data
 from lorank.train.model import build_config, build_model, check_causal
-from lorank.train.process import PretrainProcess, begun, signals_later, stop_on_signal
 from lorank.train.recipe import Recipe
 from lorank.train.run import history, pretrain
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from lorank.plan.run import count, empty_model
 from lorank.train import run
-from lorank.train.plan import count, empty_model
 from lorank.train.recipe import Recipe
 
 PROGRAM = r"""

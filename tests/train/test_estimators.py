@@ -13,17 +13,18 @@ from click.testing import CliRunner
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from lorank import accounting, egg
+from lorank import accounting
 from lorank.accelerators import Fleet, find_accelerator
 from lorank.cli import cli
+from lorank.evolution import egg
 from lorank.optim import Eggroll
+from lorank.plan.forecast import fit_all, forecast_all
+from lorank.plan.run import plan
 from lorank.train import run
 from lorank.train.data import byte_tokenizer, load_corpus
 from lorank.train.estimators import EggEggroll, build_estimator
 from lorank.train.evaluation import evaluate_folder
-from lorank.train.forecast import fit_all, forecast_all
 from lorank.train.model import build_config, build_model
-from lorank.train.plan import plan
 from lorank.train.recipe import EGG_SETTINGS, Recipe
 
 TEXT = "".join(

@@ -19,11 +19,11 @@ from transformers import AutoConfig, GPT2Config, PretrainedConfig
 from lorank import accounting
 from lorank.accelerators import ACCELERATORS, Fleet, find_accelerator
 from lorank.optim.dct import dct_matrix
+from lorank.plan import forecast
+from lorank.plan.run import count, empty_model, memory, optimizer_bytes, optimizer_step
 from lorank.report import plans
 from lorank.sizes import SIZES
-from lorank.train import forecast
 from lorank.train.model import find_projection, with_layers
-from lorank.train.plan import count, empty_model, memory, optimizer_bytes, optimizer_step
 from lorank.train.recipe import Recipe
 
 FLEET = Fleet(accelerator=find_accelerator("h100"), devices=8)

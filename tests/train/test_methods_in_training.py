@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from transformers import TrainerCallback
 
-from lorank.methods import METHODS
 from lorank.optim import OPTIMIZERS
+from lorank.table import METHODS
 from lorank.train import run
 from lorank.train.data import _embedded_files, load_corpus
 from lorank.train.recipe import Recipe
@@ -146,11 +146,11 @@ def test_gradients_projected_as_they_arrive_are_clipped_by_what_is_seen(
 
 
 def find_fields(method: str) -> set[str]:
-    from lorank.methods import find_method
+    from lorank.table import find
 
     if method in OPTIMIZERS:
         return set()
-    return {field.name for field in dataclasses.fields(find_method(method))}
+    return {field.name for field in dataclasses.fields(find(method))}
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lorank import accounting
-from lorank.train.plan import plan
+from lorank.plan.run import plan
 from lorank.train.recipe import Recipe
 
 

@@ -17,7 +17,8 @@ from lorank import accounting
 from lorank.methods.relora import ReLoRAHook
 from lorank.methods.sst import Resampling
 from lorank.methods.switchlora import SwitchLoRAHook
-from lorank.train import data, repro, run
+from lorank.race import repro
+from lorank.train import data, run
 from lorank.train.recipe import Recipe, recipes_folder
 
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 import yaml
 
-from lorank.train import run, tasks
+from lorank.race import tasks
+from lorank.train import run
 from lorank.train.recipe import Recipe
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install 'lorank[eval]'")

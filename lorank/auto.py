@@ -31,7 +31,7 @@ class PromisedConfig:
     @classmethod
     def real_class(cls) -> Any:
         if cls.model_type == EGG:
-            from lorank.egg import EggConfig
+            from lorank.evolution.egg import EggConfig
 
             return EggConfig
         from lorank.pretrained import config_class

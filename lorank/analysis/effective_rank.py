@@ -33,10 +33,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lorank.conversion import blocks, derived_layers, method_of
-from lorank.parametrization import SHARED, Parametrization
-from lorank.projections import Place, linear_part, places
-from lorank.spectrum import effective_rank, gram_spectrum, rank_leaving, scaled_difference, svdvals
+from lorank.analysis.spectrum import (
+    effective_rank,
+    gram_spectrum,
+    rank_leaving,
+    scaled_difference,
+    svdvals,
+)
+from lorank.conversion import method_of
+from lorank.method import SHARED, Method
+from lorank.sites import Place, blocks, derived_layers, places
 
 Batch = dict[str, Any]
 
@@ -388,7 +394,7 @@ class Streams:
         if group:
             yield group
 
-    def spectra(self, method: Parametrization | None) -> list[Projection]:
+    def spectra(self, method: Method | None) -> list[Projection]:
         found = []
         for place in self.places:
             name = place.name
@@ -473,3 +479,16 @@ def _gradient_spectra(
         for parameter, (trained, gradient) in kept.items():
             parameter.requires_grad_(trained).grad = gradient
     return tokens
+
+
+def linear_part(module: nn.Module, method: Method | None) -> tuple[Tensor | None, str]:
+    """A projection's own weight, what its method merges it to, or the product of its factors, and which of these it is."""
+    if isinstance(module, nn.Linear | Conv1D):
+        return module.weight.T if isinstance(module, Conv1D) else module.weight, "weight"
+    try:
+        return (None, "none") if method is None else (method.merged(module)[0], "merged")
+    except (ValueError, AssertionError, AttributeError, TypeError):  # not linear, or no projection at all
+        A, B, W = (getattr(module, name, None) for name in "ABW")
+        if isinstance(A, nn.Linear) and isinstance(B, nn.Linear):
+            return B.weight @ A.weight, "product"
+        return (W.weight, "weight") if isinstance(W, nn.Linear) else (None, "none")

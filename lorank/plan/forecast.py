@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 
 from lorank import accounting
 from lorank.accelerators import Fleet, Run, check_memory
-from lorank.methods import find_method
+from lorank.method import Method
 from lorank.optim import ESTIMATORS, find_optimizer, options_of
-from lorank.parametrization import Parametrization
+from lorank.plan.run import Counts, count, empty_model, memory, optimizer_step, standing_bytes
 from lorank.sizes import SIZES
+from lorank.table import find
 from lorank.train.estimators import settings_of
 from lorank.train.model import check_name, rank_of, schedule_of
-from lorank.train.plan import Counts, count, empty_model, memory, optimizer_step, standing_bytes
 from lorank.train.recipe import Recipe
 
 METHODS = ("dense", "low-rank", "cola", "cola-m", "crnet", "sltrain", "relora", "masa")
@@ -58,7 +58,7 @@ class Forecast:
     def checkpoint(self) -> str:
         """Name of the policy under which blocks are trained."""
         dense = self.recipe.method in ("dense", "eggroll") or find_optimizer(self.recipe.method) is not None
-        own = None if dense else find_method(self.recipe.method).checkpoint_policy
+        own = None if dense else find(self.recipe.method).policy
         return self.recipe.checkpoint or own or "none"
 
     @property
@@ -84,7 +84,7 @@ class Forecast:
         """Whether the method does something between steps, which no figure here has."""
         if self.recipe.method == "dense" or find_optimizer(self.recipe.method) is not None:
             return False
-        return find_method(self.recipe.method).hook is not Parametrization.hook
+        return find(self.recipe.method).hook is not Method.hook
 
     @property
     def all_reduce_bytes(self) -> float:
@@ -248,7 +248,7 @@ def _settings_of(method: str) -> list[str]:
         return settings_of()
     if (optimizer := find_optimizer(method)) is not None:
         return ["rank", *options_of(optimizer)]
-    return list(find_method(method).__dataclass_fields__)
+    return list(find(method).__dataclass_fields__)
 
 
 def _check_taken(shape: Recipe, methods: Sequence[str]) -> None:

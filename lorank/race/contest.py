@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import yaml
 
-from lorank.train.matching import CLOSE, Costs, Figure, Match, flops_of, match_structure, narrow_to_match, with_steps
+from lorank.race.matching import CLOSE, Costs, Figure, Match, flops_of, match_structure, narrow_to_match, with_steps
 from lorank.train.model import build_config, schedule_of, written_out
 from lorank.train.recipe import Recipe, published_lr
 

@@ -156,8 +156,8 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
         settings = _recipe(recipe, flags)
     console = _quiet_console()
     if dry_run:
+        from lorank.plan.run import plan
         from lorank.report.tables import plan_tables
-        from lorank.train.plan import plan
 
         return console.print(plan_tables(plan(settings)), highlight=False)
     from lorank.report.markup import visible
@@ -275,8 +275,8 @@ def plan(ctx: click.Context, paper: str | None, as_json: bool, as_csv: bool, fit
 
     if fits is not None:
         check_memory(fits)  # before anything that takes seconds to import
+    from lorank.plan import forecast
     from lorank.report import plans
-    from lorank.train import forecast
 
     flops = given.pop("flops")
     overrides = {
@@ -464,8 +464,8 @@ def repro(name: str | None, out: str | None, micro_batch_size: int | None, first
             f"--out takes a NAME and no --first-steps, for example: lorank repro {name or '60m-cola'} --out {out}"
         )
     console = _quiet_console()
+    from lorank.race import repro as library
     from lorank.report import repro as report
-    from lorank.train import repro as library
 
     found = [library.find(each) for each in ([name] if name else library.PUBLISHED)]
     if out is not None:
@@ -486,7 +486,7 @@ def repro(name: str | None, out: str | None, micro_batch_size: int | None, first
         sys.exit(not all([_first_steps(console, one, details=name is not None) for one in found]))
     if name is None:
         return console.print(report.list_table(found), highlight=False)
-    from lorank.train.plan import count, empty_model
+    from lorank.plan.run import count, empty_model
 
     settings = dataclasses.replace(found[0].recipe, tokenizer=None)  # its vocabulary is written in the recipe
     console.print(report.card(found[0], count(settings, empty_model(settings))), highlight=False)
@@ -494,8 +494,8 @@ def repro(name: str | None, out: str | None, micro_batch_size: int | None, first
 
 def _first_steps(console: Any, one: Any, details: bool) -> bool:
     """Runs, prints and judges one miniature."""
+    from lorank.race import repro as library
     from lorank.report import repro as report
-    from lorank.train import repro as library
 
     expected = library.recorded(one)
     with _errors_console().status(f"{one.name}: {library.STEPS} steps"):
@@ -595,9 +595,9 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
     or --resume, continues what was stopped.
     """
     console = _quiet_console()
+    from lorank.race.compare import Race
     from lorank.report.comparison import comparison_table, write_results
     from lorank.report.race import RaceProgress
-    from lorank.train.compare import Race
 
     watcher = RaceProgress(console)
     if resume:
@@ -642,7 +642,7 @@ def _comparison(
     """What `lorank compare` was asked for."""
     import yaml
 
-    from lorank.train.contest import Comparison, parse_values
+    from lorank.race.contest import Comparison, parse_values
 
     base = _recipe(recipe, flags)
     if not all(re.fullmatch(r"\s*[0-9]+\s*", seed) for seed in seeds.split(",")):

@@ -23,13 +23,13 @@ from typing import Any, NamedTuple, Protocol
 
 import psutil
 
-from lorank.train.contest import Candidate, Comparison, Contestant, find_contestants, plan_contest, slug
-from lorank.train.matching import Costs
+from lorank.race.contest import Candidate, Comparison, Contestant, find_contestants, plan_contest, slug
+from lorank.race.matching import Costs
+from lorank.race.process import PretrainProcess, begun, stop_on_signal
+from lorank.race.tasks import check_tasks, is_file
 from lorank.train.model import build_config
-from lorank.train.process import PretrainProcess, begun, stop_on_signal
 from lorank.train.recipe import Recipe
 from lorank.train.run import absolute, check_corpus
-from lorank.train.tasks import check_tasks, is_file
 from lorank.train.trainer import write_whole
 
 LOCK = "running.json"

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorank import spectrum
+from lorank.analysis.effective_rank import linear_part, spectrum
 from lorank.conversion import method_of
-from lorank.projections import linear_part, places
+from lorank.sites import places
 from lorank.train.run import load_model
 from lorank.train.trainer import write_whole
 

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from transformers import TrainerCallback
 
-from lorank import lookup
 from lorank.sizes import SIZES
+from lorank.table import unknown
 from lorank.train import run
 from lorank.train.data import cache_folder
 from lorank.train.model import written_out
@@ -104,7 +104,7 @@ def find(name: str) -> Reproduction:
     if size not in SIZES:
         size, _, method = name.partition("-")
     if (title := f"{size}-{method}") not in PUBLISHED:
-        raise lookup.unknown("reproduction", "reproductions", name, list(PUBLISHED))
+        raise ValueError(unknown("reproduction", name, list(PUBLISHED)))
     file = recipe_file(method, size)  # CoLA-M must have the curve of CoLA
     recipe = dataclasses.replace(Recipe.read(file), method=method)
     return Reproduction(title, recipe, PUBLISHED[title], file.with_suffix(".json"))

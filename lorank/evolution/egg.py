@@ -11,7 +11,7 @@
     x, s, f, h [D]     Wf, Uf, Wh, Uh [D, D]     M1 [4D, D]     M2 [D, 4D]     head [256, D]     all int8
 
 513 D + l (4 D + 12 D²) parameters. Byte 0 begins a document and sets all states to 0. A member of an EGGROLL population
-(`lorank.optim.eggroll_int8`) adds (x · B) A s >> (4 + sig) before a product is divided; this file knows how.
+(`lorank.evolution.integers`) adds (x · B) A s >> (4 + sig) before a product is divided; this file knows how.
 
 Source: Sarkar et al., "Evolution Strategies at the Hyperscale", arXiv 2511.16652, appendix G, and their nano-egg.
 
@@ -287,7 +287,7 @@ class _Weight(NamedTuple):
 
 
 def register() -> None:
-    """Let the Auto classes know the model; see `lorank.registry`."""
+    """Let the Auto classes know the model; see `lorank.auto`."""
     AutoConfig.register(EggConfig.model_type, EggConfig, exist_ok=True)
     AutoModelForCausalLM.register(EggConfig, EggForCausalLM, exist_ok=True)
 

@@ -27,11 +27,11 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lorank import accounting
 from lorank.conversion import method_of
+from lorank.plan.run import memory, optimizer_flops
+from lorank.race.process import signals_later
 from lorank.train.estimators import build_estimator
 from lorank.train.model import Projection, build_config, build_model, find_projection, written_out
 from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
-from lorank.train.plan import memory, optimizer_flops
-from lorank.train.process import signals_later
 from lorank.train.recipe import Recipe
 
 Match = Literal["tokens", "flops", "time", "params", "memory"]

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorank import accounting
-from lorank.conversion import find_sites, method_of
-from lorank.egg import EggForCausalLM
+from lorank.conversion import method_of
+from lorank.evolution.egg import EggForCausalLM
 from lorank.optim import options_of
 from lorank.optim.dct import forget_matrices
+from lorank.sites import find_sites
 from lorank.train.data import load_tokenizer
 from lorank.train.estimators import population, step_cost, treatment
 from lorank.train.model import Projection, build_config, build_model, find_projection, with_layers

@@ -1,6 +1,6 @@
 """EGGROLL in integers: the noise is int8, a pair has one vote, and a weight moves by one where the votes are clear.
 
-    member 2k + (s < 0):  M x → (M x + ((x · B) A s >> (4 + sig)))        so that σ = 2^-sig, see `lorank.egg`
+    member 2k + (s < 0):  M x → (M x + ((x · B) A s >> (4 + sig)))        so that σ = 2^-sig, see `lorank.evolution.egg`
     F = sign(f of the first - f of the second)                             one of -1, 0, 1
     Z = Σ F A Bᵀ,  of vectors Σ F A B                                      over the K pairs
     Θ ← clip(Θ + (1 where Z > 0, else -1))  where  16 |Z| ≥ q ⌊√K⌋ 256,    q = ⌊16 Φ⁻¹(1 - α/2)⌋
@@ -10,9 +10,9 @@
 α is the fraction of the weights that would move if fitness were noise; it takes the learning rate's place, and falls as
 1 / ((2^flag - 1) t / 1000 + 1) if the flag is above 1 (4 was the paper's best). At t = 0 it is 1, q is 0 and all weights move.
 
-Source: as `lorank.optim.eggroll`, appendix H, and the authors' nano-egg.
+Source: as `lorank.evolution.eggroll`, appendix H, and the authors' nano-egg.
 
-Departures. Noise comes from seeds as in `lorank.optim.eggroll`, not from a table of 2³⁰ bytes at hashed places.
+Departures. Noise comes from seeds as in `lorank.evolution.eggroll`, not from a table of 2³⁰ bytes at hashed places.
 A pair has no vote on the embeddings of bytes it did not read, which its noise cannot have helped: the authors count them.
 """
 
@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.egg import DOCUMENT_START, EggForCausalLM, Noise, score, signs
-from lorank.optim.eggroll import check_population, check_whole, over_processes, pair_noise
+from lorank.evolution.egg import DOCUMENT_START, EggForCausalLM, Noise, score, signs
+from lorank.evolution.eggroll import check_population, check_whole, over_processes, pair_noise
 from lorank.optim.matrices import processes
 
 

@@ -29,11 +29,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorank.analysis import Streams
-from lorank.conversion import Patterns, blocks, convert, sites_to_convert
+from lorank.analysis.effective_rank.effective_rank import Streams
+from lorank.conversion import convert, sites_to_convert
+from lorank.method import Patterns
 from lorank.methods.masa import MASA, CoefficientTable, Dictionary, MASALinear
 from lorank.pretrained import positions_of
-from lorank.projections import places
+from lorank.sites import blocks, places
 
 Model = TypeVar("Model", bound=nn.Module)
 RIDGE = 1e-6

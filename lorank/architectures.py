@@ -1,0 +1,146 @@
+"""What is known of architectures by name: fused matrices, attention, gates, activations, and layers that are linear."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import ACT2CLS
+from transformers.pytorch_utils import Conv1D
+
+ACTIVATIONS: tuple[Any, ...] = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
+"""Classes of a block's own non-linearity."""
+GATE = re.compile(r"(gate_proj|gate_up_proj\.gate|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|lin1|wi_0|wi|w1)$")
+"""Names that architectures give to the projection whose output their own activation reads."""
+ATTENTION = re.compile(
+    r"(?:^|\.)(?:self_)?(?:attn|attention)\.(?:\w+\.)*"
+    r"(?:(?P<query>q_proj|q_lin|query)|(?P<key>k_proj|k_lin|key)|(?P<value>v_proj|v_lin|value)"
+    r"|(?P<output>o_proj|out_proj|out_lin|c_proj|dense))$"
+)
+"""Names that architectures give to the four projections of self-attention; cross-attention is not among them."""
+
+
+def projection_type(name: str) -> str | None:
+    """ "query", "key", "value" or "output" by a module's full name; None for what is not self-attention.
+
+    >>> projection_type("transformer.h.0.attn.c_attn.query"), projection_type("transformer.h.0.mlp.c_proj")
+    ('query', None)
+    """
+    found = ATTENTION.search(name)
+    return found and found.lastgroup
+
+
+# ---- linear layers
+
+
+def is_linear(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, Conv1D) or _computes_linear_map(type(module))  # type: ignore[arg-type]
+
+
+@functools.cache
+def _computes_linear_map(kind: Any) -> bool:
+    """Whether a class changes nothing of nn.Linear but how `forward` computes the same x Wᵀ + b (Falcon's). Others (quantised,
+    tensor-parallel, routers) have meanings of their own."""
+    own = {name for name in vars(kind) if not (name.startswith("__") and name != "__init__")}
+    if kind.__mro__[1:] != nn.Linear.__mro__ or own != {"forward"}:
+        return False
+    layer: Any = kind(3, 2, device="meta", dtype=torch.float64).to_empty(device="cpu")  # draws no random numbers
+    with torch.inference_mode(), torch.device("cpu"):
+        for number, parameter in enumerate(layer.parameters()):
+            parameter.copy_(torch.linspace(-1, 2 + number, parameter.numel()).view_as(parameter))
+        x = torch.linspace(-3, 1, 12, dtype=torch.float64).view(2, 2, 3)
+        expected = nn.functional.linear(x, layer.weight, layer.bias)
+        try:
+            found = layer(x)
+        except Exception:  # it wants more than an input
+            return False
+        return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
+
+
+def as_linear(module: nn.Module) -> nn.Linear:
+    """The module itself, or a Conv1D (weight [d_in, d_out]) seen as the nn.Linear it amounts to."""
+    if isinstance(module, nn.Linear):
+        return module
+    assert isinstance(module, Conv1D)
+    return dense_layer(module.weight.T, module.bias, module.training)
+
+
+def dense_layer(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
+    """The layer of a weight [d_out, d_in], which it shares, and a bias."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+    return linear.train(training)
+
+
+def copied(linear: nn.Linear) -> nn.Linear:
+    """The same layer in memory of its own, contiguous as safetensors wants it."""
+    bias = None if linear.bias is None else linear.bias.clone()
+    return dense_layer(linear.weight.clone(memory_format=torch.contiguous_format), bias, linear.training)
+
+
+def as_conv1d(linear: nn.Linear) -> Conv1D:
+    conv = Conv1D(linear.out_features, linear.in_features)
+    conv.weight = nn.Parameter(linear.weight.detach().T.contiguous())
+    conv.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias.detach())
+    return conv.train(linear.training)
+
+
+# ---- several projections in one matrix
+
+
+class Fusion(NamedTuple):
+    """How one matrix [sum of sizes, d_in] is made of several projections' rows."""
+
+    sizes: dict[str, int]
+    """Rows of each projection, by name."""
+    heads: int = 1
+    """Groups in which the rows alternate: 1 means one projection after another, h that each head has all of them."""
+
+    def rows(self, fused: Tensor) -> dict[str, Tensor]:
+        """Each projection's rows of anything that has one row for each output: a weight, a bias, outputs [d_out, n]."""
+        grouped = fused.unflatten(0, (self.heads, -1)).split([n // self.heads for n in self.sizes.values()], dim=1)
+        return dict(zip(self.sizes, (part.flatten(0, 1) for part in grouped), strict=True))
+
+    def split(self, linear: nn.Linear) -> dict[str, nn.Linear]:
+        """One dense layer per projection, with that projection's rows of the fused weight and bias."""
+        biases = dict.fromkeys(self.sizes) if linear.bias is None else self.rows(linear.bias)
+        return {
+            name: dense_layer(weight, biases[name], linear.training)
+            for name, weight in self.rows(linear.weight).items()
+        }
+
+
+def _thirds(config: Any) -> Fusion:
+    return Fusion(dict.fromkeys(("query", "key", "value"), config.hidden_size))
+
+
+def _thirds_by_head(config: Any) -> Fusion:
+    return Fusion(dict.fromkeys(("query", "key", "value"), config.hidden_size), heads=config.num_attention_heads)
+
+
+def _grouped_query(config: Any) -> Fusion:
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv = config.num_key_value_heads * head
+    return Fusion({"query": config.num_attention_heads * head, "key": kv, "value": kv})
+
+
+def _gate_and_up(config: Any) -> Fusion:
+    return Fusion(dict.fromkeys(("gate", "up"), config.intermediate_size))
+
+
+FUSED: dict[tuple[str, str], Callable[[Any], Fusion]] = {
+    ("gpt2", "attn.c_attn"): _thirds,
+    ("gpt2", "crossattention.c_attn"): lambda config: Fusion(dict.fromkeys(("key", "value"), config.hidden_size)),
+    ("gpt_neox", "attention.query_key_value"): _thirds_by_head,
+    ("bloom", "self_attention.query_key_value"): _thirds_by_head,
+    ("mpt", "attn.Wqkv"): _thirds,
+    ("phi3", "self_attn.qkv_proj"): _grouped_query,
+    ("phi3", "mlp.gate_up_proj"): _gate_and_up,
+    ("glm", "mlp.gate_up_proj"): _gate_and_up,
+    ("glm4", "mlp.gate_up_proj"): _gate_and_up,
+}
+"""(model type, end of the module's name) -> its parts. Other architectures' fused matrices count as one projection."""

@@ -1,0 +1,176 @@
+"""Settings of methods and recipes, checked by their annotations once for all: types, choices, bounds and ranks.
+
+    density: Fraction = 0.03                      a number from 0 to 1
+    reset: Literal["random", "magnitude"]         one of these names
+    cycle: Annotated[int, Bounds(least=2)] | None = None
+
+A value that does not fit is a ValueError of one form: "density must be a number from 0 to 1, got 2".
+"""
+
+import dataclasses
+import functools
+import math
+import re
+import types
+import typing
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Limits of a number: x > above, x >= least, x < below, x <= most."""
+
+    above: float | None = None
+    least: float | None = None
+    below: float | None = None
+    most: float | None = None
+
+    def hold(self, x: float) -> bool:
+        return (
+            (self.above is None or x > self.above)
+            and (self.least is None or x >= self.least)
+            and (self.below is None or x < self.below)
+            and (self.most is None or x <= self.most)
+        )
+
+    def describe(self, kind: str) -> str:
+        if self == Bounds(above=0) or (kind == "integer" and self == Bounds(least=1)):
+            return f"a positive {kind}"
+        article = "an" if kind == "integer" else "a"
+        low = self.least if self.above is None else self.above
+        high = self.most if self.below is None else self.below
+        if low is not None and high is not None:
+            if self.above is None and self.below is None:
+                return f"{article} {kind} from {low:g} to {high:g}"
+            brackets = ("[" if self.above is None else "(", "]" if self.below is None else ")")
+            return f"{article} {kind} in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
+        if high is not None:
+            return f"{article} {kind} of at most {high:g}" if self.below is None else f"{article} {kind} below {high:g}"
+        return f"{article} {kind} of at least {low:g}" if self.above is None else f"{article} {kind} above {low:g}"
+
+
+class IsRank:
+    """Marks `Rank` among annotations."""
+
+
+Rank = Annotated[int | float | Mapping[str, int | float], IsRank()]
+"""A width: an integer; a fraction in (0, 1] of the matrix's narrower side; or a table of these, {pattern: either}."""
+Positive = Annotated[float, Bounds(above=0)]
+NonNegative = Annotated[float, Bounds(least=0)]
+Fraction = Annotated[float, Bounds(least=0, most=1)]
+Count = Annotated[int, Bounds(least=1)]
+Whole = Annotated[int, Bounds(least=0)]
+
+
+@functools.cache
+def field_types(kind: type) -> dict[str, Any]:
+    """The annotation of each field of a dataclass, bounds included."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def check_fields(instance: Any) -> None:
+    """Raises ValueError for the first field of a dataclass whose value does not fit its annotation."""
+    for name, kind in field_types(type(instance)).items():
+        check_value(name, getattr(instance, name), kind)
+
+
+def check_value(name: str, value: Any, kind: Any) -> None:
+    """Raises ValueError if `value` does not fit the annotation `kind`."""
+    if isinstance(value, Mapping) and any(_is_rank(one) for one in alternatives_of(kind)):
+        check_rank_table(value, name)
+    elif not fits(value, kind):
+        raise ValueError(f"{name} must be {describe(kind)}, got {value!r}")
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value fits an annotation; an integer is a number too, True and False are neither."""
+    alternatives = alternatives_of(kind)
+    if len(alternatives) > 1:
+        return any(fits(value, one) for one in alternatives)
+    if _is_rank(kind):
+        return fits(value, Count) or (
+            fits(value, Annotated[float, Bounds(above=0, most=1)]) and isinstance(value, float)
+        )
+    if extras := _extras(kind):
+        bounds = [extra for extra in extras if isinstance(extra, Bounds)]
+        return fits(value, typing.get_args(kind)[0]) and all(bound.hold(value) for bound in bounds)
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return True
+    if origin is Literal:
+        return any(value == choice and type(value) is type(choice) for choice in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if origin is tuple:
+        return (
+            isinstance(value, tuple | list)
+            and len(value) == len(arguments)
+            and all(fits(item, one) for item, one in zip(value, arguments, strict=True))
+        )
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+def describe(kind: Any) -> str:
+    """An annotation in words: "a positive integer or None", "'full' or '8bit'"."""
+    alternatives = alternatives_of(kind)
+    if len(alternatives) > 1:
+        return joined_by_or([describe(one) for one in alternatives])
+    if _is_rank(kind):
+        return "a positive integer, a fraction of the width in (0, 1], or a table {pattern: either}"
+    if extras := _extras(kind):
+        base = typing.get_args(kind)[0]
+        return next(e for e in extras if isinstance(e, Bounds)).describe("integer" if base is int else "number")
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return joined_by_or([repr(choice) for choice in arguments])
+    if origin is tuple:
+        return f"{len(arguments)} values, each {describe(arguments[0])}"
+    if origin is list:
+        return f"a list, each item {describe(arguments[0])}"
+    words = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", type(None): "None"}
+    return words.get(kind) or f"a {getattr(origin or kind, '__name__', kind)}"
+
+
+def joined_by_or(words: list[str]) -> str:
+    """
+    >>> joined_by_or(["a", "b", "c"])
+    'a, b or c'
+    """
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def alternatives_of(kind: Any) -> tuple[Any, ...]:
+    """The members of a union, in either of Python's spellings; of any other type, the type itself."""
+    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+    return typing.get_args(kind) if union else (kind,)
+
+
+def _extras(kind: Any) -> tuple[Any, ...]:
+    return getattr(kind, "__metadata__", ())
+
+
+def _is_rank(kind: Any) -> bool:
+    return any(isinstance(extra, IsRank) for extra in _extras(kind))
+
+
+def check_rank_table(table: Mapping[Any, Any], option: str = "rank") -> None:
+    """Raises ValueError unless it is a non-empty table of ranks by patterns."""
+    if not table:
+        raise ValueError(f"{option} must have at least one pattern, for example {{'.*': 0.25}}, got an empty table")
+    for pattern, value in table.items():
+        compile_pattern(pattern, option)
+        check_value(f"{option}[{pattern!r}]", value, Rank)
+
+
+def compile_pattern(pattern: Any, option: str) -> re.Pattern[str]:
+    """A compiled regular expression; ValueError with the option's name if it is not one."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"{option} must hold regular expressions as strings, got {pattern!r}: {error}") from None

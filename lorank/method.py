@@ -1,0 +1,372 @@
+"""What a method of lorank is: a frozen dataclass that answers up to five questions about training.
+
+    method      What is W?                           `build`, `build_stack`: CoLA, SLTrain, CR-Net, ReLoRA, SST, MASA
+    optimizer   How does W move?                     `optimizer`: GaLore, Fira, DCT-AdamW, Trion, Muon, SwitchLoRA
+    hook        What happens between two steps?      `hook`: ReLoRA, SwitchLoRA, SST
+    memory      What is kept for the backward pass?  `policy`: CoLA-M
+    gradient    Where does the gradient come from?   `gradient`: EGGROLL
+
+`Dense` answers none of them: AdamW, autograd, a plain model. Two methods combine if they answer different questions.
+
+A method sees `Site`s (places where the dense model has a linear map) in stacks (all depths of one projection) and
+answers with modules. It never sees the model's code, so it works on any architecture, and cross-layer methods fit as
+well as layer-wise ones.
+"""
+
+import dataclasses
+import hashlib
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorank.fields import Rank, check_fields
+
+Published = Mapping[str, Mapping[str, Any]]
+"""What a paper uses: {size: {field: value}}, where it differs from the field's default. Sizes are those of lorank.sizes."""
+Patterns = str | Sequence[str] | None
+"""Regular expression(s) searched in the names of linear layers."""
+SHARED = "lorank_"
+"""Prefix of the name under which a model's body holds what its blocks share; it counts as part of the blocks."""
+QUESTIONS = {
+    "method": "what the weights are",
+    "optimizer": "how the weights move",
+    "hook": "what happens between steps",
+    "memory": "what is kept for the backward pass",
+    "gradient": "where the gradient comes from",
+}
+"""The questions, in the words of a message."""
+_SEAMS = {
+    "method": ("build", "build_stack"),
+    "optimizer": ("optimizer",),
+    "hook": ("hook",),
+    "memory": ("policy",),
+    "gradient": ("gradient",),
+}
+
+
+class Site(NamedTuple):
+    """One place in a model where a linear map lives."""
+
+    name: str
+    """Where it is: ``model.layers.3.self_attn.q_proj``."""
+    role: str
+    """The same with the depth left open, equal for all blocks: ``model.layers.*.self_attn.q_proj``."""
+    depth: int
+    """Index of the block: 3."""
+    linear: nn.Linear
+    """The dense map itself, weight [d_out, d_in]. Its weights may be read; its device and dtype are kept."""
+
+    @property
+    def d_in(self) -> int:
+        return self.linear.in_features
+
+    @property
+    def d_out(self) -> int:
+        return self.linear.out_features
+
+    @property
+    def break_even_rank(self) -> float:
+        """Rank at which two factors hold as many weights as the dense map: d_in d_out / (d_in + d_out)."""
+        return self.d_in * self.d_out / (self.d_in + self.d_out)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """Base of all methods. A subclass's fields are its hyper-parameters, checked by their annotations
+    (`lorank.fields`) and saved with the model.
+
+    Raises:
+        ValueError: a field has a value that its annotation does not allow.
+    """
+
+    name: ClassVar[str]
+    """What the command line, recipes and saved configurations call the method."""
+    key: ClassVar[str] = "method"
+    """The recipe's key under which it is named: "method", "optimizer" or "gradient"."""
+    published: ClassVar[Published] = {}
+    """Settings of the paper by model size. They hold unless the user says otherwise."""
+    soon: ClassVar[Mapping[str, Any]] = {}
+    """Settings with which the method acts within a few steps; tests and recorded first steps use them."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @classmethod
+    def answers(cls) -> frozenset[str]:
+        """The questions that the method answers; see `QUESTIONS`."""
+        overrides = lambda seam: getattr(cls, seam) is not getattr(Method, seam)  # noqa: E731
+        return frozenset(question for question, seams in _SEAMS.items() if any(map(overrides, seams)))
+
+    # ---- what is W?
+
+    def wants(self, site: Site) -> bool:
+        """Whether the method rewrites this site at all. If not, the layer stays dense whatever `targets` say. Decide by
+        name and depth alone: the same is asked when a saved model is built again."""
+        return True
+
+    def check(self, sites: Sequence[Site]) -> None:
+        """Raise ValueError if the method cannot rewrite these sites (all that were chosen). Nothing is changed yet."""
+
+    def build(self, site: Site) -> nn.Module:
+        """A module that maps [..., d_in] to [..., d_out] in place of `site.linear`."""
+        raise NotImplementedError(f"{type(self).__name__} defines neither build nor build_stack")
+
+    def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
+        """One module per site, for all depths of one projection in order of depth."""
+        return [self.build(site) for site in sites]
+
+    def finish(self, model: nn.Module) -> None:
+        """Whatever the method changes outside its layers; called once, after all stacks are in place.
+
+        Register here what blocks share, once, under a name that begins with `SHARED`, and not in a block.
+        """
+
+    def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weight [d_out, d_in] and bias of the dense layer that computes the same as `module`.
+
+        Raises:
+            ValueError: there is no such layer; the message says why.
+        """
+        raise ValueError(
+            f"{self.name} cannot be merged: it does not define the dense layer that one of its layers equals"
+        )
+
+    def undo(self, model: nn.Module) -> None:
+        """Take away what `finish` added; called when a model is merged, after its layers are dense again."""
+
+    def finalize(self, model: nn.Module) -> None:
+        """What is done to a model when its training is over; its outputs stay the same."""
+
+    # ---- how does it move?
+
+    def parameter_groups(
+        self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns
+    ) -> list[dict[str, Any]]:
+        """Parameter groups for `optimizer`, made from those of a plain optimizer: projected matrices get a ``rank``,
+        matrices under another rule a ``rule``. `targets` and `exclude` choose linear layers as in `lorank.convert`."""
+        return list(groups)
+
+    def optimizer(
+        self, groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
+    ) -> Optimizer:
+        """An optimizer over groups that each have ``params`` and ``weight_decay``; torch's AdamW by default."""
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+
+    def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
+        """Bytes that the optimizer keeps between steps for a parameter of such a group; counters are not included."""
+        return 2 * p.numel() * p.element_size()  # Adam's two moments
+
+    def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
+        """FLOPs of the matrix products in one optimizer step on a parameter; those of some steps only are averaged.
+        Decompositions (eigenvectors, QR) and fast Fourier transforms are not included."""
+        return 0.0
+
+    def kept_gradient(self, p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+        """Shape of what waits for the step after backward has finished a parameter's gradient."""
+        return tuple(p.shape)
+
+    def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float] | None:
+        """Multiplier of the learning rate by steps done, if the method needs its own; None: warm-up and cosine."""
+        return None
+
+    # ---- what happens between steps?
+
+    def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> "StepHook | None":
+        """What happens to `model` and the state of `optimizer` between the `steps` steps of a run; None: nothing.
+
+        Raises:
+            ValueError: the method cannot work with this optimizer or with so few steps.
+        """
+        return None
+
+    # ---- what is kept for the backward pass?
+
+    policy: ClassVar[str | None] = None
+    """What blocks keep unless the user says otherwise, by its name in `lorank.checkpointing.POLICIES`."""
+
+    # ---- where does the gradient come from?
+
+    def gradient(self, model: nn.Module, *, batch_size: int, sequence_length: int, seed: int) -> "Gradient | None":
+        """An estimator that fills `.grad` in place of forward and backward; None: autograd.
+
+        Raises:
+            ValueError: the model or the batch does not suit the estimator.
+        """
+        return None
+
+    # ---- what is saved
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types; tables as lists of pairs, because transformers sorts the keys of its
+        config.json."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields = {name: [*value] if isinstance(value, tuple) else value for name, value in fields.items()}
+        return {
+            name: {"in_order": [[*pair] for pair in value.items()]} if isinstance(value, Mapping) else value
+            for name, value in fields.items()
+        }
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        tables = {name: dict(v["in_order"]) for name, v in fields.items() if isinstance(v, Mapping) and "in_order" in v}
+        return cls(**{**fields, **tables})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dense(Method):
+    """The method that answers no question: the model as it is."""
+
+    name: ClassVar[str] = "dense"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(Method):
+    """The optimizer of every method that does not bring its own."""
+
+    name: ClassVar[str] = "adamw"
+    key: ClassVar[str] = "optimizer"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Autograd(Method):
+    """The gradient of every method that does not bring its own."""
+
+    name: ClassVar[str] = "autograd"
+    key: ClassVar[str] = "gradient"
+
+
+def check_combination(methods: Sequence[Method | type[Method]]) -> None:
+    """Raises ValueError if two methods answer the same question."""
+    for i, one in enumerate(methods):
+        for other in methods[:i]:
+            if both := [QUESTIONS[question] for question in QUESTIONS if question in one.answers() & other.answers()]:
+                raise ValueError(
+                    f"{other.name} and {one.name} cannot be combined: both decide {both[0]}; use one of the two"
+                )
+
+
+class Gradient(Protocol):
+    """What a training loop calls in place of forward and backward."""
+
+    flops_per_token: float
+
+    @property
+    def carries(self) -> bool:
+        """Whether a row of a batch continues where the same row of the batch before ended."""
+
+    def __call__(self, batch: dict[str, Tensor], step: int) -> Tensor:
+        """Fill `.grad` for this batch and step, which determine all randomness, and return the mean loss in nats."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What it carries from step to step."""
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Go on from there."""
+
+
+class StepHook:
+    """Something that happens between optimizer steps; it rides on the optimizer's own hooks, in any training loop.
+
+    A subclass overrides `before_step` (gradients are final, clipped and accumulated) or `after_step`. Tensors of the
+    model change only in place; what must survive a restart and is in neither the model nor the optimizer's state
+    belongs in `state_dict`.
+    """
+
+    def __init__(self, optimizer: Optimizer):
+        self.optimizer = optimizer
+        self.step = 0
+        """Optimizer steps done: 0 in the first call of `before_step`, 1 in the first of `after_step`."""
+        optimizer.register_step_pre_hook(lambda *_: self.before_step())
+        optimizer.register_step_post_hook(self._after_step)
+
+    def before_step(self) -> None:
+        """Called before each optimizer step."""
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+
+    def _after_step(self, *_: Any) -> None:
+        self.step += 1
+        self.after_step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs to go on exactly as this one; tensors only."""
+        return {"step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from where `state_dict` was taken; model and optimizer are loaded already."""
+        self.step = int(state["step"])
+
+
+def warmup_cosine(step: int, steps: int, warmup_steps: int, min_lr_ratio: float) -> float:
+    """Multiplier of the learning rate: up a line from 0, then down half a cosine to `min_lr_ratio`.
+
+    >>> [warmup_cosine(step, 100, 10, 0.1) for step in (0, 5, 10, 55, 100)]
+    [0.0, 0.5, 1.0, 0.55, 0.1]
+    """
+    if step < warmup_steps:
+        return step / warmup_steps
+    progress = min(1.0, (step - warmup_steps) / max(1, steps - warmup_steps))
+    return min_lr_ratio + (1 - min_lr_ratio) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def seeded_generator(*seeds: int | str) -> torch.Generator:
+    """A generator for one purpose on the CPU, the same in every process: what can be drawn again need not be saved."""
+    digest = hashlib.sha256(repr(seeds).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def check_table(rank: Rank, sites: Sequence[Site], option: str = "rank") -> None:
+    """Raises ValueError for a table of ranks without a pattern for a site, or with one that decides nothing."""
+    if isinstance(rank, Mapping):
+        for site in sites:
+            rank_at(rank, site)
+        used = {next((pattern for pattern in rank if re.search(pattern, site.name)), None) for site in sites}
+        for pattern in rank:
+            if pattern not in used:
+                raise ValueError(
+                    f"{option}: the pattern {pattern!r} decides nothing, because no projection matches it or an earlier pattern "
+                    "takes all that do; remove it or correct it"
+                )
+
+
+def check_ranks(rank: Rank, sites: Sequence[Site]) -> None:
+    """A rank against the sites it is for, where the method has two factors of that rank.
+
+    Raises:
+        ValueError: a site for which a table has no pattern, or a pattern that is the first to match nowhere.
+
+    Warns:
+        UserWarning: the projections whose two factors would be no smaller than the dense map, all in one.
+    """
+    check_table(rank, sites)
+    beyond = {s.role: (rank_at(rank, s), s.break_even_rank) for s in sites if rank_at(rank, s) >= s.break_even_rank}
+    if beyond:
+        listed = ", ".join(f"{role} (rank {r}, break-even {limit:.0f})" for role, (r, limit) in beyond.items())
+        warnings.warn(f"the factors are no smaller than the dense layer in {listed}; lower the rank", stacklevel=2)
+
+
+def rank_at(rank: Rank, site: Site) -> int:
+    """The rank to use at a site.
+
+    An integer is used as it is. A fraction is of the map's narrower side: in a block with as many key as query heads
+    that is the model's width (the papers' r/d); under grouped-query attention key and value ranks shrink in proportion.
+    A table gives the value of the first pattern (regular expression, searched in the name) that matches.
+
+    >>> rank_at(0.25, Site("layers.0.k_proj", "layers.*.k_proj", 0, nn.Linear(512, 128, device="meta")))
+    32
+    """
+    if isinstance(rank, Mapping):
+        for pattern, value in rank.items():
+            if re.search(pattern, site.name):
+                return rank_at(value, site)
+        raise ValueError(
+            f"the rank table {list(rank)} has no pattern for {site.name}; add one ('.*' matches all) or exclude the module"
+        )
+    return rank if isinstance(rank, int) else max(1, round(rank * min(site.d_in, site.d_out)))

@@ -1,0 +1,195 @@
+"""Where the projections of a model are: its repeated blocks, the linear maps inside, and which of them are meant."""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorank.architectures import as_linear, is_linear
+from lorank.fields import compile_pattern
+from lorank.fusion import fusion_of
+from lorank.method import Method, Patterns, Site
+
+
+def blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
+    """The repeated blocks of a model as (name of their list, depth, block), in the model's order.
+
+    Blocks are the members of an outermost ``nn.ModuleList`` each of which has a linear map, or what `rewrite` put in
+    place of one, somewhere below it and is not one itself; a list of heads or of embeddings is none.
+    """
+    seen: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in seen)
+        if isinstance(module, nn.ModuleList) and not inside and len(module) and all(map(holds_linear, module)):
+            seen.append(name)
+            for depth, block in enumerate(module):
+                yield name, depth, block
+
+
+def find_sites(model: nn.Module) -> list[Site]:
+    """Every linear map inside the repeated blocks, in the model's order, but for those from or to a single number.
+
+    A matrix in which an architecture has fused several projections (GPT-2's query, key and value) gives one site for
+    each of them, named below it: ``transformer.h.0.attn.c_attn.query``. One bottleneck for all three would be another
+    method.
+    """
+    sites = []
+    for site in linear_layers(model):
+        fused = fusion_of(model, site.name)
+        if fused is None:
+            sites.append(site)
+        else:
+            name, role, depth, linear = site
+            sites += [Site(f"{name}.{part}", f"{role}.{part}", depth, lin) for part, lin in fused.split(linear).items()]
+    return sites
+
+
+def linear_layers(model: nn.Module) -> list[Site]:
+    """The same with fused projections as the one matrix they are."""
+    return [
+        Site(f"{stack}.{depth}.{inner}", f"{stack}.*.{inner}", depth, as_linear(module))
+        for stack, depth, block in blocks(model)
+        for inner, module in block.named_modules()
+        if is_linear(module) and 1 not in module.weight.shape
+    ]
+
+
+def derived_layers(model: nn.Module) -> list[str]:
+    """Names of the classes derived from ``nn.Linear`` whose layers are not taken for linear maps."""
+    return sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and not is_linear(m)})
+
+
+def holds_linear(block: nn.Module) -> bool:
+    return not is_linear(block) and any(
+        is_linear(module) or hasattr(module, "stands_for_linear") for module in block.modules()
+    )
+
+
+def base_prefix(model: nn.Module) -> str:
+    """What names of modules begin with because the model is a body under a head: "model." of a LlamaForCausalLM, else
+    nothing."""
+    has_head = isinstance(model, PreTrainedModel) and model.base_model is not model
+    return f"{model.base_model_prefix}." if has_head else ""
+
+
+def wanted_sites(method: Method, sites: list[Site]) -> list[Site]:
+    """Those that the method rewrites; ValueError if there are sites, but none for it."""
+    wanted = [site for site in sites if method.wants(site)]
+    if sites and not wanted:
+        roles = dict.fromkeys(site.role for site in sites)
+        raise ValueError(f"{method.name} recognises none of this model's projections: {', '.join(roles)}")
+    return wanted
+
+
+def choose_sites(sites: list[Site], targets: Patterns = None, exclude: Patterns = None) -> list[Site]:
+    """Those that match a pattern of `targets` (None: all) and none of `exclude`; ValueError for a pattern without use."""
+    if not sites:
+        raise ValueError(
+            "found no linear layer (nn.Linear or transformers' Conv1D, not a class derived from them that does anything else) inside "
+            "a repeated block (a ModuleList of blocks); nothing to convert"
+        )
+    wanted = [compile_pattern(p, "targets") for p in listed(targets)]
+    unwanted = [compile_pattern(p, "exclude") for p in listed(exclude)]
+    roles = list(dict.fromkeys(site.role for site in sites))
+    for option, patterns in (("targets", wanted), ("exclude", unwanted)):
+        for pattern in patterns:
+            if not any(pattern.search(site.name) for site in sites):
+                raise ValueError(
+                    f"{option}={pattern.pattern!r} matches no linear layer of the blocks; they are: {', '.join(roles)}"
+                )
+    chosen = [
+        site
+        for site in sites
+        if (not wanted or any(p.search(site.name) for p in wanted)) and not any(p.search(site.name) for p in unwanted)
+    ]
+    if not chosen:
+        raise ValueError(f"exclude={exclude!r} leaves no linear layer to convert; the blocks hold: {', '.join(roles)}")
+    return chosen
+
+
+def listed(patterns: Patterns) -> list[str]:
+    listed = [patterns] if isinstance(patterns, str | re.Pattern) else list(patterns or [])
+    if odd := next((pattern for pattern in listed if not isinstance(pattern, str)), None):
+        raise ValueError(f"{odd!r} is not a string; give regular expressions as strings, they are saved with the model")
+    return listed
+
+
+# ---- the same in a model that may be converted
+
+
+class Place(NamedTuple):
+    """A projection of a dense or converted model: a module, or some of its outputs where an architecture fuses several."""
+
+    name: str
+    role: str
+    depth: int
+    module: nn.Module
+    rows: Callable[[Tensor], Tensor]
+    """From a tensor with a row for each of the module's outputs to those of this projection."""
+
+
+def places(model: nn.Module) -> Iterator[Place]:
+    """Every projection of the repeated blocks, under the names that `lorank.conversion.find_sites` gives it."""
+    linear = {site.name for site in linear_layers(model)}
+    for stack, depth, block in blocks(model):
+        taken: list[str] = []
+        for inner, module in block.named_modules():
+            name, role = f"{stack}.{depth}.{inner}", f"{stack}.*.{inner}"
+            inside = any(inner.startswith(f"{outer}.") for outer in taken)
+            if inside or not (name in linear or hasattr(module, "stands_for_linear")):
+                continue
+            taken.append(inner)
+            fusion = fusion_of(model, name)
+            if fusion is None:
+                yield Place(name, role, depth, module, lambda rows: rows)
+            else:
+                for part in fusion.sizes:
+                    take = partial(lambda fusion, part, rows: fusion.rows(rows)[part], fusion, part)
+                    yield Place(f"{name}.{part}", f"{role}.{part}", depth, module, take)
+
+
+# ---- projections whose weight other code reads
+
+
+def check_callers(model: nn.Module, sites: Sequence[Site]) -> None:
+    """Refuse a projection whose weight is read by the code around it, which would not find it in what takes its place."""
+    for site in sites:
+        if (caller := weight_reader(model, site)) is not None:
+            attribute = module_name(model, site).rpartition(".")[2]
+            raise ValueError(
+                f"the code of {caller} reads the weight of {site.role} itself, so it cannot be replaced; exclude it "
+                f"(exclude={attribute!r}) or take another architecture"
+            )
+
+
+def weight_reader(model: nn.Module, site: Site) -> str | None:
+    """The class around a projection whose code reads its weight, so that nothing else can take its place; None: it does not."""
+    parent, _, attribute = module_name(model, site).rpartition(".")
+    caller = type(model.get_submodule(parent))
+    code = _code(caller)  # type: ignore[arg-type]
+    reads = (
+        re.search(rf"self\.{attribute}\.weight\b", code) and "pretraining_tp" not in code
+    )  # Bloom: a branch for tests
+    return caller.__name__ if reads else None
+
+
+def module_name(model: nn.Module, site: Site) -> str:
+    """Of the module that a site is, or of the fused matrix that it is a part of."""
+    return site.name if fusion_of(model, site.name.rpartition(".")[0]) is None else site.name.rpartition(".")[0]
+
+
+@functools.cache
+def _code(module: type[nn.Module]) -> str:
+    """Source of what a class of modules does once it is built."""
+    functions = [
+        f for name, f in vars(module).items() if inspect.isfunction(f) and name not in ("__init__", "_init_weights")
+    ]
+    try:
+        return "\n".join(map(inspect.getsource, functions))
+    except OSError:  # made at run time, without a file
+        return ""

@@ -1,0 +1,105 @@
+"""The one table of lorank: every name that a recipe or the command line knows, and the file that holds its mathematics.
+
+Installed packages add methods through the entry-point group ``lorank.methods`` (name -> "package.module:Class"), scripts
+with `register`. Nothing here imports a method before it is asked for.
+"""
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from lorank.method import Method
+
+    Class = TypeVar("Class", bound=type[Method])
+
+METHODS = {
+    # what the weights are
+    "dense": "lorank.method:Dense",
+    "cola": "lorank.methods.cola:CoLA",
+    "cola-m": "lorank.methods.cola:CoLAM",
+    "low-rank": "lorank.methods.low_rank:LowRank",
+    "sltrain": "lorank.methods.sltrain:SLTrain",
+    "crnet": "lorank.methods.crnet:CRNet",
+    "relora": "lorank.methods.relora:ReLoRA",
+    "switchlora": "lorank.methods.switchlora:SwitchLoRA",
+    "sst": "lorank.methods.sst:SST",
+    "masa": "lorank.methods.masa:MASA",
+    # how they move
+    "adamw": "lorank.method:AdamW",
+    # where the gradient comes from
+    "autograd": "lorank.method:Autograd",
+}
+GROUP = "lorank.methods"
+_registered: dict[str, "type[Method]"] = {}
+
+
+def register(method: "Class") -> "Class":
+    """Let a method of yours be found by its `name` in this process; a decorator for its class. `lorank.convert` does this
+    too, but a process that only loads a model must call it. Registering a second class of your own under one name
+    replaces the first.
+
+    Raises:
+        ValueError: it is no class derived from `lorank.Method`, or its name belongs to lorank or an installed package.
+    """
+    if not isinstance(method, type) or not issubclass(method, _load("lorank.method:Method")) or not _name(method):
+        raise ValueError(
+            f"a registered method must be a class derived from lorank.Method with a `name`, got {method!r}"
+        )
+    known = _known(method.name)
+    if known not in (None, method):
+        raise ValueError(f"the method name {method.name!r} is already in use; give {method.__name__} another name")
+    if known is None:
+        _registered[method.name] = method
+    return method
+
+
+def method_names(key: str | None = None) -> list[str]:
+    """Names of all methods: ours, those of installed packages, and those registered; or only those under one key of a
+    recipe ("method", "optimizer", "gradient")."""
+    names = dict.fromkeys([*METHODS, *(point.name for point in _entry_points()), *_registered])
+    return [name for name in names if key is None or find(name).key == key]
+
+
+def find(name: str) -> "type[Method]":
+    """The class of a method; ValueError that lists the known names and the nearest one if there is none."""
+    found = _registered.get(name) or _known(name)
+    if found is None:
+        hint = "a method of your own is found after lorank.register"
+        raise ValueError(f"{unknown('method', name, method_names())} ({hint})")
+    return found
+
+
+def unknown(kind: str, name: str, known: Sequence[str], *, plural: str | None = None) -> str:
+    """The sentence for a name that is not among those known, with the nearest one.
+
+    >>> unknown("size", "60M", ["tiny", "60m"])
+    "unknown size '60M'; did you mean '60m'? The sizes are: tiny, 60m"
+    """
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown {kind} {name!r}{hint} The {plural or kind + 's'} are: {', '.join(known)}"
+
+
+def _name(method: Any) -> str:
+    return getattr(method, "name", "")
+
+
+def _known(name: str) -> Any:
+    """Of lorank or an installed package; None if neither has it."""
+    if name in METHODS:
+        return _load(METHODS[name])
+    return next((point.load() for point in _entry_points() if point.name == name), None)
+
+
+def _load(where: str) -> Any:
+    module, _, attribute = where.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def _entry_points() -> Any:
+    """importlib.metadata takes longer to import than all else that `import lorank` does."""
+    importlib.import_module("importlib.metadata")
+    return sys.modules["importlib.metadata"].entry_points(group=GROUP)
