@@ -35,19 +35,23 @@ class Bounds:
         )
 
     def describe(self, kind: str) -> str:
+        """In words, for a kind of number ("integer", "number")."""
         if self == Bounds(above=0) or (kind == "integer" and self == Bounds(least=1)):
             return f"a positive {kind}"
-        article = "an" if kind == "integer" else "a"
+        a = f"an {kind}" if kind == "integer" else f"a {kind}"
         low = self.least if self.above is None else self.above
         high = self.most if self.below is None else self.below
-        if low is not None and high is not None:
-            if self.above is None and self.below is None:
-                return f"{article} {kind} from {low:g} to {high:g}"
-            brackets = ("[" if self.above is None else "(", "]" if self.below is None else ")")
-            return f"{article} {kind} in {brackets[0]}{low:g}, {high:g}{brackets[1]}"
-        if high is not None:
-            return f"{article} {kind} of at most {high:g}" if self.below is None else f"{article} {kind} below {high:g}"
-        return f"{article} {kind} of at least {low:g}" if self.above is None else f"{article} {kind} above {low:g}"
+        if low is None or high is None:
+            limits = {"above": self.above, "of at least": self.least, "below": self.below, "of at most": self.most}
+            return next(f"{a} {words} {_plain(x)}" for words, x in limits.items() if x is not None)
+        if self.above is None and self.below is None:
+            return f"{a} from {_plain(low)} to {_plain(high)}"
+        left, right = "[" if self.above is None else "(", "]" if self.below is None else ")"
+        return f"{a} in {left}{_plain(low)}, {_plain(high)}{right}"
+
+
+def _plain(x: float) -> str:
+    return str(int(x)) if x == int(x) else str(x)
 
 
 class IsRank:
@@ -117,24 +121,29 @@ def fits(value: Any, kind: Any) -> bool:
 
 
 def describe(kind: Any) -> str:
-    """An annotation in words: "a positive integer or None", "'full' or '8bit'"."""
-    alternatives = alternatives_of(kind)
-    if len(alternatives) > 1:
-        return joined_by_or([describe(one) for one in alternatives])
+    """An annotation in words.
+
+    >>> describe(Literal["full", "8bit"] | None), describe(Rank)
+    ("'full', '8bit' or None", 'a positive integer, a fraction of the width in (0, 1] or a table {pattern: either}')
+    """
+    return joined_by_or([phrase for one in alternatives_of(kind) for phrase in _phrases(one)])
+
+
+def _phrases(kind: Any) -> list[str]:
     if _is_rank(kind):
-        return "a positive integer, a fraction of the width in (0, 1], or a table {pattern: either}"
-    if extras := _extras(kind):
-        base = typing.get_args(kind)[0]
-        return next(e for e in extras if isinstance(e, Bounds)).describe("integer" if base is int else "number")
+        return ["a positive integer", "a fraction of the width in (0, 1]", "a table {pattern: either}"]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if extras := _extras(kind):
+        number = "integer" if arguments[0] is int else "number"
+        return [next(extra for extra in extras if isinstance(extra, Bounds)).describe(number)]
     if origin is Literal:
-        return joined_by_or([repr(choice) for choice in arguments])
+        return [repr(choice) for choice in arguments]
     if origin is tuple:
-        return f"{len(arguments)} values, each {describe(arguments[0])}"
+        return [f"{len(arguments)} values, each {describe(arguments[0])}"]
     if origin is list:
-        return f"a list, each item {describe(arguments[0])}"
-    words = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", type(None): "None"}
-    return words.get(kind) or f"a {getattr(origin or kind, '__name__', kind)}"
+        return [f"a list of which each item is {describe(arguments[0])}"]
+    words = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", dict: "a mapping"}
+    return [words.get(kind) or ("None" if kind is type(None) else f"a {getattr(origin or kind, '__name__', kind)}")]
 
 
 def joined_by_or(words: list[str]) -> str:

@@ -4,36 +4,44 @@ import dataclasses
 import difflib
 import functools
 import math
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 
 import lorank
-from lorank.optim import OPTIMIZERS
+from lorank.fields import (
+    Bounds,
+    Count,
+    Fraction,
+    NonNegative,
+    Positive,
+    Rank,
+    Whole,
+    alternatives_of,
+    check_value,
+    field_types,
+)
 from lorank.table import METHODS
 
+Seed = Annotated[int, Bounds(least=0, below=2**32)]
+KEYS = ("method", "optimizer", "gradient")
+"""The keys that name methods."""
 
-def _option(default: Any, help: str) -> Any:
+
+def _setting(default: Any, help: str, *, everyday: bool = False, shared: bool = False, free: bool = False) -> Any:
+    """A field with what others know it by.
+
+    Args:
+        everyday: it has a flag; every setting has ``--set NAME=VALUE``.
+        shared: compared runs do not differ in it.
+        free: it changes neither a model nor the cost of a step.
+    """
     mutable = isinstance(default, list | dict)
     make = {"default_factory": lambda: type(default)(default)} if mutable else {"default": default}
-    return dataclasses.field(**make, metadata={"help": help})
-
-
-EGG_SETTINGS: dict[str, Any] = {
-    "method": "eggroll",
-    "tokenizer": "bytes",
-    "lr": 4.0,
-    "weight_decay": 0.0,
-    "clip": 0.0,
-    "warmup_steps": 0,
-    "sequence_length": 32,
-    "batch_size": 512,
-}
-"""What model=egg takes where a user says nothing; lr is the flag of `lorank.evolution.integers.alpha_at`."""
+    return dataclasses.field(**make, metadata={"help": help, "everyday": everyday, "shared": shared, "free": free})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,150 +49,178 @@ class Recipe:
     """Settings of one pre-training run; ValueError in one sentence if they do not make sense together."""
 
     # the model
-    size: str = _option("tiny", "Llama of this size: tiny, 20m, 60m, 130m, 350m, 1b, 7b.")
-    model: str | None = _option(
-        None, "Instead of --size: a model type of transformers (gpt2), a folder, config.json or hub name, or egg."
-    )
-    method: str = _option(
-        "cola",
-        f"{', '.join(METHODS)}; dense; dense with a low-rank optimizer: {', '.join(OPTIMIZERS)}; dense without backward "
-        "passes: eggroll; or of an installed package.",
-    )
-    rank: int | float | dict | None = _option(
+    size: str = _setting("tiny", "Llama of this size: tiny, 20m, 60m, 130m, 350m, 1b, 7b.", everyday=True, shared=True)
+    model: str | None = _setting(
         None,
-        "Bottleneck width, or rank of the projected gradients: integer, fraction of the width, or (YAML) {pattern: either}. Default: what the method's paper takes at that size, else the method's own.",
+        "Instead of a size: a model type of transformers (gpt2), a folder, a config.json or a hub name.",
+        everyday=True,
+        shared=True,
     )
-    options: dict = _option(
-        {}, "Further settings of the method, NAME=VALUE, for example nonlinearity=low-rank, update_gap=500."
+    shape: dict = _setting({}, "Entries of the model's configuration to change, for example hidden_size.", shared=True)
+    method: str | dict = _setting(
+        "cola",
+        f"What the weights are, or any method by its name: {', '.join(METHODS)}, or of an installed package. Join "
+        "several with +, for example cola+galore.",
+        everyday=True,
+        shared=True,
     )
-    targets: list[str] = _option([], "Regular expression(s): convert (project) only layers whose names match.")
-    exclude: list[str] = _option([], "Regular expression(s): leave matching layers dense.")
-    checkpoint: Literal["none", "bottlenecks", "bottlenecks+attention", "blocks", "recurrence"] | None = _option(
-        None, "What blocks keep for backward; default bottlenecks for cola-m, none otherwise."
+    optimizer: str | dict = _setting(
+        "adamw", "How the weights move: adamw, adamw-8bit, adafactor, muon, galore, ...", everyday=True
     )
-    checkpoint_every: int = _option(1, "Checkpoint each n-th block only.")
-    attention: str = _option("sdpa", "Attention implementation of transformers.")
-    precision: Literal["fp32", "bf16", "bf16-pure"] = _option(
-        "fp32", "bf16: fp32 weights under autocast; bf16-pure: weights, gradients and moments in bf16 (the papers)."
+    gradient: str | dict = _setting("autograd", "Where the gradient comes from: autograd or eggroll.")
+    rank: Rank | None = _setting(
+        None,
+        "Rank of the first method that has one: an integer, a fraction of the width, or (YAML) {pattern: either}. "
+        "Default: the paper's at that size, else the method's own.",
+        everyday=True,
     )
-    compile: bool = _option(False, "torch.compile the model.")
+    options: dict = _setting(
+        {}, "Further settings of the methods, NAME=VALUE, for example nonlinearity=low-rank.", everyday=True
+    )
+    targets: list[str] = _setting(
+        [], "Regular expression(s): convert (project) only layers whose names match.", everyday=True
+    )
+    exclude: list[str] = _setting([], "Regular expression(s): leave matching layers dense.", everyday=True)
+    checkpoint: Literal["none", "bottlenecks", "bottlenecks+attention", "blocks", "recurrence"] | None = _setting(
+        None, "What blocks keep for the backward pass. Default: bottlenecks for cola-m, else none.", everyday=True
+    )
+    checkpoint_every: Count = _setting(1, "Checkpoint each n-th block only.")
+    attention: str = _setting("sdpa", "Attention implementation of transformers.")
+    precision: Literal["fp32", "bf16", "bf16-pure"] = _setting(
+        "fp32",
+        "bf16: fp32 weights under autocast; bf16-pure: weights, gradients and moments in bf16 (as in the papers).",
+        everyday=True,
+    )
+    compile: bool = _setting(False, "Compile the model with torch.compile.")
 
     # the data
-    data: str = _option(
+    data: str = _setting(
         "embedded",
         "embedded (Python's standard library), a file, folder or glob (txt md py jsonl parquet), or a hub name.",
+        everyday=True,
+        shared=True,
     )
-    validation: str | None = _option(None, "Where validation text comes from; default: a held-out part of --data.")
-    text_column: str = _option("text", "Column of jsonl, parquet or hub data that holds the text.")
-    tokenizer: str | None = _option(
-        None, "Name or folder of a tokenizer, or bytes; default: byte-level BPE trained on the data."
+    validation: str | None = _setting(
+        None, "Where validation text comes from. Default: a held-out part of the data.", everyday=True, shared=True
     )
-    vocab_size: int | None = _option(None, "Entries of the vocabulary; default 4096 if trained, else the tokenizer's.")
-    sequence_length: int = _option(256, "Tokens per sequence.")
-    documents: Literal["packed", "padded"] = _option(
-        "packed", "packed: documents one after another; padded: each cut or padded to one sequence (the papers)."
+    text_column: str = _setting("text", "Column of jsonl, parquet or hub data that holds the text.", shared=True)
+    tokenizer: str | None = _setting(
+        None,
+        "Name or folder of a tokenizer, or bytes. Default: byte-level BPE trained on the data.",
+        everyday=True,
+        shared=True,
+    )
+    vocab_size: Count | None = _setting(
+        None, "Entries of the vocabulary. Default: 4096 if trained, else the tokenizer's.", shared=True
+    )
+    sequence_length: Annotated[int, Bounds(least=2)] = _setting(256, "Tokens per sequence.", everyday=True, shared=True)
+    documents: Literal["packed", "padded"] = _setting(
+        "packed",
+        "packed: documents one after another; padded: each cut or padded to one sequence (as in the papers).",
+        shared=True,
     )
 
     # the optimizer
-    optimizer: Literal["adamw", "adamw-8bit", "adafactor", "muon"] = _option(
-        "adamw", "Of PyTorch, 8-bit of bitsandbytes; muon has AdamW beside it. With galore: what works in the subspace."
+    lr: Positive = _setting(3e-3, "Peak learning rate.", everyday=True, free=True)
+    weight_decay: NonNegative = _setting(0.01, "Decoupled weight decay.", free=True)
+    decay: Literal["matrices", "all"] = _setting(
+        "matrices", "What decays: all but norms, biases and embeddings, or everything (as in the papers).", free=True
     )
-    lr: float = _option(3e-3, "Peak learning rate.")
-    weight_decay: float = _option(0.01, "Decoupled weight decay.")
-    decay: Literal["matrices", "all"] = _option(
-        "matrices", "What decays: all but norms, biases and embeddings, or everything (the papers)."
+    betas: list[Annotated[float, Bounds(least=0, below=1)]] = _setting(
+        [0.9, 0.95], "Decay rates of Adam's two moments; the papers use torch's 0.9 0.999.", free=True
     )
-    betas: list[float] = _option([0.9, 0.95], "Decay rates of Adam's two moments; the papers keep torch's 0.9 0.999.")
-    eps: float = _option(1e-8, "Adam's epsilon.")
-    clip: float = _option(0.5, "Largest global gradient norm; 0 turns clipping off.")
-    steps: int = _option(400, "Optimizer steps.")
-    warmup_steps: int = _option(80, "Steps of linear warm-up from 0; a cosine follows.")
-    min_lr_ratio: float = _option(0.1, "Learning rate at the end, as a part of the peak.")
-    batch_size: int = _option(8, "Sequences per optimizer step, over all devices.")
-    micro_batch_size: int | None = _option(None, "Sequences per device and forward pass; default: no accumulation.")
+    eps: NonNegative = _setting(1e-8, "Adam's epsilon.", free=True)
+    clip: NonNegative = _setting(0.5, "Largest global gradient norm; 0 turns clipping off.", free=True)
+    steps: Count = _setting(400, "Optimizer steps.", everyday=True, shared=True, free=True)
+    warmup_steps: Whole = _setting(80, "Steps of linear warm-up from 0; a cosine follows.", everyday=True, free=True)
+    min_lr_ratio: Fraction = _setting(0.1, "Learning rate at the end, as a part of the peak.", free=True)
+    batch_size: Count = _setting(8, "Sequences per optimizer step, over all devices.", everyday=True, shared=True)
+    micro_batch_size: Count | None = _setting(
+        None, "Sequences per device and forward pass. Default: no accumulation.", everyday=True
+    )
 
     # watching and keeping
-    eval_every: int = _option(100, "Steps between evaluations; 0 evaluates at the end only.")
-    eval_tokens: int = _option(100_000, "Validation tokens per evaluation during training; the last one takes all.")
-    log_every: int = _option(10, "Steps between log lines.")
-    save_every: int = _option(200, "Steps between checkpoints; 0 keeps the final model only.")
-    keep: int = _option(2, "Checkpoints to keep.")
-    report_to: list[str] = _option([], "Trackers that transformers reports to: tensorboard, wandb, ...")
-    seed: int = _option(
-        42, "Fixes initial weights, order of data and dropout, and what data_seed does if that is not given."
+    eval_every: Whole = _setting(
+        100, "Steps between evaluations; 0 evaluates at the end only.", everyday=True, shared=True
     )
-    data_seed: int | None = _option(
+    eval_tokens: Count = _setting(
+        100_000, "Validation tokens per evaluation during training; the last one uses all.", shared=True
+    )
+    log_every: Count = _setting(10, "Steps between log lines.", shared=True)
+    save_every: Whole = _setting(
+        200, "Steps between checkpoints; 0 keeps the final model only.", everyday=True, shared=True
+    )
+    keep: Count = _setting(2, "Checkpoints to keep.", shared=True)
+    report_to: list[str] = _setting([], "Trackers that transformers reports to: tensorboard, wandb, ...", shared=True)
+    seed: Seed = _setting(
+        42,
+        "Fixes initial weights, order of data and dropout, and data_seed unless that is given.",
+        everyday=True,
+        shared=True,
+        free=True,
+    )
+    data_seed: Seed | None = _setting(
         None,
-        "Fixes which text is held out and the trained tokenizer, so that runs of several seeds share them. Default: the seed.",
+        "Fixes which text is held out and the trained tokenizer, so that runs of several seeds share them. Default: seed.",
+        shared=True,
+        free=True,
     )
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            _check_type(field.name, value, setting_types()[field.name])
+        for name, kind in field_types(type(self)).items():
+            value = getattr(self, name)
+            check_value(name, value, kind)
             if isinstance(value, int) and abs(value) >= 2**32:
-                raise ValueError(f"{field.name}={value} is not below 2**32")
-            if any(
-                isinstance(x, float) and not math.isfinite(x) for x in (value if isinstance(value, list) else [value])
-            ):
-                raise ValueError(f"{field.name}={value} is not a finite number")
-        for name in (
-            "checkpoint_every",
-            "sequence_length",
-            "steps",
-            "batch_size",
-            "log_every",
-            "keep",
-            "lr",
-            "eval_tokens",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} is not positive")
-        for name in ("weight_decay", "clip", "warmup_steps", "eval_every", "save_every", "eps", "min_lr_ratio", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)} is negative")
-        for name in ("data", "validation", "tokenizer", "model"):
-            if getattr(self, name) == "":
-                raise ValueError(f"{name} is empty; name something or leave it out")
-        if self.data_seed is not None and self.data_seed < 0:
-            raise ValueError(f"data_seed={self.data_seed} is negative")
-        if self.vocab_size is not None and self.vocab_size <= 0:
-            raise ValueError(f"vocab_size={self.vocab_size} is not positive")
-        if self.sequence_length < 2:
-            raise ValueError("sequence_length=1 leaves no token to predict; give at least 2")
+                raise ValueError(f"{name} must be below 2**32, got {value}")
+            if value == "":
+                raise ValueError(f"{name} must not be empty; name something or leave it out")
+        if len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps={self.warmup_steps} leaves none of steps={self.steps} for the cosine")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas={self.betas} are not two numbers in [0, 1)")
-        if self.min_lr_ratio > 1:
-            raise ValueError(f"min_lr_ratio={self.min_lr_ratio} is above 1")
-        if self.micro_batch_size is not None and not 0 < self.micro_batch_size <= self.batch_size:
-            raise ValueError(
-                f"micro_batch_size={self.micro_batch_size} is not between 1 and batch_size={self.batch_size}"
-            )
+            raise ValueError(f"warmup_steps must be below steps={self.steps}, got {self.warmup_steps}")
         if self.batch_size % (self.micro_batch_size or self.batch_size):
-            raise ValueError(f"micro_batch_size={self.micro_batch_size} does not divide batch_size={self.batch_size}")
+            raise ValueError(f"micro_batch_size must divide batch_size={self.batch_size}, got {self.micro_batch_size}")
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         """A recipe from a mapping of names to values; an unknown name is an error that gives the nearest one."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        if settings.get("model") == "egg":
-            settings = {**EGG_SETTINGS, **settings}
+        types = field_types(cls)
         for name in settings:
-            if name not in known:
-                near = difflib.get_close_matches(str(name), known, n=1)
+            if name not in types:
+                near = difflib.get_close_matches(str(name), types, n=1)
                 raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-        return cls(**{name: _coerce(value, setting_types()[name]) for name, value in settings.items()})
+        return cls(**{name: _coerce(value, types[name]) for name, value in _renamed(settings).items()})
+
+    def but(self, changes: Mapping[str, Any]) -> Self:
+        """The recipe with some settings changed. A dotted name is an entry of a mapping: "options.alpha",
+        "optimizer.update_gap", "shape.hidden_size"."""
+        settings = self.to_dict()
+        for name, value in changes.items():
+            head, dot, entry = name.partition(".")
+            if not dot:
+                settings[name] = value
+            elif head in KEYS:
+                given = settings[head] if isinstance(settings[head], dict) else {settings[head]: {}}
+                first = next(iter(given))
+                settings[head] = {**given, first: {**given[first], entry: value}}
+            else:
+                settings[head] = {**settings.get(head, {}), entry: value}
+        return type(self).from_dict(settings)
 
     @classmethod
     def read(cls, path: str | Path, **changes: Any) -> Self:
-        """A recipe from a YAML file, with `changes` on top."""
+        """A recipe from a YAML file, or by the name of one that comes with lorank (cola-60m), with `changes` on top.
+
+        Raises:
+            ValueError: there is no such file, it is not valid YAML, or its settings are wrong; the message names it.
+        """
+        ours = recipes_folder() / f"{path}.yaml"
         try:
-            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            file = ours if ours.is_file() and not Path(path).exists() else Path(path)
+            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(
-                f"recipe {path} does not exist; recipes are YAML files such as those in recipes/"
+                f"recipe {path} does not exist; name a YAML file or one of {', '.join(recipe_names())}"
             ) from None
         except IsADirectoryError:
             raise ValueError(f"recipe {path} is a folder; give a YAML file, or continue a run with --resume") from None
@@ -193,9 +229,9 @@ class Recipe:
             line = f", line {where.line + 1}" if where else ""
             raise ValueError(f"recipe {path}{line} is not valid YAML: {getattr(error, 'problem', error)}") from None
         if not isinstance(settings, dict):
-            raise ValueError(f"recipe {path} is not a mapping of settings to values")
+            raise ValueError(f"recipe {path} must be a mapping of settings to values")
         try:
-            return cls.from_dict({**settings, **changes})
+            return cls.from_dict(settings).but(changes)
         except ValueError as error:
             raise ValueError(f"recipe {path}: {error}") from None
 
@@ -212,9 +248,14 @@ class Recipe:
 
 
 def recipes_folder() -> Path:
-    """Where recipes/ is: inside an installed package, beside it in a checkout."""
+    """Where recipes/ is: inside an installed package, or next to it in a checkout."""
     package = Path(lorank.__file__).parent
     return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with lorank."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
 
 
 def recipe_file(method: str, size: str) -> Path:
@@ -224,54 +265,34 @@ def recipe_file(method: str, size: str) -> Path:
 
 @functools.cache
 def published_lr(method: str, size: str) -> float | None:
-    """The learning rate that the recipe of a method at a size names; None where there is no recipe, or it leaves the rate open
-    because no source is known for it."""
+    """The learning rate that the recipe of a method at a size names; None if there is no recipe, or it leaves the rate
+    open because no source is known for it."""
     path = recipe_file(method, size)
     found = yaml.safe_load(path.read_text(encoding="utf-8")).get("lr") if path.is_file() else None
     return None if found is None else float(found)
 
 
-@functools.cache
-def setting_types() -> dict[str, Any]:
-    """The type of each setting, by name."""
-    return typing.get_type_hints(Recipe)
+def settings_with(mark: str) -> list[str]:
+    """Names of the settings that are "everyday", "shared" or "free"; see `_setting`."""
+    return [field.name for field in dataclasses.fields(Recipe) if field.metadata[mark]]
 
 
-def alternatives_of(kind: Any) -> tuple[Any, ...]:
-    """The members of a union, in either of Python's spellings; of any other type, the type itself."""
-    union = isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-    return typing.get_args(kind) if union else (kind,)
+def _renamed(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Settings as lorank 0.1 saved them, under today's names."""
+    return settings
 
 
 def _coerce(value: Any, kind: Any) -> Any:
-    """YAML reads 6e-3 as a string (its floats want a dot) and one pattern where a list is meant; both are clear
+    """YAML reads 6e-3 as a string (its floats need a dot) and one pattern where a list is meant; both are clear
     enough."""
-    alternatives = alternatives_of(kind)
-    if isinstance(value, str) and float in alternatives:
+    bare = [typing.get_args(one)[0] if hasattr(one, "__metadata__") else one for one in alternatives_of(kind)]
+    if isinstance(value, str) and float in bare:
         try:
             return float(value)
         except ValueError:
             return value
-    if isinstance(value, int) and not isinstance(value, bool) and float in alternatives and int not in alternatives:
-        return float(value) if abs(value) < 1e300 else math.inf  # told of as not finite
-    if isinstance(value, str) and list[str] in alternatives:
+    if isinstance(value, int) and not isinstance(value, bool) and float in bare and int not in bare:
+        return float(value) if abs(value) < 1e300 else math.inf  # refused as not finite
+    if isinstance(value, str) and list[str] in bare:
         return [value]
     return value
-
-
-def _check_type(name: str, value: Any, kind: Any) -> None:
-    for option in alternatives_of(kind):
-        origin = typing.get_origin(option)
-        if origin is Literal:
-            if value in typing.get_args(option):
-                return
-        elif origin is list:
-            if isinstance(value, list) and all(isinstance(item, typing.get_args(option)[0] | int) for item in value):
-                return
-        elif isinstance(value, option) and not (isinstance(value, bool) and option is not bool):
-            return
-    literals = [option for option in alternatives_of(kind) if typing.get_origin(option) is Literal]
-    choices = [repr(choice) for option in literals for choice in typing.get_args(option)]
-    named = str(getattr(kind, "__name__", kind)).replace("NoneType", "null")
-    wanted = f"one of {', '.join(choices)}" if choices else named
-    raise ValueError(f"{name}={value!r} is not {wanted}")

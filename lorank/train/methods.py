@@ -1,0 +1,197 @@
+"""From a recipe's three keys to methods: what the weights are, how they move, and where the gradient comes from.
+
+    method: cola                                  or  {cola: {rank: 128}}
+    optimizer: galore                             or  {galore: {rank: 64, update_gap: 100}}
+    gradient: autograd
+
+Two shorthands are resolved here and nowhere else. Any key may name any method, or several joined by "+": ``method:
+galore`` and ``method: cola+galore`` mean the keys under which the table knows them. The recipe's `rank` and each of its
+`options` go to the first of the methods that has a field of that name.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from lorank.method import Method, check_combination
+from lorank.optim.groups import plain_groups
+from lorank.table import find
+from lorank.train.recipe import Recipe
+
+KEYS = ("method", "optimizer", "gradient")
+DEFAULTS = ("dense", "adamw", "autograd")
+"""What the three keys name where a recipe leaves the question to PyTorch."""
+
+
+class Methods(NamedTuple):
+    """The three methods of a recipe, with their settings."""
+
+    method: Method
+    optimizer: Method
+    gradient: Method
+
+    @property
+    def mover(self) -> Method:
+        """The one that makes the optimizer: the structure itself where it brings its own (SwitchLoRA)."""
+        return self.method if "optimizer" in self.method.answers() else self.optimizer
+
+    @property
+    def title(self) -> str:
+        """What tables and reports call the recipe: the names that are not left to PyTorch, or "dense"."""
+        named = [m.name for m in self if m.name not in DEFAULTS and not _is_plain_rule(type(m))]
+        return "+".join(named) or "dense"
+
+
+def methods_of(recipe: Recipe) -> Methods:
+    """The recipe's methods. Settings come from the recipe, else from the paper for the recipe's size, else from the field.
+
+    Raises:
+        ValueError: an unknown name or setting, a value that does not fit, or methods that answer the same question.
+    """
+    built = []
+    for kind, settings in _settings(recipe).items():
+        published = {} if recipe.model else kind.published.get(recipe.size, {})
+        try:
+            built.append(kind(**{**published, **settings}))
+        except ValueError as error:
+            raise ValueError(f"{kind.name}: {error}") from None
+    check_combination(built)
+    return Methods(*sorted(built, key=lambda method: KEYS.index(method.key)))
+
+
+def title_of(recipe: Recipe) -> str:
+    """`Methods.title`, for a recipe whose settings may be incomplete or wrong."""
+    named = [kind.name for kind in _kinds(recipe) if kind.name not in DEFAULTS and not _is_plain_rule(kind)]
+    return "+".join(named) or "dense"
+
+
+def rank_of(recipe: Recipe) -> Any:
+    """The rank of the recipe's first method that has one; None if none has."""
+    return next((method.rank for method in methods_of(recipe) if hasattr(method, "rank")), None)
+
+
+def written_out(recipe: Recipe) -> Recipe:
+    """The recipe with all settings that it leaves to its size written under its keys, so that the size may change."""
+    keys: dict[str, Any] = {}
+    for method in methods_of(recipe):
+        settings = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+        given = {f.name: settings[f.name] for f in dataclasses.fields(method) if settings[f.name] != _default(f)}
+        if "rank" in settings:
+            given["rank"] = settings["rank"]
+        keys[method.key] = {method.name: given} if given else method.name
+    return dataclasses.replace(recipe, **keys, rank=None, options={})
+
+
+# ---- the optimizer of a recipe
+
+
+def optimizer_groups(recipe: Recipe, model: nn.Module, found: Methods | None = None) -> list[dict[str, Any]]:
+    """Parameter groups of the recipe's optimizer. `targets` and `exclude` choose what is projected where the model is
+    dense; else they have chosen what was converted."""
+    found = found or methods_of(recipe)
+    dense = found.method.name == "dense"
+    groups = plain_groups(model, recipe.weight_decay, recipe.decay)
+    patterns = (recipe.targets, recipe.exclude) if dense else (None, None)
+    return found.mover.parameter_groups(model, groups, *patterns)
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+    """The recipe's optimizer over the trained parameters of a model."""
+    found = methods_of(recipe)
+    beta1, beta2 = recipe.betas
+    return found.mover.optimizer(
+        optimizer_groups(recipe, model, found), lr=recipe.lr, betas=(beta1, beta2), eps=recipe.eps
+    )
+
+
+def state_bytes(recipe: Recipe, model: nn.Module) -> int:
+    """Bytes that the recipe's optimizer keeps between steps; counters are not included."""
+    mover, groups = methods_of(recipe).mover, optimizer_groups(recipe, model)
+    return sum(mover.state_bytes(p, group) for group in groups for p in group["params"])
+
+
+def step_flops(recipe: Recipe, model: nn.Module, *, micro_batches: int = 1) -> float:
+    """FLOPs of the matrix products in an average step of the recipe's optimizer; see `Method.step_flops`."""
+    mover, groups = methods_of(recipe).mover, optimizer_groups(recipe, model)
+    return sum(mover.step_flops(p, group, micro_batches=micro_batches) for group in groups for p in group["params"])
+
+
+def kept_gradients(recipe: Recipe, model: nn.Module) -> dict[nn.Parameter, tuple[int, ...]]:
+    """Shape of what waits for the step, for each parameter whose gradient does not wait whole."""
+    mover, groups = methods_of(recipe).mover, optimizer_groups(recipe, model)
+    kept = {p: mover.kept_gradient(p, group) for group in groups for p in group["params"]}
+    return {p: shape for p, shape in kept.items() if torch.Size(shape) != p.shape}
+
+
+# ---- names
+
+
+def _named(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """The names under the three keys, with the options given there."""
+    found: dict[str, dict[str, Any]] = {}
+    for key in KEYS:
+        value = getattr(recipe, key)
+        entries = {name: {} for name in value.split("+")} if isinstance(value, str) else value
+        for name, options in entries.items():
+            if not isinstance(options, Mapping):
+                raise ValueError(f"{key}.{name} must be settings {{NAME: VALUE}}, got {options!r}")
+            found.setdefault(str(name), {}).update(options)
+    return found
+
+
+def _kinds(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
+    """One class for each of the three keys, in their order, with the options given under its name."""
+    kinds: dict[type[Method], dict[str, Any]] = {find(name): dict(given) for name, given in _named(recipe).items()}
+    for key, default in zip(KEYS, DEFAULTS, strict=True):
+        under = [kind for kind in kinds if kind.key == key]
+        if len(under) > 1 and any(kind.name == default for kind in under):  # a default gives way
+            kinds.pop(find(default))
+        elif not under:
+            kinds[find(default)] = {}
+    plain = [kind for kind in kinds if _is_plain_rule(kind)]
+    projecting = [kind for kind in kinds if kind.key == "optimizer" and kind not in plain]
+    if plain and projecting:  # "method: galore, optimizer: muon": the rule works inside the subspace
+        if "rule" not in _fields(projecting[0]):
+            raise ValueError(
+                f"{plain[0].name} and {projecting[0].name} cannot be combined: both decide how the weights move"
+            )
+        kinds.pop(plain[0])
+        kinds[projecting[0]].setdefault("rule", plain[0].name)
+    check_combination(list(kinds))
+    return dict(sorted(kinds.items(), key=lambda item: KEYS.index(item[0].key)))
+
+
+def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
+    """The same with the recipe's `rank` and `options`, each for the first method that has such a field."""
+    kinds = _kinds(recipe)
+    shorthand = {**recipe.options, **({} if recipe.rank is None else {"rank": recipe.rank})}
+    for name, value in shorthand.items():
+        owner = next((kind for kind in kinds if name in _fields(kind)), None)
+        if owner is None:
+            fields = [f for kind in kinds for f in _fields(kind)]
+            known = f"its settings are: {', '.join(fields)}" if fields else "it has no settings"
+            raise ValueError(f"{title_of(recipe)} has no setting {name!r}; {known}")
+        kinds[owner][name] = value
+    for kind, given in kinds.items():
+        for name in given:
+            if name not in _fields(kind):
+                known = ", ".join(_fields(kind)) or "none"
+                raise ValueError(f"{kind.name} has no setting {name!r}; its settings are: {known}")
+    return kinds
+
+
+def _is_plain_rule(kind: type[Method]) -> bool:
+    """Muon, Adafactor and the like: an optimizer that projects nothing."""
+    return kind.key == "optimizer" and "rank" not in _fields(kind) and kind.name != "adamw"
+
+
+def _fields(kind: type[Method]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
+
+
+def _default(field: "dataclasses.Field[Any]") -> Any:
+    return field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
