@@ -192,7 +192,9 @@ class Method:
 
     # ---- where does the gradient come from?
 
-    def gradient(self, model: nn.Module, *, batch_size: int, sequence_length: int, seed: int) -> "Gradient | None":
+    def gradient(
+        self, model: nn.Module, *, batch_size: int, sequence_length: int, seed: int, compile: bool = False
+    ) -> "Gradient | None":
         """An estimator that fills `.grad` in place of forward and backward; None: autograd.
 
         Raises:
