@@ -36,7 +36,10 @@ from lorank.optim import IntegerEggroll
 from lorank.train import run
 from lorank.train.data import collate, load_corpus
 from lorank.train.evaluation import evaluate
+from lorank.train.folder import history
+from lorank.train.model import build_config
 from lorank.train.recipe import Recipe
+from lorank.train.saved import load_model
 
 OPTIONS = {"hidden_size": 16, "population": 2048, "chunk": 1024}
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -89,7 +92,7 @@ def race(name: str) -> float:
         for compiled in (False, True):
             if compiled not in least:
                 torch.manual_seed(0)
-                model = EggForCausalLM(run.build_config(recipe))
+                model = EggForCausalLM(build_config(recipe))
                 least[compiled] = (IntegerEggroll(model, **options, compile=compiled), math.inf)
                 least[compiled][0](rows)  # warms up
             estimate, best = least[compiled]
@@ -116,13 +119,13 @@ def learn(name: str, steps: int, folder: str, compiled: bool) -> None:
     summary = run.pretrain(recipe, f"{folder}/{name}")
     seconds = time.perf_counter() - start
     assert summary is not None
-    model, _ = run.load_model(f"{folder}/{name}")
+    model, _ = load_model(f"{folder}/{name}")
     bits = evaluate(
         model, DataLoader(corpus.validation, 512, collate_fn=partial(collate, vocab_size=256))
     ).loss / math.log(2)  # type: ignore[arg-type]
     print(f"{corpus.description.replace(folder + '/', '')}; {recipe.options}, {steps} steps of {recipe.batch_size} x")
     print(f"{recipe.sequence_length} bytes, flag {recipe.lr}; {summary.parameters:,} parameters, all int8")
-    records = [record for record in run.history(f"{folder}/{name}") if "loss_nats_per_token" in record]
+    records = [record for record in history(f"{folder}/{name}") if "loss_nats_per_token" in record]
     for record in records[len(records) // 6 - 1 :: max(1, len(records) // 6)]:
         print(
             f"  step {record['step']:5}  {record['loss_nats_per_token'] / math.log(2):.3f} bits per byte, of the members"

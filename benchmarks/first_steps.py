@@ -24,7 +24,7 @@ from lorank.methods.relora import ReLoRAHook
 from lorank.methods.sst import Resampling
 from lorank.methods.switchlora import SwitchLoRAHook
 from lorank.race import repro
-from lorank.train import run
+from lorank.train.folder import write_whole
 from lorank.train.recipe import Recipe
 
 OLD_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -37,7 +37,7 @@ def record(names: Iterable[str]) -> None:
         if reproduction.recipe.method == "cola-m":
             continue  # has CoLA's
         curve = repro.first_steps(reproduction.recipe)
-        run.write_whole(reproduction.curve_file, json.dumps(curve._asdict(), indent=1) + "\n")
+        write_whole(reproduction.curve_file, json.dumps(curve._asdict(), indent=1) + "\n")
         print(f"{name:16} {curve.losses[0]:.4f} -> {curve.losses[-1]:.4f}")
 
 

@@ -26,8 +26,8 @@ from lorank import MASA
 from lorank.architectures import projection_type
 from lorank.fit.pca import calibrate, truncate
 from lorank.train.data import load_corpus
-from lorank.train.evaluation import evaluate, text_for
-from lorank.train.run import load_model
+from lorank.train.evaluation import evaluate
+from lorank.train.saved import load_model, text_for
 
 SHAPE = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 8}
 CORPUS = {"vocab_size": 1024, "sequence_length": 128}

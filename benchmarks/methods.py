@@ -22,7 +22,7 @@ import lorank
 from lorank.conversion import method_of
 from lorank.method import StepHook
 from lorank.table import find
-from lorank.train.run import PeakMemory
+from lorank.train.memory import PeakMemory
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "cola": {"rank": 256},

@@ -19,11 +19,11 @@ import torch
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainerCallback, get_scheduler, set_seed
 
+from lorank.train.build import build_trainer
 from lorank.train.data import collate, load_corpus
 from lorank.train.model import build_config, build_model
 from lorank.train.optimizers import build_optimizer
 from lorank.train.recipe import Recipe
-from lorank.train.run import build_trainer
 
 
 class StepTimes(TrainerCallback):

@@ -12,7 +12,7 @@ from lorank.optim import OPTIMIZERS
 from lorank.plan import run as dry_run
 from lorank.table import METHODS, find
 from lorank.train import run
-from lorank.train.data import _embedded_files
+from lorank.train.data.sources import embedded_files
 from lorank.train.recipe import Recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -142,7 +142,7 @@ def test_it_builds_the_published_model(name: str, monkeypatch: pytest.MonkeyPatc
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A part of the embedded corpus: the beginnings of forty modules of the standard library."""
     folder = tmp_path_factory.mktemp("library")
-    for file in _embedded_files()[:40]:
+    for file in embedded_files()[:40]:
         (folder / f"{len(list(folder.iterdir()))}-{file.name}").write_text(file.read_text(encoding="utf-8")[:4000])
     return folder
 

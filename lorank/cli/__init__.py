@@ -164,9 +164,10 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     from lorank.report.progress import TerminalProgress
     from lorank.report.tables import runs_table
     from lorank.train import run
+    from lorank.train.folder import read_run
 
     if resume:
-        settings = run.read_run(resume)
+        settings = read_run(resume)
     shape = settings.model.rstrip("/").split("/")[-1] if settings.model else settings.size
     folder = Path(resume or out or f"runs/{settings.method}-{shape}")
     progress = TerminalProgress(f"{settings.method} {shape}", console)
@@ -353,7 +354,7 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """Perplexity of MODEL (a run, a folder, a hub name): unbiased, per byte, and as the published tables compute it."""
     console = _quiet_console()
     from lorank.report.tables import evaluation_table
-    from lorank.train.evaluation import evaluate_folder
+    from lorank.train.saved import evaluate_folder
 
     found = evaluate_folder(model, **settings)
     if as_json:
@@ -438,7 +439,7 @@ def generate(model: str, **settings: Any) -> None:
     """Text from MODEL (a run, a folder, a hub name)."""
     _quiet_console()
     from lorank.train.generation import generate_text
-    from lorank.train.run import load_model
+    from lorank.train.saved import load_model
 
     click.echo(generate_text(*load_model(model), **settings))
 

@@ -27,10 +27,10 @@ from lorank.race.contest import Candidate, Comparison, Contestant, find_contesta
 from lorank.race.matching import Costs
 from lorank.race.process import PretrainProcess, begun, stop_on_signal
 from lorank.race.tasks import check_tasks, is_file
+from lorank.train.folder import absolute, write_whole
 from lorank.train.model import build_config
 from lorank.train.recipe import Recipe
-from lorank.train.run import absolute, check_corpus
-from lorank.train.trainer import write_whole
+from lorank.train.run import check_corpus
 
 LOCK = "running.json"
 PLANNING = "planning"

@@ -27,6 +27,7 @@ from lorank.sizes import SIZES
 from lorank.table import unknown
 from lorank.train import run
 from lorank.train.data import cache_folder
+from lorank.train.folder import absolute, history, read_run
 from lorank.train.model import written_out
 from lorank.train.recipe import Recipe, recipe_file
 
@@ -156,10 +157,10 @@ def reproduce(
         recipe = dataclasses.replace(recipe, micro_batch_size=micro_batch_size)
     begun = (out / "recipe.yaml").exists()
     if begun:
-        found = run.read_run(out)
+        found = read_run(out)
         if micro_batch_size is None:
             recipe = dataclasses.replace(recipe, micro_batch_size=found.micro_batch_size)
-        _check_same(out, name, found.to_dict(), run.absolute(recipe).to_dict())
+        _check_same(out, name, found.to_dict(), absolute(recipe).to_dict())
     if not (begun and (out / "summary.json").exists()) and not run.pretrain(
         recipe, out, resume=begun, callbacks=callbacks
     ):
@@ -180,8 +181,8 @@ def judge(reproduction: Reproduction, out: Path) -> Outcome:
     size); ValueError if a file is missing or cannot be read."""
     try:
         end = json.loads((out / "summary.json").read_text())
-        records = [record for record in run.history(out) if "eval_perplexity" in record]
-        micro = run.read_run(out).micro_batch_size or reproduction.recipe.batch_size
+        records = [record for record in history(out) if "eval_perplexity" in record]
+        micro = read_run(out).micro_batch_size or reproduction.recipe.batch_size
         part = micro / (reproduction.recipe.micro_batch_size or reproduction.recipe.batch_size)
         on_the_way = [
             (
@@ -332,7 +333,7 @@ def first_steps(recipe: Recipe, threads: int = 1) -> Curve:
             summary = run.pretrain(miniature(recipe, text_folder()), folder, on_cpu=True)
             if summary is None:
                 raise KeyboardInterrupt
-            losses = [r["loss_nats_per_token"] for r in run.history(folder) if "loss_nats_per_token" in r]
+            losses = [r["loss_nats_per_token"] for r in history(folder) if "loss_nats_per_token" in r]
     finally:
         torch.set_num_threads(before)
     return Curve([*losses, summary.validation_loss_nats_per_token], text_hash(), versions())

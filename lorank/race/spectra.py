@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lorank.analysis.effective_rank import linear_part, spectrum
 from lorank.conversion import method_of
 from lorank.sites import places
-from lorank.train.run import load_model
-from lorank.train.trainer import write_whole
+from lorank.train.folder import write_whole
+from lorank.train.saved import load_model
 
 ENERGY = 0.95
 POINTS = 60

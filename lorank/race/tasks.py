@@ -44,7 +44,7 @@ def run_tasks(folder: Path, tasks: Sequence[str], *, batch_size: int = 8) -> dic
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from lorank.train.run import load_model
+    from lorank.train.saved import load_model
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of everything that is not named on its command line
     model, tokenizer = load_model(str(folder))

@@ -17,8 +17,7 @@ from lorank.race.statistics import LEVEL, mean_interval
 from lorank.report.html import write_report
 from lorank.report.markup import settings_text
 from lorank.report.tables import quantity
-from lorank.train.run import history
-from lorank.train.trainer import write_whole
+from lorank.train.folder import history, write_whole
 
 CLOSE_ENOUGH = 0.03
 """How far from one the ratio of what was matched may be without a note."""

@@ -20,10 +20,9 @@ from lorank.report.analysis import analysis_page
 from lorank.rewriting import converted_with
 from lorank.sites import base_prefix, find_sites, weight_reader
 from lorank.train.data import collate
-from lorank.train.evaluation import text_for
+from lorank.train.folder import absolute, write_whole
 from lorank.train.recipe import Recipe
-from lorank.train.run import absolute, load_model
-from lorank.train.trainer import write_whole
+from lorank.train.saved import load_model, text_for
 
 
 def analyze_folder(

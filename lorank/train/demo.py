@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lorank.train.folder import history
 from lorank.train.recipe import Recipe
 
 LEARNING_RATES = {"dense": 1.3e-3, "cola": 5e-3}
@@ -52,7 +53,6 @@ def run_demo(out: Path, steps: int | None = None, *, say: Callable[[str], None] 
             raise OSError(f"the demo's {method} run failed with exit code {code}")
         summaries[method] = {**json.loads((out / method / "summary.json").read_text()), "lr": recipe.lr}
     from lorank.report.curves import draw_curves
-    from lorank.train.run import history
 
     curves = {method: list(history(out / method)) for method in summaries}
     draw_curves(curves, out / "loss.png", title="CoLA and its dense twin on Python's standard library")

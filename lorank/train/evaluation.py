@@ -1,14 +1,11 @@
 """How good a language model is on held-out text: perplexity, its published-compatible cousin, and bits per byte."""
 
 import math
-from collections.abc import Callable, Iterable
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Evaluation(NamedTuple):
@@ -101,69 +98,3 @@ def evaluate(
     if tokens == 0:
         raise ValueError("the evaluation data hold no token to predict")
     return Evaluation(nats, tokens, count, losses, bytes_per_token)
-
-
-def evaluate_folder(
-    model: str,
-    *,
-    data: str = "embedded",
-    sequence_length: int = 256,
-    documents: Literal["packed", "padded"] = "packed",
-    text_column: str = "text",
-    batch_size: int = 16,
-    max_tokens: int = 10_000_000,
-    seed: int = 42,
-    tokenizer: str | None = None,
-) -> Evaluation:
-    """`evaluate` for a saved model (run folder, model folder or hub name) on any source of text that training takes.
-
-    `seed` is the one that decided what the run held out; `tokenizer` another than the model's own.
-
-    Raises:
-        ValueError: no model there, one that sees the tokens it is to predict, one whose weights are not finite, or no text
-            there, or sequences longer than the model's positions.
-    """
-    from lorank.train.model import check_causal
-    from lorank.train.run import load_model
-
-    loaded, own = load_model(model, tokenizer=tokenizer)
-    check_causal(loaded)
-    batches, bytes_per_token = text_for(
-        loaded,
-        own,
-        data=data,
-        sequence_length=sequence_length,
-        documents=documents,
-        text_column=text_column,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        seed=seed,
-    )
-    return evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)
-
-
-def text_for(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    data: str,
-    sequence_length: int,
-    batch_size: int,
-    max_tokens: int,
-    make_batch: Callable[..., dict[str, Any]] | None = None,
-    **form: Any,
-) -> tuple[DataLoader, float]:
-    """Held-out text for a model in batches, which may be gone through again, and its bytes per token; arguments and errors
-    are `evaluate_folder`'s. `make_batch` makes one from rows, by default `lorank.train.data.collate`."""
-    from lorank.train.data import collate, load_evaluation
-    from lorank.train.model import check_positions
-
-    embeddings = getattr(model.get_input_embeddings(), "weight", None)
-    if model.main_input_name != "input_ids" or embeddings is None:
-        raise ValueError(f"a model of type {model.config.model_type!r} reads no tokens; take a language model")
-    check_positions(model, sequence_length)
-    rows, bytes_per_token = load_evaluation(
-        data, tokenizer, sequence_length=sequence_length, validation_tokens=max_tokens, **form
-    )
-    make = make_batch or partial(collate, vocab_size=embeddings.shape[0])
-    return DataLoader(rows, batch_size=batch_size, collate_fn=make), bytes_per_token  # type: ignore[arg-type]

@@ -432,6 +432,7 @@ def test_freezing_changes_no_bit_of_the_outputs(
 def test_a_run_keeps_coefficients_and_no_network(tmp_path: Path) -> None:
     from lorank.train import run
     from lorank.train.recipe import Recipe
+    from lorank.train.saved import load_model
 
     (tmp_path / "text.txt").write_text("".join(f"line {i} of a text that counts {i * i}\n" for i in range(900)))
     recipe = Recipe(
@@ -439,7 +440,7 @@ def test_a_run_keeps_coefficients_and_no_network(tmp_path: Path) -> None:
         warmup_steps=1, eval_every=0,
     )  # fmt: skip
     found = run.pretrain(recipe, tmp_path / "run")
-    model, _ = run.load_model(str(tmp_path / "run"))
+    model, _ = load_model(str(tmp_path / "run"))
     assert not any("embedding" in name for name in model.state_dict() if "lorank_atoms" in name)
     assert model.config.lorank["arguments"]["coefficients"] == "table"
     assert found is not None and found.parameters == model.num_parameters()

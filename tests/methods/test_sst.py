@@ -19,6 +19,7 @@ from lorank.method import seeded_generator
 from lorank.methods.sst import SSTLinear, probabilities
 from lorank.sites import find_sites
 from lorank.train import run
+from lorank.train.folder import history, read_run
 from lorank.train.recipe import Recipe
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]
@@ -578,10 +579,10 @@ def test_a_run_killed_around_a_swap_or_a_new_svd_goes_on_bit_for_bit(killed_at: 
     run.pretrain(recipe, tmp_path / "whole")
     with pytest.raises(MemoryError):
         run.pretrain(recipe, tmp_path / "killed", callbacks=[Kill()])
-    run.pretrain(run.read_run(tmp_path / "killed"), tmp_path / "killed", resume=True)
+    run.pretrain(read_run(tmp_path / "killed"), tmp_path / "killed", resume=True)
     expected, found = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "killed"))
     assert all(map(torch.equal, expected.state_dict().values(), found.state_dict().values()))
-    losses = [[r.get("loss_nats_per_token") for r in run.history(tmp_path / name)] for name in ("whole", "killed")]
+    losses = [[r.get("loss_nats_per_token") for r in history(tmp_path / name)] for name in ("whole", "killed")]
     assert losses[0] == losses[1]
 
 

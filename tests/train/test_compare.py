@@ -29,9 +29,10 @@ from lorank.race.process import PretrainProcess, begun, signals_later, stop_on_s
 from lorank.report.comparison import _baseline_rank, _clock, _mismatches, comparison_table, gather, write_results
 from lorank.report.race import RaceProgress
 from lorank.train import data
+from lorank.train.folder import history
 from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.recipe import Recipe
-from lorank.train.run import history, pretrain
+from lorank.train.run import pretrain
 
 TEXT = "".join(f"line {i}: the {'quick' if i % 3 else 'slow'} brown fox counts {i * i} lazy dogs\n" for i in range(400))
 SHAPE = {

@@ -20,8 +20,16 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedTokenizerFast
 
-from lorank.train import data
-from lorank.train.data import collate, load_corpus, load_evaluation, load_tokenizer
+from lorank.train.data import (
+    Corpus,
+    collate,
+    load_corpus,
+    load_evaluation,
+    load_tokenizer,
+    sequences,
+    sources,
+    tokenizers,
+)
 
 L = 16
 WORDS = str.split("the cat sat on a mat and saw red green blue fish swim over every hill in one wild night")
@@ -66,7 +74,7 @@ def tokens(rows) -> list[int]:
     return [token for row in rows for token in row["input_ids"]]
 
 
-def numbers(corpus: data.Corpus, rows) -> list[int]:
+def numbers(corpus: Corpus, rows) -> list[int]:
     """Which of `documents` occur in packed rows."""
     return [int(n) for n in re.findall(r"document (\d+)\n", corpus.tokenizer.decode(tokens(rows)))]
 
@@ -77,10 +85,10 @@ def numbers(corpus: data.Corpus, rows) -> list[int]:
 
 
 def test_embedded_is_the_standard_library_without_its_tests(monkeypatch, tmp_path):
-    files = [file.as_posix() for file in data._embedded_files()]
+    files = [file.as_posix() for file in sources.embedded_files()]
     assert any(file.endswith("/textwrap.py") for file in files)
     assert not any(re.search(r"/(tests?|idle_test|site-packages)/", file) for file in files)
-    assert files == [file.as_posix() for file in data._embedded_files()]
+    assert files == [file.as_posix() for file in sources.embedded_files()]
 
     stdlib = tmp_path / "stdlib"
     for i, text in enumerate(documents(30)):
@@ -116,7 +124,7 @@ def test_every_suffix_gives_the_same_documents(tmp_path, suffix):
         write(folder / f"all{suffix}", gzip.compress(plain) if kind != suffix else plain)
     write(folder / "notes.csv", "not,read\n")
     write(folder / ".hidden.txt", "not read\n")
-    opened = data._open(str(folder), "text", 0, tmp_path / "cache")
+    opened = sources.open_source(str(folder), "text", 0, tmp_path / "cache")
     assert sorted(opened.whole["text"]) == sorted(texts)
     assert opened.description == f"{folder}: 20 documents, {sum(map(len, texts)) / 1000:.1f} kB"
 
@@ -127,7 +135,7 @@ def test_glob_mixed_kinds_and_columns_that_differ(tmp_path):
     (tmp_path / "mix" / "gone.txt").symlink_to("nowhere")
     write(tmp_path / "mix" / "b.jsonl", '{"text": "from b", "x": 1}\n{"text": null, "x": 1}\n')
     write(tmp_path / "mix" / "c.jsonl", '{"y": [2], "text": "from c"}\n{"y": [2], "text": ""}\n')
-    opened = data._open("mix/*", "text", 0, tmp_path / "cache")
+    opened = sources.open_source("mix/*", "text", 0, tmp_path / "cache")
     assert sorted(opened.whole["text"]) == ["from b", "from c", "from txt"]
 
 
@@ -144,13 +152,13 @@ def test_text_column(tmp_path):
 
 def test_no_document_is_on_both_sides_and_none_is_lost(tmp_path):
     write_jsonl(tmp_path / "a.jsonl", documents(200))
-    opened = data._open("a.jsonl", "text", 0, tmp_path / "cache")
+    opened = sources.open_source("a.jsonl", "text", 0, tmp_path / "cache")
     train, validation = list(opened.train["text"]), list(opened.validation["text"])
     assert not set(train) & set(validation)
     assert sorted(train + validation) == sorted(documents(200))
     share = len("".join(validation)) / len("".join(train + validation))
     assert 0.05 <= share < 0.06
-    assert list(data._open("a.jsonl", "text", 1, tmp_path / "cache").validation["text"]) != validation
+    assert list(sources.open_source("a.jsonl", "text", 1, tmp_path / "cache").validation["text"]) != validation
 
 
 @pytest.mark.parametrize(
@@ -164,7 +172,7 @@ def test_no_document_is_on_both_sides_and_none_is_lost(tmp_path):
 )
 def test_validation_takes_no_large_document_and_leaves_one_to_train_on(sizes, held_out):
     texts = datasets.Dataset.from_dict({"text": ["x" * size for size in sizes]})
-    train, validation = data._split(texts, np.array(sizes))
+    train, validation = sources._split(texts, np.array(sizes))
     assert [len(text) for text in validation["text"]] == held_out
     assert len(train) == len(sizes) - len(held_out)
 
@@ -172,7 +180,7 @@ def test_validation_takes_no_large_document_and_leaves_one_to_train_on(sizes, he
 @pytest.mark.parametrize("text", [prose(500), "x" * 1000])
 def test_a_single_document_is_cut_at_a_line(tmp_path, text):
     write(tmp_path / "a.txt", text)
-    opened = data._open("a.txt", "text", 0, tmp_path / "cache")
+    opened = sources.open_source("a.txt", "text", 0, tmp_path / "cache")
     (train,), (validation,) = opened.train["text"], opened.validation["text"]
     assert train + validation == text
     assert 0.05 * len(text) <= len(validation) <= 0.1 * len(text)
@@ -198,12 +206,12 @@ def test_validation_from_another_source(tmp_path):
 
 @pytest.mark.parametrize("piece", [1 << 20, 50])
 def test_packing_loses_nothing_but_the_last_remainder(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(data, "PIECE", piece)
-    monkeypatch.setattr(data, "BATCH", 200)  # many batches
+    monkeypatch.setattr(tokenizers, "PIECE", piece)
+    monkeypatch.setattr(sequences, "BATCH", 200)  # many batches
     write_jsonl(tmp_path / "a.jsonl", documents(100))
     corpus = load("a.jsonl")
     eos = corpus.tokenizer.eos_token_id
-    opened = data._open("a.jsonl", "text", 42, tmp_path / "cache")
+    opened = sources.open_source("a.jsonl", "text", 42, tmp_path / "cache")
     for rows, source in ((corpus.train, opened.train), (corpus.validation, opened.validation)):
         packed, text = tokens(rows), "".join(source["text"])
         assert all(len(row["input_ids"]) == L for row in rows)
@@ -217,13 +225,13 @@ def test_packing_loses_nothing_but_the_last_remainder(tmp_path, monkeypatch, pie
 
 
 def test_pieces_make_up_the_text(monkeypatch):
-    monkeypatch.setattr(data, "PIECE", 10)
+    monkeypatch.setattr(tokenizers, "PIECE", 10)
     for text in ("", "short", "x" * 10, "x" * 25, "a line\nanother line\nlast", "0123456789\n0"):
-        pieces = list(data._pieces(text))
+        pieces = list(tokenizers.pieces_of(text))
         assert "".join(piece.text for piece in pieces) == text
         assert max(len(piece.text) for piece in pieces) <= 10
         assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert data._pieces("a line\nanother line").__next__().text == "a line\n"
+    assert tokenizers.pieces_of("a line\nanother line").__next__().text == "a line\n"
 
 
 def test_bytes_per_token_counts_bytes(tmp_path):
@@ -318,8 +326,8 @@ def test_same_seed_same_corpus_whatever_the_cache(tmp_path):
 def test_a_second_run_reads_the_cache(tmp_path, monkeypatch):
     write_jsonl(tmp_path / "a.jsonl", documents(50))
     first = load("a.jsonl")
-    monkeypatch.setattr(data, "_train_tokenizer", None)  # neither may be called
-    monkeypatch.setattr(data, "_packed", None)
+    monkeypatch.setattr(tokenizers, "_train_tokenizer", None)  # neither may be called
+    monkeypatch.setattr(sequences, "_packed", None)
     second = load("a.jsonl")
     assert tokens(first.train) == tokens(second.train)
     assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()
@@ -349,10 +357,10 @@ def test_nothing_stale_comes_from_the_cache(tmp_path):
 
 def test_a_tokenizer_in_use_is_known_by_what_it_does(tmp_path):
     tokenizer = load_tokenizer(None, [prose(100)], vocab_size=300)
-    before = data._identity(tokenizer)
+    before = tokenizers.identity(tokenizer)
     tokenizer(["some text"] * 2, truncation=True, max_length=3, padding="max_length")
-    assert data._identity(tokenizer) == before
-    assert data._identity(load_tokenizer(None, [prose(100)], vocab_size=280)) != before
+    assert tokenizers.identity(tokenizer) == before
+    assert tokenizers.identity(load_tokenizer(None, [prose(100)], vocab_size=280)) != before
 
 
 def test_an_unwritable_cache_is_a_warning(tmp_path, caplog):
@@ -416,9 +424,9 @@ def test_trained_tokenizer():
 
 
 def test_a_tokenizer_learns_from_a_limited_sample(monkeypatch):
-    monkeypatch.setattr(data, "TOKENIZER_CHARACTERS", 50)
-    monkeypatch.setattr(data, "PIECE", 20)
-    assert sum(map(len, data._first(itertools.repeat("x" * 7), 50))) == 56
+    monkeypatch.setattr(tokenizers, "TOKENIZER_CHARACTERS", 50)
+    monkeypatch.setattr(tokenizers, "PIECE", 20)
+    assert sum(map(len, tokenizers.first_pieces(itertools.repeat("x" * 7), 50))) == 56
     assert len(load_tokenizer(None, itertools.repeat(prose(20)), vocab_size=300)) <= 300
 
 
@@ -496,7 +504,7 @@ def test_a_stream_resumes_by_skipping(hub):
 
 def test_the_tokenizer_of_a_stream_is_found_without_reading(hub, monkeypatch):
     first = load("owner/whole", text_column="body").tokenizer
-    monkeypatch.setattr(data, "_train_tokenizer", None)
+    monkeypatch.setattr(tokenizers, "_train_tokenizer", None)
     assert load("owner/whole", text_column="body").tokenizer.get_vocab() == first.get_vocab()
 
 
@@ -634,9 +642,9 @@ def test_a_stream_without_enough_text_says_so_instead_of_going_round_for_ever(mo
     tokenizer = load_tokenizer(None, [prose(50)], vocab_size=300)
     with pytest.raises(ValueError, match="too few"):
         load("owner/name", tokenizer=tokenizer.name_or_path)
-    form = data.Form(tokenizer, L, "packed")
+    form = sequences.Form(tokenizer, L, "packed")
     with pytest.raises(ValueError, match="the text has 10 tokens, too few"):
-        next(iter(data._sequences(stream, form, "the text", tmp_path)))
+        next(iter(sequences.make_sequences(stream, form, "the text", tmp_path)))
 
 
 def test_bytes_of_padded_rows_are_those_of_the_text_they_hold(tmp_path):
@@ -666,11 +674,11 @@ def test_an_id_beyond_the_vocabulary_is_one_sentence(hub):
     corpus = load("owner/whole", text_column="body")
     rows = list(itertools.islice(corpus.train, 4))
     largest = max(max(row["input_ids"]) for row in rows)
-    data.collate(rows, largest + 1)
+    collate(rows, largest + 1)
     with pytest.raises(
         ValueError, match=f"vocab_size={largest} is too small for the tokenizer, which gives id {largest}"
     ):
-        data.collate(rows, largest)
+        collate(rows, largest)
 
 
 def test_fill_is_the_share_of_positions_that_hold_text(tmp_path):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from lorank.cli import cli
-from lorank.train import data, demo
+from lorank.train import demo
+from lorank.train.data import sources
 from lorank.train.demo import LEARNING_RATES, demo_recipe, run_demo
 from lorank.train.recipe import Recipe
 
@@ -23,8 +24,8 @@ def test_both_twins_see_the_same_tokens_in_the_same_order() -> None:
 
 def test_the_demo_leaves_two_runs_and_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here in one process, and on a part of the text."""
-    some = data._embedded_files()[::30]
-    monkeypatch.setattr(data, "_embedded_files", lambda: some)
+    some = sources.embedded_files()[::30]
+    monkeypatch.setattr(sources, "embedded_files", lambda: some)
 
     def call(command: list[str], check: bool) -> Any:
         assert command[:3] == [sys.executable, "-m", "lorank"] and not check

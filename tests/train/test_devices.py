@@ -12,6 +12,7 @@ import pytest
 
 from lorank.plan.run import count, empty_model
 from lorank.train import run
+from lorank.train.folder import history
 from lorank.train.recipe import Recipe
 
 PROGRAM = r"""
@@ -119,7 +120,7 @@ def test_planned_peaks_are_those_of_two_processes(number: int, peaks: list, case
 
 
 def losses(folder: Path) -> list[float]:
-    return [r["loss_nats_per_token"] for r in run.history(folder) if "loss_nats_per_token" in r]
+    return [r["loss_nats_per_token"] for r in history(folder) if "loss_nats_per_token" in r]
 
 
 def test_resuming_gives_the_losses_of_an_uninterrupted_run(peaks: list, folder: Path) -> None:

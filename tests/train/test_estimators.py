@@ -23,9 +23,10 @@ from lorank.plan.run import plan
 from lorank.train import run
 from lorank.train.data import byte_tokenizer, load_corpus
 from lorank.train.estimators import EggEggroll, build_estimator
-from lorank.train.evaluation import evaluate_folder
+from lorank.train.folder import history, read_run
 from lorank.train.model import build_config, build_model
 from lorank.train.recipe import EGG_SETTINGS, Recipe
+from lorank.train.saved import evaluate_folder
 
 TEXT = "".join(
     f"line {i}: the {'quick' if i % 3 else 'slow'} brown fox counts {i * i} lazy dogs\n" for i in range(1500)
@@ -55,7 +56,7 @@ def recipe(text: Path, kind: dict[str, Any], **changes: Any) -> Recipe:
 
 def figures(folder: Path) -> list[tuple[float, ...]]:
     names = ("step", "loss_nats_per_token", "gradient_norm", "lr")
-    return [tuple(r[name] for name in names) for r in run.history(folder) if "loss_nats_per_token" in r]
+    return [tuple(r[name] for name in names) for r in history(folder) if "loss_nats_per_token" in r]
 
 
 class StopAt(TrainerCallback):
@@ -82,7 +83,7 @@ def test_a_run_that_was_killed_or_stopped_resumes_as_if_it_had_not_been(
                 run.pretrain(recipe(text, kind), out, callbacks=[stop])
         else:
             assert run.pretrain(recipe(text, kind), out, callbacks=[stop]) is None
-        resumed = run.pretrain(run.read_run(out), out, resume=True)
+        resumed = run.pretrain(read_run(out), out, resume=True)
         assert resumed is not None
         assert figures(out) == figures(tmp_path / "whole")
         assert resumed.validation_loss_nats_per_token == whole.validation_loss_nats_per_token
@@ -122,12 +123,10 @@ def test_egg_learns_in_int8_from_the_command_line(text: Path, tmp_path: Path) ->
     assert (found["parameters"], found["block_parameters"]) == (513 * 16 + 4 * 16 + 12 * 256, 4 * 16 + 12 * 256)
     model = AutoModelForCausalLM.from_pretrained(out)
     assert all(p.dtype == torch.int8 for p in model.parameters())
-    last = [r for r in run.history(out) if "eval_bits_per_byte" in r][-1]
+    last = [r for r in history(out) if "eval_bits_per_byte" in r][-1]
     assert last["eval_bits_per_byte"] == pytest.approx(losses[-1] / 0.6931, abs=0.5)
     assert evaluate_folder(str(out), data=str(text), sequence_length=32, max_tokens=500).tokens >= 500
-    assert (
-        Recipe.read(out / "recipe.yaml").to_dict() | EGG_SETTINGS | {"batch_size": 128} == run.read_run(out).to_dict()
-    )
+    assert Recipe.read(out / "recipe.yaml").to_dict() | EGG_SETTINGS | {"batch_size": 128} == read_run(out).to_dict()
 
 
 def test_bytes_are_tokens(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ from transformers import TrainerCallback
 from lorank.optim import OPTIMIZERS
 from lorank.table import METHODS
 from lorank.train import run
-from lorank.train.data import _embedded_files, load_corpus
+from lorank.train.data import load_corpus
+from lorank.train.data.sources import embedded_files
+from lorank.train.folder import history, read_run
 from lorank.train.recipe import Recipe
 
 TEXT = "".join(
@@ -49,7 +51,7 @@ def recipe(text: Path, method: str, **changes: Any) -> Recipe:
 
 
 def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(r["step"], r["loss_nats_per_token"]) for r in run.history(folder) if "loss_nats_per_token" in r]
+    return [(r["step"], r["loss_nats_per_token"]) for r in history(folder) if "loss_nats_per_token" in r]
 
 
 class KillAfter(TrainerCallback):
@@ -78,7 +80,7 @@ def test_a_run_killed_after_any_step_resumes_as_if_it_had_not_been(method: str, 
     for step in (2, 3, 4):
         with pytest.raises(MemoryError):
             run.pretrain(r, out, resume=out.exists(), callbacks=[KillAfter(step)])
-    run.pretrain(run.read_run(out), out, resume=True)
+    run.pretrain(read_run(out), out, resume=True)
     assert losses(out) == losses(tmp_path / "whole")
 
 
@@ -94,7 +96,7 @@ def test_crnet_rebuilds_by_the_betas_of_now_and_resumes_by_them(precision: Any, 
         out = tmp_path / f"killed-{step}"
         with pytest.raises(MemoryError):
             run.pretrain(r, out, callbacks=[KillAfter(step) if step < 8 else KillAtTheEnd()])
-        again = run.pretrain(run.read_run(out), out, resume=True)
+        again = run.pretrain(read_run(out), out, resume=True)
         assert losses(out) == losses(tmp_path / "whole")
         assert whole is not None and again is not None
         assert again.validation_loss_nats_per_token == whole.validation_loss_nats_per_token
@@ -137,7 +139,7 @@ def test_gradients_projected_as_they_arrive_are_clipped_by_what_is_seen(
     run.pretrain(dataclasses.replace(plain, options={"update_gap": 100}), tmp_path / "plain")
     run.pretrain(dataclasses.replace(plain, options=whole), tmp_path / "projected")
     gradients = [
-        [r["gradient_norm"] for r in run.history(tmp_path / name) if "gradient_norm" in r]
+        [r["gradient_norm"] for r in history(tmp_path / name) if "gradient_norm" in r]
         for name in ("plain", "projected")
     ]
     assert gradients[1][0] == pytest.approx(gradients[0][0], rel=1e-4)
@@ -158,7 +160,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A part of the embedded corpus: whole modules of the standard library, until they are a million characters."""
     folder = tmp_path_factory.mktemp("library")
     size = 0
-    for file in _embedded_files():
+    for file in embedded_files():
         text = file.read_text(encoding="utf-8")
         (folder / f"{len(list(folder.iterdir()))}-{file.name}").write_text(text)
         size += len(text)

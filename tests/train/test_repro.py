@@ -18,7 +18,9 @@ from lorank.methods.relora import ReLoRAHook
 from lorank.methods.sst import Resampling
 from lorank.methods.switchlora import SwitchLoRAHook
 from lorank.race import repro
-from lorank.train import data, run
+from lorank.train import run
+from lorank.train.data import sources
+from lorank.train.folder import history
 from lorank.train.recipe import Recipe, recipes_folder
 
 
@@ -140,11 +142,11 @@ def test_what_the_miniature_changes_is_listed_and_nothing_else_is_changed(tmp_pa
 @pytest.mark.parametrize("name", ["60m-cola", "60m-galore"])
 def test_first_steps_on_the_embedded_corpus_learn(name: str, tmp_path: Path, monkeypatch) -> None:
     """A part of it, for time; no curve is kept: the standard library, which the corpus is, differs from Python to Python."""
-    part = data._embedded_files()[::40]
-    monkeypatch.setattr(data, "_embedded_files", lambda: part)
+    part = sources.embedded_files()[::40]
+    monkeypatch.setattr(sources, "embedded_files", lambda: part)
     small = dataclasses.replace(repro.miniature(repro.find(name).recipe, tmp_path), data="embedded")
     summary = run.pretrain(small, tmp_path / "run", on_cpu=True)
-    losses = [r["loss_nats_per_token"] for r in run.history(tmp_path / "run") if "loss_nats_per_token" in r]
+    losses = [r["loss_nats_per_token"] for r in history(tmp_path / "run") if "loss_nats_per_token" in r]
     assert summary is not None and len(losses) == repro.STEPS and all(map(math.isfinite, losses))
     assert sum(losses[-4:]) / 4 < losses[0] - 0.5
 

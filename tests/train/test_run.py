@@ -14,8 +14,12 @@ import yaml
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from lorank.train import run
+from lorank.train.build import build_trainer
 from lorank.train.data import load_corpus
+from lorank.train.folder import history, read_run
+from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
+from lorank.train.trainer import PretrainTrainer
 
 TEXT = "".join(
     f"line {i}: the {'quick' if i % 3 else 'slow'} brown fox counts {i * i} lazy dogs\n" for i in range(1500)
@@ -47,9 +51,7 @@ def recipe(text: Path, **changes) -> Recipe:
 
 def losses(folder: Path) -> list[tuple[int, float, float]]:
     return [
-        (r["step"], r["loss_nats_per_token"], r["gradient_norm"])
-        for r in run.history(folder)
-        if "loss_nats_per_token" in r
+        (r["step"], r["loss_nats_per_token"], r["gradient_norm"]) for r in history(folder) if "loss_nats_per_token" in r
     ]
 
 
@@ -89,7 +91,7 @@ def test_a_run_leaves_everything_it_promises(text: Path, tmp_path: Path, monkeyp
 
 def test_a_run_too_short_to_log_ends_well(text: Path, tmp_path: Path) -> None:
     summary = run.pretrain(recipe(text, steps=1, warmup_steps=0, log_every=10, eval_every=0), tmp_path / "run")
-    assert summary is not None and summary.tokens_per_second is None and not list(run.history(tmp_path / "run"))
+    assert summary is not None and summary.tokens_per_second is None and not list(history(tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,7 @@ def test_resuming_after_a_crash_gives_the_losses_of_an_uninterrupted_run(
     with pytest.raises(MemoryError):
         run.pretrain(recipe(text, **changes), tmp_path / "killed", callbacks=[KillAfter(6)])
     assert losses(tmp_path / "killed")[-1][0] == 6, "steps 5 and 6 are logged and will be run again"
-    resumed = run.pretrain(run.read_run(tmp_path / "killed"), tmp_path / "killed", resume=True)
+    resumed = run.pretrain(read_run(tmp_path / "killed"), tmp_path / "killed", resume=True)
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert torch.get_float32_matmul_precision() == "high", "`Accelerator.tf32_flops` is the rate of fp32 runs"
     assert resumed.validation_loss_nats_per_token == whole.validation_loss_nats_per_token
@@ -116,7 +118,7 @@ def test_ctrl_c_saves_and_the_run_continues_as_if_nothing_had_been(text: Path, t
     assert run.pretrain(recipe(text), tmp_path / "run", callbacks=[Interrupt(2)]) is None
     assert signal.getsignal(signal.SIGINT) is before
     assert (tmp_path / "run/checkpoint-3/trainer_state.json").exists()
-    run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True)
+    run.pretrain(read_run(tmp_path / "run"), tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
@@ -124,7 +126,7 @@ def test_resuming_a_run_that_died_before_its_first_checkpoint_starts_it_again(te
     run.pretrain(recipe(text), tmp_path / "whole")
     with pytest.raises(MemoryError):
         run.pretrain(recipe(text), tmp_path / "run", callbacks=[KillAfter(2)])
-    run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True)
+    run.pretrain(read_run(tmp_path / "run"), tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
@@ -134,7 +136,7 @@ def test_a_half_written_checkpoint_is_passed_over(text: Path, tmp_path: Path) ->
         run.pretrain(recipe(text), tmp_path / "run", callbacks=[KillAfter(6)])
     (tmp_path / "run/checkpoint-6").mkdir()
     (tmp_path / "run/checkpoint-6/model.safetensors").write_bytes(b"half")
-    run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True)
+    run.pretrain(read_run(tmp_path / "run"), tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == losses(tmp_path / "whole")
 
 
@@ -160,7 +162,7 @@ def test_a_disk_that_fills_costs_the_new_checkpoint_only(text: Path, tmp_path: P
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert not (tmp_path / "run/checkpoint-8").exists()
     whole = run.pretrain(recipe(text), tmp_path / "whole")
-    resumed = run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True)
+    resumed = run.pretrain(read_run(tmp_path / "run"), tmp_path / "run", resume=True)
     assert resumed.validation_loss_nats_per_token == whole.validation_loss_nats_per_token
 
 
@@ -190,8 +192,8 @@ def test_the_learning_rate_follows_the_paper(text: Path, tmp_path: Path) -> None
         assert multiplier(step) == pytest.approx(expected)
 
     corpus, out = _corpus(recipe(text)), tmp_path / "run"
-    model = run.build_model(recipe(text), run.build_config(recipe(text), corpus.tokenizer))
-    trainer = run.build_trainer(recipe(text, steps=10_000, warmup_steps=2_000, lr=6e-3), out, model, corpus)
+    model = build_model(recipe(text), build_config(recipe(text), corpus.tokenizer))
+    trainer = build_trainer(recipe(text, steps=10_000, warmup_steps=2_000, lr=6e-3), out, model, corpus)
     trainer.create_optimizer_and_scheduler(10_000)
     for step in (0, 1, 1_000, 2_000, 6_000, 10_000):
         assert trainer.lr_scheduler.lr_lambdas[0](step) == pytest.approx(multiplier(step))
@@ -201,8 +203,8 @@ def test_pure_bf16_keeps_weights_and_moments_in_two_bytes(text: Path, tmp_path: 
     """Check 9: AdamW's state is 4 bytes per parameter, weights 2, nothing else persists."""
     r = recipe(text, precision="bf16-pure", steps=3)
     corpus = _corpus(r)
-    model = run.build_model(r, run.build_config(r, corpus.tokenizer))
-    trainer = run.build_trainer(r, tmp_path / "run", model, corpus)
+    model = build_model(r, build_config(r, corpus.tokenizer))
+    trainer = build_trainer(r, tmp_path / "run", model, corpus)
     trainer.train()
     count = sum(p.numel() for p in model.parameters())
     assert sum(p.numel() * p.element_size() for p in model.parameters()) == 2 * count
@@ -246,14 +248,14 @@ def test_a_checkpoint_with_a_file_cut_short_is_passed_over(
     path = killed / "checkpoint-6" / file
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     run.pretrain(recipe(text, save_every=3), tmp_path / "whole")
-    run.pretrain(run.read_run(killed), killed, resume=True)
+    run.pretrain(read_run(killed), killed, resume=True)
     assert losses(killed) == losses(tmp_path / "whole")
     assert f"checkpoint-6 is passed over: {file}" in caplog.text
 
 
 def test_a_checkpoint_has_its_name_only_when_it_is_whole(text: Path, tmp_path: Path, monkeypatch) -> None:
     """What a power cut in the middle of saving leaves behind, and that the next start clears it away."""
-    out, original = tmp_path / "run", run.PretrainTrainer._save_rng_state
+    out, original = tmp_path / "run", PretrainTrainer._save_rng_state
 
     def cut(self, folder):
         if self.state.global_step == 8:
@@ -262,13 +264,13 @@ def test_a_checkpoint_has_its_name_only_when_it_is_whole(text: Path, tmp_path: P
             raise MemoryError("the lights went out")
         original(self, folder)
 
-    monkeypatch.setattr(run.PretrainTrainer, "_save_rng_state", cut)
+    monkeypatch.setattr(PretrainTrainer, "_save_rng_state", cut)
     with pytest.raises(MemoryError):
         run.pretrain(recipe(text), out)
     monkeypatch.undo()
     assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]
     (out / ".saving/checkpoint-8").mkdir(parents=True)  # a killed process cannot tidy up
-    assert run.pretrain(run.read_run(out), out, resume=True) is not None
+    assert run.pretrain(read_run(out), out, resume=True) is not None
     assert not (out / ".saving").exists()
 
 
@@ -285,10 +287,10 @@ def test_a_run_does_not_go_on_with_other_data(text: Path, tmp_path: Path) -> Non
     before = losses(tmp_path / "run")
     mine.write_text(TEXT.replace("line 700", "LINE 700"))
     with pytest.raises(ValueError, match="are not what .* began with"):
-        run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True)
+        run.pretrain(read_run(tmp_path / "run"), tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == before
     mine.write_text(TEXT)
-    assert run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True) is not None
+    assert run.pretrain(read_run(tmp_path / "run"), tmp_path / "run", resume=True) is not None
 
 
 def test_a_run_may_be_resumed_from_another_folder(text: Path, tmp_path: Path, monkeypatch) -> None:
@@ -296,20 +298,20 @@ def test_a_run_may_be_resumed_from_another_folder(text: Path, tmp_path: Path, mo
     with pytest.raises(MemoryError):
         run.pretrain(recipe(Path(text.name)), tmp_path / "run", callbacks=[KillAfter(6)])
     monkeypatch.chdir(tmp_path)
-    assert run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True) is not None
+    assert run.pretrain(read_run(tmp_path / "run"), tmp_path / "run", resume=True) is not None
 
 
 def test_a_finished_run_has_nothing_to_resume(text: Path, tmp_path: Path) -> None:
     run.pretrain(recipe(text, steps=3), tmp_path / "run")
     with pytest.raises(ValueError, match="is finished"):
-        run.pretrain(run.read_run(tmp_path / "run"), tmp_path / "run", resume=True)
+        run.pretrain(read_run(tmp_path / "run"), tmp_path / "run", resume=True)
 
 
 def test_half_a_line_of_metrics_is_cut_off_on_resume(text: Path, killed: Path, tmp_path: Path) -> None:
     with (killed / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "loss_na')
     run.pretrain(recipe(text, save_every=3), tmp_path / "whole")
-    run.pretrain(run.read_run(killed), killed, resume=True)
+    run.pretrain(read_run(killed), killed, resume=True)
     assert losses(killed) == losses(tmp_path / "whole")
 
 

@@ -11,6 +11,7 @@ import yaml
 from lorank.race import tasks
 from lorank.train import run
 from lorank.train.recipe import Recipe
+from lorank.train.saved import load_model
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install 'lorank[eval]'")
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to mend
@@ -58,7 +59,7 @@ def test_the_harness_says_what_the_model_says(task: Path, tmp_path: Path) -> Non
     tasks.check_tasks([str(task)])
     found = tasks.run_tasks(tmp_path / "run", [str(task)])
 
-    model, tokenizer = run.load_model(str(tmp_path / "run"))
+    model, tokenizer = load_model(str(tmp_path / "run"))
     sums = []
     for text, end in LINES[:400:40]:
         whole, start = tokenizer(text + end, return_tensors="pt").input_ids, len(tokenizer(text).input_ids)

@@ -6,14 +6,15 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from lorank.train import trainer
-from lorank.train.trainer import MetricsFile, StopOnNonFinite, Throughput, write_whole
+from lorank.train import callbacks
+from lorank.train.callbacks import MetricsFile, StopOnNonFinite, Throughput
+from lorank.train.folder import write_whole
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Any:
     now = SimpleNamespace(value=100.0)
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now.value)
+    monkeypatch.setattr(callbacks.time, "perf_counter", lambda: now.value)
     return now
 
 

@@ -1,0 +1,138 @@
+"""What happens between the steps of a run: timing, metrics, and the reasons to stop."""
+
+import json
+import math
+import signal
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorank.train.folder import write_whole
+
+
+class Throughput(TrainerCallback):
+    """Times the training steps alone: neither evaluation, nor saving, nor the first step, which warms up."""
+
+    def __init__(self, tokens_per_step: float):
+        self.tokens_per_step = tokens_per_step
+        self.seconds: list[float] = []
+        """Of each step timed."""
+        self._read = 0
+        self._mark: float | None = None
+
+    def tokens_per_second(self) -> float | None:
+        """Mean since the last call; None if no step was timed."""
+        window, self._read = self.seconds[self._read :], len(self.seconds)
+        return self.tokens_per_step / statistics.fmean(window) if window else None
+
+    def typical_tokens_per_second(self) -> float | None:
+        """By the median step: what else the machine did for a moment does not count; None if no step was timed."""
+        return self.tokens_per_step / statistics.median(self.seconds) if self.seconds else None
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        now = time.perf_counter()
+        if self._mark is not None:
+            self.seconds.append(now - self._mark)
+        self._mark = now
+
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self._mark = time.perf_counter()
+
+    on_save = on_evaluate
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log record to metrics.jsonl, which is there from the first step on; after a resume, the steps that will be run again are cut off first."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if not state.is_world_process_zero:
+            return
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        records = [line for line in lines if _step(line) <= state.global_step]
+        write_whole(self.path, "".join(f"{record}\n" for record in records))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+            return
+        names = {"loss": "loss_nats_per_token", "grad_norm": "gradient_norm", "learning_rate": "lr"}
+        record = {names.get(k, k): v for k, v in logs.items() if k not in ("epoch", "eval_loss")}
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": state.global_step, **record}) + "\n")
+
+
+def _step(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):  # half a line: the process died while it wrote
+        return math.inf
+
+
+class StopOnSignal(TrainerCallback):
+    """Ctrl-C (SIGINT) or SIGTERM ends training after the current step, with a checkpoint; a second one, or one when
+    nothing trains, at once."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._training = False
+        self._before: dict[int, Any] = {}
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self.received is not None or not self._training:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __enter__(self) -> "StopOnSignal":
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python delivers signals to the main thread only
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._training = True
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._training = False
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.received is not None:
+            control.should_save = True
+            control.should_training_stop = True
+
+
+class StopOnNonFinite(TrainerCallback):
+    """Ends a run whose loss or gradient is no longer a number, instead of training noise to the end."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        for name in ("loss", "grad_norm"):
+            if logs and name in logs and not math.isfinite(logs[name]):
+                raise FloatingPointError(
+                    f"{name} became {logs[name]} by step {state.global_step}; lower lr={args.learning_rate} or warm up longer"
+                )

@@ -1,0 +1,88 @@
+"""What is written about a run: its environment, its summary and its model card."""
+
+import contextlib
+import dataclasses
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import lorank
+from lorank.train.data import Corpus
+from lorank.train.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What came out of a run; summary.json holds the same."""
+
+    method: str
+    parameters: int
+    block_parameters: int
+    flops_per_token: float
+    steps: int
+    tokens: int
+    tokens_per_second: float | None
+    """By the median step of training; None if no step was timed, as the first never is."""
+    mfu: float | None
+    peak_flops_source: str
+    peak_memory_gib: float
+    validation_loss_nats_per_token: float
+    validation_perplexity: float
+    validation_bits_per_byte: float | None
+    published_compatible_perplexity: float
+    sample: str
+
+
+def environment(corpus: Corpus) -> dict[str, Any]:
+    """What besides the recipe it takes to repeat a run: data, versions, device and commit."""
+    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
+    commit = None
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        commit = subprocess.check_output(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
+        ).strip()
+    return {
+        "corpus": corpus.description,
+        "data_hash": corpus.hash,
+        "python": platform.python_version(),
+        "packages": {"lorank": lorank.__version__, **{name: version(name) for name in packages}},
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "commit": commit,
+    }
+
+
+def model_card(recipe: Recipe, summary: Summary, corpus: str) -> str:
+    """README.md of a trained model."""
+    bits = summary.validation_bits_per_byte
+    return f"""---
+library_name: transformers
+tags: [lorank, {recipe.method}]
+---
+# {recipe.method}, {summary.parameters:,} parameters
+
+Pre-trained from scratch with lorank on {corpus}.
+
+```python
+import lorank  # registers the architecture
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+| | |
+|---|---|
+| parameters (in blocks) | {summary.parameters:,} ({summary.block_parameters:,}) |
+| training FLOPs per token | {summary.flops_per_token:,.0f} |
+| tokens | {summary.tokens:,} in {summary.steps:,} steps |
+| validation perplexity (unbiased) | {summary.validation_perplexity:.2f} |
+| bits per byte | {"unknown" if bits is None else f"{bits:.3f}"} |
+| published-compatible perplexity, N/(N+1) | {summary.published_compatible_perplexity:.2f} |
+
+The recipe is in `recipe.yaml`, versions and device in `run.json`, the loss curve in `metrics.jsonl`.
+"""

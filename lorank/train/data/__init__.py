@@ -1,0 +1,24 @@
+"""Text in, token sequences out: where documents come from, how they are split, tokenised and cut.
+
+    source  ->  documents  ->  training | validation  ->  tokenizer  ->  sequences [rows, sequence_length]
+
+A source is `embedded` (the running interpreter's own standard library), local files, or a data set of the hub, which is
+streamed. `datasets` reads files, caches and streams; `tokenizers` does BPE. No document is on both sides of the split.
+Packing loses only the tokens that do not fill the last sequence.
+"""
+
+from lorank.train.data.corpus import Corpus, load_corpus, load_evaluation
+from lorank.train.data.sequences import check_ids, collate
+from lorank.train.data.sources import cache_folder
+from lorank.train.data.tokenizers import byte_tokenizer, load_tokenizer
+
+__all__ = [
+    "Corpus",
+    "byte_tokenizer",
+    "cache_folder",
+    "check_ids",
+    "collate",
+    "load_corpus",
+    "load_evaluation",
+    "load_tokenizer",
+]

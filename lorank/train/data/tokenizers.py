@@ -1,0 +1,139 @@
+"""Tokenizers: loaded, trained as byte-level BPE and kept, or bytes; and the pieces in which long texts are tokenised."""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets.fingerprint import Hasher
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from lorank.train.data.sources import cache_folder, first_line
+from lorank.train.hub import asked_if_reachable
+
+logger = logging.getLogger(__name__)
+VERSION = 1  # part of every cache key; raise it when the same text should give other tokens or sequences
+TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer learns from so much training text at most
+PIECE = 1 << 20  # characters tokenised as one text at most: long texts then use all cores, but not all memory
+
+
+def load_tokenizer(
+    name_or_path: str | None,
+    texts: Iterable[str] | Callable[[], Iterable[str]] = (),
+    *,
+    vocab_size: int = 4096,
+    cache_dir: Path | None = None,
+    texts_name: str | None = None,
+) -> PreTrainedTokenizerBase:
+    """A tokenizer by name or folder; "bytes", whose tokens are bytes; or byte-level BPE trained on `texts`, or once trained on them and kept.
+
+    Args:
+        texts: or what returns them; not more than 50 million characters are read.
+        vocab_size: entries at most, 256 bytes, <|endoftext|> (eos and bos) and <|pad|> among them.
+        texts_name: stands for the texts in the cache; with None their hash does, and they are read for it.
+
+    Raises:
+        OSError: no tokenizer could be loaded.
+        ValueError: the vocabulary does not even hold all bytes.
+    """
+    if name_or_path == "bytes":
+        return byte_tokenizer()
+    if name_or_path is not None:
+        try:
+            with asked_if_reachable():
+                found = AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), trust_remote_code=False)
+        except Exception as error:  # the hub, a file or its parser
+            raise OSError(f"{name_or_path}: no tokenizer could be loaded ({first_line(error)})") from error
+        if found.get_vocab().keys() <= found.get_added_vocab().keys():  # of some types, where there are no files
+            raise OSError(f"{name_or_path}: no tokenizer could be loaded (its vocabulary is empty)")
+        return found
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size={vocab_size} is too small; 256 bytes and 2 special tokens need 258")
+    texts = first_pieces(texts() if callable(texts) else texts, TOKENIZER_CHARACTERS)
+    if texts_name is None:
+        texts = list(texts)
+        texts_name = "".join(hashlib.blake2b(text.encode()).hexdigest() for text in texts)
+    folder = cache_folder(cache_dir) / "tokenizers" / Hasher.hash((VERSION, texts_name, vocab_size))
+    if not folder.exists():
+        tokenizer = _train_tokenizer(texts, vocab_size)
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent) as part:
+                tokenizer.save_pretrained(f"{part}/whole")
+                os.rename(f"{part}/whole", folder)
+        except OSError as error:
+            if not folder.exists():  # if it does, another process was faster
+                logger.warning("the tokenizer is not kept for the next run: %s", error)
+                return tokenizer
+    return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerBase:
+    """Each byte is the token of its number; byte 0 ends and begins documents, and is left out where a text has it."""
+    named = sorted(pre_tokenizers.ByteLevel.alphabet())  # stand-ins for those bytes that cannot be printed
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+    assert sorted(vocabulary) == named
+    del vocabulary[chr(256)]
+    tokenizer = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0, **vocabulary}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+    end, pad = "<|endoftext|>", "<|pad|>"
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[end, pad],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=pad)
+
+
+def identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides a tokenizer's output, but for the truncation its last call set."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return Hasher.hash(tokenizer)
+    rules = json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None})
+    return Hasher.hash((rules, tokenizer.eos_token_id, tokenizer.pad_token_id))
+
+
+class Piece(NamedTuple):
+    """Part of a document, small enough to be tokenised as one text."""
+
+    text: str
+    is_last: bool
+
+
+def pieces_of(text: str) -> Iterator[Piece]:
+    """A text in pieces that end with a line where they can."""
+    start = 0
+    while len(text) - start > PIECE:
+        cut = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        yield Piece(text[start:cut], False)
+        start = cut
+    yield Piece(text[start:], True)
+
+
+def first_pieces(texts: Iterable[str], characters: int) -> Iterator[str]:
+    """Texts, piece by piece, up to so many characters."""
+    for piece in itertools.chain.from_iterable(map(pieces_of, texts)):
+        if characters <= 0:
+            return
+        yield piece.text
+        characters -= len(piece.text)

@@ -1,0 +1,125 @@
+"""Files of a run."""
+
+import dataclasses
+import glob
+import json
+import logging
+import os
+import shutil
+import statistics
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from lorank.train.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+STAGING = ".saving"
+"""Folder of a run in which a checkpoint is written before it gets its name."""
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file under a temporary name and rename it, so that it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The recipe with local paths made absolute, so that the run can be resumed from anywhere."""
+    changes = {
+        name: os.path.abspath(os.path.expanduser(value))
+        for name in ("data", "validation", "tokenizer", "model")
+        if (value := getattr(recipe, name)) not in (None, "embedded")
+        and (os.path.exists(os.path.expanduser(value)) or glob.glob(os.path.expanduser(value)))
+    }
+    return dataclasses.replace(recipe, **changes)
+
+
+def prepare_folder(out: Path, resume: bool) -> None:
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is a file; give --out a folder")
+    if not resume and (out / "recipe.yaml").exists():
+        raise ValueError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.TemporaryFile(dir=out) as probe:  # better now than after an hour
+            probe.write(b"lorank")
+    except OSError as error:
+        raise OSError(f"cannot write to {out}: {error.strerror}") from None
+    if os.environ.get("RANK", "0") == "0":
+        shutil.rmtree(out / STAGING, ignore_errors=True)  # of a run that was killed while it saved
+
+
+def last_whole_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint all of whose files can be read; those passed over are logged."""
+    found = [path for path in out.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    for path in sorted(found, key=step_of, reverse=True):
+        if damaged := _damaged_file(path):
+            logger.warning("%s is passed over: %s is missing or cut short", path, damaged.name)
+        else:
+            return path
+    return None
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.partition("-")[2])
+
+
+def logged_rate(out: Path) -> float | None:
+    """The median of the rates in a run's metrics.jsonl, None if it has none."""
+    rates = [record["tokens_per_second"] for record in history(out) if "tokens_per_second" in record]
+    return statistics.median(rates) if rates else None
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); the run cannot be resumed without it") from None
+
+
+def _damaged_file(checkpoint: Path) -> Path | None:
+    """The first file of a checkpoint that is not there or was not written to its end."""
+    state = checkpoint / "trainer_state.json"
+    try:
+        json.loads(state.read_text())
+    except (OSError, ValueError):
+        return state
+    tensors = [*checkpoint.glob("*.safetensors")] or [checkpoint / "model.safetensors"]
+    for file in tensors:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except (OSError, SafetensorError):
+            return file
+    needed = {checkpoint / name for name in ("optimizer.pt", "scheduler.pt")}
+    needed |= set(checkpoint.glob("rng_state*.pth")) or {checkpoint / "rng_state.pth"}
+    return next((file for file in sorted(needed | {*checkpoint.glob("*.pt*")}) if not zipfile.is_zipfile(file)), None)
+
+
+def read_run(folder: str | Path) -> Recipe:
+    """The recipe of a run on disk; ValueError if the folder holds none, or one that was changed since."""
+    path = Path(folder) / "recipe.yaml"
+    if not path.exists():
+        raise ValueError(f"{folder} holds no run to resume: {path} does not exist")
+    recipe = Recipe.read(path)
+    began = read_json(Path(folder) / "run.json").get("recipe")
+    now = json.loads(json.dumps(recipe.to_dict()))
+    changed = [name for name, value in now.items() if began and began.get(name) != value]
+    if changed:
+        raise ValueError(
+            f"{path}: {changed[0]} was {began[changed[0]]!r} when the run began; put it back, or start another run with --out"
+        )
+    return recipe
+
+
+def history(folder: str | Path) -> Iterator[dict[str, Any]]:
+    """The records of a run's metrics.jsonl."""
+    with (Path(folder) / "metrics.jsonl").open() as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,177 @@
+"""A trained model on disk: written, loaded and evaluated."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from lorank.train.data import collate, load_evaluation, load_tokenizer
+from lorank.train.evaluation import Evaluation, evaluate
+from lorank.train.hub import asked_if_reachable, is_reachable
+from lorank.train.model import check_causal, check_positions
+
+
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Model and tokenizer into `out`, each file under a temporary name until all are written."""
+    staging = Path(tempfile.mkdtemp(prefix=".model-", dir=out))
+    try:
+        model.config.use_cache = True
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        for file in staging.iterdir():
+            os.replace(file, out / file.name)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write the model to {out}: {str(error).splitlines()[0]}") from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_model(
+    folder: str, *, tokenizer: str | None = None, of_any_kind: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A saved model (folder or hub name) and its tokenizer, in evaluation mode.
+
+    Args:
+        tokenizer: folder or hub name of another one, or "bytes"; by default the model's own.
+        of_any_kind: also what is no causal language model, as the class that its config.json names: a masked language
+            model, or a body without a head.
+
+    Raises:
+        ValueError: there is none, it reads no text, or its weights are not finite.
+    """
+    if not folder.strip():
+        raise ValueError("the model's name is empty; give a run, a folder with a config.json, or a hub name")
+    path = Path(folder).expanduser()
+    looks_local = folder.startswith((".", "/", "~")) or path.exists()
+    if looks_local and not (path / "config.json").exists():
+        hint = "; it is an unfinished run, continue it with --resume" if (path / "recipe.yaml").exists() else ""
+        raise ValueError(f"{folder} is not a directory with a model (no config.json){hint}")
+    place = str(path) if looks_local else folder
+    try:
+        with asked_if_reachable():
+            kind = _kind_of(AutoConfig.from_pretrained(place), folder) if of_any_kind else AutoModelForCausalLM
+            model = kind.from_pretrained(place)
+    except _Unfit:
+        raise
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        if not looks_local and not is_reachable():
+            reason = "there is no such folder, and without a network the hub cannot be asked for it"
+        raise ValueError(f"no model could be loaded from {folder}: {reason}") from None
+    check_finite(model, folder)
+    return model.eval(), _tokenizer_of(place, folder, tokenizer)
+
+
+class _Unfit(ValueError):
+    """The model is there, but not one that can be used here."""
+
+
+def _kind_of(config: PretrainedConfig, folder: str) -> Any:
+    """The Auto class for the architecture that a configuration names, else the first that has its type."""
+    if config.is_encoder_decoder:
+        raise _Unfit(
+            f"{folder} is an encoder-decoder ({config.model_type}), which reads one text and writes another; only models that read "
+            "one text are looked at"
+        )
+    named, autos = (config.architectures or [""])[0], (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
+    fitting = [auto for auto in autos if type(config) in auto._model_mapping]
+    for auto in fitting:
+        classes: Any = auto._model_mapping[type(config)]
+        if named in [one.__name__ for one in (classes if isinstance(classes, tuple) else (classes,))]:
+            return auto
+    return fitting[-1] if fitting else AutoModel  # of a classifier and the like, the body
+
+
+def _tokenizer_of(place: str, folder: str, other: str | None) -> PreTrainedTokenizerBase:
+    try:
+        return load_tokenizer(other or place)
+    except OSError as error:
+        if other is not None:
+            raise ValueError(str(error)) from None
+        raise ValueError(f"{folder} has a model but no tokenizer that can be read; name one with --tokenizer") from None
+
+
+def check_finite(model: torch.nn.Module, name: str) -> None:
+    """ValueError that names the weights of a model that hold NaN or infinity."""
+    broken = [key for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
+    if broken:
+        others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        raise ValueError(
+            f"{name} has weights that are not finite numbers: {broken[0]}{others}; it has diverged or was damaged, take an earlier one"
+        )
+
+
+def evaluate_folder(
+    model: str,
+    *,
+    data: str = "embedded",
+    sequence_length: int = 256,
+    documents: Literal["packed", "padded"] = "packed",
+    text_column: str = "text",
+    batch_size: int = 16,
+    max_tokens: int = 10_000_000,
+    seed: int = 42,
+    tokenizer: str | None = None,
+) -> Evaluation:
+    """`evaluate` for a saved model (run folder, model folder or hub name) on any source of text that training takes.
+
+    `seed` is the one that decided what the run held out; `tokenizer` another than the model's own.
+
+    Raises:
+        ValueError: no model there, one that sees the tokens it is to predict, one whose weights are not finite, or no text
+            there, or sequences longer than the model's positions.
+    """
+    loaded, own = load_model(model, tokenizer=tokenizer)
+    check_causal(loaded)
+    batches, bytes_per_token = text_for(
+        loaded,
+        own,
+        data=data,
+        sequence_length=sequence_length,
+        documents=documents,
+        text_column=text_column,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    return evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)
+
+
+def text_for(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data: str,
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int,
+    make_batch: Callable[..., dict[str, Any]] | None = None,
+    **form: Any,
+) -> tuple[DataLoader, float]:
+    """Held-out text for a model in batches, which may be gone through again, and its bytes per token; arguments and errors
+    are `evaluate_folder`'s. `make_batch` makes one from rows, by default `lorank.train.data.collate`."""
+    embeddings = getattr(model.get_input_embeddings(), "weight", None)
+    if model.main_input_name != "input_ids" or embeddings is None:
+        raise ValueError(f"a model of type {model.config.model_type!r} reads no tokens; take a language model")
+    check_positions(model, sequence_length)
+    rows, bytes_per_token = load_evaluation(
+        data, tokenizer, sequence_length=sequence_length, validation_tokens=max_tokens, **form
+    )
+    make = make_batch or partial(collate, vocab_size=embeddings.shape[0])
+    return DataLoader(rows, batch_size=batch_size, collate_fn=make), bytes_per_token  # type: ignore[arg-type]
