@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import IterableDataset
@@ -12,12 +11,10 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.integrations import get_available_reporting_integrations
 
 from lorank import accounting
-from lorank.conversion import method_of
+from lorank.method import Gradient
 from lorank.train import data
 from lorank.train.callbacks import StopOnNonFinite
-from lorank.train.estimators import EggEggroll, build_estimator, egg_optimizer
-from lorank.train.model import find_projection
-from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
+from lorank.train.methods import build_optimizer, methods_of, schedule_of
 from lorank.train.recipe import Recipe
 from lorank.train.trainer import PretrainTrainer
 
@@ -35,7 +32,12 @@ def build_trainer(
     micro = recipe.micro_batch_size or max(1, recipe.batch_size // devices)
     if recipe.batch_size % (micro * devices):
         raise ValueError(
-            f"batch_size={recipe.batch_size} is not a multiple of micro_batch_size={micro} times {devices} processes"
+            f"batch_size must be a multiple of micro_batch_size={micro} times {devices} processes, got {recipe.batch_size}"
+        )
+    estimator = build_estimator(recipe, model)
+    if estimator is not None and estimator.carries and isinstance(corpus.train, IterableDataset):
+        raise ValueError(
+            f"data={recipe.data} is a stream, whose rows do not continue from batch to batch; add --option carry=false"
         )
     arguments = TrainingArguments(
         output_dir=str(out),
@@ -50,7 +52,7 @@ def build_trainer(
         max_grad_norm=recipe.clip,
         bf16=recipe.precision == "bf16",
         use_cpu=on_cpu or torch.accelerator.current_accelerator() is None,
-        torch_compile=recipe.compile and recipe.method != "eggroll",  # that compiles what it calls
+        torch_compile=recipe.compile and estimator is None,  # which compiles what it calls
         seed=recipe.seed,
         logging_steps=recipe.log_every,
         logging_nan_inf_filter=False,
@@ -66,26 +68,7 @@ def build_trainer(
         disable_tqdm=True,
     )
     _check_trackers(recipe.report_to)
-    method = method_of(model)
-    settings: dict[str, Any] = {name: getattr(recipe, name) for name in ("lr", "weight_decay", "decay", "betas", "eps")}
-
-    def build(trained: torch.nn.Module) -> torch.optim.Optimizer:
-        projection = find_projection(recipe, trained)  # of its own parameters, which sharding has replaced
-        if projection is not None:
-            kind, ranks, options = projection
-            return build_low_rank_optimizer(trained, kind, ranks, recipe.optimizer, options=options, **settings)
-        return build_optimizer(trained, recipe.optimizer, adamw=method.adamw if method else None, **settings)
-
     peak, source = accounting.achievable_flops()
-    estimator = build_estimator(recipe, model)
-    if estimator is not None and estimator.carries and isinstance(corpus.train, IterableDataset):
-        raise ValueError(
-            f"data={recipe.data} is a stream, whose rows do not go on from batch to batch; give --option carry=false"
-        )
-    schedule = method.schedule(recipe.steps, recipe.warmup_steps, recipe.min_lr_ratio) if method is not None else None
-    make_optimizer: Any = build
-    if isinstance(estimator, EggEggroll):
-        make_optimizer, schedule = egg_optimizer(recipe, estimator)
     trainer = PretrainTrainer(
         model=model,
         args=arguments,
@@ -94,8 +77,8 @@ def build_trainer(
         data_collator=partial(data.collate, vocab_size=model.config.vocab_size),
         processing_class=corpus.tokenizer,
         callbacks=[*callbacks, StopOnNonFinite()],
-        make_optimizer=make_optimizer,
-        schedule=schedule,
+        make_optimizer=partial(build_optimizer, recipe),
+        schedule=schedule_of(recipe),
         estimator=estimator,
         tokens_per_step=recipe.batch_size * recipe.sequence_length * corpus.fill,
         fill=corpus.fill,
@@ -110,8 +93,32 @@ def build_trainer(
     return trainer
 
 
+def build_estimator(recipe: Recipe, model: PreTrainedModel) -> Gradient | None:
+    """The estimator of the recipe's gradient; None for autograd.
+
+    Raises:
+        ValueError: several processes or micro-batches, or a model or batch that does not suit the estimator.
+    """
+    method = methods_of(recipe).gradient
+    estimator = method.gradient(
+        model,
+        batch_size=recipe.batch_size,
+        sequence_length=recipe.sequence_length,
+        seed=recipe.seed,
+        compile=recipe.compile,
+    )
+    if estimator is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(f"gradient={method.name} runs in one process; start it without torchrun")
+    if estimator is not None and recipe.micro_batch_size not in (None, recipe.batch_size):
+        raise ValueError(
+            f"gradient={method.name} does not accumulate gradients; leave out micro_batch_size, and use --option chunk=MEMBERS "
+            "to save memory"
+        )
+    return estimator
+
+
 def _check_trackers(names: Sequence[str]) -> None:
     known = get_available_reporting_integrations()  # those of transformers whose packages are installed
     for name in names:
         if name not in (*known, "none", "all"):
-            raise ValueError(f"report_to={name!r} is not installed; installed trackers: {', '.join(known) or 'none'}")
+            raise ValueError(f"report_to must name installed trackers ({', '.join(known) or 'none'}), got {name!r}")

@@ -63,9 +63,9 @@ def model_card(recipe: Recipe, summary: Summary, corpus: str) -> str:
     bits = summary.validation_bits_per_byte
     return f"""---
 library_name: transformers
-tags: [lorank, {recipe.method}]
+tags: [lorank, {summary.method}]
 ---
-# {recipe.method}, {summary.parameters:,} parameters
+# {summary.method}, {summary.parameters:,} parameters
 
 Pre-trained from scratch with lorank on {corpus}.
 

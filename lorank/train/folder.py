@@ -108,13 +108,13 @@ def read_run(folder: str | Path) -> Recipe:
     if not path.exists():
         raise ValueError(f"{folder} holds no run to resume: {path} does not exist")
     recipe = Recipe.read(path)
-    began = read_json(Path(folder) / "run.json").get("recipe")
-    now = json.loads(json.dumps(recipe.to_dict()))
-    changed = [name for name, value in now.items() if began and began.get(name) != value]
-    if changed:
-        raise ValueError(
-            f"{path}: {changed[0]} was {began[changed[0]]!r} when the run began; put it back, or start another run with --out"
-        )
+    saved = read_json(Path(folder) / "run.json").get("recipe")
+    if saved:
+        began, now = Recipe.from_dict(saved).to_dict(), recipe.to_dict()
+        if changed := [name for name in now if began[name] != now[name]]:
+            raise ValueError(
+                f"{path}: {changed[0]} was {began[changed[0]]!r} when the run began; restore it, or start another run with --out"
+            )
     return recipe
 
 

@@ -10,14 +10,14 @@ galore`` and ``method: cola+galore`` mean the keys under which the table knows t
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from lorank.method import Method, check_combination
+from lorank.method import Method, check_combination, warmup_cosine
 from lorank.optim.groups import plain_groups
 from lorank.table import find
 from lorank.train.recipe import Recipe
@@ -84,6 +84,17 @@ def written_out(recipe: Recipe) -> Recipe:
             given["rank"] = settings["rank"]
         keys[method.key] = {method.name: given} if given else method.name
     return dataclasses.replace(recipe, **keys, rank=None, options={})
+
+
+def schedule_of(recipe: Recipe) -> Callable[[int], float]:
+    """Multiplier of the learning rate by steps done: a method's own, or else a linear warm-up and a cosine.
+
+    Raises:
+        ValueError: the recipe has too few steps for the method's schedule.
+    """
+    given = (recipe.steps, recipe.warmup_steps, recipe.min_lr_ratio)
+    own = [schedule for method in methods_of(recipe) if (schedule := method.schedule(*given)) is not None]
+    return own[0] if own else lambda step: warmup_cosine(step, *given)
 
 
 # ---- the optimizer of a recipe

@@ -34,6 +34,7 @@ from lorank.train.folder import (
 )
 from lorank.train.generation import generate_text
 from lorank.train.memory import PeakMemory
+from lorank.train.methods import title_of
 from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.recipe import Recipe
 from lorank.train.saved import save_model
@@ -110,7 +111,7 @@ def pretrain(
     rate = trainer.throughput.typical_tokens_per_second() or logged_rate(out)
     counts = accounting.count_parameters(model)
     summary = Summary(
-        method=recipe.method,
+        method=title_of(recipe),
         parameters=counts.total,
         block_parameters=counts.blocks,
         flops_per_token=trainer.flops_per_token,

@@ -34,7 +34,7 @@ class PretrainTrainer(Trainer):
     Args:
         estimator: fills `.grad` instead of autograd; its batch and its step decide what it draws.
         make_optimizer: called with the model when training begins.
-        schedule: multiplier of the learning rate by steps done; None: what the arguments say.
+        schedule: multiplier of the learning rate by steps done.
         tokens_per_step: tokens that one optimizer step sees on average, over all devices, padding not counted.
         fill: share of positions that hold tokens and not padding.
         flops_per_token: of training this model, recomputation not counted (MFU, arXiv 2204.02311).
@@ -47,7 +47,7 @@ class PretrainTrainer(Trainer):
         self,
         *args: Any,
         make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
-        schedule: Callable[[int], float] | None = None,
+        schedule: Callable[[int], float],
         estimator: Gradient | None = None,
         tokens_per_step: float,
         fill: float = 1.0,
@@ -121,7 +121,7 @@ class PretrainTrainer(Trainer):
         return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LRScheduler:
-        if self.lr_scheduler is None and self.schedule is not None:
+        if self.lr_scheduler is None:
             trained: Any = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = LambdaLR(trained, self.schedule)
         return super().create_scheduler(num_training_steps, optimizer)
