@@ -18,7 +18,8 @@ import click
 
 import lorank
 from lorank.sizes import find_size
-from lorank.train.recipe import Recipe, alternatives_of, setting_types
+from lorank.fields import alternatives_of, field_types
+from lorank.train.recipe import Recipe
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 SEED = click.IntRange(min=0, max=2**32 - 1)
@@ -106,7 +107,7 @@ def _flag(field: dataclasses.Field, kind: Any, instead: Any = None) -> Any:
 
 def recipe_flags(command: Any, without: tuple[str, ...] = (), only: Mapping[str, Any] | None = None) -> Any:
     """Give a command one flag per field of `Recipe`, or per one that is named with another default or None."""
-    kinds = setting_types()
+    kinds = field_types(Recipe)
     for field in reversed(dataclasses.fields(Recipe)):
         if field.name not in without and (only is None or field.name in only):
             command = _flag(field, kinds[field.name], (only or {}).get(field.name))(command)

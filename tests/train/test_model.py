@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import GPT2LMHeadModel, LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, GPT2LMHeadModel, LlamaForCausalLM
 
-from lorank.methods.cola import CoLALinear
-from lorank.train.model import build_config, build_method, build_model, check_causal
+from lorank.layers import LowRankLinear
+from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.recipe import Recipe
 
 
@@ -19,13 +19,15 @@ def build(**settings: Any) -> Any:
         return build_model(recipe, build_config(recipe))
 
 
-def test_a_size_brings_its_rank_and_the_recipe_may_change_it() -> None:
-    assert build_method(Recipe(size="60m")).rank == 128
-    assert build_method(Recipe(size="60m", rank=0.5)).rank == 0.5
-    assert build_method(Recipe(size="60m", options={"rank": 7})).rank == 7
-    assert build_method(Recipe(model="gpt2")).rank == 0.25
-    layers = [module for module in build(size="60m").modules() if isinstance(module, CoLALinear)]
+def test_a_size_brings_its_rank() -> None:
+    layers = [module for module in build(size="60m").modules() if isinstance(module, LowRankLinear)]
     assert len(layers) == 8 * 7 and {layer.A.out_features for layer in layers} == {128}
+
+
+def test_entries_of_the_configuration_can_be_changed() -> None:
+    assert build(model="gpt2", method="dense", shape={"n_layer": 2}).config.n_layer == 2
+    with pytest.raises(ValueError, match="shape: a configuration of type 'gpt2' has no entry 'layers'"):
+        build(model="gpt2", shape={"layers": 2})
 
 
 def test_a_model_is_a_type_a_file_or_a_folder(tmp_path: Path) -> None:
@@ -45,17 +47,17 @@ def test_a_model_is_a_type_a_file_or_a_folder(tmp_path: Path) -> None:
         ({"hidden_act": "nothing", "hidden_size": 32, "num_attention_heads": 4}, "nothing"),
     ],
 )
-def test_a_configuration_that_makes_no_sense_is_one_sentence(shape: dict[str, Any], words: str, tmp_path: Path) -> None:
+def test_a_senseless_configuration_is_one_sentence(shape: dict[str, Any], words: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "num_hidden_layers": 1, **shape}))
     with pytest.raises(ValueError, match=words) as refusal:
         build(model=str(tmp_path / "config.json"))
     assert "\n" not in str(refusal.value)
 
 
-def test_attention_that_a_model_lacks_is_refused_with_the_way_out() -> None:
-    """In our words: transformers' own sentence speaks of a speech model, and of an argument that we do not have."""
+def test_attention_that_a_model_lacks_is_refused() -> None:
+    """transformers' own sentence names a speech model and an argument that we do not have."""
     for attention in ("sdpa", "flex_attention"):
-        with pytest.raises(ValueError, match=f"no attention={attention} for it; give --attention eager$"):
+        with pytest.raises(ValueError, match=f"no attention={attention} for it; use attention=eager$"):
             build(model="gptj", method="dense", attention=attention)
     assert build(model="gptj", method="dense", attention="eager").config.model_type == "gptj"
 
@@ -65,7 +67,7 @@ def test_precision_decides_the_type_of_the_weights() -> None:
         assert {p.dtype for p in build(precision=precision).parameters()} == {dtype}
 
 
-def test_every_second_block_of_cola_m_needs_no_word_about_its_policy() -> None:
+def test_checkpoint_every_uses_the_methods_own_policy() -> None:
     model = build(size="20m", method="cola-m", checkpoint_every=2)
     assert [layer.gradient_checkpointing for layer in model.model.layers] == [True, False, True, False]
     assert all(layer.gradient_checkpointing for layer in build(size="20m", method="cola-m").model.layers)
@@ -76,15 +78,15 @@ def test_every_second_block_of_cola_m_needs_no_word_about_its_policy() -> None:
 
 
 def test_dense_refuses_what_it_would_ignore() -> None:
-    for setting in ({"rank": 3}, {"options": {"activation": "relu"}}, {"targets": ["q"]}, {"exclude": ["q"]}):
-        with pytest.raises(ValueError, match="method=dense takes no rank"):
+    for setting in ({"targets": ["q"]}, {"exclude": ["q"]}):
+        with pytest.raises(ValueError, match="dense converts and projects nothing; leave out targets and exclude"):
             build(method="dense", **setting)
 
 
 @pytest.mark.parametrize(
     "kind", ["bert", "roberta", "electra", "gpt2", "opt", "gpt_neox", "qwen3", "mistral", "phi3", "glm4"]
 )
-def test_what_is_trained_to_predict_does_not_see_what_comes_next(kind: str, tmp_path: Path) -> None:
+def test_no_position_sees_what_comes_next(kind: str, tmp_path: Path) -> None:
     """Also of the encoders, and with the special tokens of vocabularies larger than ours."""
     shape = {
         "model_type": kind,
@@ -109,8 +111,6 @@ def test_what_is_trained_to_predict_does_not_see_what_comes_next(kind: str, tmp_
 
 
 def test_a_model_that_sees_the_future_is_refused() -> None:
-    from transformers import BertConfig, BertLMHeadModel
-
     shape = {
         "vocab_size": 50,
         "hidden_size": 32,
@@ -123,10 +123,3 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
         check_causal(model.train())
     assert model.training
     check_causal(BertLMHeadModel(BertConfig(**shape, is_decoder=True)))
-
-
-def test_an_unknown_method_is_told_all_that_could_be_meant() -> None:
-    with pytest.raises(
-        ValueError, match=r"did you mean 'cola'\? the methods are: cola, .*masa, .*trion, eggroll, dense"
-    ):
-        build(method="colo")

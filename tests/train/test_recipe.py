@@ -27,22 +27,25 @@ def test_changes_win_over_the_file(tmp_path: Path) -> None:
     [
         ({"learning_rates": 1}, "unknown setting 'learning_rates'"),
         ({"warmup_step": 1}, "did you mean 'warmup_steps'"),
-        ({"steps": -1}, "steps=-1 is not positive"),
-        ({"steps": "many"}, "steps='many' is not int"),
-        ({"lr": 0}, "lr=0.0 is not positive"),
-        ({"lr": "fast"}, "lr='fast' is not float"),
-        ({"clip": -1.0}, "clip=-1.0 is negative"),
-        ({"optimizer": "sgd"}, "optimizer='sgd' is not one of 'adamw', 'adamw-8bit', 'adafactor', 'muon'"),
-        ({"precision": "fp64"}, "precision='fp64' is not one of"),
-        ({"betas": [0.9]}, "betas=[0.9]"),
-        ({"betas": [0.9, 1.0]}, "betas"),
-        ({"warmup_steps": 400}, "leaves none of steps=400"),
-        ({"micro_batch_size": 3}, "micro_batch_size=3 does not divide batch_size=8"),
-        ({"micro_batch_size": 32}, "is not between 1 and batch_size=8"),
-        ({"sequence_length": 1}, "no token to predict"),
-        ({"min_lr_ratio": 2.0}, "above 1"),
-        ({"rank": [1]}, "rank=[1]"),
-        ({"rank": True}, "rank=True"),
+        ({"steps": -1}, "steps must be a positive integer, got -1"),
+        ({"steps": "many"}, "steps must be a positive integer, got 'many'"),
+        ({"lr": 0}, "lr must be a positive number, got 0.0"),
+        ({"lr": "fast"}, "lr must be a positive number, got 'fast'"),
+        ({"lr": float("inf")}, "lr must be a positive number, got inf"),
+        ({"clip": -1.0}, "clip must be a number of at least 0, got -1.0"),
+        ({"optimizer": 3}, "optimizer must be a string or a mapping, got 3"),
+        ({"precision": "fp64"}, "precision must be 'fp32', 'bf16' or 'bf16-pure', got 'fp64'"),
+        ({"betas": [0.9]}, "betas must be two numbers in [0, 1), got [0.9]"),
+        ({"betas": [0.9, 1.0]}, "betas must be"),
+        ({"warmup_steps": 400}, "warmup_steps must be below steps=400, got 400"),
+        ({"micro_batch_size": 3}, "micro_batch_size must divide batch_size=8, got 3"),
+        ({"micro_batch_size": 32}, "micro_batch_size must divide batch_size=8, got 32"),
+        ({"sequence_length": 1}, "sequence_length must be an integer of at least 2, got 1"),
+        ({"min_lr_ratio": 2.0}, "min_lr_ratio must be a number from 0 to 1, got 2.0"),
+        ({"rank": [1]}, "rank must be a positive integer"),
+        ({"rank": True}, "rank must be a positive integer"),
+        ({"seed": 2**32}, "seed must be"),
+        ({"data": ""}, "data must not be empty"),
     ],
 )
 def test_senseless_settings_are_one_sentence(settings: dict, words: str) -> None:
@@ -53,7 +56,7 @@ def test_senseless_settings_are_one_sentence(settings: dict, words: str) -> None
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [1", "line 1 is not valid YAML"), ("- 1\n- 2\n", "is not a mapping"), ("stepz: 3", "did you mean 'steps'")],
+    [("a: [1", "line 1 is not valid YAML"), ("- 1\n- 2\n", "must be a mapping"), ("stepz: 3", "did you mean 'steps'")],
 )
 def test_broken_files_are_named(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
@@ -63,8 +66,21 @@ def test_broken_files_are_named(tmp_path: Path, text: str, words: str) -> None:
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(ValueError, match="nowhere.yaml does not exist"):
+    with pytest.raises(ValueError, match="nowhere.yaml does not exist; name a YAML file or one of cola-130m"):
         Recipe.read("nowhere.yaml")
+
+
+def test_a_recipe_of_ours_is_found_by_its_name() -> None:
+    assert Recipe.read("cola-60m") == Recipe.read(SHIPPED[0].with_name("cola-60m.yaml"))
+
+
+def test_changes_by_dotted_names() -> None:
+    recipe = Recipe(method="cola", optimizer={"galore": {"rank": 8}}, options={"activation": "relu"})
+    changes = {"optimizer.update_gap": 5, "method.rank": 4, "options.nonlinearity": "both", "shape.hidden_size": 64}
+    changed = recipe.but({**changes, "lr": "1e-2"})
+    assert (changed.method, changed.optimizer) == ({"cola": {"rank": 4}}, {"galore": {"rank": 8, "update_gap": 5}})
+    assert changed.options == {"activation": "relu", "nonlinearity": "both"} and changed.shape == {"hidden_size": 64}
+    assert changed.lr == 0.01 and recipe.lr == Recipe.lr
 
 
 # The training settings of the CoLA paper's configurations: lr, steps, warm-up, micro-batch, rank, non-linearity.
@@ -77,7 +93,7 @@ PUBLISHED = {
 }
 
 
-def test_every_published_size_of_cola_has_a_recipe_and_no_other_is_claimed() -> None:
+def test_cola_has_a_recipe_for_each_published_size() -> None:
     assert {path.stem for path in SHIPPED} == set(PUBLISHED)
 
 
