@@ -1,15 +1,14 @@
-"""A method in a Trainer script of your own; it saves checkpoints and, started again, goes on from the last.
+"""A method in a Trainer script of your own. It saves checkpoints and, started again, continues from the last one.
 
 python examples/own_trainer.py [METHOD [FOLDER]]     (or: torchrun --nproc-per-node 8 examples/own_trainer.py METHOD FOLDER)
 
-METHOD is one such as cola, relora, switchlora, or a low-rank optimizer: galore, fira, dct-adamw, trion.
+METHOD: cola, relora, switchlora, galore, ... or a combination: cola+galore
 """
 
 import sys
 import tempfile
 from pathlib import Path
 
-import torch
 from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR
@@ -18,27 +17,21 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import lorank
 from lorank.table import find
-from lorank.optim import find_optimizer, low_rank_groups
 
 
 class MethodTrainer(Trainer):
-    """For methods with an optimizer or a learning rate of their own, or that act between steps, and for low-rank optimizers.
+    """For methods that bring an optimizer or a learning rate, or act between steps.
 
-    CoLA, SLTrain, CR-Net and MASA need the plain Trainer only.
+    CoLA, SLTrain, CR-Net and MASA need only the plain Trainer.
     """
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
-            trained = model or self.model
-            if low_rank:
-                self.optimizer = low_rank(low_rank_groups(trained, 16), lr=self.args.learning_rate)
-            else:
-                AdamW = method.adamw or torch.optim.AdamW  # SwitchLoRA has one of its own
-                self.optimizer = AdamW(trained.parameters(), lr=self.args.learning_rate)
+            self.optimizer = lorank.optimizer(model or self.model, *mover, lr=self.args.learning_rate)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        """`num_training_steps` is right also where epochs are counted and `args.max_steps` is -1."""
+        """`num_training_steps` is right even if epochs are counted and `args.max_steps` is -1."""
         if self.lr_scheduler is None:
             made = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper keeps it there
             self.hook = lorank.step_hook(self.model, made, steps=num_training_steps, seed=self.args.seed)
@@ -58,23 +51,24 @@ class MethodTrainer(Trainer):
             self.hook.load_state_dict(load_file(f"{checkpoint}/hook.safetensors"))
 
 
-name = sys.argv[1] if len(sys.argv) > 1 else "cola"
+names = (sys.argv[1] if len(sys.argv) > 1 else "cola").split("+")
+structure = [name for name in names if find(name).key == "method"]  # what the weights are
+mover = [name for name in names if find(name).key == "optimizer"]  # how they move
 temporary = tempfile.TemporaryDirectory()
 folder = sys.argv[2] if len(sys.argv) > 2 else temporary.name
 
 set_seed(0)
 shape = LlamaConfig(vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4)
 model = AutoModelForCausalLM.from_config(shape)
-if not (low_rank := find_optimizer(name)):  # with a low-rank optimizer the weights stay as they are
-    method = find_method(name)()
-    lorank.convert(model, method)  # the one line that changes the model
+if structure:
+    lorank.convert(model, structure[0])  # the one line that changes the model
 
 text = Path(__file__).read_bytes()
 rows = [{"input_ids": (ids := list(text[i : i + 64])), "labels": ids} for i in range(0, len(text) - 64, 16)]
 arguments = TrainingArguments(
     output_dir=folder,
     num_train_epochs=1,
-    learning_rate=1e-2 if low_rank else 3e-3,
+    learning_rate=1e-2 if mover else 3e-3,
     warmup_steps=3,
     save_steps=10,
     logging_steps=10,
