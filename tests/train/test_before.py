@@ -1,0 +1,44 @@
+"""What version 0.1.0 left on disk is read as before: runs resume with the same losses, and models load.
+
+tests/golden/before/NAME is the folder of a run of commit 924cce9 that was killed after step 3 of 6, without the files that
+resuming does not read. `HERE` stands for the folder that holds the text and the model's shape. A run without rng_state.pth
+shares the one next to it. losses.json has the losses of the same runs without interruption (training, validation) and the
+loss of the checkpoint's model on `TOKENS` (loaded).
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lorank.train.folder import history, read_run
+from lorank.train.run import pretrain
+
+BEFORE = Path(__file__).parents[1] / "golden/before"
+LOSSES = json.loads((BEFORE / "losses.json").read_text())
+TOKENS = torch.arange(32, 64).view(2, 16)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_older_run_resumes_with_the_same_losses(name: str, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(BEFORE / name, tmp_path / "run"))
+    for file in ("recipe.yaml", "run.json"):
+        (run / file).write_text((BEFORE / name / file).read_text().replace("HERE", str(BEFORE)))
+    if not (random := run / "checkpoint-3/rng_state.pth").exists():
+        shutil.copy(BEFORE / "rng_state.pth", random)
+    summary = pretrain(read_run(run), run, resume=True, on_cpu=True)
+    losses = [record["loss_nats_per_token"] for record in history(run) if "loss_nats_per_token" in record]
+    assert losses == pytest.approx(LOSSES[name]["training"], rel=1e-5)
+    assert summary is not None
+    assert summary.validation_loss_nats_per_token == pytest.approx(LOSSES[name]["validation"], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_an_older_model_loads(name: str) -> None:
+    model = AutoModelForCausalLM.from_pretrained(BEFORE / name / "checkpoint-3").eval()
+    with torch.no_grad():
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss.item()
+    assert loss == pytest.approx(LOSSES[name]["loaded"], rel=1e-5)
