@@ -13,6 +13,8 @@ import inspect
 import re
 from pathlib import Path
 
+import drawing
+import rooms
 import yaml
 from click.testing import CliRunner
 
@@ -68,6 +70,10 @@ def expand(docname: str, text: str) -> str:
     def include(found: re.Match[str]) -> str:
         if found[1] == "pages":
             return "\n".join(method_pages())
+        if found[1] == "rooms":
+            return f"```text\n{rooms.tree(rooms.read())}\n```"
+        if found[1] == "map":
+            return f"```{{raw}} html\n{drawing.svg(rooms.read())}\n```"
         if found[1] == "results":
             return "\n\n".join(f"### {path.stem}\n\n```text\n{path.read_text().rstrip()}\n```" for path in RESULTS)
         return relinked(section(ROOT / found[1], found[2]), depth)

@@ -1,0 +1,289 @@
+"""The rooms of lorank, which of them may import which, and what the sources import, read with `ast`: nothing is run.
+
+`ROWS` is the plan of the house. `tests/test_architecture.py` holds the sources to it, and `drawing.py` draws the map of
+docs/architecture.md from the same imports.
+"""
+
+import ast
+import re
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+ROWS: tuple[dict[str, str], ...] = (
+    {"cli": "commands, flags, and errors as one sentence"},
+    {
+        "race": "several methods on the same tokens, and published runs repeated",
+        "report": "dictionaries in, pictures and text out",
+    },
+    {"plan": "what a run would cost, counted on models without data"},
+    {"train": "recipes, data, the trainer, run folders, evaluation and generation"},
+    {"papers": "published costs beside ours"},
+    {
+        "fit": "from trained dense weights to factors",
+        "federated": "means of low-rank updates",
+        "analysis": "how many of its dimensions a matrix uses",
+        "distributed": "models larger than one device",
+    },
+    {"conversion": "convert, merge, optimizer, step_hook, lr_schedule", "accounting": "parameters, FLOPs and bytes"},
+    {"pretrained": "saved and loaded by transformers"},
+    {"table": "every name, and the file that holds its mathematics"},
+    {
+        "methods": "what the weights are: one paper, one file",
+        "adapters": "a frozen matrix and a low-rank one: one paper, one file",
+        "evolution": "gradients without a backward pass",
+        "optim": "how the weights move: one paper, one file",
+        "speed": "fast versions, each tested against a slow one",
+    },
+    {"rewriting": "other layers in the place of a model's projections"},
+    {"sites": "where the projections of a model are"},
+    {"fusion": "several projections in one matrix", "checkpointing": "what is kept for the backward pass"},
+    {
+        "method": "Method, Site, StepHook: what a method can decide",
+        "layers": "layers that several methods share",
+        "tape": "what one block leaves for the next",
+        "factors": "pure functions on two factors",
+        "architectures": "what is known of models by name",
+    },
+    {
+        "fields": "checks a dataclass by its annotations",
+        "auto": "what transformers' Auto classes are promised",
+        "sizes": "the shapes of the papers' Llamas",
+        "accelerators": "data sheets of devices",
+    },
+)
+"""From the top down, each room with what it is for. A room may import rooms of lower rows, and rooms of its own row if no
+circle of rooms comes of it. A room is a folder or a file of lorank/."""
+ROW = {room: number for number, row in enumerate(ROWS) for room in row}
+COMMANDS = ("analyze", "compare", "demo", "evaluate", "generate", "papers", "plan", "pretrain", "repro")
+"""Each is one file of lorank/cli/."""
+LAZY = ("cli", "auto")
+"""Rooms whose functions may import: `lorank --help` and `import lorank` answer at once."""
+BY_NAME = ("lorank", "lorank.table", "lorank.optim", "lorank.papers")
+"""Modules that import others by a name in a table."""
+EXTRAS = ("bitsandbytes", "lm_eval")
+"""Packages that may be missing, so that only a function can import them."""
+DATA_ONLY = ("train", "plan", "race")
+"""Rooms of which `report` may import names for annotations, and nothing else."""
+LONGEST, LONGEST_PAPER = 400, 250
+PAPERS = ("methods", "optim", "adapters", "fit", "federated")
+"""Rooms in which a file that names an arXiv number is one paper's."""
+
+
+class Import(NamedTuple):
+    source: str
+    """The module that imports: lorank.sites."""
+    file: str
+    """Its file, from the root."""
+    target: str
+    """What it imports: a module of lorank, or another package."""
+    line: int
+    in_function: bool
+    for_types: bool
+    """Under ``if TYPE_CHECKING``: never executed."""
+
+
+class Module(NamedTuple):
+    name: str
+    file: str
+    lines: int
+    docstring: str
+    imports: tuple[Import, ...]
+    borrowed: tuple[tuple[str, int], ...]
+    """Names used of the package itself, lorank.CoLA, with their lines; its version and its files excepted."""
+    by_name: tuple[int, ...]
+    """Lines that import a module by a name made at run time."""
+
+    @property
+    def room(self) -> str:
+        return room_of(self.name)
+
+
+def room_of(module: str) -> str:
+    """The room of a module of lorank; "lorank" for the package itself and "cli" for its entry point.
+
+    >>> room_of("lorank.methods.cola"), room_of("lorank.sites"), room_of("lorank")
+    ('methods', 'sites', 'lorank')
+    """
+    parts = module.split(".")
+    return "cli" if parts[-1] == "__main__" else parts[min(1, len(parts) - 1)]
+
+
+def read(root: Path = ROOT) -> dict[str, Module]:
+    """All modules of lorank by name."""
+    paths = {
+        ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in sorted((root / "lorank").rglob("*.py"))
+    }
+    return {
+        name: _module(name, path.relative_to(root).as_posix(), path.read_text(), paths) for name, path in paths.items()
+    }
+
+
+def _module(name: str, file: str, text: str, known: Container[str]) -> Module:
+    tree = ast.parse(text)
+    imports, borrowed, by_name = [], [], []
+    for node, in_function, for_types in _walk(tree):
+        if isinstance(node, ast.Import):
+            imports += [Import(name, file, alias.name, node.lineno, in_function, for_types) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                target = whole if whole in known else str(node.module)
+                imports.append(Import(name, file, target, node.lineno, in_function, for_types))
+                if target == "lorank" and not alias.name.startswith("__"):
+                    borrowed.append((whole, node.lineno))
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lorank":
+            if not node.attr.startswith("__") and f"lorank.{node.attr}" not in known:
+                borrowed.append((f"lorank.{node.attr}", node.lineno))
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "import_module", "__import__"):
+            by_name.append(node.lineno)
+    lines = len(text.splitlines())
+    unique = tuple(dict.fromkeys(imports))
+    return Module(name, file, lines, ast.get_docstring(tree) or "", unique, tuple(borrowed), tuple(by_name))
+
+
+def _walk(node: ast.AST, in_function: bool = False, for_types: bool = False) -> Iterator[tuple[ast.AST, bool, bool]]:
+    """Every node below, with whether it is in a function and whether it is there for type checkers alone."""
+    inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+    typed = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    for field, value in ast.iter_fields(node):
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                types = for_types or (typed and field == "body")
+                yield child, inside, types
+                yield from _walk(child, inside, types)
+
+
+def arrows(modules: Mapping[str, Module]) -> dict[tuple[str, str], list[Import]]:
+    """{(room, room): its imports} between two rooms, without those for types and those of `auto` in a function."""
+    found: dict[tuple[str, str], list[Import]] = {}
+    for one in _executed(modules):
+        ends = room_of(one.source), room_of(one.target)
+        if ends[0] != ends[1] and "lorank" not in ends:
+            found.setdefault(ends, []).append(one)
+    return found
+
+
+def _executed(modules: Mapping[str, Module]) -> Iterator[Import]:
+    for module in modules.values():
+        for one in module.imports:
+            if one.target in modules and not one.for_types and not (module.room == "auto" and one.in_function):
+                yield one
+
+
+def named(modules: Mapping[str, Module]) -> set[tuple[str, str]]:
+    """Arrows between rooms that no import shows: the table names classes, and functions of `auto` import."""
+    text = (ROOT / modules["lorank.table"].file).read_text()
+    found = {("table", room_of(module)) for module in re.findall(r'"(lorank\.[\w.]+):\w+"', text)}
+    return found | {("auto", room_of(one.target)) for one in modules["lorank.auto"].imports if one.target in modules}
+
+
+def tree(modules: Mapping[str, Module]) -> str:
+    """The rooms that exist, one line each, in the order of their rows."""
+    ends = {module.room: "/" if module.file.count("/") > 1 else ".py" for module in modules.values()}
+    lines = [f"  {room + ends[room]:<20}{line}" for row in ROWS for room, line in row.items() if room in ends]
+    return "\n".join(["lorank/", *lines])
+
+
+def circles(arrows: set[tuple[str, str]]) -> list[list[str]]:
+    """Groups of nodes of which each leads to all others, by Tarjan's algorithm.
+
+    >>> circles({("a", "b"), ("b", "c"), ("c", "b")})
+    [['b', 'c']]
+    """
+    after: dict[str, list[str]] = {}
+    for start, end in sorted(arrows):
+        after.setdefault(start, []).append(end)
+    number: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[list[str]] = []
+
+    def visit(node: str) -> None:
+        number[node] = low[node] = len(number)
+        stack.append(node)
+        for other in after.get(node, ()):
+            if other not in number:
+                visit(other)
+            if other in stack:
+                low[node] = min(low[node], low[other])
+        if low[node] == number[node]:
+            group = stack[stack.index(node) :]
+            del stack[-len(group) :]
+            if len(group) > 1 or (node, node) in arrows:
+                found.append(sorted(group))
+
+    for node in after:
+        if node not in number:
+            visit(node)
+    return sorted(found)
+
+
+def complaints(root: Path = ROOT) -> list[str]:
+    """One sentence for each thing that breaks the plan."""
+    modules = read(root)
+    checks = (_wrong_rooms, _wrong_arrows, _wrong_circles, _wrong_imports, _wrong_lengths, _wrong_commands)
+    return [sentence for check in checks for sentence in check(modules)]
+
+
+def _wrong_rooms(modules: Mapping[str, Module]) -> Iterator[str]:
+    for room in sorted({module.room for module in modules.values()} - {*ROW, "lorank"}):
+        yield f"lorank/{room} has no place in the plan; give it a row in docs/rooms.py"
+
+
+def _wrong_arrows(modules: Mapping[str, Module]) -> Iterator[str]:
+    for one in (one for module in modules.values() for one in module.imports if one.target in modules):
+        start, end = room_of(one.source), room_of(one.target)
+        if not {start, end} <= ROW.keys() or (start == "auto" and one.in_function):
+            continue
+        if start == "report" and end in DATA_ONLY:
+            if not one.for_types:
+                yield f"{one.file}:{one.line} imports {one.target}; report may import {end} for annotations only"
+        elif ROW[end] < ROW[start]:
+            yield f"{one.file}:{one.line} imports {one.target}; {end} is above {start}"
+    for module in modules.values():
+        for name, line in module.borrowed:
+            yield f"{module.file}:{line} uses {name}; import it from the module that defines it"
+
+
+def _wrong_circles(modules: Mapping[str, Module]) -> Iterator[str]:
+    for group in circles({(one.source, one.target) for one in _executed(modules)}):
+        yield f"these modules import each other in a circle: {', '.join(group)}"
+    for group in circles({*arrows(modules)}):
+        if len({ROW.get(room) for room in group}) == 1:  # arrows between rows are complained of above
+            yield f"these rooms of one row import each other in a circle: {', '.join(group)}"
+
+
+def _wrong_imports(modules: Mapping[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        if module.room in LAZY:
+            continue
+        for one in module.imports:
+            if one.in_function and one.target.partition(".")[0] not in EXTRAS:
+                yield f"{one.file}:{one.line} imports {one.target} in a function; import it at the top"
+        if module.name not in BY_NAME:
+            for line in module.by_name:
+                yield f"{module.file}:{line} imports by a name made at run time; import it at the top"
+
+
+def _wrong_lengths(modules: Mapping[str, Module]) -> Iterator[str]:
+    for module in modules.values():
+        paper = module.room in PAPERS and re.search(r"arXiv\s", module.docstring)
+        most = LONGEST_PAPER if paper else LONGEST
+        if module.lines > most:
+            kind = "the file of a paper" if paper else "a file"
+            yield f"{module.file} has {module.lines} lines; {kind} may have {most}"
+
+
+def _wrong_commands(modules: Mapping[str, Module]) -> Iterator[str]:
+    for command in COMMANDS:
+        if f"lorank.cli.{command}" not in modules:
+            yield f"the command `lorank {command}` must be in lorank/cli/{command}.py"
+
+
+def long_tests(root: Path = ROOT) -> list[str]:
+    """One sentence for each test file that is too long to read in one sitting."""
+    lengths = {path: len(path.read_text().splitlines()) for path in sorted((root / "tests").rglob("*.py"))}
+    return [f"{p.relative_to(root)} has {n} lines; a file may have {LONGEST}" for p, n in lengths.items() if n > LONGEST]
