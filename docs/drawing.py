@@ -27,12 +27,16 @@ def svg(modules: Mapping[str, rooms.Module]) -> str:
     x = coordinates(rows, chains)
     y = {node: i * LAYER + HEIGHT / 2 for i, row in enumerate(rows) for node in row}
     left, right = min(x.values()) - WIDTH / 2 - 8, max(x.values()) + WIDTH / 2 + 8
-    parts = [f'<svg class="map" viewBox="{left:.0f} -4 {right - left:.0f} {len(rows) * LAYER - LAYER + HEIGHT + 8:.0f}"']
+    parts = [
+        f'<svg class="map" viewBox="{left:.0f} -4 {right - left:.0f} {len(rows) * LAYER - LAYER + HEIGHT + 8:.0f}"'
+    ]
     parts += ['xmlns="http://www.w3.org/2000/svg" role="img" aria-label="Which rooms of lorank import which">', MARKERS]
     for arrow in sorted(laid_out | named | up):
         kind = "up" if arrow in up else "named" if arrow in named else "down"
         nodes = chains.get(arrow, arrow)
-        parts.append(f'<path class="{kind}" d="{curve([(x[node], y[node]) for node in nodes])}"><title>{" → ".join(arrow)}</title></path>')
+        parts.append(
+            f'<path class="{kind}" d="{curve([(x[node], y[node]) for node in nodes])}"><title>{" → ".join(arrow)}</title></path>'
+        )
     parts += [box(room, x[room], y[room], [m for m in modules.values() if m.room == room]) for room in sorted(boxes)]
     return "\n".join([*parts, "</svg>"])
 

@@ -1,40 +1,40 @@
-"""The parts of the documentation that are not written by hand: what the README, the code and printed results say already.
+"""The parts of the documentation that nobody writes by hand: what the README, the code and printed results say already.
 
-A page is a Markdown file of this folder. In it a line ``% README.md: A fair race`` stands for that section of that file,
-``% README.md`` for what comes before its first section, ``% results`` for what the benchmarks printed, and ``% pages`` for
-the names of all methods' pages. A page of methods/ is hand-written down to when a method is used; the rest, its use,
-options, cost and figures, comes from the tables.
+In a page, a Markdown file of this folder, these lines stand for:
+
+    % README.md: A fair race   that section of that file
+    % README.md                what comes before its first section
+    % results                  what the benchmarks printed
+    % pages                    the names of all methods' pages
+    % methods                  the table of methods
+    % rooms, % map             the folders of lorank, and what imports what
+
+A page in methods/ is written by hand down to when to use the method. Its use, options, cost and figures come from the code.
 """
 
-import dataclasses
 import functools
-import importlib
 import inspect
 import re
+import sys
 from pathlib import Path
 
 import drawing
 import rooms
-import yaml
 from click.testing import CliRunner
 
-from lorank.accounting import flops_per_token
 from lorank.cli import cli
-from lorank.optim import ESTIMATORS, OPTIMIZERS, options_of
 from lorank.papers import PAPERS, find_paper
-from lorank.plan.run import empty_model
 from lorank.race import repro
 from lorank.report.repro import expectation
-from lorank.report.tables import quantity
 from lorank.sizes import SIZES
-from lorank.table import METHODS
-from lorank.train.estimators import build_estimator
-from lorank.train.model import rank_of
+from lorank.table import METHODS, find
+from lorank.train.methods import methods_of, rank_of
 from lorank.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.txt"))
-ALL = {**METHODS, **OPTIMIZERS, **ESTIMATORS}
+PLAIN = ("lorank.method", "lorank.optim.rules")
+"""Where names are defined that need no page: what PyTorch does anyway."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)\)")
 
 
@@ -43,21 +43,59 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)\)")
 
 @functools.cache
 def method_pages() -> dict[str, list[str]]:
-    """{page: names of its methods}; what shares a file shares a page, which has the name of the first."""
+    """{page: names of its methods}. Methods that share a paper's file share a page, which has the name of the first."""
     homes: dict[str, list[str]] = {}
-    for name, where in ALL.items():
+    for name, where in METHODS.items():
         homes.setdefault(where.partition(":")[0], []).append(name)
-    return {names[0]: names for names in homes.values()}
+    return {names[0]: names for home, names in homes.items() if home not in PLAIN}
 
 
-def class_of(name: str) -> type:
-    module, _, attribute = ALL[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+def docstring(names: list[str]) -> str:
+    """The head of the file of these methods."""
+    found = sys.modules[find(names[0]).__module__].__doc__
+    assert found is not None, f"the file of {names[0]} says nothing about it"
+    return found.strip()
+
+
+def arxiv(names: list[str]) -> str | None:
+    """The number of the first paper that the file names."""
+    found = re.search(r"arXiv\s+(\d{4}\.\d{5})", docstring(names))
+    return found and found[1]
 
 
 def public_name(kind: type) -> str:
-    """Under what a user imports it: lorank.CoLA, lorank.optim.Trion."""
-    return f"{'lorank.optim' if kind.__module__.startswith('lorank.optim') else 'lorank'}.{kind.__name__}"
+    """Under what a user imports it: lorank.CoLA."""
+    return f"lorank.{kind.__name__}"
+
+
+# ---- the table of methods
+
+
+def methods_table() -> str:
+    """Every paper's file with its equation, what it saves, and where to read more; links are those of the README."""
+    rows = ["| method | equation | saves | file | paper |", "|---|---|---|---|---|"]
+    for names in method_pages().values():
+        file = METHODS[names[0]].partition(":")[0].replace(".", "/") + ".py"
+        shown = ", ".join(f"`{name}`" for name in names)
+        code = f"[{Path(file).name}]({file})"
+        paper = f"[{number}](https://arxiv.org/abs/{number})" if (number := arxiv(names)) else ""
+        rows.append(f"| {shown} | `{equation(names)}` | {saves(names)} | {code} | {paper} |")
+    return "\n".join(rows)
+
+
+def equation(names: list[str]) -> str:
+    """The first equation of the docstring, without what stands to its right after a wider space."""
+    lines = re.findall(r"^    +(.+)$", docstring(names), re.M)
+    parts = [part.strip().rstrip(",") for line in lines for part in re.split(r"\s{2,}", line)]
+    return next(part for part in parts if re.search(r"=|←", part)).replace("|", "\\|")
+
+
+def saves(names: list[str]) -> str:
+    """What the docstring's line "Saves: ..." says."""
+    found = re.search(r"^Saves: (.+?)\.$", docstring(names), re.M | re.S)
+    if found is None:
+        raise ValueError(f"the docstring of {names[0]}'s file needs a line such as: Saves: compute, weights.")
+    return " ".join(found[1].split())
 
 
 # ---- a page as Sphinx reads it
@@ -70,6 +108,8 @@ def expand(docname: str, text: str) -> str:
     def include(found: re.Match[str]) -> str:
         if found[1] == "pages":
             return "\n".join(method_pages())
+        if found[1] == "methods":
+            return relinked(methods_table(), depth)
         if found[1] == "rooms":
             return f"```text\n{rooms.tree(rooms.read())}\n```"
         if found[1] == "map":
@@ -138,10 +178,10 @@ def slug(heading: str) -> str:
 
 
 def linked_tables(text: str) -> str:
-    """First columns of the README's tables that name a method, or its class, lead to its page."""
+    """The first column of the table of methods leads to their pages."""
     for page, names in method_pages().items():
-        for shown in [*names, *(class_of(name).__name__ for name in names)]:
-            text = text.replace(f"| `{shown}` |", f"| [`{shown}`]({page}.md) |")
+        shown = ", ".join(f"`{name}`" for name in names)
+        text = text.replace(f"| {shown} |", f"| [{shown}]({page}.md) |")
     return text
 
 
@@ -151,84 +191,64 @@ def linked_tables(text: str) -> str:
 def usage(names: list[str]) -> str:
     """How each is run and how it is called; every block is executed by the tests."""
     shell = [f"lorank pretrain --method {name}" for name in names]
-    python = [example(name) for name in names if name not in ESTIMATORS]
+    python = [example(name) for name in names if find(name).key != "gradient"]
     blocks = [f"```sh\n{chr(10).join(shell)}\n```", *(f"```python\n{code}\n```" for code in python)]
     return "\n\n".join(["## How to use it", *blocks])
 
 
 def example(name: str) -> str:
     """A whole program: a small model under the method, ready to be trained."""
-    kind, lines = class_of(name), ["from transformers import LlamaConfig, LlamaForCausalLM", ""]
+    kind = find(name)
+    method = f"lorank.{kind.__name__}({'rank=16' if 'rank' in kind.__dataclass_fields__ else ''})"
+    lines = ["import lorank", "from transformers import LlamaConfig, LlamaForCausalLM", ""]
     lines += [
         "shape = LlamaConfig(",
         "    vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=3",
         ")",
     ]
     lines += ["model = LlamaForCausalLM(shape)"]
-    if name in OPTIMIZERS:
-        lines = [f"from lorank.optim import {kind.__name__}, low_rank_groups", *lines]
-        return "\n".join([*lines, f"optimizer = {kind.__name__}(low_rank_groups(model, 16), lr=0.01)"])
-    from lorank import Method
-
-    assert issubclass(kind, Method)
-    rank = "rank=16" if "rank" in kind.__dataclass_fields__ else ""
-    lines = ["import lorank", *lines, f"lorank.convert(model, lorank.{kind.__name__}({rank}))"]
-    if kind.hook is not Method.hook:  # it acts between steps
-        adamw = f"lorank.optim.{kind.adamw.__name__}" if kind.adamw else "torch.optim.AdamW"
-        lines[0] = "import lorank.optim" if kind.adamw else "import lorank\nimport torch"
-        lines += ["", f"optimizer = {adamw}(model.parameters(), lr=3e-3)"]
+    if kind.key == "optimizer":
+        return "\n".join([*lines, f"optimizer = lorank.optimizer(model, {method}, lr=0.01)"])
+    lines += [f"lorank.convert(model, {method})"]
+    if kind.answers() & {"optimizer", "hook"}:
+        lines += ["optimizer = lorank.optimizer(model, lr=3e-3)"]
+    if "hook" in kind.answers():
         lines += ["lorank.step_hook(model, optimizer, steps=1000)  # from here on the optimizer's steps are enough"]
     return "\n".join(lines)
 
 
 def options(names: list[str]) -> str:
-    """Fields or arguments with what they mean, from the class itself."""
-    parts = ["## Options", "On the command line `--option NAME=VALUE`, in a recipe `options: {NAME: VALUE}`."]
+    """Fields with what they mean, from the class itself."""
+    parts = [
+        "## Options",
+        "On the command line `--option NAME=VALUE`, in a recipe `{NAME: VALUE}` under the method's name.",
+    ]
     for name in names:
-        kind, directive = class_of(name), [f".. autoclass:: {public_name(class_of(name))}", "   :show-inheritance:"]
-        if name in OPTIMIZERS:
-            known = ", ".join(f"`{option}`" for option in options_of(kind))
-            where = "those that it does not explain itself are explained in {py:class}`lorank.optim.Subspace`"
-            parts.append(f"`{name}` takes {known}; {where}.")
-        elif fields := [
-            field for field in inspect.get_annotations(kind) if field in getattr(kind, "__dataclass_fields__", {})
-        ]:
+        kind = find(name)
+        directive = [f".. autoclass:: {public_name(kind)}", "   :show-inheritance:"]
+        fields = [field for field in inspect.get_annotations(kind) if field in kind.__dataclass_fields__]
+        if fields:
             directive.append(f"   :members: {', '.join(fields)}")
         parts.append("\n".join(["```{eval-rst}", *directive, "```"]))
     return "\n\n".join(parts)
 
 
 def cost(names: list[str]) -> str:
-    """What `lorank plan` prints for the 60M shape; of an estimator, which it does not take, the operations."""
-    if names[0] in ESTIMATORS:
-        return f"## What it costs\n\n{estimator_cost(names[0])}"
+    """What `lorank plan` prints for the 60M shape."""
     command = f"lorank plan --size 60m --method {','.join(['dense', *names])}"
     said = ["Counted when this page was built"]
-    taken = {name: rank_of(Recipe(size="60m", method=name)) for name in names}
-    ranks = [f"{rank} of the width" if isinstance(rank, float) else str(rank) for rank in taken.values() if rank]
-    said += [f", at the rank that a run of this size takes unless told otherwise, {ranks[0]}"] if ranks else []
+    ranks = [rank for name in names if (rank := rank_of(Recipe(size="60m", method=name)))]
+    shown = [f"{rank} of the width" if isinstance(rank, float) else str(rank) for rank in ranks]
+    said += [f", at the rank that a run of this size has unless you say otherwise, {shown[0]}"] if shown else []
     said += [". `lorank plan --help` has other sizes, budgets and accelerators."]
     return f"## What it costs\n\n{''.join(said)}\n\n```console\n$ {command}\n{printed(command)}\n```"
-
-
-def estimator_cost(name: str) -> str:
-    recipe = Recipe(size="60m", method=name, vocab_size=32_000)
-    dense = dataclasses.replace(recipe, method="dense")
-    model = empty_model(dense)
-    estimator = build_estimator(recipe, model)
-    assert estimator is not None
-    backward = flops_per_token(model, recipe.sequence_length, batch=recipe.batch_size)
-    return (
-        f"For the 60M shape, with the options' defaults of `lorank pretrain`, forward passes of {quantity(estimator.flops_per_token)}FLOPs "
-        f"per token of the batch, where a step by backpropagation takes {quantity(backward)}FLOPs in all. Nothing is kept for a backward pass."
-    )
 
 
 def published(names: list[str]) -> str:
     """Figures of papers: perplexities out of the recipes' heads, costs beside ours."""
     parts = ["## Published", recipes(names)]
-    arxiv = re.findall(r"arXiv\s+(\d{4}\.\d{5})", docstring(names))
-    for paper in (name for name in PAPERS if find_paper(name).arxiv in arxiv):
+    known = re.findall(r"arXiv\s+(\d{4}\.\d{5})", docstring(names))
+    for paper in (name for name in PAPERS if find_paper(name).arxiv in known):
         command = f"lorank plan --paper {paper}"
         parts.append(f"Published costs beside ours:\n\n```console\n$ {command}\n{printed(command)}\n```")
     return "\n\n".join(parts)
@@ -236,15 +256,23 @@ def published(names: list[str]) -> str:
 
 def recipes(names: list[str]) -> str:
     """Commands for the published runs, and what each recipe says of its own."""
-    settings = {path: yaml.safe_load(path.read_text()) for path in sorted((ROOT / "recipes").glob("*.yaml"))}
-    found = [path for path in settings if settings[path]["method"] in names]
-    found.sort(key=lambda path: list(SIZES).index(settings[path]["size"]))
+    found = [path for path, recipe in shipped().items() if uses(recipe, names)]
+    found.sort(key=lambda path: list(SIZES).index(shipped()[path].size))
     if not found:
         return "No recipe here repeats a published run of this method, and no published figure of its quality is reproduced."
     head = "Perplexities are the papers'. None is reproduced here: that needs C4 and GPUs, and these commands are how it would be done."
     commands = "\n".join(f"lorank pretrain recipes/{path.name}" for path in found)
     said = "\n".join(f"- `{path.name}`: {recipe_head(path)}" for path in found)
     return f"{head}\n\n```sh\n{commands}\n```\n\n{said}"
+
+
+@functools.cache
+def shipped() -> dict[Path, Recipe]:
+    return {path: Recipe.read(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+
+
+def uses(recipe: Recipe, names: list[str]) -> bool:
+    return any(method.name in names for method in methods_of(recipe))
 
 
 def recipe_head(path: Path) -> str:
@@ -257,7 +285,7 @@ def recipe_head(path: Path) -> str:
 
 def reproductions(names: list[str]) -> str:
     """What `lorank repro` has of these methods: commands, what is expected of a whole run, and of its first steps."""
-    found = [one for one in map(repro.find, repro.PUBLISHED) if one.recipe.method in names]
+    found = [one for one in map(repro.find, repro.PUBLISHED) if uses(one.recipe, names)]
     if not found:
         return ""
     shell = [
@@ -290,7 +318,7 @@ def measured(names: list[str]) -> str:
 
 def notes(names: list[str]) -> str:
     """The head of the method's file: equation, cost, source and departures in plain text."""
-    module = class_of(names[0]).__module__
+    module = find(names[0]).__module__
     href = f"../_modules/{module.replace('.', '/')}.html"
     text = docstring(names).partition("\n\n")[2]
     blocks = [block if block.startswith("    ") else escaped(block) for block in text.split("\n\n")]
@@ -298,12 +326,6 @@ def notes(names: list[str]) -> str:
         f'## What the source says\n\nThe head of <a href="{href}">{module.replace(".", "/")}.py</a>:\n\n'
         + "\n\n".join(blocks)
     )
-
-
-def docstring(names: list[str]) -> str:
-    found = importlib.import_module(class_of(names[0]).__module__).__doc__
-    assert found is not None
-    return found.strip()
 
 
 def escaped(text: str) -> str:
