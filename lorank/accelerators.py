@@ -1,4 +1,4 @@
-"""What a few accelerators can do by their makers' data sheets, and what a run on them takes."""
+"""What some accelerators can do by their makers' data sheets, and what a run on them takes."""
 
 import difflib
 import math
@@ -7,21 +7,21 @@ from typing import NamedTuple
 
 
 class Accelerator(NamedTuple):
-    """One device. All but the price are a data sheet's."""
+    """One device. All values except the price are from its data sheet."""
 
     name: str
     device: str
-    """A piece of the name under which PyTorch knows it."""
+    """Part of the name that PyTorch gives it."""
     flops: float
     """bf16 operations per second in dense matrix products, without structured sparsity."""
     tf32_flops: float
     """The same in TF32, in which training multiplies fp32 numbers (`torch.set_float32_matmul_precision("high")`)."""
     memory_gib: float
-    """The data sheet's GB; what is left of it to tensors is some 2 to 5 % less."""
+    """GB by the data sheet; tensors can use some 2 to 5 % less."""
     watts: float
     """Board power at full load."""
     dollars_per_hour: float
-    """Our assumption, a round figure: offers differ by a factor of three and change monthly."""
+    """Our assumption, a round figure. Offers differ by a factor of three and change every month."""
 
     def rate(self, precision: str) -> float:
         """FLOP/s of training in a recipe's precision.
@@ -32,7 +32,7 @@ class Accelerator(NamedTuple):
         return self.tf32_flops if precision == "fp32" else self.flops
 
 
-ACCELERATORS = {  # where one piece of a name is part of another, the longer comes first
+ACCELERATORS = {  # where one device name is part of another, the longer comes first
     "b200": Accelerator("B200 SXM", "B200", 2250e12, 1125e12, 180, 1000, 5.00),
     "h200": Accelerator("H200 SXM", "H200", 989e12, 494e12, 141, 700, 3.50),
     "h100-pcie": Accelerator("H100 PCIe", "H100 PCIe", 756e12, 378e12, 80, 350, 2.00),
@@ -47,7 +47,7 @@ ACCELERATORS = {  # where one piece of a name is part of another, the longer com
 
 
 def find_accelerator(name: str) -> Accelerator:
-    """The accelerator of that name; ValueError that lists the known ones if there is none."""
+    """The accelerator of that name; ValueError with the known names if there is none."""
     if (found := ACCELERATORS.get(name.lower().replace(" ", "-"))) is not None:
         return found
     near = difflib.get_close_matches(name.lower(), ACCELERATORS, n=1)
@@ -56,14 +56,14 @@ def find_accelerator(name: str) -> Accelerator:
 
 
 def check_memory(gib: float) -> None:
-    """Raises ValueError if that is no amount of memory."""
+    """Raise ValueError if that is not an amount of memory."""
     if not 0 < gib < math.inf:
-        raise ValueError(f"--fits {gib:g} is not a positive number of GiB; give one, for example --fits 40")
+        raise ValueError(f"--fits must be a positive number of GiB, for example --fits 40, got {gib:g}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fleet:
-    """Devices that train one model together, and what is assumed of them; ValueError for what cannot be.
+    """Devices that train one model together, and what we assume about them; ValueError for impossible values.
 
     >>> one_hour = Fleet(accelerator=find_accelerator("h100"), devices=8).run(8 * 0.4 * 989e12 * 3600, "bf16")
     >>> one_hour.hours, one_hour.kilowatt_hours, one_hour.dollars
@@ -73,20 +73,20 @@ class Fleet:
     accelerator: Accelerator
     devices: int = 8
     utilisation: float = 0.4
-    """Part of the peak rate that is reached; operations of recomputation count as work."""
+    """Fraction of the peak rate that is reached; recomputation counts as work."""
 
     def __post_init__(self) -> None:
         if self.devices < 1:
-            raise ValueError(f"devices={self.devices} is not positive")
+            raise ValueError(f"devices must be positive, got {self.devices}")
         if not 0 < self.utilisation <= 1:
-            raise ValueError(f"utilisation={self.utilisation} is not in (0, 1]; 0.3 to 0.5 are usual")
+            raise ValueError(f"utilisation must be in (0, 1], usually 0.3 to 0.5, got {self.utilisation}")
         for field in ("flops", "tf32_flops", "watts", "dollars_per_hour"):
             value = getattr(self.accelerator, field)
             if not (math.isfinite(value) and (value > 0 or (field == "dollars_per_hour" and value == 0))):
-                raise ValueError(f"{field}={value} is not a positive number")
+                raise ValueError(f"{field} must be a positive number, got {value}")
 
     def run(self, flops: float, precision: str) -> "Run":
-        """What that many operations take in a recipe's precision: devices work at full board power, and wait for nothing."""
+        """What so many operations take in a recipe's precision, with devices at full board power that never wait."""
         hours = flops / (self.devices * self.accelerator.rate(precision) * self.utilisation) / 3600
         return Run(
             hours,

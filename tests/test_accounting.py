@@ -1,5 +1,6 @@
-"""Costs in closed form against the papers' integers, and measurements against both."""
+"""Closed forms against the papers' integers, and measurements against both."""
 
+import gc
 from collections.abc import Callable
 from itertools import accumulate
 from typing import Any
@@ -20,7 +21,9 @@ from transformers import (
 import lorank
 from lorank import accounting
 from lorank.checkpointing import POLICIES
+from lorank.papers import formulas
 from lorank.sizes import SIZES, llama_config
+from lorank.train.optimizers import build_optimizer, state_bytes
 
 # Training FLOPs per block on 256 tokens, dense and CoLA (arXiv 2502.10940, re-derived)
 PUBLISHED = {
@@ -35,12 +38,11 @@ N = 256
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_block_flops_are_the_published_integers(name: str) -> None:
-    """Check 5."""
     dense, cola, ratio = PUBLISHED[name]
     size = SIZES[name]
     shape = (size.hidden_size, size.intermediate_size, size.rank, N)
-    assert accounting.block_training_flops("dense", *shape) == dense
-    assert accounting.block_training_flops("cola", *shape) == cola
+    assert formulas.block_training_flops("dense", *shape) == dense
+    assert formulas.block_training_flops("cola", *shape) == cola
     assert cola / dense == pytest.approx(ratio, abs=5e-5)
 
 
@@ -48,35 +50,33 @@ def test_the_other_methods_as_the_papers_table_writes_them() -> None:
     d, f, r, n = 512, 1376, 128, 256
     dense = 24 * n * d**2 + 12 * n**2 * d + 18 * n * d * f
     relora = 16 * n * d**2 + 12 * n**2 * d + 12 * n * d * f + 48 * n * d * r + 18 * n * r * (d + f)
-    assert accounting.block_training_flops("relora", d, f, r, n) == relora
-    assert accounting.block_training_flops("sltrain", d, f, r, n) == dense + 24 * d**2 * r + 18 * d * f * r
-    assert accounting.block_training_flops("galore", d, f, r, n) == dense + 16 * d**2 * r + 12 * d * f * r
+    assert formulas.block_training_flops("relora", d, f, r, n) == relora
+    assert formulas.block_training_flops("sltrain", d, f, r, n) == dense + 24 * d**2 * r + 18 * d * f * r
+    assert formulas.block_training_flops("galore", d, f, r, n) == dense + 16 * d**2 * r + 12 * d * f * r
 
 
 def test_sltrain_overhead_at_1b_depends_on_tokens_per_call() -> None:
-    """+196 % at 256 tokens per call, +6 % at 8,192: linear layers only, which is how the spec states it."""
+    """+196 % at 256 tokens per call, +6 % at 8,192, of the linear layers only."""
     d, f, r = 2048, 5461, 512
     for n, overhead in ((256, 1.96), (8192, 0.06)):
         linear = 24 * n * d**2 + 18 * n * d * f
-        dense = accounting.block_training_flops("dense", d, f, r, n)
-        extra = accounting.block_training_flops("sltrain", d, f, r, n) - dense
+        dense = formulas.block_training_flops("dense", d, f, r, n)
+        extra = formulas.block_training_flops("sltrain", d, f, r, n) - dense
         assert extra / linear == pytest.approx(overhead, abs=0.05)
 
 
 def test_break_even_rank() -> None:
-    assert accounting.break_even_ratio(512, 1376) == pytest.approx(0.6328, abs=5e-5)
-    assert accounting.break_even_ratio(2048, 5461) == pytest.approx(0.6316, abs=5e-5)
-    at = round(accounting.break_even_ratio(2048, 5461) * 2048)
-    dense = accounting.block_training_flops("dense", 2048, 5461, 0, N)
-    assert accounting.block_training_flops("cola", 2048, 5461, at - 1, N) < dense
-    assert accounting.block_training_flops("cola", 2048, 5461, at + 1, N) > dense
+    assert formulas.break_even_ratio(512, 1376) == pytest.approx(0.6328, abs=5e-5)
+    assert formulas.break_even_ratio(2048, 5461) == pytest.approx(0.6316, abs=5e-5)
+    at = round(formulas.break_even_ratio(2048, 5461) * 2048)
+    dense = formulas.block_training_flops("dense", 2048, 5461, 0, N)
+    assert formulas.block_training_flops("cola", 2048, 5461, at - 1, N) < dense
+    assert formulas.block_training_flops("cola", 2048, 5461, at + 1, N) > dense
 
 
 def test_recompute_ratios_of_the_paper() -> None:
-    """Check 10: 4.585 by the formula, 2.41 if whole segments are run again."""
-    blocks, paper, authors = (
-        accounting.recompute_flops(s, 2048, 512, N) for s in ("blocks", "cola-m", "cola-m authors")
-    )
+    """4.585 by the formula, 2.41 if whole segments are run again."""
+    blocks, paper, authors = (formulas.recompute_flops(s, 2048, 512, N) for s in ("blocks", "cola-m", "cola-m authors"))
     assert blocks / paper == pytest.approx(4.585, abs=5e-4)
     assert blocks / authors == pytest.approx(2.41, abs=5e-3)
 
@@ -84,14 +84,13 @@ def test_recompute_ratios_of_the_paper() -> None:
 def test_activation_table_of_the_paper() -> None:
     """CoLA alone keeps more than dense at r = d/4 (21 n d against 20 n d); CoLA-M keeps 2 n d + 7 n r."""
     d, r = 1024, 256
-    dense, cola, cola_m = (accounting.block_activations(s, d, r, N, 0) for s in ("dense", "cola", "cola-m"))
+    dense, cola, cola_m = (formulas.block_activations(s, d, r, N, 0) for s in ("dense", "cola", "cola-m"))
     assert (dense, cola, cola_m) == (20 * N * d, 21 * N * d, 2 * N * d + 7 * N * r)
 
 
 def test_memory_column_of_the_paper() -> None:
-    """Check 7."""
     for parameters, gib in ((42_770_944, 0.319), (609_310_720, 4.540), (1_339_082_752, 9.977)):
-        assert accounting.training_state_bytes(parameters) / 2**30 == pytest.approx(gib, abs=5e-4)
+        assert formulas.training_state_bytes(parameters) / 2**30 == pytest.approx(gib, abs=5e-4)
 
 
 @pytest.fixture(scope="module")
@@ -104,34 +103,36 @@ def cola_1b() -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("method", ["dense", "cola"])
 @pytest.mark.parametrize("name", ["60m", "350m"])
-def test_a_flop_counter_on_the_meta_device_agrees_with_the_formula(name: str, method: str) -> None:
-    size = SIZES[name]
+def test_counted_flops_are_those_of_the_formula(name: str, method: str) -> None:
+    """On the meta device, with two of the blocks."""
+    size, config = SIZES[name], llama_config(name)
+    config.num_hidden_layers = 2
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(llama_config(name))
+        model = AutoModelForCausalLM.from_config(config)
         if method == "cola":
             lorank.convert(model, lorank.CoLA(rank=size.rank))
         ids = torch.zeros(1, N, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids, labels=ids).loss.backward()
     head = 3 * 2 * N * size.hidden_size * 32_000
-    expected = PUBLISHED[name][0 if method == "dense" else 1] * size.layers + head
+    expected = PUBLISHED[name][0 if method == "dense" else 1] * 2 + head
     assert counter.get_total_flops() == expected
     measured = accounting.measure_flops(model, sequence_length=N)
     assert measured.total == expected and measured.recompute == 0
     assert accounting.flops_per_token(model, N) == expected / N
 
 
-def test_cola_m_runs_b_and_attention_again_and_nothing_else(cola_1b: LlamaForCausalLM) -> None:
+def test_cola_m_runs_only_b_and_attention_again(cola_1b: LlamaForCausalLM) -> None:
     d, f, r = 2048, 5461, 512
     plain = accounting.measure_flops(cola_1b, sequence_length=N)
     lorank.checkpoint(cola_1b, lorank.keep_bottlenecks)
     measured = accounting.measure_flops(cola_1b, sequence_length=N)
     per_block = 2 * N * r * (4 * d + 2 * f) + 4 * N**2 * d
     assert (measured.forward, measured.backward) == (plain.forward, plain.backward)
-    assert measured.recompute == 2 * per_block == 2 * accounting.bottleneck_recompute_flops(d, f, r, N)
+    assert measured.recompute == 2 * per_block == 2 * formulas.bottleneck_recompute_flops(d, f, r, N)
     # the paper's count is 18.5 n d r + 4 n² d at d_ff = 2.5 d; d_ff is 2.67 d here
     assert per_block < 18.5 * N * d * r * (4 * d + 2 * f) / (4 * d + 2 * 2.5 * d) + 4 * N**2 * d
-    assert per_block < accounting.recompute_flops("cola-m authors", d, r, N) / 1.8
+    assert per_block < formulas.recompute_flops("cola-m authors", d, r, N) / 1.8
 
     lorank.checkpoint(cola_1b, POLICIES["bottlenecks+attention"])
     assert accounting.measure_flops(cola_1b, sequence_length=N).recompute == 2 * 2 * N * r * (4 * d + 2 * f)
@@ -150,7 +151,7 @@ def small(layers: int = 2) -> LlamaForCausalLM:
 
 
 def kept_per_block(policy: str) -> int:
-    """Bytes that one more block keeps, on the real device, 3 x 16 tokens: the difference of models of 3 and of 2 blocks."""
+    """Bytes that one more block keeps on 3 x 16 real tokens: the difference of models with 3 and with 2 blocks."""
     ids = torch.zeros(3, 16, dtype=torch.int64)
     sizes = []
     for layers in (2, 3):
@@ -160,10 +161,10 @@ def kept_per_block(policy: str) -> int:
     return sizes[1] - sizes[0]
 
 
-def test_cola_m_keeps_the_block_input_and_seven_bottlenecks() -> None:
+def test_cola_m_keeps_block_inputs_and_bottlenecks() -> None:
     """From real tensors: n d + 7 n r numbers of 4 bytes, one n d below the paper's 2 n d + 7 n r."""
     n, d, r = 3 * 16, 32, 8
-    dice = torch.get_rng_state().numel()  # bytes: each checkpoint remembers the random state, for dropout
+    dice = torch.get_rng_state().numel()  # bytes: each checkpoint keeps the random state, for dropout
     assert kept_per_block("blocks") == dice + 4 * n * d
     assert kept_per_block("bottlenecks") == dice + 4 * (n * d + 7 * n * r)
     assert kept_per_block("bottlenecks+attention") == dice + 4 * (
@@ -194,7 +195,7 @@ def test_memory_estimate_equals_what_a_real_step_keeps() -> None:
         model = small() if method is None else lorank.convert(small(), method)
         estimate = accounting.memory_estimate(model, batch=2, sequence_length=16)
         real = accounting.measure_saved(model, {"input_ids": ids, "labels": ids}).bytes
-        if method == "cola-m":  # the random state of each checkpointed block, which is on the host and no operation's
+        if method == "cola-m":  # the random state of each checkpointed block; no operation makes it
             real -= 2 * torch.get_rng_state().numel()
         assert estimate.activations_bytes == pytest.approx(real, rel=0.02)
         model(input_ids=ids, labels=ids).loss.backward()
@@ -207,8 +208,6 @@ def test_memory_estimate_equals_what_a_real_step_keeps() -> None:
 
 
 def test_muon_keeps_one_moment_for_the_blocks_matrices() -> None:
-    from lorank.train.optimizers import build_optimizer, state_bytes
-
     model = lorank.convert(small(), "cola")
     ids = torch.zeros(2, 16, dtype=torch.int64)
     model(input_ids=ids, labels=ids).loss.backward()
@@ -227,12 +226,12 @@ def test_counts_of_parameters() -> None:
     assert counts == (2 * 50 * 32 + 2 * block + 32, 2 * 50 * 32 + 2 * block + 32, 2 * block)
 
 
-def test_the_peak_of_this_device_says_where_it_comes_from() -> None:
+def test_the_peak_of_this_device_names_its_source() -> None:
     rate, source = accounting.achievable_flops()
     assert rate > 1e9 and ("measured" in source or "data sheet" in source)
 
 
-def test_of_a_mixture_of_experts_only_the_chosen_ones_are_counted() -> None:
+def test_only_chosen_experts_are_counted() -> None:
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
     n, found = 16, {}
     for experts in (4, 8):
@@ -246,7 +245,7 @@ def test_of_a_mixture_of_experts_only_the_chosen_ones_are_counted() -> None:
     for experts, flops in found.items():
         assert flops.forward == projections + 4 * n * n * 32 + 2 * n * 32 * experts + chosen + 2 * n * 32 * 96
         assert flops.backward == 2 * flops.forward
-    # with real data, in the form that torch's own table knows
+    # with real data, and experts in a form that torch's own table knows
     model.set_experts_implementation("batched_mm")
     ids = torch.arange(n)[None]
     with FlopCounterMode(display=False, custom_mapping=accounting.MORE_FLOPS) as counter:
@@ -264,7 +263,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def peak_of_the_allocator(call: Callable[[], object]) -> int:
-    """The most bytes that torch had taken at once on the CPU beside what was there before."""
+    """The most bytes that torch allocated at once on the CPU."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         call()
     moments = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
@@ -291,9 +290,7 @@ def test_peaks_are_those_of_the_allocator(kind: str, precision: str) -> None:
 
 
 def test_a_measurement_leaves_no_tensors_behind() -> None:
-    import gc
-
-    # By type and not `isinstance`, which reads `__class__`: some objects of torch warn when asked for it.
+    # by type and not `isinstance`, which reads `__class__`: some objects of torch then warn
     model, ids = small(), torch.zeros(1, 16, dtype=torch.int64)
     counts = []
     for _ in range(3):

@@ -2,31 +2,32 @@
 
 import bisect
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
-from lorank.accounting import (
-    Method,
-    block_forward_flops,
-    block_training_flops,
-    bottleneck_recompute_flops,
-    break_even_ratio,
-    cola_parameters,
-    dense_parameters,
-    measure_peak,
-    memory_estimate,
-    recompute_flops,
-    training_state_bytes,
-)
+from lorank.accounting import measure_peak, memory_estimate
 from lorank.checkpointing import checkpoint, keep_bottlenecks, keep_nothing
 from lorank.conversion import convert
 from lorank.methods.cola import CoLA
 from lorank.methods.sltrain import model_values
 from lorank.optim import galore
-from lorank.papers import Paper, PaperTable, shape_of
+from lorank.papers.formulas import (
+    Row,
+    block_forward_flops,
+    block_training_flops,
+    bottleneck_recompute_flops,
+    break_even_ratio,
+    coefficients,
+    cola_parameters,
+    dense_parameters,
+    recompute_flops,
+    shape_of,
+    training_state_bytes,
+)
+from lorank.papers.table import Paper, PaperTable
 from lorank.sizes import SIZES, llama_config
 
 SIZES_SHOWN = ("60m", "130m", "350m", "1b")
@@ -49,7 +50,7 @@ def state_gib(row: str, size: str) -> float:
     dense, cola = dense_parameters(*shape), cola_parameters(*shape, rank)
     factors = shape.over_projections(lambda m, n: rank * (m + n))
     outside = cola - factors
-    # the basis, which GaLore keeps beside its moments, is not in the paper's column
+    # the paper's column does not include the basis that GaLore keeps in addition to its moments
     moments = shape.over_projections(lambda m, n: galore.state_elements(m, n, rank) - rank * min(m, n))
     return {
         "full-rank": training_state_bytes(dense),
@@ -72,7 +73,7 @@ def compute_ratio(row: str, size: str) -> float | None:
 
 
 def rank_at(ratio: float, size: str) -> int:
-    """The lowest at which CoLA costs that part of the dense model.
+    """The lowest rank at which CoLA costs that fraction of the dense model.
 
     >>> rank_at(0.7, "60m"), rank_at(0.7, "130m"), rank_at(0.7, "350m")
     (219, 332, 445)
@@ -87,19 +88,6 @@ def recomputation(row: str, column: str) -> float:
     return recompute_flops("blocks", 2048, 512, 256) / recompute_flops(scheme, 2048, 512, 256)  # type: ignore[arg-type]
 
 
-def coefficients(count: Callable[..., float], terms: Sequence[Callable[..., float]], points: Sequence) -> list[float]:
-    """Those of the sum of `terms` that equals `count`; both are called with each of `points`.
-
-    >>> coefficients(lambda x: 3 * x + 2, [lambda x: x, lambda x: 1], [(1,), (2,), (5,)])
-    [3.0, 2.0]
-    """
-    rows = torch.tensor([[float(term(*point)) for term in terms] for point in points], dtype=torch.float64)
-    values = torch.tensor([float(count(*point)) for point in points], dtype=torch.float64)
-    scale = rows.norm(dim=0)
-    found = torch.linalg.lstsq(rows / scale, values[:, None], driver="gelsd").solution[:, 0] / scale
-    return [round(float(x), 4) + 0.0 for x in found]
-
-
 COMPUTE: dict[str, Callable[..., float]] = {  # of d, d_ff, r, n
     "n d²": lambda d, f, r, n: n * d * d,
     "n² d": lambda d, f, r, n: n * n * d,
@@ -109,7 +97,7 @@ COMPUTE: dict[str, Callable[..., float]] = {  # of d, d_ff, r, n
     "d² r": lambda d, f, r, n: d * d * r,
     "d d_ff r": lambda d, f, r, n: d * f * r,
 }
-METHODS: dict[str, Method] = {
+ROWS: dict[str, Row] = {
     "full-rank": "dense",
     "CoLA": "cola",
     "(Re)LoRA": "relora",
@@ -121,16 +109,14 @@ METHODS: dict[str, Method] = {
 @functools.cache
 def _compute(row: str) -> list[float]:
     points = [(d, f, r, n) for d in (8, 24) for f in (16, 40) for r in (4, 6) for n in (10, 32)]
-    return coefficients(functools.partial(block_training_flops, METHODS[row]), [*COMPUTE.values()], points)
+    return coefficients(functools.partial(block_training_flops, ROWS[row]), [*COMPUTE.values()], points)
 
 
 def compute(row: str, column: str) -> float:
     return _compute(row)[list(COMPUTE).index(column)]
 
 
-KEPT: dict[
-    str, Callable[..., float]
-] = {  # of d, r, n, h; the norms' factors, of which the paper does not speak, are the last
+KEPT: dict[str, Callable[..., float]] = {  # of d, r, n, h; the last is the norms' factors, which the paper leaves out
     "n d": lambda d, r, n, h: n * d,
     "n² h": lambda d, r, n, h: n * n * h,
     "n r": lambda d, r, n, h: n * r,
@@ -140,7 +126,7 @@ POLICIES = {"blocks checkpointed": keep_nothing, "CoLA-M": keep_bottlenecks}
 
 
 def _model(row: str, config: LlamaConfig, rank: int, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Without data, attention not fused, as in the paper."""
+    """Without data; attention is not fused, as in the paper."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=dtype)
     if row.startswith("CoLA"):
@@ -191,7 +177,7 @@ def again(row: str, column: str) -> float:
 
 @functools.cache
 def measured_gb(row: str, column: str) -> float:
-    """What `lorank plan` has for the peak. All blocks are alike: two and three of them give the others, to the byte."""
+    """The peak of `lorank plan`. All blocks are alike, so that models of two and three give the rest, to the byte."""
     size, batch = {"1b, 64": ("1b", 64), "7b, 16": ("7b", 16)}[column]
     config = llama_config(size)
     layers, peaks = config.num_hidden_layers, []
@@ -201,8 +187,7 @@ def measured_gb(row: str, column: str) -> float:
     return (peaks[0] + (layers - 2) * (peaks[1] - peaks[0])) / 1e9
 
 
-SCORES = "scores before their softmax are not kept, only after"
-UNKNOWN = "its batch, length or precision is not known"
+SCORES = "scores are kept only after their softmax, not before"
 PAPER = Paper(
     name="cola",
     title="CoLA: Compute-Efficient Pre-Training of LLMs via Low-Rank Activation",
@@ -237,7 +222,7 @@ PAPER = Paper(
             source="the paper's main table, from memory",
         ),
         PaperTable(
-            title="Training compute, part of the dense model's",
+            title="Training compute as a fraction of the dense model's",
             columns=("60m", "130m", "350m"),
             rows={
                 "CoLA": ("0.4", "0.5", "0.4"),
@@ -252,14 +237,14 @@ PAPER = Paper(
                     (
                         "CoLA, larger rank",
                         size,
-                    ): f"its rank is not known; the formula has 0.7 at r = {rank_at(0.7, size)}"
+                    ): f"its rank is not known; the formula gives 0.7 at r = {rank_at(0.7, size)}"
                     for size in ("60m", "130m", "350m")
                 },
                 ("smaller dense model", "*"): "its shape is not known",
             },
         ),
         PaperTable(
-            title="Recomputation of CoLA-M, and the rank at which CoLA costs what dense does",
+            title="Recomputation of CoLA-M, and the rank at which CoLA costs as much as dense",
             columns=("n = 256",),
             rows={
                 "less recomputation, times (formula)": ("4.6",),
@@ -274,7 +259,7 @@ PAPER = Paper(
                 (
                     "less recomputation, times (authors' code)",
                     "n = 256",
-                ): "the authors' code runs whole segments again, A's included: 37 n d r instead of 18.5 n d r"
+                ): "the authors' code runs whole segments again, including A: 37 n d r instead of 18.5 n d r"
             },
         ),
         PaperTable(
@@ -288,8 +273,9 @@ PAPER = Paper(
                 "GaLore": ("24", "12", "18", None, None, "16", "12"),
             },
             ours=compute,
-            formula="our closed forms, to which tests/train/test_forecast.py holds the models; what SLTrain and GaLore add is paid once "
-            "per call and per step, whatever n; our SLTrain forms W once more in backward, 8 d² r + 6 d d_ff r that the table leaves out",
+            formula="our closed forms, against which tests/train/test_forecast.py checks the models; SLTrain's and GaLore's additions "
+            "are paid once per call and per step, at any n; our SLTrain forms W once more in backward, 8 d² r + 6 d d_ff r, which "
+            "the table leaves out",
             source="the paper's table of compute, from memory, every row re-derived",
         ),
         PaperTable(
@@ -302,12 +288,12 @@ PAPER = Paper(
                 "CoLA-M": ("2", None, "7"),
             },
             ours=kept,
-            formula="counted on models of one and two blocks, h heads, attention not fused; the norms keep 2 n beside",
+            formula="counted on models of one and two blocks, h heads, attention not fused; the norms keep 2 n more",
             source="the paper's table of memory, from memory",
             strays={
                 ("full-rank", "n² h"): SCORES,
                 ("CoLA", "n² h"): SCORES,
-                ("CoLA-M", "n d"): "between attention and MLP the residual stream is computed again here, at no cost",
+                ("CoLA-M", "n d"): "ours computes the residual stream between attention and MLP again, at no cost",
             },
         ),
         PaperTable(
@@ -315,7 +301,7 @@ PAPER = Paper(
             columns=("n d²", "n d r", "n² d"),
             rows={"blocks checkpointed": ("23", None, "4"), "CoLA-M": (None, "18.5", "4")},
             ours=again,
-            formula="a block's forward pass; with CoLA-M its B factors but the last, whose output backward does not need, and attention",
+            formula="a block's forward pass; with CoLA-M attention and all B factors except the last, whose output backward does not need",
             source="the same table",
             strays={("CoLA-M", "n d r"): "half of a block's factors, 37 n d r, are 18.5; without the last B, 18"},
         ),
@@ -336,32 +322,17 @@ PAPER = Paper(
                 (
                     "full-rank",
                     "7b, 16",
-                ): "12 GB more, nearly the 13.5 of another copy of the weights; what they are is not known",
+                ): "12 GB more than ours, close to the 13.5 of another copy of the weights; the cause is not known",
                 (
                     "CoLA-M",
                     "1b, 64",
-                ): "ours keeps one residual stream of each block less, 1.6 GB; the rest is not known",
+                ): "ours keeps one residual stream per block less, 1.6 GB; the cause of the rest is not known",
                 (
                     "CoLA-M",
                     "7b, 16",
-                ): "ours keeps one residual stream of each block less, 1.1 GB; the rest is not known",
+                ): "ours keeps one residual stream per block less, 1.1 GB; the cause of the rest is not known",
             },
-        ),
-        PaperTable(
-            title="Measured memory of other runs, GB",
-            columns=("7b training", "1b inference", "7b inference"),
-            rows={
-                "full-rank": (None, "5.74", "18.15"),
-                "8-bit Adam": ("72.59", None, None),
-                "8-bit GaLore": ("65.16", None, None),
-                "SLTrain": ("60.91", "4.18", "12.70"),
-                "CoLA": (None, "3.84", "10.87"),
-            },
-            ours=lambda row, column: None,
-            formula="none: measured",
-            source="the paper's tables of its 7B run and of inference, from memory",
-            strays={(row, "*"): UNKNOWN for row in ("full-rank", "8-bit Adam", "8-bit GaLore", "SLTrain", "CoLA")},
         ),
     ),
-    left_out="tokens/s",
+    left_out="tokens/s; measured memory of the 7B run and of inference, whose batch, length or precision is not known",
 )

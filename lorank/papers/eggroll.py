@@ -3,15 +3,15 @@
 import bisect
 
 from lorank.evolution.eggroll import operations_per_byte
-from lorank.papers import Paper, PaperTable
+from lorank.papers.table import Paper, PaperTable
 
 WIDTH, ENOUGH = 8192, 300.0
-"""Of the square matrix; operations per byte above which an accelerator computes rather than waits for its memory."""
+"""Width of the square matrix; operations per byte above which an accelerator does not wait for its memory."""
 RANKS = {"one matrix for all, members": 0, "EGGROLL with r = 1, members": 1}
 
 
 def members(row: str, column: str) -> float:
-    """The fewest that have `ENOUGH`."""
+    """The fewest members with `ENOUGH` operations per byte."""
 
     def intensity(count: int) -> float:
         return operations_per_byte(WIDTH, WIDTH, count, RANKS[row])
@@ -33,15 +33,6 @@ PAPER = Paper(
             "bytes; without noise 2 N a b for 2 (a b + N (a + b))",
             source="the paper's section on arithmetic intensity, read in a rendering of it",
         ),
-        PaperTable(
-            title="Measured speed, a linear map of width 8192, 1024 members, % of inference",
-            columns=("noise there", "noise drawn"),
-            rows={"EGGROLL": ("91", "69"), "OpenES": ("0.41", "0.054"), "PPO": ("34", None)},
-            ours=lambda row, column: None,
-            formula="none: measured",
-            source="a figure of the paper, read in a rendering of it",
-            strays={(row, "*"): "measured on a GH200" for row in ("EGGROLL", "OpenES", "PPO")},
-        ),
     ),
-    left_out="hours of its runs",
+    left_out="hours of its runs; speed measured on a GH200",
 )

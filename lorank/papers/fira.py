@@ -1,9 +1,9 @@
 """Costs as the Fira paper prints them."""
 
-from lorank.accounting import training_state_bytes
 from lorank.optim import fira, galore
-from lorank.papers import Paper, PaperTable, shape_of
+from lorank.papers.formulas import shape_of, training_state_bytes
 from lorank.papers.galore import elements
+from lorank.papers.table import Paper, PaperTable
 from lorank.sizes import SIZES
 
 SIZES_SHOWN = ("60m", "130m", "350m", "1b")
@@ -22,9 +22,8 @@ def memory_gib(row: str, size: str) -> float:
     return 2 * (weights + trained + states) / 2**30
 
 
-SUM = "the GaLore paper's figure and once more its weights for the gradients, as printed there"
+SUM = "the GaLore paper's figure plus its weights once more for the gradients, as printed there"
 TWICE = "as above; GaLore's weights for this row count embeddings, head and norms twice"
-UNKNOWN = "its batch at a time, on which activations depend, is not known"
 PAPER = Paper(
     name="fira",
     title="Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?",
@@ -41,7 +40,7 @@ PAPER = Paper(
                 "ReLoRA": ("0.44", "0.99", "2.12", "7.36"),
             },
             ours=memory_gib,
-            formula="2 bytes a number, in GiB; Fira keeps one number per matrix more than GaLore",
+            formula="2 bytes a number, in GiB; Fira keeps one number more per matrix than GaLore",
             source="the paper's table of perplexity, read in its text",
             strays={
                 **{("full-rank", size): SUM for size in ("60m", "130m", "1b")},
@@ -49,22 +48,6 @@ PAPER = Paper(
                 **{(row, size): TWICE for row in ("LoRA", "ReLoRA") for size in SIZES_SHOWN},
             },
         ),
-        PaperTable(
-            title="Measured memory, GB",
-            columns=("1b training", "7b fine-tuning"),
-            rows={
-                "full-rank": ("58.5", None),
-                "Fira": ("54.6", "23.4"),
-                "GaLore": ("54.6", "23.4"),
-                "Flora": ("54.5", None),
-                "LoRA": ("59", "23.7"),
-                "ReLoRA": ("59", None),
-            },
-            ours=lambda row, column: None,
-            formula="none: measured",
-            source="the paper's tables of throughput, read in its text",
-            strays={(row, "*"): UNKNOWN for row in ("full-rank", "Fira", "GaLore", "Flora", "LoRA", "ReLoRA")},
-        ),
     ),
-    left_out="throughput, as a part of full-rank training's",
+    left_out="throughput relative to full-rank training; measured memory, whose micro-batch is not known",
 )

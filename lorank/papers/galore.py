@@ -1,8 +1,8 @@
 """Costs as the GaLore paper prints them."""
 
-from lorank.accounting import cola_parameters, dense_parameters
 from lorank.optim.galore import state_elements
-from lorank.papers import Paper, PaperTable, shape_of
+from lorank.papers.formulas import cola_parameters, dense_parameters, shape_of
+from lorank.papers.table import Paper, PaperTable
 from lorank.sizes import SIZES
 
 SIZES_SHOWN = ("60m", "130m", "350m", "1b")
@@ -36,7 +36,7 @@ def both_gib(row: str, size: str) -> float:
 
 
 def one_sequence(row: str, column: str) -> float | None:
-    """10^9 bytes of weights, gradients and states in bf16, moments in a byte where 8-bit; a step takes no more beside them."""
+    """10^9 bytes of weights, gradients and states in bf16, with moments of a byte where 8-bit; the step needs nothing else."""
     weights, states = elements("1b")["full-rank"]
     galore = elements("1b")["GaLore"][1]
     shape = shape_of("1b")
@@ -66,11 +66,11 @@ def seven_billion(row: str, column: str) -> float:
     }[row] / {"gradients saved": 1e9, "states saved": 1e9, "states saved, %": 1}.get(row, 2**30)
 
 
-ADDED = "the table's own full-rank and low-rank weights added: embeddings, head and norms are counted twice"
-NEITHER = "in between the counts in GiB and in 10^9 bytes"
+ADDED = "the sum of the table's own full-rank and low-rank weights, which counts embeddings, head and norms twice"
+NEITHER = "between the counts in GiB and in 10^9 bytes"
 DOUBLED = "twice the table's own low-rank weights"
-SUM = "the sum of the two tables above as printed, give or take 0.01"
-LAYERS = "we have no optimizer that updates layer by layer; galore's in_backward waits with the projections"
+SUM = "the sum of the two tables above as printed, within 0.01"
+LAYERS = "we have no optimizer that updates layer by layer; with in_backward, galore keeps projected gradients until its step"
 ADAPTED = ("LoRA", "ReLoRA")
 PAPER = Paper(
     name="galore",
@@ -91,7 +91,10 @@ PAPER = Paper(
             source="the paper's table of memory, read in its text",
             strays={
                 ("full-rank", "60m"): "0.116 in 10^9 bytes would round to it, where 130m and 350m are in GiB",
-                ("full-rank", "1b"): "1.3 B x 2 bytes in 10^9, the size's name; by count 2.49 GiB or 2.68 x 10^9 bytes",
+                (
+                    "full-rank",
+                    "1b",
+                ): "1.3 B, the size's name, x 2 bytes in 10^9; by count 2.49 GiB or 2.68 x 10^9 bytes",
                 ("low-rank", "350m"): NEITHER,
                 ("low-rank", "1b"): NEITHER,
                 **{(row, size): ADDED for row in ADAPTED for size in SIZES_SHOWN},
@@ -133,7 +136,7 @@ PAPER = Paper(
                 "ReLoRA": ("0.36", "0.80", "1.76", "6.17"),
             },
             ours=both_gib,
-            formula="the two tables above, added",
+            formula="the sum of the two tables above",
             source="the paper's table of perplexity, read in its text",
             strays={
                 **{("full-rank", size): SUM for size in ("60m", "130m", "1b")},
@@ -156,19 +159,19 @@ PAPER = Paper(
                 (
                     "AdamW",
                     "all at once",
-                ): "an AdamW that makes all denominators at once holds 2.7 GB more, which would be 13.4",
+                ): "an AdamW that computes all denominators at once holds 2.7 GB more, 13.4 in all",
                 (
                     "Adafactor",
                     "all at once",
-                ): "with a first moment, which ours has not, 2.7 GB more; the rest is not known",
+                ): "a first moment, which ours does not have, would be 2.7 GB more; the cause of the rest is not known",
                 (
                     "8-bit Adam",
                     "all at once",
-                ): "1.5 GB more than weights, gradients and moments; what they are is not known",
+                ): "1.5 GB more than weights, gradients and moments; the cause is not known",
                 (
                     "8-bit GaLore",
                     "all at once",
-                ): "1.4 GB more than these, as above; with what its step makes for a while, lorank plan has 8.0",
+                ): "1.4 GB more than these, as above; with the temporary tensors of its step, lorank plan gives 8.0",
                 **{(row, "by layer"): LAYERS for row in ("AdamW", "Adafactor", "8-bit Adam", "8-bit GaLore")},
             },
         ),
@@ -183,40 +186,16 @@ PAPER = Paper(
                 "states saved, %": ("65.5",),
             },
             ours=seven_billion,
-            formula="weights in bf16 and 8-bit states in GiB, what is saved in 10^9 bytes; GaLore's basis in bf16, r = 1024",
+            formula="weights in bf16 and 8-bit states in GiB, savings in 10^9 bytes; GaLore's basis in bf16, r = 1024",
             source="the paper's table of the 7B run, and its text on per-layer updates",
             strays={
                 (
                     "states saved",
                     "7b",
-                ): "9.7 without the bases; and where 9.6 are 65.5 %, all are 14.7, more than two moments of a byte",
+                ): "9.7 without the bases; if 9.6 are 65.5 %, the whole is 14.7, more than two moments of a byte",
                 ("states saved, %", "7b"): "65.1 with bases of a byte, 72.1 without them",
             },
         ),
-        PaperTable(
-            title="Measured memory, 7B, one sequence of 256 tokens, updates by layer, G",
-            columns=("7b",),
-            rows={
-                "8-bit GaLore": ("22.0",),
-                "less than AdamW": ("37.92",),
-                "less than AdamW, %": ("63.3",),
-                "less than 8-bit Adam": ("24.5",),
-                "less than 8-bit Adam, %": ("52.3",),
-            },
-            ours=lambda row, column: None,
-            formula="none: measured",
-            source="the paper's text on per-layer updates",
-            strays={
-                (row, "7b"): LAYERS
-                for row in (
-                    "8-bit GaLore",
-                    "less than AdamW",
-                    "less than AdamW, %",
-                    "less than 8-bit Adam",
-                    "less than 8-bit Adam, %",
-                )
-            },
-        ),
     ),
-    left_out="tokens/s",
+    left_out="tokens/s; measured memory of the 7B run, whose updates are layer by layer",
 )

@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 from lorank.accounting import measure_flops
 from lorank.conversion import convert
 from lorank.methods.masa import MASA
-from lorank.papers import VOCABULARY, Paper, PaperTable
-from lorank.papers.cola import coefficients
+from lorank.papers.formulas import VOCABULARY, coefficients
+from lorank.papers.table import Paper, PaperTable
 
 SHAPES = {"s": (768, 12), "m": (1024, 24), "l": (1536, 24)}
 """(d, L), inferred from the published totals: tied embeddings, MLPs of width 4 d without a gate."""
@@ -19,7 +19,7 @@ KV_HEADS = {"s": 1 / 6, "m": 1 / 8, "l": 1 / 6}
 
 
 def compression(blocks: int, atoms: int, shared: int) -> float:
-    """Part of the attention's parameters that goes when `shared` of its four projections have atoms; C is not counted.
+    """Fraction of attention's parameters saved when `shared` of its four projections have atoms; C is not counted.
 
     >>> compression(12, 4, 3)
     0.5
@@ -58,7 +58,7 @@ def vision(row: str, column: str) -> float:
 
 
 BLOCKS = 3
-FORWARD: dict[str, Callable[..., float]] = {  # of d, d_ff, k, n; the last two are the MLP's and the head's
+FORWARD: dict[str, Callable[..., float]] = {  # of d, d_ff, k, n; the last two belong to MLP and head
     "n² d": lambda d, f, k, n: n * n * d,
     "n d²": lambda d, f, k, n: n * d * d,
     "k d²": lambda d, f, k, n: k * d * d,
@@ -69,7 +69,7 @@ FORWARD: dict[str, Callable[..., float]] = {  # of d, d_ff, k, n; the last two a
 
 @functools.cache
 def _forward(row: str) -> list[float]:
-    """Of a block, counted on models."""
+    """Coefficients of a block, counted on models."""
 
     def block(d: int, f: int, k: int, n: int) -> float:
         config = LlamaConfig(
@@ -89,7 +89,7 @@ def attention_flops(row: str, column: str) -> float:
     return _forward(row)[list(FORWARD).index(column)]
 
 
-WIDE_MLP = "blocks of 12 d² hold more; half of it, 6 d², would fit: MLPs as wide as the model"
+WIDE_MLP = "blocks of 12 d² hold more; half of that, 6 d², would fit: MLPs as wide as the model"
 PAPER = Paper(
     name="masa",
     title="Share Your Attention: Transformer Weight Sharing via Matrix-based Dictionary Learning",
@@ -104,7 +104,7 @@ PAPER = Paper(
                 "attention, MASA-QKVO": (None, None, "75"),
             },
             ours=parameters,
-            formula="32,000 d + 12 d² L; attention 4 d² L, of which a third stays",
+            formula="32,000 d + 12 d² L; attention 4 d² L, of which a third remains",
             source="the paper's text; the shapes are our inference from these figures",
         ),
         PaperTable(
@@ -144,7 +144,7 @@ PAPER = Paper(
                 "fewer parameters, M": ("0.272", "0.466", "2.044"),
             },
             ours=vision,
-            formula="blocks of 12 d², patches and head not counted; 4 d² (L - S) of them go",
+            formula="blocks of 12 d², without patches and head; 4 d² (L - S) of them are saved",
             source="read off the paper's chart, the difference of two bars; patches and head are not known",
             strays={
                 (
@@ -153,12 +153,12 @@ PAPER = Paper(
                 ): "patches, positions and head, some 0.01 M, are not in the formula",
                 ("parameters, vanilla, M", "256 x 12"): WIDE_MLP,
                 ("parameters, vanilla, M", "256 x 24"): WIDE_MLP,
-                ("fewer parameters, M", "64 x 12"): "attention has 0.197 M in all, less than what is said to go",
+                ("fewer parameters, M", "64 x 12"): "attention has only 0.197 M in all",
                 (
                     "fewer parameters, M",
                     "256 x 12",
-                ): "less than the attention that goes with four atoms for twelve blocks",
-                ("fewer parameters, M", "256 x 24"): "less than the attention that goes with four atoms for 24 blocks",
+                ): "less than what four atoms for twelve blocks save",
+                ("fewer parameters, M", "256 x 24"): "less than what four atoms for 24 blocks save",
             },
         ),
     ),

@@ -1,7 +1,7 @@
 """Costs as the ReLoRA paper prints them."""
 
-from lorank.accounting import cola_parameters
-from lorank.papers import VOCABULARY, Paper, PaperTable, Shape, shape_of
+from lorank.papers.formulas import VOCABULARY, Shape, cola_parameters, shape_of
+from lorank.papers.table import Paper, PaperTable
 
 SHAPES = {
     "60m": shape_of("60m"),
@@ -13,7 +13,7 @@ SHAPES = {
 
 
 def trainable(row: str, size: str) -> float:
-    return cola_parameters(*SHAPES[size], 128) / 1e6  # the factors beside W are as many as CoLA's in its place
+    return cola_parameters(*SHAPES[size], 128) / 1e6  # as many factors next to W as CoLA has in its place
 
 
 PAPER = Paper(
@@ -30,5 +30,5 @@ PAPER = Paper(
             source="the paper's table of models, from memory",
         ),
     ),
-    left_out="up to 5.5 GB less memory per GPU (abstract): measured, its setting is not known",
+    left_out="up to 5.5 GB less memory per GPU (abstract): measured in a setting that is not known",
 )

@@ -1,9 +1,9 @@
 """Costs as the SLTrain paper prints them."""
 
-from lorank.accounting import cola_parameters, dense_parameters
 from lorank.methods.sltrain import model_values
 from lorank.optim import galore
-from lorank.papers import Paper, PaperTable, shape_of
+from lorank.papers.formulas import cola_parameters, dense_parameters, shape_of
+from lorank.papers.table import Paper, PaperTable
 from lorank.sizes import SIZES
 
 SIZES_SHOWN = ("60m", "130m", "350m", "1b")
@@ -68,38 +68,16 @@ PAPER = Paper(
             ours=memory_gb,
             formula="6 bytes a parameter, in 10^9 bytes, 8 more for each index of SLTrain; GaLore's basis counted",
             source="the paper's main table, from memory; 1b also in a figure of the authors' repository, "
-            "which has SLTrain near 4.08 instead of 4.16 and the other rows alike",
+            "which has SLTrain near 4.08 instead of 4.16 and the other rows the same",
             strays={
                 ("low-rank BA", "60m"): "6 bytes for each of 42.8 M parameters are 0.257",
                 (
                     "ReLoRA",
                     "*",
-                ): "two bytes for each frozen weight and six for each trained one are less; what else was counted "
-                "is not known",
+                ): "two bytes for each frozen weight and six for each trained one are less; what else was counted is not known",
                 ("GaLore", "350m"): "the same formula gives the other three sizes; misprint or another rank",
             },
         ),
-        PaperTable(
-            title="Measured memory on an A100, GB",
-            columns=("350m", "1b", "7b"),
-            rows={
-                "Adam": ("4.5", "16.3", "67.4"),
-                "8-bit Adam by layer": ("3.5", "11.8", "29.4"),
-                "8-bit GaLore by layer": ("3.1", "10.3", "22.0"),
-                "8-bit SLTrain by layer": ("2.2", "6.8", "18.3"),
-                "less than Adam, %": (None, None, "73"),
-            },
-            ours=lambda row, column: None,
-            formula="none: the batch is not known, and we have no updates layer by layer",
-            source="a figure of the authors' repository; the abstract",
-            strays={
-                **{
-                    (row, "*"): "its batch, on which activations depend, is not known"
-                    for row in ("Adam", "8-bit Adam by layer", "8-bit GaLore by layer", "8-bit SLTrain by layer")
-                },
-                ("less than Adam, %", "7b"): "so says the column itself, 1 - 18.3 / 67.4; neither is ours to count",
-            },
-        ),
     ),
-    left_out="tokens/s",
+    left_out="tokens/s; memory measured on an A100, where the batch is not known and 8-bit methods update layer by layer",
 )

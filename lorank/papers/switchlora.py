@@ -1,7 +1,7 @@
 """Costs as the SwitchLoRA paper prints them."""
 
-from lorank.accounting import cola_parameters, dense_parameters
-from lorank.papers import Paper, PaperTable, shape_of
+from lorank.papers.formulas import cola_parameters, dense_parameters, shape_of
+from lorank.papers.table import Paper, PaperTable
 
 
 def percent(row: str, column: str) -> float | None:
@@ -17,7 +17,7 @@ PAPER = Paper(
     arxiv="2406.06564",
     tables=(
         PaperTable(
-            title="Part of full-rank training, %",
+            title="Fraction of full-rank training, %",
             columns=("350m, r 256", "1.3b, r 512"),
             rows={
                 "trainable, at least": ("50", "50"),
@@ -25,13 +25,13 @@ PAPER = Paper(
                 "less memory": (None, "13"),
             },
             ours=percent,
-            formula="gradients of embeddings, norms and factors over all; candidates are neither trained nor sent",
+            formula="gradients of embeddings, norms and factors over those of all weights; candidates are neither trained nor sent",
             source='the abstract; "50 to 60 %" trainable as a summary quotes it',
             strays={
                 (
                     "trainable, at least",
                     "1.3b, r 512",
-                ): "46 % by count, which is what the 54 % less communication say too",
+                ): "46 % by count, which agrees with the 54 % less communication",
                 ("less memory", "1.3b, r 512"): "measured; its batch is not known",
             },
         ),

@@ -1,4 +1,4 @@
-"""Published costs beside ours: for the terminal, and as records."""
+"""Published costs next to ours: for the terminal, and as records."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -7,34 +7,28 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lorank.papers import Cell, Paper, PaperTable
+from lorank.papers.table import Cell, Paper, PaperTable
 from lorank.report.plans import records_csv
 
 SIGNS = {"follows": "", "other rounding": "≈", "met": "~", "does not follow": "✗", "unchecked": "?"}
 
 
 def paper_tables(found: Sequence[Paper]) -> RenderableType:
-    """Of each table the published figures, ours and the difference, then how we count and what does not follow."""
+    """For each table the published figures, ours and the difference; then how we count and which cells do not follow."""
     parts: list[RenderableType] = []
     for paper in found:
         parts += [Text(f"{paper.title}, arXiv {paper.arxiv}", "bold"), ""]
         for table in paper.tables:
             parts += [Text(table.title, "underline"), _cells(table), *_notes(table), ""]
         if paper.left_out:
-            parts += [f"Not here: {paper.left_out}.", ""]
-    cells = [cell for paper in found for table in paper.tables for cell in table.cells()]
-    measured = sum(
-        cell.mark == "does not follow"
-        for paper in found
-        for table in paper.tables
-        if table.within is not None
-        for cell in table.cells()
-    )
-    counts = {mark: sum(cell.mark == mark for cell in cells) for mark in SIGNS}
+            parts += [f"Not included: {paper.left_out}.", ""]
+    cells = [(table.within is not None, cell.mark) for paper in found for table in paper.tables for cell in table.cells]
+    counts = {mark: sum(mark == other for _, other in cells) for mark in SIGNS}
     parts.append(
-        f"{len(cells)} published cells: {counts['follows']} follow from their formula, {counts['other rounding']} but for "
-        f"the rounding of the last digit (≈), {counts['met']} were measured and our count meets them (~), "
-        f"{counts['does not follow']} do not (✗; {measured} of them were measured), {counts['unchecked']} cannot be checked (?)."
+        f"{len(cells)} published cells: {counts['follows']} follow from their formula, {counts['other rounding']} follow except for "
+        f"the rounding of the last digit (≈), {counts['met']} are measurements that our count meets (~), "
+        f"{counts['does not follow']} do not follow (✗; {cells.count((True, 'does not follow'))} of them are measurements), "
+        f"{counts['unchecked']} cannot be checked (?)."
     )
     return Group(*parts)
 
@@ -45,7 +39,7 @@ def _cells(table: PaperTable) -> Table:
     for name in ("", "published", "ours", "difference", ""):
         grid.add_column(name, justify="left" if not name else "right", no_wrap=True)
     before = None
-    for cell in table.cells():
+    for cell in table.cells:
         color = {"does not follow": "yellow", "unchecked": "dim"}.get(cell.mark, "")
         ours, difference = _figures(cell)
         row = cell.row if cell.row != before else ""
@@ -66,7 +60,7 @@ def _notes(table: PaperTable) -> Iterator[Text]:
     met = f" ~ is within {table.within:.0%}." if table.within is not None else ""
     yield Text(f"Ours: {table.formula}. Published: {table.source}.{met}", "dim")
     reasons: dict[str, list[Cell]] = {}
-    for cell in table.cells():
+    for cell in table.cells:
         if cell.reason:
             reasons.setdefault(cell.reason, []).append(cell)
     for reason, cells in reasons.items():
@@ -79,6 +73,16 @@ def _notes(table: PaperTable) -> Iterator[Text]:
 
 
 # ---- for programs
+
+
+def papers_json(found: Sequence[Paper]) -> str:
+    """One record per cell."""
+    return json.dumps({"cells": _records(found)}, indent=2, ensure_ascii=False)
+
+
+def papers_csv(found: Sequence[Paper]) -> str:
+    """One line per cell below a line of names."""
+    return records_csv(_records(found))
 
 
 def _records(found: Sequence[Paper]) -> list[dict]:
@@ -99,15 +103,5 @@ def _records(found: Sequence[Paper]) -> list[dict]:
         }
         for paper in found
         for table in paper.tables
-        for cell in table.cells()
+        for cell in table.cells
     ]
-
-
-def papers_json(found: Sequence[Paper]) -> str:
-    """One record per cell."""
-    return json.dumps({"cells": _records(found)}, indent=2, ensure_ascii=False)
-
-
-def papers_csv(found: Sequence[Paper]) -> str:
-    """One line per cell under a line of names."""
-    return records_csv(_records(found))

@@ -24,7 +24,7 @@ from lorank import (
     keep_recurrence,
     merge,
 )
-from lorank.accounting import crnet_parameters, measure_flops, measure_peak, measure_saved
+from lorank.accounting import measure_flops, measure_peak, measure_saved
 from lorank.checkpointing import keep_nothing
 from lorank.methods.crnet import (
     CRNetDense,
@@ -35,6 +35,7 @@ from lorank.methods.crnet import (
     previous_output,
     recompute_flops,
 )
+from lorank.papers.formulas import crnet_parameters
 from lorank.tape import Rerun, Slot, Tape
 
 D, D_FF, N, R = 48, 112, 20, 9

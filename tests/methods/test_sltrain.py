@@ -19,6 +19,7 @@ import lorank
 from lorank import LowRank, Site, SLTrain, accounting, convert
 from lorank.checkpointing import POLICIES
 from lorank.methods.sltrain import SLTrainLinear, draw_support, site_seed, support_size
+from lorank.papers import formulas
 from lorank.sizes import SIZES, llama_config
 
 PUBLISHED = {  # density, trainable parameters, entries of all supports
@@ -500,18 +501,18 @@ def test_flops_beyond_the_dense_block() -> None:
     (W again, and two gradients); forming W in the forward pass is a third of that once more."""
     d, f, r, n = 2048, 5461, 512, 256
     one, two = (accounting.measure_flops(empty("1b", num_hidden_layers=k), sequence_length=n) for k in (1, 2))
-    dense = accounting.block_forward_flops("dense", d, f, r, n)
+    dense = formulas.block_forward_flops("dense", d, f, r, n)
     forward, backward = two.forward - one.forward - dense, two.backward - one.backward - 2 * dense
     assert backward == 24 * d * d * r + 18 * d * f * r == 154_612_531_200
     assert forward == 8 * d * d * r + 6 * d * f * r == backward // 3
-    assert two.forward - one.forward == accounting.block_forward_flops("sltrain", d, f, r, n)
+    assert two.forward - one.forward == formulas.block_forward_flops("sltrain", d, f, r, n)
 
 
 def test_the_overhead_does_not_depend_on_the_number_of_tokens() -> None:
     found = []
     for n in (16, 64):
         flops = accounting.measure_flops(empty("60m", num_hidden_layers=1), sequence_length=n)
-        dense = accounting.block_forward_flops("dense", 512, 1376, 128, n) + 2 * n * 512 * 32_000  # and the head
+        dense = formulas.block_forward_flops("dense", 512, 1376, 128, n) + 2 * n * 512 * 32_000  # and the head
         found.append(flops.total - 3 * dense)
     assert found[0] == found[1] == 32 * 512**2 * 128 + 24 * 512 * 1376 * 128
     model = empty("60m", num_hidden_layers=1)

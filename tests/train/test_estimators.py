@@ -238,7 +238,7 @@ def test_a_planned_step_costs_what_a_real_one_does(kind: dict[str, Any], group_s
     assert estimator is not None
     ids = torch.randint(1, 256, (r.batch_size, r.sequence_length))
     batch = {"input_ids": ids, "labels": ids}
-    meter = accounting._Meter([*model.parameters(), *model.buffers(), ids])
+    meter = accounting.Meter([*model.parameters(), *model.buffers(), ids])
     with FlopCounterMode(display=False, custom_mapping=accounting.MORE_FLOPS) as counter, meter:
         estimator(batch, 0)
     assert found.flops.total == counter.get_total_flops()

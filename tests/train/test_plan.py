@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lorank import accounting
+from lorank.papers import formulas
 from lorank.plan.run import plan
 from lorank.train.recipe import Recipe
 
@@ -13,7 +13,7 @@ from lorank.train.recipe import Recipe
 def test_the_published_60m_row() -> None:
     found = plan(Recipe(size="60m", vocab_size=32_000))
     assert (found.dense.parameters.total, found.model.parameters.total) == (58_073_600, 42_770_944)
-    blocks = {m: accounting.block_training_flops(m, 512, 1376, 128, 256) * 8 for m in ("dense", "cola")}  # type: ignore[arg-type]
+    blocks = {m: formulas.block_training_flops(m, 512, 1376, 128, 256) * 8 for m in ("dense", "cola")}  # type: ignore[arg-type]
     head = 6 * 256 * 512 * 32_000
     assert found.dense.flops_per_token * 256 == blocks["dense"] + head
     assert found.model.flops_per_token * 256 == blocks["cola"] + head
