@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import LlamaForCausalLM
 
+from lorank.architectures import llama_config
 from lorank.optim import DCTAdamW, Eggroll, FiraAdamW, GaLoreAdamW, Subspace, Trion, low_rank_groups
 from lorank.optim.bases import BASES
-from lorank.sizes import llama_config
 
 RANK, GAP = 256, 200
 

@@ -16,13 +16,13 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from lorank.train.optimizers import build_optimizer
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainerCallback, get_scheduler, set_seed
 
 from lorank.train.build import build_trainer
 from lorank.train.data import collate, load_corpus
 from lorank.train.model import build_config, build_model
-from lorank.train.optimizers import build_optimizer
 from lorank.train.recipe import Recipe
 
 

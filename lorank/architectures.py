@@ -7,8 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaConfig
 from transformers.activations import ACT2CLS
 from transformers.pytorch_utils import Conv1D
+
+from lorank.sizes import find_size
 
 ACTIVATIONS: tuple[Any, ...] = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
 """Classes of a block's own non-linearity."""
@@ -144,3 +147,26 @@ FUSED: dict[tuple[str, str], Callable[[Any], Fusion]] = {
     ("glm4", "mlp.gate_up_proj"): _gate_and_up,
 }
 """(model type, end of the module's name) -> its parts. Other architectures' fused matrices count as one projection."""
+
+
+# ---- our own shapes
+
+
+def llama_config(size: str, *, vocab_size: int = 32_000, sequence_length: int = 256) -> LlamaConfig:
+    """The dense Llama of a size: RMSNorm eps 1e-6, RoPE theta 10,000, SiLU, untied embeddings, initial range 0.02, pad
+    id 0."""
+    shape = find_size(size)
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        max_position_embeddings=max(1024, sequence_length),
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        hidden_act="silu",
+        initializer_range=0.02,
+        pad_token_id=0,
+        tie_word_embeddings=False,
+    )

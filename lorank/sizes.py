@@ -1,10 +1,8 @@
 """Model shapes by name: the Llama family on which CoLA and its rivals publish their tables."""
 
-import difflib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-if TYPE_CHECKING:
-    from transformers import LlamaConfig
+from lorank.table import unknown
 
 
 class Size(NamedTuple):
@@ -33,28 +31,4 @@ def find_size(name: str) -> Size:
     """The shape of that name; ValueError that lists the known ones if there is none."""
     if name in SIZES:
         return SIZES[name]
-    near = difflib.get_close_matches(name.lower(), SIZES, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"unknown size {name!r}; {hint}the sizes are: {', '.join(SIZES)}")
-
-
-def llama_config(size: str, *, vocab_size: int = 32_000, sequence_length: int = 256) -> "LlamaConfig":
-    """The dense Llama of a size: RMSNorm eps 1e-6, RoPE theta 10,000, SiLU, untied embeddings, initial range 0.02, pad
-    id 0."""
-    from transformers import LlamaConfig
-
-    shape = find_size(size)
-    return LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        max_position_embeddings=max(1024, sequence_length),
-        rms_norm_eps=1e-6,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        hidden_act="silu",
-        initializer_range=0.02,
-        pad_token_id=0,
-        tie_word_embeddings=False,
-    )
+    raise ValueError(unknown("size", name, list(SIZES)))

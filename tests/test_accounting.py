@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from lorank.train.optimizers import build_optimizer, state_bytes
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -20,10 +21,10 @@ from transformers import (
 
 import lorank
 from lorank import accounting
+from lorank.architectures import llama_config
 from lorank.checkpointing import POLICIES
 from lorank.papers import formulas
-from lorank.sizes import SIZES, llama_config
-from lorank.train.optimizers import build_optimizer, state_bytes
+from lorank.sizes import SIZES
 
 # Training FLOPs per block on 256 tokens, dense and CoLA (arXiv 2502.10940, re-derived)
 PUBLISHED = {

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import lorank
 from lorank import accounting, papers
+from lorank.architectures import llama_config
 from lorank.cli import cli
 from lorank.methods import sltrain, sst
 from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, dct_adamw, fira, galore, trion
@@ -17,7 +18,7 @@ from lorank.papers import cola, masa
 from lorank.papers.formulas import cola_parameters, crnet_parameters, dense_parameters, shape_of
 from lorank.papers.table import PaperTable, last_digit
 from lorank.plan.run import empty_model, memory
-from lorank.sizes import SIZES, llama_config
+from lorank.sizes import SIZES
 from lorank.train.recipe import Recipe
 
 TABLES = [

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import lorank
-from lorank.sizes import SIZES, find_size, llama_config
+from lorank.architectures import llama_config
+from lorank.sizes import SIZES, find_size
 
 # d, d_ff, layers, heads, r, and the totals of the dense and of the CoLA model (arXiv 2502.10940; the totals re-derived)
 PUBLISHED = {

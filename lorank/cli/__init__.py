@@ -17,8 +17,8 @@ from typing import Any
 import click
 
 import lorank
-from lorank.sizes import find_size
 from lorank.fields import alternatives_of, field_types
+from lorank.sizes import find_size
 from lorank.train.recipe import Recipe
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from lorank.accounting import measure_peak, memory_estimate
+from lorank.architectures import llama_config
 from lorank.checkpointing import checkpoint, keep_bottlenecks, keep_nothing
 from lorank.conversion import convert
 from lorank.methods.cola import CoLA
@@ -28,7 +29,7 @@ from lorank.papers.formulas import (
     training_state_bytes,
 )
 from lorank.papers.table import Paper, PaperTable
-from lorank.sizes import SIZES, llama_config
+from lorank.sizes import SIZES
 
 SIZES_SHOWN = ("60m", "130m", "350m", "1b")
 

@@ -10,10 +10,10 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lorank.architectures import llama_config
 from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
 from lorank.pretrained import positions_of
-from lorank.sizes import llama_config
 from lorank.train.hub import asked_if_reachable
 from lorank.train.methods import methods_of
 from lorank.train.recipe import Recipe

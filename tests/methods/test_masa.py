@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from lorank.train.optimizers import build_optimizer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
@@ -25,7 +26,6 @@ from lorank.architectures import projection_type
 from lorank.method import SHARED
 from lorank.methods.masa import CoefficientNetwork, CoefficientTable, Dictionary, MASALinear
 from lorank.plan.run import plan
-from lorank.train.optimizers import build_optimizer
 from lorank.train.recipe import Recipe
 
 TABLE: dict[str, Any] = {"coefficients": "table"}

@@ -5,13 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from lorank.train.optimizers import build_optimizer
 from torch import Tensor, nn
 
 import lorank
 from lorank import convert, step_hook
+from lorank.architectures import llama_config
 from lorank.methods.relora import ReLoRA, ReLoRALinear, jagged_cosine, prune_
-from lorank.sizes import Size, llama_config
-from lorank.train.optimizers import build_optimizer
+from lorank.sizes import Size
 
 SIZES_250M = Size(768, 2560, 24, 16, 128)
 

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM
 
 import lorank
 from lorank import LowRank, Site, SLTrain, accounting, convert
+from lorank.architectures import llama_config
 from lorank.checkpointing import POLICIES
 from lorank.methods.sltrain import SLTrainLinear, draw_support, site_seed, support_size
 from lorank.papers import formulas
-from lorank.sizes import SIZES, llama_config
+from lorank.sizes import SIZES
 
 PUBLISHED = {  # density, trainable parameters, entries of all supports
     "60m": (0.03, 43_529_832, 758_888),

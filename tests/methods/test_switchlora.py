@@ -14,10 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import lorank
 from lorank import Site, SwitchLoRA, convert, merge, step_hook
+from lorank.architectures import llama_config
 from lorank.checkpointing import POLICIES
 from lorank.methods.switchlora import SwitchLoRALinear, entry_stds, exchange_, theta
 from lorank.optim.adamw import VectorAdamW
-from lorank.sizes import llama_config
 
 
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
