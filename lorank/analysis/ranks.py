@@ -1,15 +1,14 @@
-"""Ranks for every projection of every block, so that all together cost a given number of parameters and lose little.
+"""Ranks for every projection of every block that together fit a budget of parameters and lose little.
 
-Two factors of rank r hold r (d_in + d_out) weights, and whatever is linear and has rank r leaves at least this part of the energy
-of a projection's outputs Y, whose singular values σ_1 ≥ σ_2 ≥ ... are:
+Two factors of rank r hold r (d_in + d_out) weights. A linear map of rank r loses at least this fraction of the energy of
+a projection's outputs Y, whose singular values are σ_1 ≥ σ_2 ≥ ...:
 
     e(r) = Σ_{k > r} σ_k² / Σ_k σ_k²
 
-The ranks make the mean of e_i(r_i) over all projections small, at Σ r_i (d_in + d_out)_i ≤ budget and 1 ≤ r_i ≤ cap_i, the
-largest rank at which the factors are smaller than the dense matrix. Since every e_i is convex, it does to give out ranks one by one,
-each where it saves most per parameter: no ranks of the same price lose less, as long as the next one still fits; then
-what fits of the rest is taken, so that the mean is within one rank's gain of the least. Where equal ranks for all happen to lose
-less, as they may of a few small matrices, they are taken.
+We minimise the mean of e_i(r_i) over all projections at Σ r_i (d_in + d_out)_i ≤ budget and 1 ≤ r_i ≤ cap_i, the largest
+rank at which the factors are smaller than the dense matrix. Because every e_i is convex, the greedy choice (one rank at a
+time, best saving per parameter) is optimal up to the last rank: the mean is within one rank's gain of the least. If a
+uniform rank happens to lose less, which is possible for a few small matrices, we use that.
 """
 
 import math
@@ -24,21 +23,21 @@ class Suggestion(NamedTuple):
     ranks: dict[str, int]
     """By projection and depth, in the model's order."""
     table: dict[str, int]
-    """The same as a recipe's rank: pattern -> rank, depths of equal rank together."""
+    """The same as a recipe's rank: pattern -> rank, with depths of equal rank together."""
     parameters: int
     """In the factors of all projections."""
     dense_parameters: int
     """In the dense matrices that they replace."""
     lost: dict[str, float]
-    """The part of the outputs' energy that such ranks lose: "mean" over projections, and that of the "worst"."""
+    """Fraction of the outputs' energy that these ranks lose: the "mean" over projections, and the "worst" one."""
     uniform_rank: int
-    """The rank that all projections could have for the same budget, some of them one more."""
+    """The uniform rank at the same cost; some projections have one more."""
     uniform_lost: dict[str, float]
-    """What that would lose."""
+    """What the uniform rank loses."""
 
 
 def read_budget(text: str, dense_parameters: int) -> int:
-    """A number of parameters, from one such as 10M or from a fraction of the dense ones such as 0.5.
+    """A number of parameters, from a number such as 10M or a fraction of the dense parameters such as 0.5.
 
     >>> read_budget("10M", 0), read_budget("0.5", 1000), read_budget("750_000", 0)
     (10000000, 500, 750000)
@@ -46,14 +45,14 @@ def read_budget(text: str, dense_parameters: int) -> int:
     found = re.fullmatch(r"(\d[\d_]*\.?\d*|\.\d+)\s*([kMBG]?)", text.strip())
     if not found:
         raise ValueError(
-            f"budget={text!r} is neither a number of parameters such as 10M nor a fraction of the dense ones such as 0.5"
+            f"budget must be a number of parameters such as 10M or a fraction of the dense ones such as 0.5, got {text!r}"
         )
     number = float(found[1].replace("_", "")) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "G": 1e9}[found[2]]
     return round(number * dense_parameters if number <= 1 and "." in found[1] and not found[2] else number)
 
 
 def check_budget(budget: str, shapes: Iterable[tuple[int, int]]) -> int:
-    """A budget as a number of parameters; ValueError if no ranks of matrices (d_in, d_out) meet it."""
+    """A budget as a number of parameters; ValueError if no ranks of matrices (d_in, d_out) fit it."""
     shapes = list(shapes)
     dense = sum(d_in * d_out for d_in, d_out in shapes)
     least = sum(d_in + d_out for d_in, d_out in shapes)
@@ -61,8 +60,8 @@ def check_budget(budget: str, shapes: Iterable[tuple[int, int]]) -> int:
     wanted = read_budget(budget, dense)
     if not least <= wanted <= most:
         raise ValueError(
-            f"budget={budget} is {wanted:,} parameters, and factors in place of the dense {dense:,} hold {least:,} (rank 1) to "
-            f"{most:,} (break-even); choose between"
+            f"budget must be between {least:,} parameters (rank 1) and {most:,} (break-even) to replace the dense {dense:,}, "
+            f"got {budget} ({wanted:,})"
         )
     return wanted
 
@@ -74,15 +73,15 @@ def _cap(d_in: int, d_out: int) -> int:
 def suggest_ranks(
     projections: Sequence[Mapping[str, Any]], budget: str, *, called: Callable[[str], str] = lambda name: name
 ) -> Suggestion:
-    """The ranks of a budget, given out one by one where they save the most of the outputs' energy, in the mean over projections.
+    """Ranks that fit a budget, chosen one at a time where they save the most of the outputs' energy per parameter.
 
     Args:
         projections: as in `Analysis.to_dict`.
-        budget: see `read_budget`; of the weights in the factors, without embeddings, head, norms and biases.
-        called: from names here to those in the model that the table is for, where they differ.
+        budget: see `read_budget`; weights in the factors, without embeddings, head, norms and biases.
+        called: from names in `projections` to those in the model that the table is for.
 
     Raises:
-        ValueError: a budget that is none, or that no ranks meet.
+        ValueError: a budget that cannot be read, or that no ranks fit.
     """
     shapes = [(one["d_in"], one["d_out"]) for one in projections]
     wanted = check_budget(budget, shapes)
@@ -92,9 +91,9 @@ def suggest_ranks(
         ((i, k) for i, top in enumerate(cap) for k in range(1, top)),
         key=lambda at: -_at(parts[at[0]], at[1]) / price[at[0]],
     )
-    ranks, parameters = _given_out((i for i, _ in by_gain), price, wanted)
+    ranks, parameters = _greedy((i for i, _ in by_gain), price, wanted)
     by_turn = sorted(((i, k) for i, top in enumerate(cap) for k in range(1, top)), key=lambda at: at[1])
-    uniform, costs = _given_out((i for i, _ in by_turn), price, wanted)
+    uniform, costs = _greedy((i for i, _ in by_turn), price, wanted)
     if _lost(parts, uniform)["mean"] < _lost(parts, ranks)["mean"]:
         ranks, parameters = uniform, costs
     return Suggestion(
@@ -109,7 +108,7 @@ def suggest_ranks(
 
 
 def _parts(sigma: Sequence[float]) -> list[float]:
-    """Of each singular value in the energy of all."""
+    """Each singular value's fraction of the energy."""
     energy = math.fsum(value**2 for value in sigma)
     return [value**2 / energy if energy else 0.0 for value in sigma]
 
@@ -118,8 +117,8 @@ def _at(parts: Sequence[float], index: int) -> float:
     return parts[index] if index < len(parts) else 0.0
 
 
-def _given_out(turns: Iterable[int], price: Sequence[int], budget: int) -> tuple[list[int], int]:
-    """Ranks, from 1 on, of projections that one after another get one more as long as it can be paid; and what they cost."""
+def _greedy(turns: Iterable[int], price: Sequence[int], budget: int) -> tuple[list[int], int]:
+    """Ranks that start at 1 and grow by one at each turn that still fits the budget, and what they cost."""
     ranks, left = [1] * len(price), budget - sum(price)
     for one in turns:
         if price[one] <= left:
@@ -133,7 +132,7 @@ def _lost(parts: Sequence[Sequence[float]], ranks: Sequence[int]) -> dict[str, f
 
 
 def table_of(projections: Sequence[Mapping[str, Any]], ranks: Sequence[int]) -> dict[str, int]:
-    """Patterns that match these projections and no others, one for all depths of a projection that have the same rank."""
+    """Patterns that match exactly these projections; depths of a projection with the same rank share one."""
     depths: dict[tuple[str, int], list[int]] = {}
     for one, rank in zip(projections, ranks, strict=True):
         depths.setdefault((one["role"], rank), []).append(one["depth"])

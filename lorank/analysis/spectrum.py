@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def rank_leaving(sigma: Tensor, energy: float) -> int:
-    """The least number of leading singular values such that the others hold no more than `energy` (a sum of squares).
+    """The least number of leading singular values such that the others hold at most `energy`, a sum of squares.
 
     >>> rank_leaving(torch.tensor([3.0, 2.0, 1.0]), 1.5)
     2
@@ -38,5 +38,5 @@ def scaled_difference(now: Tensor, before: Tensor, cross: Tensor) -> tuple[float
 def svdvals(matrix: Tensor) -> Tensor:
     """Singular values in descending order; ValueError if the matrix is not finite."""
     if not matrix.isfinite().all():
-        raise ValueError("a weight or its gradient is not finite; the model has diverged, take an earlier one")
+        raise ValueError("a weight or its gradient is not finite; the model has diverged, use an earlier checkpoint")
     return torch.linalg.svdvals(matrix.to(torch.promote_types(matrix.dtype, torch.float32))).double().cpu()

@@ -405,12 +405,15 @@ def analyze(model: str, out: str | None, **settings: Any) -> None:
     208 GB at once, or 3 GB for one projection at a time.
     """
     console = _quiet_console()
+    from lorank.report.analysis import analysis_page
     from lorank.report.effective_ranks import analysis_table, budget_line, loss_line
     from lorank.train.analysis import analyze_folder
+    from lorank.train.folder import write_whole
 
     folder = Path(out or f"runs/analyze-{model.rstrip('/').split('/')[-1]}")
     with _errors_console().status("loading") as status:
         results = analyze_folder(model, folder, **settings, say=status.update)
+        write_whole(folder / "analysis.html", analysis_page(results))
     console.print(analysis_table(results), highlight=False)
     for note in results["notes"]:
         console.print(f"· {note}", markup=False, highlight=False)

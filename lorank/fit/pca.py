@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorank.analysis.effective_rank.effective_rank import Streams
+from lorank.analysis.streams import Streams
 from lorank.conversion import convert, sites_to_convert
 from lorank.method import Patterns
 from lorank.methods.masa import MASA, CoefficientTable, Dictionary, MASALinear

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorank.analysis.effective_rank import linear_part, spectrum
+from lorank.analysis import spectrum
+from lorank.analysis.weights import linear_part
 from lorank.conversion import method_of
 from lorank.sites import places
 from lorank.train.folder import write_whole

@@ -1,4 +1,4 @@
-"""analysis.html: where in a model how many dimensions are used."""
+"""analysis.html: how many dimensions a model uses, and where."""
 
 import math
 import statistics
@@ -23,13 +23,13 @@ from lorank.report.tables import quantity
 
 TITLE = "Effective rank, layer by layer"
 DEEPEST = 0.6
-"""Part of the colour at 100 %: light and dark letters can still be read on it."""
+"""Strength of the colour at 100 %, so that light and dark letters can still be read on it."""
 FLOOR = 1e-4
-"""Of the largest singular value: where the charts of spectra end."""
+"""The charts of spectra end at this fraction of the largest singular value."""
 
 
 def analysis_page(results: Results) -> str:
-    """The page of an analysis (results.json), without a single reference to anything outside it."""
+    """The page of an analysis (results.json); it needs nothing outside itself."""
     found = quantities(results)
     names = short_names(dict.fromkeys(one["role"] for one in results["projections"]))
     sections = [
@@ -62,17 +62,17 @@ def _head(results: Results, found: Mapping[str, Quantity], names: Mapping[str, s
 
 
 def _sentence(text: str) -> str:
-    """The same with a capital first; the rest as it is (gradients of A)."""
+    """The same with a capital first; the rest is unchanged (gradients of A)."""
     return text[:1].upper() + text[1:]
 
 
 def _verdict(results: Results, found: Mapping[str, Quantity], names: Mapping[str, str]) -> str:
-    """The figures in words and HTML."""
+    """The main figures as sentences in HTML."""
     outputs = found["output"]
     means = {role: outputs.mean(role) for role in names}
     least, most = min(means, key=means.__getitem__), max(means, key=means.__getitem__)
     said = (
-        f"{percent(results['alpha'])} of the energy of what a projection gives lies in <b>{in_percent(outputs.mean())} %</b> of its "
+        f"{percent(results['alpha'])} of the energy of a projection's outputs lies in <b>{in_percent(outputs.mean())} %</b> of their "
         f"dimensions, from {in_percent(means[least])} % in {escape(names[least])} to {in_percent(means[most])} % in {escape(names[most])}. "
     )
     others = [
@@ -86,10 +86,10 @@ def _verdict(results: Results, found: Mapping[str, Quantity], names: Mapping[str
         ratio = sum(one["difference"]["rank_at_output_error"] for one in chained) / sum(
             one["output"]["rank"] for one in chained
         )
-        judged = "would save rank" if ratio < 0.95 else "would save little" if ratio < 1 else "would save none"
+        judged = "would save rank" if ratio < 0.95 else "would save little" if ratio < 1 else "would save no rank"
         said += (
-            f"Given the block before, the same error takes {percent(ratio)} of the outputs' own rank: here a chain as in CR-Net "
-            f"{judged}."
+            f"Given the block before, the same error needs {percent(ratio)} of the outputs' own rank: in this model a chain as in "
+            f"CR-Net {judged}."
         )
     return said
 
@@ -101,14 +101,16 @@ def _maps(results: Results, found: Mapping[str, Quantity], names: Mapping[str, s
         if key == "input":
             columns = {role: _readers(results, role, names) for role in columns}
         style = f"s{(0, 2, 1, 3, 4, 5, 6, 7)[number % 8]}"
-        under = {"output": "Y", "input": "X, once for all that read it", "weight": "W"}.get(key, "of the loss")
+        under = {"output": "Y", "input": "X, once for all projections that read it", "weight": "W"}.get(
+            key, "of the loss"
+        )
         head = f"<h3>{escape(_sentence(one.name))}<small>{under}</small></h3>"
         grids.append(f"<div>{head}{_heat_map(one, columns, style)}</div>")
     return section(
         "Effective rank by depth and projection",
         f"r({results['alpha']:g}): how many singular values hold {percent(results['alpha'])} of the sum of their squares, in percent of "
-        "the width of activations and of the narrower side of matrices. Rows are blocks, first to last. All maps have one "
-        "scale: the stronger the colour, the more dimensions.",
+        "the width of activations or of the narrower side of matrices. Rows are blocks, first to last. All maps have the same "
+        "scale: a stronger colour means more dimensions.",
         f'<div class="maps">{"".join(grids)}</div>',
     )
 
@@ -121,7 +123,7 @@ def _readers(results: Results, role: str, names: Mapping[str, str]) -> str:
 
 
 def _broken(name: str) -> str:
-    """A heading that a narrow column may break; several names break between them."""
+    """A heading that may wrap in a narrow column; several names wrap between them."""
     return escape(name) if "," in name else escape(name).replace("_", "_<wbr>").replace(".", ".<wbr>")
 
 
@@ -144,7 +146,7 @@ def _heat_map(one: Quantity, columns: Mapping[str, str], style: str) -> str:
 
 
 def _spectra(results: Results, names: Mapping[str, str]) -> str:
-    """Singular values over the largest one, mean over blocks of their logarithms, as small multiples."""
+    """Singular values over the largest one as small charts; the logarithm is averaged over blocks."""
     kinds: dict[str, Pick] = {
         "outputs": lambda one: one["output"],
         "inputs": lambda one: read[one["reads"]]["input"],
@@ -167,8 +169,8 @@ def _spectra(results: Results, names: Mapping[str, str]) -> str:
         panels.append(figure(line_chart, series, (PANEL, SMALL_PANEL), titles, formats, **look))
     return section(
         "Singular values",
-        "Over the largest one, from the first to the last; mean of the logarithm over blocks. A projection that widens gives no "
-        "more dimensions than it reads: its outputs' curve falls off there.",
+        "Relative to the largest one, from the first to the last; mean of the logarithm over blocks. The outputs of a projection "
+        "that widens have no more dimensions than its inputs: their curve falls off there.",
         legend(styles),
         f'<div class="many">{"".join(panels)}</div>',
     )
@@ -190,7 +192,7 @@ def _mean_curve(curves: Sequence[Sequence[float]], points: int = 60) -> list[tup
 
 
 def _whole(value: float) -> str:
-    """A block's number; nothing at a place between two."""
+    """A block's number; empty between two blocks."""
     return f"{value:.0f}" if abs(value - round(value)) < 1e-6 else ""
 
 
@@ -200,7 +202,7 @@ def legend(styles: Mapping[str, str]) -> str:
 
 
 def _differences(results: Results, found: Mapping[str, Quantity], names: Mapping[str, str]) -> str:
-    """Rank of what a block changes, beside that of the outputs themselves, by depth."""
+    """Rank of what a block changes, and rank of the outputs themselves, by depth."""
     if "difference" not in found:
         return ""
     styles = {"Y, the outputs": "s0", "Y − βY′, by its own energy": "g0", "Y − βY′, for the outputs' error": "s1"}
@@ -223,10 +225,10 @@ def _differences(results: Results, found: Mapping[str, Quantity], names: Mapping
     ]
     return section(
         "From block to block",
-        f"Y is what a projection gives, Y′ what the same one gives a block earlier, β the number that makes Y − βY′ smallest. "
-        f"By its own energy: r({results['alpha']:g}) of the difference. For the outputs' error: the rank at which βY′ and the leading part "
-        f"of the difference miss as much of Y as Y's own r({results['alpha']:g}) does, {percent(1 - results['alpha'])}; where it is "
-        "below that of Y, a chain as in CR-Net saves rank.",
+        f"Y are the outputs of a projection, Y′ those of the same one a block earlier, β the number that makes Y − βY′ smallest. "
+        f"By its own energy: r({results['alpha']:g}) of the difference. For the outputs' error: the rank at which βY′ plus the leading "
+        f"part of the difference misses as much of Y as Y's own r({results['alpha']:g}) does, {percent(1 - results['alpha'])}. Where it "
+        "is below that of Y, a chain as in CR-Net saves rank.",
         legend(styles),
         f'<div class="many">{"".join(panels)}</div>',
         table(["", "β, mean", "energy of Y − βY′ over that of Y", "rank of Y", "rank for the same error"], lines),
@@ -254,9 +256,9 @@ def _suggestion(results: Results, names: Mapping[str, str]) -> str:
     ranks = {(one["role"], one["depth"]): found["ranks"].get(one["name"], "—") for one in results["projections"]}
     refused = found["no_recipe"]
     start = (
-        f"No recipe, for lorank pretrain cannot train it: {refused}."
+        f"There is no recipe, because lorank pretrain cannot train this model: {refused}."
         if refused
-        else "A start, not a result: train it with lorank pretrain suggested.yaml and compare."
+        else "This is a start, not a result: train it with lorank pretrain suggested.yaml and compare."
     )
     lines = [
         f'<th scope="row">{depth}</th>' + "".join(cell(str(ranks.get((role, depth), "—"))) for role in names)
@@ -264,7 +266,7 @@ def _suggestion(results: Results, names: Mapping[str, str]) -> str:
     ]
     return section(
         "Ranks for the budget",
-        f"Given out one by one where they save the most of the outputs' energy: {budget_line(results)}. "
-        f"{_sentence(loss_line(found))}. {start}",
+        "Chosen one rank at a time, by how much of the outputs' energy it saves per parameter: "
+        f"{budget_line(results)}. {loss_line(found)} {start}",
         table(["block", *names.values()], lines),
     )

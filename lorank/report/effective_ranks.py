@@ -15,7 +15,7 @@ ROWS = 12
 
 
 def short_names(roles: Iterable[str]) -> dict[str, str]:
-    """Roles by as many last parts of their names as tell them apart.
+    """Roles by the shortest ends of their names that are distinct.
 
     >>> list(short_names(["h.*.attn.c_proj", "h.*.attn.c_attn", "h.*.mlp.c_proj"]).values())
     ['attn.c_proj', 'c_attn', 'mlp.c_proj']
@@ -32,7 +32,7 @@ def short_names(roles: Iterable[str]) -> dict[str, str]:
 
 
 class Quantity:
-    """One kind of matrix: its name, and r(α) / width of it at every projection and depth."""
+    """One kind of matrix: its name, and its r(α) / width at every projection and depth."""
 
     def __init__(self, name: str, results: Results, pick: Pick, rank: str = "rank"):
         self.name = name
@@ -42,13 +42,13 @@ class Quantity:
                 self.by_role.setdefault(one["role"], {})[one["depth"]] = spectrum[rank] / spectrum["width"]
 
     def mean(self, role: str | None = None) -> float:
-        """Over depths, of one role or of all; not a number where there is nothing."""
+        """Mean over depths, of one role or of all; NaN if there is none."""
         values = [v for one, row in self.by_role.items() if role in (None, one) for v in row.values()]
         return statistics.fmean(values) if values else math.nan
 
 
 def gradients(results: Results) -> dict[str, Pick]:
-    """Name -> where it is found: gradients of W, or of each factor."""
+    """Name -> how to find it: gradients of W, or of each factor."""
     labels = sorted({label for one in results["projections"] for label in one["gradients"]})
 
     def pick(label: str) -> Pick:
@@ -58,7 +58,7 @@ def gradients(results: Results) -> dict[str, Pick]:
 
 
 def quantities(results: Results) -> dict[str, Quantity]:
-    """What there is to show, in the order in which it is shown."""
+    """The quantities to show, in their order."""
     found = {
         "output": Quantity("outputs", results, lambda one: one["output"]),
         "input": Quantity("inputs", results, lambda one: one["input"]),
@@ -72,7 +72,7 @@ def quantities(results: Results) -> dict[str, Quantity]:
 
 
 def analysis_table(results: Results) -> Table:
-    """Means over depths of every quantity, then the outputs depth by depth; one column per projection."""
+    """Mean over depths of every quantity, then the outputs depth by depth; one column per projection."""
     found = quantities(results)
     names = short_names(dict.fromkeys(one["role"] for one in results["projections"]))
     shown = Table(
@@ -101,29 +101,29 @@ def analysis_table(results: Results) -> Table:
 
 
 def budget_line(results: Results) -> str:
-    """What the suggested ranks cost, in words."""
+    """What the suggested ranks cost, as a phrase."""
     found, left = results["suggestion"], sum(results["left_out"].values())
     part = found["parameters"] / found["dense_parameters"] * 100
     others = [one["role"] for one in results["projections"] if one["name"] not in found["ranks"]]
     return (
         f"{found['parameters']:,} parameters in the factors, {part:.1f} % of the dense matrices'"
         + (f"; {', '.join(dict.fromkeys(others))} cannot be replaced and stay dense" if others else "")
-        + (f"; {left:,} parameters of matrices that are left out of it stay as they are" if left else "")
+        + (f"; {left:,} parameters of matrices that were left out stay as they are" if left else "")
     )
 
 
 def loss_line(suggestion: Found) -> str:
-    """What the suggested ranks lose, beside one rank for all."""
+    """What the suggested ranks lose, compared with a uniform rank, in two sentences."""
     lost, uniform = suggestion["lost"], suggestion["uniform_lost"]
     return (
-        f"at best they lose {in_percent(lost['mean'])} % of a projection's output energy in the mean, {in_percent(lost['worst'])} % in the "
-        f"worst; rank {suggestion['uniform_rank']} for all, and one more for some up to the same price, {in_percent(uniform['mean'])} % and "
-        f"{in_percent(uniform['worst'])} %"
+        f"These ranks lose {in_percent(lost['mean'])} % of output energy on average (worst projection: "
+        f"{in_percent(lost['worst'])} %). A uniform rank of {suggestion['uniform_rank']} at the same cost loses "
+        f"{in_percent(uniform['mean'])} % (worst: {in_percent(uniform['worst'])} %)."
     )
 
 
 def in_percent(value: float) -> str:
-    """In percent without the sign; a second digit where there is but one.
+    """In percent, without the sign; two digits at least.
 
     >>> in_percent(0.0312), in_percent(0.312)
     ('3.1', '31')

@@ -1,6 +1,5 @@
-"""`analyze` for saved models: load, look, write results.json, analysis.html and suggested.yaml."""
+"""`analyze` for saved models: load, measure, suggest ranks; write results.json and suggested.yaml."""
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -12,15 +11,15 @@ import yaml
 from transformers import AutoConfig, DataCollatorForLanguageModeling, PreTrainedModel, PreTrainedTokenizerBase
 
 import lorank
-from lorank.analysis.effective_rank.effective_rank import analyze
-from lorank.analysis.ranks import Suggestion, check_budget, read_budget, suggest_ranks, table_of
+from lorank.analysis import Suggestion, analyze, suggest_ranks
+from lorank.analysis.ranks import check_budget, read_budget, table_of
 from lorank.method import Site
-from lorank.plan.run import empty_model
-from lorank.report.analysis import analysis_page
 from lorank.rewriting import converted_with
 from lorank.sites import base_prefix, find_sites, weight_reader
 from lorank.train.data import collate
 from lorank.train.folder import absolute, write_whole
+from lorank.train.methods import methods_of, written_out
+from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model, text_for
 
@@ -43,35 +42,37 @@ def analyze_folder(
     memory: float | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """`lorank.analysis.effective_rank.analyze` for a run folder, model folder or hub name on any source of text that training takes.
+    """`lorank.analysis.analyze` for a run folder, model folder or hub name, on any source of text that training reads.
 
-    Any model of transformers that reads one text: causal, masked (it is shown text as in training, with masks, and its gradients
-    are those of guessing what they hide), or a body without a head, which has no loss and so no gradients.
+    Works for any transformers model that reads one text: causal; masked, whose text is masked as in training and whose
+    gradients are those of predicting the masked tokens; or a body without a head, which has no loss and so no gradients.
 
-    `memory` is the room in GiB for sums over activations, half of what is free by default; `tokenizer` another than the model's own.
+    Args:
+        memory: GiB for sums over activations; default: half of what is free.
+        tokenizer: another than the model's own.
 
     Returns:
-        What is in out/results.json. Beside it are analysis.html and, with a budget, suggested.yaml; where `lorank pretrain` can
-        train no such model, the suggestion says why under "no_recipe" instead. What an earlier analysis left there is replaced,
-        but without a budget its suggested.yaml stays.
+        The content of out/results.json. With a budget there is also suggested.yaml; if `lorank pretrain` cannot train
+        such a model, the suggestion gives the reason under "no_recipe" instead. Results of an earlier analysis are
+        replaced, except that without a budget an earlier suggested.yaml stays.
 
     Raises:
-        ValueError: as `evaluate_folder`, but that a model may see what is to come; an encoder-decoder; an alpha that is no part;
-            a budget that the shapes cannot meet, which is known before the work; a memory that is none.
+        ValueError: as `evaluate_folder`, but the model need not be causal; an encoder-decoder; an alpha outside (0, 1);
+            a budget that the shapes cannot meet, which is found before the work; a memory that is not positive.
     """
     if not 0 < alpha < 1:
-        raise ValueError(f"alpha={alpha} is not a part of the energy between 0 and 1; give for example 0.95")
+        raise ValueError(f"alpha must be between 0 and 1, for example 0.95, got {alpha}")
     if out.exists() and not out.is_dir():
-        raise ValueError(f"out={out} is a file; name a folder")
+        raise ValueError(f"out must be a folder, got the file {out}")
     if memory is not None and not memory > 0:
-        raise ValueError(f"memory={memory:g} is not a positive number of GiB; give one, for example 8")
+        raise ValueError(f"memory must be a positive number of GiB, for example 8, got {memory:g}")
     if budget is not None:
-        read_budget(budget, 0)  # a mistake is told of before the work
+        read_budget(budget, 0)  # an error here comes before the work
     say("loading the model and the text")
     form: dict[str, Any] = {"documents": documents, "text_column": text_column, "seed": seed}
     loaded, words = load_model(model, tokenizer=tokenizer, of_any_kind=True)
     if words.eos_token_id is None and words.sep_token is not None:
-        words.eos_token = words.sep_token  # what ends a text for BERT and its kin
+        words.eos_token = words.sep_token  # ends a text for BERT and its kin
     batches, _ = text_for(
         loaded,
         words,
@@ -113,16 +114,14 @@ def analyze_folder(
     if budget is not None:
         try:
             suggestion, recipe = _suggestion(results["projections"], budget, loaded, target)
-        except ValueError as error:  # of what the text has shown, which does not cost all that was found
+        except ValueError as error:  # from what the text showed; the rest of the analysis is kept
             results["notes"].append(f"no ranks: {error}")
         else:
             results["suggestion"] = {"budget": budget, **suggestion._asdict(), "no_recipe": refused}
     out.mkdir(parents=True, exist_ok=True)
     if budget is not None:
         (out / "suggested.yaml").unlink(missing_ok=True)
-    say("writing the report")
     write_whole(out / "results.json", json.dumps(results))
-    write_whole(out / "analysis.html", analysis_page(results))
     if recipe is not None:
         write_whole(out / "suggested.yaml", _as_yaml(recipe, results, suggestion))
     return results
@@ -131,8 +130,11 @@ def analyze_folder(
 def _batches_for(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> Callable[..., dict[str, Any]] | None:
-    """What makes a masked language model's batches of rows: 15 % of the tokens are to be guessed, as in BERT's training, and
-    the same ones whenever the same rows come. Without a mask token there is nothing to guess: no labels. None: any other model."""
+    """Makes a masked language model's batches from rows; None for any other model.
+
+    As in BERT's training 15 % of the tokens are masked, always the same ones for the same rows. Without a mask token
+    there are no labels.
+    """
     if not type(model).__name__.endswith("ForMaskedLM"):
         return None
     vocab_size: int = model.get_input_embeddings().weight.shape[0]  # type: ignore
@@ -156,35 +158,48 @@ class Target(NamedTuple):
     recipe: Recipe
     """Without ranks."""
     prefix: str
-    """Of its names, as `base_prefix`."""
+    """Prefix of its names, as `base_prefix`."""
     sites: dict[str, Site]
     """The projections that can be replaced."""
     others: list[Site]
 
 
 def _recipe_for(model: str, config: Any, out: Path, *, tokenizer: str | None, **form: Any) -> Recipe:
-    """CoLA still without ranks: of a run, its own recipe with nothing else changed; of any other model, its shape and
-    attention, and the tokenizer and text it was looked at with."""
-    changes: dict[str, Any] = {"method": "cola", "rank": None, "options": {}, "targets": [], "exclude": []}
+    """CoLA, still without ranks. For a run: its own recipe with the methods replaced. For any other model: its shape and
+    attention, and the tokenizer and text of the analysis."""
     written = Path(model).expanduser() / "recipe.yaml"
     if written.exists():
-        return dataclasses.replace(Recipe.read(written), **changes, checkpoint=None, checkpoint_every=1)
+        run = Recipe.read(written)
+        methods = {
+            "method": "cola",
+            "optimizer": _plain_optimizer(run),
+            "gradient": "autograd",
+            "rank": None,
+            "options": {},
+        }
+        return run.but({**methods, "targets": [], "exclude": [], "checkpoint": None, "checkpoint_every": 1})
     shape = model
-    if getattr(config, "lorank", None) is not None:  # a recipe wants the dense shape
+    if getattr(config, "lorank", None) is not None:  # a recipe needs the dense shape
         shape = str(out / "shape")
         settings = {name: value for name, value in config.to_dict().items() if name not in ("lorank", "model_type")}
         AutoConfig.for_model(config.model_type.removeprefix("lorank_"), **settings).save_pretrained(shape)
     attention = {"attention": kind} if (kind := config._attn_implementation) else {}
     recipe = Recipe(
-        model=shape, tokenizer=tokenizer or model, vocab_size=config.vocab_size, **form, **attention, **changes
+        model=shape, method="cola", tokenizer=tokenizer or model, vocab_size=config.vocab_size, **form, **attention
     )
     return absolute(recipe)
 
 
+def _plain_optimizer(recipe: Recipe) -> str | dict:
+    """The recipe's optimizer, or the rule that a low-rank one uses inside its subspace."""
+    optimizer = methods_of(recipe).optimizer
+    return getattr(optimizer, "rule", "adamw") if hasattr(optimizer, "rank") else written_out(recipe).optimizer
+
+
 def _target(recipe: Recipe) -> tuple[Target | None, str | None]:
-    """What a recipe would train, or why it could not."""
+    """What a recipe would train, or why it cannot."""
     try:
-        empty = empty_model(dataclasses.replace(recipe, method="dense"))
+        empty = empty_model(recipe.but({"method": "dense"}))
     except (ValueError, OSError) as error:
         return None, " ".join(str(error).split())[:200]
     sites = find_sites(empty)
@@ -197,7 +212,7 @@ def _target(recipe: Recipe) -> tuple[Target | None, str | None]:
 def _suggestion(
     projections: list[dict[str, Any]], budget: str, loaded: PreTrainedModel, target: Target | None
 ) -> tuple[Suggestion, Recipe | None]:
-    """Ranks, and the recipe with them; what cannot be replaced, or was not seen, stays dense."""
+    """Ranks, and the recipe with them. Projections that cannot be replaced, or that no text reached, stay dense."""
     if target is None:
         return suggest_ranks(projections, budget), None
 
@@ -209,8 +224,8 @@ def _suggestion(
     dense = [site for site in (*target.sites.values(), *target.others) if site.name not in seen]
     found = suggest_ranks(chosen, budget, called=called)
     exclude = list(table_of([site._asdict() for site in dense], [0] * len(dense)))
-    recipe = dataclasses.replace(target.recipe, rank=found.table, exclude=exclude)
-    empty_model(recipe)  # every projection has its rank, and every pattern its projection
+    recipe = target.recipe.but({"rank": found.table, "exclude": exclude})
+    empty_model(recipe)  # checks that every projection has a rank, and every pattern a projection
     return found, recipe
 
 
@@ -218,7 +233,7 @@ def _as_yaml(recipe: Recipe, results: dict[str, Any], suggestion: Suggestion) ->
     asked = yaml.safe_dump(recipe.to_dict(), sort_keys=False, width=200, allow_unicode=True)
     part = suggestion.parameters / suggestion.dense_parameters
     return (
-        f"# Suggested by lorank analyze {results['model']}: ranks given out one by one where they save the most of the\n"
-        f"# outputs' energy; {suggestion.parameters:,} parameters in the factors, {part * 100:.1f} % of the dense matrices' {suggestion.dense_parameters:,}.\n"
+        f"# Suggested by lorank analyze {results['model']}. Ranks are chosen one at a time by how much output energy they save\n"
+        f"# per parameter; {suggestion.parameters:,} parameters in the factors, {part * 100:.1f} % of the dense matrices' {suggestion.dense_parameters:,}.\n"
         "# Nothing else was tuned: learning rate and length are the analyzed run's, or lorank's defaults.\n" + asked
     )

@@ -1,6 +1,7 @@
 """From a recipe to a model: the shape, then the method, then what is kept for backward."""
 
 import copy
+import dataclasses
 import os
 from typing import Any
 
@@ -14,6 +15,7 @@ from lorank.architectures import llama_config
 from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
 from lorank.pretrained import positions_of
+from lorank.train.data import load_tokenizer
 from lorank.train.hub import asked_if_reachable
 from lorank.train.methods import methods_of
 from lorank.train.recipe import Recipe
@@ -57,6 +59,17 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
             raise ValueError(f"shape: a configuration of type {config.model_type!r} has no entry {name!r}")
         setattr(config, name, value)
     return config
+
+
+def empty_model(recipe: Recipe, *, layers: int | None = None) -> PreTrainedModel:
+    """The recipe's model on the meta device: shapes without data; if given, with another number of `layers`."""
+    counted = recipe.tokenizer is not None and recipe.vocab_size is None  # only the number of entries matters
+    tokenizer = load_tokenizer(recipe.tokenizer) if counted else None
+    if tokenizer is None and recipe.vocab_size is None:
+        recipe = dataclasses.replace(recipe, vocab_size=4096)  # as a tokenizer trained on the data would have
+    config = build_config(recipe, tokenizer)
+    with torch.device("meta"):
+        return build_model(recipe, config if layers is None else with_layers(config, layers))
 
 
 def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
