@@ -1,4 +1,4 @@
-"""What happens between the steps of a run: timing, metrics, and the reasons to stop."""
+"""Between the steps of a run: timing, metrics, and reasons to stop."""
 
 import json
 import math
@@ -15,22 +15,22 @@ from lorank.train.folder import write_whole
 
 
 class Throughput(TrainerCallback):
-    """Times the training steps alone: neither evaluation, nor saving, nor the first step, which warms up."""
+    """Times training steps without evaluation, saving and the first step, which warms up."""
 
     def __init__(self, tokens_per_step: float):
         self.tokens_per_step = tokens_per_step
         self.seconds: list[float] = []
-        """Of each step timed."""
+        """Duration of each timed step."""
         self._read = 0
         self._mark: float | None = None
 
     def tokens_per_second(self) -> float | None:
-        """Mean since the last call; None if no step was timed."""
+        """Mean since the last call; None if no step was timed since then."""
         window, self._read = self.seconds[self._read :], len(self.seconds)
         return self.tokens_per_step / statistics.fmean(window) if window else None
 
     def typical_tokens_per_second(self) -> float | None:
-        """By the median step: what else the machine did for a moment does not count; None if no step was timed."""
+        """By the median step, which ignores short disturbances; None if no step was timed."""
         return self.tokens_per_step / statistics.median(self.seconds) if self.seconds else None
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
@@ -46,7 +46,8 @@ class Throughput(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """Appends every log record to metrics.jsonl, which is there from the first step on; after a resume, the steps that will be run again are cut off first."""
+    """Appends every log record to metrics.jsonl. The file exists from the first step on. When a run resumes, records of steps that
+    will run again are removed first."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -79,13 +80,13 @@ class MetricsFile(TrainerCallback):
 def _step(line: str) -> float:
     try:
         return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):  # half a line: the process died while it wrote
+    except (ValueError, TypeError, KeyError):  # half a line: the process died while writing
         return math.inf
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C (SIGINT) or SIGTERM ends training after the current step, with a checkpoint; a second one, or one when
-    nothing trains, at once."""
+    """Ctrl-C (SIGINT) or SIGTERM ends training after the current step, with a checkpoint. A second signal, or one outside of
+    training, interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -121,7 +122,7 @@ class StopOnSignal(TrainerCallback):
 
 
 class StopOnNonFinite(TrainerCallback):
-    """Ends a run whose loss or gradient is no longer a number, instead of training noise to the end."""
+    """Ends a run whose loss or gradient is no longer finite."""
 
     def on_log(
         self,

@@ -17,7 +17,7 @@ from lorank.train.recipe import Recipe
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """What came out of a run; summary.json holds the same."""
+    """The figures of a finished run, as in summary.json."""
 
     method: str
     parameters: int
@@ -26,7 +26,7 @@ class Summary:
     steps: int
     tokens: int
     tokens_per_second: float | None
-    """By the median step of training; None if no step was timed, as the first never is."""
+    """By the median step; None if no step was timed. The first step never is."""
     mfu: float | None
     peak_flops_source: str
     peak_memory_gib: float
@@ -38,7 +38,7 @@ class Summary:
 
 
 def environment(corpus: Corpus) -> dict[str, Any]:
-    """What besides the recipe it takes to repeat a run: data, versions, device and commit."""
+    """What a repetition needs besides the recipe: data, versions, device and commit."""
     packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
     commit = None
     with contextlib.suppress(OSError, subprocess.CalledProcessError):

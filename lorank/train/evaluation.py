@@ -1,4 +1,4 @@
-"""How good a language model is on held-out text: perplexity, its published-compatible cousin, and bits per byte."""
+"""The quality of a language model on held-out text: perplexity, published-compatible perplexity, and bits per byte."""
 
 import math
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from torch import nn
 
 
 class Evaluation(NamedTuple):
-    """Sums over an evaluation, from which every figure follows."""
+    """Sums over an evaluation, from which all figures follow."""
 
     nats: float
     """Negative log-likelihood of all predicted tokens, in nats."""
@@ -23,7 +23,7 @@ class Evaluation(NamedTuple):
 
     @property
     def loss(self) -> float:
-        """Mean cross-entropy in nats per token, each token counting the same."""
+        """Mean cross-entropy in nats per token, all tokens weighted equally."""
         return self.nats / self.tokens
 
     @property
@@ -33,17 +33,16 @@ class Evaluation(NamedTuple):
 
     @property
     def published_compatible_perplexity(self) -> float:
-        """What the evaluators of GaLore, SLTrain, Fira and CoLA print: exp(sum of N batch losses / (N + 1)).
+        """What the evaluation code of GaLore, SLTrain, Fira and CoLA prints: exp(sum of N batch losses / (N + 1)).
 
         Their batch counter starts at 1, so with N batches of loss l they report exp(l N / (N + 1)), which is too low.
-        Use it beside the unbiased figure when comparing with their tables, and never on its own; it depends on the
-        batch size.
+        Report it next to the unbiased figure to compare with their tables, never alone. It depends on the batch size.
         """
         return _exp(self.sum_of_batch_losses / (self.batches + 1))
 
     @property
     def bits_per_byte(self) -> float | None:
-        """Nats per token in bits per UTF-8 byte: comparable between tokenizers."""
+        """The loss in bits per UTF-8 byte: comparable between tokenizers."""
         return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 
     def to_dict(self) -> dict[str, float | None]:
@@ -72,11 +71,10 @@ def evaluate(
     """Evaluate a causal language model of transformers on batches of ``input_ids`` and ``labels`` [b, n] (-100: not
     counted).
 
-    Stops after the batch in which `max_tokens` predicted tokens are reached. The model's training mode is put back
-    afterwards.
+    Stops after the batch in which `max_tokens` predicted tokens are reached. The model's training mode is restored.
 
     Raises:
-        ValueError: the batches hold no token to predict.
+        ValueError: the batches contain no token to predict.
     """
     training, device = model.training, next(model.parameters()).device
     model.eval()
@@ -96,5 +94,5 @@ def evaluate(
     finally:
         model.train(training)
     if tokens == 0:
-        raise ValueError("the evaluation data hold no token to predict")
+        raise ValueError("the evaluation data contain no token to predict")
     return Evaluation(nats, tokens, count, losses, bytes_per_token)

@@ -1,4 +1,4 @@
-"""Files of a run."""
+"""The folder of a run: prepared, read back, and its checkpoints."""
 
 import dataclasses
 import glob
@@ -19,11 +19,11 @@ from lorank.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 STAGING = ".saving"
-"""Folder of a run in which a checkpoint is written before it gets its name."""
+"""Folder of a run in which a checkpoint is written before it is moved to its name."""
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name and rename it, so that it is there whole or not at all."""
+    """Write a text file under a temporary name, then rename it, so that it is never half written."""
     temporary = path.with_name(f".{path.name}.part")
     temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
@@ -41,10 +41,11 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def prepare_folder(out: Path, resume: bool) -> None:
+    """Make a run's folder and check that it can be written to."""
     if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give --out a folder")
+        raise ValueError(f"--out must be a folder, got {out}, a file")
     if not resume and (out / "recipe.yaml").exists():
-        raise ValueError(f"{out} already holds a run; continue it with --resume {out}, or choose another --out")
+        raise ValueError(f"{out} already contains a run; continue it with --resume {out}, or choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     try:
         with tempfile.TemporaryFile(dir=out) as probe:  # better now than after an hour
@@ -56,27 +57,29 @@ def prepare_folder(out: Path, resume: bool) -> None:
 
 
 def last_whole_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint all of whose files can be read; those passed over are logged."""
+    """The newest checkpoint whose files can all be read. Those that are skipped are logged."""
     found = [path for path in out.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     for path in sorted(found, key=step_of, reverse=True):
         if damaged := _damaged_file(path):
-            logger.warning("%s is passed over: %s is missing or cut short", path, damaged.name)
+            logger.warning("%s is skipped: %s is missing or truncated", path, damaged.name)
         else:
             return path
     return None
 
 
 def step_of(checkpoint: Path) -> int:
+    """The step after which a checkpoint was saved."""
     return int(checkpoint.name.partition("-")[2])
 
 
 def logged_rate(out: Path) -> float | None:
-    """The median of the rates in a run's metrics.jsonl, None if it has none."""
+    """The median tokens per second in a run's metrics.jsonl, None if it has none."""
     rates = [record["tokens_per_second"] for record in history(out) if "tokens_per_second" in record]
     return statistics.median(rates) if rates else None
 
 
 def read_json(path: Path) -> Any:
+    """A JSON file of a run; ValueError if it cannot be read."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -84,7 +87,7 @@ def read_json(path: Path) -> Any:
 
 
 def _damaged_file(checkpoint: Path) -> Path | None:
-    """The first file of a checkpoint that is not there or was not written to its end."""
+    """The first file of a checkpoint that is missing or truncated."""
     state = checkpoint / "trainer_state.json"
     try:
         json.loads(state.read_text())
@@ -103,10 +106,10 @@ def _damaged_file(checkpoint: Path) -> Path | None:
 
 
 def read_run(folder: str | Path) -> Recipe:
-    """The recipe of a run on disk; ValueError if the folder holds none, or one that was changed since."""
+    """The recipe of a run on disk; ValueError if there is none, or if it was changed since the run began."""
     path = Path(folder) / "recipe.yaml"
     if not path.exists():
-        raise ValueError(f"{folder} holds no run to resume: {path} does not exist")
+        raise ValueError(f"{folder} contains no run to resume: {path} does not exist")
     recipe = Recipe.read(path)
     saved = read_json(Path(folder) / "run.json").get("recipe")
     if saved:

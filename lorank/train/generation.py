@@ -19,20 +19,20 @@ def generate_text(
     top_p: float = 1.0,
     seed: int | None = None,
 ) -> str:
-    """The prompt and its continuation; temperature 0 takes the likeliest token each time.
+    """The prompt and its continuation. Temperature 0 always chooses the most likely token.
 
-    A seed makes sampling repeatable and leaves torch's global generator as it was.
+    A seed makes sampling repeatable and leaves torch's global generator unchanged.
 
     Raises:
-        ValueError: a temperature or top_p out of range, not a single token to start from, a token that the model does not know, or a
+        ValueError: a temperature or top_p out of range, no token to start from, a token outside the model's vocabulary, or a
             prompt as long as the model's positions.
     """
     if not (temperature == 0 or 1e-3 <= temperature <= 1e3):
-        raise ValueError(f"temperature={temperature} is neither 0, which is greedy, nor in [0.001, 1000]; take 0.8")
+        raise ValueError(f"temperature must be 0 (greedy) or from 0.001 to 1000, got {temperature}")
     if not 0 < top_p <= 1:
-        raise ValueError(f"top_p={top_p} is no probability mass in (0, 1]")
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if not prompt.isprintable() and (broken := re.search("[\ud800-\udfff]", prompt)):
-        raise ValueError(f"the prompt is not UTF-8 text at character {broken.start()}; mend it")
+        raise ValueError(f"the prompt must be UTF-8 text, and character {broken.start()} is not")
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if not ids and start is None:
@@ -40,11 +40,13 @@ def generate_text(
     inputs = torch.tensor([ids or [start]], device=model.device)
     rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore
     if (largest := int(inputs.max())) >= rows:
-        raise ValueError(f"the prompt has token id {largest}, the model's vocabulary {rows} entries; change the prompt")
+        raise ValueError(f"token ids of the prompt must be below the model's {rows} vocabulary entries, got {largest}")
     positions = positions_of(model)
     if positions is not None:
         if inputs.shape[1] >= positions:
-            raise ValueError(f"the prompt has {inputs.shape[1]} tokens, the model {positions} positions; shorten it")
+            raise ValueError(
+                f"the prompt must be shorter than the model's {positions} positions, got {inputs.shape[1]} tokens"
+            )
         max_new_tokens = min(max_new_tokens, positions - inputs.shape[1])
     sampling = (
         {"do_sample": True, "temperature": temperature, "top_k": top_k, "top_p": top_p}

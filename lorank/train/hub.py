@@ -1,4 +1,4 @@
-"""The hub of models and data sets: asked where there is a network, and where there is none not asked six times."""
+"""The hub of models and data sets, which is asked only if there is a network."""
 
 import contextlib
 import os
@@ -13,7 +13,7 @@ PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY"
 
 
 def is_reachable() -> bool:
-    """Whether the hub's name can be resolved; behind a proxy, which resolves names itself, that is not tried."""
+    """Whether the hub's name can be resolved. True behind a proxy, which resolves names itself."""
     if any(os.environ.get(name) for name in PROXIES):
         return True
     try:
@@ -25,8 +25,8 @@ def is_reachable() -> bool:
 
 @contextlib.contextmanager
 def asked_if_reachable() -> Iterator[None]:
-    """Inside, without a network the libraries look into their caches alone, as with HF_HUB_OFFLINE=1: they would wait for a
-    minute else, and print a warning for each attempt."""
+    """Without a network, let the libraries read their caches only, as with HF_HUB_OFFLINE=1. Otherwise they would try for a
+    minute and print a warning for each attempt."""
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     if not any(before) and not is_reachable():
         constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True

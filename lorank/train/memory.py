@@ -1,4 +1,4 @@
-"""How much memory a run took."""
+"""The peak memory of a run."""
 
 import math
 import threading
@@ -9,7 +9,7 @@ import torch
 
 
 class PeakMemory:
-    """Largest growth of memory inside a ``with``: allocated on CUDA, resident (sampled each 5 ms) on CPU."""
+    """Largest growth of memory inside a ``with``: allocated on CUDA, resident (sampled every 5 ms) on CPU."""
 
     gib: float = math.nan
 

@@ -1,11 +1,11 @@
 """One pre-training run: a recipe and a folder in, a model with its history out.
 
 RUN/recipe.yaml       the resolved recipe
-RUN/run.json          versions, device, commit, hash of the data: what else it takes to repeat the run
+RUN/run.json          versions, device, commit, hash of the data: what else a repetition needs
 RUN/metrics.jsonl     one record per log line and evaluation, units in the names
-RUN/checkpoint-N/     what --resume continues from; its optimizer's state is read as tensors only
+RUN/checkpoint-N/     what --resume continues from (its optimizer state is read as tensors only)
 RUN/model.safetensors, config.json, tokenizer.json ...   the trained model, for from_pretrained(RUN)
-RUN/summary.json, README.md                              its figures, and its model card
+RUN/summary.json, README.md                              its figures and its model card
 """
 
 import dataclasses
@@ -48,20 +48,20 @@ def pretrain(
     callbacks: Sequence[TrainerCallback] = (),
     on_cpu: bool = False,
 ) -> Summary | None:
-    """Train a model as the recipe says and leave it, its checkpoints and its history in the folder `out`; `on_cpu` even
-    where there is an accelerator.
+    """Train a model by a recipe and save it, its checkpoints and its history in the folder `out`. `on_cpu` ignores
+    accelerators.
 
     Returns:
         The summary, or None if a signal stopped the run after a checkpoint.
 
     Raises:
-        ValueError: something in the recipe or the data is wrong, or `out` already holds a run and `resume` is False.
+        ValueError: something in the recipe or the data is wrong, or `out` already contains a run and `resume` is False.
         OSError: a file could not be read or written.
         FloatingPointError: the loss or a gradient is no longer finite.
     """
     out, recipe = Path(out), absolute(recipe)
     if resume and (out / "summary.json").exists():
-        raise ValueError(f"{out} is finished: there is nothing to resume; start another run with --out")
+        raise ValueError(f"{out} is finished, so there is nothing to resume; start another run with --out")
     prepare_folder(out, resume)
     start_from = last_whole_checkpoint(out) if resume else None
     torch.set_float32_matmul_precision("high")
@@ -82,8 +82,8 @@ def pretrain(
     began = read_json(out / "run.json")["data_hash"] if resume else corpus.hash
     if began != corpus.hash:
         raise ValueError(
-            f"data={recipe.data!r} are not what {out} began with (hash {corpus.hash}, was {began}); restore them, or start "
-            "another run with --out"
+            f"data={recipe.data!r} must be the text with which {out} began (hash {began}), got other text (hash {corpus.hash}); "
+            "restore it, or start another run with --out"
         )
     with PeakMemory() as memory, StopOnSignal() as stop:
         set_seed(recipe.seed)
@@ -94,7 +94,7 @@ def pretrain(
         )
         if trainer.is_world_process_zero() and not resume:
             write_whole(out / "run.json", json.dumps({**environment(corpus), "recipe": recipe.to_dict()}, indent=2))
-            write_whole(out / "recipe.yaml", recipe.to_yaml())  # the last of the two: it makes the folder a run
+            write_whole(out / "recipe.yaml", recipe.to_yaml())  # written last: it makes the folder a run
         if start_from and step_of(start_from) >= recipe.steps:  # the run died after its last step
             trainer.restore(start_from)
         else:
@@ -134,10 +134,10 @@ def pretrain(
 
 
 def check_corpus(recipe: Recipe, corpus: data.Corpus, vocab_size: int) -> None:
-    """Raises ValueError if the vocabulary does not hold the text's tokens, or the text does not fill a batch."""
+    """Raise ValueError if the vocabulary lacks tokens of the text, or the text does not fill a batch."""
     data.check_ids(corpus.largest_id, vocab_size)
     if hasattr(corpus.train, "__len__") and len(corpus.train) < recipe.batch_size:
         raise ValueError(
-            f"data={recipe.data!r} gives {len(corpus.train)} sequences of sequence_length={recipe.sequence_length}, fewer than "
-            f"batch_size={recipe.batch_size}; give more text or a smaller batch"
+            f"batch_size must be at most {len(corpus.train)}, the number of training sequences in data={recipe.data!r}, got "
+            f"{recipe.batch_size}; give more text or a smaller batch"
         )

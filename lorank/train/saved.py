@@ -28,7 +28,7 @@ from lorank.train.model import check_causal, check_positions
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Model and tokenizer into `out`, each file under a temporary name until all are written."""
+    """Save model and tokenizer in `out`. All files are written elsewhere first, then moved there."""
     staging = Path(tempfile.mkdtemp(prefix=".model-", dir=out))
     try:
         model.config.use_cache = True
@@ -49,19 +49,19 @@ def load_model(
 
     Args:
         tokenizer: folder or hub name of another one, or "bytes"; by default the model's own.
-        of_any_kind: also what is no causal language model, as the class that its config.json names: a masked language
-            model, or a body without a head.
+        of_any_kind: also load other models than causal language models, as the class that config.json names: a masked
+            language model, or a body without a head.
 
     Raises:
-        ValueError: there is none, it reads no text, or its weights are not finite.
+        ValueError: there is no model, it does not read text, or its weights are not finite.
     """
     if not folder.strip():
-        raise ValueError("the model's name is empty; give a run, a folder with a config.json, or a hub name")
+        raise ValueError("model must be a run, a folder with a config.json or a hub name, got an empty name")
     path = Path(folder).expanduser()
     looks_local = folder.startswith((".", "/", "~")) or path.exists()
     if looks_local and not (path / "config.json").exists():
-        hint = "; it is an unfinished run, continue it with --resume" if (path / "recipe.yaml").exists() else ""
-        raise ValueError(f"{folder} is not a directory with a model (no config.json){hint}")
+        hint = "; it is an unfinished run: continue it with --resume" if (path / "recipe.yaml").exists() else ""
+        raise ValueError(f"{folder} must be a folder with a model, and it has no config.json{hint}")
     place = str(path) if looks_local else folder
     try:
         with asked_if_reachable():
@@ -72,23 +72,20 @@ def load_model(
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
         if not looks_local and not is_reachable():
-            reason = "there is no such folder, and without a network the hub cannot be asked for it"
+            reason = "there is no such folder, and the hub cannot be reached"
         raise ValueError(f"no model could be loaded from {folder}: {reason}") from None
     check_finite(model, folder)
     return model.eval(), _tokenizer_of(place, folder, tokenizer)
 
 
 class _Unfit(ValueError):
-    """The model is there, but not one that can be used here."""
+    """A model that was found, but cannot be used here."""
 
 
 def _kind_of(config: PretrainedConfig, folder: str) -> Any:
-    """The Auto class for the architecture that a configuration names, else the first that has its type."""
+    """The Auto class of the architecture that a configuration names, else that of the body."""
     if config.is_encoder_decoder:
-        raise _Unfit(
-            f"{folder} is an encoder-decoder ({config.model_type}), which reads one text and writes another; only models that read "
-            "one text are looked at"
-        )
+        raise _Unfit(f"{folder} must be a model that reads one text, got an encoder-decoder ({config.model_type})")
     named, autos = (config.architectures or [""])[0], (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
     fitting = [auto for auto in autos if type(config) in auto._model_mapping]
     for auto in fitting:
@@ -104,16 +101,16 @@ def _tokenizer_of(place: str, folder: str, other: str | None) -> PreTrainedToken
     except OSError as error:
         if other is not None:
             raise ValueError(str(error)) from None
-        raise ValueError(f"{folder} has a model but no tokenizer that can be read; name one with --tokenizer") from None
+        raise ValueError(f"{folder} has a model but no readable tokenizer; give one with --tokenizer") from None
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:
-    """ValueError that names the weights of a model that hold NaN or infinity."""
+    """Raise ValueError if weights of a model are NaN or infinite, naming them."""
     broken = [key for key, tensor in model.named_parameters() if not tensor.isfinite().all()]
     if broken:
         others = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
         raise ValueError(
-            f"{name} has weights that are not finite numbers: {broken[0]}{others}; it has diverged or was damaged, take an earlier one"
+            f"{name} has weights that are not finite: {broken[0]}{others}; it has diverged or was damaged, use an earlier one"
         )
 
 
@@ -129,13 +126,13 @@ def evaluate_folder(
     seed: int = 42,
     tokenizer: str | None = None,
 ) -> Evaluation:
-    """`evaluate` for a saved model (run folder, model folder or hub name) on any source of text that training takes.
+    """`evaluate` for a saved model (run folder, model folder or hub name) on any source of text that training accepts.
 
-    `seed` is the one that decided what the run held out; `tokenizer` another than the model's own.
+    `seed` decides which text is held out: give the run's. `tokenizer` replaces the model's own.
 
     Raises:
-        ValueError: no model there, one that sees the tokens it is to predict, one whose weights are not finite, or no text
-            there, or sequences longer than the model's positions.
+        ValueError: there is no model or no text; the model sees the tokens it predicts, or has weights that are not finite;
+            or sequences are longer than its positions.
     """
     loaded, own = load_model(model, tokenizer=tokenizer)
     check_causal(loaded)
@@ -164,11 +161,11 @@ def text_for(
     make_batch: Callable[..., dict[str, Any]] | None = None,
     **form: Any,
 ) -> tuple[DataLoader, float]:
-    """Held-out text for a model in batches, which may be gone through again, and its bytes per token; arguments and errors
-    are `evaluate_folder`'s. `make_batch` makes one from rows, by default `lorank.train.data.collate`."""
+    """Held-out text for a model in batches, and its bytes per token. Arguments and errors are `evaluate_folder`'s.
+    `make_batch` makes a batch from rows, by default `lorank.train.data.collate`."""
     embeddings = getattr(model.get_input_embeddings(), "weight", None)
     if model.main_input_name != "input_ids" or embeddings is None:
-        raise ValueError(f"a model of type {model.config.model_type!r} reads no tokens; take a language model")
+        raise ValueError(f"the model must read tokens, got type {model.config.model_type!r}; use a language model")
     check_positions(model, sequence_length)
     rows, bytes_per_token = load_evaluation(
         data, tokenizer, sequence_length=sequence_length, validation_tokens=max_tokens, **form

@@ -1,5 +1,4 @@
-"""transformers.Trainer with the four things pre-training wants different: optimizer, evaluation, throughput, safe
-saving."""
+"""transformers.Trainer with four changes for pre-training: optimizer, evaluation, throughput and safe saving."""
 
 import os
 import shutil
@@ -25,20 +24,20 @@ from lorank.train.folder import STAGING
 HOOK_FILE = "hook.safetensors"
 """File of a checkpoint with the state of the method's `StepHook`."""
 ESTIMATOR_FILE = "estimator.safetensors"
-"""File of a checkpoint with what an estimator carries from step to step."""
+"""File of a checkpoint with the state of a gradient that carries any between steps."""
 
 
 class PretrainTrainer(Trainer):
     """A Trainer that logs tokens per second and model FLOPs utilisation, and evaluates by token.
 
     Args:
-        estimator: fills `.grad` instead of autograd; its batch and its step decide what it draws.
+        estimator: fills `.grad` instead of autograd. Batch and step determine what it draws.
         make_optimizer: called with the model when training begins.
         schedule: multiplier of the learning rate by steps done.
-        tokens_per_step: tokens that one optimizer step sees on average, over all devices, padding not counted.
-        fill: share of positions that hold tokens and not padding.
-        flops_per_token: of training this model, recomputation not counted (MFU, arXiv 2204.02311).
-        peak_flops: FLOP/s that all devices together could reach, and where that number comes from.
+        tokens_per_step: mean tokens of one optimizer step, over all devices and without padding.
+        fill: share of positions with tokens instead of padding.
+        flops_per_token: of training this model, without recomputation (MFU, arXiv 2204.02311).
+        peak_flops: the most FLOP/s of all devices together, and where that number comes from.
         eval_tokens: predicted tokens after which an evaluation during training stops.
         bytes_per_token: of the validation text.
     """
@@ -82,8 +81,8 @@ class PretrainTrainer(Trainer):
         return self.optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Under DDP gradients lie in the buckets that are sent, from before the first step on, and are never put elsewhere: with
-        the usual zero_grad, which drops them, micro-batches would be summed in a second copy of them all."""
+        """Under DDP, gradients stay in the buckets that are sent, from before the first step. The usual zero_grad drops them, and
+        micro-batches would then be summed in a second copy of all gradients."""
         replicated = self.accelerator.distributed_type.startswith("MULTI_")  # on whatever device
         if replicated:
             for p in self.model.parameters():  # type: ignore[union-attr]
@@ -94,14 +93,14 @@ class PretrainTrainer(Trainer):
         return model, loader
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        """Of what the optimizer sees, if that projects gradients as they arrive."""
+        """Clip what the optimizer sees, if it projects gradients as they arrive."""
         made = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper keeps it there
         if getattr(made, "in_backward", False):
             return torch.nn.utils.clip_grad_norm_(made.seen_parameters(), self.args.max_grad_norm)  # type: ignore[union-attr]
         return super()._clip_grad_norm(model)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Rows in order, where an estimator's batch goes on from the one before."""
+        """Rows in order, if each batch of the estimator continues the one before."""
         if self.estimator is None or not self.estimator.carries:
             return super()._get_train_sampler(train_dataset)
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -110,13 +109,13 @@ class PretrainTrainer(Trainer):
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if self.estimator is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        model.eval()  # dropout would draw another mask for each member, and their differences be those of the masks
+        model.eval()  # with dropout, members would differ by their masks
         with self.compute_loss_context_manager():
             return self.estimator(self._prepare_inputs(inputs), self.state.global_step)  # type: ignore[arg-type]
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         votes = [p.grad for p in model.parameters() if p.grad is not None and not p.grad.is_floating_point()]
-        if votes:  # accelerate measures only what is no integer
+        if votes:  # accelerate skips integers
             return torch.stack([vote.float().norm() for vote in votes]).norm()
         return super()._get_grad_norm(model, grad_norm=grad_norm)  # type: ignore[misc]
 
@@ -141,14 +140,14 @@ class PretrainTrainer(Trainer):
             self.estimator.load_state_dict(load_file(os.path.join(checkpoint, ESTIMATOR_FILE)))
 
     def restore(self, checkpoint: Path) -> None:
-        """Model and history of a checkpoint that has all its steps behind it."""
+        """Load model and history of a checkpoint of the last step."""
         self._load_from_checkpoint(str(checkpoint))
         assert self.model is not None
         self.model_wrapped = self.accelerator.prepare_model(self.model)  # autocast, as training would have left it
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """All validation rows, none dropped, on each process: the figures do not depend on batch size or device count."""
+        """All validation rows on each process, so that figures do not depend on batch size or device count."""
         rows: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         return DataLoader(rows, batch_size=self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
 
@@ -163,14 +162,14 @@ class PretrainTrainer(Trainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         found = self.evaluation(self.eval_tokens)
         metrics = {f"eval_{name}": value for name, value in found.to_dict().items() if value is not None}
-        metrics["eval_loss"] = found.loss  # the name under which Trainer and its trackers expect it
+        metrics["eval_loss"] = found.loss  # the name that Trainer and its trackers expect
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def mfu(self, tokens_per_second: float) -> float:
-        """Model FLOPs utilisation; positions of padding are computed and count. What is reached can be reached: a peak that was
-        measured while the machine was busy is too low, and gives way."""
+        """Model FLOPs utilisation. Padding is computed and counts. A rate above the measured peak raises the peak, which was
+        measured while the machine was busy."""
         reached = tokens_per_second / self.fill * self.flops_per_token
         self.peak_flops = max(self.peak_flops, reached)
         return reached / self.peak_flops
@@ -183,15 +182,14 @@ class PretrainTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-        """As Trainer does it, but in a folder of its own until all is written, so that a checkpoint is there whole or
-        not at all."""
+        """Save in a separate folder first and move it when all is written, so that a checkpoint is never half written."""
         out = Path(str(self.args.output_dir))
         folder, self._staging = out / f"checkpoint-{self.state.global_step}", out / STAGING
         try:
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                shutil.rmtree(folder, ignore_errors=True)  # one that could not be read, or the same one again
+                shutil.rmtree(folder, ignore_errors=True)  # one that could not be read, or the same again
                 os.replace(self._staging / folder.name, folder)
                 rotate_checkpoints(str(out), self.args.save_total_limit)
         except (OSError, SafetensorError, RuntimeError) as error:
@@ -208,8 +206,8 @@ class PretrainTrainer(Trainer):
 
 
 class Lanes(Sampler[int]):
-    """Indices of rows for batches of which each row goes on where that of the batch before ended: all rows are cut into as many
-    lanes as a batch has rows, and those that do not fill the lanes are left out.
+    """Indices of rows for batches in which each row continues the same row of the batch before. The data set is cut into as many
+    lanes as a batch has rows; rows that do not fill the lanes are left out.
 
     >>> list(Lanes(7, 2))
     [0, 3, 1, 4, 2, 5]

@@ -369,7 +369,7 @@ def test_an_unwritable_cache_is_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         corpus = load("a.jsonl", cache_dir=blocked)
     assert len(corpus.train) > 0
-    assert f"the cache {blocked} cannot be written" in caplog.text
+    assert f"cannot write to the cache {blocked}" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen3", "llama"])
@@ -386,7 +386,7 @@ def test_a_disk_that_is_full_when_the_tokenizer_is_kept(monkeypatch, caplog):
 
     monkeypatch.setattr(os, "rename", full)
     assert len(load_tokenizer(None, [prose(100)], vocab_size=300)) == 300
-    assert "not kept" in caplog.text and "No space left" in caplog.text
+    assert "could not be cached" in caplog.text and "No space left" in caplog.text
 
 
 def test_nothing_is_printed_and_the_users_settings_stay(tmp_path, capfd):
@@ -541,30 +541,30 @@ def wrong_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "source, options, error, message",
     [
-        ("nowhere.txt", {}, FileNotFoundError, "file not found: nowhere.txt; name a file, folder"),
+        ("nowhere.txt", {}, FileNotFoundError, "file not found: nowhere.txt; give a file, folder"),
         ("./nowhere", {}, FileNotFoundError, "file not found: ./nowhere"),
         ("a/b/nowhere", {}, FileNotFoundError, "file not found: a/b/nowhere"),
         (
             "table.csv",
             {},
             ValueError,
-            r"table.csv has no suffix .* known are .txt, .md, .py, .jsonl, .json, .parquet",
+            r"data files must end in .txt, .md, .py, .jsonl, .json, .parquet.*, got table.csv",
         ),
         (
             "folder",
             {},
             ValueError,
-            "folder holds no file that can be read; looked for .txt, .md, .py, .jsonl",
+            "folder contains no readable file; looked for .txt, .md, .py, .jsonl",
         ),
-        ("folder/*.csv", {}, ValueError, r"folder/\*.csv holds no file that can be read; looked for .txt"),
-        ("nowhere/*.txt", {}, ValueError, r"nowhere/\*.txt holds no file"),
-        ("empty", {}, ValueError, "empty holds no text: every document is empty"),
-        ("empty.jsonl", {}, ValueError, "empty.jsonl holds no text"),
+        ("folder/*.csv", {}, ValueError, r"folder/\*.csv contains no readable file; looked for .txt"),
+        ("nowhere/*.txt", {}, ValueError, r"nowhere/\*.txt contains no readable file"),
+        ("empty", {}, ValueError, "empty contains no text: every document is empty"),
+        ("empty.jsonl", {}, ValueError, "empty.jsonl contains no text"),
         ("latin.txt", {}, ValueError, "latin.txt is not UTF-8 text .*position 3"),
         ("some", {}, ValueError, "some/b.txt is not UTF-8 text"),
-        ("broken.jsonl", {}, ValueError, "broken.jsonl is not readable as json .*; mend it or leave it out"),
+        ("broken.jsonl", {}, ValueError, "broken.jsonl is not readable as json .*; repair it or leave it out"),
         ("broken.parquet", {}, ValueError, "broken.parquet is not readable as parquet"),
-        ("numbers.jsonl", {}, ValueError, "column 'text' of numbers.jsonl holds int64, not text"),
+        ("numbers.jsonl", {}, ValueError, "column 'text' of numbers.jsonl must contain text, got int64"),
         (
             "body.jsonl",
             {},
@@ -582,10 +582,10 @@ def wrong_files(tmp_path: Path) -> None:
             "good.jsonl",
             {"documents": "paked"},
             ValueError,
-            "documents='paked' is unknown; choose packed or padded",
+            "documents must be 'packed' or 'padded', got 'paked'",
         ),
-        ("good.jsonl", {"sequence_length": 1}, ValueError, "sequence_length=1 leaves nothing to predict"),
-        ("good.jsonl", {"vocab_size": 257}, ValueError, "vocab_size=257 is too small; .* need 258"),
+        ("good.jsonl", {"sequence_length": 1}, ValueError, "sequence_length must be at least 2, got 1"),
+        ("good.jsonl", {"vocab_size": 257}, ValueError, "vocab_size must be at least 258 .*, got 257"),
         ("good.jsonl", {"tokenizer": "./nowhere"}, OSError, r"\./nowhere: no tokenizer could be loaded"),
         (
             "good.jsonl",
@@ -597,21 +597,21 @@ def wrong_files(tmp_path: Path) -> None:
             "good.jsonl",
             {"tokenizer": "no-eos"},
             ValueError,
-            "tokenizer 'no-eos' has no end-of-sequence token",
+            "tokenizer must have an end-of-sequence token, and 'no-eos' has none",
         ),
         (
             "owner/name",
             {},
             OSError,
-            "owner/name is not on disk, and the hub does not open it .Couldn't reach",
+            "owner/name is not on disk and could not be opened on the hub .Couldn't reach",
         ),
-        ("owner/name:en", {}, OSError, "owner/name:en is not on disk, and the hub does not open it"),
-        ("embeded", {}, OSError, "embeded is not on disk, and the hub does not open it"),
+        ("owner/name:en", {}, OSError, "owner/name:en is not on disk and could not be opened on the hub"),
+        ("embeded", {}, OSError, "embeded is not on disk and could not be opened on the hub"),
         (
             "owner/split:en",
             {},
             ValueError,
-            r"no text in column 'text'; set text_column, of \['body', 'url'\]",
+            r"no text in column 'text'; set text_column to one of \['body', 'url'\]",
         ),
     ],
 )
@@ -626,8 +626,8 @@ def test_error(hub, tmp_path, source, options, error, message):
 def test_a_hub_data_set_without_train_split(monkeypatch):
     stream = datasets.IterableDataset.from_generator(lambda: iter([{"text": "x"}]))
     for splits, message in (
-        ({"test": stream}, "has no split named train; it has .'test'"),
-        ({"train": stream}, "one document"),
+        ({"test": stream}, "must have a split named train, got .'test'"),
+        ({"train": stream}, "only one document"),
     ):
         monkeypatch.setattr(
             datasets, "load_dataset", lambda *_, splits=splits, **__: datasets.IterableDatasetDict(splits)
@@ -676,7 +676,7 @@ def test_an_id_beyond_the_vocabulary_is_one_sentence(hub):
     largest = max(max(row["input_ids"]) for row in rows)
     collate(rows, largest + 1)
     with pytest.raises(
-        ValueError, match=f"vocab_size={largest} is too small for the tokenizer, which gives id {largest}"
+        ValueError, match=f"vocab_size must be above {largest}, a token id of the tokenizer, got {largest}"
     ):
         collate(rows, largest)
 

@@ -55,18 +55,18 @@ def test_generation_ends_where_the_positions_do(small: Any, tokenizer: Any) -> N
     model.generate = lambda *a, **k: calls.append(k["max_new_tokens"]) or original(*a, **k)
     generate_text(model, tokenizer, "w5 w6", max_new_tokens=1000, seed=0)
     assert calls == [62]
-    with pytest.raises(ValueError, match="the prompt has 64 tokens, the model 64 positions"):
+    with pytest.raises(ValueError, match="the prompt must be shorter than the model's 64 positions, got 64"):
         generate_text(model, tokenizer, "w5 " * 64)
 
 
 def test_the_training_mode_comes_back(model: Any, tokenizer: Any) -> None:
     generate_text(model.train(), tokenizer, "w5", max_new_tokens=2, seed=0)
     assert model.training
-    with pytest.raises(ValueError, match="temperature=-1 is neither 0"):
+    with pytest.raises(ValueError, match="temperature must be 0 .greedy. or from 0.001 to 1000, got -1"):
         generate_text(model, tokenizer, "w5", temperature=-1)
 
 
 def test_a_token_beyond_the_vocabulary_is_one_sentence(model: Any, tokenizer: Any) -> None:
     tokenizer.add_tokens(["zebra"])
-    with pytest.raises(ValueError, match="the prompt has token id 96, the model's vocabulary 96 entries"):
+    with pytest.raises(ValueError, match="must be below the model's 96 vocabulary entries, got 96"):
         generate_text(model, tokenizer, "w5 zebra")

@@ -143,7 +143,7 @@ def test_a_half_written_checkpoint_is_passed_over(text: Path, tmp_path: Path) ->
 def test_a_second_run_does_not_overwrite_the_first(text: Path, tmp_path: Path) -> None:
     run.pretrain(recipe(text, steps=3), tmp_path / "run")
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
-    with pytest.raises(ValueError, match="already holds a run"):
+    with pytest.raises(ValueError, match="already contains a run"):
         run.pretrain(recipe(text, steps=4), tmp_path / "run")
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
 
@@ -250,7 +250,7 @@ def test_a_checkpoint_with_a_file_cut_short_is_passed_over(
     run.pretrain(recipe(text, save_every=3), tmp_path / "whole")
     run.pretrain(read_run(killed), killed, resume=True)
     assert losses(killed) == losses(tmp_path / "whole")
-    assert f"checkpoint-6 is passed over: {file}" in caplog.text
+    assert f"checkpoint-6 is skipped: {file}" in caplog.text
 
 
 def test_a_checkpoint_has_its_name_only_when_it_is_whole(text: Path, tmp_path: Path, monkeypatch) -> None:
@@ -286,7 +286,7 @@ def test_a_run_does_not_go_on_with_other_data(text: Path, tmp_path: Path) -> Non
         run.pretrain(recipe(mine), tmp_path / "run", callbacks=[KillAfter(6)])
     before = losses(tmp_path / "run")
     mine.write_text(TEXT.replace("line 700", "LINE 700"))
-    with pytest.raises(ValueError, match="are not what .* began with"):
+    with pytest.raises(ValueError, match="must be the text with which .* began"):
         run.pretrain(read_run(tmp_path / "run"), tmp_path / "run", resume=True)
     assert losses(tmp_path / "run") == before
     mine.write_text(TEXT)
@@ -316,7 +316,7 @@ def test_half_a_line_of_metrics_is_cut_off_on_resume(text: Path, killed: Path, t
 
 
 def test_a_batch_larger_than_the_corpus_is_refused(text: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="fewer than batch_size=100000"):
+    with pytest.raises(ValueError, match="batch_size must be at most .* got 100000"):
         run.pretrain(recipe(text, batch_size=100_000, micro_batch_size=1), tmp_path / "run")
 
 

@@ -21,21 +21,21 @@ class Corpus:
     """Training and validation sequences, and the tokenizer that made them.
 
     Packed rows have the column input_ids; padded rows also attention_mask and labels (-100 on padding). Each
-    holds `sequence_length` integers. Labels are not shifted: the models of transformers do that.
+    contains `sequence_length` integers. Labels are not shifted: the models of transformers do that.
     """
 
     tokenizer: PreTrainedTokenizerBase
     train: Dataset | IterableDataset
-    """A stream never ends: it begins anew in another order, so that skipping rows resumes any run."""
+    """A stream never ends: it starts again in another order, so that any run can resume by skipping rows."""
     validation: Dataset
     validation_bytes_per_token: float
-    """UTF-8 bytes of validation text per token, the tokens that end documents included, for bits per byte."""
+    """UTF-8 bytes of validation text per token (tokens that end documents included), for bits per byte."""
     description: str
     """One line for humans: "embedded: 612 documents, 11.8 MB, 3.4 M tokens"."""
 
     @functools.cached_property
     def fill(self) -> float:
-        """Share of the positions of training rows that hold text, not padding; of a stream, of its validation rows."""
+        """Share of positions with text instead of padding, in training rows; for a stream, in validation rows."""
         rows = self.validation if isinstance(self.train, IterableDataset) else self.train
         if "attention_mask" not in rows.column_names:
             return 1.0
@@ -45,12 +45,12 @@ class Corpus:
 
     @functools.cached_property
     def largest_id(self) -> int:
-        """The largest token id of the rows; those of a stream are not known."""
+        """The largest token id of all rows on disk; those of a stream are unknown."""
         return max(max(map(int, map(np.max, ids_of(rows)))) for rows in (self.train, self.validation) if ids_of(rows))
 
     @functools.cached_property
     def hash(self) -> str:
-        """Of the tokenizer and of all token ids; of a stream, of its tokenizer and its validation rows."""
+        """Of the tokenizer and all token ids; for a stream, of the tokenizer and the validation rows."""
         digest = hashlib.blake2b(identity(self.tokenizer).encode(), digest_size=16)
         for rows in (self.train, self.validation):
             for ids in ids_of(rows):
@@ -73,26 +73,25 @@ def load_corpus(
     validation_tokens: int = 10_000_000,
     cache_dir: Path | None = None,
 ) -> Corpus:
-    """Read `data`, set validation text apart, find or train a tokenizer, and cut both parts into sequences.
+    """Read `data`, hold out validation text, find or train a tokenizer, and cut both parts into sequences.
 
     Args:
         data: "embedded"; a file, folder or glob of txt, md, py (a file is a document), jsonl, json, parquet
             (a row is one), each also with .gz; or a hub data set, "owner/name" or "owner/name:config".
-        validation: another such source, used whole. By default 5 % of local documents; of a hub data set its
+        validation: another source, used whole. By default 5 % of local documents; of a hub data set its
             validation split, or without one its first documents, which training skips.
         tokenizer: name or folder; None trains byte-level BPE of `vocab_size` entries on the training text.
         documents: "packed" lays documents end to end, an end-of-sequence token after each, and cuts windows
             of `sequence_length` tokens; "padded" cuts or pads each document to one row, as the papers do.
         text_column: of jsonl, json, parquet and hub data.
-        seed: of the split, of the order of documents, and so of the tokenizer that is trained on them.
-        order_seed: of the order in which a stream is trained on, if another than `seed`. Rows on disk are shuffled by whoever
-            reads them.
+        seed: of the split and the order of documents, and so of a tokenizer trained on them.
+        order_seed: of the order of a training stream, by default `seed`. Rows on disk are shuffled by their reader.
         validation_tokens: predicted tokens after which validation ends.
         cache_dir: default $XDG_CACHE_HOME/lorank, or ~/.cache/lorank.
 
     Raises:
         ValueError: an argument or the text cannot be used.
-        OSError: a file, the hub or the disk let us down.
+        OSError: a file, the hub or the disk failed.
     """
     check_form(documents, sequence_length)
     cache = cache_folder(cache_dir)
@@ -102,7 +101,7 @@ def load_corpus(
     else:
         train, held_out = source.whole, open_for_evaluation(validation, text_column, seed, cache)
     name = None
-    if isinstance(train, IterableDataset):  # too slow to read just to find out whether its tokenizer is known
+    if isinstance(train, IterableDataset):  # reading it only to look up its tokenizer would be slow
         name = repr((data, text_column, seed, train is source.train))
     texts = partial(texts_of, train)
     tok = load_tokenizer(tokenizer, texts, vocab_size=vocab_size, cache_dir=cache, texts_name=name)
@@ -132,7 +131,7 @@ def load_evaluation(
     validation_tokens: int = 10_000_000,
     cache_dir: Path | None = None,
 ) -> tuple[Dataset, float]:
-    """Rows to evaluate on, and bytes per token: files whole, of embedded and hub data the validation part.
+    """Rows to evaluate on and their bytes per token: all of local files, the validation part of embedded and hub data.
 
     Arguments and errors are those of `load_corpus`.
     """

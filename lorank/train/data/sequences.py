@@ -1,4 +1,4 @@
-"""Sequences: documents tokenised and packed end to end, or cut and padded one by one, and the batches made of them."""
+"""Documents as rows of tokens: packed end to end, or each cut or padded to one row; and rows as batches."""
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lorank.train.data.sources import Documents, root_cause, texts_of
 from lorank.train.data.tokenizers import PIECE, VERSION, Piece, identity, pieces_of
 
-MEASURED_BYTES = 10_000_000  # tokens are counted in so much validation text at most
+MEASURED_BYTES = 10_000_000  # of validation text in which tokens are counted
 BATCH = 1 << 22  # characters tokenised in one call
 Row: TypeAlias = dict[str, list[int]]
 
@@ -31,10 +31,10 @@ class Form(NamedTuple):
 def make_sequences(
     documents: Documents, form: Form, what: str, cache: Path, max_tokens: int | None = None
 ) -> Dataset | IterableDataset:
-    """Documents as rows, kept in the cache; a stream's are a stream too unless `max_tokens` ends them."""
+    """Documents as rows, cached on disk. Rows of a stream are a stream too, unless `max_tokens` ends it."""
     if form.tokenizer.eos_token_id is None:
         name = form.tokenizer.name_or_path
-        raise ValueError(f"tokenizer {name!r} has no end-of-sequence token to end documents with; take another")
+        raise ValueError(f"tokenizer must have an end-of-sequence token, and {name!r} has none; use another")
     columns = ["input_ids"] if form.documents == "packed" else ["input_ids", "attention_mask", "labels"]
     features = Features({column: List(Value("int32"), length=form.sequence_length) for column in columns})
     arguments: dict[str, Any] = {"documents": documents, "form": form, "what": what, "max_tokens": max_tokens}
@@ -57,7 +57,7 @@ def _endless(documents: IterableDataset, **arguments: Any) -> Iterator[Row]:
 
 
 def _rows(documents: Documents, form: Form, what: str, max_tokens: int | None) -> Iterator[Row]:
-    """Rows until they predict `max_tokens` tokens; ValueError if there is not one."""
+    """Rows until `max_tokens` tokens are predicted. Raises ValueError if there is no row."""
     predicted = 0
     for row in (_packed if form.documents == "packed" else _padded)(documents, form):
         yield row
@@ -67,11 +67,13 @@ def _rows(documents: Documents, form: Form, what: str, max_tokens: int | None) -
     if not predicted:
         count = sum(len(ids) for _, ids in _tokens(documents, form.tokenizer))
         needs = f"one sequence of sequence_length={form.sequence_length}"
-        raise ValueError(f"{what} has {count:,} tokens, too few for {needs}; give more text or shorten it")
+        raise ValueError(
+            f"{what} has {count:,} tokens, too few for {needs}; give more text or a shorter sequence_length"
+        )
 
 
 def _packed(documents: Documents, form: Form) -> Iterator[Row]:
-    """Windows of documents laid end to end."""
+    """Windows over documents laid end to end."""
     rest: list[int] = []
     for _, ids in _tokens(documents, form.tokenizer):
         rest += ids
@@ -82,7 +84,7 @@ def _packed(documents: Documents, form: Form) -> Iterator[Row]:
 
 
 def _padded(documents: Documents, form: Form) -> Iterator[Row]:
-    """One row a document."""
+    """One row per document."""
     tokenizer, length, _ = form
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     for _, ids in _beginnings(documents, form):
@@ -93,8 +95,7 @@ def _padded(documents: Documents, form: Form) -> Iterator[Row]:
 
 
 def _beginnings(documents: Documents, form: Form) -> Iterator[tuple["Piece", list[int]]]:
-    """Documents with the token ids that fit in a row: their tokenizer's own special ones, and eos if it lacks and has
-    room."""
+    """Documents with the token ids that fit in a row, special tokens included. An eos is added where it is missing and fits."""
     tokenizer, length, _ = form
     beginnings = (Piece(text[:PIECE], True) for text in texts_of(documents))
     for piece, ids in _encode(beginnings, tokenizer, truncation=True, max_length=length):
@@ -104,7 +105,7 @@ def _beginnings(documents: Documents, form: Form) -> Iterator[tuple["Piece", lis
 
 
 def bytes_per_token_of(documents: Documents, form: Form) -> float:
-    """UTF-8 bytes per token of the text that is in the rows."""
+    """UTF-8 bytes per token of the text in the rows."""
     size = tokens = 0
     packed = form.documents == "packed"
     for piece, ids in _tokens(documents, form.tokenizer) if packed else _beginnings(documents, form):
@@ -118,7 +119,7 @@ def bytes_per_token_of(documents: Documents, form: Form) -> float:
 
 
 def _tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Piece, list[int]]]:
-    """Documents piece by piece with their token ids, eos after the last piece of each."""
+    """Documents piece by piece with their token ids, and an eos after the last piece of each."""
     pieces = itertools.chain.from_iterable(map(pieces_of, texts_of(documents)))
     for piece, ids in _encode(pieces, tokenizer, add_special_tokens=False):
         yield piece, [*ids, tokenizer.eos_token_id] if piece.is_last else ids
@@ -127,7 +128,7 @@ def _tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Iterato
 def _encode(
     pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, **options: Any
 ) -> Iterator[tuple[Piece, list[int]]]:
-    """Pieces with their token ids, many in one call, which then uses all cores."""
+    """Pieces with their token ids. Many are tokenised in one call, which uses all cores."""
     for batch in _batches(pieces):
         texts = [piece.text for piece in batch]
         yield from zip(batch, tokenizer(texts, verbose=False, **options)["input_ids"], strict=True)
@@ -147,17 +148,17 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def ids_of(rows: Dataset | IterableDataset) -> list[np.ndarray]:
-    """The token ids of rows on disk, chunk by chunk, not copied; of a stream, none."""
+    """The token ids of rows on disk, chunk by chunk and without copies; nothing for a stream."""
     if isinstance(rows, IterableDataset):
         return []
     return [chunk.flatten().to_numpy() for chunk in rows.data.column("input_ids").chunks if len(chunk)]
 
 
 def collate(rows: Sequence[Mapping[str, Sequence[int]]], vocab_size: int | None = None) -> dict[str, torch.Tensor]:
-    """Rows as one batch of int64 tensors [batch, sequence_length]; packed rows are their own labels.
+    """Rows as one batch of int64 tensors [batch, sequence_length]. Packed rows are their own labels.
 
     Raises:
-        ValueError: an id is not below `vocab_size` (an embedding would only say that an index is out of range).
+        ValueError: an id is not below `vocab_size`. An embedding would only report an index out of range.
     """
     columns = {name: np.array([row[name] for row in rows], dtype=np.int64) for name in rows[0]}
     if vocab_size is not None:
@@ -168,15 +169,16 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], vocab_size: int | None 
 
 
 def check_ids(largest: int, vocab_size: int) -> None:
-    """Raises ValueError if a vocabulary does not hold the largest token id."""
+    """Raise ValueError if the largest token id is outside the vocabulary."""
     if largest >= vocab_size:
         raise ValueError(
-            f"vocab_size={vocab_size} is too small for the tokenizer, which gives id {largest}; leave it out"
+            f"vocab_size must be above {largest}, a token id of the tokenizer, got {vocab_size}; leave it out to use all of them"
         )
 
 
 def check_form(documents: str, sequence_length: int) -> None:
+    """Raise ValueError if documents cannot become such rows."""
     if documents not in ("packed", "padded"):
-        raise ValueError(f"documents={documents!r} is unknown; choose packed or padded")
+        raise ValueError(f"documents must be 'packed' or 'padded', got {documents!r}")
     if sequence_length < 2:
-        raise ValueError(f"sequence_length={sequence_length} leaves nothing to predict; take at least 2")
+        raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")

@@ -1,4 +1,4 @@
-"""Tokenizers: loaded, trained as byte-level BPE and kept, or bytes; and the pieces in which long texts are tokenised."""
+"""Tokenizers: loaded by name, trained on the text (byte-level BPE), or plain bytes. Long texts are tokenised in pieces."""
 
 import hashlib
 import itertools
@@ -18,9 +18,9 @@ from lorank.train.data.sources import cache_folder, first_line
 from lorank.train.hub import asked_if_reachable
 
 logger = logging.getLogger(__name__)
-VERSION = 1  # part of every cache key; raise it when the same text should give other tokens or sequences
-TOKENIZER_CHARACTERS = 50_000_000  # a tokenizer learns from so much training text at most
-PIECE = 1 << 20  # characters tokenised as one text at most: long texts then use all cores, but not all memory
+VERSION = 1  # part of every cache key; raise it when the same text must give other tokens or sequences
+TOKENIZER_CHARACTERS = 50_000_000  # of training text that a tokenizer learns from
+PIECE = 1 << 20  # characters tokenised at once: long texts then use all cores, but not all memory
 
 
 def load_tokenizer(
@@ -31,16 +31,16 @@ def load_tokenizer(
     cache_dir: Path | None = None,
     texts_name: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer by name or folder; "bytes", whose tokens are bytes; or byte-level BPE trained on `texts`, or once trained on them and kept.
+    """A tokenizer by name or folder, "bytes" (each byte a token), or for None byte-level BPE trained on `texts` (or cached).
 
     Args:
-        texts: or what returns them; not more than 50 million characters are read.
-        vocab_size: entries at most, 256 bytes, <|endoftext|> (eos and bos) and <|pad|> among them.
-        texts_name: stands for the texts in the cache; with None their hash does, and they are read for it.
+        texts: or a function that returns them. At most 50 million characters are read.
+        vocab_size: most entries, including 256 bytes, <|endoftext|> (eos and bos) and <|pad|>.
+        texts_name: their name in the cache. By default their hash, for which they are read.
 
     Raises:
         OSError: no tokenizer could be loaded.
-        ValueError: the vocabulary does not even hold all bytes.
+        ValueError: the vocabulary is smaller than the set of bytes.
     """
     if name_or_path == "bytes":
         return byte_tokenizer()
@@ -50,11 +50,11 @@ def load_tokenizer(
                 found = AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), trust_remote_code=False)
         except Exception as error:  # the hub, a file or its parser
             raise OSError(f"{name_or_path}: no tokenizer could be loaded ({first_line(error)})") from error
-        if found.get_vocab().keys() <= found.get_added_vocab().keys():  # of some types, where there are no files
+        if found.get_vocab().keys() <= found.get_added_vocab().keys():  # some types load without files
             raise OSError(f"{name_or_path}: no tokenizer could be loaded (its vocabulary is empty)")
         return found
     if vocab_size < 258:
-        raise ValueError(f"vocab_size={vocab_size} is too small; 256 bytes and 2 special tokens need 258")
+        raise ValueError(f"vocab_size must be at least 258 (256 bytes and 2 special tokens), got {vocab_size}")
     texts = first_pieces(texts() if callable(texts) else texts, TOKENIZER_CHARACTERS)
     if texts_name is None:
         texts = list(texts)
@@ -69,14 +69,14 @@ def load_tokenizer(
                 os.rename(f"{part}/whole", folder)
         except OSError as error:
             if not folder.exists():  # if it does, another process was faster
-                logger.warning("the tokenizer is not kept for the next run: %s", error)
+                logger.warning("the tokenizer could not be cached for the next run: %s", error)
                 return tokenizer
     return PreTrainedTokenizerFast.from_pretrained(folder)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """Each byte is the token of its number; byte 0 ends and begins documents, and is left out where a text has it."""
-    named = sorted(pre_tokenizers.ByteLevel.alphabet())  # stand-ins for those bytes that cannot be printed
+    """A tokenizer whose tokens are the 256 bytes. Byte 0 ends and begins documents; a byte 0 inside a text is left out."""
+    named = sorted(pre_tokenizers.ByteLevel.alphabet())  # with stand-ins for bytes that cannot be printed
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     vocabulary = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
@@ -105,7 +105,7 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides a tokenizer's output, but for the truncation its last call set."""
+    """A hash of everything that decides a tokenizer's output, without the truncation that its last call set."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return Hasher.hash(tokenizer)
@@ -114,14 +114,14 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class Piece(NamedTuple):
-    """Part of a document, small enough to be tokenised as one text."""
+    """Part of a document, small enough to be tokenised at once."""
 
     text: str
     is_last: bool
 
 
 def pieces_of(text: str) -> Iterator[Piece]:
-    """A text in pieces that end with a line where they can."""
+    """A text in pieces that end at the end of a line where possible."""
     start = 0
     while len(text) - start > PIECE:
         cut = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
@@ -131,7 +131,7 @@ def pieces_of(text: str) -> Iterator[Piece]:
 
 
 def first_pieces(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """Texts, piece by piece, up to so many characters."""
+    """Texts piece by piece, until that many characters are reached."""
     for piece in itertools.chain.from_iterable(map(pieces_of, texts)):
         if characters <= 0:
             return
