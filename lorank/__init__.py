@@ -29,6 +29,11 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.methods.sltrain import SLTrain
     from lorank.methods.sst import SST
     from lorank.methods.switchlora import SwitchLoRA
+    from lorank.optim.dct_adamw import DCTAdamW
+    from lorank.optim.fira import Fira
+    from lorank.optim.galore import GaLore
+    from lorank.optim.plain import Adafactor, AdamW8bit, Muon
+    from lorank.optim.trion import Trion
 
 __version__ = "0.2.0"
 

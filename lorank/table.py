@@ -29,6 +29,13 @@ METHODS = {
     "masa": "lorank.methods.masa:MASA",
     # how they move
     "adamw": "lorank.method:AdamW",
+    "adamw-8bit": "lorank.optim.plain:AdamW8bit",
+    "adafactor": "lorank.optim.plain:Adafactor",
+    "muon": "lorank.optim.plain:Muon",
+    "galore": "lorank.optim.galore:GaLore",
+    "fira": "lorank.optim.fira:Fira",
+    "dct-adamw": "lorank.optim.dct_adamw:DCTAdamW",
+    "trion": "lorank.optim.trion:Trion",
     # where the gradient comes from
     "autograd": "lorank.method:Autograd",
 }

@@ -39,7 +39,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lorank.optim.matrices import processes
+from lorank.optim.shards import processes
 
 BLOCK = 32
 """Pairs drawn from one seed."""

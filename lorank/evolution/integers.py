@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 
 from lorank.evolution.egg import DOCUMENT_START, EggForCausalLM, Noise, score, signs
 from lorank.evolution.eggroll import check_population, check_whole, over_processes, pair_noise
-from lorank.optim.matrices import processes
+from lorank.optim.shards import processes
 
 
 def alpha_at(step: int, flag: float) -> float:

@@ -19,32 +19,32 @@ if TYPE_CHECKING:
     from lorank.evolution.eggroll import Eggroll
     from lorank.evolution.integers import IntegerEggroll, Votes
     from lorank.optim.adamw import VectorAdamW
-    from lorank.optim.dct_adamw import DCTAdamW
-    from lorank.optim.fira import FiraAdamW
-    from lorank.optim.galore import GaLoreAdamW
+    from lorank.optim.legacy.dct_adamw import DCTAdamW
+    from lorank.optim.legacy.fira import FiraAdamW
+    from lorank.optim.legacy.galore import GaLoreAdamW
     from lorank.optim.groups import low_rank_groups
-    from lorank.optim.muon_adamw import MuonAdamW
-    from lorank.optim.subspace import Subspace
-    from lorank.optim.trion import Trion
+    from lorank.optim.legacy.muon_adamw import MuonAdamW
+    from lorank.optim.legacy.subspace import Subspace
+    from lorank.optim.legacy.trion import Trion
 
 _HOME = {
-    "DCTAdamW": "dct_adamw",
+    "DCTAdamW": "legacy.dct_adamw",
     "Eggroll": "eggroll",
-    "FiraAdamW": "fira",
+    "FiraAdamW": "legacy.fira",
     "IntegerEggroll": "eggroll_int8",
     "Votes": "eggroll_int8",
-    "GaLoreAdamW": "galore",
-    "Subspace": "subspace",
-    "Trion": "trion",
+    "GaLoreAdamW": "legacy.galore",
+    "Subspace": "legacy.subspace",
+    "Trion": "legacy.trion",
     "VectorAdamW": "adamw",
     "low_rank_groups": "groups",
-    "MuonAdamW": "muon_adamw",
+    "MuonAdamW": "legacy.muon_adamw",
 }
 OPTIMIZERS = {
-    "galore": "lorank.optim.galore:GaLoreAdamW",
-    "fira": "lorank.optim.fira:FiraAdamW",
-    "dct-adamw": "lorank.optim.dct_adamw:DCTAdamW",
-    "trion": "lorank.optim.trion:Trion",
+    "galore": "lorank.optim.legacy.galore:GaLoreAdamW",
+    "fira": "lorank.optim.legacy.fira:FiraAdamW",
+    "dct-adamw": "lorank.optim.legacy.dct_adamw:DCTAdamW",
+    "trion": "lorank.optim.legacy.trion:Trion",
 }
 ESTIMATORS = {"eggroll": "lorank.evolution.eggroll:Eggroll"}
 """What ``lorank pretrain --method NAME`` takes in place of backward passes."""

@@ -12,12 +12,30 @@ Source of the second: Halko, Martinsson and Tropp, "Finding structure with rando
 """
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 Basis = Callable[[Tensor, int], Tensor]
 """From gradients G [k, m, n] in fp32 or fp64 and a rank r <= min(m, n): P [k, m, r] with orthonormal columns."""
+Projection = Literal["std", "reverse_std", "left", "right", "full"]
+"""Which side is projected: "std" the longer one, so that moments are r wide on the shorter (m >= n from the right);
+"reverse_std" the other; "left", "right"; or "full" for both."""
+
+
+def sides(projection: Projection, m: int, n: int) -> tuple[bool, bool]:
+    """Whether a gradient [m, n] is projected from the left, from the right, or both."""
+    if projection == "full":
+        return True, True
+    right = {"std": m >= n, "reverse_std": m < n, "left": False, "right": True}[projection]
+    return not right, right
+
+
+def inside_shape(projection: Projection, m: int, n: int, rank: int) -> tuple[int, int]:
+    """Of R, for a gradient [m, n]."""
+    left, right = sides(projection, m, n)
+    return rank if left else m, rank if right else n
 
 
 def singular_basis(G: Tensor, rank: int) -> Tensor:

@@ -85,9 +85,14 @@ def columns(S: Tensor, chosen: Tensor) -> Tensor:
     return S.gather(-1, chosen[..., None, :].expand(*S.shape[:-1], -1))
 
 
+def vectors(chosen: Tensor, n: int, dtype: torch.dtype) -> Tensor:
+    """Q[I], [..., r, n]."""
+    return dct_matrix(n, chosen.device, dtype)[chosen]
+
+
 def back(a: Tensor, chosen: Tensor, n: int) -> Tensor:
     """a Q[I], [..., m, n]."""
-    return a @ dct_matrix(n, a.device, a.dtype)[chosen]
+    return a @ vectors(chosen, n, a.dtype)
 
 
 def carry(moment: Tensor, before: Tensor, now: Tensor, n: int) -> Tensor:

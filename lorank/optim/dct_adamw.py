@@ -17,25 +17,28 @@ Departures from the authors' code. Moments are carried by a gather, which is wha
 previous indices are needed within a step only and are not stored. The quantiser has 256 levels (theirs: 16 in a byte).
 """
 
-from collections.abc import Iterable
-from typing import Any, Literal
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lorank.fields import Count, Positive
 from lorank.optim.dct import (
     Transform,
     back,
     carry,
-    check_choice,
     columns,
     dequantise,
     quantise,
     select,
     transform,
     transform_flops,
+    vectors,
 )
-from lorank.optim.matrices import MatrixOptimizer, Stack
+from lorank.optim.driver import Projected
+from lorank.optim.stacks import Product, Stack
 
 
 def state_elements(m: int, n: int, r: int) -> int:
@@ -47,11 +50,12 @@ def state_elements(m: int, n: int, r: int) -> int:
     return 2 * max(m, n) * r + r
 
 
-class DCTAdamW(MatrixOptimizer):
-    """AdamW whose groups with a `rank` are projected on cosines; see `MatrixOptimizer` for the errors.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DCTAdamW(Projected):
+    """AdamW in a subspace of cosines.
 
     Args:
-        params: parameters or groups; a group with ``rank`` is projected, a rank above the shorter side is that side.
+        rank: a rank above the shorter side is that side.
         update_gap: steps between two choices of columns.
         ell_norm: 1 as the paper, or 2, which leaves the smallest residual.
         transform: "matmul" or "fft".
@@ -59,67 +63,38 @@ class DCTAdamW(MatrixOptimizer):
         rotate: carry the moments of columns that stay; False leaves them where they are.
     """
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        update_gap: int = 1,
-        ell_norm: float = 1.0,
-        transform: Transform = "matmul",
-        error_feedback: Literal["none", "full", "8bit"] = "none",
-        rotate: bool = True,
-    ):
-        if error_feedback not in ("none", "full", "8bit"):
-            raise ValueError(f"error_feedback={error_feedback!r} is none of none, full, 8bit")
-        check_choice(transform, ell_norm)
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "update_gap": update_gap}
-        super().__init__(params, defaults)
-        self.ell_norm, self.transform, self.error_feedback, self.rotate = ell_norm, transform, error_feedback, rotate
+    name: ClassVar[str] = "dct-adamw"
+    soon: ClassVar[Mapping[str, Any]] = {"update_gap": 2}
+    per_group: ClassVar[tuple[str, ...]] = ("update_gap",)
+    tall: ClassVar[bool] = True
 
-    @staticmethod
-    def state_bytes(m: int, n: int, rank: int, itemsize: int, *, error_feedback: str = "none", **_: Any) -> int:
-        """Bytes kept for a matrix [m, n] of `itemsize` bytes per number: moments, indices, error feedback."""
-        error = {"none": 0, "full": m * n * itemsize, "8bit": m * n + 8 * max(m, n)}[error_feedback]
-        return 2 * max(m, n) * rank * itemsize + 4 * rank + error
+    update_gap: Count = 1
+    ell_norm: Positive = 1.0
+    transform: Transform = "matmul"
+    error_feedback: Literal["none", "full", "8bit"] = "none"
+    rotate: bool = True
 
-    @staticmethod
-    def step_flops(
-        m: int, n: int, rank: int, *, transform: Transform = "matmul", error_feedback: str = "none", **_: Any
-    ) -> int:
-        """FLOPs of matrix products in a step on a matrix [m, n]: A Qᵀ, u Q[I], and for error feedback a Q[I].
-
-        >>> DCTAdamW.step_flops(20, 10, 3), DCTAdamW.step_flops(20, 10, 3, transform="fft", error_feedback="full")
-        (5200, 2400)
-        """
-        back = 2 * m * n * rank
-        return transform_flops(max(m, n), min(m, n), transform) + back * (1 if error_feedback == "none" else 2)
-
-    def step_stack(self, stack: Stack, G: Tensor) -> Tensor:
-        group, n, t = stack.group, G.shape[-1], int(stack.states[0]["steps"]) + 1
+    def move(self, stack: Stack, G: Tensor, group: dict[str, Any]) -> Product:
+        n, t = G.shape[-1], stack.steps + 1
         A = G if t == 1 else G + self._left_out(stack, G)
         S = transform(A, self.transform)
         refreshed = t == 1 or t % group["update_gap"] == 0
         now = select(S, min(group["rank"], n), self.ell_norm) if refreshed else stack.get("indices").long()
         a = columns(S, now)
-        wide = a.to(torch.promote_types(a.dtype, torch.float32))  # in half precision ε would be 0
         if t == 1:
-            M, V = torch.zeros_like(wide), torch.zeros_like(wide)
+            M, V = torch.zeros_like(a), torch.zeros_like(a)
         else:
-            M, V = stack.get("exp_avg").to(wide.dtype), stack.get("exp_avg_sq").to(wide.dtype)
+            M, V = stack.get("exp_avg"), stack.get("exp_avg_sq")
             if refreshed and self.rotate:
                 before = stack.get("indices").long()
                 M, V = carry(M, before, now, n), carry(V, before, now, n)
-        (b1, b2), lr = group["betas"], group["lr"]
-        M, V = M.lerp(wide, 1 - b1), (V * b2).addcmul(wide, wide, value=1 - b2)  # lerp makes NaN where a² is infinite
-        u = (M / (1 - b1**t) / ((V / (1 - b2**t)).sqrt() + group["eps"])).to(a.dtype)
-        for name, value in (("exp_avg", M.to(a.dtype)), ("exp_avg_sq", V.to(a.dtype)), ("indices", now.int())):
+        b1, b2 = group["betas"]
+        M, V = M.lerp(a, 1 - b1), (V * b2).addcmul(a, a, value=1 - b2)
+        u = M / (1 - b1**t) / ((V / (1 - b2**t)).sqrt() + group["eps"])
+        for name, value in (("exp_avg", M), ("exp_avg_sq", V), ("indices", now.int())):
             stack.put(name, value)
         self._leave_out(stack, A - back(a, now, n) if self.error_feedback != "none" else None)
-        return -lr * back(u, now, n)
+        return Product(u, vectors(now, n, u.dtype), -group["lr"])
 
     def _left_out(self, stack: Stack, G: Tensor) -> Tensor | float:
         if self.error_feedback == "none" or not {"error", "error_codes"} & stack.states[0].keys():
@@ -135,3 +110,26 @@ class DCTAdamW(MatrixOptimizer):
             return stack.put("error", E)
         for part, values in zip(("codes", "low", "step"), quantise(E), strict=True):
             stack.put(f"error_{part}", values)
+
+    def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
+        """Bytes of moments, indices and error feedback."""
+        if group.get("rank") is None:
+            return super().state_bytes(p, group)
+        (m, n), itemsize, rank = p.shape, p.element_size(), min(group["rank"], *p.shape)
+        error = {"none": 0, "full": m * n * itemsize, "8bit": m * n + 8 * max(m, n)}[self.error_feedback]
+        return 2 * max(m, n) * rank * itemsize + 4 * rank + error
+
+    def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
+        """A Qᵀ, u Q[I], and for error feedback a Q[I].
+
+        >>> p = torch.empty(20, 10)
+        >>> DCTAdamW().step_flops(p, {"rank": 3}), DCTAdamW(transform="fft", error_feedback="full").step_flops(p, {"rank": 3})
+        (5200, 2400)
+        """
+        if group.get("rank") is None:
+            return super().step_flops(p, group)
+        m, n = p.shape
+        back = 2 * m * n * min(group["rank"], m, n)
+        return transform_flops(max(m, n), min(m, n), self.transform) + back * (
+            1 if self.error_feedback == "none" else 2
+        )

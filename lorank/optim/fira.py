@@ -18,7 +18,8 @@ presumably made with the latter, whose limiter compares norms without Adam's bia
 nothing; in the authors' code one gradient of zero keeps it near 0 for hundreds of steps.
 """
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,9 +27,9 @@ from torch import Tensor
 
 from lorank.method import Published
 from lorank.optim import galore
-from lorank.optim.galore import GaLoreAdamW
-from lorank.optim.matrices import Stack
-from lorank.optim.subspace import lift
+from lorank.optim.bases import sides
+from lorank.optim.galore import GaLore
+from lorank.optim.stacks import Product, Stack
 
 GAMMA = 1.01
 """Largest growth of the residual's norm from one step to the next."""
@@ -64,14 +65,16 @@ def state_elements(m: int, n: int, r: int) -> int:
     return galore.state_elements(m, n, r) + 1
 
 
-class FiraAdamW(GaLoreAdamW):
-    """GaLoreAdamW with the residual; not for projection="full", which has no columns to scale, nor for in_backward.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fira(GaLore):
+    """GaLore with the residual; not for projection="full", which has no columns to scale, nor for another rule or in_backward.
 
     Args:
         residual: "paper" or "repo", see above.
         scaling: "column", or "matrix" for one factor per matrix.
     """
 
+    name: ClassVar[str] = "fira"
     # the authors' scripts; the paper's text has an eighth of GaLore's rank at 7b, 128
     published: ClassVar[Published] = {
         "60m": {"rank": 128},
@@ -81,55 +84,37 @@ class FiraAdamW(GaLoreAdamW):
         "7b": {"rank": 64, "scale": 0.0625, "update_gap": 500},
     }
 
-    unit_lr = True  # N is wanted also where a warm-up begins at 0
+    projection: Literal["std", "reverse_std", "left", "right"] = "std"
+    rule: Literal["adamw"] = "adamw"
+    residual: Literal["paper", "repo"] = "paper"
+    scaling: Literal["column", "matrix"] = "column"
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        residual: Literal["paper", "repo"] = "paper",
-        scaling: Literal["column", "matrix"] = "column",
-        **galore: Any,
-    ):
-        if residual not in ("paper", "repo"):
-            raise ValueError(f"residual={residual!r} is neither paper nor repo")
-        if scaling not in ("column", "matrix"):
-            raise ValueError(f"scaling={scaling!r} is neither column nor matrix")
-        super().__init__(params, **galore)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.in_backward:
             raise ValueError("in_backward=True frees the gradient whose residual Fira needs; leave it out")
-        self.residual, self.scaling = residual, scaling
 
-    def _admit(self, group: dict[str, Any]) -> dict[str, Any]:
-        if group["rank"] is not None and group["projection"] == "full":
-            raise ValueError("projection='full' leaves no columns to scale; take std, left or right")
-        return super()._admit(group)
-
-    @staticmethod
-    def state_bytes(m: int, n: int, rank: int, itemsize: int, **options: Any) -> int:
-        """GaLore's, and one number of at least single precision."""
-        return GaLoreAdamW.state_bytes(m, n, rank, itemsize, **options) + max(itemsize, 4)
-
-    @staticmethod
-    def step_flops(m: int, n: int, rank: int, **options: Any) -> float:
-        """GaLore's, and P R for the residual."""
-        return GaLoreAdamW.step_flops(m, n, rank, **options) + 2 * m * n * rank
-
-    def leave(self, stack: Stack, inside: Tensor, left: Tensor | None, right: Tensor | None) -> None:
-        lr, alpha, repo = stack.group["lr"], stack.group["scale"], self.residual == "repo"
-        G, R, N = stack.gradients(), self.projected(stack), -inside
-        if stack.group["maximize"]:
-            G, R = -G, -R
-        E = G - (alpha if repo else 1.0) * lift(R, left, right)
+    def move(self, stack: Stack, G: Tensor, group: dict[str, Any]) -> Tensor | Product:
+        lr, alpha, repo = group["lr"], group["scale"], self.residual == "repo"
+        R = stack.project(G)
+        N = -stack.ruled(R, lr=1.0)  # also where a warm-up begins at 0
+        E = G - stack.lift(R, alpha if repo else 1.0).value
         if self.scaling == "matrix":
             k = norm(N, (-2, -1)) / (norm(R, (-2, -1)) + EPS)
         else:
-            k = column_factors(N, R, columns=left is not None)
-        states = [self.state[p] for p in stack.parameters]
-        before = torch.stack([state.get("norm", k.new_tensor(-1.0)).to(k.dtype) for state in states])
-        (b1, b2), t = stack.group["betas"], int(stack.states[0]["steps"])
+            k = column_factors(N, R, columns=sides(group["projection"], *G.shape[1:])[0])
+        before = torch.stack([state.get("norm", k.new_tensor(-1.0)).to(k) for state in stack.states])
+        (b1, b2), t = group["betas"], stack.steps + 1
         correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if repo else 1.0  # which the authors apply after the limiter
         S = limited(k * E / correction, before)
-        for state, length in zip(states, S.norm(dim=(-2, -1)), strict=True):
-            state["norm"] = length.clone()
-        stack.add(-lr * (alpha * lift(N, left, right) + (correction if repo else alpha) * S))
+        stack.put("norm", S.norm(dim=(-2, -1)))
+        return -lr * (stack.lift(N, alpha).value + (correction if repo else alpha) * S)
+
+    def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
+        """GaLore's, and one number of at least single precision."""
+        return super().state_bytes(p, group) + (0 if group.get("rank") is None else max(p.element_size(), 4))
+
+    def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
+        """GaLore's, and P R for the residual."""
+        found = super().step_flops(p, group, micro_batches=micro_batches)
+        return found if group.get("rank") is None else found + 2 * p.numel() * min(group["rank"], *p.shape)

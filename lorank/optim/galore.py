@@ -2,30 +2,37 @@
 
     every T steps:   P = first r left singular vectors of G  (m < n),  or Q = first r right ones  (m >= n)
     R = Pᵀ G  or  G Qᵀ
-    M ← β₁ M + (1 - β₁) R         V ← β₂ V + (1 - β₂) R²         N = M / (√V + ε)
-    W ← W - lr √(1 - β₂ᵗ) / (1 - β₁ᵗ) α P N  (or α N Q),  then W ← W - lr λ W
+    M ← β₁ M + (1 - β₁) R         V ← β₂ V + (1 - β₂) R²         N = √(1 - β₂ᵗ) / (1 - β₁ᵗ) · M / (√V + ε)
+    W ← W - lr α P N  (or α N Q),  then W ← W - lr λ W
 
     G, W [m, n]     P [m, r]     Q [r, n]     R, M, V, N [r, n] or [m, r]
 
 The basis is that of the very gradient it projects, and the moments are not turned when it changes. State of a matrix:
 2 r max(m, n) numbers and r min(m, n) for the basis, where Adam keeps 2 m n. The α of a projected group is a fraction of the
-learning rate and does not depend on r.
+learning rate and does not depend on r. Another `rule` than AdamW works inside as on any weight.
 
 Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024, arXiv 2403.03507.
 
 Departures from the authors' code. ε defaults to the paper's 1e-8 (theirs: 1e-6). "reverse_std" goes back on the side it
 came from. As there, parameters without rank take the same rule at α = 1, with ε beside √V and weight decay after the step:
-torch's AdamW with another ε. Matrices of equal shape share one batched product. Tensors that are no matrices are refused, not decomposed.
+torch's AdamW with another ε. Matrices of equal shape share one batched product. Tensors that are not matrices are refused, not
+decomposed.
 """
 
-from collections.abc import Iterable
-from typing import Any, ClassVar
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor
 
+from lorank.fields import Count, Positive
 from lorank.method import Published
-from lorank.optim.subspace import Subspace
+from lorank.optim.bases import BASES, Projection, basis_flops, inside_shape, sides
+from lorank.optim.driver import Projected
+from lorank.optim.rules import RULES, AdamW, Rule
+from lorank.optim.stacks import Product, Stack
+
+WITH_ITS_EPS = {**RULES, "adamw": AdamW(eps_beside_root=True)}
 
 
 def state_elements(m: int, n: int, r: int) -> int:
@@ -37,19 +44,32 @@ def state_elements(m: int, n: int, r: int) -> int:
     return 2 * r * max(m, n) + r * min(m, n)
 
 
-class GaLoreAdamW(Subspace):
-    """AdamW whose groups with a `rank` are projected; arguments and errors as in `Subspace` and ``torch.optim.AdamW``.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GaLore(Projected):
+    """Adam in the leading singular subspace of each gradient.
 
-    >>> from torch import nn
+    Args:
+        rank: a rank above the narrower side is that side.
+        update_gap: T, steps between two refreshes of a basis; the first step has one.
+        scale: α.
+        projection: "std" projects the longer side and keeps the moments r wide on the shorter (m >= n from the
+            right), "reverse_std" the other way round, "left", "right", or "full" from both sides.
+        basis: "singular", "svd", "randomised", or a function of yours; see lorank/optim/bases.py.
+        stagger: refresh the bases of a k-th of the matrices at a time instead of all in one long step.
+        in_backward: project each gradient when it arrives; see lorank/optim/driver.py.
+        rule: what works inside; parameters without rank follow it too, under "muon" they follow AdamW.
+
+    >>> from torch import nn, ones
     >>> linear = nn.Linear(64, 32)
     >>> groups = [{"params": [linear.weight], "rank": 4}, {"params": [linear.bias]}]
-    >>> optimizer = GaLoreAdamW(groups, lr=0.01)
-    >>> linear(torch.ones(64)).sum().backward()
-    >>> _ = optimizer.step()
+    >>> optimizer = GaLore().optimizer(groups, lr=0.01)
+    >>> linear(ones(64)).sum().backward()
+    >>> optimizer.step()
     >>> tuple(optimizer.state[linear.weight]["left"].shape)
     (32, 4)
     """
 
+    name: ClassVar[str] = "galore"
     # table 5 of the paper; the authors' script for 1b has rank 1024
     published: ClassVar[Published] = {
         "60m": {"rank": 128},
@@ -58,49 +78,63 @@ class GaLoreAdamW(Subspace):
         "1b": {"rank": 512},
         "7b": {"rank": 1024, "update_gap": 500},
     }
+    soon: ClassVar[Mapping[str, Any]] = {"update_gap": 2}
+    per_group: ClassVar[tuple[str, ...]] = ("update_gap", "scale", "projection")
+    decays_last: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        params: Iterable[Any],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float = 0.0,
-        **subspace: Any,
-    ):
-        self._taken: dict[Tensor, int] = {}
-        options = {"fused": not subspace.get("foreach"), **subspace}
-        super().__init__(params, torch.optim.AdamW, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, **options)
+    update_gap: Count = 200
+    scale: Positive = 0.25
+    projection: Projection = "std"
+    basis: Literal["singular", "svd", "randomised"] | Callable[..., Tensor] = "singular"
+    stagger: bool = False
+    in_backward: bool = False
+    rule: Literal["adamw", "adamw-8bit", "adafactor", "muon"] = "adamw"
 
-    def step_inside(self) -> None:
-        """AdamW with ε beside √V: torch adds it to √(V / (1 - β₂ᵗ)), where it has to be larger by that root.
+    def prepare(self, stack: Stack) -> None:
+        stack.refresh(BASES[self.basis] if isinstance(self.basis, str) else self.basis)  # every T steps
 
-        So parameters that have taken equally many steps t are stepped together.
-        """
-        waiting: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        for group in self.inner.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    known = p in self._taken and p in self.inner.state
-                    self._taken[p] = 1 + (self._taken[p] if known else self._saved_count(p))
-                    waiting.setdefault(self._taken[p], []).append((p, p.grad))
-                    p.grad = None
-        for t, some in waiting.items():
-            for p, gradient in some:
-                p.grad = gradient
-            for ours, its in zip(self.param_groups, self.inner.param_groups, strict=True):
-                its["eps"] = ours["eps"] / (1 - its["betas"][1] ** t) ** 0.5
-            self.inner.step()
-            for p, _ in some:
-                p.grad = None
-        for some in waiting.values():
-            for p, gradient in some:
-                p.grad = gradient
+    def move(self, stack: Stack, G: Tensor, group: dict[str, Any]) -> Tensor | Product:
+        R = stack.project(G)  # Pᵀ G [k, r, n]  or  G Qᵀ [k, m, r]
+        D = stack.ruled(R)  # -lr N, or what another rule makes of a 0 with this gradient
+        return stack.lift(D, group["scale"])  # α P D  or  α D Q
 
-    def _saved_count(self, p: Tensor) -> int:
-        return int(state["step"]) if (state := self.inner.state.get(p)) else 0
+    @property
+    def rules(self) -> Mapping[str, Rule]:
+        return WITH_ITS_EPS if self.rule == "adamw" else RULES
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
-        self._taken.clear()
+    def rule_for(self, group: Mapping[str, Any]) -> str:
+        return "adamw" if self.rule == "muon" and group.get("rank") is None else self.rule
+
+    def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
+        """Bytes of the rule's state on R, and of the basis."""
+        if group.get("rank") is None:
+            return super().state_bytes(p, group)
+        (m, n), group = p.shape, self.settings(group)
+        left, right = sides(group["projection"], m, n)
+        rank = min(group["rank"], m, n)
+        inside = inside_shape(group["projection"], m, n, rank)
+        basis = rank * (m * left + n * right) * p.element_size()
+        return self.rules[group["rule"]].bytes(inside, p.element_size()) + basis
+
+    def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
+        """Into the subspace 2 m n r (with `in_backward` for each micro-batch), the rule's on R, back as much, and a refresh
+        spread over T steps: what finds a basis is in `basis_flops`; that of a function of yours is left out."""
+        if group.get("rank") is None:
+            return super().step_flops(p, group)
+        (m, n), group = p.shape, self.settings(group)
+        rank, projection = min(group["rank"], m, n), group["projection"]
+        left, right = sides(projection, m, n)
+        across = 2 * rank * rank * n if projection == "full" else 0  # from [r, n] to R
+        again = 2 * m * rank * rank if projection == "full" else 0  # from D to [m, r]
+        into, out = 2 * m * n * rank + across, 2 * m * n * rank + again
+        found = 0
+        if isinstance(self.basis, str):
+            found = left * basis_flops(self.basis, m, n, rank) + right * basis_flops(self.basis, n, m, rank)
+        inside = self.rules[group["rule"]].flops(inside_shape(projection, m, n, rank))
+        return into * (micro_batches if self.in_backward else 1) + inside + out + found / group["update_gap"]
+
+    def kept_gradient(self, p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
+        if group.get("rank") is None or not self.in_backward:
+            return tuple(p.shape)
+        m, n = p.shape
+        return inside_shape(self.settings(group)["projection"], m, n, min(group["rank"], m, n))

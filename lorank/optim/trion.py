@@ -18,15 +18,19 @@ Departures from the authors' code, whose left projection by FFT goes back in ano
 use the rows of Q.
 """
 
-from collections.abc import Iterable
+import dataclasses
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from lorank.fields import Fraction, NonNegative, Positive
 from lorank.method import Published
-from lorank.optim.dct import Transform, back, check_choice, columns, select, transform, transform_flops
-from lorank.optim.matrices import MatrixOptimizer, Stack
+from lorank.optim.dct import Transform, back, columns, select, transform, transform_flops, vectors
+from lorank.optim.driver import LowRankOptimizer, Projected
+from lorank.optim.rules import newton_schulz_flops
+from lorank.optim.stacks import Product, Stack
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 SCALES = {
@@ -55,89 +59,72 @@ def newton_schulz(b: Tensor, steps: int = 5) -> Tensor:
     return X if wide else X.mT
 
 
-def newton_schulz_flops(m: int, n: int, steps: int = 5) -> int:
-    """Of `newton_schulz` on [m, n] with the shorter side s and the longer l: steps (4 s² l + 2 s³).
-
-    >>> newton_schulz_flops(20, 3)
-    3870
-    """
-    short, long = min(m, n), max(m, n)
-    return steps * (4 * short * short * long + 2 * short**3)
-
-
-class Trion(MatrixOptimizer):
-    """Muon in a cosine subspace, for the groups with a `rank`; see `MatrixOptimizer` for the errors.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trion(Projected):
+    """Muon in a cosine subspace.
 
     Args:
-        params: parameters or groups; a rank above a matrix's shorter side is that side.
+        rank: a rank above the shorter side is that side.
         momentum: μ; 1 accumulates everything.
         scale: "dion" √(m/n), "kj" √max(1, m/n), "kimi" 0.2 √max(m, n), or "none", with m = d_out and n = d_in.
-        betas, eps: of AdamW, for the groups without rank.
         adamw_lr: learning rate of the groups without rank that give none; a schedule multiplies it as it does `lr`.
-        orthonormalise_in: dtype of the Newton-Schulz products, or its name; None: the gradient's (the authors': bfloat16).
+        ell_norm: 1 as the paper, or 2, which leaves the smallest residual.
+        transform: "matmul" or "fft".
+        orthonormalise_in: type of the Newton-Schulz products; None: single precision at least (the authors': bfloat16).
     """
 
+    name: ClassVar[str] = "trion"
     # the paper's comparison with Dion and Muon; 1b is its 1.3B, whose shape is not known to us
     published: ClassVar[Published] = {"350m": {"rank": 256}, "1b": {"rank": 256}}
+    per_group: ClassVar[tuple[str, ...]] = ("momentum",)
+    tall: ClassVar[bool] = True
 
-    def __init__(
+    momentum: Fraction = 0.95
+    scale: Literal["dion", "kj", "kimi", "none"] = "dion"
+    adamw_lr: NonNegative = 3e-4
+    ell_norm: Positive = 1.0
+    transform: Transform = "matmul"
+    orthonormalise_in: Literal["bfloat16", "float16", "float32", "float64"] | None = None
+
+    def optimizer(
         self,
-        params: Iterable[Any],
+        groups: Iterable[Any],
         *,
         lr: float = 0.02,
-        momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-10,
-        weight_decay: float = 0.0,
-        scale: Literal["dion", "kj", "kimi", "none"] = "dion",
-        adamw_lr: float = 3e-4,
-        ell_norm: float = 1.0,
-        transform: Transform = "matmul",
-        orthonormalise_in: torch.dtype | str | None = None,
-    ):
-        if scale not in SCALES:
-            raise ValueError(f"scale={scale!r} is none of {', '.join(SCALES)}")
-        check_choice(transform, ell_norm)
-        if not 0 <= momentum <= 1:
-            raise ValueError(f"momentum={momentum!r} is not in [0, 1]; the usual one is 0.95")
-        if isinstance(orthonormalise_in, str):
-            orthonormalise_in = getattr(torch, orthonormalise_in, None)
-            if not isinstance(orthonormalise_in, torch.dtype) or not orthonormalise_in.is_floating_point:
-                raise ValueError("orthonormalise_in is no floating-point dtype of torch; give bfloat16, for example")
-        self.adamw_lr = adamw_lr
-        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
-        super().__init__(params, defaults)
-        self.scale, self.ell_norm, self.transform = scale, ell_norm, transform
-        self.orthonormalise_in = orthonormalise_in
+    ) -> LowRankOptimizer:
+        """As every method's; betas and eps are those of AdamW, for the groups without rank."""
+        return super().optimizer(groups, lr=lr, betas=betas, eps=eps)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """A group without rank takes `adamw_lr` unless it says otherwise."""
-        if param_group.get("rank") is None:
-            param_group.setdefault("lr", self.adamw_lr)
-        super().add_param_group(param_group)
+    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        own = {"lr": self.adamw_lr} if group.get("rank") is None else {}
+        return super().settings({**own, **group})
 
-    @staticmethod
-    def state_bytes(m: int, n: int, rank: int, itemsize: int, **_: Any) -> int:
-        """Bytes kept for a matrix [m, n] of `itemsize` bytes per number: its momentum."""
-        return m * n * itemsize
-
-    @staticmethod
-    def step_flops(m: int, n: int, rank: int, *, transform: Transform = "matmul", **_: Any) -> int:
-        """FLOPs of matrix products in a step on a matrix [m, n]: B Qᵀ, b Q[I], Newton-Schulz on b, o Q[I].
-
-        >>> Trion.step_flops(20, 10, 3, transform="fft") - newton_schulz_flops(20, 3)
-        2400
-        """
-        there = transform_flops(max(m, n), min(m, n), transform)
-        return there + 2 * 2 * m * n * rank + newton_schulz_flops(max(m, n), rank)
-
-    def step_stack(self, stack: Stack, G: Tensor) -> Tensor:
-        group, n = stack.group, G.shape[-1]
-        B = G + stack.get("momentum") if int(stack.states[0]["steps"]) else G
+    def move(self, stack: Stack, G: Tensor, group: dict[str, Any]) -> Product:
+        n = G.shape[-1]
+        B = G + stack.get("momentum") if stack.steps else G
         S = transform(B, self.transform)
         chosen = select(S, min(group["rank"], n), self.ell_norm)
         b = columns(S, chosen)
         stack.put("momentum", B - (1 - group["momentum"]) * back(b, chosen, n))
-        o = newton_schulz(b.to(self.orthonormalise_in or b.dtype)).to(b.dtype)
+        products = getattr(torch, self.orthonormalise_in) if self.orthonormalise_in else b.dtype
+        o = newton_schulz(b.to(products)).to(b.dtype)
         length = group["lr"] * SCALES[self.scale](*stack.parameters[0].shape)
-        return -length * back(o, chosen, n)
+        return Product(o, vectors(chosen, n, o.dtype), -length)
+
+    def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
+        """Bytes of the momentum."""
+        return super().state_bytes(p, group) if group.get("rank") is None else p.numel() * p.element_size()
+
+    def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
+        """B Qᵀ, b Q[I], Newton-Schulz on b, o Q[I].
+
+        >>> Trion(transform="fft").step_flops(torch.empty(20, 10), {"rank": 3}) - newton_schulz_flops(20, 3)
+        2400
+        """
+        if group.get("rank") is None:
+            return super().step_flops(p, group)
+        (m, n), rank = p.shape, min(group["rank"], *p.shape)
+        there = transform_flops(max(m, n), min(m, n), self.transform)
+        return there + 2 * 2 * m * n * rank + newton_schulz_flops(max(m, n), rank)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lorank.optim.matrices import check_finite, copied, last_group_or_none
-from lorank.optim.trion import newton_schulz_flops
+from lorank.optim.legacy.matrices import check_finite, copied, last_group_or_none
+from lorank.optim.legacy.trion import newton_schulz_flops
 
 
 def muon_flops(shape: Sequence[int]) -> int:

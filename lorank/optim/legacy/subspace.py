@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lorank.optim.bases import BASES, Basis, basis_flops
-from lorank.optim.matrices import (
+from lorank.optim.legacy.matrices import (
     Stack,
     adamw_bytes,
     check_as_many,

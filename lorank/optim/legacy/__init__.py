@@ -1,0 +1,1 @@
+"""The optimizers before `LowRankOptimizer`, until nothing imports them any more."""

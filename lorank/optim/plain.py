@@ -1,0 +1,67 @@
+"""The optimizers without a subspace: each is a rule of lorank/optim/rules.py for some of the parameters or all of them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar
+
+from torch import nn
+
+from lorank.fields import Bounds
+from lorank.method import Patterns
+from lorank.optim.driver import ByGroups
+from lorank.optim.groups import hidden_matrices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Muon(ByGroups):
+    """Muon for hidden matrices, AdamW for embeddings, head, norms and biases, as one optimizer.
+
+    Updates are scaled to AdamW's root mean square (arXiv 2502.16982), so that one learning rate, weight decay and schedule
+    serve both. In groups of your own, ``{"params": ..., "rule": "muon"}`` names its matrices.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4, bias=False))
+    >>> groups = [{"params": model[1].weight, "rule": "muon"}, {"params": model[0].weight}]
+    >>> optimizer = Muon().optimizer(groups, lr=0.01)
+    >>> model(torch.arange(10)).square().mean().backward()
+    >>> optimizer.step()
+    >>> [sorted(optimizer.state[p]) for p in model.parameters()]
+    [['exp_avg', 'exp_avg_sq', 'step'], ['momentum_buffer']]
+    """
+
+    name: ClassVar[str] = "muon"
+
+    momentum: Annotated[float, Bounds(least=0, below=1)] = 0.95
+
+    def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
+        return super().settings({"momentum": self.momentum, **group} if group.get("rule") == "muon" else group)
+
+    def parameter_groups(
+        self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns
+    ) -> list[dict[str, Any]]:
+        hidden, found = hidden_matrices(model), []
+        for group in groups:
+            for rule, wanted in (("muon", True), ("adamw", False)):
+                if some := [p for p in group["params"] if (p in hidden) == wanted]:
+                    found.append({**group, "params": some, "rule": rule})
+        return found
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adafactor(ByGroups):
+    """torch's Adafactor for all parameters."""
+
+    name: ClassVar[str] = "adafactor"
+
+    def rule_for(self, group: Mapping[str, Any]) -> str:
+        return "adafactor"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW8bit(ByGroups):
+    """AdamW of bitsandbytes, whose moments of tensors from 4,096 numbers on have a byte each, with a scale per 256."""
+
+    name: ClassVar[str] = "adamw-8bit"
+
+    def rule_for(self, group: Mapping[str, Any]) -> str:
+        return "adamw-8bit"

@@ -1,0 +1,254 @@
+"""How a weight moves by its gradient: torch's and bitsandbytes' optimizers as functions on lists of tensors.
+
+    adamw        two moments, decoupled weight decay                       Loshchilov and Hutter, arXiv 1711.05101
+    adamw-8bit   the same, moments of tensors from 4,096 numbers on        Dettmers et al., arXiv 2110.02861
+                 in a byte each, with a scale per 256
+    adafactor    the second moment as a column times a row                 Shazeer and Stern, arXiv 1804.04235
+    muon         orthonormalised momentum, scaled to AdamW's root mean     Jordan et al.; Liu et al., arXiv 2502.16982
+                 square, so that one learning rate serves both
+
+A rule keeps nothing itself: the state of a parameter is a dictionary, with the names that torch and bitsandbytes use.
+"""
+
+import functools
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim._adafactor import adafactor
+from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, muon
+
+from lorank.optim.shards import whole
+
+State = dict[str, Any]
+Group = Mapping[str, Any]
+
+
+class Rule:
+    """One way to move. Weights, gradients and states are lists of whole tensors, or of parts of them if the rule is
+    `elementwise`."""
+
+    kept: ClassVar[tuple[str, ...]]
+    """Entries of a state, counters (`step`) left out; a state that has one of them is this rule's."""
+    typed: ClassVar[tuple[str, ...]] = ()
+    """Those that have the weights' type."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Settings of a group that are not those of every optimizer."""
+    elementwise: ClassVar[bool] = False
+    matrices_only: ClassVar[bool] = False
+
+    def owns(self, state: Mapping[str, Any]) -> bool:
+        return any(name in state for name in self.kept)
+
+    def make(self, like: Tensor) -> State:
+        """The state before the first step of a weight of this shape, type and device."""
+        raise NotImplementedError
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
+        """One step in place, with the group's lr and weight_decay."""
+        raise NotImplementedError
+
+    def inside(
+        self, zeros: list[Tensor], R: list[Tensor], states: list[State], group: Group, weights: Sequence[Tensor]
+    ) -> None:
+        """A step of zeros that stand for `weights` in a subspace, where their gradients are R."""
+        self.step(zeros, R, states, group)
+
+    def bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """Bytes that are kept for a weight; counters are not included."""
+        raise NotImplementedError
+
+    def flops(self, shape: Sequence[int]) -> int:
+        """FLOPs of the matrix products in a step."""
+        return 0
+
+
+class AdamW(Rule):
+    """torch's fused AdamW. With `eps_beside_root`, ε is added to √V as in GaLore; torch adds it to √(V / (1 - β₂ᵗ)), where
+    it must be larger by that root. Counters stay on the host, and parameters that have taken equally many steps move together."""
+
+    kept = typed = ("exp_avg", "exp_avg_sq")
+    elementwise = True
+
+    def __init__(self, *, eps_beside_root: bool = False):
+        self.eps_beside_root = eps_beside_root
+
+    def make(self, like: Tensor) -> State:
+        moments = {name: torch.zeros_like(like, memory_format=torch.contiguous_format) for name in self.typed}
+        return {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **moments}
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
+        alike: dict[Any, list[int]] = {}
+        for i, (W, state) in enumerate(zip(weights, states, strict=True)):
+            state["step"] += 1
+            alike.setdefault((int(state["step"]), W.device, W.dtype), []).append(i)
+        beta1, beta2 = group["betas"]
+        for (t, device, _), some in alike.items():
+            count = torch.full((), t, dtype=torch.float32, device=device)
+            torch._fused_adamw_(
+                [weights[i] for i in some],
+                [gradients[i] for i in some],
+                [states[i]["exp_avg"] for i in some],
+                [states[i]["exp_avg_sq"] for i in some],
+                [],
+                [count] * len(some),
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"] / (1 - beta2**t) ** 0.5 if self.eps_beside_root else group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        return 2 * math.prod(shape) * itemsize
+
+
+class AdamW8bit(Rule):
+    """AdamW of bitsandbytes."""
+
+    kept = ("state1", "state2", "qmap1", "qmap2", "absmax1", "absmax2")
+    least = 4096
+    """Tensors with fewer numbers keep moments of 32 bits."""
+
+    def make(self, like: Tensor) -> State:
+        _bitsandbytes()
+        if like.numel() < self.least:
+            moments = {name: like.new_zeros(like.shape, dtype=torch.float32) for name in ("state1", "state2")}
+            return {"step": 0, **moments}
+        blocks = math.ceil(like.numel() / 256)
+        return {
+            "step": 0,
+            **{name: like.new_zeros(like.shape, dtype=torch.uint8) for name in ("state1", "state2")},
+            "qmap1": _levels(True, like.device),
+            "qmap2": _levels(False, like.device),
+            **{name: like.new_zeros(blocks, dtype=torch.float32) for name in ("absmax1", "absmax2")},
+        }
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
+        F, (beta1, beta2) = _bitsandbytes(), group["betas"]
+        for W, G, state in zip(weights, gradients, states, strict=True):
+            state["step"] += 1
+            lr, eps, t, decay = float(group["lr"]), group["eps"], state["step"], group["weight_decay"]
+            one, two, G = state["state1"], state["state2"], G.contiguous()
+            if one.dtype == torch.uint8:
+                scales = (state[name] for name in ("qmap1", "qmap2", "absmax1", "absmax2"))
+                F.optimizer_update_8bit_blockwise(
+                    "adam", G, W, one, two, beta1, beta2, 0.0, 0.0, eps, t, lr, *scales, decay, gnorm_scale=1.0
+                )
+            else:
+                F.optimizer_update_32bit("adam", G, W, one, beta1, eps, t, lr, two, beta2, 0.0, 0.0, decay, 1.0, None)
+
+    def bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        numel = math.prod(shape)
+        return 2 * numel * 4 if numel < self.least else 2 * (numel + 4 * math.ceil(numel / 256)) + 2 * 256 * 4
+
+
+@functools.cache
+def _levels(signed: bool, device: torch.device) -> Tensor:
+    return _bitsandbytes().create_dynamic_map(signed=signed).to(device)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        return importlib.import_module("bitsandbytes.functional")
+    except ImportError:
+        raise ImportError("adamw-8bit needs bitsandbytes; install it with: pip install 'lorank[8bit]'") from None
+
+
+class Adafactor(Rule):
+    """torch's Adafactor, which has neither betas nor Adam's ε; its `eps` are two. A step goes by the size of the weights."""
+
+    kept = typed = ("row_var", "col_var", "variance")
+    defaults: ClassVar[Mapping[str, Any]] = {"eps": (None, 1e-3), "d": 1.0, "beta2_decay": -0.8}
+
+    def make(self, like: Tensor) -> State:
+        step = torch.zeros((), dtype=torch.float32, device="cpu")
+        if like.ndim < 2:
+            return {"step": step, "variance": like.new_zeros(like.shape)}
+        column, row = like.shape[:-1] + (1,), like.shape[:-2] + (1,) + like.shape[-1:]
+        return {"step": step, "row_var": like.new_zeros(column), "col_var": like.new_zeros(row)}
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
+        eps1, eps2 = group["eps"]
+        lists = [[state.get(name) for state in states] for name in ("row_var", "col_var", "variance", "step")]
+        adafactor(
+            weights,
+            gradients,
+            *lists,  # type: ignore[arg-type]
+            d=group["d"],
+            lr=group["lr"],
+            beta2_decay=group["beta2_decay"],
+            weight_decay=group["weight_decay"],
+            eps1=eps1,
+            eps2=eps2,
+            maximize=False,
+        )
+
+    def inside(
+        self, zeros: list[Tensor], R: list[Tensor], states: list[State], group: Group, weights: Sequence[Tensor]
+    ) -> None:
+        """Zeros have no size, so they move as weights of the least size do; the change is scaled to that of the weights."""
+        self.step(zeros, R, states, group)
+        for change, W in zip(zeros, weights, strict=True):
+            wide = torch.promote_types(W.dtype, torch.float32)
+            size = whole(torch.linalg.vector_norm(W.detach(), dtype=wide)) / W.numel() ** 0.5
+            change.mul_((size / group["eps"][1]).clamp(min=1))
+
+    def bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        if len(shape) < 2:
+            return itemsize * math.prod(shape)
+        return itemsize * (math.prod(shape[:-1]) + math.prod([*shape[:-2], shape[-1]]))
+
+    def flops(self, shape: Sequence[int]) -> int:
+        return 2 * math.prod(shape) if len(shape) > 1 else 0  # the second moment, a column times a row
+
+
+class Muon(Rule):
+    """torch's Muon with Nesterov momentum and five steps of Newton-Schulz in bfloat16."""
+
+    kept = typed = ("momentum_buffer",)
+    defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.95, "eps": 1e-7}
+    matrices_only = True
+
+    def make(self, like: Tensor) -> State:
+        return {"momentum_buffer": like.new_zeros(like.shape)}
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
+        muon(
+            weights,
+            gradients,
+            [state["momentum_buffer"] for state in states],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            momentum=group["momentum"],
+            nesterov=True,
+            ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
+            ns_steps=5,
+            eps=group["eps"],
+            adjust_lr_fn="match_rms_adamw",
+            has_complex=False,
+        )
+
+    def bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        return math.prod(shape) * itemsize
+
+    def flops(self, shape: Sequence[int]) -> int:
+        return newton_schulz_flops(*shape)
+
+
+def newton_schulz_flops(m: int, n: int, steps: int = 5) -> int:
+    """Of Newton-Schulz on [m, n] with the shorter side s and the longer l: steps (4 s² l + 2 s³).
+
+    >>> newton_schulz_flops(20, 3)
+    3870
+    """
+    short, long = min(m, n), max(m, n)
+    return steps * (4 * short * short * long + 2 * short**3)
+
+
+RULES: dict[str, Rule] = {"adamw": AdamW(), "adamw-8bit": AdamW8bit(), "adafactor": Adafactor(), "muon": Muon()}

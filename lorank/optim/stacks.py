@@ -1,0 +1,201 @@
+"""Matrices of equal shape as one stack [k, m, n], so that one product serves all of them, and the subspaces they move in.
+
+    R = Pᵀ G        or  R = G Qᵀ        or  R = Pᵀ G Qᵀ           into the subspace
+    W ← W + P D     or  W + D Q         or  W + P D Q             and back
+
+    G, W [m, n]     P [m, r], orthonormal columns     Q [r, n], orthonormal rows     R, D [r, n], [m, r] or [r, r]
+
+What is computed is computed in single precision at least, and stored in the type of the weights.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from lorank.optim.bases import Basis, sides
+from lorank.optim.shards import add_product, all_finite, like, local, whole
+
+if TYPE_CHECKING:
+    from lorank.optim.driver import ByGroups
+
+STACKED = {"cpu": 1 << 18}
+"""Numbers in one stack, at most: a CPU is busy with one large product, which a copy into a stack would only delay."""
+LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "momentum", "momentum_buffer", "left", "right", "error", "arrived")
+"""Entries of a state that have the parameters' type."""
+
+
+class Product(NamedTuple):
+    """A move scale · a b that is added to the weights without the matrix m x n in between."""
+
+    a: Tensor
+    """[k, m, r]"""
+    b: Tensor
+    """[k, r, n]"""
+    scale: float = 1.0
+
+    @property
+    def mT(self) -> "Product":
+        return Product(self.b.mT, self.a.mT, self.scale)
+
+    @property
+    def value(self) -> Tensor:
+        return torch.baddbmm(self.a.new_zeros(()), self.a, self.b, beta=0, alpha=self.scale)
+
+
+class Stack(NamedTuple):
+    """Parameters of one group that have equal shapes and have taken equally many steps."""
+
+    method: "ByGroups"
+    parameters: list[nn.Parameter]
+    group: dict[str, Any]
+    states: list[dict[str, Any]]
+    phases: list[int]
+    """By how many steps the refresh of each basis is earlier than others'."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in."""
+        return torch.promote_types(self.parameters[0].dtype, torch.float32)
+
+    @property
+    def steps(self) -> int:
+        """Steps done."""
+        return int(self.states[0]["steps"])
+
+    def gradients(self) -> Tensor:
+        """[k, m, n]; their negatives where a group is to be maximised."""
+        G = stacked([whole(p.grad) for p in self.parameters]).to(self.dtype)  # type: ignore[arg-type]
+        return -G if self.group.get("maximize") else G
+
+    def get(self, name: str) -> Tensor:
+        """An entry of all states [k, ...]."""
+        values = stacked([state[name] for state in self.states])
+        return values.to(self.dtype) if name in LIKE_PARAMETERS else values
+
+    def put(self, name: str, values: Tensor) -> None:
+        values = values.to(self.parameters[0].dtype) if name in LIKE_PARAMETERS else values
+        for state, value in zip(self.states, values, strict=True):
+            state[name] = value.clone(memory_format=torch.contiguous_format)
+
+    def add(self, moves: Tensor | Product) -> None:
+        """W ← W + moves [k, m, n]."""
+        if isinstance(moves, Product):
+            for p, a, b in zip(self.parameters, moves.a, moves.b, strict=True):
+                add_product(p, a, b, moves.scale)
+        else:
+            for p, move in zip(self.parameters, moves, strict=True):
+                local(p).add_(local(like(move, p)))
+
+    # ---- a subspace of each matrix
+
+    def refresh(self, basis: Basis) -> None:
+        """Find the bases that are due every `update_gap` steps, unless a gradient has been projected for this step."""
+        gap, steps = self.group["update_gap"], self.steps
+        due = [
+            i
+            for i, (state, phase) in enumerate(zip(self.states, self.phases, strict=True))
+            if not ("left" in state or "right" in state) or (steps + phase) % gap == 0
+        ]
+        if not due or "arrived" in self.states[0]:
+            return
+        some = self._replace(parameters=[self.parameters[i] for i in due], states=[self.states[i] for i in due])
+        G = some.gradients()
+        rank = min(self.group["rank"], *G.shape[1:])
+        for side, asked in zip(("left", "right"), sides(self.group["projection"], *G.shape[1:]), strict=True):
+            if asked:
+                some.put(side, basis(G, rank) if side == "left" else basis(G.mT, rank).mT)
+
+    def project(self, G: Tensor) -> Tensor:
+        """R of gradients [k, m, n]; of those that were projected as they arrived, R is there already."""
+        if "arrived" in self.states[0]:
+            return self.get("arrived")
+        left, right = self._bases()
+        R = G if left is None else left.mT @ G
+        return R if right is None else R @ right.mT
+
+    def lift(self, D: Tensor, scale: float = 1.0) -> Product:
+        """The way back: scale · P D, D Q or P D Q."""
+        left, right = self._bases()
+        if left is None:
+            return Product(D, right, scale)  # type: ignore[arg-type]
+        return Product(left, D if right is None else D @ right, scale)
+
+    def _bases(self) -> tuple[Tensor | None, Tensor | None]:
+        left, right = (self.get(side) if side in self.states[0] else None for side in ("left", "right"))
+        return left, right
+
+    def ruled(self, R: Tensor, **changes: Any) -> Tensor:
+        """D [k, ...]: what the group's rule makes of weights that are 0 and have the gradients R."""
+        rule, zeros = self.method.rules[self.group["rule"]], torch.zeros_like(R)
+        for state, one in zip(self.states, R, strict=True):
+            if not rule.owns(state):
+                state.update(rule.make(one))
+        names = (*rule.kept, "step")
+        states = [{name: state[name] for name in names if name in state} for state in self.states]
+        for state in states:
+            state.update({name: state[name].to(R.dtype) for name in rule.typed if name in state})
+        rule.inside(list(zeros), list(R), states, {**self.group, "weight_decay": 0.0, **changes}, self.parameters)
+        stored = self.parameters[0].dtype
+        for ours, its in zip(self.states, states, strict=True):
+            ours.update({name: value.to(stored) if name in rule.typed else value for name, value in its.items()})
+        return zeros
+
+
+def stacked(tensors: list[Tensor]) -> Tensor:
+    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+@torch.compiler.disable
+def stacks(
+    method: "ByGroups",
+    group: dict[str, Any],
+    state: Mapping[Any, dict[str, Any]],
+    moved: Iterable[nn.Parameter],
+    phases: Mapping[nn.Parameter, int],
+) -> list[Stack]:
+    """The matrices of a group that are among `moved`; their states count `steps`."""
+    return list(_alike(method, group, state, set(moved), phases))
+
+
+def _alike(
+    method: "ByGroups",
+    group: dict[str, Any],
+    state: Mapping[Any, dict[str, Any]],
+    wanted: set[nn.Parameter],
+    phases: Mapping[nn.Parameter, int],
+) -> Iterator[Stack]:
+    alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
+    for p in group["params"]:
+        if p in wanted and p.numel():
+            steps = int(state[p].setdefault("steps", torch.zeros((), dtype=torch.int64, device="cpu")))
+            alike.setdefault((p.shape, p.dtype, p.device, steps), []).append(p)
+    for (shape, _, device, _), parameters in alike.items():
+        most = max(1, STACKED.get(device.type, 1 << 26) // shape.numel())
+        for start in range(0, len(parameters), most):
+            some = parameters[start : start + most]
+            yield Stack(method, some, group, [state[p] for p in some], [phases.get(p, 0) for p in some])
+
+
+@torch.compiler.disable
+def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
+    """Look at gradients before anything is done with them.
+
+    Raises:
+        FloatingPointError: the norm of one is not finite, in all processes of a sharded run, whoever's part it is.
+        ValueError: one is sparse.
+    """
+    watched = {p: local(G) for p, G in gradients.items() if G is not None}
+    if any(G.is_sparse for G in watched.values()):
+        raise ValueError("a gradient is sparse, which low-rank optimizers cannot use; use nn.Embedding(sparse=False)")
+    if not watched:
+        return
+    norms = torch.stack([norm.float() for norm in torch._foreach_norm(list(watched.values()))])
+    finite = all_finite(norms, any(isinstance(p, DTensor) for p in watched))
+    if not finite.all():
+        p = next(p for p, is_finite in zip(watched, finite, strict=True) if not is_finite)
+        raise FloatingPointError(
+            f"the gradient of a parameter of shape {tuple(p.shape)} is not finite; lower lr or clip gradients"
+        )
