@@ -315,7 +315,7 @@ class LowRankOptimizer(Optimizer):
             self._watch()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a saved state, of this version or of those before 0.3."""
+        """Go on from a saved state, of this version or of 0.1."""
         load(self, state_dict)
 
 

@@ -48,7 +48,9 @@ def ranks(
         ValueError: the rank is not valid, there is no linear layer, or a pattern matches nothing.
     """
     check_value("rank", rank, Rank)
-    chosen = choose_sites(linear_layers(model), targets, exclude)
+    if not (layers := linear_layers(model)):
+        raise ValueError("the model's blocks have no linear layer whose gradient could be projected")
+    chosen = choose_sites(layers, targets, exclude)
     check_table(rank, chosen)
     found = {}
     for site in chosen:

@@ -4,6 +4,7 @@ docs/combinations.md is this test's table. After a change that is meant to move 
 ``python tests/contract/test_pairs.py``.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ ROWS = method_names("method")
 COLUMNS = [name for key in ("optimizer", "gradient") for name in method_names(key) if name not in ("autograd", "votes")]
 SMALL: dict[str, dict[str, Any]] = {
     "eggroll": {"population": 4, "chunk": 4},
-    "masa": {"residual_rank": 4},  # without one there is no linear layer in the blocks
+    "masa": {"residual_rank": 2, "atoms": 1},  # without a residual there is no linear layer in the blocks
 }
 """Settings for the test's model, on top of `Method.soon`."""
 HEAD = """# Which methods combine
@@ -36,7 +37,7 @@ writes this table; a number leads to the reason of a refusal. Use a pair as `--m
 
 def outcome(row: str, column: str) -> str:
     """Empty if the pair trains, or the sentence with which it is refused."""
-    options = {name: {**find(name).soon, **SMALL.get(name, {})} for name in (row, column)}
+    options = {name: {**rank_of(find(name)), **find(name).soon, **SMALL.get(name, {})} for name in (row, column)}
     torch.manual_seed(0)
     shape = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
     model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).train()
@@ -44,7 +45,11 @@ def outcome(row: str, column: str) -> str:
         found = methods_of(Recipe(method={row: options[row]}, optimizer={column: options[column]}))
         return train(model, found)
     except ValueError as refusal:
-        return str(refusal)
+        return str(refusal).replace(f"{row} and {column} cannot be combined: both", "Both methods").partition(";")[0]
+
+
+def rank_of(kind: type[Method]) -> dict[str, int]:
+    return {"rank": 4} if "rank" in {field.name for field in dataclasses.fields(kind)} else {}
 
 
 def train(model: Any, found: Methods) -> str:
