@@ -1,6 +1,7 @@
 """FLOPs of a training call, and FLOP/s of a device. A multiply-add counts as two floating-point operations."""
 
 import math
+import functools
 import time
 from typing import Any, NamedTuple
 
@@ -81,15 +82,17 @@ def flops_per_token(model: nn.Module, sequence_length: int, *, batch: int = 1) -
     return (found.forward + found.backward) / (batch * sequence_length)
 
 
+@functools.cache
 def achievable_flops() -> tuple[float, str]:
-    """(FLOP/s of one device, source of the number): from a data sheet, or else measured on a matrix product in 0.3 s."""
+    """(FLOP/s of one device, source of the number): from a data sheet, or else measured once per process on a matrix
+    product in 0.3 s."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()
         for accelerator in ACCELERATORS.values():
             if accelerator.device in name:
                 return accelerator.flops, f"data sheet of {accelerator.name}, bf16"
     device, size, best = ("cuda" if torch.cuda.is_available() else "cpu"), 1024, 0.0
-    a = torch.randn(size, size, device=device)
+    a = torch.ones(size, size, device=device)
     end = time.perf_counter() + 0.3
     while time.perf_counter() < end:
         start = time.perf_counter()
