@@ -17,8 +17,9 @@ from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, dct_adamw, fir
 from lorank.papers import cola, masa
 from lorank.papers.formulas import cola_parameters, crnet_parameters, dense_parameters, shape_of
 from lorank.papers.table import PaperTable, last_digit
-from lorank.plan.run import empty_model, memory
+from lorank.plan.run import memory
 from lorank.sizes import SIZES
+from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
 
 TABLES = [
