@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from lorank.train.optimizers import build_optimizer, state_bytes
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
@@ -25,6 +24,8 @@ from lorank.architectures import llama_config
 from lorank.checkpointing import POLICIES
 from lorank.papers import formulas
 from lorank.sizes import SIZES
+from lorank.train.methods import build_optimizer, state_bytes
+from lorank.train.recipe import Recipe
 
 # Training FLOPs per block on 256 tokens, dense and CoLA (arXiv 2502.10940, re-derived)
 PUBLISHED = {
@@ -209,14 +210,14 @@ def test_memory_estimate_equals_what_a_real_step_keeps() -> None:
 
 
 def test_muon_keeps_one_moment_for_the_blocks_matrices() -> None:
-    model = lorank.convert(small(), "cola")
+    model, recipe = lorank.convert(small(), "cola"), Recipe(method="cola", optimizer="muon", weight_decay=0.0)
     ids = torch.zeros(2, 16, dtype=torch.int64)
     model(input_ids=ids, labels=ids).loss.backward()
-    optimizer = build_optimizer(model, "muon", lr=0.01, weight_decay=0.0)
+    optimizer = build_optimizer(recipe, model)
     optimizer.step()
     state = [t for s in optimizer.state.values() for name, t in s.items() if name != "step"]
     estimate = accounting.memory_estimate(
-        model, optimizer_bytes=state_bytes(model, "muon"), batch=2, sequence_length=16
+        model, optimizer_bytes=state_bytes(recipe, model), batch=2, sequence_length=16
     )
     assert estimate.optimizer_bytes == sum(t.numel() * t.element_size() for t in state)
 

@@ -12,13 +12,14 @@ import lorank
 from lorank import accounting, papers
 from lorank.architectures import llama_config
 from lorank.cli import cli
+from lorank.method import Method
 from lorank.methods import sltrain, sst
-from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Trion, dct_adamw, fira, galore, trion
+from lorank.optim import dct_adamw, fira, galore, trion
 from lorank.papers import cola, masa
 from lorank.papers.formulas import cola_parameters, crnet_parameters, dense_parameters, shape_of
 from lorank.papers.table import PaperTable, last_digit
-from lorank.plan.run import memory
 from lorank.sizes import SIZES
+from lorank.train.methods import state_bytes
 from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
 
@@ -96,11 +97,13 @@ def test_a_paper_is_found_by_name() -> None:
 
 
 def test_blocks_alike_give_the_peak_of_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The measured table uses two and three blocks; `lorank plan` measures all."""
+    """The measured table uses two and three blocks."""
     monkeypatch.setitem(SIZES, "7b", SIZES["20m"])
     recipe = Recipe(size="7b", method="cola-m", rank=64, options={"nonlinearity": "low-rank"}, vocab_size=32_000)
     recipe = dataclasses.replace(recipe, precision="bf16-pure", attention="eager", batch_size=16, sequence_length=256)
-    whole = memory(recipe, empty_model(recipe), 16, devices=1).peak_bytes
+    model = empty_model(recipe)
+    moments = state_bytes(recipe, model)
+    whole = accounting.memory_estimate(model, optimizer_bytes=moments, batch=16, sequence_length=256).peak_bytes
     assert cola.measured_gb.__wrapped__("CoLA-M", "7b, 16") == pytest.approx(whole / 1e9, rel=1e-4)
 
 
@@ -143,18 +146,18 @@ def test_compression_by_masa_is_that_of_our_model() -> None:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "count"),
+    ("method", "count"),
     [
-        (GaLoreAdamW, galore.state_elements),
-        (FiraAdamW, fira.state_elements),
-        (DCTAdamW, dct_adamw.state_elements),
-        (Trion, trion.state_elements),
+        (galore.GaLore(), galore.state_elements),
+        (fira.Fira(), fira.state_elements),
+        (dct_adamw.DCTAdamW(), dct_adamw.state_elements),
+        (trion.Trion(), trion.state_elements),
     ],
 )
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
-def test_optimizer_state_is_what_the_closed_form_says(optimizer, count, shape: tuple[int, int]) -> None:
+def test_optimizer_state_is_what_the_closed_form_says(method: Method, count, shape: tuple[int, int]) -> None:
     weight = torch.nn.Parameter(torch.randn(shape))
-    moving = optimizer([{"params": [weight], "rank": 4}], lr=0.01)
+    moving = method.optimizer([{"params": [weight], "rank": 4}], lr=0.01)
     weight.grad = torch.randn(shape)
     moving.step()
 

@@ -165,10 +165,10 @@ def test_without_a_loss_a_note_replaces_gradients(name: str, reason: str, saved:
 
 
 BAD: dict[str, tuple[str, dict[str, Any], str]] = {
-    "an encoder-decoder": ("{saved}/t5", {}, "is an encoder-decoder (t5)"),
-    "broken weights": ("{saved}/nan", {}, "weights that are not finite numbers: model.layers.1.mlp.up_proj.weight"),
-    "no tokenizer": ("{saved}/wordless", {}, "name one with --tokenizer"),
-    "an empty name": ("", {}, "name is empty"),
+    "an encoder-decoder": ("{saved}/t5", {}, "got an encoder-decoder (t5)"),
+    "broken weights": ("{saved}/nan", {}, "weights that are not finite: model.layers.1.mlp.up_proj.weight"),
+    "no tokenizer": ("{saved}/wordless", {}, "give one with --tokenizer"),
+    "an empty name": ("", {}, "got an empty name"),
     "an unknown name": ("nowhere/at-all", {}, "no model could be loaded"),
     "a folder without a model": ("{saved}", {}, "no config.json"),
     "all energy": ("{saved}/dense", {"alpha": 1.0}, "alpha must be between 0 and 1"),
