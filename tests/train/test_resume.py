@@ -1,0 +1,170 @@
+"""Stopping and resuming changes nothing, whatever stopped the run; a checkpoint is whole or not there."""
+
+import os
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lorank.train.folder import read_run
+from lorank.train.run import pretrain
+from lorank.train.trainer import PretrainTrainer
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Any, quick: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """Summary and folder of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    return pretrain(recipe(), out), out
+
+
+@pytest.fixture(scope="module")
+def died(recipe: Any, before_step: Any, quick: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("died") / "run"
+    with pytest.raises(MemoryError):
+        pretrain(recipe(save_every=3), out, callbacks=[before_step(6)])
+    assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
+    return out
+
+
+@pytest.fixture
+def killed(died: Path, tmp_path: Path) -> Path:
+    """A run that died in its seventh step with checkpoints 3 and 6."""
+    return Path(shutil.copytree(died, tmp_path / "run"))
+
+
+def resume(folder: Path) -> Any:
+    return pretrain(read_run(folder), folder, resume=True)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"method": "cola-m", "micro_batch_size": 2}, {"optimizer": "muon"}, {"precision": "bf16", "method": "dense"}],
+    ids=["cola", "cola-m accumulating", "muon", "dense bf16"],
+)
+def test_a_killed_run_resumes_with_the_same_losses(
+    recipe: Any, losses: Any, before_step: Any, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    whole, out = pretrain(recipe(**changes), tmp_path / "whole"), tmp_path / "killed"
+    with pytest.raises(MemoryError):
+        pretrain(recipe(**changes), out, callbacks=[before_step(6)])
+    assert losses(out)[-1][0] == 6, "steps 5 and 6 are logged and will run again"
+    resumed = resume(out)
+    assert losses(out) == losses(tmp_path / "whole")
+    assert torch.get_float32_matmul_precision() == "high", "`Accelerator.tf32_flops` is the rate of fp32 runs"
+    assert whole is not None and resumed.validation_loss_nats_per_token == whole.validation_loss_nats_per_token
+
+
+def test_ctrl_c_saves_a_checkpoint(whole: Any, recipe: Any, losses: Any, before_step: Any, tmp_path: Path) -> None:
+    out, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
+    interrupt = before_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert pretrain(recipe(), out, callbacks=[interrupt]) is None
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert (out / "checkpoint-3/trainer_state.json").exists()
+    resume(out)
+    assert losses(out) == losses(whole[1])
+
+
+def test_a_run_without_checkpoint_starts_again(
+    whole: Any, recipe: Any, losses: Any, before_step: Any, tmp_path: Path
+) -> None:
+    with pytest.raises(MemoryError):
+        pretrain(recipe(), tmp_path / "run", callbacks=[before_step(2)])
+    resume(tmp_path / "run")
+    assert losses(tmp_path / "run") == losses(whole[1])
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"]
+)
+def test_a_truncated_checkpoint_is_skipped(
+    file: str, whole: Any, killed: Path, losses: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = killed / "checkpoint-6" / file
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    resume(killed)
+    assert losses(killed) == losses(whole[1])
+    assert f"checkpoint-6 is skipped: {file}" in caplog.text
+
+
+def test_an_incomplete_checkpoint_is_skipped(whole: Any, killed: Path, losses: Any) -> None:
+    shutil.rmtree(killed / "checkpoint-6")
+    (killed / "checkpoint-6").mkdir()
+    (killed / "checkpoint-6/model.safetensors").write_bytes(b"half")
+    resume(killed)
+    assert losses(killed) == losses(whole[1])
+
+
+def test_half_a_line_of_metrics_is_removed(whole: Any, killed: Path, losses: Any) -> None:
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "loss_na')
+    resume(killed)
+    assert losses(killed) == losses(whole[1])
+
+
+def test_a_full_disk_costs_only_the_new_checkpoint(whole: Any, recipe: Any, before_step: Any, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = before_step(5, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard)))  # no file may grow beyond
+    try:
+        with pytest.raises(OSError, match="could not write .*checkpoint-8.*earlier checkpoints are intact"):
+            pretrain(recipe(), tmp_path / "run", callbacks=[fill])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "run/checkpoint-8").exists()
+    resumed = resume(tmp_path / "run")
+    assert resumed.validation_loss_nats_per_token == whole[0].validation_loss_nats_per_token
+
+
+def test_a_checkpoint_gets_its_name_when_it_is_whole(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power cut leaves while saving, and that the next start removes it."""
+    out, original = tmp_path / "run", PretrainTrainer._save_rng_state
+
+    def cut(self: Any, folder: str) -> None:
+        if self.state.global_step == 4:
+            assert Path(folder).parent.name == ".saving" and (Path(folder) / "model.safetensors").exists()
+            assert not (out / "checkpoint-4").exists()
+            raise MemoryError("the lights went out")
+        original(self, folder)
+
+    monkeypatch.setattr(PretrainTrainer, "_save_rng_state", cut)
+    with pytest.raises(MemoryError):
+        pretrain(recipe(steps=4, save_every=2), out)
+    monkeypatch.undo()
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-2"]
+    (out / ".saving/checkpoint-4").mkdir(parents=True)  # a killed process cannot tidy up
+    assert resume(out) is not None
+    assert not (out / ".saving").exists()
+
+
+def test_a_run_does_not_continue_with_other_data(
+    text: Path, recipe: Any, losses: Any, before_step: Any, tmp_path: Path
+) -> None:
+    mine, out = tmp_path / "mine.txt", tmp_path / "run"
+    shutil.copy(text, mine)
+    with pytest.raises(MemoryError):
+        pretrain(recipe(data=str(mine), steps=3, save_every=1), out, callbacks=[before_step(2)])
+    before = losses(out)
+    mine.write_text(text.read_text().replace("line 200", "LINE 200"))
+    with pytest.raises(ValueError, match="must be the text with which .* began"):
+        resume(out)
+    assert losses(out) == before
+    shutil.copy(text, mine)
+    assert resume(out) is not None
+
+
+def test_a_run_may_resume_from_another_folder(
+    text: Path, recipe: Any, before_step: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(text.parent)
+    with pytest.raises(MemoryError):
+        pretrain(recipe(data=text.name, steps=3, save_every=1), tmp_path / "run", callbacks=[before_step(2)])
+    monkeypatch.chdir(tmp_path)
+    assert resume(tmp_path / "run") is not None
