@@ -33,7 +33,7 @@ def test_greedy_text_is_the_argmax_step_by_step(model: Any, tokenizer: Any) -> N
     assert text.split() == [f"w{i}" for i in ids if i]
 
 
-def test_a_seed_repeats_a_sample_and_leaves_the_global_generator_alone(model: Any, tokenizer: Any) -> None:
+def test_a_seed_repeats_a_sample(model: Any, tokenizer: Any) -> None:
     state = torch.get_rng_state()
     first, again, other = (generate_text(model, tokenizer, "w5", max_new_tokens=20, seed=s) for s in (1, 1, 2))
     assert first == again != other
@@ -66,7 +66,7 @@ def test_the_training_mode_comes_back(model: Any, tokenizer: Any) -> None:
         generate_text(model, tokenizer, "w5", temperature=-1)
 
 
-def test_a_token_beyond_the_vocabulary_is_one_sentence(model: Any, tokenizer: Any) -> None:
+def test_a_token_beyond_the_vocabulary_is_refused(model: Any, tokenizer: Any) -> None:
     tokenizer.add_tokens(["zebra"])
     with pytest.raises(ValueError, match="must be below the model's 96 vocabulary entries, got 96"):
         generate_text(model, tokenizer, "w5 zebra")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorank.train.folder import read_run
+from lorank.train.folder import read_run, write_whole
 from lorank.train.run import pretrain
 from lorank.train.trainer import PretrainTrainer
 
@@ -168,3 +168,11 @@ def test_a_run_may_resume_from_another_folder(
         pretrain(recipe(data=text.name, steps=3, save_every=1), tmp_path / "run", callbacks=[before_step(2)])
     monkeypatch.chdir(tmp_path)
     assert resume(tmp_path / "run") is not None
+
+
+def test_a_text_file_is_never_half_written(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_whole(path, "one")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, "two \ud800")  # fails after the temporary file was opened
+    assert path.read_text() == "one"

@@ -1,4 +1,4 @@
-"""What our Trainer adds: timing of steps alone, evaluation by token, metrics with units."""
+"""Callbacks: timing of steps alone, metrics with units, and an end to what is not finite."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -8,7 +8,6 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorank.train import callbacks
 from lorank.train.callbacks import MetricsFile, StopOnNonFinite, Throughput
-from lorank.train.folder import write_whole
 
 
 @pytest.fixture
@@ -57,11 +56,3 @@ def test_what_is_not_finite_ends_the_run(name: str, value: float, tmp_path: Any)
     with pytest.raises(FloatingPointError, match=f"{name} became {value} by step 7; lower lr=0.25"):
         StopOnNonFinite().on_log(arguments, TrainerState(global_step=7), TrainerControl(), {name: value})
     StopOnNonFinite().on_log(arguments, TrainerState(global_step=7), TrainerControl(), {name: 1.0})
-
-
-def test_a_text_file_is_there_whole_or_not_at_all(tmp_path: Any) -> None:
-    path = tmp_path / "a.json"
-    write_whole(path, "one")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "two \ud800")  # fails after the temporary file was opened
-    assert path.read_text() == "one"

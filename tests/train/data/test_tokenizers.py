@@ -1,0 +1,74 @@
+"""Tokenizers that are trained, loaded and cached, and the pieces that they read."""
+
+import itertools
+import os
+
+import pytest
+from transformers import AutoConfig
+
+from lorank.train.data import load_tokenizer, tokenizers
+
+
+def test_a_trained_tokenizer(prose):
+    read = []
+
+    def texts():
+        read.append(True)
+        yield prose(2000)
+
+    tokenizer = load_tokenizer(None, texts, vocab_size=300, texts_name="prose")
+    assert len(tokenizer) == 300
+    assert tokenizer.eos_token == tokenizer.bos_token == "<|endoftext|>" and tokenizer.pad_token == "<|pad|>"
+    for text in ("the cat", " é €\n\tx  ", "日本"):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    again = load_tokenizer(None, texts, vocab_size=300, texts_name="prose")
+    assert again.get_vocab() == tokenizer.get_vocab() and len(read) == 1
+    assert load_tokenizer(None, [prose(2000)], vocab_size=300).get_vocab() == tokenizer.get_vocab()
+
+
+def test_a_tokenizer_learns_from_a_limited_sample(monkeypatch, prose):
+    monkeypatch.setattr(tokenizers, "TOKENIZER_CHARACTERS", 50)
+    monkeypatch.setattr(tokenizers, "PIECE", 20)
+    assert sum(map(len, tokenizers.first_pieces(itertools.repeat("x" * 7), 50))) == 56
+    assert len(load_tokenizer(None, itertools.repeat(prose(20)), vocab_size=300)) <= 300
+
+
+def test_pieces_make_up_the_text(monkeypatch):
+    monkeypatch.setattr(tokenizers, "PIECE", 10)
+    for text in ("", "short", "x" * 10, "x" * 25, "a line\nanother line\nlast", "0123456789\n0"):
+        pieces = list(tokenizers.pieces_of(text))
+        assert "".join(piece.text for piece in pieces) == text
+        assert max(len(piece.text) for piece in pieces) <= 10
+        assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert tokenizers.pieces_of("a line\nanother line").__next__().text == "a line\n"
+
+
+def test_a_tokenizer_in_use_is_known_by_what_it_does(tmp_path, prose):
+    tokenizer = load_tokenizer(None, [prose(100)], vocab_size=300)
+    before = tokenizers.identity(tokenizer)
+    tokenizer(["some text"] * 2, truncation=True, max_length=3, padding="max_length")
+    assert tokenizers.identity(tokenizer) == before
+    assert tokenizers.identity(load_tokenizer(None, [prose(100)], vocab_size=280)) != before
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "qwen3", "llama"])
+def test_a_folder_with_a_model_alone_has_no_tokenizer(kind, tmp_path):
+    """transformers makes one without a vocabulary for some types, which reads every text as none."""
+    AutoConfig.for_model(kind).save_pretrained(tmp_path)
+    with pytest.raises(OSError, match="no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_is_kept(monkeypatch, caplog, prose):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "rename", full)
+    assert len(load_tokenizer(None, [prose(100)], vocab_size=300)) == 300
+    assert "could not be cached" in caplog.text and "No space left" in caplog.text
+
+
+def test_the_tokenizer_of_a_stream_is_found_without_reading(hub, monkeypatch, load):
+    first = load("owner/whole", text_column="body").tokenizer
+    monkeypatch.setattr(tokenizers, "_train_tokenizer", None)
+    assert load("owner/whole", text_column="body").tokenizer.get_vocab() == first.get_vocab()
