@@ -16,6 +16,7 @@ from lorank.train.data.sources import embedded_files
 from lorank.train.folder import history, read_run
 from lorank.train.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("quick")
 TEXT = "".join(f"line {i}: the {'quick' if i % 3 else 'slow'} brown fox counts {i * i} lazy dogs\n" for i in range(400))
 TRAINED = [name for key in ("method", "optimizer") for name in method_names(key) if name not in ("cola-m", "adamw")]
 """CoLA-M is CoLA with a policy, which `test_it_combines` sets; AdamW is what dense trains with."""
