@@ -8,12 +8,13 @@ A value that does not fit is a ValueError of one form: "density must be a number
 """
 
 import dataclasses
+import difflib
 import functools
 import math
 import re
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 
@@ -183,3 +184,14 @@ def compile_pattern(pattern: Any, option: str) -> re.Pattern[str]:
         return re.compile(pattern)
     except (re.error, TypeError) as error:
         raise ValueError(f"{option} must hold regular expressions as strings, got {pattern!r}: {error}") from None
+
+
+def unknown(kind: str, name: str, known: Sequence[str], *, plural: str | None = None) -> str:
+    """The sentence for a name that is not among those known, with the nearest one.
+
+    >>> unknown("size", "60M", ["tiny", "60m"])
+    "unknown size '60M'; did you mean '60m'? The sizes are: tiny, 60m"
+    """
+    near = difflib.get_close_matches(name.lower(), known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else "."
+    return f"unknown {kind} {name!r}{hint} The {plural or kind + 's'} are: {', '.join(known)}"

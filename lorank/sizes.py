@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from lorank.table import unknown
+from lorank.fields import unknown
 
 
 class Size(NamedTuple):

@@ -4,11 +4,11 @@ Installed packages add methods through the entry-point group ``lorank.methods`` 
 with `register`. Nothing here imports a method before it is asked for.
 """
 
-import difflib
 import importlib
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from lorank.fields import unknown
 
 if TYPE_CHECKING:
     from lorank.method import Method
@@ -77,17 +77,6 @@ def find(name: str) -> "type[Method]":
         hint = "a method of your own is found after lorank.register"
         raise ValueError(f"{unknown('method', name, method_names())} ({hint})")
     return found
-
-
-def unknown(kind: str, name: str, known: Sequence[str], *, plural: str | None = None) -> str:
-    """The sentence for a name that is not among those known, with the nearest one.
-
-    >>> unknown("size", "60M", ["tiny", "60m"])
-    "unknown size '60M'; did you mean '60m'? The sizes are: tiny, 60m"
-    """
-    near = difflib.get_close_matches(name.lower(), known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else "."
-    return f"unknown {kind} {name!r}{hint} The {plural or kind + 's'} are: {', '.join(known)}"
 
 
 def _name(method: Any) -> str:

@@ -24,7 +24,7 @@ import torch
 from transformers import TrainerCallback
 
 from lorank.sizes import SIZES
-from lorank.table import unknown
+from lorank.fields import unknown
 from lorank.train import run
 from lorank.train.data import cache_folder
 from lorank.train.folder import absolute, history, read_run
