@@ -16,9 +16,12 @@ WIDTH, HEIGHT, LAYER, GAP, LANE = 126, 40, 80, 16, 18
 
 
 def svg(modules: Mapping[str, rooms.Module]) -> str:
-    """The map of these modules. Dashed arrows are imports by name; red ones lead up, against the plan."""
+    """The map of these modules. Dashed arrows are imports by name; red ones lead up or in a circle, against the plan."""
     found = {ends for ends in rooms.arrows(modules) if {*ends} <= rooms.ROW.keys()}
+    place = {room: i for i, room in enumerate(rooms.ROW)}
+    circles = [{*circle} for circle in rooms.circles(found)]
     up = {(a, b) for a, b in found if rooms.ROW[b] < rooms.ROW[a]}
+    up |= {(a, b) for a, b in found if place[b] < place[a] and any({a, b} <= circle for circle in circles)}
     named = {(a, b) for a, b in rooms.named(modules) if {a, b} <= rooms.ROW.keys()} - found
     down = reduced(found - up)
     boxes = {module.room for module in modules.values()} & rooms.ROW.keys()
@@ -98,15 +101,16 @@ def _leads(arrows: set[Arrow], start: str, end: str) -> bool:
 
 def layered(nodes: Collection[str], arrows: set[Arrow]) -> tuple[dict[Arrow, list[str]], list[list[str]]]:
     """(each arrow as a chain of nodes from layer to layer, the layers). An arrow that passes a layer has a node there."""
-    layer = dict.fromkeys(nodes, 0)
+    height = dict.fromkeys(nodes, 0)
     for _ in nodes:
         for a, b in arrows:
-            layer[b] = max(layer[b], layer[a] + 1)
-    for _ in nodes:  # what uses more than it is used goes down to what it uses
+            height[a] = max(height[a], height[b] + 1)
+    layer = {node: max(height.values()) - height[node] for node in nodes}
+    for _ in nodes:  # what is used more than it uses goes up to its users
         for node in sorted(nodes):
-            below = [layer[b] for a, b in arrows if a == node]
-            if len(below) > sum(b == node for _, b in arrows):
-                layer[node] = min(below) - 1
+            above = [layer[a] for a, b in arrows if b == node]
+            if len(above) > sum(a == node for a, _ in arrows):
+                layer[node] = max(above) + 1
     chains = {(a, b): [a, *(f"{a}>{b}@{i}" for i in range(layer[a] + 1, layer[b])), b] for a, b in sorted(arrows)}
     rows: list[list[str]] = [[] for _ in range(max(layer.values()) + 1)]
     for node in sorted(nodes, key=[*rooms.ROW].index):

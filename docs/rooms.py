@@ -26,7 +26,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "analysis": "how many of its dimensions a matrix uses",
         "distributed": "models larger than one device",
     },
-    {"conversion": "convert, merge, optimizer, step_hook, lr_schedule", "accounting": "parameters, FLOPs and bytes"},
+    {"conversion": "convert, merge, optimizer, step_hook, lr_schedule"},
     {"pretrained": "saved and loaded by transformers"},
     {"table": "every name, and the file that holds its mathematics"},
     {
@@ -36,7 +36,10 @@ ROWS: tuple[dict[str, str], ...] = (
         "optim": "how the weights move: one paper, one file",
         "speed": "fast versions, each tested against a slow one",
     },
-    {"rewriting": "other layers in the place of a model's projections"},
+    {
+        "rewriting": "other layers in the place of a model's projections",
+        "accounting": "parameters, FLOPs and bytes of a model",
+    },
     {"sites": "where the projections of a model are"},
     {"fusion": "several projections in one matrix", "checkpointing": "what is kept for the backward pass"},
     {
@@ -44,6 +47,9 @@ ROWS: tuple[dict[str, str], ...] = (
         "layers": "layers that several methods share",
         "tape": "what one block leaves for the next",
         "factors": "pure functions on two factors",
+        "dictionary": "matrices that blocks share",
+        "pools": "candidates for the vectors of a factor",
+        "moments": "what an optimizer remembers about a parameter",
         "architectures": "what is known of models by name",
     },
     {
