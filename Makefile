@@ -3,15 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: help demo test install lint types docs check bench curves clean
+.PHONY: help demo test install lint types docs table check bench curves clean
 
 help:
 	@echo "make demo     train CoLA and its dense twin on two CPU cores and compare them (a few minutes)"
 	@echo "make test     run the test suite"
 	@echo "make docs     build the documentation into build/docs"
+	@echo "make table    write the README's table of methods again, from the methods' docstrings"
 	@echo "make check    lint, types, documentation, tests"
 	@echo "make bench    run the benchmarks"
-	@echo "make curves   record the first steps of all reproductions again, after a change that is meant to move them"
+	@echo "make curves   record the first steps of all reproductions again, after a change that should move them"
 	@echo "make install  create the environment in .venv"
 	@echo "make clean    remove the environment and caches"
 
@@ -43,6 +44,9 @@ docs: $(STAMP)
 	rm -rf build/docs
 	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -E -W --keep-going -j auto -d build/doctrees -b html docs build/docs
 	@echo "open build/docs/index.html"
+
+table: $(STAMP)
+	$(BIN)/python docs/pages.py
 
 check: lint types docs test
 

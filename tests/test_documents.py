@@ -1,5 +1,6 @@
 """Documents do not lie: their examples run, their commands exist, their links lead somewhere."""
 
+import importlib
 import json
 import os
 import re
@@ -8,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import click
 import pytest
@@ -16,16 +17,17 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lorank
-import lorank.optim
 from lorank.cli import cli
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
 import pages  # noqa: E402
+import rooms  # noqa: E402
 import site_check  # noqa: E402
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES]
+TEXT = "".join(f"line {i} of a text that counts {i * i}\n" for i in range(900))
 
 
 def text_of(document: str) -> str:
@@ -55,17 +57,42 @@ def test_the_readmes_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert AutoModelForCausalLM.from_pretrained("out").config.lorank["method"] == "cola"
 
 
-def test_the_example_method_of_contributing_is_a_whole_method(tmp_path: Path) -> None:
-    """A package of somebody else's adds it through its entry point: trained, resumed, generating, without an edit here."""
+# ---- the examples of CONTRIBUTING.md
+
+
+class Example(NamedTuple):
+    """The five places of a method as they are printed; it has no paper, and so no recipe."""
+
+    name: str
+    folder: str
+    file: str
+    test: str
+    line: str
+    page: str
+
+
+def examples() -> dict[str, Example]:
+    files, lines, pages_ = (code("CONTRIBUTING.md", language) for language in ("python", "text", "markdown"))
+    names = [line.split('"')[1] for line in lines]
+    folders = [line.split(".")[1] for line in lines]
+    parts = zip(names, folders, files[::2], files[1::2], lines, pages_, strict=True)
+    return {part[0]: Example(*part) for part in parts}
+
+
+EXAMPLES = examples()
+
+
+def test_an_example_works_from_a_package(tmp_path: Path) -> None:
+    """Somebody else's package adds it by its entry point: trained, resumed and generating, without an edit here."""
     (tmp_path / "my_package").mkdir()
-    (tmp_path / "my_package/gained.py").write_text(code("CONTRIBUTING.md", "python")[0])
-    line = 'gained = "my_package.gained:Gained"'
-    assert line in (ROOT / "CONTRIBUTING.md").read_text()
-    unquoted = line.replace('"', "")
+    (tmp_path / "my_package/gained.py").write_text(EXAMPLES["gained"].file)
+    [entry] = re.findall(r"\[project.entry-points.*\n.*", code("CONTRIBUTING.md", "toml")[0])
     (tmp_path / "my_package-1.dist-info").mkdir()  # what pip would have written
     (tmp_path / "my_package-1.dist-info/METADATA").write_text("Metadata-Version: 2.1\nName: my_package\nVersion: 1\n")
-    (tmp_path / "my_package-1.dist-info/entry_points.txt").write_text(f"[lorank.methods]\n{unquoted}\n")
-    (tmp_path / "text.txt").write_text("".join(f"line {i} of a text that counts {i * i}\n" for i in range(900)))
+    written = entry.replace("project.entry-points.", "").replace('"', "")
+    (tmp_path / "my_package-1.dist-info/entry_points.txt").write_text(written)
+    (tmp_path / "my_texts").mkdir()
+    (tmp_path / "my_texts/some.txt").write_text(TEXT)
 
     def lorank_says(*arguments: str) -> str:
         environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "XDG_CACHE_HOME": str(tmp_path)}
@@ -74,10 +101,7 @@ def test_the_example_method_of_contributing_is_a_whole_method(tmp_path: Path) ->
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    small = (
-        "--data text.txt --vocab-size 300 --sequence-length 32 --batch-size 4 --steps 4 --warmup-steps 1 --save-every 2"
-    )
-    lorank_says("pretrain", "--method", "gained", *small.split(), "--out", "run")
+    lorank_says("pretrain", "--method", "gained", *RUN_WITH["pretrain"].split(), "--out", "run")
     (tmp_path / "run/summary.json").rename(tmp_path / "summary.json")
     shutil.rmtree(tmp_path / "run/checkpoint-4")
     lorank_says("pretrain", "--resume", "run")
@@ -87,60 +111,51 @@ def test_the_example_method_of_contributing_is_a_whole_method(tmp_path: Path) ->
     assert json.loads((tmp_path / "run/config.json").read_text())["lorank"]["method"] == "gained"
 
 
-def test_a_method_added_to_this_repository_as_contributing_says_passes_its_contract(tmp_path: Path) -> None:
-    """File, line, row and page as they are printed, in a copy; nothing else is changed there."""
+CONTRACTS = {
+    "gained": ("test_methods.py", "llama and not (compiler or policies)"),  # those take long
+    "signed": ("test_optimizers.py", "not compile"),
+}
+"""The contract that an example is examined by, and with what part of it."""
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_added_here_passes_its_contract(name: str, tmp_path: Path) -> None:
+    """File, test, line and page as they are printed, in a copy, and `make table`; nothing else is changed there."""
     for part in ("lorank", "tests", "docs", "examples", "recipes", "benchmarks/results"):
-        shutil.copytree(ROOT / part, tmp_path / part)
+        shutil.copytree(ROOT / part, tmp_path / part, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("README.md", "CONTRIBUTING.md", "Makefile", "pyproject.toml", "CITATION.cff"):
         shutil.copy(ROOT / file, tmp_path)
+    example = EXAMPLES[name]
+    (tmp_path / f"lorank/{example.folder}/{name}.py").write_text(example.file)
+    (tmp_path / f"tests/{example.folder}/test_{name}.py").write_text(example.test)
+    (tmp_path / f"docs/methods/{name}.md").write_text(example.page)
+    table = (tmp_path / "lorank/table.py").read_text()
+    (tmp_path / "lorank/table.py").write_text(table.replace("METHODS = {\n", f"METHODS = {{\n    {example.line}"))
 
-    def insert(file: str, above: str, line: str) -> None:
-        text = (tmp_path / file).read_text()
-        assert text.count(above) == 1
-        (tmp_path / file).write_text(text.replace(above, line + above))
+    def run(*command: str) -> str:
+        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
 
-    line, row = code("CONTRIBUTING.md", "text")
-    (tmp_path / "lorank/methods/gained.py").write_text(code("CONTRIBUTING.md", "python")[0])
-    insert("lorank/methods/__init__.py", "}\n\n\nGROUP", f"    {line}")
-    insert("README.md", "| `dense` |", row)
-    (tmp_path / "docs/methods/gained.md").write_text(code("CONTRIBUTING.md", "markdown")[0])
-
-    of_it = "gained and (llama or gpt2 or docs or page or published) and not (compiler or policies)"  # those take long
-    asked = f"({of_it}) or every_method_ or every_page_ or everything_public"
-    files = (
-        "contract/test_methods.py",
-        "contract/test_published.py",
-        "test_documents.py",
-        "test_registry.py",
-        "test_recipes.py",
-    )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-rA",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        asked,
-        *(f"tests/{f}" for f in files),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    run("docs/pages.py")
+    contract, part = CONTRACTS[name]
+    files = (f"tests/contract/{contract}", f"tests/{example.folder}/test_{name}.py", "tests/test_documents.py")
+    asked = f"({name} and {part}) or test_{name} or every_page_ or everything_public or table_of_methods"
+    said = run("-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-k", asked, *files)
     for passed in (
-        "test_methods.py::test_merged_it_is_a_dense_model_that_says_the_same[gained-llama]",
-        "test_documents.py::test_the_python_of_a_page_runs[docs/methods/gained.md]",
-        "test_documents.py::test_every_method_has_a_row_in_the_readme",
+        rf"{contract}::test_\w+\[{name}",
+        rf"test_{name}.py::",
+        rf"test_documents.py::test_the_python_of_a_page_runs\[docs/methods/{name}.md\]",
+        "test_documents.py::test_the_readme_has_the_table_of_methods",
     ):
-        assert f"PASSED tests/{'contract/' * ('methods.py' in passed)}{passed}" in done.stdout, done.stdout
+        assert re.search(rf"PASSED tests/.*{passed}", said), said
 
 
-def test_a_method_of_a_script_is_registered_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_script_registers_its_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lorank.table._registered", {})
     scope: dict[str, Any] = {"__name__": "script"}
-    exec(code("CONTRIBUTING.md", "python")[0], scope)
+    exec(EXAMPLES["gained"].file, scope)
     with pytest.raises(ValueError, match="unknown method 'gained'.* is found after lorank.register"):
         lorank.convert(small(), "gained")
     model = lorank.convert(small(), scope["Gained"]()).eval()
@@ -153,8 +168,11 @@ def test_a_method_of_a_script_is_registered_and_found_again(tmp_path: Path, monk
     lorank.register(scope["Gained"])
     x = torch.arange(8)[None]
     assert torch.equal(model(x).logits, AutoModelForCausalLM.from_pretrained(tmp_path).eval()(x).logits)
-    with pytest.raises(ValueError, match="there is a method 'cola' already"):
+    with pytest.raises(ValueError, match="the method name 'cola' is already in use"):
         lorank.register(type("Mine", (lorank.LowRank,), {"name": "cola"}))
+
+
+# ---- pages
 
 
 @pytest.mark.parametrize("document", [page for page in PAGES if code(page, "python")])
@@ -217,10 +235,9 @@ ELSEWHERE = {
 
 def test_the_quick_start_runs_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process) -> None:
     monkeypatch.chdir(tmp_path)
-    text = "".join(f"line {i} of a text that counts {i * i}\n" for i in range(900))
     (tmp_path / "my_texts").mkdir()
     for file in ("my_texts/some.txt", "held_out.txt"):
-        (tmp_path / file).write_text(text)
+        (tmp_path / file).write_text(TEXT)
     ran = set()
     for line in "".join(code("docs/quickstart.md", "sh")).splitlines():
         name, *words = shlex.split(line, comments=True)
@@ -237,25 +254,22 @@ def test_the_quick_start_runs_in_order(tmp_path: Path, monkeypatch: pytest.Monke
     assert ran == set(RUN_WITH)
 
 
-@pytest.mark.parametrize("name", [*lorank.METHODS, *lorank.optim.OPTIMIZERS, *lorank.optim.ESTIMATORS])
-def test_every_method_has_a_page(name: str) -> None:
-    [page] = [page for page, names in pages.method_pages().items() if name in names]
+@pytest.mark.parametrize("page", pages.method_pages())
+def test_every_page_of_a_method_is_complete(page: str) -> None:
     text = (ROOT / f"docs/methods/{page}.md").read_text()
     for part in (r"^# .+", r"^\$\$ .+ \$\$$", "^## When to use it$", "^## When not$"):
         assert re.search(part, text, re.M), f"{page}.md has no {part}"
-    assert name in pages.usage(pages.method_pages()[page])
 
 
-def test_every_page_of_a_method_has_one() -> None:
+def test_every_page_of_a_method_has_a_method() -> None:
     assert {Path(page).stem for page in PAGES if page.startswith("docs/methods/")} == {"index", *pages.method_pages()}
 
 
 def test_everything_public_is_documented() -> None:
-    shown = (ROOT / "docs/api.md").read_text() + (ROOT / "docs/methods/eggroll.md").read_text()
+    shown = "".join((ROOT / page).read_text() for page in PAGES)
     shown += "".join(pages.options(names) for names in pages.method_pages().values())
-    for module in (lorank, lorank.optim):
-        for name in module.__all__:
-            assert re.search(rf":: {module.__name__}\.{name}$", shown, re.M), f"{module.__name__}.{name}"
+    for name in lorank.__all__:
+        assert re.search(rf":: lorank\.{name}$", shown, re.M), f"lorank.{name}"
 
 
 def test_a_page_takes_a_section_of_another_file_with_its_links() -> None:
@@ -310,9 +324,24 @@ def test_what_a_style_sheet_loads_is_found(tmp_path: Path) -> None:
     ]
 
 
-def test_every_method_has_a_row_in_the_readme() -> None:
-    for name in lorank.METHODS:
-        assert f"| `{name}` |" in (ROOT / "README.md").read_text()
+def test_the_readme_has_the_table_of_methods() -> None:
+    text = (ROOT / "README.md").read_text()
+    assert pages.with_table(text) == text, "run: make table"
+
+
+def test_files_and_functions_that_pages_name_exist() -> None:
+    modules = rooms.read()
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        for name in re.findall(r"`((?:lorank|tests|docs|benchmarks|examples)/[\w/.-]+\.\w+)`", text):
+            assert (ROOT / name).exists() or "NAME" in name, f"{document} names {name}"
+        for name in re.findall(r"`(lorank(?:\.\w+)+)`", text):
+            module = max((m for m in modules if f"{name}.".startswith(f"{m}.")), key=len)
+            rest = name.removeprefix(module).strip(".").split(".") if name != module else []
+            found: Any = importlib.import_module(module)
+            for part in rest:
+                found = getattr(found, part, None)
+            assert found is not None or name == "lorank.methods", f"{document} names {name}"
 
 
 def test_one_version_everywhere() -> None:
@@ -320,7 +349,11 @@ def test_one_version_everywhere() -> None:
 
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     assert lorank.__version__ == version
-    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()
+    assert f"version: {version}\n" in (ROOT / "CITATION.cff").read_text()
+    [latest] = re.findall(
+        r"## \[Unreleased\]\n.*?^## \[([\d.]+)\] - \d{4}-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M | re.S
+    )
+    assert latest == version
 
 
 @pytest.mark.parametrize("example", [path.name for path in (ROOT / "examples").glob("*.py")])
