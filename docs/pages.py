@@ -33,8 +33,10 @@ from lorank.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.txt"))
-PLAIN = ("lorank.method", "lorank.optim.rules")
-"""Where names are defined that need no page: what PyTorch does anyway."""
+PLAIN = ("lorank.method", "lorank.optim.plain", "lorank.evolution.votes")
+"""Where names are defined that need no page: what PyTorch does anyway, and a part of EGG, which is on EGGROLL's."""
+MATHEMATICS = {"lorank.evolution.method": "lorank.evolution.eggroll"}
+"""The module that a page is about, where it is another than the class's."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)\)")
 
 
@@ -43,17 +45,25 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)\)")
 
 @functools.cache
 def method_pages() -> dict[str, list[str]]:
-    """{page: names of its methods}. Methods that share a paper's file share a page, which has the name of the first."""
-    homes: dict[str, list[str]] = {}
+    """{page: names of its methods}; the page has the name of the file."""
+    pages: dict[str, list[str]] = {}
     for name, where in METHODS.items():
-        homes.setdefault(where.partition(":")[0], []).append(name)
-    return {names[0]: names for home, names in homes.items() if home not in PLAIN}
+        if where.partition(":")[0] not in PLAIN:
+            pages.setdefault(home(name).rpartition(".")[2].replace("_", "-"), []).append(name)
+    return pages
+
+
+def home(name: str) -> str:
+    """The module with a method's mathematics."""
+    module = METHODS[name].partition(":")[0]
+    return MATHEMATICS.get(module, module)
 
 
 def docstring(names: list[str]) -> str:
     """The head of the file of these methods."""
-    found = sys.modules[find(names[0]).__module__].__doc__
-    assert found is not None, f"the file of {names[0]} says nothing about it"
+    find(names[0])  # imports it
+    found = sys.modules[home(names[0])].__doc__
+    assert found is not None, f"{home(names[0])} has no docstring"
     return found.strip()
 
 
@@ -75,12 +85,20 @@ def methods_table() -> str:
     """Every paper's file with its equation, what it saves, and where to read more; links are those of the README."""
     rows = ["| method | equation | saves | file | paper |", "|---|---|---|---|---|"]
     for names in method_pages().values():
-        file = METHODS[names[0]].partition(":")[0].replace(".", "/") + ".py"
+        file = home(names[0]).replace(".", "/") + ".py"
         shown = ", ".join(f"`{name}`" for name in names)
         code = f"[{Path(file).name}]({file})"
         paper = f"[{number}](https://arxiv.org/abs/{number})" if (number := arxiv(names)) else ""
         rows.append(f"| {shown} | `{equation(names)}` | {saves(names)} | {code} | {paper} |")
     return "\n".join(rows)
+
+
+def with_table(text: str) -> str:
+    """The README with its table of methods as it should be."""
+    rows = re.compile(r"^\| method \| equation \|.*(?:\n\|.*)*", re.M)
+    if not rows.search(text):
+        raise ValueError("README.md needs a table of methods that begins: | method | equation | saves | file | paper |")
+    return rows.sub(lambda _: methods_table(), text, count=1)
 
 
 def equation(names: list[str]) -> str:
@@ -318,7 +336,7 @@ def measured(names: list[str]) -> str:
 
 def notes(names: list[str]) -> str:
     """The head of the method's file: equation, cost, source and departures in plain text."""
-    module = find(names[0]).__module__
+    module = home(names[0])
     href = f"../_modules/{module.replace('.', '/')}.html"
     text = docstring(names).partition("\n\n")[2]
     blocks = [block if block.startswith("    ") else escaped(block) for block in text.split("\n\n")]
@@ -340,3 +358,8 @@ def printed(command: str) -> str:
     done = CliRunner(env={"COLUMNS": "88"}).invoke(cli, command.split()[1:], catch_exceptions=False)
     assert done.exit_code == 0, f"{command}: {done.output}"
     return "\n".join(line.rstrip() for line in done.stdout.rstrip().splitlines())
+
+
+if __name__ == "__main__":  # make table
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text()))
