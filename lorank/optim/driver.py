@@ -139,12 +139,10 @@ class LowRankOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_value("rank", group["rank"], Count | None)
-        types = field_types(type(self.method))
-        for name in self.method.per_group if group["rank"] is not None else ():
-            check_value(name, group[name], types[name])
-        for name in ("lr", "weight_decay", *(["eps"] if isinstance(group["eps"], int | float) else [])):
-            value = group[name]
-            check_value(name, value.item() if isinstance(value, Tensor) else value, NonNegative)
+        rule, types = self.method.rules[group["rule"]], field_types(type(self.method))
+        own = {name: types[name] for name in self.method.per_group if group["rank"] is not None}
+        for name, kind in {"lr": NonNegative, "weight_decay": NonNegative, **rule.types, **own}.items():
+            check_value(name, group[name].item() if isinstance(group[name], Tensor) else group[name], kind)
         for i, beta in enumerate(group["betas"]):
             check_value(f"betas[{i}]", beta, Beta)
         if group.get("amsgrad"):
@@ -154,7 +152,7 @@ class LowRankOptimizer(Optimizer):
                 raise ValueError(
                     f"a parameter of shape {tuple(p.shape)} is not a matrix; put it in a group without rank"
                 )
-            if self.method.rules[group["rule"]].matrices_only and p.ndim != 2:
+            if rule.matrices_only and p.ndim != 2:
                 raise ValueError(
                     f"a parameter of shape {tuple(p.shape)} is not a matrix; put it in a group with another rule than "
                     f"{group['rule']!r}"

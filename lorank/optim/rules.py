@@ -14,13 +14,14 @@ import functools
 import importlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim._adafactor import adafactor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, muon
 
+from lorank.fields import Bounds, NonNegative, Positive
 from lorank.optim.shards import whole
 
 State = dict[str, Any]
@@ -37,6 +38,8 @@ class Rule:
     """Those that have the weights' type."""
     defaults: ClassVar[Mapping[str, Any]] = {}
     """Settings of a group that are not those of every optimizer."""
+    types: ClassVar[Mapping[str, Any]] = {"eps": NonNegative}
+    """What settings must be, as the annotation of a field."""
     elementwise: ClassVar[bool] = False
     matrices_only: ClassVar[bool] = False
 
@@ -165,6 +168,7 @@ class Adafactor(Rule):
 
     kept = typed = ("row_var", "col_var", "variance")
     defaults: ClassVar[Mapping[str, Any]] = {"eps": (None, 1e-3), "d": 1.0, "beta2_decay": -0.8}
+    types: ClassVar[Mapping[str, Any]] = {"eps": tuple[NonNegative | None, NonNegative], "d": Positive, "beta2_decay": float}
 
     def make(self, like: Tensor) -> State:
         step = torch.zeros((), dtype=torch.float32, device="cpu")
@@ -213,6 +217,7 @@ class Muon(Rule):
 
     kept = typed = ("momentum_buffer",)
     defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.95, "eps": 1e-7}
+    types: ClassVar[Mapping[str, Any]] = {"eps": NonNegative, "momentum": Annotated[float, Bounds(least=0, below=1)]}
     matrices_only = True
 
     def make(self, like: Tensor) -> State:
