@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorank.optim import DCTAdamW, GaLoreAdamW, Trion
+from lorank import DCTAdamW, GaLore, Trion
 from lorank.optim.dct import dct_matrix
-from tests.optim.test_galore import gradients, matrices, run
+from tests.optim.conftest import gradients, made, matrices, run
 
 CPU = torch.device("cpu")
 
@@ -49,7 +49,7 @@ def test_the_equations(gap: int, ef: bool, rotate: bool, how: Any) -> None:
     [p] = matrices((20, 12))
     start = p.detach().clone()
     options: dict[str, Any] = {"error_feedback": "full" if ef else "none", "rotate": rotate, "transform": how}
-    optimizer = DCTAdamW([{"params": [p], "rank": 4}], lr=0.05, weight_decay=0.1, update_gap=gap, **options)
+    optimizer = made(DCTAdamW, [{"params": [p], "rank": 4}], lr=0.05, weight_decay=0.1, update_gap=gap, **options)
     run(optimizer, [p], range(8))
     grads = [gradients(step, [p])[0] for step in range(8)]
     expected = by_hand(start, grads, 4, lr=0.05, wd=0.1, gap=gap, ef=ef, rotate=rotate)
@@ -60,7 +60,7 @@ def test_at_full_rank_it_is_adam_in_the_rotated_basis() -> None:
     [p] = matrices((20, 12))
     Q = dct_matrix(12, CPU, torch.float64)
     rotated = nn.Parameter(p.detach() @ Q.T)
-    ours = DCTAdamW([{"params": [p], "rank": 12}], lr=0.1, error_feedback="full")
+    ours = made(DCTAdamW, [{"params": [p], "rank": 12}], lr=0.1, error_feedback="full")
     adam = torch.optim.AdamW([rotated], lr=0.1, weight_decay=0.0)
     for step in range(6):
         p.grad = gradients(step, [p])[0]
@@ -75,7 +75,7 @@ def test_error_feedback_telescopes() -> None:
     """What was applied in low rank and what is still left out sum up to all gradients."""
     for kind in ("full", "8bit"):
         [p] = matrices((20, 12))
-        optimizer = DCTAdamW([{"params": [p], "rank": 4}], lr=0.1, error_feedback=kind)  # type: ignore[arg-type]
+        optimizer = made(DCTAdamW, [{"params": [p], "rank": 4}], lr=0.1, error_feedback=kind)  # type: ignore[arg-type]
         applied, total, left = torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p)
         for step in range(6):
             p.grad = gradients(step, [p])[0]
@@ -96,8 +96,8 @@ def test_error_feedback_telescopes() -> None:
 
 
 @pytest.mark.parametrize("make", [
-    lambda p: DCTAdamW([{"params": p, "rank": 4}], lr=0.1, error_feedback="8bit"),
-    lambda p: Trion([{"params": p, "rank": 4}], lr=0.1, scale="none"),
+    lambda p: made(DCTAdamW, [{"params": p, "rank": 4}], lr=0.1, error_feedback="8bit"),
+    lambda p: made(Trion, [{"params": p, "rank": 4}], lr=0.1, scale="none"),
 ], ids=["dct-adamw", "trion"])  # fmt: skip
 def test_a_transposed_gradient_takes_a_transposed_step(make: Any) -> None:
     [wide] = matrices((12, 20))
@@ -115,15 +115,15 @@ def test_state_bytes() -> None:
     """2 m r moments and r indices; the paper's code keeps the previous r indices too: 5,594,112 bytes with them."""
     p = nn.Parameter(torch.zeros(5461, 2048, dtype=torch.bfloat16))
     p.grad = torch.ones_like(p)
-    optimizer = DCTAdamW([{"params": [p], "rank": 256}], lr=0.1)
+    optimizer = made(DCTAdamW, [{"params": [p], "rank": 256}], lr=0.1)
     optimizer.step()
     state = [t for name, t in optimizer.state[p].items() if name != "steps"]
     assert sum(t.numel() * t.element_size() for t in state) == 5_594_112 - 256 * 4
 
 
 @pytest.mark.parametrize("make", [
-    lambda p: DCTAdamW([{"params": p[:2], "rank": 4}, {"params": p[2:]}], lr=0.1, update_gap=2, error_feedback="8bit"),
-    lambda p: Trion([{"params": p[:2], "rank": 4}, {"params": p[2:]}], lr=0.1),
+    lambda p: made(DCTAdamW, [{"params": p[:2], "rank": 4}, {"params": p[2:]}], lr=0.1, update_gap=2, error_feedback="8bit"),
+    lambda p: made(Trion, [{"params": p[:2], "rank": 4}, {"params": p[2:]}], lr=0.1),
 ], ids=["dct-adamw", "trion"])  # fmt: skip
 def test_resumed_at_any_step_it_goes_on_bit_by_bit(make: Any, tmp_path: Any) -> None:
     for stop in range(6):
@@ -140,56 +140,38 @@ def test_resumed_at_any_step_it_goes_on_bit_by_bit(make: Any, tmp_path: Any) -> 
 
 def test_groups_without_rank_are_adamw() -> None:
     ours, theirs = matrices((12, 20)), matrices((12, 20))
-    run(DCTAdamW(ours, lr=0.1, weight_decay=0.1), ours, range(5))
+    run(made(DCTAdamW, ours, lr=0.1, weight_decay=0.1), ours, range(5))
     run(torch.optim.AdamW(theirs, lr=0.1, weight_decay=0.1), theirs, range(5))
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
 
 
-def test_gradients_whose_squares_are_infinite_spoil_no_weights() -> None:
+def test_gradients_whose_squares_are_infinite_are_refused() -> None:
     [p] = [q.detach().float().requires_grad_() for q in matrices((12, 20))]
-    optimizer = DCTAdamW([{"params": [p], "rank": 3}], lr=0.1)
-    for step, size in enumerate((1e20, 5e20, 1.0, 1.0)):  # random ones, so that other columns are chosen
-        p.grad = size * torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
+    before, optimizer = p.detach().clone(), made(DCTAdamW, [{"params": [p], "rank": 3}], lr=0.1)
+    p.grad = 5e20 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(FloatingPointError, match="is not finite"):
         optimizer.step()
-    assert p.isfinite().all()
-
-
-def test_half_precision_has_no_trouble_with_gradients_of_zero() -> None:
-    [p] = [q.detach().half().requires_grad_() for q in matrices((12, 20))]
-    before = p.detach().clone()
-    p.grad = torch.zeros_like(p)
-    DCTAdamW([{"params": [p], "rank": 3}], lr=0.1).step()
     assert torch.equal(p, before)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"error_feedback": "4bit"}, "error_feedback='4bit' is none of"),
-        ({"transform": "dst"}, "transform='dst' is neither"),
-        ({"update_gap": 0}, "update_gap=0 is no positive integer"),
-        ({"update_gap": 2.5}, "update_gap=2.5 is no positive integer"),
-        ({"ell_norm": -1}, "ell_norm=-1 is not positive"),
-        ({"betas": (0.9, 2.0)}, "are not both in"),
+        ({"error_feedback": "4bit"}, "error_feedback must be 'none', 'full' or '8bit', got '4bit'"),
+        ({"transform": "dst"}, "transform must be 'matmul' or 'fft', got 'dst'"),
+        ({"update_gap": 0}, "update_gap must be a positive integer, got 0"),
+        ({"update_gap": 2.5}, "update_gap must be a positive integer, got 2.5"),
+        ({"ell_norm": -1}, "ell_norm must be a positive number, got -1"),
     ],
 )
 def test_refusals(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        DCTAdamW(matrices((12, 20)), lr=0.1, **options)
-    with pytest.raises(ValueError, match="is no matrix"):
-        DCTAdamW([{"params": [nn.Parameter(torch.zeros(3))], "rank": 2}], lr=0.1)
-    [p] = matrices((12, 20))
-    optimizer = DCTAdamW([{"params": [p], "rank": 2}], lr=0.1)
-    p.grad = torch.full_like(p, float("nan"))
-    before = p.detach().clone()
-    with pytest.raises(FloatingPointError, match="is not finite"):
-        optimizer.step()
-    assert torch.equal(p, before)
+        DCTAdamW(**options)
 
 
 @pytest.mark.parametrize("make", [
-    lambda p: DCTAdamW([{"params": p, "rank": 4}], lr=0.1, update_gap=500),
-    lambda p: GaLoreAdamW([{"params": p, "rank": 4, "update_gap": 500}], lr=0.1),
+    lambda p: made(DCTAdamW, [{"params": p, "rank": 4}], lr=0.1, update_gap=500),
+    lambda p: made(GaLore, [{"params": p, "rank": 4, "update_gap": 500}], lr=0.1),
 ], ids=["dct-adamw", "galore"])  # fmt: skip
 def test_counters_and_indices_are_exact_after_loading_into_bf16(make: Any) -> None:
     """bf16 has no 257: torch's own loading would cast the counter."""
@@ -211,7 +193,7 @@ def test_a_compiled_step_is_the_same_step() -> None:
     weights = []
     for compiled in (False, True):
         parameters = matrices((12, 20))
-        optimizer = DCTAdamW([{"params": parameters, "rank": 4}], lr=0.1, transform="fft")
+        optimizer = made(DCTAdamW, [{"params": parameters, "rank": 4}], lr=0.1, transform="fft")
         step = torch.compile(optimizer.step, backend="aot_eager") if compiled else optimizer.step
         for seed in range(3):
             for p, gradient in zip(parameters, gradients(seed, parameters), strict=True):
