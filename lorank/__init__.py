@@ -19,6 +19,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
         keep_recurrence,
     )
     from lorank.conversion import convert, lr_schedule, merge, optimizer, step_hook
+    from lorank.evolution.method import EGGROLL
+    from lorank.evolution.votes import Votes
     from lorank.fit.pca import matrix_pca
     from lorank.method import AdamW, Autograd, Dense, Method, Site, StepHook
     from lorank.methods.cola import CoLA, CoLAM

@@ -256,7 +256,9 @@ def check_combination(methods: Sequence[Method | type[Method]]) -> None:
 class Gradient(Protocol):
     """What a training loop calls in place of forward and backward."""
 
-    flops_per_token: float
+    @property
+    def flops_per_token(self) -> float:
+        """Of training on one token."""
 
     @property
     def carries(self) -> bool:
@@ -270,6 +272,20 @@ class Gradient(Protocol):
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from there."""
+
+    def step_cost(
+        self, *, batch_size: int, sequence_length: int, optimizer_bytes: int, autocast: bool = False
+    ) -> tuple[Any, Any]:
+        """`lorank.accounting.Flops` and `Memory` of one step, with an optimizer that keeps so many bytes."""
+
+    def moves(self, p: nn.Parameter) -> bool:
+        """Whether it estimates a gradient for a parameter."""
+
+    def treatment(self, name: str, p: nn.Parameter) -> str:
+        """How it estimates the gradient of a parameter, in a few words."""
+
+    def describe(self) -> str:
+        """How it estimates the gradient of the model, in one sentence."""
 
 
 class StepHook:

@@ -11,26 +11,28 @@
     x, s, f, h [D]     Wf, Uf, Wh, Uh [D, D]     M1 [4D, D]     M2 [D, 4D]     head [256, D]     all int8
 
 513 D + l (4 D + 12 D²) parameters. Byte 0 begins a document and sets all states to 0. A member of an EGGROLL population
-(`lorank.evolution.integers`) adds (x · B) A s >> (4 + sig) before a product is divided; this file knows how.
+(`lorank.evolution.integers`) adds (x · B) A s >> (4 + sig) before a product is divided, as `Noise` does here.
 
 Source: Sarkar et al., "Evolution Strategies at the Hyperscale", arXiv 2511.16652, appendix G, and their nano-egg.
 
 Departures. Arithmetic runs on float32 tensors that hold integers: sums stay below 2²⁴, or are clipped anyway, so floor, product
 and quotient are exact, and a float32 product is the fastest a CPU has. Where the magnitude table of nano-egg divides by 0 we
 divide by 1. The loss of `forward` is the true one, of these logits; the integer likelihood, which is rounded in the model's
-favour, is the fitness and nothing else.
+favour, is used for fitness only.
 """
 
 import itertools
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
+
+from lorank.fields import Bounds, Count, check_value
 
 LIMIT = 127
 ONE = 16
@@ -39,7 +41,7 @@ DOCUMENT_START = 0
 
 
 class Noise(NamedTuple):
-    """Of one parameter, for K pairs of members with R rows a pair, half of them of each member: int8 values."""
+    """The noise of one parameter for K pairs of members with R rows a pair, half of them of each member: int8 values."""
 
     A: Tensor  # [K, a], int32
     B: Tensor  # [K, b], float32; of a vector [K, a]
@@ -154,19 +156,30 @@ def log_likelihood(logits: Tensor, target: Tensor) -> Tensor:
     return index.gather(-1, target[..., None])[..., 0] - total
 
 
+VOCABULARY = 256
+WIDEST = (2**24 - 1) // (4 * LIMIT**2)
+"""Sums over a wider layer could pass 2²⁴, beyond which float32 cannot count."""
+
+
 class EggConfig(PretrainedConfig):
-    """Width, depth, and nothing else: the vocabulary is the 256 bytes."""
+    """Width and depth only; the vocabulary is the 256 bytes."""
 
     model_type = "lorank_egg"
 
     def __init__(self, hidden_size: int = 256, num_hidden_layers: int = 6, **kwargs: Any):
-        if hidden_size < 1 or num_hidden_layers < 1:
-            raise ValueError(f"hidden_size={hidden_size} and num_hidden_layers={num_hidden_layers} have to be positive")
-        if 4 * hidden_size * LIMIT**2 >= 2**24:
-            raise ValueError(f"hidden_size={hidden_size} lets sums pass 2**24, where float32 ends to count; take 256")
-        self.hidden_size, self.num_hidden_layers, self.vocab_size = hidden_size, num_hidden_layers, 256
+        self.hidden_size, self.num_hidden_layers, self.vocab_size = hidden_size, num_hidden_layers, VOCABULARY
         kwargs.pop("vocab_size", None)
         super().__init__(**{"bos_token_id": 0, "eos_token_id": 0, "tie_word_embeddings": False, **kwargs})
+        self.check()
+
+    def check(self) -> None:
+        """Raises ValueError for a shape that cannot be built."""
+        check_value("hidden_size", self.hidden_size, Annotated[int, Bounds(least=1, most=WIDEST)])
+        check_value("num_hidden_layers", self.num_hidden_layers, Count)
+        if self.vocab_size != VOCABULARY:
+            raise ValueError(
+                f"vocab_size must be {VOCABULARY}, because EGG reads bytes, got {self.vocab_size}; use tokenizer=bytes"
+            )
 
 
 def _int8(*shape: int) -> nn.Parameter:
@@ -177,7 +190,7 @@ class EggLayer(nn.Module):
     """The parameters of `layer`."""
 
     stands_for_linear = True
-    """So that it counts as a block."""
+    """It then counts as a block."""
 
     def __init__(self, D: int):
         super().__init__()
@@ -187,12 +200,17 @@ class EggLayer(nn.Module):
 
 
 class EggForCausalLM(PreTrainedModel, GenerationMixin):
-    """The model; `forward` takes what transformers' language models take, and recomputes instead of caching."""
+    """The model. Its `forward` is called like that of transformers' language models; it recomputes instead of caching."""
 
     config_class = EggConfig
     _is_stateful = True
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
+    """It has no attention, so any implementation suits it."""
+    voting_pairs: int | None = None
+    """Pairs of members that vote on the weights; EGGROLL sets it, and the optimizer `Votes` reads it."""
 
     def __init__(self, config: EggConfig):
+        config.check()
         super().__init__(config)
         D = config.hidden_size
         self.embedding, self.head, self.ln = _int8(256, D), _int8(256, D), _int8(D)
@@ -201,7 +219,7 @@ class EggForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in; its parameters are int8."""
+        """It computes in float32; its parameters are int8."""
         return torch.float32
 
     @torch.no_grad()
@@ -218,7 +236,7 @@ class EggForCausalLM(PreTrainedModel, GenerationMixin):
     initialize_weights = init_weights
 
     def weights(self, noise: Member) -> dict[str, Any]:
-        """What `position` reads."""
+        """The weights that `position` reads."""
         layers: Any = self.layers
         return {**weights(self, noise), "layers": [weights(layer, noise) for layer in layers]}
 
@@ -239,8 +257,8 @@ class EggForCausalLM(PreTrainedModel, GenerationMixin):
     def fitness(
         self, ids: Tensor, noise: Member, states: list[Tensor] | None = None, score: Any = score
     ) -> tuple[Tensor, list[Tensor]]:
-        """Integer log-likelihood [K, R] of bytes [K, R, T], in sixteenths of a bit: int64, the sum over a row's T - 1; and the
-        states in which it ends. It begins in the given ones; `score` may be a compiled one."""
+        """Integer log-likelihood [K, R] of bytes [K, R, T] in sixteenths of a bit (int64, the sum over a row's T - 1), and
+        the states in which it ends. It begins in the given states; `score` may be compiled."""
         total = torch.zeros(ids.shape[:2], dtype=torch.int64, device=ids.device)
         states, w = self.begin(*ids.shape[:2]) if states is None else states, self.weights(noise)
         columns = ids.permute(2, 0, 1).contiguous()
@@ -259,7 +277,7 @@ class EggForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutput:
         """Logits in nats, of bytes [batch, T], and the mean loss over labels (-100: none) one position later."""
         if attention_mask is not None and not attention_mask[:, 0].all():
-            raise ValueError("EGG reads from the left; pad on the right")
+            raise ValueError("EGG reads from the left; use padding on the right")
         logits = torch.stack(list(self.logits(input_ids)), dim=2)[0] * (math.log(2) / ONE)
         loss = None
         if labels is not None:
@@ -270,24 +288,28 @@ class EggForCausalLM(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids}
 
     def get_input_embeddings(self) -> Any:
-        """What has the rows of the vocabulary as its `weight`."""
-        return _Weight(self.embedding)
+        """An object whose `weight` has a row for each byte."""
+        return _Lookup(self.embedding)
 
     def get_output_embeddings(self) -> Any:
         return None
 
     def flops_per_token(self) -> int:
-        """Of one member's forward pass: two per multiply-add of the products."""
+        """FLOPs of one member's forward pass: two per multiply-add of the products."""
         D, layers = self.config.hidden_size, self.config.num_hidden_layers
         return 2 * (12 * D * D * layers + 256 * D)
 
 
-class _Weight(NamedTuple):
-    weight: nn.Parameter
+class _Lookup(nn.Module):
+    """What transformers takes for an embedding; it is not part of the model."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
 
 
 def register() -> None:
-    """Let the Auto classes know the model; see `lorank.auto`."""
+    """Make the model known to the Auto classes; see `lorank.auto`."""
     AutoConfig.register(EggConfig.model_type, EggConfig, exist_ok=True)
     AutoModelForCausalLM.register(EggConfig, EggForCausalLM, exist_ok=True)
 

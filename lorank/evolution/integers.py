@@ -1,14 +1,12 @@
-"""EGGROLL in integers: the noise is int8, a pair has one vote, and a weight moves by one where the votes are clear.
+"""EGGROLL in integers: the noise is int8, and each pair of members has one vote on every weight.
 
     member 2k + (s < 0):  M x → (M x + ((x · B) A s >> (4 + sig)))        so that σ = 2^-sig, see `lorank.evolution.egg`
     F = sign(f of the first - f of the second)                             one of -1, 0, 1
     Z = Σ F A Bᵀ,  of vectors Σ F A B                                      over the K pairs
-    Θ ← clip(Θ + (1 where Z > 0, else -1))  where  16 |Z| ≥ q ⌊√K⌋ 256,    q = ⌊16 Φ⁻¹(1 - α/2)⌋
 
-    Θ [a, b] int8     Z [a, b] int32     A [K, a], B [K, b] int8: 16 N(0, 1) rounded towards zero
+    Z [a, b] int32     A [K, a], B [K, b] int8: 16 N(0, 1) rounded towards zero
 
-α is the fraction of the weights that would move if fitness were noise; it takes the learning rate's place, and falls as
-1 / ((2^flag - 1) t / 1000 + 1) if the flag is above 1 (4 was the paper's best). At t = 0 it is 1, q is 0 and all weights move.
+`lorank.evolution.votes` moves the weights by the votes Z.
 
 Source: as `lorank.evolution.eggroll`, appendix H, and the authors' nano-egg.
 
@@ -16,40 +14,26 @@ Departures. Noise comes from seeds as in `lorank.evolution.eggroll`, not from a 
 A pair has no vote on the embeddings of bytes it did not read, which its noise cannot have helped: the authors count them.
 """
 
-from collections.abc import Callable, Iterable
-from statistics import NormalDist
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
+from lorank import accounting
+from lorank.evolution.cost import in_words, step_memory
 from lorank.evolution.egg import DOCUMENT_START, EggForCausalLM, Noise, score, signs
-from lorank.evolution.eggroll import check_population, check_whole, over_processes, pair_noise
+from lorank.evolution.noise import (
+    check_population,
+    check_whole,
+    deal,
+    over_processes,
+    pair_noise,
+)
+from lorank.fields import Bounds, check_value
 from lorank.optim.shards import processes
 
-
-def alpha_at(step: int, flag: float) -> float:
-    """The fraction of weights moved by noise alone; ValueError for a flag beyond [0, 64].
-
-    >>> round(alpha_at(10, 4), 4), round(alpha_at(999, 4), 5), alpha_at(999, 0.25)
-    (0.8696, 0.06256, 0.25)
-    """
-    if not 0 <= flag <= 64:
-        raise ValueError(
-            f"the flag of α, which is lr, is {flag}; give a part of the weights up to 1, or above 1 how fast it falls: 4"
-        )
-    return flag if flag <= 1 else 1 / ((2**flag - 1) * step / 1000 + 1)
-
-
-def threshold(alpha: float) -> int:
-    """q.
-
-    >>> [threshold(alpha_at(step, 4)) for step in (0, 10, 100, 999)]
-    [0, 2, 13, 29]
-    """
-    return int(16 * NormalDist().inv_cdf(1 - alpha / 2))
+Exponent = Annotated[int, Bounds(least=0, most=27)]
 
 
 class IntegerEggroll:
@@ -58,11 +42,11 @@ class IntegerEggroll:
     Args:
         population: members N, an even number.
         sig: σ = 2^-sig.
-        group_size: members in a row that share data; 0: all do.
-        carry: rows of a batch go on where the same rows of the batch before ended: each member keeps its states, and the last
-            byte of a row predicts the first of the next.
+        group_size: consecutive members that share data; 0: all do.
+        carry: rows of a batch continue where the same rows of the batch before ended: each member keeps its states, and
+            the last byte of a row predicts the first of the next.
         chunk: members in one forward pass, an even number.
-        compile: let torch.compile fuse what comes between the products; the numbers are the same.
+        compile: let torch.compile fuse what lies between the products; the numbers are the same.
     """
 
     def __init__(
@@ -77,9 +61,9 @@ class IntegerEggroll:
         compile: bool = False,
         seed: int = 0,
     ):
-        check_population(population, group_size, chunk, sig=sig, carry=carry)
-        if not 0 <= sig < 28:
-            raise ValueError(f"sig={sig} is not between 0 and 27; the noise is 2**-sig")
+        check_population(population, group_size, chunk)
+        check_value("sig", sig, Exponent)
+        check_value("carry", carry, bool)
         for name, p in model.named_parameters():
             check_whole(p, name)
         self.model, self.population, self.sig, self.group_size = model, population, sig, group_size
@@ -87,7 +71,7 @@ class IntegerEggroll:
         self.score: Any = torch.compile(score, dynamic=False) if compile else score
         self.perturbed = {p: index for index, p in enumerate(model.parameters())}
         self.left: dict[str, Tensor] = {}
-        """What the last batch left, where states are carried: "last" bytes [batch, 1], "states" [K, layers, R, D] int8."""
+        """What the last batch left if states are carried: "last" bytes [batch, 1], "states" [K, layers, R, D] int8."""
 
     def factors(self, p: nn.Parameter, pairs: range) -> tuple[Tensor, Tensor]:
         """A [pairs, a] and B [pairs, b] of a matrix, or two [pairs, a] of a vector: int8 values in float32."""
@@ -98,13 +82,13 @@ class IntegerEggroll:
 
     @torch.no_grad()
     def __call__(self, ids: Tensor) -> Tensor:
-        """Votes on bytes [batch, T], begin the next epoch, and return fitness per member [N], in sixteenths of a bit a byte.
+        """Count votes on bytes [batch, T], begin the next epoch, and return fitness [N] in sixteenths of a bit per byte.
 
-        In a distributed run it is that over the batches of all processes, so that all count the same votes.
-        With a group size the batch is dealt to the groups, which are as many as its rows or a divisor of them.
+        In a distributed run fitness is that over the batches of all processes, so that all count the same votes. With a
+        group size the batch is dealt to the groups; its rows must be a multiple of them.
         """
         if self.carry:
-            ids = self._go_on(ids)
+            ids = self._continued(ids)
         data = deal(ids, self.population, self.group_size)
         self.votes = {p: torch.zeros(p.shape, dtype=torch.int32, device=p.device) for p in self.perturbed}
         found, left = [], []
@@ -143,58 +127,71 @@ class IntegerEggroll:
         self.epoch += 1
         return torch.cat(found)
 
-    def _go_on(self, ids: Tensor) -> Tensor:
-        """Rows with the byte before them; what begins, begins a document."""
+    def _continued(self, ids: Tensor) -> Tensor:
+        """Rows with the byte before them; the first batch begins a document."""
         last = self.left.get("last", torch.full_like(ids[:, :1], DOCUMENT_START))
         if len(last) != len(ids):
             raise ValueError(
-                f"a batch of {len(ids)} rows does not go on from one of {len(last)}; give carry=False where batches differ"
+                f"a batch of {len(ids)} rows cannot continue one of {len(last)}; use carry=False where batches differ"
             )
         return torch.cat([last, ids], dim=1)
 
 
-def deal(batch: Tensor, population: int, group_size: int) -> Callable[[range], Tensor]:
-    """Which rows of a batch [rows, T] a range of members sees: [members, rows of each, T].
+class EggEggroll:
+    """A `lorank.method.Gradient`: the votes of `IntegerEggroll`. The loss is the members' integer likelihood in nats."""
 
-    Raises:
-        ValueError: the groups cannot be given equally many rows.
-    """
-    groups = population // group_size if group_size else 1
-    if len(batch) % groups:
-        raise ValueError(
-            f"{len(batch)} sequences are not dealt evenly to {groups} groups; take batch_size={groups} or a multiple, or "
-            f"group_size={population // len(batch)}"
-        )
-    dealt = batch.view(groups, -1, batch.shape[-1])
-    return lambda members: dealt[torch.arange(members.start, members.stop, device=batch.device) * groups // population]
+    def __init__(self, estimate: IntegerEggroll, batch_size: int, sequence_length: int):
+        deal(torch.empty(batch_size, 1), estimate.population, estimate.group_size)  # refuses what does not divide
+        self.estimate, self.batch_size, self.sequence_length = estimate, batch_size, sequence_length
+        estimate.model.voting_pairs = estimate.population // 2
 
+    @property
+    def flops_per_token(self) -> float:
+        """Forward passes of all members that see a token."""
+        return self.estimate.model.flops_per_token() * (self.estimate.group_size or self.estimate.population)
 
-class Votes(Optimizer):
-    """Moves int8 weights by one where their votes, found in `.grad`, are clear; the learning rate is α.
+    @property
+    def carries(self) -> bool:
+        return self.estimate.carry
 
-    >>> p = nn.Parameter(torch.zeros(3, dtype=torch.int8), requires_grad=False)
-    >>> p.grad_dtype = torch.int32
-    >>> p.grad = torch.tensor([10_000, -10_000, 100], dtype=torch.int32)
-    >>> _ = Votes([p], lr=0.4, pairs=64).step()
-    >>> p.data
-    tensor([ 1, -1,  0], dtype=torch.int8)
-    """
+    def __call__(self, batch: dict[str, Tensor], step: int) -> Tensor:
+        self.estimate.epoch = step
+        return -self.estimate(batch["input_ids"]).mean() / 16 * torch.log(torch.tensor(2.0))
 
-    def __init__(self, params: Iterable[Any], *, lr: float, pairs: int):
-        if not 0 <= lr <= 1:
-            raise ValueError(f"lr={lr}, the fraction of weights moved by noise, is not in [0, 1]")
-        if not isinstance(pairs, int) or pairs < 1:
-            raise ValueError(f"pairs={pairs!r}, the pairs of members that vote, is no positive integer")
-        super().__init__(params, {"lr": lr, "pairs": pairs})
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.estimate.left
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        if closure is not None:
-            raise ValueError("Votes evaluates no closure; count the votes before step()")
-        for group in self.param_groups:
-            bound = threshold(group["lr"]) * int(group["pairs"] ** 0.5) * 256 if group["lr"] > 0 else 2**40
-            for p in group["params"]:
-                if p.grad is not None:
-                    move = torch.where(p.grad > 0, 1, -1) * (16 * p.grad.long().abs() >= bound)
-                    p.copy_((p + move).clamp_(-127, 127))
-        return None
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.estimate.left = {name: t.to(self.estimate.model.device) for name, t in state.items()}
+
+    def step_cost(
+        self, *, batch_size: int, sequence_length: int, optimizer_bytes: int, autocast: bool = False
+    ) -> tuple[accounting.Flops, accounting.Memory]:
+        """Counted on a twin without data that runs one chunk of members, whose pairs see rows of their own. Forward is
+        the products of all members, and what stands for backward are the votes."""
+        whole, model = self.estimate, self.estimate.model
+        chunk = min(whole.chunk, whole.population)
+        rows = batch_size * (whole.group_size or whole.population) // whole.population  # of each member
+
+        def votes(twin: Any) -> None:
+            one = IntegerEggroll(
+                twin, population=chunk, group_size=2, chunk=chunk, sig=whole.sig, carry=whole.carry, seed=whole.seed
+            )
+            one(torch.zeros(chunk // 2 * rows, sequence_length, dtype=torch.int64))
+
+        everything, most = accounting.measure_call(model, votes)
+        products = model.flops_per_token() * chunk * rows * (sequence_length - 1 + whole.carry)
+        if whole.carry:  # the states of all members
+            most += (whole.population - chunk) * rows * model.config.num_hidden_layers * model.config.hidden_size
+        gradients = 4 * sum(p.numel() for p in whole.perturbed)
+        flops = [n * whole.population // chunk for n in (products, everything - products)]
+        return accounting.Flops(*flops, 0), step_memory(model, gradients, optimizer_bytes, most, "forward")
+
+    def moves(self, p: nn.Parameter) -> bool:
+        return p in self.estimate.perturbed
+
+    def treatment(self, name: str, p: nn.Parameter) -> str:
+        return f"{'rank-1' if p.ndim == 2 else 'full'} int8 noise, σ = 2^-{self.estimate.sig}"
+
+    def describe(self) -> str:
+        return in_words(self.estimate, self.batch_size, self.sequence_length, rank=1, per_entry=2)

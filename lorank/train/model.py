@@ -14,11 +14,22 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lorank.architectures import llama_config
 from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
+from lorank.evolution.egg import EggConfig
 from lorank.pretrained import positions_of
 from lorank.train.data import load_tokenizer
 from lorank.train.hub import asked_if_reachable
-from lorank.train.methods import methods_of
+from lorank.train.methods import KEYS, Methods, methods_of
 from lorank.train.recipe import Recipe
+
+INTEGERS = {
+    "weight_decay": 0.0,
+    "clip": 0.0,
+    "warmup_steps": 0,
+    "precision": "fp32",
+    "checkpoint": None,
+    "documents": "packed",
+}
+"""The only values that mean something to a model of integers."""
 
 
 def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PretrainedConfig:
@@ -112,6 +123,8 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
         ValueError: a shape that cannot be built, sequences longer than its positions, or a method that does not suit it.
     """
     found = methods_of(recipe)
+    if isinstance(config, EggConfig):
+        _check_integers(recipe, found)
     model = _dense_model(recipe, config)
     check_positions(model, recipe.sequence_length)
     if found.method.name != "dense":
@@ -126,6 +139,17 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     if policy is not None:
         checkpoint(model, POLICIES[policy], every=recipe.checkpoint_every)
     return model
+
+
+def _check_integers(recipe: Recipe, found: Methods) -> None:
+    """Raises ValueError for settings that mean nothing to EGG, whose weights are integers without a gradient."""
+    egg = "a model of type lorank_egg, whose weights are integers"
+    for key, name, method in zip(KEYS, ("dense", "votes", "eggroll"), found, strict=True):
+        if method.name != name:
+            raise ValueError(f"{key} must be {name} with {egg}, got {method.name}; start from the recipe egg")
+    for name, wanted in INTEGERS.items():
+        if (value := getattr(recipe, name)) != wanted:
+            raise ValueError(f"{name} must be {wanted} with {egg}, got {value}")
 
 
 def _dense_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
