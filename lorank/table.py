@@ -29,7 +29,6 @@ METHODS = {
     "masa": "lorank.methods.masa:MASA",
     # how they move
     "adamw": "lorank.method:AdamW",
-<<<<<<< HEAD
     "adamw-8bit": "lorank.optim.plain:AdamW8bit",
     "adafactor": "lorank.optim.plain:Adafactor",
     "muon": "lorank.optim.plain:Muon",
@@ -37,9 +36,7 @@ METHODS = {
     "fira": "lorank.optim.fira:Fira",
     "dct-adamw": "lorank.optim.dct_adamw:DCTAdamW",
     "trion": "lorank.optim.trion:Trion",
-=======
     "votes": "lorank.evolution.votes:Votes",
->>>>>>> fe621df (EGGROLL is a method that perturbs by forward hooks; EGG is a recipe)
     # where the gradient comes from
     "autograd": "lorank.method:Autograd",
     "eggroll": "lorank.evolution.method:EGGROLL",

@@ -8,22 +8,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lorank.evolution.egg import EggConfig, EggForCausalLM, log_likelihood
-from lorank.evolution.integers import alpha_at, deal, threshold
-from lorank.optim import IntegerEggroll, Votes
+from lorank.evolution.integers import IntegerEggroll
+from lorank.evolution.noise import deal
+from lorank.evolution.votes import VoteOptimizer
 
 Vector = list[int]
-
-
-def egg(D: int = 8, layers: int = 2, seed: int = 0, spread: float = 1.0) -> EggForCausalLM:
-    torch.manual_seed(seed)
-    model = EggForCausalLM(EggConfig(hidden_size=D, num_hidden_layers=layers))
-    with torch.no_grad():  # norms and biases that are not all alike, and larger weights than the initial ones
-        for p in model.parameters():
-            p.copy_((p * spread + (torch.randint(-9, 10, p.shape) if p.ndim == 1 else 0)).clamp(-127, 127))
-    return model
 
 
 class Reference:
@@ -96,7 +88,7 @@ IDS = [0, 65, 200, 13, 0, 0, 255, 1, 66, 66]
 
 @pytest.mark.parametrize("D", [8, 12, 16])
 @pytest.mark.parametrize("spread", [1.0, 6.0])
-def test_the_forward_pass_is_that_of_pythons_integers(D: int, spread: float) -> None:
+def test_the_forward_pass_is_that_of_pythons_integers(D: int, spread: float, egg: Any) -> None:
     model = egg(D, spread=spread)
     logits = torch.stack(list(model.logits(torch.tensor([IDS]))), dim=2)[0, 0]
     assert logits.tolist() == Reference(model, {}, 0, 0).logits(IDS)
@@ -104,7 +96,7 @@ def test_the_forward_pass_is_that_of_pythons_integers(D: int, spread: float) -> 
 
 
 @pytest.mark.parametrize(("sig", "spread"), [(4, 1.0), (0, 6.0)])
-def test_members_and_votes_are_those_of_pythons_integers(sig: int, spread: float) -> None:
+def test_members_and_votes_are_those_of_pythons_integers(sig: int, spread: float, egg: Any) -> None:
     """Fitness of each member one by one, and Z as the sum over pairs, also where values are clipped all over."""
     model = egg(8, spread=spread)
     estimate = IntegerEggroll(model, population=6, sig=sig, group_size=2, carry=False, chunk=4, seed=3)
@@ -130,12 +122,12 @@ def test_members_and_votes_are_those_of_pythons_integers(sig: int, spread: float
 
 
 @pytest.mark.parametrize("group_size", [2, 0])
-def test_states_and_last_bytes_are_carried_from_batch_to_batch(group_size: int) -> None:
+def test_states_and_last_bytes_are_carried_from_batch_to_batch(group_size: int, egg: Any) -> None:
     """Each member goes on in its own states, with the noise and the weights of the step: over three batches, of which the second
     begins a document in the middle."""
     model = egg(8)
     estimate = IntegerEggroll(model, population=4, group_size=group_size, chunk=2, seed=3)
-    optimizer = Votes(model.parameters(), lr=0.5, pairs=2)
+    optimizer = VoteOptimizer(model.parameters(), lr=0.5, pairs=2)
     rows = torch.randint(1, 256, (2, 15), generator=torch.Generator().manual_seed(1))
     rows[1, 7] = 0
     seen = [[0], [0], [1], [1]] if group_size else [[0, 1]] * 4  # which rows a member reads
@@ -154,13 +146,13 @@ def test_states_and_last_bytes_are_carried_from_batch_to_batch(group_size: int) 
     assert estimate.left["states"].dtype == torch.int8
     states = torch.tensor([[reader.states for reader in readers] for readers in members])  # [member, row, layer, D]
     assert torch.equal(estimate.left["states"].long(), states.view(2, -1, 2, 8).transpose(1, 2))
-    with pytest.raises(ValueError, match="a batch of 4 rows does not go on from one of 2; give carry=False"):
+    with pytest.raises(ValueError, match="a batch of 4 rows cannot continue one of 2; use carry=False"):
         estimate(torch.ones(4, 5, dtype=torch.long))
 
 
 @pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile calls a C++ compiler")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_compiled_it_is_the_same_to_the_last_bit() -> None:
+def test_compiled_it_is_the_same_to_the_last_bit(egg: Any) -> None:
     rows = torch.randint(0, 256, (2, 4), generator=torch.Generator().manual_seed(1))
     grads = []
     for compile in (False, True):
@@ -173,7 +165,7 @@ def test_compiled_it_is_the_same_to_the_last_bit() -> None:
     assert grads[0][0].unique().numel() > 2
 
 
-def test_parameters_are_counted_and_int8_at_every_step() -> None:
+def test_parameters_are_counted_and_int8_at_every_step(egg: Any) -> None:
     big = EggConfig(hidden_size=256, num_hidden_layers=6)
     with torch.device("meta"):
         assert sum(p.numel() for p in EggForCausalLM(big).parameters()) == 4_856_064
@@ -181,7 +173,7 @@ def test_parameters_are_counted_and_int8_at_every_step() -> None:
     assert sum(p.numel() for p in model.parameters()) == 513 * 8 + 2 * (4 * 8 + 12 * 64)
     with torch.no_grad():
         model.head[:, :4] = 120
-    estimate, optimizer = IntegerEggroll(model, population=4), Votes(model.parameters(), lr=1.0, pairs=2)
+    estimate, optimizer = IntegerEggroll(model, population=4), VoteOptimizer(model.parameters(), lr=1.0, pairs=2)
     for _ in range(30):
         before = [p.clone() for p in model.parameters()]
         estimate(torch.randint(0, 256, (2, 4)))
@@ -190,48 +182,6 @@ def test_parameters_are_counted_and_int8_at_every_step() -> None:
             assert p.dtype == torch.int8 and p.int().abs().max() <= 127
             assert (p.int() - old.int()).abs().max() <= 1
     assert any((p.abs() == 127).any() for p in model.parameters()), "some came to the end of the range"
-
-
-def test_thresholds() -> None:
-    expected = {10: (0.8696, 2), 100: (0.4, 13), 999: (0.06256, 29), 0: (1.0, 0)}
-    for step, (alpha, q) in expected.items():
-        assert alpha_at(step, 4) == pytest.approx(alpha, abs=5e-5)
-        assert threshold(alpha_at(step, 4)) == q
-    assert alpha_at(10_000, 0.25) == 0.25
-
-
-def weights_and_votes(votes: list[int], start: int = 0) -> nn.Parameter:
-    p = nn.Parameter(torch.full((len(votes),), start, dtype=torch.int8), requires_grad=False)
-    p.grad_dtype = torch.int32
-    p.grad = torch.tensor(votes, dtype=torch.int32)
-    return p
-
-
-def test_what_votes_move() -> None:
-    p = weights_and_votes([5, -5, 0])
-    Votes([p], lr=1.0, pairs=50).step()
-    assert p.tolist() == [1, -1, -1], "at the first step every entry moves, those without a majority down"
-    bound = 13 * 7 * 256 // 16  # q = 13 at alpha 0.4, 7 = ⌊√50⌋
-    p = weights_and_votes([bound, bound - 1, -bound, 1 - bound, 0])
-    Votes([p], lr=0.4, pairs=50).step()
-    assert p.tolist() == [1, 0, -1, 0, 0]
-    for end in (127, -127):
-        p = weights_and_votes([10**6 * end], start=end)
-        Votes([p], lr=0.4, pairs=50).step()
-        assert p.tolist() == [end]
-
-
-def test_alpha_is_the_fraction_moved_by_noise() -> None:
-    model = egg(16)
-    estimate = IntegerEggroll(model, population=512, group_size=0)
-    votes = torch.randint(0, 2, (256,), generator=torch.Generator().manual_seed(0)) * 2.0 - 1
-    A, B = estimate.factors(model.head, range(256))
-    p = weights_and_votes([0])
-    p = nn.Parameter(torch.zeros_like(model.head), requires_grad=False)
-    p.grad_dtype = torch.int32
-    p.grad = ((A * votes[:, None]).T @ B).int()
-    Votes([p], lr=0.4, pairs=256).step()
-    assert p.abs().float().mean().item() == pytest.approx(0.4, abs=0.06)
 
 
 def test_log_likelihood() -> None:
@@ -249,11 +199,11 @@ def test_pairs_and_groups_see_their_rows() -> None:
     batch = torch.arange(6)[:, None].expand(6, 5)
     assert deal(batch, 12, 4)(range(2, 10))[:, :, 0].tolist() == [[0, 1]] * 2 + [[2, 3]] * 4 + [[4, 5]] * 2
     assert deal(batch, 12, 0)(range(4, 6))[:, :, 0].tolist() == [list(range(6))] * 2
-    with pytest.raises(ValueError, match="6 sequences are not dealt evenly to 4 groups; take batch_size=4"):
+    with pytest.raises(ValueError, match="batch_size must be a multiple of the 4 groups of members, got 6"):
         deal(batch, 8, 2)
 
 
-def test_chunks_change_nothing() -> None:
+def test_chunks_change_nothing(egg: Any) -> None:
     rows = torch.randint(0, 256, (4, 6), generator=torch.Generator().manual_seed(1))
     grads = []
     for chunk in (2, 6, 8):
@@ -265,7 +215,7 @@ def test_chunks_change_nothing() -> None:
     assert all(torch.equal(a, b) for other in grads[1:] for a, b in zip(grads[0], other, strict=True))  # type: ignore[arg-type]
 
 
-def test_saving_loading_and_writing(tmp_path: Path) -> None:
+def test_saving_loading_and_writing(tmp_path: Path, egg: Any) -> None:
     model = egg()
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -280,7 +230,7 @@ def test_saving_loading_and_writing(tmp_path: Path) -> None:
     assert torch.equal(out, ids)
 
 
-def test_loading_without_having_named_the_model(tmp_path: Path, fresh_python: Any) -> None:
+def test_loading_without_having_named_the_model(tmp_path: Path, fresh_python: Any, egg: Any) -> None:
     egg().save_pretrained(tmp_path)
     program = """
         import sys, lorank
@@ -291,7 +241,7 @@ def test_loading_without_having_named_the_model(tmp_path: Path, fresh_python: An
     assert fresh_python(program, str(tmp_path)).split()[-1] == "EggForCausalLM"
 
 
-def test_the_loss_is_that_of_its_logits_and_right_padding_is_masked() -> None:
+def test_the_loss_is_that_of_its_logits_and_right_padding_is_masked(egg: Any) -> None:
     model = egg()
     ids = torch.tensor([IDS, IDS])
     labels = ids.clone()
@@ -300,30 +250,45 @@ def test_the_loss_is_that_of_its_logits_and_right_padding_is_masked() -> None:
     log_p = out.logits[:, :-1].log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     expected = -(log_p[0].sum() + log_p[1, :4].sum()) / 13
     assert out.loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    with pytest.raises(ValueError, match="pad on the right"):
+    with pytest.raises(ValueError, match="use padding on the right"):
         model(ids, attention_mask=torch.tensor([[1] * 10, [0] + [1] * 9]))
 
 
-def test_refusals() -> None:
-    with pytest.raises(ValueError, match="hidden_size=512 lets sums pass"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_size": 512}, "hidden_size must be an integer from 1 to 260, got 512"),
+        ({"hidden_size": 0}, "hidden_size must be an integer from 1 to 260, got 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers must be a positive integer, got 0"),
+        ({"vocab_size": 300}, "vocab_size must be 256, because EGG reads bytes, got 300"),
+    ],
+)
+def test_shapes_that_cannot_be_built(changes: dict[str, int], message: str) -> None:
+    config = AutoConfig.for_model("lorank_egg")
+    for name, value in changes.items():
+        setattr(config, name, value)
+    with pytest.raises(ValueError, match=message):
+        EggForCausalLM(config)
+
+
+def test_the_auto_classes_build_it() -> None:
+    config = AutoConfig.for_model("lorank_egg", hidden_size=8, num_hidden_layers=1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
+    assert type(model) is EggForCausalLM and all(p.dtype == torch.int8 for p in model.parameters())
+    with pytest.raises(ValueError, match="hidden_size must be"):
         EggConfig(hidden_size=512)
-    with pytest.raises(ValueError, match="hidden_size=0"):
-        EggConfig(hidden_size=0)
-    with pytest.raises(ValueError, match="lr=2.0"):
-        Votes([nn.Parameter(torch.zeros(2))], lr=2.0, pairs=2)
-    with pytest.raises(ValueError, match="pairs=0, the pairs of members that vote"):
-        Votes([nn.Parameter(torch.zeros(2))], lr=0.5, pairs=0)
-    with pytest.raises(ValueError, match="sig=-1 is not between 0 and 27"):
+
+
+def test_the_size_of_the_noise_is_a_power_of_two(egg: Any) -> None:
+    with pytest.raises(ValueError, match="sig must be an integer from 0 to 27, got -1"):
         IntegerEggroll(egg(), population=4, sig=-1)
-    with pytest.raises(ValueError, match="evaluates no closure"):
-        Votes([nn.Parameter(torch.zeros(2))], lr=0.5, pairs=2).step(lambda: 0.0)
 
 
 def noise_key(estimate: IntegerEggroll, p: nn.Parameter) -> Tensor:
     return torch.cat(estimate.factors(p, range(4)), dim=1)
 
 
-def test_noise_is_int8_new_in_each_epoch_and_back_when_the_epoch_is() -> None:
+def test_noise_is_int8_new_in_each_epoch_and_back_when_the_epoch_is(egg: Any) -> None:
     model = egg(16)
     estimate = IntegerEggroll(model, population=8)
     first = noise_key(estimate, model.head)
