@@ -267,7 +267,7 @@ def published(names: list[str]) -> str:
     parts = ["## Published", recipes(names)]
     known = re.findall(r"arXiv\s+(\d{4}\.\d{5})", docstring(names))
     for paper in (name for name in PAPERS if find_paper(name).arxiv in known):
-        command = f"lorank plan --paper {paper}"
+        command = f"lorank papers {paper}"
         parts.append(f"Published costs beside ours:\n\n```console\n$ {command}\n{printed(command)}\n```")
     return "\n\n".join(parts)
 
