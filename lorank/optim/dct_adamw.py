@@ -76,12 +76,13 @@ class DCTAdamW(Projected):
 
     def move(self, stack: Stack, G: Tensor, group: dict[str, Any]) -> Product:
         n, t = G.shape[-1], stack.steps + 1
-        A = G if t == 1 else G + self._left_out(stack, G)
+        first = "exp_avg" not in stack.states[0]
+        A = G if first else G + self._left_out(stack, G)
         S = transform(A, self.transform)
-        refreshed = t == 1 or t % group["update_gap"] == 0
+        refreshed = first or t % group["update_gap"] == 0
         now = select(S, min(group["rank"], n), self.ell_norm) if refreshed else stack.get("indices").long()
         a = columns(S, now)
-        if t == 1:
+        if first:
             M, V = torch.zeros_like(a), torch.zeros_like(a)
         else:
             M, V = stack.get("exp_avg"), stack.get("exp_avg_sq")

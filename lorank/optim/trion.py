@@ -103,7 +103,7 @@ class Trion(Projected):
 
     def move(self, stack: Stack, G: Tensor, group: dict[str, Any]) -> Product:
         n = G.shape[-1]
-        B = G + stack.get("momentum") if stack.steps else G
+        B = G + stack.get("momentum") if "momentum" in stack.states[0] else G
         S = transform(B, self.transform)
         chosen = select(S, min(group["rank"], n), self.ell_norm)
         b = columns(S, chosen)
