@@ -25,6 +25,7 @@ from click.testing import CliRunner
 from lorank.cli import cli
 from lorank.papers import PAPERS, find_paper
 from lorank.race import repro
+from lorank.race.first_steps import tolerance_of
 from lorank.report.repro import expectation
 from lorank.sizes import SIZES
 from lorank.table import METHODS, find
@@ -134,7 +135,9 @@ def expand(docname: str, text: str) -> str:
             return f"```{{raw}} html\n{drawing.svg(rooms.read())}\n```"
         if found[1] == "results":
             return "\n\n".join(f"### {path.stem}\n\n```text\n{path.read_text().rstrip()}\n```" for path in RESULTS)
-        return relinked(section(ROOT / found[1], found[2]), depth)
+        shown = relinked(section(ROOT / found[1], found[2]), depth)
+        under_title = not re.search("^## ", text[: found.start()], re.M)
+        return re.sub("^###", "##", shown, flags=re.M) if under_title else shown
 
     text = re.sub(r"^% ([\w.]+)(?:: (.+))?$", include, text, flags=re.M)
     folder, _, page = docname.rpartition("/")
@@ -253,7 +256,8 @@ def options(names: list[str]) -> str:
 
 def cost(names: list[str]) -> str:
     """What `lorank plan` prints for the 60M shape."""
-    command = f"lorank plan --size 60m --method {','.join(['dense', *names])}"
+    alone = " --devices 1" if find(names[0]).key == "gradient" else ""
+    command = f"lorank plan --size 60m --method {','.join(['dense', *names])}{alone}"
     said = ["Counted when this page was built"]
     ranks = [rank for name in names if (rank := rank_of(Recipe(size="60m", method=name)))]
     shown = [f"{rank} of the width" if isinstance(rank, float) else str(rank) for rank in ranks]
@@ -312,7 +316,7 @@ def reproductions(names: list[str]) -> str:
         for line in (f"lorank repro {name} --first-steps", f"lorank repro {name} --out runs/{name}")
     ]
     said = "\n".join(
-        f"- `lorank repro {one.name}`: {escaped(expectation(one))}. First steps: every loss within {repro.tolerance_of(one.recipe) * 100:g} % "
+        f"- `lorank repro {one.name}`: {escaped(expectation(one.published._asdict()))}. First steps: every loss within {tolerance_of(one.recipe) * 100:g} % "
         f"of `{one.curve_file.name}`."
         for one in found
     )
