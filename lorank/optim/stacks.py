@@ -119,9 +119,9 @@ class Stack(NamedTuple):
     def lift(self, D: Tensor, scale: float = 1.0) -> Product:
         """The way back: scale · P D, D Q or P D Q."""
         left, right = self._bases()
-        if left is None:
-            return Product(D, right, scale)  # type: ignore[arg-type]
-        return Product(left, D if right is None else D @ right, scale)
+        if right is None:
+            return Product(left, D, scale)  # type: ignore[arg-type]
+        return Product(D if left is None else left @ D, right, scale)
 
     def _bases(self) -> tuple[Tensor | None, Tensor | None]:
         left, right = (self.get(side) if side in self.states[0] else None for side in ("left", "right"))

@@ -1,0 +1,43 @@
+"""Which parameters of a model are projected, and at which rank."""
+
+from typing import Any
+
+import pytest
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from lorank.optim import low_rank_groups
+
+
+def names_of(model: nn.Module, groups: list[dict[str, Any]]) -> dict[int | None, set[str]]:
+    named = {id(p): name for name, p in model.named_parameters()}
+    found: dict[int | None, set[str]] = {}
+    for group in groups:
+        found.setdefault(group["rank"], set()).update(named[id(p)] for p in group["params"])
+    return found
+
+
+def test_block_matrices_are_projected_embeddings_head_and_norms_are_not() -> None:
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = LlamaForCausalLM(config)
+    found = names_of(model, low_rank_groups(model, 4))
+    projected = {n for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n}
+    assert len(projected) == 14
+    assert found == {4: projected, None: {n for n, _ in model.named_parameters()} - projected}
+    some = names_of(model, low_rank_groups(model, {"mlp": 0.5, ".*": 100}, exclude="o_proj"))
+    assert some[8] == {n for n in projected if "mlp" in n}, "a fraction is of the narrower side"
+    assert some[16] == {n for n in projected if "self_attn" in n and "o_proj" not in n}, "a rank is at most that side"
+    with pytest.raises(ValueError, match="targets='conv' matches no linear layer"):
+        low_rank_groups(model, 4, targets="conv")
+
+
+def test_a_fused_matrix_is_projected_as_the_one_it_is() -> None:
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=1, n_head=2, n_positions=16))
+    found = names_of(model, low_rank_groups(model, 4))
+    inside = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert found[4] == {f"transformer.h.0.{name}.weight" for name in inside}
+    assert "transformer.wte.weight" in found[None]
+
+
