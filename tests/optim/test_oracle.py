@@ -1,5 +1,6 @@
 """`LowRankOptimizer` against the optimizers that lorank had before it: the same weights to 1e-12 in float64."""
 
+import io
 import itertools
 from typing import Any
 
@@ -9,9 +10,18 @@ from torch import nn
 
 from lorank import Adafactor, AdamW8bit, DCTAdamW, Fira, GaLore, Method, Muon, Trion
 from lorank.optim.legacy import dct_adamw, fira, galore, muon_adamw, subspace, trion
-from lorank.train.optimizers import adafactor, adamw_8bit
 
 SHAPES = [(12, 20), (20, 12), (16, 16), (20, 12)]
+
+
+def adamw_8bit(groups: Any, **settings: Any) -> torch.optim.Optimizer:
+    return pytest.importorskip("bitsandbytes").optim.AdamW8bit(groups, **settings)
+
+
+def adafactor(groups: Any, *, betas: Any, eps: Any, **settings: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, **settings)
+
+
 OLD = {"adamw": None, "adamw-8bit": adamw_8bit, "adafactor": adafactor, "muon": muon_adamw.MuonAdamW}
 
 
@@ -110,3 +120,42 @@ def test_without_rank(dtype: torch.dtype) -> None:
     same(Adafactor(), adafactor, dtype)
     if dtype == torch.float32:
         same(AdamW8bit(), adamw_8bit, dtype)
+
+
+@pytest.mark.parametrize(
+    "which",
+    ["galore", "galore-muon", "galore-adafactor", "galore-adamw-8bit", "fira", "dct-adamw", "trion", "muon", "adafactor", "adamw-8bit"],
+)  # fmt: skip
+def test_states_of_the_old_ones_are_loaded(which: str) -> None:
+    dtype = torch.float32 if "8bit" in which else torch.float64
+    ours, theirs = parameters(dtype), parameters(dtype)
+    rule = which.partition("-")[2] if which.startswith("galore") else ""
+    gap = {"update_gap": 3}
+    new, old, options = {
+        "galore": (GaLore, galore.GaLoreAdamW, gap),
+        "fira": (Fira, fira.FiraAdamW, gap),
+        "dct-adamw": (DCTAdamW, dct_adamw.DCTAdamW, {"error_feedback": "8bit", **gap}),
+        "trion": (Trion, trion.Trion, {}),
+        "muon": (Muon, muon_adamw.MuonAdamW, {}),
+        "adafactor": (Adafactor, adafactor, {}),
+        "adamw-8bit": (AdamW8bit, adamw_8bit, {}),
+    }.get(which, (GaLore, lambda g, **s: subspace.Subspace(g, OLD[rule], **s), gap))
+    mine, its = groups(ours), groups(theirs)
+    if "rank" not in dir(new):
+        mine, its = ([{k: v for k, v in g.items() if k != "rank"} for g in part] for part in (mine, its))
+    if which == "muon":
+        for one, other in zip(mine[:2], its[:2], strict=True):
+            one["rule"], other["momentum"] = "muon", 0.95
+    settings: dict[str, Any] = {"lr": 0.03, "betas": (0.8, 0.95), "eps": 1e-4}
+    a = new(**options, **({"rule": rule} if rule else {})).optimizer(mine, **settings)
+    b = old(its, **settings, **options)
+    steps(b, theirs, 4)
+    for p, q in zip(ours, theirs, strict=True):
+        p.data.copy_(q.data)
+    file = io.BytesIO()
+    torch.save(b.state_dict(), file)
+    file.seek(0)
+    a.load_state_dict(torch.load(file, weights_only=True))
+    for one, other in zip(steps(a, ours, 4), steps(b, theirs, 4), strict=True):
+        tolerance = 1e-12 if dtype == torch.float64 else 1e-6
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
