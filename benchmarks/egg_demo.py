@@ -31,28 +31,29 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lorank.evolution.egg import EggForCausalLM
-from lorank.optim import IntegerEggroll
+from lorank.evolution.egg import EggConfig, EggForCausalLM
+from lorank.evolution.integers import IntegerEggroll
 from lorank.train import run
 from lorank.train.data import collate, load_corpus
 from lorank.train.evaluation import evaluate
 from lorank.train.folder import history
-from lorank.train.model import build_config
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model
 
-OPTIONS = {"hidden_size": 16, "population": 2048, "chunk": 1024}
 SETTINGS: dict[str, dict[str, Any]] = {
-    "calendar": {"options": {**OPTIONS, "group_size": 2}, "batch_size": 1024, "lr": 2.5},
-    "latin": {
-        "options": {**OPTIONS, "group_size": 32},
-        "batch_size": 64,
-        "lr": 3.0,
-    },  # a small text: few and long lanes
-    "docstrings": {"options": {**OPTIONS, "group_size": 8}, "batch_size": 256, "lr": 2.5},
-    "embedded": {"options": {**OPTIONS, "group_size": 8}, "batch_size": 256, "lr": 2.5},
+    "calendar": {"gradient.group_size": 2, "batch_size": 1024, "optimizer.fall": 2.5},
+    "latin": {"gradient.group_size": 32, "batch_size": 64, "optimizer.fall": 3.0},  # a small text: few and long lanes
+    "docstrings": {"gradient.group_size": 8, "batch_size": 256, "optimizer.fall": 2.5},
+    "embedded": {"gradient.group_size": 8, "batch_size": 256, "optimizer.fall": 2.5},
 }
-COMMON = {"model": "egg", "sequence_length": 16, "eval_every": 0, "save_every": 0}
+COMMON = {
+    "shape.hidden_size": 16,
+    "gradient.population": 2048,
+    "gradient.chunk": 1024,
+    "sequence_length": 16,
+    "eval_every": 0,
+    "save_every": 0,
+}
 
 
 def documents(name: str) -> Iterator[str]:
@@ -84,15 +85,15 @@ def entropies(rows: torch.Tensor) -> tuple[float, float]:
 
 def race(name: str) -> float:
     """Time of a step as written over that of a compiled one, in turns, at the demo's sizes: the least of five each."""
-    recipe = Recipe.from_dict({**COMMON, **SETTINGS[name]})
+    recipe = Recipe.read("egg").but({**COMMON, **SETTINGS[name]})
     rows = torch.randint(1, 128, (recipe.batch_size, recipe.sequence_length))
     least = {}
-    options = {key: value for key, value in recipe.options.items() if key != "hidden_size"}
+    options = recipe.gradient["eggroll"]  # type: ignore[index]
     for _ in range(5):
         for compiled in (False, True):
             if compiled not in least:
                 torch.manual_seed(0)
-                model = EggForCausalLM(build_config(recipe))
+                model = EggForCausalLM(EggConfig(**recipe.shape))
                 least[compiled] = (IntegerEggroll(model, **options, compile=compiled), math.inf)
                 least[compiled][0](rows)  # warms up
             estimate, best = least[compiled]
@@ -109,10 +110,8 @@ def learn(name: str, steps: int, folder: str, compiled: bool) -> None:
         texts = [json.dumps({"text": text}) + "\n" for text in documents(name)]
         Path(validation).write_text("".join(texts[::5]))
         Path(data).write_text("".join(text for i, text in enumerate(texts) if i % 5))
-    recipe = Recipe.from_dict(
-        {**COMMON, **SETTINGS[name], "data": data, "validation": validation, "steps": steps, "compile": compiled}
-        | {"log_every": max(1, steps // 30)}
-    )
+    changes = {"data": data, "validation": validation, "steps": steps, "compile": compiled}
+    recipe = Recipe.read("egg").but({**COMMON, **SETTINGS[name], **changes, "log_every": max(1, steps // 30)})
     corpus = load_corpus(data, validation=validation, tokenizer="bytes", sequence_length=256, seed=recipe.seed)
     single, pair = entropies(torch.tensor(corpus.validation["input_ids"]))
     start = time.perf_counter()
@@ -123,8 +122,10 @@ def learn(name: str, steps: int, folder: str, compiled: bool) -> None:
     bits = evaluate(
         model, DataLoader(corpus.validation, 512, collate_fn=partial(collate, vocab_size=256))
     ).loss / math.log(2)  # type: ignore[arg-type]
-    print(f"{corpus.description.replace(folder + '/', '')}; {recipe.options}, {steps} steps of {recipe.batch_size} x")
-    print(f"{recipe.sequence_length} bytes, flag {recipe.lr}; {summary.parameters:,} parameters, all int8")
+    options = {"hidden_size": recipe.shape["hidden_size"], **recipe.gradient["eggroll"]}  # type: ignore[index]
+    fall = recipe.optimizer["votes"]["fall"]  # type: ignore[index]
+    print(f"{corpus.description.replace(folder + '/', '')}; {options}, {steps} steps of {recipe.batch_size} x")
+    print(f"{recipe.sequence_length} bytes, fall {fall}; {summary.parameters:,} parameters, all int8")
     records = [record for record in history(f"{folder}/{name}") if "loss_nats_per_token" in record]
     for record in records[len(records) // 6 - 1 :: max(1, len(records) // 6)]:
         print(

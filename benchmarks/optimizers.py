@@ -35,7 +35,8 @@ from torch.optim import Optimizer
 from transformers import LlamaForCausalLM
 
 from lorank.architectures import llama_config
-from lorank.optim import DCTAdamW, Eggroll, FiraAdamW, GaLoreAdamW, Subspace, Trion, low_rank_groups
+from lorank.evolution.eggroll import Eggroll
+from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Subspace, Trion, low_rank_groups
 from lorank.optim.bases import BASES
 
 RANK, GAP = 256, 200
@@ -107,12 +108,19 @@ class TwoProducts(Optimizer):
                 p.addmm_(Q.mT, Q @ p.grad, alpha=1e-6)
 
 
+def layer_of(p: nn.Parameter) -> nn.Module:
+    """A layer that has a matrix or a vector as its weight."""
+    layer: Any = nn.Linear(1, 1, bias=False) if p.ndim == 2 else nn.RMSNorm(1)
+    layer.weight = p
+    return layer
+
+
 class EggrollAdamW(torch.optim.AdamW):
     """What EGGROLL does after the members' forward passes, and AdamW."""
 
     def __init__(self, groups: Groups):
         super().__init__(groups, lr=0.01, weight_decay=0.0, fused=True)
-        self.estimate = Eggroll(nn.ParameterList(everything(groups)), population=256, sigma=0.01)
+        self.estimate = Eggroll(nn.ModuleList(map(layer_of, everything(groups))), population=256, sigma=0.01)
         self.z = torch.randn(256, generator=torch.Generator().manual_seed(0))
 
     def step(self) -> None:  # type: ignore[override]

@@ -156,7 +156,11 @@ def test_members_draw_no_dropout_masks(recipe: Any, tmp_path: Path, monkeypatch:
         ("float", {"options": {"group_size": 4}, "batch_size": 3}, "batch_size must be a multiple of the 2 groups"),
         ("float", {"compile": True}, "compile must be false with eggroll: members draw their noise inside each layer"),
         ("float", {"targets": ["q_proj"]}, "eggroll converts and projects nothing; leave out targets"),
-        ("float", {"optimizer": "votes", "warmup_steps": 0}, "votes moves the integer weights of EGG, not those of LlamaForCausalLM"),
+        (
+            "float",
+            {"optimizer": "votes", "warmup_steps": 0},
+            "votes moves the integer weights of EGG, not those of LlamaForCausalLM",
+        ),
         ("egg", {"method": "cola"}, "method must be dense with a model of type lorank_egg.*got cola; start from the"),
         ("egg", {"gradient": "autograd"}, "gradient must be eggroll with a model of type lorank_egg"),
         ("egg", {"optimizer": "muon"}, "optimizer must be votes with a model of type lorank_egg.*got muon"),
