@@ -90,7 +90,7 @@ def test_members_in_groups_see_their_own_rows(recipe: Any, tmp_path: Path) -> No
 def test_egg_learns_in_int8(in_this_process: Any, text: Path, figures: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
     flags = f"--model egg --data {text} --option hidden_size=16 --option population=256 --batch-size 128 --steps 40"
-    watch = "--log-every 1 --eval-every 20 --eval-tokens 500 --save-every 0"
+    watch = "--set log_every=1 --eval-every 20 --set eval_tokens=500 --save-every 0"
     code, _, said = in_this_process("pretrain", *flags.split(), *watch.split(), "--out", out)
     assert code == 0, said
     losses = [loss for _, loss, _, _ in figures(out)]
