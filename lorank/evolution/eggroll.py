@@ -1,5 +1,7 @@
 """EGGROLL: the gradient estimated by evolution, with low-rank noise, so that a whole population shares one product.
 
+    G = - σ / √N Σᵢ zᵢ sᵢ Eₖ        from the fitness of N members of a population,  in detail:
+
     Eₖ = Aₖ Bₖᵀ / √r                                          entries of A, B ~ N(0, 1)
     member 2k has the weights W + σ Eₖ, member 2k + 1 has W - σ Eₖ         (sᵢ = +1, -1)
     yᵢ = xᵢ Wᵀ + sᵢ σ / √r (xᵢ Bₖ) Aₖᵀ                         the first term is one product for all members
@@ -7,6 +9,8 @@
     G  = - √N / N Σᵢ zᵢ sᵢ σ Eₖ                                one product [a, N r] x [N r, b]
 
     W, G [a, b]     A [K, a, r]     B [K, b, r]     K = N / 2 pairs     f, z [N] the members' fitness
+
+Saves: activations.
 
 `Eggroll` puts G into `.grad`. Any optimizer makes the step, and Adam divides the unit σ of G out again. Biases and norms
 get dense noise. Nothing is differentiated and no [N, a, b] is formed: beyond the forward pass a pair costs r (a + b)

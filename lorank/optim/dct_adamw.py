@@ -1,5 +1,7 @@
 """DCT-AdamW: Adam on the r columns of each gradient that weigh most in a cosine basis, chosen anew at every step.
 
+    W ← W - lr Adam(G Q[I]ᵀ) Q[I]        Q cosines, I the r of them that weigh most,  in detail:
+
     A = G + E                                      E: what earlier steps left out (error feedback, if asked for)
     every T steps:  I ← r columns of A Qᵀ with the largest norms,  moments carried over to them
     a = (A Qᵀ)[:, I]                               E ← A - a Q[I]
@@ -7,6 +9,8 @@
     W ← (1 - lr λ) W - lr u Q[I]
 
     G, W, A, E [m, n], m >= n (else transposed)     Q [n, n]     I [r]     a, M, V, u [m, r]
+
+Saves: optimizer state.
 
 State: 2 m r numbers and r indices per matrix; error feedback adds m n numbers, or m n bytes quantised.
 

@@ -1,5 +1,7 @@
 """Fira: GaLore, and outside its subspace plain gradient descent at the step length that Adam takes inside.
 
+    W ← W - lr α (P Adam(Pᵀ G) + k E)        E = G - P Pᵀ G,  in detail:
+
     R, N as in GaLore (N with Adam's bias correction)
     E = G - P R                                     the part of the gradient that GaLore throws away
     kᵢ = ‖N[:, i]‖ / (‖R[:, i]‖ + ε)                 one factor per column (per row, if projected from the right)
@@ -7,6 +9,8 @@
     W ← W - lr α (P N + S)
 
     G, W, E, S [m, n]     P [m, r]     R, N [r, n]     k [n]          (m < n; transposed for m >= n)
+
+Saves: optimizer state.
 
 State: GaLore's, and the norm of S, one number per matrix.
 

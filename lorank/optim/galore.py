@@ -1,11 +1,15 @@
 """GaLore: Adam inside the leading singular subspace of each matrix's gradient, found anew every T steps.
 
+    W ← W - lr α P Adam(Pᵀ G)        (m < n; otherwise from the right)  in detail:
+
     every T steps:   P = first r left singular vectors of G  (m < n),  or Q = first r right ones  (m >= n)
     R = Pᵀ G  or  G Qᵀ
     M ← β₁ M + (1 - β₁) R         V ← β₂ V + (1 - β₂) R²         N = √(1 - β₂ᵗ) / (1 - β₁ᵗ) · M / (√V + ε)
     W ← W - lr α P N  (or α N Q),  then W ← W - lr λ W
 
     G, W [m, n]     P [m, r]     Q [r, n]     R, M, V, N [r, n] or [m, r]
+
+Saves: optimizer state.
 
 The basis is that of the very gradient it projects, and the moments are not turned when it changes. State of a matrix:
 2 r max(m, n) numbers and r min(m, n) for the basis, where Adam keeps 2 m n. The α of a projected group is a fraction of the

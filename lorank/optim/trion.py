@@ -1,5 +1,7 @@
 """Trion: orthonormalised momentum (Muon) in r columns of a cosine basis, with what is left out fed back.
 
+    W ← W - lr scale NS₅(B Q[I]ᵀ) Q[I]        B momentum, Q cosines, I the r of them that weigh most,  in detail:
+
     B = M + G
     I = r columns of B Qᵀ with the largest norms,  b = (B Qᵀ)[:, I]
     M ← μ B + (1 - μ) (B - b Q[I])                 error feedback through the momentum
@@ -7,6 +9,8 @@
     W ← (1 - lr λ) W - lr scale o Q[I]
 
     G, W, M, B [m, n], m >= n (else transposed)     Q [n, n]     I [r]     b, o [m, r]
+
+Saves: optimizer state.
 
 The Newton-Schulz products are r wide instead of n. State: m n numbers per matrix. Groups without rank take AdamW at
 the rate `adamw_lr`.
