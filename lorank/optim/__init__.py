@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     from lorank.evolution.eggroll import Eggroll
     from lorank.evolution.integers import IntegerEggroll, Votes
     from lorank.optim.adamw import VectorAdamW
+    from lorank.optim.groups import low_rank_groups
     from lorank.optim.legacy.dct_adamw import DCTAdamW
     from lorank.optim.legacy.fira import FiraAdamW
     from lorank.optim.legacy.galore import GaLoreAdamW
-    from lorank.optim.groups import low_rank_groups
     from lorank.optim.legacy.muon_adamw import MuonAdamW
     from lorank.optim.legacy.subspace import Subspace
     from lorank.optim.legacy.trion import Trion

@@ -234,7 +234,7 @@ class LowRankOptimizer(Optimizer):
             stacks(self.method, group, self.state, moved, self._phases) if group["rank"] is not None else []
             for group in self.param_groups
         ]
-        for stack in sum(found, []):
+        for stack in (stack for of_group in found for stack in of_group):
             self.method.prepare(stack)
         for group, of_group in zip(self.param_groups, found, strict=True):
             if group["rank"] is None:

@@ -168,13 +168,17 @@ class Adafactor(Rule):
 
     kept = typed = ("row_var", "col_var", "variance")
     defaults: ClassVar[Mapping[str, Any]] = {"eps": (None, 1e-3), "d": 1.0, "beta2_decay": -0.8}
-    types: ClassVar[Mapping[str, Any]] = {"eps": tuple[NonNegative | None, NonNegative], "d": Positive, "beta2_decay": float}
+    types: ClassVar[Mapping[str, Any]] = {
+        "eps": tuple[NonNegative | None, NonNegative],
+        "d": Positive,
+        "beta2_decay": float,
+    }
 
     def make(self, like: Tensor) -> State:
         step = torch.zeros((), dtype=torch.float32, device="cpu")
         if like.ndim < 2:
             return {"step": step, "variance": like.new_zeros(like.shape)}
-        column, row = like.shape[:-1] + (1,), like.shape[:-2] + (1,) + like.shape[-1:]
+        column, row = (*like.shape[:-1], 1), (*like.shape[:-2], 1, like.shape[-1])
         return {"step": step, "row_var": like.new_zeros(column), "col_var": like.new_zeros(row)}
 
     def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:

@@ -72,13 +72,15 @@ class Stack(NamedTuple):
 
     def get(self, name: str) -> Tensor:
         """An entry of all states [k, ...]."""
-        values = stacked([state[name] for state in self.states])
+        values = stacked([whole(state[name]) for state in self.states])
         return values.to(self.dtype) if name in LIKE_PARAMETERS else values
 
     def put(self, name: str, values: Tensor) -> None:
+        """Store an entry of all states; if it is as large as the weights and they are sharded, it is too."""
         values = values.to(self.parameters[0].dtype) if name in LIKE_PARAMETERS else values
-        for state, value in zip(self.states, values, strict=True):
-            state[name] = value.clone(memory_format=torch.contiguous_format)
+        for p, state, value in zip(self.parameters, self.states, values, strict=True):
+            kept = value.clone(memory_format=torch.contiguous_format)
+            state[name] = like(kept, p) if value.numel() == p.numel() else kept
 
     def add(self, moves: Tensor | Product) -> None:
         """W ← W + moves [k, m, n]."""

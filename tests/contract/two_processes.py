@@ -1,4 +1,4 @@
-"""Run twice at a time by test_optimizers.py: every optimizer in two processes, as in one; says what it found as JSON."""
+"""Run twice at a time by test_optimizer_states.py: every optimizer in two processes, as in one; says what it found as JSON."""
 
 import importlib.util
 import json
@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lorank import GaLore, Method
 from lorank.optim.shards import whole
-from tests.contract.test_optimizers import METHODS, named, needs_bitsandbytes
+from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, named
 
 
 def net(wide: bool) -> nn.Sequential:
@@ -61,8 +61,8 @@ def main() -> None:
     rank, found = dist.get_rank(), dict[str, Any]()
     half = lambda x: x.chunk(2)[rank]  # noqa: E731
     with_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
-    for method in METHODS:
-        wide = named(method) in needs_bitsandbytes
+    for method in METHODS + OPTIONS[3:]:
+        wide = named(method) in NEED_BITSANDBYTES
         if wide and not with_bitsandbytes:
             continue
         alone = train(net(wide), method, lambda x: x)

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorank import GaLore
+from lorank import Adafactor, AdamW8bit, DCTAdamW, Fira, GaLore, Muon, Trion
+from lorank.optim.driver import ByGroups, Projected
 from tests.optim.conftest import gradients, groups, made, matrices, net, run, train
 
 
@@ -202,3 +203,57 @@ def test_processes_that_come_together_later_are_seen(monkeypatch: pytest.MonkeyP
         optimizer.step()
 
 
+# ---- states of the optimizers before LowRankOptimizer
+
+
+def as_before(method: ByGroups, saved: dict[str, Any]) -> dict[str, Any]:
+    """In the layout of `Subspace`, `MuonAdamW` or `MatrixOptimizer`: an optimizer's state inside another's, no rule."""
+    before = copy.deepcopy(saved)
+    for group in before["param_groups"]:
+        rule = group.pop("rule")
+        if not isinstance(method, Projected):
+            del group["rank"]
+        if rule == "muon":
+            group |= {"nesterov": True, "ns_steps": 5, "adjust_lr_fn": "match_rms_adamw"}
+    for index, state in before["state"].items():
+        if isinstance(method, GaLore):
+            own = {name: state.pop(name) for name in ("steps", "left", "right", "norm") if name in state}
+            before["state"][index] = {**own, "inner": state}
+        elif method.name == "adamw-8bit":
+            hidden = {name: state.pop(name) for name in [*state] if name != "step"}
+            state["__bnb_optimizer_quant_state__"] = hidden
+    return before
+
+
+@pytest.mark.parametrize(
+    "method",
+    [GaLore(update_gap=3), GaLore(rule="muon"), GaLore(rule="adafactor"), Fira(), DCTAdamW(), Trion(), Muon(), Adafactor()],
+    ids=lambda method: f"{method.name}-{getattr(method, 'rule', '')}",
+)  # fmt: skip
+def test_a_state_in_the_old_layout_is_loaded(method: Any) -> None:
+    one, other = net().float(), net().float()
+
+    def make(model: nn.Module) -> Any:
+        mine = groups(model)
+        rule = mine[0].pop("rank") if not isinstance(method, Projected) else None
+        mine[0] |= {"rule": "muon"} if method.name == "muon" and rule else {}
+        return method.optimizer(mine, lr=0.01, betas=(0.9, 0.99), eps=1e-8)
+
+    first, second = make(one), make(other)
+    train(one, first, range(4))
+    other.load_state_dict(one.state_dict())
+    second.load_state_dict(as_before(method, first.state_dict()))
+    assert train(one, first, range(4, 8)) == train(other, second, range(4, 8))
+
+
+def test_a_state_of_bitsandbytes_itself_is_loaded() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    ours, theirs = (matrices((70, 80), (20, 12), dtype=torch.float32) for _ in range(2))
+    first, second = bitsandbytes.optim.AdamW8bit(theirs, lr=0.01), made(AdamW8bit, ours, lr=0.01)
+    run(first, theirs, range(3))
+    for p, q in zip(ours, theirs, strict=True):
+        p.data.copy_(q.data)
+    second.load_state_dict(first.state_dict())
+    run(first, theirs, range(3, 6))
+    run(second, ours, range(3, 6))
+    assert all(map(torch.equal, ours, theirs))

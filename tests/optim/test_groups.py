@@ -39,5 +39,3 @@ def test_a_fused_matrix_is_projected_as_the_one_it_is() -> None:
     inside = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert found[4] == {f"transformer.h.0.{name}.weight" for name in inside}
     assert "transformer.wte.weight" in found[None]
-
-

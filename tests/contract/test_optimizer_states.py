@@ -1,0 +1,225 @@
+"""What optimizers keep: saved and loaded, in bytes, and in several processes; and the operations of a step."""
+
+import copy
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from lorank import Method
+from lorank.optim.driver import Projected
+from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, equal, groups, make, named, net, train, weights
+
+methods = pytest.mark.parametrize("method", METHODS, ids=named)
+projecting = pytest.mark.parametrize("method", [m for m in METHODS if isinstance(m, Projected)], ids=named)
+
+
+# ---- states
+
+
+@methods
+def test_resumed_at_any_step_it_goes_on_bit_by_bit(method: Method) -> None:
+    for stop in range(5):
+        whole, broken = net(), net()
+        train(whole, make(method, whole), range(5))
+        first, second = make(method, broken), make(method, broken)
+        train(broken, first, range(stop))
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        file.seek(0)
+        second.load_state_dict(torch.load(file, weights_only=True))
+        train(broken, second, range(stop, 5))
+        assert equal(whole, broken), stop
+
+
+@methods
+def test_a_loaded_state_has_the_types_it_was_saved_with(method: Method) -> None:
+    """bf16 has no 257, and torch's own loading would cast counters and indices."""
+    model = net(torch.bfloat16)
+    first, second = make(method, model), make(method, model)
+    train(model, first, range(2))
+    for state in first.state.values():
+        for name in ("step", "steps"):
+            if isinstance(state.get(name), Tensor):
+                state[name].fill_(257)
+    second.load_state_dict(first.state_dict())
+    for p, state in first.state.items():
+        assert state.keys() == second.state[p].keys()
+        for name, value in state.items():
+            loaded = second.state[p][name]
+            same = torch.equal(loaded, value) if isinstance(value, Tensor) else loaded == value
+            assert same and getattr(loaded, "dtype", None) == getattr(value, "dtype", None), name
+
+
+@methods
+def test_loading_an_earlier_state_forgets_the_later(method: Method) -> None:
+    model = net()
+    made = make(method, model)
+    start, ends = copy.deepcopy((model.state_dict(), made.state_dict())), []
+    for _ in range(2):
+        model.load_state_dict(start[0])
+        made.load_state_dict(copy.deepcopy(start[1]))
+        train(model, made, range(3))
+        ends.append(weights(model))
+    assert all(map(torch.equal, *ends))
+
+
+@methods
+def test_what_a_hook_makes_of_a_saved_state_is_loaded(method: Method) -> None:
+    """torch's way to load what was saved in another order of parameters."""
+    model, other = net(), net()
+    one = make(method, model)
+    train(model, one, range(2))
+    saved = copy.deepcopy(one.state_dict())
+    saved["state"] = {100 + index: state for index, state in saved["state"].items()}
+    two = make(method, other)
+    two.register_load_state_dict_pre_hook(
+        lambda _, given: {**given, "state": {index - 100: state for index, state in given["state"].items()}}
+    )
+    two.load_state_dict(saved)
+    other.load_state_dict(model.state_dict())
+    assert train(model, one, range(2, 4)) == train(other, two, range(2, 4))
+
+
+@methods
+def test_another_optimizers_state_is_refused(method: Method) -> None:
+    model = net()
+    made = make(method, model)
+    train(model, made, range(1))
+    before = copy.deepcopy(made.state_dict())
+    theirs_groups = [{"params": list(group["params"])} for group in made.param_groups]
+    theirs = torch.optim.SGD(theirs_groups, lr=0.1, momentum=0.9)
+    train(model, theirs, range(1))
+    with pytest.raises(ValueError, match=r"of the saved state .*make the optimizer as it was made for the state"):
+        made.load_state_dict(theirs.state_dict())
+    now = made.state_dict()
+    torch.testing.assert_close(now["state"], before["state"], rtol=0, atol=0)
+    assert now["param_groups"] == before["param_groups"]
+    train(model, made, range(1, 2))
+
+
+@projecting
+def test_a_state_of_another_rank_is_refused(method: Method) -> None:
+    model = net()
+    made = make(method, model)
+    saved = method.optimizer(groups(model, method, rank=2), lr=0.1).state_dict()  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match="group 0 of the saved state has rank 2 where this one has 8"):
+        made.load_state_dict(saved)
+
+
+@methods
+def test_a_cleared_state_begins_anew(method: Method) -> None:
+    model, fresh = net(), net()
+    made = make(method, model)
+    train(model, made, range(3))
+    made.state.clear()
+    fresh.load_state_dict(model.state_dict())
+    assert train(model, made, range(2)) == train(fresh, make(method, fresh), range(2))
+    assert equal(model, fresh)
+
+
+# ---- what it costs
+
+
+def kept(state: Any) -> int:
+    """Bytes of tensors, counters left out."""
+    return sum(
+        v.numel() * v.element_size() for k, v in state.items() if isinstance(v, Tensor) and k not in ("step", "steps")
+    )
+
+
+@pytest.mark.parametrize("method", METHODS + OPTIONS, ids=named)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_that_are_kept(method: Method, dtype: torch.dtype) -> None:
+    model = net(dtype)
+    made = make(method, model)
+    train(model, made, range(2))
+    for group in made.param_groups:
+        for p in group["params"]:
+            given = {name: group[name] for name in ("rank", "rule", "weight_decay")}
+            assert method.state_bytes(p, given) == kept(made.state[p]), (p.shape, given)
+
+
+def in_place(out: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
+    """FLOPs of W.addmm_(a, b), which PyTorch's counter does not know."""
+    (m, r), (_, n) = shapes
+    return 2 * m * r * n
+
+
+@pytest.mark.parametrize("method", METHODS + OPTIONS, ids=named)
+def test_operations_of_a_step_are_those_of_the_counter(method: Any) -> None:
+    """To the number, over the steps from one refresh to the next, with two micro-batches each."""
+    model, gap = net(), getattr(method, "update_gap", 1)
+    made = make(method, model)
+    drawn = [(p, torch.randn_like(p)) for p in model.parameters()]
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        for _ in range(gap):
+            for _ in range(2):
+                torch.stack([(p * gradient).sum() for p, gradient in drawn]).sum().backward()
+            made.step()
+            made.zero_grad()
+    found = sum(method.step_flops(p, group, micro_batches=2) for group in made.param_groups for p in group["params"])
+    assert counter.get_total_flops() == pytest.approx(gap * found, rel=1e-12)
+    assert (found > 0) == (method.name != "adamw-8bit")
+
+
+@pytest.mark.parametrize("method", METHODS + OPTIONS, ids=named)
+def test_the_kept_gradient_has_the_shape_it_waits_in(method: Any) -> None:
+    model = net()
+    made = make(method, model)
+    for p in model.parameters():
+        (p * torch.ones_like(p)).sum().backward()
+    seen = made.seen_parameters()
+    for p, one in zip((p for group in made.param_groups for p in group["params"]), seen, strict=True):
+        group = next(group for group in made.param_groups if any(q is p for q in group["params"]))
+        assert method.kept_gradient(p, group) == tuple(one.grad.shape)
+
+
+# ---- several processes
+
+PROGRAM = Path(__file__).parent / "two_processes.py"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `two_processes.py` says in each of two processes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared["PYTHONPATH"] = str(Path(__file__).parents[2])
+    both = [
+        subprocess.Popen([sys.executable, PROGRAM], env={**shared, "RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for r in "01"
+    ]  # fmt: skip
+    (said, error), (other, _) = (process.communicate(timeout=240) for process in both)
+    assert both[0].returncode == 0, error
+    return {**json.loads(said), "other": other.strip()}
+
+
+@pytest.mark.parametrize("method", METHODS + OPTIONS[3:], ids=named)
+def test_two_processes_do_what_one_does(found: dict[str, Any], method: Method) -> None:
+    """Replicated (DDP), and sharded (FSDP2), where state as large as the weights is sharded too."""
+    result = found[named(method)]
+    tolerance = 1e-3 if named(method) in NEED_BITSANDBYTES else 1e-12  # a code may be rounded the other way
+    assert result["ddp"] < tolerance and result["fsdp"] < tolerance
+    assert result["same"], "both processes have the same weights"
+    assert result["resumed"], "a sharded run goes on from its saved state bit by bit"
+
+
+def test_gradients_of_one_process_only_are_refused(found: dict[str, Any]) -> None:
+    assert "in_backward=True sees the gradient of one process only" in found["refusal"]
+
+
+def test_one_part_that_is_not_finite_stops_all_processes(found: dict[str, Any]) -> None:
+    said = "the gradient of a parameter of shape (20, 12) is not finite; lower lr or clip gradients"
+    assert found["nan"] == found["other"] == said
