@@ -34,9 +34,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import LlamaForCausalLM
 
+from lorank import DCTAdamW, Fira, GaLore, Trion
 from lorank.architectures import llama_config
 from lorank.evolution.eggroll import Eggroll
-from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, Subspace, Trion, low_rank_groups
+from lorank.optim import low_rank_groups
 from lorank.optim.bases import BASES
 
 RANK, GAP = 256, 200
@@ -60,28 +61,23 @@ def original() -> type[Optimizer] | None:
 def optimizers(gap: int, compile: bool = False) -> dict[str, Callable[[Groups], Optimizer]]:
     """Each is made of groups with and without rank."""
 
-    def ours(groups: Groups) -> Groups:
-        return [{**group, "update_gap": gap} for group in groups]
-
     def theirs(groups: Groups) -> Groups:
         settings = {"update_proj_gap": gap, "scale": 0.25, "proj_type": "std"}
         return [{**group, **settings} if group["rank"] else {"params": group["params"]} for group in groups]
 
     table: dict[str, Callable[[Groups], Optimizer]] = {
         "AdamW (fused)": lambda g: torch.optim.AdamW(g, lr=0.01, weight_decay=0.0, fused=True),
-        "GaLore": lambda g: GaLoreAdamW(ours(g), lr=0.01, eps=1e-6),
-        "GaLore, by SVD": lambda g: GaLoreAdamW(ours(g), lr=0.01, eps=1e-6, basis="svd"),
-        "GaLore, randomised": lambda g: GaLoreAdamW(ours(g), lr=0.01, eps=1e-6, basis="randomised"),
-        "Fira": lambda g: FiraAdamW(ours(g), lr=0.01),
-        "DCT-AdamW": lambda g: DCTAdamW(g, lr=0.01),
-        "DCT-AdamW, FFT": lambda g: DCTAdamW(g, lr=0.01, transform="fft"),
-        "Trion": lambda g: Trion(g, lr=0.01),
+        "GaLore": lambda g: GaLore(update_gap=gap).optimizer(g, lr=0.01, eps=1e-6),
+        "GaLore, by SVD": lambda g: GaLore(update_gap=gap, basis="svd").optimizer(g, lr=0.01, eps=1e-6),
+        "GaLore, randomised": lambda g: GaLore(update_gap=gap, basis="randomised").optimizer(g, lr=0.01, eps=1e-6),
+        "Fira": lambda g: Fira(update_gap=gap).optimizer(g, lr=0.01),
+        "DCT-AdamW": lambda g: DCTAdamW().optimizer(g, lr=0.01),
+        "DCT-AdamW, FFT": lambda g: DCTAdamW(transform="fft").optimizer(g, lr=0.01),
+        "Trion": lambda g: Trion().optimizer(g, lr=0.01),
         "EGGROLL": EggrollAdamW,
     }
     if importlib.util.find_spec("bitsandbytes") is not None:
-        from bitsandbytes.optim import AdamW8bit
-
-        table["GaLore, 8-bit AdamW"] = lambda g: Subspace(ours(g), AdamW8bit, lr=0.01)
+        table["GaLore, 8-bit AdamW"] = lambda g: GaLore(update_gap=gap, rule="adamw-8bit").optimizer(g, lr=0.01)
     if compile:
         for name in ("DCT-AdamW", "DCT-AdamW, FFT", "Trion"):
             table[f"{name}, comp."] = lambda g, make=table[name]: compiled(make(g))  # type: ignore[misc]
@@ -201,8 +197,7 @@ def moves(name: str, gradient: Callable[[torch.Size, int], Tensor], gap: int, **
     groups = [group for group in model_groups(1) if group["rank"]]
     before = [p.detach().clone() for p in everything(groups)]
     if name == "GaLore":
-        gaps = [{**group, "update_gap": gap} for group in groups]
-        optimizer: Optimizer = GaLoreAdamW(gaps, lr=0.01, eps=1e-6, **changes)
+        optimizer: Optimizer = GaLore(update_gap=gap, **changes).optimizer(groups, lr=0.01, eps=1e-6)
     else:
         optimizer = optimizers(gap)[name](groups)
     for step in range(4):
