@@ -80,7 +80,7 @@ BASES: dict[str, Basis] = {"singular": singular_basis, "svd": svd_basis, "random
 
 def basis_flops(basis: str, m: int, n: int, rank: int) -> int:
     """FLOPs of the matrix products that find a basis [m, r] of a gradient [m, n]; those of eigh, SVD and QR are left out, as no
-    formula gives what a library's take.
+    formula gives what those of a library need.
 
     singular: the Gram matrix of the shorter side, and from the right singular vectors to the left ones where m > n.
 

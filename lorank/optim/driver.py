@@ -230,13 +230,14 @@ class LowRankOptimizer(Optimizer):
         for p in moved:
             _check_type(p)
         check_finite({p: seen[p] for p in moved})
+        groups = [{**group, "lr": float(group["lr"])} for group in self.param_groups]  # which may be a tensor
         found = [
             stacks(self.method, group, self.state, moved, self._phases) if group["rank"] is not None else []
-            for group in self.param_groups
+            for group in groups
         ]
         for stack in (stack for of_group in found for stack in of_group):
             self.method.prepare(stack)
-        for group, of_group in zip(self.param_groups, found, strict=True):
+        for group, of_group in zip(groups, found, strict=True):
             if group["rank"] is None:
                 self._step_plain(group)
             for stack in of_group:

@@ -18,7 +18,7 @@ learning rate and does not depend on r. Another `rule` than AdamW works inside a
 Source: Zhao et al., "GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection", ICML 2024, arXiv 2403.03507.
 
 Departures from the authors' code. ε defaults to the paper's 1e-8 (theirs: 1e-6). "reverse_std" goes back on the side it
-came from. As there, parameters without rank take the same rule at α = 1, with ε beside √V and weight decay after the step:
+came from. As there, parameters without rank follow the same rule at α = 1, with ε added to √V and weight decay after the step:
 torch's AdamW with another ε. Matrices of equal shape share one batched product. Tensors that are not matrices are refused, not
 decomposed.
 """
@@ -36,7 +36,7 @@ from lorank.optim.driver import Projected
 from lorank.optim.rules import RULES, AdamW, Rule
 from lorank.optim.stacks import Product, Stack
 
-WITH_ITS_EPS = {**RULES, "adamw": AdamW(eps_beside_root=True)}
+WITH_ITS_EPS = {**RULES, "adamw": AdamW(eps_after_root=True)}
 
 
 def state_elements(m: int, n: int, r: int) -> int:

@@ -70,14 +70,14 @@ class Rule:
 
 
 class AdamW(Rule):
-    """torch's fused AdamW. With `eps_beside_root`, ε is added to √V as in GaLore; torch adds it to √(V / (1 - β₂ᵗ)), where
+    """torch's fused AdamW. With `eps_after_root`, ε is added to √V as in GaLore; torch adds it to √(V / (1 - β₂ᵗ)), where
     it must be larger by that root. Counters stay on the host, and parameters that have taken equally many steps move together."""
 
     kept = typed = ("exp_avg", "exp_avg_sq")
     elementwise = True
 
-    def __init__(self, *, eps_beside_root: bool = False):
-        self.eps_beside_root = eps_beside_root
+    def __init__(self, *, eps_after_root: bool = False):
+        self.eps_after_root = eps_after_root
 
     def make(self, like: Tensor) -> State:
         moments = {name: torch.zeros_like(like, memory_format=torch.contiguous_format) for name in self.typed}
@@ -102,7 +102,7 @@ class AdamW(Rule):
                 beta1=beta1,
                 beta2=beta2,
                 weight_decay=group["weight_decay"],
-                eps=group["eps"] / (1 - beta2**t) ** 0.5 if self.eps_beside_root else group["eps"],
+                eps=group["eps"] / (1 - beta2**t) ** 0.5 if self.eps_after_root else group["eps"],
                 amsgrad=False,
                 maximize=False,
             )

@@ -31,7 +31,7 @@ def like(values: Tensor, of: Tensor) -> Tensor:
 
 
 def stand_in(p: Tensor) -> Tensor:
-    """A whole tensor of the shape, type and device of `p` that has no memory of its own."""
+    """A whole tensor of the shape, type and device of `p` that uses no memory."""
     return local(p).new_empty(()).expand(p.shape)
 
 

@@ -12,7 +12,7 @@
 
 Saves: optimizer state.
 
-The Newton-Schulz products are r wide instead of n. State: m n numbers per matrix. Groups without rank take AdamW at
+The Newton-Schulz products are r wide instead of n. State: m n numbers per matrix. Groups without rank use AdamW at
 the rate `adamw_lr`.
 
 Source: "FFT-based Dynamic Subspace Selection for Low-Rank Adaptive Optimization of Large Language Models", arXiv

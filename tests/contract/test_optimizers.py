@@ -145,6 +145,15 @@ def test_each_group_may_have_its_own_settings(method: Method) -> None:
 
 
 @methods
+def test_a_learning_rate_may_be_a_tensor(method: Method) -> None:
+    one, other = net(), net()
+    plain, tensors = make(method, one), make(method, other)
+    for group in tensors.param_groups:
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+    assert train(one, plain, range(3)) == train(other, tensors, range(3))
+
+
+@methods
 def test_weight_decay_shrinks_and_nothing_else(method: Method) -> None:
     p = nn.Parameter(torch.ones(6, 4))
     chosen: dict[str, Any] = {"rank": 2} if isinstance(method, Projected) else {}

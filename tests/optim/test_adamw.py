@@ -79,7 +79,7 @@ def test_each_vector_is_moved_by_an_adamw_of_its_own(dim: int) -> None:
     assert optimizer.state[matrix]["step"].flatten()[:3].tolist() == [15, 9, 15]
 
 
-def test_a_reset_empties_the_state_of_these_vectors_and_of_no_others() -> None:
+def test_a_reset_empties_the_state_of_these_vectors_only() -> None:
     (matrix,) = parameters((4, 6))
     optimizer = VectorAdamW([matrix])
     gradients([matrix], 0)

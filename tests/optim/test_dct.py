@@ -72,7 +72,7 @@ def test_at_full_rank_nothing_is_left_out() -> None:
     torch.testing.assert_close(back(columns(transform(A), chosen), chosen, 12), A)
 
 
-def test_carrying_by_gather_is_the_product_with_a_matrix_of_zeros_and_ones() -> None:
+def test_carrying_by_gather_is_the_product_with_zeros_and_ones() -> None:
     Q, n, r = dct_matrix(12, CPU, torch.float64), 12, 5
     before, now = (torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(s))[:r] for s in ss])
                    for ss in ((1, 2, 3), (4, 5, 6)))  # fmt: skip

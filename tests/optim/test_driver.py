@@ -48,7 +48,7 @@ def test_micro_batches_add_up_inside_the_subspace() -> None:
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
-def test_the_norm_that_is_clipped_is_that_of_what_the_optimizer_sees() -> None:
+def test_what_is_clipped_is_what_the_optimizer_sees() -> None:
     free, clipped = net(), net()
     other = made(GaLore, groups(clipped), lr=0.05, in_backward=True)
     x = torch.ones(2, 12, dtype=torch.float64)
@@ -94,7 +94,7 @@ def test_a_staggered_matrix_is_one_alone_with_its_own_steps() -> None:
     assert not torch.equal(together[1], alone[1])
 
 
-def test_it_goes_on_bit_by_bit_when_stopped_between_two_staggered_refreshes() -> None:
+def test_a_run_stopped_between_staggered_refreshes_goes_on() -> None:
     for stop in range(1, 6):
         whole, broken = matrices(*[(12, 20)] * 3), matrices(*[(12, 20)] * 3)
         make = lambda p: made(GaLore, [{"params": p, "rank": 4, "update_gap": 3}], lr=0.1, stagger=True)  # noqa: E731
@@ -109,7 +109,7 @@ def test_it_goes_on_bit_by_bit_when_stopped_between_two_staggered_refreshes() ->
         assert all(map(torch.equal, whole, broken)), stop
 
 
-def test_a_matrix_added_later_is_projected_as_its_gradient_arrives() -> None:
+def test_a_matrix_added_later_is_projected_on_arrival() -> None:
     whole, grown = net(), net()
     one = made(GaLore, groups(whole), lr=0.05, in_backward=True)
     first, *later = groups(grown)

@@ -50,7 +50,7 @@ def test_the_equations(shape: tuple[int, int]) -> None:
     torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_matrices_of_one_shape_in_one_product_are_those_one_by_one() -> None:
+def test_matrices_in_one_product_are_those_one_by_one() -> None:
     shapes = [(12, 20), (20, 12), (12, 20), (12, 20)]
     together, alone = matrices(*shapes), matrices(*shapes)
     run(made(GaLore, [{"params": together, "rank": 4, "update_gap": 2}], lr=0.1), together, range(5))
@@ -75,9 +75,7 @@ def test_matrices_of_one_shape_in_one_product_are_those_one_by_one() -> None:
         ("full", 12, 20, (True, True)),
     ],
 )
-def test_the_side_of_each_projector_type_and_the_shapes_of_its_state(
-    projection: Any, m: int, n: int, expected: tuple[bool, bool]
-) -> None:
+def test_sides_and_shapes_of_each_projection(projection: Any, m: int, n: int, expected: tuple[bool, bool]) -> None:
     assert sides(projection, m, n) == expected
     [p] = matrices((m, n))
     optimizer = made(GaLore, [{"params": [p], "rank": 4, "projection": projection}], lr=0.1)
@@ -139,7 +137,7 @@ def test_a_step_that_failed_half_way_may_be_taken_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-def test_on_a_refresh_the_subspace_holds_the_largest_singular_values() -> None:
+def test_a_new_subspace_holds_the_largest_singular_values() -> None:
     [p] = matrices((20, 12))
     optimizer = made(GaLore, [{"params": [p], "rank": 4}], lr=0.1)
     run(optimizer, [p], range(1))
@@ -160,7 +158,7 @@ def test_the_first_step(eps: float) -> None:
     torch.testing.assert_close(before - p.detach(), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_bases_change_at_0_T_2T_only_and_a_change_leaves_the_moments() -> None:
+def test_bases_change_at_0_T_2T_and_moments_stay() -> None:
     [p] = matrices((20, 12))
     optimizer = made(GaLore, [{"params": [p], "rank": 4, "update_gap": 3}], lr=0.1)
     bases = []
@@ -243,7 +241,7 @@ def test_parameters_without_rank_are_adamw() -> None:
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-12, atol=1e-12)
 
 
-def test_state_survives_torch_load_weights_only_and_a_resumed_run_is_the_same_bit_by_bit() -> None:
+def test_a_state_from_a_safe_file_goes_on_bit_by_bit() -> None:
     for stop in range(7):
         whole, broken = matrices(*SHAPES), matrices(*SHAPES)
 
@@ -290,7 +288,7 @@ def test_state_of_the_60m_model_is_what_the_paper_counts() -> None:
 
 
 @pytest.mark.parametrize("kind", [GaLore, Fira, DCTAdamW, Trion])
-def test_bytes_in_the_state_of_the_60m_model_are_those_of_the_formula(kind: Any) -> None:
+def test_bytes_of_the_60m_models_state_are_the_formulas(kind: Any) -> None:
     """Of the model itself, embeddings, head and norms included: everything that is a tensor, under whatever name."""
     d, d_ff, layers, vocabulary, r = 512, 1376, 8, 32_000, 128
     with torch.device("meta"):
@@ -332,7 +330,7 @@ def test_the_randomised_basis_keeps_nearly_as_much() -> None:
 
 
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
-def test_the_singular_basis_is_closer_to_the_exact_one_than_single_precision_comes(shape: tuple[int, int]) -> None:
+def test_the_singular_basis_is_closer_than_an_svd_in_fp32(shape: tuple[int, int]) -> None:
     G = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)) ** 3
     exact = torch.linalg.svd(G.double()).U[..., :8]
     errors = [
@@ -343,9 +341,7 @@ def test_the_singular_basis_is_closer_to_the_exact_one_than_single_precision_com
 
 
 @pytest.mark.parametrize("basis", [singular_basis, svd_basis])
-def test_where_the_decomposition_does_not_converge_there_is_another_way(
-    basis: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_a_decomposition_fails_there_is_another_way(basis: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     G = torch.randn(2, 12, 20, generator=torch.Generator().manual_seed(0))
 
     def fails(*args: Any, **kwargs: Any) -> None:

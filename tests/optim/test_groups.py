@@ -17,7 +17,7 @@ def names_of(model: nn.Module, groups: list[dict[str, Any]]) -> dict[int | None,
     return found
 
 
-def test_block_matrices_are_projected_embeddings_head_and_norms_are_not() -> None:
+def test_matrices_of_blocks_are_projected_and_nothing_else() -> None:
     config = LlamaConfig(
         vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )

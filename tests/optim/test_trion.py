@@ -54,7 +54,7 @@ def test_newton_schulz_brings_singular_values_near_one() -> None:
     torch.testing.assert_close(newton_schulz(b.T[None]), newton_schulz(b[None]).mT)
 
 
-def test_products_in_bfloat16_err_by_its_precision_and_weights_keep_theirs() -> None:
+def test_products_in_bfloat16_err_by_its_precision() -> None:
     moved = []
     for precision in (None, "bfloat16"):
         [p] = [q.detach().float().requires_grad_() for q in matrices((20, 12))]
@@ -81,7 +81,7 @@ def test_lengths_of_the_update(scale: str, length: float) -> None:
     torch.testing.assert_close(moved[0], length * moved[1])
 
 
-def test_other_parameters_take_adamw_at_its_own_rate_under_the_same_schedule() -> None:
+def test_other_parameters_follow_adamw_at_its_own_rate() -> None:
     ours, theirs = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
     trion = made(Trion, [ours], lr=0.02, adamw_lr=3e-4)
     adamw = torch.optim.AdamW([theirs], lr=3e-4, betas=(0.9, 0.95), eps=1e-10, weight_decay=0.0)
