@@ -66,14 +66,6 @@ def transform_flops(m: int, n: int, how: Transform = "matmul") -> int:
     return 2 * m * n * n if how == "matmul" else 0
 
 
-def check_choice(how: str, ell_norm: float) -> None:
-    """Raises ValueError for a transform that there is none of, and for a norm that is none."""
-    if how not in ("matmul", "fft"):
-        raise ValueError(f"transform={how!r} is neither matmul nor fft")
-    if not ell_norm > 0:
-        raise ValueError(f"ell_norm={ell_norm!r} is not positive; 1 is the paper's, 2 leaves the smallest residual")
-
-
 def select(S: Tensor, rank: int, ell_norm: float = 1) -> Tensor:
     """I [..., r], ascending: the columns of S [..., m, n] with the largest norms."""
     scores = torch.linalg.vector_norm(S.float(), ord=ell_norm, dim=-2)

@@ -139,7 +139,7 @@ class LowRankOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_value("rank", group["rank"], Count | None)
-        rule, types = self.method.rules[group["rule"]], field_types(type(self.method))
+        rule, types = self.method.rules[group["rule"]], field_types(type(self.method))  # type: ignore[arg-type]
         own = {name: types[name] for name in self.method.per_group if group["rank"] is not None}
         for name, kind in {"lr": NonNegative, "weight_decay": NonNegative, **rule.types, **own}.items():
             check_value(name, group[name].item() if isinstance(group[name], Tensor) else group[name], kind)

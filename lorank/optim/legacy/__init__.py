@@ -1,1 +1,0 @@
-"""The optimizers before `LowRankOptimizer`, until nothing imports them any more."""
