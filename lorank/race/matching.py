@@ -27,7 +27,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lorank import accounting
 from lorank.conversion import method_of
-from lorank.plan.run import memory, optimizer_flops
+from lorank.plan.counts import memory, optimizer_flops
 from lorank.race.process import signals_later
 from lorank.train.estimators import build_estimator
 from lorank.train.model import Projection, build_config, build_model, find_projection, written_out

@@ -1,19 +1,92 @@
-"""Forecasts and published tables for the terminal: narrow enough for 80 columns."""
+"""Dry runs and forecasts: tables for the terminal, narrow enough for 80 columns, and records for programs."""
 
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lorank.plan.forecast import DEEPEST, TOKENS_PER_PARAMETER, Depth, Fit, Forecast
 from lorank.report.tables import quantity
 from lorank.sizes import SIZES
+
+if TYPE_CHECKING:
+    from lorank.plan.counts import Counts
+    from lorank.plan.dry_run import Plan
+    from lorank.plan.fits import Depth, Fits
+    from lorank.plan.forecast import Forecast
+
+# ---- a dry run
+
+
+def plan_tables(plan: "Plan") -> RenderableType:
+    """Which module becomes what, what moves which parameter, then parameters, FLOPs and memory next to the dense twin's."""
+    parts: list[RenderableType] = []
+    if plan.rows:
+        parts += [_modules(plan), ""]
+    if plan.treatments:
+        parts += [_treatments(plan), ""]
+    totals = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("", "dense", "this recipe", "ratio") if plan.dense else ("", "this recipe"):
+        totals.add_column(title, justify="left" if not title else "right")
+
+    def line(label: str, of: Callable[["Counts"], float], show: Callable[[float], str]) -> None:
+        ours = of(plan.model)
+        if plan.dense is None:
+            return totals.add_row(label, show(ours))
+        dense = of(plan.dense)
+        ratio = f"{ours / dense:.3f}" if dense else ""
+        totals.add_row(label, show(dense), show(ours), ratio)
+
+    count = lambda n: f"{n:,.0f}"  # noqa: E731
+
+    def gib(size: float) -> str:
+        return f"{size / 2**20:.2f} MiB" if size < 2**23 else f"{size / 2**30:.3f} GiB"
+
+    line("parameters", lambda c: c.parameters.total, count)
+    line("  in the blocks", lambda c: c.parameters.blocks, count)
+    line("training FLOPs / token", lambda c: c.flops_per_token, quantity)
+    named = {"total": "memory", "peak": "memory at the peak of a step"}
+    for part in ("weights", "gradients", "optimizer", "activations", "total", "peak"):
+        line(named.get(part, f"  {part}"), partial(_bytes_of, part), gib)
+    recomputed = "blocks recompute part of their forward pass; its FLOPs are counted" if plan.checkpoint else ""
+    note = "\n".join(filter(None, (recomputed, plan.population)))
+    return Group(*parts, totals, note)
+
+
+def _bytes_of(part: str, counts: "Counts") -> float:
+    return getattr(counts.memory, f"{part}_bytes")
+
+
+def _modules(plan: "Plan") -> Table:
+    modules = Table(box=None, pad_edge=False, header_style="bold")
+    modules.add_column("projection", overflow="fold")
+    modules.add_column("×", justify="right")
+    modules.add_column("in → out", no_wrap=True)
+    modules.add_column("becomes", overflow="fold")
+    modules.add_column("parameters, all depths", justify="right", no_wrap=True)
+    for row in plan.rows:
+        change = f"{row.parameters_before:,} → {row.parameters_after:,}"
+        modules.add_row(row.role.partition(".*.")[2] or row.role, str(row.depths), row.before, row.after, change)
+    return modules
+
+
+def _treatments(plan: "Plan") -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("parameter", "×", "shape", "stepped by"):  # names are there to be copied, so the last one wraps
+        whole = title != "stepped by"
+        table.add_column(title, overflow="fold", no_wrap=whole, justify="right" if title == "×" else "left")
+    for row in plan.treatments:
+        table.add_row(row.role, str(row.depths), row.shape, row.treatment)
+    return table
+
+
+# ---- forecasts
 
 
 def _table(*columns: str) -> Table:
@@ -29,32 +102,23 @@ def _under(title: str, table: Table) -> Group:
     return Group(Text(title, "bold"), table)
 
 
-LARGEST = list(SIZES)[-1]
-FITS = (
-    "Micro-batch: it divides a device's part of --batch-size; all: it is the whole part, and of a larger batch more might fit.",
-    f"Models: with one sequence at a time and the row's method and settings. Llama: of the named sizes {', '.join(SIZES)}. This "
-    f"shape: its own widths with the most layers (-: their number cannot be set). +: the most that was tried, {LARGEST} or "
-    f"{DEEPEST} times the shape's own layers.",
-)
-
-
-def forecast_tables(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float = 0) -> RenderableType:
+def forecast_tables(found: "Sequence[Forecast]", fits: "Fits | None" = None) -> RenderableType:
     """Parameters and FLOPs, memory, the run, and what fits; a row for each forecast."""
     parts: list[RenderableType] = [_parameters(found), "", _flops(found), "", _memory(found), "", _run(found)]
     if any(f.file for f in found):
         parts = [_settings(found), "", *parts]
     if fits:
-        parts += ["", _fits(found, fits, gib)]
-    return Group(*parts, "", *_assumptions(found), *(FITS if fits else ()))
+        parts += ["", _fits(found, fits)]
+    return Group(*parts, "", *_assumptions(found), *(_fit_notes(fits) if fits else ()))
 
 
-def _names(found: Sequence[Forecast]) -> list[str]:
+def _names(found: "Sequence[Forecast]") -> list[str]:
     files = [f.file for f in found if f.file]
     if files:
         stems = [Path(file).stem for file in files]
         return stems if len(set(stems)) == len(stems) else [_shape(file) for file in files]
     several = len({f.shape for f in found}) > 1
-    return [f"{_shape(f.shape)} {f.recipe.method}" if several else f.recipe.method for f in found]
+    return [f"{_shape(f.shape)} {f.title}" if several else f.title for f in found]
 
 
 def _shape(name: str) -> str:
@@ -62,31 +126,31 @@ def _shape(name: str) -> str:
     return "/".join(name.rstrip("/").split("/")[-2:])
 
 
-def _first(found: Sequence[Forecast], one: Forecast) -> Forecast | None:
+def _first(found: "Sequence[Forecast]", one: "Forecast") -> "Forecast | None":
     """The dense row of the same shape."""
 
-    def shape(f: Forecast) -> tuple[Any, ...]:
+    def shape(f: "Forecast") -> tuple[Any, ...]:
         return f.shape, f.recipe.vocab_size, f.recipe.sequence_length
 
-    return next((f for f in found if shape(f) == shape(one) and f.recipe.method == "dense"), None)
+    return next((f for f in found if shape(f) == shape(one) and f.title == "dense"), None)
 
 
-def _title(what: str, found: Sequence[Forecast]) -> str:
+def _title(what: str, found: "Sequence[Forecast]") -> str:
     shapes = {f.shape for f in found}
     return f"{what}, {_shape(found[0].shape)}" if len(shapes) == 1 else what
 
 
-def _settings(found: Sequence[Forecast]) -> Group:
+def _settings(found: "Sequence[Forecast]") -> Group:
     """Where recipes differ that no other table says."""
     table = _table("method", "rank", "a step", "at a time", "precision", "optimizer")
     for name, f in zip(_names(found), found, strict=True):
         r, rank = f.recipe, "-" if f.rank is None else "table" if isinstance(f.rank, dict) else f"{f.rank:g}"
         step = f"{r.batch_size} × {r.sequence_length}"
-        table.add_row(name, r.method, rank, step, str(r.micro_batch_size), r.precision, r.optimizer)
+        table.add_row(name, f.title, rank, step, str(r.micro_batch_size), r.precision, f.rule)
     return _under("Recipes, in sequences × tokens", table)
 
 
-def _parameters(found: Sequence[Forecast]) -> Group:
+def _parameters(found: "Sequence[Forecast]") -> Group:
     table = _table("total", "trainable", "in the blocks", "÷ dense")
     for name, f in zip(_names(found), found, strict=True):
         dense = _first(found, f)
@@ -95,7 +159,7 @@ def _parameters(found: Sequence[Forecast]) -> Group:
     return _under(_title("Parameters", found), table)
 
 
-def _flops(found: Sequence[Forecast]) -> Group:
+def _flops(found: "Sequence[Forecast]") -> Group:
     table = _table("forward", "backward", "again", "sum", "optimizer", "a step", "÷ dense")
     for name, f in zip(_names(found), found, strict=True):
         dense, each = _first(found, f), f.flops_per_step / f.tokens_per_step
@@ -114,11 +178,13 @@ def _gib(size: float) -> str:
     return f"{size / 2**30:.3g}" if size < 1000 * 2**30 else f"{size / 2**30:,.0f}"
 
 
-def _memory(found: Sequence[Forecast]) -> Group:
+def _memory(found: "Sequence[Forecast]") -> Group:
     r, title = found[0].recipe, "Memory of one device in GiB"
     if not found[0].file:
         title += f", {r.micro_batch_size} sequences of {r.sequence_length} at a time, {r.precision}"
-    table = _table("weights", "gradients", "optimizer" if found[0].file else r.optimizer, "activations", "peak", "when")
+    rules = {f.rule for f in found}
+    moments = "optimizer" if found[0].file or len(rules) > 1 else rules.pop()
+    table = _table("weights", "gradients", moments, "activations", "peak", "when")
     for name, f in zip(_names(found), found, strict=True):
         m = f.counts.memory
         parts = (m.weights_bytes, m.gradients_bytes, m.optimizer_bytes, m.activations_bytes, m.peak_bytes)
@@ -126,7 +192,7 @@ def _memory(found: Sequence[Forecast]) -> Group:
     return _under(title, table)
 
 
-def _run(found: Sequence[Forecast]) -> Group:
+def _run(found: "Sequence[Forecast]") -> Group:
     fleet, budgets = found[0].fleet, {f.tokens for f in found}
     on = f"{fleet.devices} × {fleet.accelerator.name}" if fleet.devices > 1 else fleet.accelerator.name
     title = f"A run of {quantity(found[0].tokens)} tokens on {on}" if len(budgets) == 1 else f"A run on {on}"
@@ -160,23 +226,33 @@ def _duration(hours: float) -> str:
     )
 
 
-def _fits(found: Sequence[Forecast], fits: Sequence[Fit], gib: float) -> Group:
+def _fits(found: "Sequence[Forecast]", fits: "Fits") -> Group:
     table = _table("micro-batch", "largest Llama", "this shape")
-    for name, fit in zip(_names(found), fits, strict=True):
+    for name, fit in zip(_names(found), fits.rows, strict=True):
         batch = f"{fit.micro_batch}{', all' if fit.is_whole else ''}" if fit.micro_batch else "none"
-        more = "+" if fit.size == LARGEST else ""
+        more = "+" if fit.size == fits.largest else ""
         table.add_row(name, batch, f"{fit.size}{more}" if fit.size else "none", _depth(fit.depth))
-    return _under(f"What fits in {gib:g} GiB", table)
+    return _under(f"What fits in {fits.gib:g} GiB", table)
 
 
-def _depth(depth: Depth | None) -> str:
+def _fit_notes(fits: "Fits") -> tuple[str, ...]:
+    return (
+        "Micro-batch: it divides a device's part of --batch-size; all: it is the whole part, and more of a larger batch might "
+        "fit.",
+        f"Models: with one sequence at a time and the row's method and settings. Llama: of the named sizes {', '.join(SIZES)}. "
+        "This shape: its own widths with the most layers (-: their number cannot be set). +: the most that was tried, "
+        f"{fits.largest} or {fits.deepest} times the shape's own layers.",
+    )
+
+
+def _depth(depth: "Depth | None") -> str:
     if depth is None:
         return "-"
     more = "+" if depth.is_bound else ""
     return f"{depth.layers}{more} layers, {quantity(depth.parameters)}" if depth.layers else "none"
 
 
-def _assumptions(found: Sequence[Forecast]) -> list[str]:
+def _assumptions(found: "Sequence[Forecast]") -> list[str]:
     fleet = found[0].fleet
     a = fleet.accelerator
     known = {"fp32": "fp32 (multiplied in TF32)"}
@@ -190,7 +266,7 @@ def _assumptions(found: Sequence[Forecast]) -> list[str]:
             "Optimizer: its own matrix products in a step, on every device, those of a refresh spread over the steps "
             "between two; eigenvectors, QR and Fourier transforms not counted."
         )
-    if moving := list(dict.fromkeys(f.recipe.method for f in found if f.moves_between_steps)):
+    if moving := list(dict.fromkeys(f.title for f in found if f.moves_between_steps)):
         lines.append(f"Not counted: what happens between the steps of {', '.join(moving)}.")
     if fleet.devices > 1:
         lines.append(f"Sent per step: 2 (p - 1) / p of the gradients' bytes, p = {fleet.devices} devices in a ring.")
@@ -201,7 +277,7 @@ def _assumptions(found: Sequence[Forecast]) -> list[str]:
         f"less), ${a.dollars_per_hour:.2f} per device and hour, full board power, no waiting for the network.",
     ]
     if found[0].budget_is_default:
-        each = f"{TOKENS_PER_PARAMETER} for each parameter of the dense model"
+        each = f"{found[0].tokens_per_parameter} for each parameter of the dense model"
         each = "those of each recipe's steps, padding included" if found[0].file else each
         lines.append(f"Tokens: {each}, unless --tokens says otherwise.")
     return lines
@@ -210,22 +286,22 @@ def _assumptions(found: Sequence[Forecast]) -> list[str]:
 # ---- for programs
 
 
-def forecasts_json(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float | None = None) -> str:
-    """One record for each forecast; what fits is in its last entries."""
-    return json.dumps({"forecasts": _records(found, fits, gib)}, indent=2)
+def forecasts_json(found: "Sequence[Forecast]", fits: "Fits | None" = None) -> str:
+    """One record for each forecast; its last entries say what fits."""
+    return json.dumps({"forecasts": _records(found, fits)}, indent=2)
 
 
-def forecasts_csv(found: Sequence[Forecast], fits: Sequence[Fit] = (), gib: float | None = None) -> str:
-    """The same, one line each under a line of names."""
-    return records_csv(_records(found, fits, gib))
+def forecasts_csv(found: "Sequence[Forecast]", fits: "Fits | None" = None) -> str:
+    """The same, one line each below a line of names."""
+    return records_csv(_records(found, fits))
 
 
-def _records(found: Sequence[Forecast], fits: Sequence[Fit], gib: float | None) -> list[dict]:
+def _records(found: "Sequence[Forecast]", fits: "Fits | None") -> list[dict]:
     rows = [f.to_dict() for f in found]
-    for row, fit in zip(rows, fits, strict=False):
+    for row, fit in zip(rows, fits.rows if fits else (), strict=False):
         layers, parameters, is_bound = fit.depth or (None, None, None)
         row |= {
-            "fits_gib": gib,
+            "fits_gib": fits.gib if fits else None,
             "largest_micro_batch": fit.micro_batch,
             "largest_micro_batch_is_a_devices_batch": fit.is_whole,
             "largest_llama_size": fit.size,

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lorank.accelerators import Fleet, find_accelerator
-from lorank.plan.run import Counts
+from lorank.plan.counts import Counts
 from lorank.race import repro
 from lorank.report.tables import quantity
 

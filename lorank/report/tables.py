@@ -1,14 +1,12 @@
 """Tables for the terminal."""
 
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Group, RenderableType
 from rich.table import Table
 
-from lorank.plan.run import Counts, Plan
-from lorank.train.evaluation import Evaluation
+if TYPE_CHECKING:
+    from lorank.train.evaluation import Evaluation
 
 
 def quantity(value: float) -> str:
@@ -47,7 +45,7 @@ def runs_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     return table
 
 
-def evaluation_table(found: Evaluation) -> Table:
+def evaluation_table(found: "Evaluation") -> Table:
     """The figures of an evaluation, each under its full name."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("loss", f"{found.loss:.4f} nats per token")
@@ -58,61 +56,4 @@ def evaluation_table(found: Evaluation) -> Table:
         f"{found.published_compatible_perplexity:.3f}   (sum of N batch losses / (N + 1), N = {found.batches}: biased low)",
     )
     table.add_row("predicted tokens", f"{found.tokens:,}")
-    return table
-
-
-def plan_tables(plan: Plan) -> RenderableType:
-    """Which module becomes what, then parameters, FLOPs and memory beside the dense twin's."""
-    modules = _treatments(plan) if plan.treatments else _modules(plan)
-    totals = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "dense", "this recipe", "ratio") if plan.dense else ("", "this recipe"):
-        totals.add_column(title, justify="left" if not title else "right")
-
-    def line(label: str, of: Callable[[Counts], float], show: Callable[[float], str]) -> None:
-        ours = of(plan.model)
-        if plan.dense is None:
-            return totals.add_row(label, show(ours))
-        dense = of(plan.dense)
-        ratio = f"{ours / dense:.3f}" if dense else ""
-        totals.add_row(label, show(dense), show(ours), ratio)
-
-    count = lambda n: f"{n:,.0f}"  # noqa: E731
-
-    def gib(size: float) -> str:
-        return f"{size / 2**20:.2f} MiB" if size < 2**23 else f"{size / 2**30:.3f} GiB"
-
-    line("parameters", lambda c: c.parameters.total, count)
-    line("  in the blocks", lambda c: c.parameters.blocks, count)
-    line("training FLOPs / token", lambda c: c.flops_per_token, quantity)
-    named = {"total": "memory", "peak": "memory at the peak of a step"}
-    for part in ("weights", "gradients", "optimizer", "activations", "total", "peak"):
-        line(named.get(part, f"  {part}"), partial(_bytes_of, part), gib)
-    note = "blocks recompute part of their forward pass; its FLOPs are counted" if plan.checkpoint else plan.population
-    return Group(modules, "", totals, note)
-
-
-def _bytes_of(part: str, counts: Counts) -> float:
-    return getattr(counts.memory, f"{part}_bytes")
-
-
-def _modules(plan: Plan) -> Table:
-    modules = Table(box=None, pad_edge=False, header_style="bold")
-    modules.add_column("projection", overflow="fold")
-    modules.add_column("×", justify="right")
-    modules.add_column("in → out", no_wrap=True)
-    modules.add_column("becomes", overflow="fold")
-    modules.add_column("parameters, all depths", justify="right", no_wrap=True)
-    for row in plan.rows:
-        change = f"{row.parameters_before:,} → {row.parameters_after:,}"
-        modules.add_row(row.role.partition(".*.")[2] or row.role, str(row.depths), row.before, row.after, change)
-    return modules
-
-
-def _treatments(plan: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("parameter", "×", "shape", "stepped by"):  # names are there to be copied, so the last one wraps
-        whole = title != "stepped by"
-        table.add_column(title, overflow="fold", no_wrap=whole, justify="right" if title == "×" else "left")
-    for row in plan.treatments:
-        table.add_row(row.role, str(row.depths), row.shape, row.treatment)
     return table

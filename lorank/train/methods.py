@@ -40,6 +40,12 @@ class Methods(NamedTuple):
         return self.method if "optimizer" in self.method.answers() else self.optimizer
 
     @property
+    def rule(self) -> str:
+        """The plain rule by which the weights move, inside a subspace where one is projected: "adamw", "muon", ..."""
+        own = "adamw" if hasattr(self.optimizer, "rank") else self.optimizer.name
+        return getattr(self.optimizer, "rule", own)
+
+    @property
     def title(self) -> str:
         """What tables and reports call the recipe: the names that are not left to PyTorch, or "dense"."""
         named = [m.name for m in self if m.name not in DEFAULTS and not _is_plain_rule(type(m))]
@@ -67,6 +73,11 @@ def title_of(recipe: Recipe) -> str:
     """`Methods.title`, for a recipe whose settings may be incomplete or wrong."""
     named = [kind.name for kind in _kinds(recipe) if kind.name not in DEFAULTS and not _is_plain_rule(kind)]
     return "+".join(named) or "dense"
+
+
+def settings_of(recipe: Recipe) -> list[str]:
+    """Names of the settings that the recipe's methods have."""
+    return list(dict.fromkeys(field for kind in _kinds(recipe) for field in _fields(kind)))
 
 
 def rank_of(recipe: Recipe) -> Any:
@@ -110,18 +121,19 @@ def optimizer_groups(recipe: Recipe, model: nn.Module, found: Methods | None = N
     return found.mover.parameter_groups(model, groups, *patterns)
 
 
-def build_optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
-    """The recipe's optimizer over the trained parameters of a model."""
-    found = methods_of(recipe)
+def build_optimizer(recipe: Recipe, model: nn.Module, found: Methods | None = None) -> Optimizer:
+    """The recipe's optimizer over the trained parameters of a model; of other methods than the recipe's if `found`."""
+    found = found or methods_of(recipe)
     beta1, beta2 = recipe.betas
     return found.mover.optimizer(
         optimizer_groups(recipe, model, found), lr=recipe.lr, betas=(beta1, beta2), eps=recipe.eps
     )
 
 
-def state_bytes(recipe: Recipe, model: nn.Module) -> int:
+def state_bytes(recipe: Recipe, model: nn.Module, found: Methods | None = None) -> int:
     """Bytes that the recipe's optimizer keeps between steps; counters are not included."""
-    mover, groups = methods_of(recipe).mover, optimizer_groups(recipe, model)
+    found = found or methods_of(recipe)
+    mover, groups = found.mover, optimizer_groups(recipe, model, found)
     return sum(mover.state_bytes(p, group) for group in groups for p in group["params"])
 
 
@@ -159,8 +171,11 @@ def _kinds(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
     kinds: dict[type[Method], dict[str, Any]] = {find(name): dict(given) for name, given in _named(recipe).items()}
     for key, default in zip(KEYS, DEFAULTS, strict=True):
         under = [kind for kind in kinds if kind.key == key]
-        if len(under) > 1 and any(kind.name == default for kind in under):  # a default gives way
-            kinds.pop(find(default))
+        if len(under) > 1 and any(
+            kind.name == default for kind in under
+        ):  # a default gives way, its settings are passed on
+            given = kinds.pop(find(default))
+            next(settings for kind, settings in kinds.items() if kind.key == key).update(given)
         elif not under:
             kinds[find(default)] = {}
     plain = [kind for kind in kinds if _is_plain_rule(kind)]

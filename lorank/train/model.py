@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import difflib
 import os
 from typing import Any
 
@@ -67,7 +68,9 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
             setattr(config, token, None)  # the architecture's own, of a larger vocabulary
     for name, value in recipe.shape.items():
         if not hasattr(config, name):
-            raise ValueError(f"shape: a configuration of type {config.model_type!r} has no entry {name!r}")
+            near = difflib.get_close_matches(str(name), config.to_dict(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"shape: a configuration of type {config.model_type!r} has no entry {name!r}{hint}")
         setattr(config, name, value)
     return config
 

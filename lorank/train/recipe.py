@@ -193,18 +193,25 @@ class Recipe:
 
     def but(self, changes: Mapping[str, Any]) -> Self:
         """The recipe with some settings changed. A dotted name is an entry of a mapping: "options.alpha",
-        "optimizer.update_gap", "shape.hidden_size"."""
+        "optimizer.update_gap", "shape.hidden_size".
+
+        Raises:
+            ValueError: an unknown name, or the result is not a recipe.
+        """
         settings = self.to_dict()
         for name, value in changes.items():
             head, dot, entry = name.partition(".")
             if not dot:
                 settings[name] = value
             elif head in KEYS:
-                given = settings[head] if isinstance(settings[head], dict) else {settings[head]: {}}
+                given = settings[head]
+                given = given if isinstance(given, dict) else {each: {} for each in given.split("+")}
                 first = next(iter(given))
                 settings[head] = {**given, first: {**given[first], entry: value}}
+            elif isinstance(settings.setdefault(head, {}), dict):
+                settings[head] = {**settings[head], entry: value}
             else:
-                settings[head] = {**settings.get(head, {}), entry: value}
+                raise ValueError(f"{head} is one value and has no entry {entry!r}; set {head} itself")
         return type(self).from_dict(settings)
 
     @classmethod

@@ -1,0 +1,72 @@
+"""lorank analyze: how many dimensions a trained model uses."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lorank.cli.flags import SETTINGS, of_saved_model
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("model")
+@click.option("--data", default="embedded", help="As in pretrain; of embedded and hub data the held-out part is used.")
+@click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens per sequence.")
+@click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain.")
+@click.option("--text-column", default="text", help="As in pretrain.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Sequences per batch.")
+@click.option("--tokens", type=click.IntRange(min=1), default=50_000, help="Stop after this many tokens.")
+@click.option(
+    "--gradient-batches",
+    type=click.IntRange(min=0),
+    default=1,
+    help="Batches whose mean gradient is looked at; 0: none. Several need room for all gradients, as large as the weights.",
+)
+@click.option(
+    "--memory",
+    type=click.FloatRange(0, min_open=True),
+    default=None,
+    metavar="GIB",
+    help="Room for sums over activations; where they need more, the text is gone through several times.",
+    show_default="half of what is free",
+)
+@click.option("--alpha", type=float, default=0.95, help="Part of the energy that the effective rank is to hold.")
+@click.option(
+    "--budget",
+    default=None,
+    metavar="N",
+    help="Suggest ranks: parameters such as 10M, or a part of the dense ones: 0.5.",
+)
+@of_saved_model
+@click.option("--out", default=None, help="Folder of what is written.", show_default="runs/analyze-MODEL")
+def analyze(model: str, out: str | None, **settings: Any) -> None:
+    """How many dimensions MODEL (a run, a folder, a hub name) uses: effective rank of activations, weights, gradients.
+
+    Writes results.json, analysis.html and, with --budget, suggested.yaml: ranks for `lorank pretrain`. Needs memory for the
+    weights, the activations of a batch, and sums of 8 bytes times the square of each width, within --memory: of a 7B model
+    208 GB at once, or 3 GB for one projection at a time.
+    """
+    from lorank.cli.console import errors_console, results_console
+    from lorank.report.analysis import analysis_page
+    from lorank.report.effective_ranks import analysis_table, budget_line, loss_line
+    from lorank.train.analysis import analyze_folder
+    from lorank.train.folder import write_whole
+
+    console = results_console()
+    folder = Path(out or f"runs/analyze-{model.rstrip('/').split('/')[-1]}")
+    with errors_console().status("loading") as status:
+        results = analyze_folder(model, folder, **settings, say=status.update)
+        write_whole(folder / "analysis.html", analysis_page(results))
+    console.print(analysis_table(results), highlight=False)
+    for note in results["notes"]:
+        console.print(f"· {note}", markup=False, highlight=False)
+    if suggestion := results["suggestion"]:
+        refused = suggestion["no_recipe"]
+        recipe = "no recipe" if refused else f"[bold]lorank pretrain {folder}/suggested.yaml[/bold]"
+        console.print(f"ranks: {recipe}: {budget_line(results)}", highlight=False, soft_wrap=True)
+        console.print(f"       {loss_line(suggestion)}", highlight=False, soft_wrap=True)
+        if refused:
+            console.print(
+                f"no recipe, for pretrain cannot train it: {refused}", markup=False, highlight=False, soft_wrap=True
+            )
+    console.print(f"report: [bold]{folder}/analysis.html[/bold]", highlight=False, soft_wrap=True)

@@ -1,0 +1,35 @@
+"""lorank demo: CoLA and its dense twin on Python's standard library."""
+
+from pathlib import Path
+
+import click
+
+from lorank.cli.flags import SETTINGS
+
+
+@click.command(context_settings=SETTINGS)
+@click.option("--out", default="runs/demo", help="Folder of the two runs and the picture.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=10),
+    default=None,
+    help="Optimizer steps of each run.",
+    show_default="the recipe's",
+)
+def demo(out: str, steps: int | None) -> None:
+    """Pre-train CoLA and its dense twin on Python's standard library, and compare them."""
+    from lorank.cli.console import results_console
+    from lorank.report.markup import visible
+    from lorank.report.tables import runs_table
+    from lorank.train.demo import run_demo
+
+    console = results_console()
+    summaries = run_demo(Path(out), steps, say=lambda line: console.print(f"[bold]{line}[/bold]", highlight=False))
+    rates = "its best learning rate of one sweep" + (" (of the whole demo, not of this short one)" if steps else "")
+    console.rule(f"CoLA and its dense twin: same tokens, each at {rates}")
+    console.print(runs_table(summaries))
+    for method, summary in summaries.items():
+        console.rule(f"{method} writes", align="left")
+        console.print(visible(summary["sample"]), markup=False, highlight=False)
+    console.rule()
+    console.print(f"runs and curves: [bold]{out}/dense[/bold], [bold]{out}/cola[/bold], [bold]{out}/loss.png[/bold]")

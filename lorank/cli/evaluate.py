@@ -1,0 +1,34 @@
+"""lorank evaluate: the perplexity of a trained model."""
+
+import json
+from typing import Any
+
+import click
+
+from lorank.cli.flags import SETTINGS, of_saved_model
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("model")
+@click.option("--data", default="embedded", help="As in pretrain; of embedded and hub data the held-out part is used.")
+@click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens per sequence.")
+@click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain.")
+@click.option("--text-column", default="text", help="As in pretrain.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Sequences per batch.")
+@click.option(
+    "--max-tokens", type=click.IntRange(min=1), default=10_000_000, help="Stop after this many predicted tokens."
+)
+@of_saved_model
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def evaluate(model: str, as_json: bool, **settings: Any) -> None:
+    """Perplexity of MODEL (a run, a folder, a hub name): unbiased, per byte, and as the published tables compute it."""
+    from lorank.cli.console import results_console
+    from lorank.report.tables import evaluation_table
+    from lorank.train.saved import evaluate_folder
+
+    console = results_console()
+    found = evaluate_folder(model, **settings)
+    if as_json:
+        click.echo(json.dumps(found.to_dict(), indent=2))
+    else:
+        console.print(evaluation_table(found), highlight=False)

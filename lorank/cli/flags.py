@@ -1,0 +1,184 @@
+"""Flags made from the fields of `Recipe`: one source of names, types and help."""
+
+import dataclasses
+import re
+import typing
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal
+
+import click
+import yaml
+
+from lorank.fields import alternatives_of, field_types
+from lorank.train.recipe import Recipe, settings_with
+
+SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
+SEED = click.IntRange(min=0, max=2**32 - 1)
+SHORTHAND = "options"
+"""The field that `--option NAME=VALUE` fills."""
+
+
+# ---- values
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number, as it is since YAML 1.2."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def value_of(text: str) -> Any:
+    """A value as YAML.
+
+    >>> value_of("1e-3"), value_of("[0.9, 0.95]"), value_of("low-rank"), value_of("null")
+    (0.001, [0.9, 0.95], 'low-rank', None)
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ValueError(f"a value must be valid YAML, got {text!r}") from None
+
+
+def name_and_value(text: str, flag: str) -> tuple[str, Any]:
+    """What is on either side of the first equals sign."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"{flag} must be NAME=VALUE, for example {_EXAMPLES[flag]}, got {text!r}")
+    return name.strip().replace("-", "_"), value_of(value)
+
+
+_EXAMPLES = {"--option": "nonlinearity=low-rank", "--set": "weight_decay=0.1"}
+
+
+class Value(click.ParamType):
+    """A value as YAML: an integer, a fraction, a table."""
+
+    name = "value"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return value_of(value) if isinstance(value, str) else value
+
+
+# ---- flags
+
+
+class Assignments(click.Option):
+    """--set NAME=VALUE: every setting of a recipe by its key in YAML."""
+
+    def __init__(self, *arguments: Any, own: Mapping[str, str] | None = None, **settings: Any):
+        super().__init__(*arguments, **settings)
+        self.own = own or {}
+        """Settings for which the command has a flag of another kind."""
+
+    def instead_of(self, flag: str) -> str | None:
+        """What to write for a flag that the command does not have, if it names a setting."""
+        name = flag.lstrip("-").replace("-", "_")
+        plain = name.removeprefix("no_")
+        if name in self.own:
+            return self.own[name]
+        if name in field_types(Recipe):
+            return f"--set {name}={'true' if field_types(Recipe)[name] is bool else 'VALUE'}"
+        return f"--set {plain}=false" if plain != name and plain in field_types(Recipe) else None
+
+
+def recipe_flags(
+    *, own: Mapping[str, str] | None = None, only: Mapping[str, Any] | None = None
+) -> Callable[[Any], Any]:
+    """Give a command a flag for each everyday setting of a recipe, and --set for all of them.
+
+    Args:
+        own: {setting: flag} of settings that the command asks for by another flag.
+        only: {setting: default that the help shows, or None}: flags for these settings alone.
+    """
+
+    def decorate(command: Any) -> Any:
+        everyday = [name for name in settings_with("everyday") if name not in (own or {})]
+        fields = {field.name: field for field in dataclasses.fields(Recipe)}
+        add = click.option(
+            "--set",
+            "assignments",
+            cls=Assignments,
+            own=own,
+            multiple=True,
+            metavar="NAME=VALUE",
+            help="Any setting of a recipe by its name in YAML, for example weight_decay=0.1, betas=[0.9,0.95], "
+            "optimizer.update_gap=500 or shape.hidden_size=64; may be repeated.",
+        )
+        command = add(command)
+        for name in reversed([name for name in everyday if only is None or name in only]):
+            command = _flag(fields[name], (only or {}).get(name))(command)
+        return command
+
+    return decorate
+
+
+def _flag(field: "dataclasses.Field[Any]", instead: Any = None) -> Any:
+    """The flag of a field; the help shows `instead` in place of its default."""
+    kinds = [_bare(one) for one in alternatives_of(field_types(Recipe)[field.name]) if one is not type(None)]
+    default = instead or (field.default if field.default is not dataclasses.MISSING else None)
+    shown = str(default) if default is not None else False
+    common: dict[str, Any] = {"help": field.metadata["help"], "default": None, "show_default": shown}
+    name = f"--{field.name.replace('_', '-')}"
+    if field.name == SHORTHAND:
+        return click.option("--option", SHORTHAND, multiple=True, metavar="NAME=VALUE", **common)
+    if typing.get_origin(kinds[0]) is list:
+        return click.option(name, multiple=True, metavar="TEXT", **common)
+    if typing.get_origin(kinds[0]) is Literal:
+        return click.option(name, type=click.Choice(typing.get_args(kinds[0])), **common)
+    if kinds[0] in (str, int, float) and kinds[1:] in ([], [dict]):
+        return click.option(name, type=kinds[0], **common)
+    return click.option(name, type=Value(), **common)
+
+
+def _bare(kind: Any) -> Any:
+    """An annotation without its bounds."""
+    return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
+
+
+def of_saved_model(command: Any) -> Any:
+    """Flags for reading a text with a model that was trained on another part of it."""
+    seed = "The run's data_seed, or its seed if it has none: it decides what was held out."
+    tokenizer = {"metavar": "NAME", "help": "Folder or hub name, or bytes.", "show_default": "the model's"}
+    command = click.option("--tokenizer", default=None, **tokenizer)(command)  # type: ignore[arg-type]
+    return click.option("--seed", type=SEED, default=42, help=seed)(command)
+
+
+# ---- from flags to a recipe
+
+
+def changes_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given, by name; names of --set may be dotted.
+
+    Raises:
+        ValueError: a value that is not YAML, or one setting given by two flags.
+    """
+    given = {name: value for name, value in flags.items() if value not in (None, ())}
+    assignments = given.pop("assignments", ())
+    if SHORTHAND in given:
+        given[SHORTHAND] = dict(name_and_value(text, "--option") for text in given[SHORTHAND])
+    given = {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+    by = {name: "--option" if name == SHORTHAND else f"--{name.replace('_', '-')}" for name in given}
+    for text in assignments:
+        name, value = name_and_value(text, "--set")
+        if name in by:
+            raise ValueError(f"{name} is given twice, by {by[name]} and by --set; give it once")
+        given[name], by[name] = value, "--set"
+    return given
+
+
+def recipe_of(
+    path: str | None, flags: Mapping[str, Any], *, own: Mapping[str, str] | None = None, base: Recipe | None = None
+) -> Recipe:
+    """The recipe that a command line describes: a file or a name, else `base`, with the flags on top.
+
+    Raises:
+        ValueError: a setting that is unknown, given twice or wrong, or that belongs to another flag (`own`).
+    """
+    changes = changes_of(flags)
+    for name in changes:
+        if name in (own or {}):
+            raise ValueError(f"--set {name}=... is not possible here; use {(own or {})[name]}")
+    return Recipe.read(path, **changes) if path else (base or Recipe()).but(changes)

@@ -1,0 +1,64 @@
+"""lorank pretrain: train a model from scratch, or print what training would do."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lorank.cli.flags import SETTINGS, changes_of, recipe_flags, recipe_of
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("recipe", required=False)
+@recipe_flags()
+@click.option("--out", default=None, help="Folder of the run.", show_default="runs/METHOD-SIZE")
+@click.option(
+    "--resume", metavar="RUN", default=None, help="Continue this run from its newest checkpoint, exactly as it began."
+)
+@click.option("--dry-run", is_flag=True, help="Print what becomes what, parameters, FLOPs and memory, and stop.")
+def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: bool, **flags: Any) -> None:
+    """Pre-train a language model from scratch.
+
+    RECIPE is a YAML file, or the name of one that comes with lorank (cola-60m). Flags have the same names as its settings
+    and override it; --set changes the settings that have no flag. Methods that answer different questions combine:
+    --method cola+galore, or --method cola --optimizer galore.
+
+    Without any argument a tiny CoLA model learns Python's standard library in a few minutes on a CPU.
+    """
+    changes = changes_of(flags)
+    if resume and (recipe or out or changes or dry_run):
+        other = recipe or ("--out" if out else "--dry-run" if dry_run else f"--{next(iter(changes)).replace('_', '-')}")
+        raise ValueError(f"--resume continues a run exactly as it began, so {other} cannot be given with it")
+    settings = None if resume else recipe_of(recipe, flags)
+    from lorank.cli.console import results_console
+
+    console = results_console()
+    if settings is not None and dry_run:
+        from lorank.plan.dry_run import plan
+        from lorank.report.plans import plan_tables
+
+        return console.print(plan_tables(plan(settings)), highlight=False)
+    from lorank.report.markup import visible
+    from lorank.report.progress import TerminalProgress
+    from lorank.report.tables import runs_table
+    from lorank.train import run
+    from lorank.train.folder import read_run
+    from lorank.train.methods import title_of
+
+    settings = settings or read_run(resume or "")
+    shape = settings.model.rstrip("/").split("/")[-1] if settings.model else settings.size
+    title = title_of(settings)
+    folder = Path(resume or out or f"runs/{title}-{shape}")
+    progress = TerminalProgress(f"{title} {shape}", console)
+    try:
+        summary = run.pretrain(settings, folder, resume=resume is not None, callbacks=[progress])
+    finally:
+        progress.close()
+    if summary is None:
+        console.print(f"stopped; continue with [bold]lorank pretrain --resume {folder}[/bold]", highlight=False)
+        sys.exit(130)
+    console.print(runs_table({title: {**dataclasses.asdict(summary), "lr": settings.lr}}))
+    console.print(f"\n{visible(summary.sample)}\n", markup=False, highlight=False)
+    console.print(f"model, metrics and model card are in [bold]{folder}[/bold]", highlight=False)
