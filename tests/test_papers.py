@@ -175,7 +175,7 @@ def test_optimizer_state_is_what_the_closed_form_says(method: Method, count, sha
 
 
 def test_the_table_says_what_does_not_follow(in_this_process) -> None:
-    code, said, _ = in_this_process("plan", "--paper", "sltrain")
+    code, said, _ = in_this_process("papers", "sltrain")
     assert code == 0 and "1.389" in said and "✗ GaLore 350m" in said
     assert max(map(len, said.splitlines())) <= 80, "narrow enough for a terminal"
 
@@ -184,7 +184,7 @@ def test_all_papers_as_records(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     """Three of them, which are counted at once."""
     for name in set(papers.PAPERS) - {"galore", "dct", "switchlora"}:
         monkeypatch.delitem(papers.PAPERS, name)
-    cli(["plan", "--paper", "all", "--json"], standalone_mode=False)
+    cli(["papers", "all", "--json"], standalone_mode=False)
     cells = json.loads(capsys.readouterr().out)["cells"]
     assert {cell["paper"] for cell in cells} == set(papers.PAPERS)
     assert all(cell["source"] and cell["formula"] for cell in cells)

@@ -170,9 +170,13 @@ def changes_of(flags: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_of(
-    path: str | None, flags: Mapping[str, Any], *, own: Mapping[str, str] | None = None, base: Recipe | None = None
+    path: str | None,
+    flags: Mapping[str, Any],
+    *,
+    own: Mapping[str, str] | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """The recipe that a command line describes: a file or a name, else `base`, with the flags on top.
+    """The recipe that a command line describes: a file or a name, else the settings of `base`, with the flags on top.
 
     Raises:
         ValueError: a setting that is unknown, given twice or wrong, or that belongs to another flag (`own`).
@@ -181,4 +185,8 @@ def recipe_of(
     for name in changes:
         if name in (own or {}):
             raise ValueError(f"--set {name}=... is not possible here; use {(own or {})[name]}")
-    return Recipe.read(path, **changes) if path else (base or Recipe()).but(changes)
+    if path:
+        return Recipe.read(path, **changes)
+    whole = {name: value for name, value in changes.items() if "." not in name}
+    entries = {name: value for name, value in changes.items() if "." in name}
+    return Recipe.from_dict({**(base or {}), **whole}).but(entries)

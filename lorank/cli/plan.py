@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, changes_of, recipe_flags, recipe_of
+from lorank.cli.flags import SETTINGS, recipe_flags, recipe_of
 from lorank.sizes import find_size
 from lorank.train.recipe import Recipe
 
@@ -144,10 +144,6 @@ def _shapes(sizes: list[str], models: tuple[str, ...], flags: dict[str, Any]) ->
     """A recipe for each size and model; its method does not matter."""
     for size in sizes:  # an empty one too
         find_size(size)
-    given = changes_of(flags)
-    defaults = {name: value for name, value in PLANNED.items() if value is not None and name not in given}
+    defaults = {name: value for name, value in PLANNED.items() if value is not None}
     shapes = [{"size": size} for size in sizes] + [{"model": model} for model in models] or [{"size": "60m"}]
-    return [
-        recipe_of(None, flags, own=OWN, base=Recipe.from_dict({**defaults, "vocab_size": VOCAB_SIZE, **shape}))
-        for shape in shapes
-    ]
+    return [recipe_of(None, flags, own=OWN, base={**defaults, "vocab_size": VOCAB_SIZE, **shape}) for shape in shapes]

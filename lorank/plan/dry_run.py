@@ -94,7 +94,7 @@ def treatments_of(recipe: Recipe, model: PreTrainedModel) -> tuple[list[Treatmen
 
         def estimated(name: str, p: nn.Parameter) -> str:
             said = estimator.treatment(name, p)
-            return f"{said}; {rule}" if estimator.moves(p) and p.is_floating_point() else said
+            return f"{said}; {rule}" if estimator.moves(p) else said
 
         return _by_role(model, estimated), estimator.describe()
     groups, found = optimizer_groups(recipe, model), methods_of(recipe)

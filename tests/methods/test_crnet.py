@@ -684,7 +684,7 @@ def test_a_rank_for_the_dense_block_alone_decides_nothing(small: Callable[..., A
 
 
 def test_the_plan_says_that_the_first_block_stays_dense() -> None:
-    from lorank.plan.run import plan
+    from lorank.plan.dry_run import plan
     from lorank.train.recipe import Recipe
 
     becomes = {row.after for row in plan(Recipe(method="crnet", rank=8)).rows}

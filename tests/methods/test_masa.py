@@ -25,7 +25,7 @@ from lorank.accounting import count_parameters
 from lorank.architectures import projection_type
 from lorank.method import SHARED
 from lorank.methods.masa import CoefficientNetwork, CoefficientTable, Dictionary, MASALinear
-from lorank.plan.run import plan
+from lorank.plan.dry_run import plan
 from lorank.train.recipe import Recipe
 
 TABLE: dict[str, Any] = {"coefficients": "table"}

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from lorank.plan.run import count, empty_model
+from lorank.plan.counts import count
 from lorank.train import run
+from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
 
 PROGRAM = r"""

@@ -19,7 +19,7 @@ from lorank.cli import cli
 from lorank.evolution import egg
 from lorank.optim import Eggroll
 from lorank.plan.forecast import fit_all, forecast_all
-from lorank.plan.run import plan
+from lorank.plan.dry_run import plan
 from lorank.train import run
 from lorank.train.data import byte_tokenizer, load_corpus
 from lorank.train.estimators import EggEggroll, build_estimator

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from lorank.papers import formulas
-from lorank.plan.run import plan
+from lorank.plan.dry_run import plan
 from lorank.train.recipe import Recipe
 
 

@@ -1,0 +1,156 @@
+"""Settings of a recipe on the command line: about twenty flags, and --set for all of them."""
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import yaml
+
+from lorank.cli import PACKAGES, cli
+from lorank.cli.flags import changes_of, recipe_of, value_of
+from lorank.train.recipe import Recipe, settings_with
+
+OTHERS: dict[str, Any] = {
+    "model": "gpt2",
+    "method": "low-rank",
+    "optimizer": "muon",
+    "gradient": "eggroll",
+    "rank": 0.5,
+}
+OTHERS |= {
+    "size": "20m",
+    "shape": {"hidden_size": 64},
+    "options": {"alpha": 1e-3},
+    "targets": ["mlp"],
+    "exclude": ["x"],
+}
+OTHERS |= {"checkpoint": "blocks", "attention": "eager", "precision": "bf16", "data": "my_texts", "validation": "other"}
+OTHERS |= {"text_column": "body", "tokenizer": "bytes", "vocab_size": 300, "documents": "padded", "decay": "all"}
+OTHERS |= {"betas": [0.8, 0.99], "report_to": ["tensorboard"], "micro_batch_size": 2, "data_seed": 7}
+
+
+def other_value(field: "dataclasses.Field[Any]") -> Any:
+    """A value of a setting that is not its default."""
+    if field.name in OTHERS:
+        return OTHERS[field.name]
+    return not field.default if isinstance(field.default, bool) else field.default * 2
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Recipe), ids=lambda field: field.name)
+def test_every_setting_is_reached_by_set(field: "dataclasses.Field[Any]") -> None:
+    wanted = other_value(field)
+    text = yaml.safe_dump(wanted, default_flow_style=True).removesuffix("\n").removesuffix("\n...")
+    recipe = recipe_of(None, {"assignments": (f"{field.name}={text}",)})
+    assert getattr(recipe, field.name) == wanted != getattr(Recipe(), field.name)
+
+
+def test_everyday_settings_have_a_flag_and_others_have_none() -> None:
+    flags = {option.name for option in cli.commands["pretrain"].params} - {"recipe", "out", "resume", "dry_run"}
+    assert flags == {*settings_with("everyday"), "assignments"} and 18 <= len(flags) <= 25
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 1e-3),
+        ("-2.5E+4", -2.5e4),
+        ("[1e-3, 2]", [1e-3, 2]),
+        ("7", 7),
+        ("true", True),
+        ("null", None),
+        ("low-rank", "low-rank"),
+        ("{mlp: 0.5}", {"mlp": 0.5}),
+        ("1e3-model", "1e3-model"),
+    ],
+)
+def test_values_are_yaml_and_powers_of_ten_are_numbers(text: str, value: Any) -> None:
+    assert value_of(text) == value and type(value_of(text)) is type(value)
+
+
+def test_dotted_names_are_entries_of_mappings() -> None:
+    given = ("shape.hidden_size=64", "optimizer.update_gap=500", "options.alpha=1e-2")
+    recipe = recipe_of(None, {"method": "cola", "optimizer": "galore", "assignments": given})
+    assert recipe.shape == {"hidden_size": 64} and recipe.options == {"alpha": 0.01}
+    assert recipe.optimizer == {"galore": {"update_gap": 500}}
+
+
+def test_flags_win_over_a_recipe_by_name() -> None:
+    recipe = recipe_of("cola-60m", {"lr": 1.0, "assignments": ("clip=0",)})
+    assert (recipe.lr, recipe.clip, recipe.batch_size) == (1.0, 0, Recipe.read("cola-60m").batch_size)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"assignments": ("weight_dekay=1",)}, "unknown setting 'weight_dekay'; did you mean 'weight_decay'"),
+        ({"assignments": ("shap.hidden_size=1",)}, "unknown setting 'shap'; did you mean 'shape'"),
+        ({"assignments": ("lr.first=1",)}, "lr is one value and has no entry 'first'"),
+        ({"assignments": ("lr",)}, "--set must be NAME=VALUE, for example weight_decay=0.1, got 'lr'"),
+        ({"assignments": ("betas=[1",)}, "a value must be valid YAML"),
+        ({"assignments": ("lr=1", "lr=2")}, "lr is given twice, by --set and by --set"),
+        ({"assignments": ("lr=1",), "lr": 2.0}, "lr is given twice, by --lr and by --set"),
+        ({"options": ("alpha",)}, "--option must be NAME=VALUE"),
+    ],
+)
+def test_what_set_refuses(flags: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        recipe_of(None, flags)
+
+
+def test_a_setting_that_belongs_to_another_flag_is_refused() -> None:
+    with pytest.raises(ValueError, match="use --seeds"):
+        recipe_of(None, {"assignments": ("seed=1",)}, own={"seed": "--seeds"})
+
+
+def test_flags_that_were_not_given_change_nothing() -> None:
+    assert changes_of({"lr": None, "targets": (), "assignments": ()}) == {}
+
+
+# ---- the group
+
+
+@pytest.mark.parametrize("name", cli.commands)
+def test_every_command_has_help(name: str, in_this_process) -> None:
+    code, out, _ = in_this_process(name, "--help")
+    assert code == 0 and "Usage:" in out and "--help" in out
+    command = cli.commands[name]
+    assert all(option.help for option in command.params if isinstance(option, click.Option)), (
+        "every flag says what it does"
+    )
+    assert getattr(importlib.import_module(f"lorank.cli.{name}"), name) is command, "one command, one file"
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    code = "import sys; sys.argv = ['lorank', '--help']; from lorank.cli import main\n"
+    code += "try: main()\nexcept SystemExit: pass\n"
+    code += "print([name for name in ('torch', 'transformers', 'datasets', 'rich', 'numpy') if name in sys.modules])"
+    out = subprocess.check_output([sys.executable, "-c", code], text=True)
+    assert out.strip().endswith("[]") and "pretrain" in out
+
+
+def test_version_is_the_environment_block_of_a_report(in_this_process) -> None:
+    code, out, _ = in_this_process("--version")
+    names = [line.split()[0] for line in out.splitlines()]
+    assert code == 0 and names == ["lorank", "Python", *PACKAGES, "platform", "device"]
+    assert all(len(line.split()) > 1 for line in out.splitlines())
+
+
+def test_papers_are_listed_and_printed(in_this_process) -> None:
+    code, out, _ = in_this_process("papers")
+    assert code == 0 and "arXiv 2502.10940" in out and "sltrain" in out
+    code, out, _ = in_this_process("papers", "sst", "--json")
+    assert code == 0 and {cell["paper"] for cell in json.loads(out)["cells"]} == {"sst"}
+
+
+def test_recipes_are_found_by_name_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, _, err = in_this_process("pretrain", "cola-61m")
+    assert code == 2 and "name a YAML file or one of" in err and "cola-60m" in err

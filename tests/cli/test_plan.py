@@ -1,0 +1,62 @@
+"""lorank plan: tables for people, records for programs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+PLAN = ["plan", "--size", "tiny", "--set", "vocab_size=300", "--sequence-length", "32", "--method", "dense,cola-m"]
+
+
+def test_plan_prints_tables_narrow_enough_for_a_terminal(lorank) -> None:
+    code, out, err = lorank(*PLAN, "--fits", 1, "--tokens", "1B", "--accelerator", "l4", "--devices", 1)
+    assert code == 0, err
+    for word in (
+        "cola-m",
+        "in the blocks",
+        "peak",
+        "A run of 1 G tokens on L4",
+        "What fits in 1 GiB",
+        "Assumed",
+        "$0.60",
+    ):
+        assert word in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_plan_for_programs(lorank) -> None:
+    code, out, err = lorank(*PLAN, "--price", 9, "--watts", 100, "--flops", 1e14, "--utilisation", 0.5, "--json")
+    assert code == 0, err
+    dense, cola = json.loads(out)["forecasts"]
+    assert (dense["method"], cola["method"]) == ("dense", "cola-m")
+    assert dense["dollars"] == pytest.approx(9 * 8 * dense["hours"])
+    assert dense["hours"] * 3600 * 8 * 5e13 == pytest.approx(dense["flops_per_token"] * dense["tokens"])
+    code, out, _ = lorank(*PLAN, "--flops", 1e14, "--precision", "fp32", "--json")
+    assert [one["accelerator_flops"] for one in json.loads(out)["forecasts"]] == [1e14, 1e14], "given for any precision"
+    code, out, _ = lorank(*PLAN, "--csv")
+    header, *rows = out.strip().splitlines()
+    assert code == 0 and len(rows) == 2 and header.startswith("shape,method,rank")
+
+
+def test_plan_of_a_configuration(lorank, tmp_path: Path) -> None:
+    shape = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    code, out, err = lorank("plan", "--model", tmp_path / "config.json", "--method", "cola", "--sequence-length", 32)
+    assert code == 0 and "cola" in out, err
+
+
+def test_plan_of_recipes(lorank, tmp_path: Path) -> None:
+    common = "size: tiny\nvocab_size: 300\nsequence_length: 32\nsteps: 40\nwarmup_steps: 4\ntokenizer: no/such\n"
+    for name, text in (("dense", "method: dense\n"), ("mine", "method: galore\noptions: {update_gap: 5}\n")):
+        (tmp_path / f"{name}.yaml").write_text(common + text)
+    files = [tmp_path / "dense.yaml", tmp_path / "mine.yaml"]
+    code, out, err = lorank("plan", *files)
+    assert code == 0, err
+    assert "A run of 10.2 k tokens" in out and "galore" in out and max(map(len, out.splitlines())) <= 80
+    flags = ["--option", "in_backward=true", "--targets", "mlp", "--precision", "bf16", "--json"]
+    code, out, err = lorank("plan", files[1], *flags)
+    [record] = json.loads(out)["forecasts"]
+    assert record["options"] == {"in_backward": True} and record["devices"] == 1 and record["precision"] == "bf16"
+    assert (record["recipe"], record["steps"], record["batch_size"]) == (str(files[1]), 40, 8)
+    code, out, err = lorank("plan", files[0], "--size", "1b")
+    assert code == 2 and "a recipe has its own model and method" in err

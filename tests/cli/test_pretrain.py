@@ -1,0 +1,74 @@
+"""lorank pretrain, and evaluate and generate on what it made."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+
+def test_pretrain_evaluate_generate(lorank, trained: Path, text: Path) -> None:
+    code, out, _ = lorank("evaluate", trained, "--data", text, "--sequence-length", 32, "--json")
+    figures = json.loads(out)
+    assert code == 0 and figures["perplexity"] > 1
+    # the biased figure is lower whenever the loss is positive
+    assert figures["published_compatible_perplexity"] < figures["perplexity"]
+    code, out, _ = lorank("evaluate", trained, "--data", text, "--sequence-length", 32)
+    assert code == 0 and "perplexity (unbiased)" in out and "published-compatible" in out and "bits per byte" in out
+    code, first, _ = lorank("generate", trained, "--prompt", "line 1", "--max-new-tokens", 8, "--seed", 1)
+    assert code == 0 and first.startswith("line 1")
+    assert lorank("generate", trained, "--prompt", "line 1", "--max-new-tokens", 8, "--seed", 1)[1] == first
+
+
+def test_a_recipe_file_and_flags_have_the_same_names(lorank, text: Path, tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text(
+        f"data: {text}\nvocab_size: 300\nsequence_length: 32\nbatch_size: 4\nmethod: low-rank\n"
+    )
+    code, _, err = lorank("pretrain", "my.yaml", "--steps", 2, "--warmup-steps", 1, "--rank", "0.2", "--out", "run")
+    assert code == 0, err
+    config = json.loads((tmp_path / "run/config.json").read_text())
+    assert (config["lorank"]["method"], config["lorank"]["arguments"]["rank"]) == ("low-rank", 0.2)
+
+
+def test_dry_run_shows_what_becomes_what_and_writes_nothing(lorank, tmp_path: Path) -> None:
+    code, out, _ = lorank("pretrain", "--size", "60m", "--set", "vocab_size=32000", "--dry-run")
+    assert code == 0 and not list(tmp_path.iterdir())
+    assert "58,073,600" in out and "42,770,944" in out and "q_proj" in out and "rank=128" in out
+    assert "weights" in out and "activations" in out
+
+
+def test_dry_run_of_another_architecture(lorank) -> None:
+    code, out, _ = lorank("pretrain", "--model", "gpt2", "--method", "cola-m", "--dry-run")
+    assert code == 0 and "c_attn.query" in out and "recompute" in out
+
+
+def test_ctrl_c_leaves_a_run_that_resumes(text: Path, quick: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lorank", "pretrain", "--data", text, *quick, "--out", tmp_path / "run"]
+    command = [*map(str, command), "--steps", "100000", "--set", "log_every=1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (tmp_path / "run/metrics.jsonl").exists() and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "--resume" in out and "Traceback" not in err
+    assert list((tmp_path / "run").glob("checkpoint-*/trainer_state.json"))
+
+
+@pytest.mark.parametrize("policy", ["none", "bottlenecks", "bottlenecks+attention", "blocks"])
+def test_every_checkpoint_policy_is_a_flag(lorank, policy: str) -> None:
+    code, out, err = lorank(
+        "pretrain", "--set", "vocab_size=300", "--sequence-length", "32", "--checkpoint", policy, "--dry-run"
+    )
+    assert code == 0, err
+    assert ("recompute" in out) == (policy != "none")
+
+
+def test_under_torchrun_only_the_first_process_speaks(lorank, trained: Path, text: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    code, out, err = lorank("evaluate", trained, "--data", text, "--sequence-length", 32)
+    assert (code, out, err) == (0, "", "")
