@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, recipe_flags, recipe_of
+from lorank.cli.flags import SETTINGS, changes_of, recipe_flags, recipe_of
 
 OWN = {"method": "--method", "seed": "--seeds"}
 
@@ -16,15 +16,21 @@ OWN = {"method": "--method", "seed": "--seeds"}
 @click.command(context_settings=SETTINGS)
 @click.argument("recipe", required=False)
 @click.option(
-    "--method", "methods", multiple=True, metavar="METHOD", help="A contestant, or NAME=METHOD; once for each."
+    "--method",
+    "methods",
+    multiple=True,
+    metavar="METHOD",
+    help="A contestant: METHOD, several joined by + such as cola+galore, or NAME=METHOD; may be repeated.",
 )
 @click.option(
     "--seeds",
     default="42",
     metavar="N,N...",
-    help="Seeds of every contestant, of initial values and the order of data; several give intervals.",
+    help="Seeds of each contestant, for initial values and the order of data; several give intervals.",
 )
-@click.option("--sweep", multiple=True, metavar="NAME=V,V...", help="Values of a setting of which each takes its best.")
+@click.option(
+    "--sweep", multiple=True, metavar="NAME=V,V...", help="Values to try for a setting; each contestant uses its best."
+)
 @click.option(
     "--for", "own", nargs=2, multiple=True, metavar="CONTESTANT NAME=V,V...", help="A contestant's own value or values."
 )
@@ -32,7 +38,7 @@ OWN = {"method": "--method", "seed": "--seeds"}
     "--match",
     type=click.Choice(["tokens", "flops", "time", "params", "memory"]),
     default="tokens",
-    help="What is the same for all: the first contestant's. flops and time change steps, params and memory rank or width.",
+    help="What is made equal to the first contestant's. flops and time change steps, params and memory change rank or width.",
 )
 @click.option(
     "--tasks",
@@ -46,20 +52,21 @@ OWN = {"method": "--method", "seed": "--seeds"}
 def compare(out: str, resume: str | None, **asked: Any) -> None:
     """Train several methods on the same tokens in the same order, and write a report.
 
-    RECIPE and the flags of `lorank pretrain` are what all have in common. A dense model trained by AdamW and by Muon, and a
-    narrower one of the same architecture (dense-small) run as well. dense-small has the FLOPs per token of the cheapest method;
-    where none saves those, its parameters or memory; and the report says why where there is none. Without --lr or --sweep lr=...
-    a method takes the learning rate that its recipe at that --size names; where there is none, and for dense rows, the best
-    of three. With --lr methods take that, and dense rows the best of it, a third and three times it. The same command again,
-    or --resume, continues what was stopped.
+    RECIPE and the flags of `lorank pretrain` are what all contestants have in common. A dense model trained by AdamW, one
+    trained by Muon, and a narrower one of the same architecture (dense-small) are added. dense-small has the FLOPs per token
+    of the cheapest method, or if no method saves those, its parameters or memory. If none of these can be matched, there is
+    no dense-small, and the report explains why. Without --lr or --sweep lr=... a method uses the learning rate of its recipe
+    at that --size; dense rows, and methods without a recipe, use the best of three. With --lr methods use that rate, and
+    dense rows the best of it, a third of it and three times it. The same command again, or --resume, continues a comparison
+    that was stopped.
     """
     from lorank.cli.console import results_console
-    from lorank.race.compare import Race
-    from lorank.report.comparison import comparison_table, write_results
-    from lorank.report.race import RaceProgress
+    from lorank.race.comparison import Comparison
+    from lorank.report.comparison import comparison_table
+    from lorank.report.progress import ComparisonProgress
 
     console = results_console()
-    watcher = RaceProgress(console)
+    watcher = ComparisonProgress(console)
     if resume:
         source = click.core.ParameterSource.DEFAULT
         context = click.get_current_context()
@@ -68,28 +75,42 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
             raise ValueError(
                 "--resume continues a comparison exactly as it began, so nothing else can be given with it"
             )
-        race = Race.open(resume)
+        comparison = Comparison.open(resume)
     else:
-        race = Race.plan(_comparison(**asked), out, watcher)
+        comparison = Comparison.plan(_settings(**asked), out, watcher)
     try:
-        race.run(watcher, after_each=partial(write_results, whole=False))
-        watcher.say("looking at the weights and writing the report")
-        results = write_results(race)
+        comparison.run(watcher, after_each=partial(_report, whole=False))
+        watcher.say("computing singular values and writing the report")
+        results = _report(comparison, whole=True)
     except KeyboardInterrupt:
-        write_results(race, whole=False)
-        console.print(f"stopped; continue with [bold]lorank compare --resume {race.out}[/bold]", highlight=False)
+        _report(comparison, whole=False)
+        again = f"lorank compare --resume {comparison.out}"
+        console.print(f"stopped; continue with [bold]{again}[/bold]", highlight=False)
         sys.exit(130)
     console.print(comparison_table(results), highlight=False)
     for note in results["notes"]:
         console.print(f"· {note}", markup=False, highlight=False)
-    console.print(f"report: [bold]{race.out}/report.html[/bold]", highlight=False, soft_wrap=True)
+    console.print(f"report: [bold]{comparison.out}/report.html[/bold]", highlight=False, soft_wrap=True)
     rows = [row for row in results["contestants"] if row["kind"] == "method"] or results["contestants"]
     if not any(row["loss"] for row in rows):
         which = "run" if len(rows) == len(results["contestants"]) else "run of a method"
-        raise ValueError(f"every {which} failed; their last words are above, all of them in {race.out}/runs")
+        raise ValueError(
+            f"every {which} failed; the last line of each is above, the whole output in {comparison.out}/runs"
+        )
 
 
-def _comparison(
+def _report(comparison: Any, *, whole: bool) -> dict[str, Any]:
+    """Write results.json and report.html, and return the results."""
+    from lorank.race.results import write_results
+    from lorank.report.comparison import comparison_page
+    from lorank.train.folder import write_whole
+
+    results = write_results(comparison, whole=whole)
+    write_whole(comparison.out / "report.html", comparison_page(results))
+    return results
+
+
+def _settings(
     recipe: str | None,
     methods: tuple[str, ...],
     seeds: str,
@@ -102,20 +123,22 @@ def _comparison(
     """What `lorank compare` was asked for."""
     import yaml
 
-    from lorank.race.contest import Comparison, parse_values
+    from lorank.race.settings import ComparisonSettings, parse_values
+    from lorank.train.recipe import recipes_folder
 
     base = recipe_of(recipe, flags, own=OWN)
     if not all(re.fullmatch(r"\s*[0-9]+\s*", seed) for seed in seeds.split(",")):
-        raise ValueError(f"--seeds {seeds} is not a list of whole numbers such as 1,2,3")
+        raise ValueError(f"--seeds must be whole numbers such as 1,2,3, got {seeds}")
     settings: dict[str, list[Any]] = {}
     for name, values in map(parse_values, sweep):
         settings.setdefault(name, []).extend(values)
-    rate_given = flags["lr"] is not None or (recipe and "lr" in yaml.safe_load(Path(recipe).read_text()))
+    file = Path(recipe) if recipe and Path(recipe).exists() else recipes_folder() / f"{recipe}.yaml"
+    rate_given = "lr" in changes_of(flags) or (recipe and "lr" in yaml.safe_load(file.read_text()))
     each: dict[str, dict[str, list[Any]]] = {}
     for contestant, text in own:
         name, values = parse_values(text)
         each.setdefault(contestant, {}).setdefault(name, []).extend(values)
-    return Comparison(
+    return ComparisonSettings(
         base=base,
         methods=methods,
         seeds=[int(seed) for seed in seeds.split(",")],

@@ -19,17 +19,22 @@ from lorank.cli.flags import SETTINGS
 def demo(out: str, steps: int | None) -> None:
     """Pre-train CoLA and its dense twin on Python's standard library, and compare them."""
     from lorank.cli.console import results_console
+    from lorank.race.demo import run_demo
+    from lorank.report.curves import curves_svg
     from lorank.report.markup import visible
+    from lorank.report.progress import ComparisonProgress
     from lorank.report.tables import runs_table
-    from lorank.train.demo import run_demo
+    from lorank.train.folder import write_whole
 
     console = results_console()
-    summaries = run_demo(Path(out), steps, say=lambda line: console.print(f"[bold]{line}[/bold]", highlight=False))
-    rates = "its best learning rate of one sweep" + (" (of the whole demo, not of this short one)" if steps else "")
+    found = run_demo(Path(out), steps, ComparisonProgress(console))
+    title = "CoLA and its dense twin on Python's standard library"
+    write_whole(Path(out) / "loss.svg", curves_svg(found["curves"], title=title))
+    rates = "its best learning rate of one sweep" + (" (of the full demo, not of this short one)" if steps else "")
     console.rule(f"CoLA and its dense twin: same tokens, each at {rates}")
-    console.print(runs_table(summaries))
-    for method, summary in summaries.items():
+    console.print(runs_table(found["summaries"]))
+    for method, summary in found["summaries"].items():
         console.rule(f"{method} writes", align="left")
         console.print(visible(summary["sample"]), markup=False, highlight=False)
     console.rule()
-    console.print(f"runs and curves: [bold]{out}/dense[/bold], [bold]{out}/cola[/bold], [bold]{out}/loss.png[/bold]")
+    console.print(f"runs and curves: [bold]{out}/dense[/bold], [bold]{out}/cola[/bold], [bold]{out}/loss.svg[/bold]")

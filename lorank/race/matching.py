@@ -1,13 +1,13 @@
-"""A fair race: what each contestant costs, and what is changed so that all spend the same.
+"""A fair comparison: what each contestant costs, and what is changed so that all spend the same.
 
-A contestant is a name and a recipe. Its costs are counted on a model without weights, so that a race is planned before
-anything is trained. What may be matched:
+Costs are counted on a model without weights, so that a comparison is planned before anything is trained. What may be
+matched:
 
 tokens   nothing is changed
-flops    steps, so that steps × tokens per step × FLOPs per token (recomputation and the optimizer's products counted) are
-         those of the first method
+flops    steps, so that steps × tokens per step × FLOPs per token (with recomputation and the optimizer's products) are
+         those of the first contestant
 time     steps, by the throughput measured in a short run
-params   the rank, or where no rank changes it the width of the model; what a method drops after training does not count
+params   the rank, or if no rank changes it, the width of the model; what a method drops after training does not count
 memory   the same, by the estimate of weights, gradients, optimizer state and activations
 """
 
@@ -29,49 +29,45 @@ from lorank import accounting
 from lorank.conversion import method_of
 from lorank.plan.counts import memory, optimizer_flops
 from lorank.race.process import signals_later
-from lorank.train.estimators import build_estimator
-from lorank.train.model import Projection, build_config, build_model, find_projection, written_out
-from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
-from lorank.train.recipe import Recipe
+from lorank.train.build import build_estimator
+from lorank.train.methods import methods_of, optimizer_groups, title_of, written_out
+from lorank.train.model import build_config, build_model
+from lorank.train.recipe import Recipe, settings_with
 
 Match = Literal["tokens", "flops", "time", "params", "memory"]
-FREE_OF_COST = (
-    "lr",
-    "seed",
-    "data_seed",
-    "weight_decay",
-    "decay",
-    "betas",
-    "eps",
-    "clip",
-    "steps",
-    "warmup_steps",
-    "min_lr_ratio",
-)
-"""Settings that change neither a model nor what a step of it costs."""
 CLOSE = 0.02
-"""How far from its target a match by rank or width may stay, as a part of the target."""
+"""How far from its target a match by rank or width may be, as a part of the target."""
 MLP_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "decoder_ffn_dim")
 """What configurations call the width of the MLP; None in one of them is four times the hidden size."""
 ALONG = ("head_dim", "rotary_dim", "word_embed_proj_dim", "embedding_size", "encoder_ffn_dim")
 """Even sizes that follow the hidden size in proportion, where a configuration has them."""
 OTHER_WIDTHS = ("_dim", "_rank", "_width", "_hidden_size", "_intermediate_size")
-"""How the names of further widths end (latent attention, experts, recurrences): who has those is not resized by halves."""
+"""How the names of further widths end (latent attention, experts, recurrences); models that have them are not resized."""
 
 Figure = Literal["parameters", "flops_per_token", "memory_bytes"]
-"""What is counted of a model: its parameters, FLOPs per position with recomputation and the optimizer's products, bytes of
-training one micro-batch."""
+"""What is counted: parameters, FLOPs per position with recomputation and the optimizer's products, or bytes of training on
+one micro-batch."""
+
+
+def is_dense(recipe: Recipe) -> bool:
+    """Whether nothing in the recipe is low-rank: a plain model, autograd, an optimizer that projects nothing."""
+    return title_of(recipe) == "dense"
+
+
+def estimates_gradient(recipe: Recipe) -> bool:
+    """Whether the gradient does not come from autograd."""
+    return "gradient" in methods_of(recipe).gradient.answers()
 
 
 @contextlib.contextmanager
 def _trying() -> Iterator[None]:
-    """Models that are built inside have no weights; nothing is said of ranks beyond break-even."""
+    """Models that are built inside have no weights, and there are no warnings about ranks beyond break-even."""
     with warnings.catch_warnings(action="ignore"), torch.device("meta"):
         yield
 
 
 class Costs:
-    """Counts models of a race, each figure once."""
+    """Counts the models of a comparison, each figure once."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -80,7 +76,7 @@ class Costs:
     def of(self, figure: Figure, recipe: Recipe, config: PretrainedConfig | None = None) -> float:
         """A figure of a recipe, or of its method on the shape of `config`; ValueError as building the model would."""
         config = build_config(recipe, self.tokenizer) if config is None else config
-        free = (*FREE_OF_COST, "optimizer") if figure == "parameters" else FREE_OF_COST
+        free = (*settings_with("free"), *(["optimizer"] if figure == "parameters" else []))
         settings = {name: value for name, value in recipe.to_dict().items() if name not in free}
         key = json.dumps([figure, settings, config.to_dict()], sort_keys=True, default=str)
         if key not in self._known:
@@ -96,40 +92,40 @@ class Costs:
         Raises:
             ValueError, ImportError: as the run would.
         """
-        free = [name for name in FREE_OF_COST if name != "lr"] if recipe.method == "eggroll" else FREE_OF_COST
-        settings = {name: value for name, value in recipe.to_dict().items() if name not in free}
+        settings = {name: value for name, value in recipe.to_dict().items() if name not in settings_with("free")}
         key = json.dumps(["check", settings], sort_keys=True, default=str)
         if key not in self._known:
             with signals_later(), _trying():
                 model = build_model(recipe, build_config(recipe, self.tokenizer))
-                projection = find_projection(recipe, model)
+                groups = optimizer_groups(recipe, model)
                 estimator = build_estimator(recipe, model)
             if estimator is None:
-                _try_optimizer(recipe, model, projection)
+                _try_optimizer(recipe, groups)
             self._known[key] = 1.0
 
 
-def _try_optimizer(recipe: Recipe, model: PreTrainedModel, projection: Projection | None) -> None:
-    matrix: Any = torch.nn.Linear(4, 4, bias=False)
-    method = method_of(model)
-    settings: dict[str, Any] = {name: getattr(recipe, name) for name in ("lr", "weight_decay", "decay", "betas", "eps")}
-    if projection is not None:
-        kind, _, options = projection
-        build_low_rank_optimizer(matrix, kind, {matrix.weight: 1}, recipe.optimizer, options=options, **settings)
-    else:
-        build_optimizer(matrix, recipe.optimizer, adamw=method.adamw if method else None, **settings)
+def _try_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> None:
+    """Make the optimizer with a small matrix in place of each group's parameters."""
+    small = [{**group, "params": [torch.nn.Parameter(torch.zeros(4, 4))]} for group in groups]
+    for group in small:
+        if "rank" in group:
+            group["rank"] = 1
+    beta1, beta2 = recipe.betas
+    methods_of(recipe).mover.optimizer(small, lr=recipe.lr, betas=(beta1, beta2), eps=recipe.eps)
 
 
 def _count(figure: Figure, recipe: Recipe, model: PreTrainedModel) -> float:
     if figure == "parameters":
         if (method := method_of(model)) is not None:
-            method.finalize(
-                model
-            )  # what is saved and reported: MASA's is without the network that made its coefficients
+            method.finalize(model)  # what is saved and reported: MASA drops the network that made its coefficients
         return accounting.count_parameters(model).total
     length, batch = recipe.sequence_length, recipe.micro_batch_size or recipe.batch_size
     if figure == "flops_per_token":
-        passes = accounting.measure_flops(model, batch=batch, sequence_length=length).total / (batch * length)
+        estimator = build_estimator(recipe, model)
+        if estimator is not None:
+            passes = estimator.flops_per_token
+        else:
+            passes = accounting.measure_flops(model, batch=batch, sequence_length=length).total / (batch * length)
         return passes + optimizer_flops(recipe, model) / (recipe.batch_size * length)
     return memory(recipe, model, batch, devices=1).total_bytes
 
@@ -191,8 +187,8 @@ def _widths(config: PretrainedConfig) -> tuple[int, str]:
 
 
 def _hidden_unit(config: PretrainedConfig) -> int:
-    """What hidden sizes are multiples of: each head then has an even number of rotary positions, also where they turn a part
-    of it only."""
+    """Hidden sizes are multiples of this, so that each head has an even number of rotary positions, even if only a part of
+    the head is rotated."""
     rotary = getattr(config, "rope_parameters", None) or {}
     part = rotary.get("partial_rotary_factor") or 1.0
     return 2 * Fraction(part).limit_denominator(64).denominator * config.num_attention_heads
@@ -203,8 +199,8 @@ def choose_width(
 ) -> PretrainedConfig:
     """`config` at the width whose `measure` is nearest to `target`.
 
-    Blocks and heads stay. The hidden size is as near as may be to the old proportions; the MLP's width then closes the gap,
-    from the next smaller hidden size where that is not enough.
+    Blocks and heads stay. The hidden size is chosen first, at the old proportions; the MLP's width then closes the gap, at
+    the next smaller hidden size if that is nearer.
 
     Raises:
         ValueError: as `resized`.
@@ -242,7 +238,7 @@ def narrow_to_match(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
         raise ValueError(f"a model of type {whole.model_type!r} is another architecture at another width")
     found = costs.of(by, recipe, config)
     if abs(found - target) > CLOSE * target:
-        raise ValueError(f"no width of {recipe.method} has {by}={target:,.0f}; the nearest has {found:,.0f}")
+        raise ValueError(f"no width of {title_of(recipe)} has {by}={target:,.0f}; the nearest has {found:,.0f}")
     config.save_pretrained(folder)
     mlp = getattr(config, _widths(config)[1])
     shape = f"hidden size {config.hidden_size}, MLP {mlp}, {config.num_hidden_layers} blocks"
@@ -255,8 +251,8 @@ def _parameter_names(recipe: Recipe, config: PretrainedConfig) -> list[str]:
 
 
 def match_structure(recipe: Recipe, costs: Costs, target: float, by: Figure, folder: Path) -> tuple[Recipe, str]:
-    """The recipe with the rank, or where no rank makes a difference the width, whose cost by `by` is nearest to `target`;
-    and what was chosen.
+    """The recipe with the rank, or if no rank makes a difference, the width, whose cost by `by` is nearest to `target`; and
+    what was chosen.
 
     Raises:
         ValueError: it cannot come near.
@@ -268,28 +264,24 @@ def match_structure(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
     def at(rank: int) -> float:
         return costs.of(by, dataclasses.replace(recipe, rank=rank))
 
-    try:
-        lowest, highest = (0.0, 0.0) if recipe.method == "dense" else (at(1), at(most))
-    except ValueError as error:
-        if "no rank" not in str(error):
-            raise
-        lowest = highest = 0.0
+    ranked = any(hasattr(method, "rank") for method in methods_of(recipe))
+    lowest, highest = (at(1), at(most)) if ranked else (0.0, 0.0)
     if lowest == highest:
         try:
             return narrow_to_match(recipe, costs, target, by, folder)
         except ValueError as error:
-            raise ValueError(f"{error}; take --match tokens, or methods whose costs are nearer to each other") from None
+            raise ValueError(f"{error}; use --match tokens, or methods with more similar costs") from None
     rank = nearest(at, target, 1, most)
     if abs(at(rank) - target) > CLOSE * target:
         raise ValueError(
-            f"no rank of {recipe.method} has {by}={target:,.0f}: rank 1 has {lowest:,.0f}, rank {most} {highest:,.0f}; take "
-            "--match tokens, or leave the method out"
+            f"no rank of {title_of(recipe)} has {by}={target:,.0f}: rank 1 has {lowest:,.0f} and rank {most} {highest:,.0f}; use "
+            "--match tokens, or leave out the method"
         )
     return dataclasses.replace(recipe, rank=rank), f"rank {rank}"
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
-    """The recipe at another length: warm-up and evaluations keep their places in it."""
+    """The recipe with another number of steps; warm-up and evaluations keep their share of it."""
     steps = max(1, steps)
     scaled = steps / recipe.steps
     return dataclasses.replace(

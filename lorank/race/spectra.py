@@ -1,4 +1,4 @@
-"""What the weights learned: singular values of every projection of a saved model, averaged over its blocks."""
+"""What the weights learned: singular values of each projection of a saved model, averaged over its blocks."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -24,8 +24,8 @@ POINTS = 60
 def learned_spectra(folder: Path) -> dict[str, dict[str, Any]]:
     """Projection -> rank at 95 % of the energy (as a part of the narrower side, mean over blocks), and the spectrum.
 
-    The energy of W is the sum of its squared singular values. Where a projection is no single linear map, CoLA's
-    B·silu(A·x), it is the product B·A that is looked at. Kept in spectra.json beside the model.
+    The energy of W is the sum of its squared singular values. If a projection is not one linear map, as CoLA's
+    B·silu(A·x), the singular values are those of B·A. Kept in spectra.json next to the model.
     """
     kept = folder / "spectra.json"
     if kept.exists():
@@ -48,7 +48,7 @@ def learned_spectra(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def projections(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(last part of the name, matrix [d_out, d_in]) of every projection of every block."""
+    """(last part of the name, matrix [d_out, d_in]) of each projection of each block."""
     method = method_of(model)
     for place in places(model):
         weight, _ = linear_part(place.module, method)
@@ -57,7 +57,7 @@ def projections(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def effective_rank(sigma: Tensor) -> float:
-    """r(0.95) over the number of singular values: how many hold 95 % of the energy."""
+    """r(0.95) over the number of singular values: the share of them that holds 95 % of the energy."""
     return spectrum.effective_rank(sigma, ENERGY) / len(sigma)
 
 

@@ -1,4 +1,4 @@
-"""How sure one may be of a mean over a few seeds: Student's t interval, without SciPy."""
+"""How certain a mean over a few seeds is: Student's t interval, without SciPy."""
 
 import functools
 import math
@@ -10,7 +10,7 @@ LEVEL = 0.95
 
 
 class Interval(NamedTuple):
-    """A mean and its two-sided confidence interval, which is not a number where there is one value only."""
+    """A mean and its two-sided confidence interval, which is NaN if there is only one value."""
 
     mean: float
     low: float

@@ -1,6 +1,6 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a trained model; an extra: pip install 'lorank[eval]'.
+"""Tasks of EleutherAI's lm-evaluation-harness on a trained model. The harness is an extra: pip install 'lorank[eval]'.
 
-A task is a name of the harness's own, or a YAML file in its format.
+A task is a name that the harness knows, or a YAML file in its format.
 """
 
 import logging
@@ -8,14 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lorank.train.saved import load_model
+
 
 def is_file(task: str) -> bool:
-    """Whether a task is named by its YAML file."""
+    """Whether a task is given as a YAML file."""
     return task.endswith((".yaml", ".yml"))
 
 
 def check_tasks(tasks: Sequence[str]) -> None:
-    """Load the tasks with their data, so that nothing is trained for an evaluation that cannot be.
+    """Load the tasks with their data, so that an evaluation that cannot work is refused before training.
 
     Raises:
         ValueError: the harness is not installed, or a task does not exist or cannot be loaded.
@@ -29,24 +31,22 @@ def check_tasks(tasks: Sequence[str]) -> None:
     for task in tasks:
         if is_file(task):
             if not Path(task).is_file():
-                raise ValueError(f"--tasks {task}: there is no such file")
+                raise ValueError(f"--tasks {task}: this file does not exist")
         elif task not in manager.all_tasks:
-            raise ValueError(f"lm-evaluation-harness knows no task {task!r}; list them with: lm-eval ls tasks")
+            raise ValueError(f"lm-evaluation-harness has no task {task!r}; list them with: lm-eval ls tasks")
     try:
         manager.load(list(tasks))
-    except Exception as error:  # whatever a YAML file or a data set that cannot be had makes of itself
+    except Exception as error:  # anything: a broken YAML file, a data set that cannot be downloaded
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"--tasks {','.join(tasks)} cannot be loaded: {reason}") from error
 
 
 def run_tasks(folder: Path, tasks: Sequence[str], *, batch_size: int = 8) -> dict[str, dict[str, Any]]:
-    """Task -> "METRIC,FILTER" as the harness names them -> value, of the model saved in `folder`."""
+    """Task -> "METRIC,FILTER" as the harness names them -> value, for the model saved in `folder`."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
-    from lorank.train.saved import load_model
-
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of everything that is not named on its command line
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of everything that is not on its command line
     model, tokenizer = load_model(str(folder))
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
     found = lm_eval.simple_evaluate(model=harness, tasks=list(tasks), task_manager=_manager(tasks))["results"]
@@ -57,7 +57,7 @@ def run_tasks(folder: Path, tasks: Sequence[str], *, batch_size: int = 8) -> dic
 
 
 def _manager(tasks: Sequence[str]) -> Any:
-    """What knows the tasks; the harness's own, of which there are thousands, only where one is wanted."""
+    """What finds the tasks. The thousands that the harness brings are read only if one of them is asked for."""
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_defaults=not all(map(is_file, tasks)))

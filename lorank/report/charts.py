@@ -14,11 +14,9 @@ from typing import NamedTuple
 
 Format = Callable[[float], str]
 LATE = 0.06
-"""Part of a run whose steep beginning does not decide how high a chart reaches."""
-
-
+"""Part of a run, at its beginning, whose steep losses do not decide how high a chart reaches."""
 LEAST_SPAN = 0.3
-"""Of a cost axis, as a part of its largest value: what differs by a hair must not look far apart."""
+"""Of a cost axis, as a part of its largest value, so that almost equal costs do not look far apart."""
 
 
 class Series(NamedTuple):
@@ -113,7 +111,7 @@ def line_chart(
     parts.append("</g>")
     if label_lines:
         tails = [(across(one.points[-1][0]), up(one.points[-1][1]), one) for one in series if one.points]
-        early = [tail for tail in tails if tail[0] < across.end - 40]  # these are named where they end
+        early = [tail for tail in tails if tail[0] < across.end - 40]  # labelled where they end
         late_ones = [tail for tail in tails if tail not in early]
         parts += _labels(late_ones, across.end + 8, (up.end, up.start))
         lines = [spot for one in series for spot in _along([(across(x), up(y)) for x, y in one.points])]
@@ -136,7 +134,7 @@ def scatter_chart(
     y_format: Format,
     what: str = "",
 ) -> str:
-    """One point per series, its interval, its name, and the front that no other point beats in both directions."""
+    """One point per series, its interval, its name, and the Pareto front: points that no other beats in both directions."""
     width, height = size
     points = [(x, y) for one in series for x, y in one.points]
     if not points:
@@ -150,7 +148,7 @@ def scatter_chart(
     reach = most - least or most
     up = Axis(*_padded(max(min(lows), least - reach), min(max(highs), most + reach), 0.14), height - 40, 22)
     parts = _frame(across, up, size, x_title, y_title, x_format)
-    front, strokes = pareto_front(points), []  # what names should not lie on
+    front, strokes = pareto_front(points), []  # names should not lie on strokes
     if len(front) > 1:
         steps = [front[0]]
         for (_, y), (next_x, next_y) in itertools.pairwise(front):
@@ -177,7 +175,7 @@ def scatter_chart(
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those that no other point beats or equals in both coordinates, from left to right.
+    """The points that no other point beats or equals in both coordinates, from left to right.
 
     >>> pareto_front([(1, 5), (2, 3), (3, 4), (4, 1)])
     [(1, 5), (2, 3), (4, 1)]
@@ -234,7 +232,7 @@ def _frame(across: Axis, up: Axis, size: tuple[int, int], x_title: str, y_title:
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Places near those wanted, at least `gap` apart where there is room, in the same order.
+    """Positions near those wanted, at least `gap` apart if there is room, in the same order.
 
     >>> spread([10, 12, 50], 10, 0, 100)
     [6.0, 16.0, 50.0]
@@ -266,7 +264,7 @@ def _labels(tails: Sequence[tuple[float, float, Series]], x: float, limits: tupl
 
 
 def _along(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Places on a line, close together."""
+    """Points on a line, close together."""
     found = []
     for (x, y), (next_x, next_y) in itertools.pairwise(points):
         pieces = max(1, round(math.hypot(next_x - x, next_y - y) / 8))
@@ -284,11 +282,11 @@ class _Spot(NamedTuple):
     box: tuple[float, float, float, float]
     """Left, top, right, bottom."""
     far: bool
-    """Too far from the point to do without a line to it."""
+    """So far from the point that it needs a line to it."""
 
 
 def _spots(x: float, y: float, name: str) -> list[_Spot]:
-    """Around the point, then further off."""
+    """Around the point, then further away."""
     wide, found = len(name) * 7.2, []
     for reach in (0, 18, 36, 60):
         for aside, below in ((1, 0), (-1, 0), (0, -1), (0, 1), (1, -1), (1, 1), (-1, -1), (-1, 1)):
@@ -305,8 +303,8 @@ def _point_labels(
     heights: tuple[float, float],
     lines: Sequence[tuple[float, float]] = (),
 ) -> list[str]:
-    """Names beside their points, where they cover neither each other, nor points, nor lines, and are nearer to their own point
-    than to others, as far as may be: each takes the best place that the others leave, in a few rounds."""
+    """Names next to their points, as far as possible without covering each other, points or lines, and nearer to their own
+    point than to others: each takes the best place that the others leave, in a few rounds."""
     placed: dict[int, _Spot] = {}
 
     def cost(k: int, spot: _Spot) -> float:

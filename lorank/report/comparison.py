@@ -1,322 +1,236 @@
-"""What came out of a comparison, as one dictionary (results.json) and as a table for the terminal."""
+"""A comparison for its reader: report.html, one file with everything in it, and a table for the terminal.
 
-import json
+Both show the dictionary of results.json (`lorank.race.results`). The page suits any browser, a telephone, day and night.
+"""
+
 import math
-import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import yaml
 from rich.table import Table
 
-import lorank
-from lorank.race.compare import PROBE_STEPS, Race, Run
-from lorank.race.contest import Candidate, Contestant
-from lorank.race.statistics import LEVEL, mean_interval
-from lorank.report.html import write_report
-from lorank.report.markup import settings_text
+from lorank.report import figures
+from lorank.report.markup import (
+    between,
+    cell,
+    duration,
+    escape,
+    memory,
+    name_cell,
+    page,
+    percent,
+    section,
+    settings_text,
+    signed,
+    table,
+)
 from lorank.report.tables import quantity
-from lorank.train.folder import history, write_whole
 
-CLOSE_ENOUGH = 0.03
-"""How far from one the ratio of what was matched may be without a note."""
-FORMAT = 1
-"""Of results.json; raised when a key changes its meaning."""
+Row = Mapping[str, Any]
+MATCHED = {
+    "tokens": "tokens",
+    "flops": "training FLOPs",
+    "time": "training time",
+    "params": "parameters",
+    "memory": "memory (estimated)",
+}
 
 
-def gather(race: Race) -> dict[str, Any]:
-    """All results there are by now. Losses in nats per token, times in seconds of training without evaluations."""
-    seeds = race.comparison.seeds
-    failures = race.failures()
-    rows = [_row(race, contestant, failures) for contestant in race.contestants]
-    baseline = min(rows, key=_baseline_rank)
+def comparison_page(results: Mapping[str, Any]) -> str:
+    """report.html, which refers to nothing outside itself."""
+    rows = [row for row in results["contestants"] if row["loss"]]
+    style = styles(results["contestants"])
+    sections = [
+        _head(results, rows),
+        _table(results, style),
+        figures.curves(results, rows, style),
+        figures.pareto(rows, style),
+        figures.tuning(results["contestants"], style),
+        figures.spectra(rows, style),
+        _tasks(rows, style),
+        _samples(rows, style),
+        _reproduce(results),
+    ]
+    return page(_title(results), sections, f"Made by lorank {results['lorank']}; the same figures are in results.json.")
+
+
+def styles(rows: Sequence[Row]) -> dict[str, str]:
+    """Contestant -> classes of its line: methods in colour, dense rows grey, each with other dashes."""
+    found, grey, colour = {}, 0, 0
     for row in rows:
-        row["difference"] = _difference(row, baseline)
-    finished = sum(run["status"] == "finished" for row in rows for run in _all_runs(row))
-    results = {
-        "format": FORMAT,
-        "lorank": lorank.__version__,
-        "settings": race.comparison.to_dict(),
-        "corpus": race.facts["corpus"],
-        "seeds": list(seeds),
-        "confidence": LEVEL,
-        "baseline": baseline["name"],
-        "finished_runs": finished,
-        "planned_runs": race.count(),
-        "failures": failures,
-        "match": _match(race, rows),
-        "contestants": rows,
-        "environment": _environment(race),
-    }
-    results["notes"] = _notes(race, results)
-    return results
-
-
-def _baseline_rank(row: Mapping[str, Any]) -> tuple[bool, int]:
-    """The dense model as it is, else another dense one, else the control; one that has come through before all."""
-    return row["loss"] is None, 0 if row["name"] == "dense" else {"dense": 1, "control": 2}.get(row["kind"], 3)
-
-
-def _row(race: Race, contestant: Contestant, failures: Mapping[str, str]) -> dict[str, Any]:
-    first, best = race.comparison.seeds[0], race.best(contestant)
-    tried = []
-    for candidate in contestant.candidates:
-        run = Run(contestant, candidate, first)
-        summary = race.summary(run)
-        tried.append(
-            {
-                "settings": candidate.settings,
-                "status": _status(race, run, failures),
-                "loss": summary["validation_loss_nats_per_token"] if summary else None,
-            }
-        )
-    seeds = race.comparison.seeds if best else [first]
-    runs = [_run(race, Run(contestant, best or contestant.candidates[0], seed), failures) for seed in seeds]
-    done = [run for run in runs if run["status"] == "finished"]
-    row: dict[str, Any] = {
-        "name": contestant.name,
-        "method": contestant.method,
-        "kind": contestant.kind,
-        "chosen": contestant.chosen,
-        "like": contestant.like,
-        "rate": contestant.rate,
-        "lr": (best or contestant.candidates[0]).recipe.lr,
-        "settings": best.settings if best else None,
-        "edge": _edges(contestant, best),
-        "tried": tried,
-        "runs": runs,
-        "loss": None,
-        "perplexity": None,
-    }
-    if best and done:
-        loss = mean_interval([run["loss"] for run in done])
-        row["loss"] = _numbers(loss._asdict())
-        row["perplexity"] = _numbers(
-            {"mean": math.exp(loss.mean), "low": math.exp(loss.low), "high": math.exp(loss.high)}
-        )
-        row["training_flops"] = best.flops
-        row["memory_estimate_bytes"] = _number(best.memory_bytes)
-        for name in ("tokens", "seconds", "parameters", "block_parameters", "tokens_per_second", "peak_memory_gib"):
-            known = [run[name] for run in done if run[name] is not None]
-            row[name] = statistics.fmean(known) if known else None
-        row["flops_per_token"] = best.flops / row["tokens"]
-        row["sample"] = done[0]["sample"]
-    return row
-
-
-def _run(race: Race, run: Run, failures: Mapping[str, str]) -> dict[str, Any]:
-    folder, summary = race.folder(run), race.summary(run)
-    found: dict[str, Any] = {
-        "seed": run.seed,
-        "folder": str(folder.relative_to(race.out)),
-        "status": _status(race, run, failures),
-    }
-    if summary is not None:
-        found["loss"] = summary.pop("validation_loss_nats_per_token")
-        found |= {name: _number(value) for name, value in summary.items()}
-        rate = found["tokens_per_second"]
-        found["seconds"] = found["tokens"] / rate if rate else None
-        records = list(history(folder))
-        clock = _clock(records, found["tokens"], rate)
-        found["curve"], found["training"] = _curves(records, run.candidate, clock)
-        if found["curve"]["step"][-1:] != [found["steps"]]:
-            end = {"step": found["steps"], "tokens": found["tokens"], "loss": found["loss"]}
-            end |= {"flops": run.candidate.flops, "seconds": clock(found["tokens"])}
-            for name, value in end.items():
-                found["curve"][name].append(value)
-        about = json.loads((folder / "run.json").read_text())
-        found["data_hash"], found["environment"] = about["data_hash"], about
+        if row["kind"] == "method":
+            found[row["name"]], colour = f"s{colour % 8}", colour + 1
+        else:
+            found[row["name"]], grey = ("g2" if row["kind"] == "control" else f"g{grey % 2}"), grey + 1
     return found
 
 
-def _status(race: Race, run: Run, failures: Mapping[str, str]) -> str:
-    if race.summary(run) is not None:
-        return "finished"
-    if run.key in failures:
-        return "failed"
-    return "unfinished" if (race.folder(run) / "recipe.yaml").exists() else "not started"
+def _title(results: Mapping[str, Any]) -> str:
+    names = [row["name"] for row in results["contestants"] if row["kind"] == "method"]
+    if not names:
+        return "Dense models compared"
+    listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"{listed} against dense training"
 
 
-def _clock(records: Sequence[Mapping[str, Any]], tokens: int, rate: float | None) -> Callable[[float], float]:
-    """Seconds of training, slow steps included, by tokens seen: at the rate of the log line that has them, after the last one at the
-    typical `rate`."""
-    marks = [(0.0, 0.0)]
-    for seen, speed in [(one["tokens"], one.get("tokens_per_second")) for one in records] + [(tokens, rate)]:
-        if speed and seen > marks[-1][0]:
-            marks.append((seen, marks[-1][1] + (seen - marks[-1][0]) / speed))
-    at, seconds = zip(*marks, strict=True)
-    return lambda seen: float(np.interp(seen, at, seconds))
-
-
-def _curves(
-    records: Sequence[Mapping[str, Any]], candidate: Candidate, clock: Callable[[float], float]
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """(validation, training) loss against steps, tokens, FLOPs and seconds of training."""
-    found: list[dict[str, list[float]]] = [
-        {name: [] for name in ("step", "tokens", "flops", "seconds", "loss")} for _ in range(2)
-    ]
-    for record in records:
-        curve = found[0] if "eval_perplexity" in record else found[1]
-        loss = record.get("eval_loss_nats_per_token", record.get("loss_nats_per_token"))
-        if loss is not None and math.isfinite(loss):
-            flops = candidate.flops * record["step"] / candidate.recipe.steps
-            values = (record["step"], record["tokens"], flops, clock(record["tokens"]), loss)
-            for name, value in zip(curve, values, strict=True):
-                curve[name].append(value)
-    return found[0], found[1]
-
-
-def _edges(contestant: Contestant, best: Candidate | None) -> list[str]:
-    """Swept numbers whose best value is the smallest or largest that was tried: a better one may lie beyond."""
-    edges = []
-    for name in best.settings if best else ():
-        values = {candidate.settings[name] for candidate in contestant.candidates}
-        if len(values) > 1 and all(isinstance(value, int | float) for value in values):
-            edges += [name] if best and best.settings[name] in (min(values), max(values)) else []
-    return edges
-
-
-def _difference(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Loss minus the baseline's, paired by seed: a seed fixes the order of the data for all."""
-    ours, theirs = ({run["seed"]: run["loss"] for run in one["runs"] if "loss" in run} for one in (row, baseline))
-    pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
-    return _numbers(mean_interval(pairs)._asdict()) if pairs and row is not baseline else None
-
-
-def _match(race: Race, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was to be equal, and how equal it is: each contestant's figure over the first one's."""
-    by = race.comparison.match
-    figure = {
-        "tokens": "tokens",
-        "flops": "training_flops",
-        "time": "seconds",
-        "params": "parameters",
-        "memory": "memory_estimate_bytes",
-    }[by]
-    first = rows[0].get(figure) or next((row[figure] for row in rows if row.get(figure)), None)
-    ratios = {row["name"]: row[figure] / first for row in rows if first and row.get(figure)}
-    return {"by": by, "figure": figure, "ratios": ratios}
-
-
-def _notes(race: Race, results: Mapping[str, Any]) -> list[str]:
-    """What a reader must know before believing the table."""
-    notes, rows, seeds = [], results["contestants"], results["seeds"]
-    if results["finished_runs"] < results["planned_runs"]:
-        notes.append(f"{results['finished_runs']} of {results['planned_runs']} runs are finished.")
-    for key, reason in results["failures"].items():
-        notes.append(f"{key} failed: {reason}.")
-    if len(seeds) == 1:
-        notes.append("One seed: there are no intervals, and small differences may be chance.")
-    swept = sorted(
-        {name for row in rows for tried in row["tried"] for name in tried["settings"] if len(row["tried"]) > 1}
+def _head(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    base, by = results["settings"]["base"], results["match"]["by"]
+    tokens = quantity(base["steps"] * base["batch_size"] * base["sequence_length"])
+    facts = {
+        "model": Path(base["model"]).name if base["model"] else f"Llama {base['size']}",
+        "data": results["corpus"],
+        "tokens per run": tokens
+        if by not in ("flops", "time")
+        else f"{tokens} for {results['contestants'][0]['name']}",
+        "equal for all": MATCHED[by],
+        "seeds": ", ".join(map(str, results["seeds"])),
+        "device": str(results["environment"].get("device", "unknown")),
+    }
+    listed = "".join(f"<span>{name} <b>{escape(value)}</b></span>" for name, value in facts.items())
+    notes = "".join(f"<li>{escape(note)}</li>" for note in results["notes"])
+    return (
+        f'<h1>{escape(_title(results))}</h1>\n<p class="lead">{verdict(results, rows)}</p>\n'
+        f'<div class="facts">{listed}</div>' + (f'\n<ul class="notes">{notes}</ul>' if notes else "")
     )
-    if swept:
-        notes.append(
-            f"Each row takes the {', '.join(swept)} with the lowest validation loss of the first seed, which makes that "
-            "seed's figure a little too good."
+
+
+def verdict(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """How the first method compares with the dense rows, in words and HTML."""
+    base = next((row for row in rows if row["name"] == results["baseline"]), None)
+    methods = [row for row in rows if row["kind"] == "method"]
+    if not methods:
+        return "No run of a method has finished." if rows else "No run has finished."
+    method = methods[0]
+    said = f"<b>{escape(method['name'])}</b> reaches a validation perplexity of <b>{_ppl(method)}</b>"
+    if base is not None and base is not method:
+        gap = method["difference"]
+        change = math.expm1(gap["mean"]) if gap else method["perplexity"]["mean"] / base["perplexity"]["mean"] - 1
+        said += (
+            f", {percent(abs(change), 1)} {'above' if change > 0 else 'below'} {escape(base['name'])} ({_ppl(base)}), with "
+            f"{percent(method['training_flops'] / base['training_flops'])} of its training FLOPs and "
+            f"{percent(method['parameters'] / base['parameters'])} of its parameters. {_surely(method['difference'])}"
         )
-    for name in swept:
-        edge = [row["name"] for row in rows if name in row["edge"]]
-        if edge:
-            notes.append(
-                f"The best {name} of {', '.join(edge)} is at the edge of the sweep; a better one may lie beyond."
-            )
-    for rate in dict.fromkeys(row["rate"] for row in rows):
-        here = [f"{row['name']} {row['lr']:g}" for row in rows if row["rate"] == rate]
-        if "not tuned" in rate:
-            notes.append(f"Learning rate {rate}, so it may suit one of them better than another: {', '.join(here)}.")
-    if len({run["data_hash"] for row in rows for run in row["runs"] if "data_hash" in run}) > 1:
-        notes.append("The runs did not see the same data (their hashes differ): this comparison is void.")
-    if why := race.facts.get("no_control"):
-        notes.append(f"There is no dense-small: {why}.")
+    else:
+        said += ". "
+    better = [row for row in rows if row["kind"] == "dense" and _loss(row) < 0]
+    others = [f"{escape(row['name'])} reaches {_ppl(row)}" for row in (*better, *methods[1:])]
+    said += f"{', '.join(others)}. " if others else ""
+    control = next((row for row in rows if row["kind"] == "control"), None)
+    if control is not None:
+        ahead = _loss(control) < _loss(method)
+        judged = f", better than {escape(method['name'])}" if ahead else ""
+        said += f"A plain dense model, made narrower until it has the {escape(control['like'])}, reaches {_ppl(control)}{judged}."
+    return said
+
+
+def _ppl(row: Row) -> str:
+    return f"{row['perplexity']['mean']:.2f}"
+
+
+def _loss(row: Row) -> float:
+    """Loss above the baseline's, over the seeds that both have finished."""
+    return row["difference"]["mean"] if row["difference"] else 0.0
+
+
+def _surely(gap: Mapping[str, Any] | None) -> str:
+    if not gap or gap["low"] is None:
+        return ""
+    sure = gap["low"] > 0 or gap["high"] < 0
+    return (
+        f"Over {gap['number']} seeds the difference in loss is {signed(gap['mean'])} nats (95 % interval "
+        f"{signed(gap['low'])} to {signed(gap['high'])}), {'more than chance' if sure else 'which may be chance'}. "
+    )
+
+
+def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
+    rows, by, seeds = results["contestants"], results["match"]["by"], len(results["seeds"])
+    lowest = min((row["loss"]["mean"] for row in rows if row["loss"]), default=0)
+    ratio = [f"{MATCHED[by]}, ratio"] if by != "tokens" else []
+    titles = ["", "perplexity", f"loss − {results['baseline']}, nats", *ratio, "parameters", "training FLOPs"]
+    titles += ["training time", "peak memory", "settings"]
+    lines = []
     for row in rows:
-        if row["kind"] == "control" and race.comparison.match in ("params", "memory"):
-            notes.append(f"{row['name']} has the {row['like']}, and is not matched by {race.comparison.match}.")
-    return notes + _mismatches(results)
+        name = name_cell(row["name"], style[row["name"]])
+        if not row["loss"]:
+            failed = any(tried["status"] == "failed" for tried in row["tried"])
+            said = "failed, see the notes above" if failed else "not finished"
+            lines.append(f'{name}<td class="none" colspan="{len(titles) - 1}">{said}</td>')
+            continue
+        ppl, gap, number, tried = row["perplexity"], row["difference"], row["loss"]["number"], len(row["tried"])
+        under = [between(ppl, "{:.2f}"), f"{number} of {seeds} seeds" if number < seeds else ""]
+        equal = results["match"]["ratios"].get(row["name"])
+        cells = [
+            cell(_ppl(row), "; ".join(filter(None, under)), "best" if row["loss"]["mean"] == lowest else ""),
+            cell(signed(gap["mean"]), between(gap, "{:+.3f}")) if gap else cell("—"),
+            *([cell(f"{equal:.4f}" if equal else "—")] if ratio else []),
+            cell(quantity(row["parameters"])),
+            cell(quantity(row["training_flops"]), f"{quantity(row['flops_per_token'])} a token"),
+            cell(duration(row["seconds"]), f"{quantity(row['tokens_per_second'])} tokens/s")
+            if row["seconds"]
+            else cell("—"),
+            cell(memory(row["peak_memory_gib"])),
+            cell(
+                settings_text({"lr": row["lr"], **row["settings"]}),
+                f"best of {tried}{', edge' if row['edge'] else ''}" if tried > 1 else row["rate"],
+                "free",
+            ),
+        ]
+        lines.append(name + "".join(cells))
+    chosen = "".join(f" {row['name']}: {row['chosen']}." for row in rows if row["chosen"] != "as it is")
+    intervals = (
+        f"Second lines: 95 % intervals over {seeds} seeds by Student's t. A seed decides initial values and the order of the "
+        "training data, but not which text is held out. The difference is paired by seed. "
+        if seeds > 1
+        else ""
+    )
+    small = (
+        f"{intervals}FLOPs include recomputation and the optimizer's products. Time is that of training steps alone, by the median "
+        "step (the curves include slow steps), and says something only if the machine did no other work. Memory is its measured "
+        f"growth.{chosen}"
+    )
+    return f'<h2>Results</h2>\n{table(titles, lines, stacks=True)}\n<p class="under small">{escape(small)}</p>'
 
 
-def _mismatches(results: Mapping[str, Any]) -> list[str]:
-    """What was to be made equal and did not come out so."""
-    by, notes = results["match"]["by"], []
-    if by == "time":
-        notes.append(
-            f"Times are matched by the speed of {PROBE_STEPS} steps before the race, the ratios are those of the race itself: on a "
-            "machine that does other work they differ."
-        )
-    controls = [
-        row["name"] for row in results["contestants"] if row["kind"] == "control" and by in ("params", "memory")
-    ]
-    for name, ratio in results["match"]["ratios"].items():
-        if abs(ratio - 1) > CLOSE_ENOUGH and name not in controls:
-            notes.append(
-                f"{name} is not matched: its {results['match']['figure'].replace('_', ' ')} came out {ratio:.3g} times those of "
-                f"{results['contestants'][0]['name']}."
-            )
-    return notes
+def _tasks(rows: Sequence[Row], style: Mapping[str, str]) -> str:
+    rows = [row for row in rows if row.get("tasks")]
+    names = list(dict.fromkeys((task, metric) for row in rows for task, one in row["tasks"].items() for metric in one))
+    if not names:
+        return ""
+    lines = []
+    for row in rows:
+        found = [row["tasks"].get(task, {}).get(metric, math.nan) for task, metric in names]
+        lines.append(name_cell(row["name"], style[row["name"]]) + "".join(cell(f"{value:.4g}") for value in found))
+    titles = ["", *(f"{task} {metric.partition(',')[0]}" for task, metric in names)]
+    return section("Tasks", "By lm-evaluation-harness, first seed.", table(titles, lines))
 
 
-def _environment(race: Race) -> dict[str, Any]:
-    for run in race.runs():
-        path = race.folder(run) / "run.json"
-        if path.exists():
-            return json.loads(path.read_text())
-    return {}
+def _samples(rows: Sequence[Row], style: Mapping[str, str]) -> str:
+    if not rows:
+        return ""
+    shown = "".join(
+        f'<figure><h3><i class="key {style[row["name"]]}"></i>{escape(row["name"])}</h3>'
+        f"<pre>{escape(row['sample'].strip())}</pre></figure>"
+        for row in rows
+    )
+    under = "From an empty prompt at temperature 0.8, first seed, not selected."
+    return section("Text they generate", under, f'<div class="samples">{shown}</div>')
 
 
-def _all_runs(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    return [*row["tried"], *row["runs"][1:]]
-
-
-def _number(value: Any) -> Any:
-    """JSON has no NaN."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _number(value) for name, value in values.items()}
-
-
-def write_results(race: Race, *, whole: bool = True) -> dict[str, Any]:
-    """results.json and report.html, from all there is by now.
-
-    Args:
-        whole: also look into the saved models: singular values, and tasks if any were asked for. What was computed once
-            is kept beside the model.
-    """
-    results = gather(race)
-    for row, contestant in zip(results["contestants"], race.contestants, strict=True):
-        best = race.best(contestant)
-        if whole and best is not None:
-            folder = race.folder(Run(contestant, best, race.comparison.seeds[0]))
-            _look_inside(row, folder, race, results["notes"])
-    write_whole(race.out / "results.json", json.dumps(results, indent=1, allow_nan=False))
-    write_whole(race.out / "report.html", write_report(results))
-    return results
-
-
-def _look_inside(row: dict[str, Any], folder: Path, race: Race, notes: list[str]) -> None:
-    """Add what the saved model shows; what goes wrong here must not cost the rest of the report."""
-    from lorank.race.spectra import learned_spectra
-
-    try:
-        row["spectra"] = learned_spectra(folder)
-    except Exception as error:
-        notes.append(f"The singular values of {row['name']} could not be computed: {_one_line(error)}.")
-    if race.comparison.tasks:
-        from lorank.race.tasks import run_tasks
-
-        kept = folder / "tasks.json"
-        try:
-            if not kept.exists():
-                write_whole(kept, json.dumps(run_tasks(folder, race.comparison.tasks)))
-            row["tasks"] = json.loads(kept.read_text())
-        except Exception as error:
-            notes.append(f"The tasks of {row['name']} failed: {_one_line(error)}.")
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def _reproduce(results: Mapping[str, Any]) -> str:
+    about = yaml.safe_dump(results["environment"], sort_keys=False, allow_unicode=True)
+    asked = yaml.safe_dump(results["settings"], sort_keys=False, allow_unicode=True)
+    runs = [f"{run['folder']}  {run['status']}" for row in results["contestants"] for run in row["runs"]]
+    blocks = {
+        "Settings of the comparison": asked,
+        "Environment": about,
+        "Runs shown; each folder holds its recipe.yaml": "\n".join(runs),
+    }
+    return "<h2>How to repeat it</h2>\n" + "".join(
+        f"<details><summary>{title}</summary><pre>{escape(text.strip())}</pre></details>"
+        for title, text in blocks.items()
+    )
 
 
 def comparison_table(results: Mapping[str, Any]) -> Table:

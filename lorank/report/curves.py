@@ -1,62 +1,55 @@
-"""Loss curves as a picture."""
+"""Loss curves as a picture: an SVG file for any browser or drawing program."""
 
-import os
+import html
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-COLOURS = ("#c2410c", "#475569", "#0f766e", "#7c3aed", "#b45309", "#0369a1")
+from lorank.report.charts import Series, line_chart
+from lorank.report.tables import quantity
+
+SIZE = WIDTH, HEIGHT = 960, 500
+MARGIN = 40
+"""Around the chart; the title is above it, the note below."""
 
 
-def draw_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str) -> None:
-    """Training loss (thin) and validation loss (dots) against tokens, one colour per run, as a PNG.
+def curves_svg(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -> str:
+    """Training loss (faint) and validation loss (dots) against tokens, one colour per run; "dense" is grey.
 
     Args:
         runs: name -> records of metrics.jsonl.
-        path: where the PNG goes, under a temporary name first.
     """
-    import matplotlib
+    colours = iter(f"s{k}" for k in range(8))
+    series = []
+    for name, records in runs.items():
+        train = [(r["tokens"], r["loss_nats_per_token"]) for r in records if "loss_nats_per_token" in r]
+        valid = [(r["tokens"], r["eval_loss_nats_per_token"]) for r in records if "eval_loss_nats_per_token" in r]
+        points = valid or train
+        style = "g0" if name == "dense" else next(colours)
+        series.append(Series(f"{name} {points[-1][1]:.3f}", style, points, faint=train if valid else ()))
+    about: dict[str, Any] = {"x_title": "tokens", "y_title": "loss, nats per token", "what": title}
+    chart = line_chart(series, size=SIZE, x_format=quantity, y_format="{:.3f}".format, **about)
+    width, height = WIDTH + 2 * MARGIN, HEIGHT + 3 * MARGIN
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">\n'
+        f"<style>\n{_style()}\n</style>\n"
+        f'<rect width="{width}" height="{height}" fill="#fff"/>\n'
+        f'<text class="heading" x="{MARGIN}" y="{MARGIN}">{html.escape(title)}</text>\n'
+        f'<svg x="{MARGIN}" y="{1.6 * MARGIN:g}" width="{WIDTH}" height="{HEIGHT}"'
+        f"{chart.removeprefix('<svg')}\n"
+        f'<text x="{MARGIN}" y="{height - MARGIN / 2:g}">Lines with dots: validation. Faint lines: training.</text>\n'
+        "</svg>\n"
+    )
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import FuncFormatter
 
-    figure, axes = plt.subplots(figsize=(8, 4.5), dpi=160)
-    lowest, highest, ends = float("inf"), 0.0, []
-    for (name, records), colour in zip(runs.items(), COLOURS, strict=False):
-        train = [(r["tokens"], r["loss_nats_per_token"]) for r in records if "eval_perplexity" not in r]
-        valid = [(r["tokens"], r["eval_loss_nats_per_token"]) for r in records if "eval_perplexity" in r]
-        axes.plot(*zip(*train, strict=True), color=colour, linewidth=1, alpha=0.35)
-        if valid:
-            axes.plot(*zip(*valid, strict=True), color=colour, linewidth=2, marker="o", markersize=3.5)
-        ends.append(((valid or train)[-1], name, colour))
-        lowest = min(lowest, *(loss for _, loss in train + valid))
-        highest = max(highest, valid[0][1] if valid else train[0][1])
-    for place, (end, name, colour) in enumerate(sorted(ends, key=lambda entry: entry[0][1])):
-        below = 13 * (place - (len(ends) - 1) / 2)  # points; curves that end together keep their names apart
-        axes.annotate(
-            f"{name}  {end[1]:.3f}",
-            end,
-            xytext=(8, below),
-            textcoords="offset points",
-            color=colour,
-            va="center",
-            fontsize=9,
-            fontweight="bold",
-        )
-    axes.set_ylim(lowest - 0.15, highest + 0.6)
-    axes.margins(x=0.02)
-    axes.set_xlabel("tokens")
-    axes.set_ylabel("loss (nats per token)")
-    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda tokens, _: f"{tokens / 1e6:g}M" if tokens else "0"))
-    axes.grid(axis="y", color="#e2e8f0", linewidth=0.8)
-    axes.set_axisbelow(True)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    figure.text(0.995, 0.01, "line with dots: validation, faint: training", ha="right", fontsize=7, color="#64748b")
-    figure.tight_layout()
-    temporary = path.with_name(f".{path.name}")
-    figure.savefig(temporary, format="png")
-    plt.close(figure)
-    os.replace(temporary, path)
+def _style() -> str:
+    """The rules for charts in page.css by day, with every variable replaced, since few drawing programs know them."""
+    css = Path(__file__).with_name("page.css").read_text()
+    day = dict(re.findall(r"(--\w+): (#\w+)", css.partition("@media")[0]))
+    rules = re.sub(r"--c: var\((--\w+)\)", lambda found: f"color: {day[found[1]]}", css).replace(
+        "var(--c)", "currentColor"
+    )
+    rules = "\n".join(line for line in rules.splitlines() if re.match(r"svg [^c]|\.[sg]\d", line))
+    rules = re.sub(r"var\((--\w+)\)", lambda found: day[found[1]], rules)
+    return f'{rules}\nsvg {{ font-family: system-ui, "DejaVu Sans", sans-serif; }}\nsvg text.heading {{ font-size: 17px; font-weight: 650; fill: {day["--ink"]}; }}'

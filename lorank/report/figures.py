@@ -1,4 +1,4 @@
-"""The charts of a comparison: loss curves, what perplexity costs, how the rows were tuned, what the weights learned."""
+"""The charts of a comparison: loss curves, perplexity against cost, how the rows were tuned, what the weights learned."""
 
 import math
 import statistics
@@ -24,7 +24,7 @@ def figure(
     formats: tuple[Format, Format],
     **options: Any,
 ) -> str:
-    """A chart twice, for a desktop and for a telephone, so that its type is as large on both."""
+    """A chart twice, for a desktop and for a telephone, so that its text is as large on both."""
     about = {"x_title": titles[0], "y_title": titles[1], "x_format": formats[0], "y_format": formats[1], **options}
     wide, narrow = (
         draw(series, size=size, what=kind, **about) for size, kind in zip(sizes, ("wide", "narrow"), strict=True)
@@ -50,7 +50,7 @@ def curves(results: Mapping[str, Any], rows: Sequence[Row], style: Mapping[str, 
     band = " Bands reach from the lowest to the highest seed." if len(results["seeds"]) > 1 else ""
     return section(
         "Loss against tokens, compute and time",
-        f"Line with dots: validation. Faint: training, first seed.{band}",
+        f"Lines with dots: validation. Faint lines: training, first seed.{band}",
         charts[0],
         f'<div class="two">{"".join(charts[1:])}</div>',
     )
@@ -95,14 +95,14 @@ def pareto(rows: Sequence[Row], style: Mapping[str, str]) -> str:
         figures.append(figure(scatter_chart, series, (HALF, PHONE), titles, (show, "{:.4g}".format)))
     intervals = " Bars are 95 % intervals." if any(row["perplexity"]["low"] is not None for row in rows) else ""
     return section(
-        "What the perplexity costs",
-        f"Further left is cheaper, lower is better. The dotted line joins those that none beats at both.{intervals}",
+        "Perplexity against cost",
+        f"Further left is cheaper, lower is better. No contestant is both cheaper and better than those on the dotted line.{intervals}",
         f'<div class="two">{"".join(figures)}</div>',
     )
 
 
 def tuning(rows: Sequence[Row], style: Mapping[str, str]) -> str:
-    """Loss of every value that was tried, as a chart and as numbers."""
+    """Loss of each value that was tried, as a chart and as numbers."""
     parts = []
     for name in dict.fromkeys(name for row in rows for tried in row["tried"] for name in tried["settings"]):
         found = {row["name"]: _best_by_value(row, name) for row in rows}
@@ -130,13 +130,13 @@ def tuning(rows: Sequence[Row], style: Mapping[str, str]) -> str:
         return ""
     return section(
         "How each row was tuned",
-        "Ringed and bold: the value whose figures are shown above. At the end of a line it says that a better one may lie beyond.",
+        "Ringed and bold: the value whose figures are shown above. At the end of a line, a better value may lie beyond.",
         f'<div class="two">{"".join(parts)}</div>',
     )
 
 
 def _best_by_value(row: Row, name: str) -> dict[Any, float | None]:
-    """Value of a setting -> lowest loss with it; None where every run failed."""
+    """Value of a setting -> lowest loss with it; None if every run failed."""
     best: dict[Any, float | None] = {}
     for tried in row["tried"]:
         value = tried["settings"].get(name)
@@ -177,8 +177,8 @@ def spectra(rows: Sequence[Row], style: Mapping[str, str]) -> str:
         lines.append(name_cell(row["name"], style[row["name"]]) + "".join(cells))
     return section(
         "What the weights learned",
-        "Effective rank: the share of singular values that holds 95 % of a matrix's energy, mean over blocks, first seed. Where "
-        "a projection is no single linear map, as in CoLA, it is the product B·A that is looked at.",
+        "Effective rank: the share of singular values that holds 95 % of a matrix's energy, mean over blocks, first seed. If a "
+        "projection is not one linear map, as in CoLA, the matrix is the product B·A.",
         table(["", *projections], lines),
         '<p class="under gap">Singular values over the largest one, from first to last; lines as in the table.</p>',
         f'<div class="many">{"".join(panels)}</div>',

@@ -1,4 +1,4 @@
-"""Small pieces of a page: cells and tables of HTML, and numbers as a reader says them."""
+"""Small pieces of a page: cells and tables of HTML, and numbers in words."""
 
 import html
 import re
@@ -12,7 +12,7 @@ def escape(text: object) -> str:
 
 
 def visible(text: str) -> str:
-    """Text whose control characters are seen and do nothing: for a page and for a terminal.
+    """Text whose control characters are visible and have no effect, for a page and for a terminal.
 
     >>> visible("a\\x00b\\x1b[2J"), visible("line\\n")
     ('a␀b␛[2J', 'line\\n')
@@ -26,7 +26,7 @@ def visible(text: str) -> str:
 
 
 def page(title: str, sections: Iterable[str], footer: str) -> str:
-    """A whole page, without a single reference to anything outside it."""
+    """A whole page, which refers to nothing outside itself."""
     here = Path(__file__)
     css, script = here.with_name("page.css").read_text(), here.with_name("page.js").read_text()
     return (
@@ -50,8 +50,8 @@ def name_cell(name: str, style: str) -> str:
 
 
 def table(titles: Iterable[str], rows: Iterable[str], *, stacks: bool = False) -> str:
-    """A table that scrolls sideways where it is too wide, or on a telephone stacks each row's cells under its name; the rows are
-    cells already."""
+    """A table that scrolls sideways if it is too wide, or on a telephone stacks each row's cells under its name; `rows` hold
+    finished cells."""
     titles = list(titles)
     head = "".join(f'<th scope="col">{escape(title)}</th>' for title in titles)
     body = "".join(f"<tr>{_titled(row, titles) if stacks else row}</tr>" for row in rows)
@@ -70,7 +70,7 @@ def section(title: str, under: str, *parts: str) -> str:
 
 
 def between(values: Mapping[str, Any], show: str) -> str:
-    """An interval; nothing where there is none."""
+    """An interval; empty if there is none."""
     if values["low"] is None:
         return ""
     return f"{show.format(values['low'])} to {show.format(values['high'])}".replace("-", "−")
@@ -81,7 +81,7 @@ def signed(value: float) -> str:
 
 
 def percent(value: float, digits: int = 0) -> str:
-    """A share as the reader sees it.
+    """A share in per cent.
 
     >>> percent(0.256), percent(0.256, 1)
     ('26 %', '25.6 %')
@@ -105,7 +105,7 @@ def settings_text(settings: Mapping[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as a reader says them.
+    """Seconds in a suitable unit.
 
     >>> duration(42), duration(200), duration(5000)
     ('42 s', '3.3 min', '1.4 h')
@@ -117,7 +117,7 @@ def duration(seconds: float) -> str:
 
 
 def memory(gib: float) -> str:
-    """GiB, or MiB where that is little.
+    """GiB, or MiB below one GiB.
 
     >>> memory(0.25), memory(12)
     ('256 MiB', '12 GiB')

@@ -1,11 +1,19 @@
-"""Progress of a run on the terminal: a live bar, or a line now and then where output is not a terminal."""
+"""Progress on the terminal, of one run and of a comparison: live, or as a line now and then if output is not a terminal."""
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from lorank.report.markup import duration
+
+QUIET_SECONDS = 30
+"""Between lines of a comparison if output is not a terminal."""
 
 
 class TerminalProgress(TrainerCallback):
@@ -72,3 +80,93 @@ class TerminalProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+class ComparisonProgress:
+    """A live line on a terminal; elsewhere a line at the start and end of each run, and now and then in between."""
+
+    def __init__(self, console: Console):
+        self.console = console
+        self.live: Live | None = None
+        self._printed = time.monotonic()
+        self._done = self._stepping = 0.0
+        """FLOPs of all steps that were watched, and the seconds they took."""
+        self._other, self._ended = 0.0, 0
+        """Seconds that the runs that have ended spent on starting, evaluating and saving."""
+
+    def say(self, text: str) -> None:
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def start(self, title: str, steps: int, flops: float, number: int, runs: int, work_left: float) -> None:
+        self._steps, self._flops, self._left, self._later = steps, flops, work_left, runs - number
+        self._begun = self._part = None
+        self._start, self._first, self._last = time.monotonic(), None, None
+        self._head = f"[{number}/{runs}] {title}"
+        if self.console.is_terminal:
+            self.live = Live(console=self.console, refresh_per_second=4, transient=True)
+            self.live.start()
+            self.live.update(Text(f"{self._head}  starting"))
+        else:
+            self.say(self._head)
+
+    def update(self, records: Mapping[str, Any]) -> None:
+        step = records.get("step", 0)
+        part, now = step / self._steps, time.monotonic()
+        if self._part is None:
+            self._begun = part  # a run that is continued begins here
+        elif part > self._part:
+            if self._first is None:
+                self._first, self._begun = now, part  # from here on the clock shows the speed
+            self._last = now
+        self._part = part
+        line = f"{self._head}  {self.line(records, step)}"
+        if self.live is not None:
+            self.live.update(Text(line))
+        elif step and time.monotonic() - self._printed > QUIET_SECONDS:
+            self._printed = time.monotonic()
+            self.say(line)
+
+    def line(self, records: Mapping[str, Any], step: int) -> str:
+        """Step, loss, speed and time left, as far as they are known."""
+        assert self._part is not None and self._begun is not None
+        parts = [f"step {step}/{self._steps}"]
+        if "loss_nats_per_token" in records:
+            parts.append(f"loss {records['loss_nats_per_token']:.3f}")
+        if "eval_perplexity" in records:
+            parts.append(f"val ppl {records['eval_perplexity']:.2f}")
+        if "tokens_per_second" in records:
+            parts.append(f"{records['tokens_per_second']:,.0f} tok/s")
+        if (left := self._seconds_left()) is not None:
+            parts.append(f"about {duration(left)} left")
+        return "  ".join(parts)
+
+    def _seconds_left(self) -> float | None:
+        """For the whole comparison: its steps at the speed seen so far, and for each later run the mean of what runs spend on
+        other things."""
+        assert self._part is not None and self._begun is not None
+        if self._first is None:
+            return None
+        work, now = self._flops, time.monotonic()
+        done = self._done + (self._part - self._begun) * work
+        if done <= 0:
+            return None
+        other = (self._other + self._first - self._start) / (self._ended + 1)
+        speed = done / (self._stepping + now - self._first)
+        return (self._left - self._part * work) / speed + self._later * other
+
+    def end(self, outcome: str) -> None:
+        other = time.monotonic() - self._start
+        if self._first is not None and self._last is not None:
+            assert self._part is not None and self._begun is not None
+            self._done += (self._part - self._begun) * self._flops
+            self._stepping += self._last - self._first
+            other -= self._last - self._first
+        self._other, self._ended = self._other + other, self._ended + 1
+        self.close()
+        self.say(f"{self._head}  {outcome}")
+
+    def close(self) -> None:
+        """Give the terminal back, also after an error."""
+        if self.live is not None:
+            self.live.stop()
+            self.live = None

@@ -14,7 +14,7 @@ from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install 'lorank[eval]'")
-pytestmark = pytest.mark.filterwarnings("default")  # the harness's own are not ours to mend
+pytestmark = pytest.mark.filterwarnings("default")  # the harness's own warnings are not ours to avoid
 
 LINES = [(f"line {i}: the quick brown fox counts", f" {i * i} lazy dogs") for i in range(400)]
 SHAPE = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2}

@@ -7,6 +7,7 @@ import torch
 
 import lorank
 from lorank.race.spectra import POINTS, effective_rank, learned_spectra, projections
+from lorank.table import method_names
 from tests.conftest import LLAMA_BLOCK
 
 
@@ -17,7 +18,7 @@ def test_the_rank_that_holds_95_percent_of_the_energy() -> None:
     assert effective_rank(torch.zeros(4)) == 0.0
 
 
-@pytest.mark.parametrize("method", [*lorank.METHODS, "dense"])
+@pytest.mark.parametrize("method", method_names("method"))
 def test_the_projections_of_every_method_are_found(method: str, small) -> None:
     model = small("llama")
     if method != "dense":
@@ -41,4 +42,4 @@ def test_a_saved_model_shows_its_rank(small, tmp_path: Path) -> None:
         assert 0 < one["effective_rank"] <= 4 / width and len(one["spectrum"]) == POINTS
         assert one["spectrum"][0] == pytest.approx(1) and one["spectrum"][-1] == pytest.approx(0, abs=1e-5)
     (tmp_path / "model.safetensors").unlink()
-    assert learned_spectra(tmp_path) == found  # kept beside the model
+    assert learned_spectra(tmp_path) == found  # kept next to the model

@@ -1,0 +1,343 @@
+"""A comparison in its folder: the same tokens in the same order, the same evaluation, each run in a separate process.
+
+OUT/comparison.json        what was asked for, and the plan: contestants, candidates, what was matched
+OUT/runs/NAME/SETTINGS/seed-N/   a run of `lorank pretrain` each; see `lorank.race.process`
+OUT/models/NAME/           shapes of the narrower dense models
+OUT/.lock                  held by the process that plans or runs the comparison
+OUT/failed.json            run -> why it failed; tried again when the comparison is continued
+OUT/results.json           what came out, written again after every run; report.html shows it
+
+Every contestant runs each of its candidates with the first seed; the one with the lowest validation loss then runs with
+the other seeds. A seed changes initial values and the order of the training data; tokenizer and held-out text are those
+of the first seed in all runs, so that all losses are on the same text. A finished run is never repeated, so starting a
+comparison a second time continues it.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from filelock import FileLock, Timeout
+
+from lorank.race.contestants import Candidate, Contestant, find_contestants, plan_contestants
+from lorank.race.matching import Costs
+from lorank.race.process import PretrainProcess, begun, stop_on_signal
+from lorank.race.settings import ComparisonSettings, slug
+from lorank.race.tasks import check_tasks, is_file
+from lorank.train import data
+from lorank.train.folder import absolute, write_whole
+from lorank.train.model import build_config
+from lorank.train.recipe import Recipe
+from lorank.train.run import check_corpus
+
+LOCK = ".lock"
+PROBE_STEPS = 12
+PROBE_TEXT = "Enough text for one evaluation: the speed of a step does not depend on what the evaluation finds.\n"
+
+
+class Run(NamedTuple):
+    """One training run of a comparison."""
+
+    contestant: Contestant
+    candidate: Candidate
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.contestant.name}/{slug(self.candidate.settings)}/seed-{self.seed}"
+
+    @property
+    def title(self) -> str:
+        settings = " ".join(
+            f"{name}={value:.10g}" if isinstance(value, float) else f"{name}={value}"
+            for name, value in self.candidate.settings.items()
+        )
+        return " ".join(filter(None, (self.contestant.name, settings, f"seed {self.seed}")))
+
+    @property
+    def recipe(self) -> Recipe:
+        return dataclasses.replace(self.candidate.recipe, seed=self.seed)
+
+
+class Watcher(Protocol):
+    """Shows the progress of a comparison."""
+
+    def say(self, text: str) -> None: ...
+    def start(self, title: str, steps: int, flops: float, number: int, runs: int, work_left: float) -> None:
+        """Run `number` of `runs` begins; `work_left` is in FLOPs, with this run's `flops`."""
+
+    def update(self, records: Mapping[str, Any]) -> None: ...
+    def end(self, outcome: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Comparison:
+    """A comparison in its folder: planned once, then run and continued as often as necessary."""
+
+    def __init__(
+        self, out: Path, settings: ComparisonSettings, contestants: list[Contestant], facts: Mapping[str, Any]
+    ):
+        self.out, self.settings, self.contestants, self.facts = out, settings, contestants, facts
+
+    @classmethod
+    def open(cls, out: str | Path) -> "Comparison":
+        """The comparison in a folder; ValueError if there is none."""
+        try:
+            found = json.loads((Path(out) / "comparison.json").read_text())
+            contestants = [
+                Contestant(**{**one, "candidates": list(map(_candidate, one["candidates"]))})
+                for one in found["contestants"]
+            ]
+            settings = ComparisonSettings.from_dict(found["comparison"])
+            return cls(Path(out).resolve(), settings, contestants, found["facts"])
+        except FileNotFoundError:
+            raise ValueError(f"{out} holds no comparison to continue: it has no comparison.json") from None
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{out}/comparison.json cannot be read ({error}); start another one with --out") from None
+
+    @classmethod
+    def plan(cls, settings: ComparisonSettings, out: str | Path, watcher: Watcher) -> "Comparison":
+        """Check everything that can be checked, decide who runs what, and write it down; a folder that holds the same
+        comparison is continued.
+
+        Raises:
+            ValueError: something in the settings does not exist, does not fit or cannot be matched, or the folder holds
+                something else.
+        """
+        out = Path(out).resolve()
+        tasks = [os.path.abspath(task) if is_file(task) else task for task in settings.tasks]
+        base = absolute(settings.base)
+        settings = dataclasses.replace(settings, base=base, tasks=tasks)
+        if (out / "comparison.json").exists():
+            return _same(cls.open(out), settings)
+        _check_free(out)
+        find_contestants(settings)
+        if settings.tasks:
+            check_tasks(settings.tasks)
+        watcher.say("reading the data and counting the models")
+        if base.data_seed is None:
+            base = dataclasses.replace(base, data_seed=settings.seeds[0])
+        planned = dataclasses.replace(settings, base=base)
+        corpus = _corpus(base)
+        _check_free(out)
+        made = not out.exists()
+        out.mkdir(parents=True, exist_ok=True)
+        with _locked(out), stop_on_signal():
+            try:
+                _clear(out)  # what a killed plan left
+                contestants, facts = _plan(planned, Costs(corpus.tokenizer), out, watcher)
+                facts = {"corpus": corpus.description, **facts}
+                plan = {
+                    "comparison": settings.to_dict(),
+                    "facts": facts,
+                    "contestants": [dataclasses.asdict(contestant) for contestant in contestants],
+                }
+                write_whole(out / "comparison.json", json.dumps(plan, indent=2))
+            except BaseException:
+                _clear(out)
+                (out / LOCK).unlink(missing_ok=True)
+                if made and not any(out.iterdir()):
+                    out.rmdir()
+                raise
+        return cls(out, settings, contestants, facts)
+
+    def runs(self) -> Iterator[Run]:
+        """All runs in their order. Those with further seeds come when the best candidate is known; a contestant whose
+        candidates have all failed has none."""
+        for contestant in self.contestants:
+            for candidate in contestant.candidates:
+                yield Run(contestant, candidate, self.settings.seeds[0])
+        for contestant in self.contestants:
+            best = self.best(contestant)
+            for seed in self.settings.seeds[1:] if best else ():
+                yield Run(contestant, best, seed)  # type: ignore[arg-type]
+
+    def best(self, contestant: Contestant) -> Candidate | None:
+        """The candidate whose first run has the lowest validation loss; None if no run has finished."""
+        losses = []
+        for place, candidate in enumerate(contestant.candidates):
+            found = self.summary(Run(contestant, candidate, self.settings.seeds[0]))
+            if found is not None:
+                losses.append((found["validation_loss_nats_per_token"], place))
+        return contestant.candidates[min(losses)[1]] if losses else None
+
+    def folder(self, run: Run) -> Path:
+        return self.out / "runs" / run.key
+
+    def summary(self, run: Run) -> dict[str, Any] | None:
+        """Of a run; None if it has not finished."""
+        path = self.folder(run) / "summary.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def failures(self) -> dict[str, str]:
+        """Run -> why it failed."""
+        path = self.out / "failed.json"
+        return json.loads(path.read_text()) if path.exists() else {}
+
+    def count(self) -> int:
+        """Runs of the whole comparison, if no run fails."""
+        return sum(len(one.candidates) + len(self.settings.seeds) - 1 for one in self.contestants)
+
+    def work(self) -> float:
+        """FLOPs of the whole comparison, if no run fails and the best candidates cost what the first ones do."""
+        seeds = len(self.settings.seeds) - 1
+        return sum(
+            sum(candidate.flops for candidate in one.candidates) + seeds * one.candidates[0].flops
+            for one in self.contestants
+        )
+
+    def run(self, watcher: Watcher, after_each: Callable[["Comparison"], object]) -> None:
+        """Do what is left to do; a failing run is noted and does not stop the others.
+
+        Raises:
+            KeyboardInterrupt: a signal came; the run in progress has saved a checkpoint.
+            ValueError: another process is running this comparison.
+        """
+        work = self.work()
+        with _locked(self.out), stop_on_signal():
+            try:
+                for number, run in enumerate(self.runs(), start=1):
+                    if self.summary(run) is None:
+                        flops = run.candidate.flops
+                        watcher.start(run.title, run.recipe.steps, flops, number, self.count(), work)
+                        watcher.end(self._run_one(run, watcher))
+                        after_each(self)
+                    work -= run.candidate.flops
+            finally:
+                watcher.close()
+
+    def _run_one(self, run: Run, watcher: Watcher) -> str:
+        folder = self.folder(run)
+        # a comparison that was killed has left its run at work
+        with begun(lambda: PretrainProcess.find(folder) or PretrainProcess.start(run.recipe, folder)) as process:
+            process.wait(watcher.update)
+        failures = self.failures()
+        failures.pop(run.key, None)
+        found = self.summary(run)
+        if found is None:
+            failures[run.key] = process.last_words()
+        write_whole(self.out / "failed.json", json.dumps(failures, indent=2))
+        if found is None:
+            return f"failed: {failures[run.key]}"
+        return f"validation perplexity {found['validation_perplexity']:.2f}"
+
+
+def _corpus(base: Recipe) -> data.Corpus:
+    """The data of all runs, checked; ValueError if they do not suit the recipe."""
+    corpus = data.load_corpus(
+        base.data,
+        validation=base.validation,
+        tokenizer=base.tokenizer,
+        vocab_size=4096 if base.vocab_size is None else base.vocab_size,
+        sequence_length=base.sequence_length,
+        documents=base.documents,
+        text_column=base.text_column,
+        seed=base.split_seed,
+    )
+    check_corpus(base, corpus, build_config(base, corpus.tokenizer).vocab_size)
+    return corpus
+
+
+def _plan(
+    settings: ComparisonSettings, costs: Costs, out: Path, watcher: Watcher
+) -> tuple[list[Contestant], dict[str, Any]]:
+    """The contestants, timed if that is what is matched, and what the plan found out."""
+    seconds: dict[str, float] = {}
+    if settings.match == "time":
+        untimed = dataclasses.replace(settings, match="tokens")
+        for contestant in plan_contestants(untimed, costs, out / "models")[0]:
+            seconds[contestant.name] = _seconds_per_step(contestant, out / "probes", watcher)
+    contestants, no_control = plan_contestants(settings, costs, out / "models", seconds)
+    return contestants, {"seconds_per_step": seconds, "no_control": no_control}
+
+
+def _seconds_per_step(contestant: Contestant, probes: Path, watcher: Watcher) -> float:
+    """The median over a few steps of the contestant's first candidate, in a separate process.
+
+    Raises:
+        ValueError: the short run failed.
+        KeyboardInterrupt: a signal came; the short run has ended.
+    """
+    watcher.say(f"measuring how fast {contestant.name} trains")
+    probes.mkdir(exist_ok=True)
+    recipe = contestant.candidates[0].recipe
+    text = probes / "validation.txt"
+    text.write_text(PROBE_TEXT * (2 + recipe.sequence_length // 4))
+    short = {"steps": PROBE_STEPS, "warmup_steps": 1, "eval_every": 0, "save_every": 0, "report_to": []}
+    probe = recipe.but({**short, "validation": str(text)})
+    with begun(lambda: PretrainProcess.start(probe, probes / contestant.name)) as process:
+        process.wait(lambda records: None)
+    try:
+        found = json.loads((probes / contestant.name / "summary.json").read_text())
+    except FileNotFoundError:
+        raise ValueError(f"{contestant.name} cannot be timed: {process.last_words()}") from None
+    return found["tokens"] / found["steps"] / found["tokens_per_second"]
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """ValueError if another process is inside for the same folder."""
+    lock = FileLock(out / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{out} is in use by another process; wait until it ends, or stop it and try again") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _check_free(out: Path) -> None:
+    """Raises ValueError unless a comparison may be planned in a folder: it does not exist, is empty, or holds only what a
+    killed plan left."""
+    if not out.exists():
+        return
+    found = {path.name for path in out.iterdir()} if out.is_dir() else {""}
+    if LOCK in found:
+        with _locked(out):
+            found -= {LOCK, "models", "probes", ".comparison.json.part"}
+    if found:
+        raise ValueError(f"{out} is not an empty folder and holds no comparison; choose another --out")
+
+
+def _clear(out: Path) -> None:
+    """Remove what a plan that did not end well has left, its short run included."""
+    for folder in (out / "probes").glob("*"):
+        if process := PretrainProcess.find(folder):
+            process.kill()
+    for name in ("models", "probes"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    (out / ".comparison.json.part").unlink(missing_ok=True)
+
+
+def _same(found: Comparison, wanted: ComparisonSettings) -> Comparison:
+    """The comparison that was found, if it is the one that is wanted; else ValueError."""
+    was, now = found.settings.to_dict(), wanted.to_dict()
+    if was != now:
+        raise ValueError(
+            f"{found.out} holds another comparison ({_difference(was, now)}); continue that one with --resume {found.out}, or "
+            "choose another --out"
+        )
+    return found
+
+
+def _candidate(fields: Mapping[str, Any]) -> Candidate:
+    return Candidate(**{**fields, "recipe": Recipe.from_dict(fields["recipe"])})
+
+
+def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first setting in which two comparisons differ."""
+    for name in now:
+        if was.get(name) != now[name]:
+            if isinstance(now[name], dict) and isinstance(was.get(name), dict):
+                for inner in {**was[name], **now[name]}:
+                    if was[name].get(inner) != now[name].get(inner):
+                        return f"{inner} was {was[name].get(inner)}, is {now[name].get(inner)}"
+            return f"{name} was {was.get(name)}, is {now[name]}"
+    return "made by another version of lorank"

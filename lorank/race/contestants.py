@@ -1,0 +1,310 @@
+"""Who takes part in a comparison, with which settings: from what the user asks for to the recipe of every run.
+
+Next to the methods that the user names there are dense models: one trained by AdamW, one by Muon, and `dense-small`, a
+dense model made narrower until it costs what the cheapest method costs in FLOPs per token, or if no method saves those,
+in parameters or memory. There is no dense-small if no method saves any of them, or if the architecture cannot be made
+narrower.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorank.evolution.egg import EggConfig
+from lorank.race.matching import (
+    CLOSE,
+    Costs,
+    Figure,
+    estimates_gradient,
+    flops_of,
+    is_dense,
+    match_structure,
+    narrow_to_match,
+    with_steps,
+)
+from lorank.race.settings import LOW_RANK_ONLY, ComparisonSettings, full_name, with_setting
+from lorank.train.methods import methods_of, schedule_of, title_of, written_out
+from lorank.train.model import build_config
+from lorank.train.recipe import Recipe, published_lr
+
+RATES = (1e-3, 3e-3, 9e-3)
+"""Tried if neither a learning rate nor a sweep is given."""
+AROUND = (1 / 3, 1.0, 3.0)
+"""Multiples of the given learning rate that the dense rows try."""
+CONTROL = "dense-small"
+STRUCTURE: dict[str, Figure] = {"params": "parameters", "memory": "memory_bytes"}
+"""What is matched by rank or width -> the figure that is made equal."""
+SAVINGS: dict[Figure, str] = {
+    "flops_per_token": "training FLOPs per token",
+    "parameters": "parameters",
+    "memory_bytes": "memory (estimated)",
+}
+"""What dense-small has as little of as the cheapest method: the first of them that any method saves."""
+DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+"""Not allowed as file names on Windows, with or without an extension."""
+GIVEN = "as given, not tuned"
+
+
+@dataclasses.dataclass
+class Candidate:
+    """A contestant with one choice of the swept settings; its recipe is complete but for the seed."""
+
+    settings: dict[str, Any]
+    recipe: Recipe
+    flops: float
+    """Of the whole run, with recomputation."""
+    memory_bytes: float | None
+    """Of one micro-batch, estimated; only if memory is matched."""
+
+
+@dataclasses.dataclass
+class Contestant:
+    """One row of the comparison."""
+
+    name: str
+    method: str
+    kind: str
+    """method, dense, or control."""
+    chosen: str
+    """What was chosen for it to match the others, in words."""
+    candidates: list[Candidate]
+    rate: str = ""
+    """Where its learning rate comes from, in words."""
+    like: str = ""
+    """For dense-small: what it has in common with which method, in words."""
+
+
+def dense_twin(base: Recipe) -> Recipe:
+    """The recipe without a low-rank method: a plain model, autograd, an optimizer that projects nothing."""
+    plain: dict[str, Any] = {"rank": None, "options": {}, "targets": [], "exclude": []}
+    twin = dataclasses.replace(base, method="dense", gradient="autograd", **plain)
+    return twin if is_dense(twin) else dataclasses.replace(twin, optimizer="adamw")
+
+
+def find_contestants(settings: ComparisonSettings) -> dict[str, tuple[Recipe, str]]:
+    """Name -> (recipe, kind) of all contestants but dense-small, in the user's order."""
+    found: dict[str, tuple[Recipe, str]] = {}
+    dense = dense_twin(settings.base)
+    rule = methods_of(dense).optimizer.name
+
+    def add(name: str, recipe: Recipe, kind: str) -> None:
+        _check_name(name, recipe, found)
+        found[name] = (recipe, kind)
+
+    def add_dense() -> None:
+        """With both optimizers; a dense row of the user's with one of them is a further row."""
+        add("dense", dense, "dense")
+        for other in ("adamw", "muon"):
+            if other != rule:
+                add(f"dense-{other}", dataclasses.replace(dense, optimizer=other), "dense")
+
+    for text in settings.methods:
+        name, equals, method = text.partition("=")
+        recipe = dataclasses.replace(settings.base, method=method if equals else name)
+        if text == "dense":
+            add_dense()
+        elif method == "dense":
+            add(name, dense, "dense")
+        elif is_dense(recipe):  # muon, adafactor
+            add(name, dataclasses.replace(dense, optimizer=recipe.method), "dense")
+        else:
+            add(name, recipe, "method")
+    if "dense" not in settings.methods and not in_integers(settings.base):
+        add_dense()
+    for name in settings.own:
+        if name not in (*found, CONTROL):
+            raise ValueError(f"--for {name}: no such contestant; the contestants are {', '.join((*found, CONTROL))}")
+    return found
+
+
+def _check_name(name: str, recipe: Recipe, found: Mapping[str, Any]) -> None:
+    if name.casefold() in map(str.casefold, (*found, CONTROL)):  # one folder where case does not count
+        raise ValueError(f"two contestants are called {name!r}; rename one, as in --method my-{name}={recipe.method}")
+    is_folder = re.fullmatch(r"\w[\w.+-]{0,63}", name) and not name.endswith(".")
+    if not is_folder or name.partition(".")[0].lower() in DEVICES:
+        raise ValueError(
+            "a contestant's name is also a folder's: it must be up to 64 letters, digits, '.', '+', '-' and '_', begin with a "
+            f"letter or digit and not end with '.', got {name!r}"
+        )
+
+
+def in_integers(recipe: Recipe) -> bool:
+    """Whether the model is EGG, which has no dense twin in floating point and no learning rate of the usual kind."""
+    return recipe.model == EggConfig.model_type
+
+
+def plan_contestants(
+    settings: ComparisonSettings, costs: Costs, folder: Path, seconds_per_step: Mapping[str, float] | None = None
+) -> tuple[list[Contestant], str]:
+    """Every contestant with the recipes of its candidates, matched to the first one as the settings say; and why there is
+    no dense-small, if there is none.
+
+    Args:
+        folder: where the shapes of narrower models are written.
+        seconds_per_step: contestant -> measured, for match="time".
+
+    Raises:
+        ValueError: a method or setting that does not exist or does not fit, or costs that cannot be matched.
+    """
+    contestants: list[Contestant] = []
+    by, target = STRUCTURE.get(settings.match), None
+    for name, (recipe, kind) in find_contestants(settings).items():
+        try:
+            chosen, (recipes, rate) = "as it is", candidates_of(settings, name, recipe)
+            if by and target is not None:
+                first, chosen = match_structure(recipes[0][1], costs, target, by, folder / name)
+                shape: dict[str, Any] = {"rank": first.rank, "model": first.model}
+                recipes = [(values, dataclasses.replace(written_out(one), **shape)) for values, one in recipes]
+            elif by:
+                target = costs.of(by, recipes[0][1])
+            contestants.append(_contestant(settings, name, kind, chosen, recipes, rate, costs))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    control = _control(settings, contestants, costs, folder)
+    contestants += [] if isinstance(control, str) else [control]
+    for contestant in contestants:
+        for candidate in contestant.candidates:
+            steps = _matched_steps(settings, contestants[0], contestant, candidate, seconds_per_step or {})
+            matched = _at_steps(contestant.name, settings.match, candidate.recipe, steps)
+            candidate.flops *= matched.steps / candidate.recipe.steps
+            candidate.recipe = matched
+            try:  # better now than when its turn comes
+                costs.check(candidate.recipe)
+            except (ValueError, ImportError) as error:
+                raise ValueError(f"{contestant.name}: {error}") from None
+    return contestants, control if isinstance(control, str) else ""
+
+
+def _at_steps(name: str, match: str, recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with that many steps, or if its method needs whole cycles, with the nearest number that it allows.
+
+    Raises:
+        ValueError: there is none within a quarter.
+    """
+    refused: ValueError | None = None
+    for away in range(steps // 4 + 1):
+        for near in (steps - away, steps + away):
+            matched = with_steps(recipe, near)
+            try:
+                schedule_of(matched)
+            except ValueError as error:
+                refused = refused or error
+            else:
+                return matched
+    raise ValueError(f"{name}, with the {steps:,} steps that --match {match} gives it: {refused}") from None
+
+
+def candidates_of(
+    settings: ComparisonSettings, name: str, recipe: Recipe
+) -> tuple[list[tuple[dict[str, Any], Recipe]], str]:
+    """The contestant's recipe with every combination of values, and where its learning rate comes from. What a dense model
+    does not have is not swept."""
+    values, rate = {**settings.sweep, **settings.own.get(name, {})}, GIVEN
+    if "lr" not in values:
+        rates, rate = _rates(settings, recipe)
+        values = {**({"lr": rates} if rates else {}), **values}
+    if len(values.get("lr", ())) > 1:
+        rate = "the best of its sweep"
+    if is_dense(recipe):
+        values = {key: value for key, value in values.items() if not _is_low_rank(key)}
+    if name == f"dense-{recipe.optimizer}":
+        values.pop("optimizer", None)
+    found = []
+    for choice in itertools.product(*values.values()):
+        chosen, changed = dict(zip(values, choice, strict=True)), recipe
+        for key, value in chosen.items():
+            changed = with_setting(changed, key, value)
+        found.append((chosen, changed))
+    return found, rate
+
+
+def _is_low_rank(setting: str) -> bool:
+    head, dot, _ = full_name(setting).partition(".")
+    return head in LOW_RANK_ONLY or (bool(dot) and head == "optimizer")
+
+
+def _rates(settings: ComparisonSettings, recipe: Recipe) -> tuple[list[float], str]:
+    """The learning rates that a contestant tries if the user gives none for it, and where they come from."""
+    if settings.tuned == "none" or (settings.tuned == "dense" and not is_dense(recipe)):
+        return [], GIVEN
+    if in_integers(recipe):
+        return [], "the default of its rule"
+    if settings.tuned == "dense":
+        return [float(f"{recipe.lr * part:.4g}") for part in AROUND], ""
+    published = None if recipe.model or is_dense(recipe) else published_lr(title_of(recipe), recipe.size)
+    return list(RATES if published is None else [published]), f"from its {recipe.size} recipe, not tuned here"
+
+
+def _contestant(
+    settings: ComparisonSettings,
+    name: str,
+    kind: str,
+    chosen: str,
+    recipes: Sequence[tuple[dict[str, Any], Recipe]],
+    rate: str,
+    costs: Costs,
+) -> Contestant:
+    candidates = []
+    for values, recipe in recipes:
+        memory = costs.of("memory_bytes", recipe) if settings.match == "memory" else None
+        candidates.append(Candidate(values, recipe, flops_of(recipe, costs), memory))
+    return Contestant(name, title_of(recipes[0][1]), kind, chosen, candidates, rate)
+
+
+def _control(
+    settings: ComparisonSettings, contestants: Sequence[Contestant], costs: Costs, folder: Path
+) -> Contestant | str:
+    """The dense model that is so narrow that it costs what the cheapest method costs, or why there is none."""
+    if in_integers(settings.base):
+        return "EGG has no dense twin in floating point"
+    dense = dataclasses.replace(dense_twin(settings.base), checkpoint=None, checkpoint_every=1)
+    candidates = [(one.recipe, contestant) for contestant in contestants for one in contestant.candidates]
+    methods = [
+        (recipe, contestant.name)
+        for recipe, contestant in candidates
+        if contestant.kind == "method" and not estimates_gradient(recipe)
+    ]
+    if not methods:
+        return "no method takes part that a narrower model could cost as much as"
+    matched = STRUCTURE.get(settings.match)  # the dense rows are already as narrow as the first method makes them
+    try:
+        for by in SAVINGS:
+            if by == matched:
+                continue
+            cheapest, rival = min(((costs.of(by, recipe), name) for recipe, name in methods), key=lambda pair: pair[0])
+            if cheapest < (1 - CLOSE) * costs.of(by, dense):
+                break
+        else:
+            saved = " or ".join(words for by, words in SAVINGS.items() if by != matched)
+            return f"no method here costs over {CLOSE:.0%} less than the dense model in {saved}"
+        recipe, shape = narrow_to_match(dense, costs, cheapest, by, folder / CONTROL)
+    except ValueError as error:
+        return str(error)
+    like = f"{SAVINGS[by]} of {rival}"
+    whole = build_config(dense, costs.tokenizer)
+    chosen = f"{shape} (the full dense model: hidden size {whole.hidden_size}), for the {like}"
+    recipes, rate = candidates_of(settings, CONTROL, recipe)
+    control = _contestant(settings, CONTROL, "control", chosen, recipes, rate, costs)
+    return dataclasses.replace(control, like=like)
+
+
+def _matched_steps(
+    settings: ComparisonSettings,
+    first: Contestant,
+    contestant: Contestant,
+    candidate: Candidate,
+    seconds_per_step: Mapping[str, float],
+) -> int:
+    steps = settings.base.steps
+    if settings.match == "flops":
+        return max(1, round(steps * _per_step(first.candidates[0]) / _per_step(candidate)))
+    if settings.match == "time":
+        return max(1, round(steps * seconds_per_step[first.name] / seconds_per_step[contestant.name]))
+    return steps
+
+
+def _per_step(candidate: Candidate) -> float:
+    return candidate.flops / candidate.recipe.steps

@@ -1,0 +1,163 @@
+"""Who takes part, with which learning rates, and what dense-small is like."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorank.race.comparison import Comparison
+from lorank.race.contestants import CONTROL, candidates_of, find_contestants, plan_contestants
+from lorank.race.matching import CLOSE, Costs
+from lorank.race.results import gather
+from lorank.race.settings import ComparisonSettings, slug
+from lorank.train.data import load_tokenizer
+from lorank.train.methods import title_of
+from lorank.train.model import build_config
+from lorank.train.recipe import Recipe
+
+
+def test_the_control_costs_what_the_cheapest_method_costs(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    (*_, control), missing = plan_contestants(
+        ComparisonSettings(base=base, methods=["low-rank", "cola"]), costs, tmp_path
+    )
+    cola = costs.of("flops_per_token", dataclasses.replace(base, method="cola"))
+    assert (control.name, control.kind) == (
+        "dense-small",
+        "control",
+    ) and control.chosen.endswith(f"for the {control.like}")
+    assert control.like == "training FLOPs per token of low-rank" and missing == ""
+    assert costs.of("flops_per_token", control.candidates[0].recipe) == pytest.approx(cola, rel=0.02)
+    assert control.candidates[0].recipe.steps == base.steps  # equal tokens
+    found, missing = plan_contestants(ComparisonSettings(base=base, methods=["dense"]), costs, tmp_path)
+    assert [one.name for one in found] == ["dense", "dense-muon"] and missing.startswith("no method takes part")
+
+
+def test_the_control_of_a_gpt2_is_a_gpt2(of_type: Callable[..., Recipe], costs: Costs, tmp_path: Path) -> None:
+    recipe = of_type("gpt2", tmp_path / "m", n_embd=64, n_layer=2, n_head=2)
+    (*_, control), _ = plan_contestants(ComparisonSettings(base=recipe, methods=["cola"]), costs, tmp_path)
+    assert control.name == "dense-small" and control.like == "training FLOPs per token of cola"
+    assert build_config(control.candidates[0].recipe, costs.tokenizer).model_type == "gpt2"
+
+
+def test_a_comparison_without_a_control_says_why(of_type: Callable[..., Recipe], costs: Costs, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        of_type("bloom", tmp_path / "m", hidden_size=64, n_layer=2, n_head=4), attention="eager"
+    )
+    asked = ComparisonSettings(base=recipe, methods=["cola"])
+    found, missing = plan_contestants(asked, costs, tmp_path / "models")
+    assert [one.name for one in found] == ["cola", "dense", "dense-muon"]
+    assert missing.startswith("a model of type 'bloom' cannot be made narrower") and not (tmp_path / "models").exists()
+    results = gather(Comparison(tmp_path, asked, found, {"corpus": "", "no_control": missing}))
+    assert f"There is no dense-small: {missing}." in results["notes"]
+
+
+@pytest.mark.parametrize(
+    ("methods", "match", "figure"),
+    [(["switchlora"], "flops", "memory_bytes"), (["masa"], "flops", "parameters"), (["galore", "cola"], "params", "memory_bytes")],
+)  # fmt: skip
+def test_without_saved_compute_the_control_has_what_is_saved(
+    base: Recipe, costs: Costs, tmp_path: Path, methods: list[str], match: Any, figure: Any
+) -> None:
+    recipe = dataclasses.replace(base, rank=None if methods == ["masa"] else 8)
+    found, missing = plan_contestants(ComparisonSettings(base=recipe, methods=methods, match=match), costs, tmp_path)
+    control = found[-1]
+    assert control.name == "dense-small" and missing == "", missing
+    least = min(costs.of(figure, one.candidates[0].recipe) for one in found if one.kind == "method")
+    assert costs.of(figure, control.candidates[0].recipe) == pytest.approx(least, rel=CLOSE)
+    assert control.like.startswith({"parameters": "parameters of", "memory_bytes": "memory (estimated) of"}[figure])
+
+
+def test_dense_rows_are_always_there_and_always_tuned(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    def rates(**asked: Any) -> dict[str, tuple[list[Any], str]]:
+        settings, found = ComparisonSettings(**asked), {}
+        for name, (recipe, _) in find_contestants(settings).items():
+            recipes, rate = candidates_of(settings, name, recipe)
+            found[name] = [one.lr for _, one in recipes], rate
+        return found
+
+    around, swept = [0.003333, 0.01, 0.03], "the best of its sweep"
+    found = rates(base=base, methods=["cola"], tuned="dense")  # --lr 1e-2
+    assert found == {"cola": ([0.01], "as given, not tuned"), "dense": (around, swept), "dense-muon": (around, swept)}
+    (*_, small), _ = plan_contestants(ComparisonSettings(base=base, methods=["cola"], tuned="dense"), costs, tmp_path)
+    assert small.name == "dense-small" and [one.recipe.lr for one in small.candidates] == around
+    found = rates(base=base, methods=["d=dense"], tuned="dense", own={"dense": {"lr": [5e-3]}})
+    assert found == {"d": (around, swept), "dense": ([5e-3], "as given, not tuned"), "dense-muon": (around, swept)}
+    sized = dataclasses.replace(base, model=None, size="60m", rank=None)
+    found = rates(base=sized, methods=["galore", "cola-m", "crnet"], tuned="all")  # neither --lr nor --sweep
+    assert found["galore"] == ([1e-2], "from its 60m recipe, not tuned here") and found["cola-m"][0] == [6e-3]
+    assert found["crnet"] == found["dense"] == ([1e-3, 3e-3, 9e-3], swept)  # no source is known for CR-Net's
+    assert rates(base=base, methods=["cola"], tuned="all")["cola"][1] == swept  # no recipe is for this shape
+
+
+def test_no_two_settings_share_a_folder() -> None:
+    settings = [{"lr": 1e30}, {"lr": 1e-30}, {"lr": 1.0}, {"lr": 10.0}, {"betas": "a b"}, {"betas": "a-b"}, {}]
+    settings += [{"lr": 0.003000001}, {"lr": 0.003000002}]
+    assert len({slug(one) for one in settings}) == len(settings) and "/" not in slug({"x": "../y"})
+
+
+def test_matched_steps_are_whole_cycles(base: Recipe, costs: Costs, quick, watcher, tmp_path: Path) -> None:
+    long = dataclasses.replace(base, steps=20, eval_every=0, save_every=0)  # dense rows take fewer
+    asked = ComparisonSettings(
+        base=long, methods=["cola", "relora"], own={"relora": {"option.cycle": [5]}}, match="flops"
+    )
+    comparison = Comparison.plan(asked, tmp_path / "out", watcher)
+    cola, relora, *_ = (one.candidates[0] for one in comparison.contestants)
+    assert relora.recipe.steps in (10, 15, 20) and relora.recipe.options["cycle"] == 5
+    assert relora.flops == pytest.approx(cola.flops, rel=2.5 / relora.recipe.steps)
+    comparison.contestants = comparison.contestants[:2]
+    comparison.run(watcher, after_each=lambda comparison: None)
+    assert comparison.failures() == {} and len(watcher.outcomes) == 2
+    asked = dataclasses.replace(asked, own={"relora": {"option.cycle": [18]}})
+    with pytest.raises(
+        ValueError,
+        match=r"relora, with the 1\d steps that --match flops gives it: .* not several times cycle=18; change",
+    ):
+        plan_contestants(asked, costs, tmp_path / "models")
+
+
+def test_several_methods_may_be_one_contestant(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    """Beside the optimizer that all of them have, dense rows are plain."""
+    small = dataclasses.replace(base, rank=4)
+    found, _ = plan_contestants(ComparisonSettings(base=small, methods=["cola+galore", "p=galore"]), costs, tmp_path)
+    assert [(one.name, one.method, one.kind) for one in found[:2]] == [
+        ("cola+galore", "cola+galore", "method"),
+        ("p", "galore", "method"),
+    ]
+    projected = dataclasses.replace(base, optimizer="galore")
+    rows = find_contestants(ComparisonSettings(base=projected, methods=["cola"]))
+    assert {name: (title_of(recipe), recipe.optimizer, kind) for name, (recipe, kind) in rows.items()} == {
+        "cola": ("cola+galore", "galore", "method"),
+        "dense": ("dense", "adamw", "dense"),
+        "dense-muon": ("dense", "muon", "dense"),
+    }
+    [(recipe, kind), *_] = find_contestants(ComparisonSettings(base=base, methods=["adafactor"])).values()
+    assert (title_of(recipe), recipe.rank, kind) == ("dense", None, "dense")
+
+
+def test_an_estimated_gradient_is_compared_with_autograd(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    """EGGROLL's passes are those of its population; dense rows learn by autograd, and none is as narrow as EGGROLL is cheap."""
+    asked = ComparisonSettings(base=dataclasses.replace(base, rank=None), methods=["eggroll"])
+    found, missing = plan_contestants(asked, costs, tmp_path)
+    assert [(one.name, one.candidates[0].recipe.gradient) for one in found[1:]] == [
+        ("dense", "autograd"),
+        ("dense-muon", "autograd"),
+    ]
+    assert missing.startswith("no method takes part") and CONTROL not in [one.name for one in found]
+    assert found[0].candidates[0].flops != pytest.approx(found[1].candidates[0].flops, rel=0.1)
+
+
+def test_integers_are_compared_without_dense_rows(base: Recipe, tmp_path: Path) -> None:
+    small = {
+        "gradient": {"eggroll": {"population": 8, "group_size": 2, "chunk": 8}},
+        "batch_size": 4,
+        "data": base.data,
+    }
+    egg = Recipe.read("egg").but(small)
+    counts = Costs(load_tokenizer("bytes"))
+    found, missing = plan_contestants(
+        ComparisonSettings(base=egg, methods=["e=eggroll"], tuned="all"), counts, tmp_path
+    )
+    assert [(one.name, one.method, one.rate) for one in found] == [("e", "eggroll", "the default of its rule")]
+    assert missing == "EGG has no dense twin in floating point"

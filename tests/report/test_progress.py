@@ -1,0 +1,50 @@
+"""Progress on the terminal."""
+
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from rich.console import Console
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from lorank.report.progress import ComparisonProgress, TerminalProgress
+
+
+def test_the_time_left_counts_steps_and_all_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two equal runs of 6 steps, 2 s each, after 10 s; a second later it is saved, which needs 5 s. Planning took an hour."""
+    now = [0.0]
+    monkeypatch.setattr("lorank.report.progress.time", SimpleNamespace(monotonic=lambda: now[0]))
+    progress = ComparisonProgress(Console(file=io.StringIO()))
+    now[0] = 3600.0
+    left = []
+    for number, name in enumerate("ab", start=1):
+        progress.start(name, 6, 6.0, number, 2, 12.0 - 6.0 * (number - 1))
+        progress.update({})
+        now[0] += 10
+        for step in range(1, 7):
+            progress.update({"step": step})
+            left.append(progress._seconds_left())
+            now[0] += 2
+        now[0] += 4
+        progress.end("done")
+    assert left[0] is None, "one step does not show how long they take"
+    assert left[1:6] == pytest.approx([4 * 2 + 10 + 12, 3 * 2 + 10 + 12, 2 * 2 + 10 + 12, 2 + 10 + 12, 10 + 12])
+    assert left[7:] == pytest.approx([4 * 2, 3 * 2, 2 * 2, 2, 0])
+
+
+def test_progress_without_a_terminal_is_a_line_now_and_then(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), force_terminal=False, width=100)
+    progress = TerminalProgress("cola tiny", console)
+    arguments, state, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl()
+    state.max_steps, state.is_world_process_zero = 100, True
+    progress.on_train_begin(arguments, state, control)
+    for step in range(1, 101):
+        state.global_step = step
+        logs = {"loss": 5.0, "tokens_per_second": 1000.0, "mfu": 0.5}
+        progress.on_log(arguments, state, control, logs=logs)
+    progress.on_log(arguments, state, control, logs={"eval_perplexity": 150.0})
+    progress.close()
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert 1 <= len(lines) < 10
+    assert "step 100/100" in lines[-1] and "val ppl 150.00" in lines[-1] and "1,000 tok/s" in lines[-1]

@@ -1,0 +1,42 @@
+"""Tables for the terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from lorank.report.tables import evaluation_table, quantity, runs_table
+from lorank.train.evaluation import Evaluation
+
+
+@pytest.mark.parametrize(("value", "text"), [(42_770_944, "42.8 M"), (1e9, "1 G"), (999, "999"), (0.5, "0.5")])
+def test_quantities(value: float, text: str) -> None:
+    assert quantity(value) == text
+
+
+def render(table: object) -> str:
+    console = Console(file=io.StringIO(), width=120)
+    console.print(table)
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_tables_show_each_figure_under_its_full_name() -> None:
+    run = {
+        "parameters": 1000,
+        "block_parameters": 400,
+        "flops_per_token": 6e3,
+        "peak_memory_gib": 0.5,
+        "tokens_per_second": 1234.5,
+        "mfu": 0.5,
+        "tokens": 10_000,
+        "validation_loss_nats_per_token": 3.0,
+        "validation_perplexity": 20.09,
+        "validation_bits_per_byte": 1.5,
+        "lr": 5e-3,
+    }
+    text = render(runs_table({"dense": run, "cola": run}))
+    for words in ("1,000", "6 k", "512 MiB", "1,234", "50%", "20.09", "0.005", "dense", "cola"):
+        assert words in text
+    text = render(evaluation_table(Evaluation(30.0, 10, 2, 6.0, 3.0)))
+    assert "perplexity (unbiased)" in text and "20.086" in text and "published-compatible perplexity" in text
+    assert "7.389" in text  # exp(6 / 3)
