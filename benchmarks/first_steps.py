@@ -1,9 +1,9 @@
 """The curves of first steps that `lorank repro --first-steps` compares with, and what its tolerance is chosen by.
 
     python benchmarks/first_steps.py record [NAME ...]   # writes recipes/METHOD-SIZE.json; make curves
-    python benchmarks/first_steps.py spread              # what moves a curve: other instructions, two threads, and faults
+    python benchmarks/first_steps.py spread              # what changes a curve: other instructions, two threads, and faults
 
-Record again after a change that is meant to move numbers, and say in the commit why. The print of `spread` is
+Record again after a change that is meant to change numbers, and say in the commit why. The print of `spread` is
 benchmarks/results/first_steps.txt; "other CPU" is this one without AVX-512, "idle" a method that does nothing between steps
 (GaLore, Fira: that keeps its first basis), "plain" dense AdamW with the rest of the recipe.
 """
@@ -23,8 +23,11 @@ from transformers.utils import logging
 from lorank.methods.relora import ReLoRAHook
 from lorank.methods.sst import Resampling
 from lorank.methods.switchlora import SwitchLoRAHook
-from lorank.race import repro
+from lorank.race import first_steps, repro
+from lorank.race.contestants import dense_twin
+from lorank.race.matching import is_dense
 from lorank.train.folder import write_whole
+from lorank.train.methods import title_of
 from lorank.train.recipe import Recipe
 
 OLD_CPU = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
@@ -34,45 +37,42 @@ COLUMNS = ("2 threads", "lr x 1.25", "lr / 2", "seed + 1", "idle", "plain")
 def record(names: Iterable[str]) -> None:
     for name in names:
         reproduction = repro.find(name)
-        if reproduction.recipe.method == "cola-m":
-            continue  # has CoLA's
-        curve = repro.first_steps(reproduction.recipe)
+        if name == "60m-cola-m":
+            continue  # it has CoLA's
+        curve = first_steps.first_steps(reproduction.recipe)
         write_whole(reproduction.curve_file, json.dumps(curve._asdict(), indent=1) + "\n")
         print(f"{name:16} {curve.losses[0]:.4f} -> {curve.losses[-1]:.4f}")
 
 
-def faulty(name: str, fault: str) -> repro.Curve | None:
-    """The curve of a reproduction with something wrong; None where that means nothing."""
+def faulty(name: str, fault: str) -> first_steps.Curve | None:
+    """The curve of a reproduction with a fault; None if the fault means nothing for it."""
     recipe = repro.find(name).recipe
     if fault == "other CPU":
-        return repro.first_steps(recipe)
+        return first_steps.first_steps(recipe)
     if fault == "2 threads":
-        return repro.first_steps(recipe, threads=2)
-    if fault == "idle":  # what a method does between steps is left out
+        return first_steps.first_steps(recipe, threads=2)
+    if fault == "idle":  # without what a method does between steps
         return idle(recipe)
-    if fault == "plain":  # the structure or the projection is left out
-        return None if recipe.method == "dense" else repro.first_steps(dense(recipe))
+    if fault == "plain":  # without the structure or the projection
+        return None if is_dense(recipe) else first_steps.first_steps(dense_twin(recipe))
     changes: dict[str, dict[str, Any]] = {
         "lr x 1.25": {"lr": recipe.lr * 1.25},
         "lr / 2": {"lr": recipe.lr / 2},
         "seed + 1": {"seed": recipe.seed + 1},
     }
-    return repro.first_steps(dataclasses.replace(recipe, **changes[fault]))
+    return first_steps.first_steps(dataclasses.replace(recipe, **changes[fault]))
 
 
-def idle(recipe: Recipe) -> repro.Curve | None:
-    if recipe.method in ("galore", "fira"):
-        with mock.patch.dict(repro.ACTS, {recipe.method: {"update_gap": 1000}}):
-            return repro.first_steps(recipe)
-    if recipe.method not in ("relora", "switchlora", "sst"):
+def idle(recipe: Recipe) -> first_steps.Curve | None:
+    name = title_of(recipe)
+    if name in ("galore", "fira"):
+        with mock.patch.dict(first_steps.RECORDED, {name: {"update_gap": 1000}}):
+            return first_steps.first_steps(recipe)
+    hooks = {"relora": ReLoRAHook, "switchlora": SwitchLoRAHook, "sst": Resampling}
+    if name not in hooks:
         return None
-    hook = {"relora": ReLoRAHook, "switchlora": SwitchLoRAHook, "sst": Resampling}[recipe.method]
-    with mock.patch.multiple(hook, before_step=lambda self: None, after_step=lambda self: None):
-        return repro.first_steps(recipe)
-
-
-def dense(recipe: Recipe) -> Recipe:
-    return dataclasses.replace(recipe, method="dense", rank=None, options={})
+    with mock.patch.multiple(hooks[name], before_step=lambda self: None, after_step=lambda self: None):
+        return first_steps.first_steps(recipe)
 
 
 def spread(names: list[str]) -> None:
@@ -89,7 +89,9 @@ def spread(names: list[str]) -> None:
 
 def cell(name: str, fault: str) -> str:
     curve = faulty(name, fault)
-    return "-" if curve is None else f"{100 * repro.deviation(curve, repro.recorded(repro.find(name)))[0]:.2g}"
+    return (
+        "-" if curve is None else f"{100 * first_steps.deviation(curve, first_steps.recorded(repro.find(name)))[0]:.2g}"
+    )
 
 
 def main() -> None:

@@ -1,21 +1,21 @@
-"""A report in a real browser: pictures at desktop and telephone width, by day and by night, and what must not happen.
+"""A report in a real browser: pictures at desktop and telephone width, light and dark, and what must not happen.
 
     python benchmarks/report_screenshot.py runs/compare/report.html pictures/
 
-The picture in the README is pictures/report.png of this race, which takes two CPU cores a quarter of an hour:
+docs/report.png is pictures/report.png of this comparison, which takes a quarter of an hour on two CPU cores:
 
     lorank compare --model benchmarks/shapes/llama-1m --rank 32 --method cola --method low-rank --method dense \\
-        --vocab-size 2048 --sequence-length 128 --batch-size 16 --steps 120 --warmup-steps 20 --eval-every 10 \\
-        --eval-tokens 20000 --save-every 0 --seeds 1,2,3 --sweep lr=3e-3,1e-2,3e-2 --for low-rank lr=1e-2
+        --set vocab_size=2048 --sequence-length 128 --batch-size 16 --steps 120 --warmup-steps 20 --eval-every 10 \\
+        --set eval_tokens=20000 --save-every 0 --seeds 1,2,3 --sweep lr=3e-3,1e-2,3e-2 --for low-rank lr=1e-2
 
-That of lorank analyze, docs/analysis.png, is pictures/report.png of runs/analyze-llama-2m/analysis.html, ten minutes:
+docs/analysis.png is pictures/report.png of runs/analyze-llama-2m/analysis.html, which takes ten minutes:
 
-    lorank pretrain --model benchmarks/shapes/llama-2m --method dense --vocab-size 2048 --sequence-length 128 \\
-        --batch-size 16 --lr 3e-3 --steps 700 --eval-every 0 --save-every 0 --eval-tokens 20000 --out runs/llama-2m
+    lorank pretrain --model benchmarks/shapes/llama-2m --method dense --sequence-length 128 --batch-size 16 \\
+        --set vocab_size=2048 --lr 3e-3 --steps 700 --eval-every 0 --save-every 0 --set eval_tokens=20000 --out runs/llama-2m
     lorank analyze runs/llama-2m --sequence-length 128 --budget 0.5
 
-Needs a Chromium (apt-get install chromium). Fails if the page is wider than its window, if anything in it asks the
-network for something, or if the script of the page breaks.
+Needs a Chromium (apt-get install chromium). Fails if the page is wider than its window, if anything in it uses the
+network, or if the script of the page fails.
 """
 
 import html
@@ -60,6 +60,7 @@ def chromium(*arguments: str) -> str:
             "--headless",
             "--no-sandbox",
             "--disable-gpu",
+            "--disable-background-networking",
             "--hide-scrollbars",
             f"--user-data-dir={profile}",
         ]
@@ -77,7 +78,7 @@ def shoot(report: Path, out: Path, kind: str, scheme: str) -> Path:
         found = re.search(r'<p id="found">\[(\d+),(\d+),(\[.*?\]),(\[.*?\])\]</p>', seen)
         assert found is not None, "the page did not load"
         assert int(found[1]) <= width, f"{kind}: the page is {found[1]} pixels wide in a window of {width}"
-        assert found[3] == "[]", f"the page asks the network for {found[3]}"
+        assert found[3] == "[]", f"the page fetches {found[3]}"
         assert found[4] == "[]", f"the page's script failed: {found[4]}"
         height, picture = int(found[2]), out / f"{kind}-{scheme}.png"
         frame.write_text(FRAME.format(width=width, height=height, page=page))
