@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from lorank import MASA
+from lorank import fit_masa
 from lorank.architectures import projection_type
 from lorank.fit.pca import calibrate, truncate
 from lorank.train.data import load_corpus
@@ -65,10 +65,10 @@ def compressed(dense: Any, budget: int, data: list[torch.Tensor], atoms: float, 
     fields: dict[str, Any] = {"atoms": atoms, "groups": groups}
     if groups == "drift":
         fields["groups"] = [0, int(drifts_of(dense, data).argmax()) + 1]
-    model = MASA.from_dense(copy.deepcopy(dense), **fields)
+    model = fit_masa(copy.deepcopy(dense), **fields)
     while attention(model) > atoms * attention(dense):  # a group has one atom at least
         fields["atoms"] -= 0.02
-        model = MASA.from_dense(copy.deepcopy(dense), **fields)
+        model = fit_masa(copy.deepcopy(dense), **fields)
     if residual == "none":
         return model
     two = sum(
@@ -77,7 +77,7 @@ def compressed(dense: Any, budget: int, data: list[torch.Tensor], atoms: float, 
         if name.endswith(("q_proj", "o_proj")) and not exact(layer)
     )
     rank = 2 * ((budget - attention(model)) // two)  # rank 2 of query and output, 1 of key and value, costs `two`
-    model = MASA.from_dense(copy.deepcopy(dense), data=data, residual_rank=rank, **fields)
+    model = fit_masa(copy.deepcopy(dense), data=data, residual_rank=rank, **fields)
     if residual == "plain":
         unwhiten(model, dense)
     return model
@@ -143,7 +143,7 @@ def main() -> None:
 
     tokens = options.steps * 8 * CORPUS["sequence_length"]
     print(
-        f"MASA.from_dense: 8 blocks, d 64, trained on {tokens:,} tokens; perplexity on {options.tokens:,} held-out tokens"
+        f"fit_masa: 8 blocks, d 64, trained on {tokens:,} tokens; perplexity on {options.tokens:,} held-out tokens"
     )
     print(f"drift into blocks 1 to 7, nats: {' '.join(f'{value:.3f}' for value in drift.tolist())}")
     print(f"{'':42} {'groups':>8} {'atoms':>6} {'r of q, k':>9} {'attention':>10} {'perplexity':>11}")

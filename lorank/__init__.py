@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.conversion import convert, lr_schedule, merge, optimizer, step_hook
     from lorank.evolution.method import EGGROLL
     from lorank.evolution.votes import Votes
-    from lorank.fit.pca import matrix_pca
+    from lorank.fit.pca import fit_masa, matrix_pca
     from lorank.method import AdamW, Autograd, Dense, Method, Site, StepHook
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.crnet import CRNet
@@ -50,6 +50,7 @@ _HOME = {
     "keep_bottlenecks_and_attention": "lorank.checkpointing",
     "keep_recurrence": "lorank.checkpointing",
     "freeze_coefficients": "lorank.methods.masa",
+    "fit_masa": "lorank.fit.pca",
     "matrix_pca": "lorank.fit.pca",
     "Method": "lorank.method",
     "Site": "lorank.method",

@@ -1,4 +1,4 @@
-"""Settings of methods and recipes, checked by their annotations once for all: types, choices, bounds and ranks.
+"""Settings of methods and recipes, checked by their annotations: types, choices, bounds and ranks.
 
     density: Fraction = 0.03                      a number from 0 to 1
     reset: Literal["random", "magnitude"]         one of these names
@@ -106,8 +106,8 @@ def fits(value: Any, kind: Any) -> bool:
         return True
     if origin is Literal:
         return any(value == choice and type(value) is type(choice) for choice in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(fits(item, arguments[0]) for item in value)
+    if origin in (list, Sequence):
+        return isinstance(value, origin) and not isinstance(value, str) and all(fits(x, arguments[0]) for x in value)
     if origin is tuple:
         return (
             isinstance(value, tuple | list)
@@ -141,7 +141,7 @@ def _phrases(kind: Any) -> list[str]:
         return [repr(choice) for choice in arguments]
     if origin is tuple:
         return [f"{len(arguments)} values, each {describe(arguments[0])}"]
-    if origin is list:
+    if origin in (list, Sequence):
         return [f"a list of which each item is {describe(arguments[0])}"]
     words = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", dict: "a mapping"}
     return [words.get(kind) or ("None" if kind is type(None) else f"a {getattr(origin or kind, '__name__', kind)}")]
@@ -175,7 +175,9 @@ def check_rank_table(table: Mapping[Any, Any], option: str = "rank") -> None:
         raise ValueError(f"{option} must have at least one pattern, for example {{'.*': 0.25}}, got an empty table")
     for pattern, value in table.items():
         compile_pattern(pattern, option)
-        check_value(f"{option}[{pattern!r}]", value, Rank)
+        if not fits(value, Rank):
+            width = "a positive integer or a fraction of the width in (0, 1]"
+            raise ValueError(f"{option}[{pattern!r}] must be {width}, got {value!r}")
 
 
 def compile_pattern(pattern: Any, option: str) -> re.Pattern[str]:

@@ -76,6 +76,14 @@ class Site(NamedTuple):
         return self.d_in * self.d_out / (self.d_in + self.d_out)
 
 
+def by_role(sites: Sequence[Site]) -> dict[str, list[Site]]:
+    """The stacks of a model: for each role its sites, in order of depth."""
+    stacks: dict[str, list[Site]] = {}
+    for site in sites:
+        stacks.setdefault(site.role, []).append(site)
+    return stacks
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
     """Base of all methods. A subclass's fields are its hyper-parameters, checked by their annotations

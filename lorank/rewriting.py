@@ -7,7 +7,7 @@ from torch import nn
 
 from lorank.architectures import ACTIVATIONS
 from lorank.fusion import with_fused
-from lorank.method import Method, Site
+from lorank.method import Method, Site, by_role
 from lorank.sites import blocks
 
 
@@ -17,11 +17,8 @@ def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapp
     `names` tells where in this model a site is that goes by the name it has in another.
     """
     names = names or {}
-    stacks: dict[str, list[Site]] = {}
-    for site in sites:
-        stacks.setdefault(site.role, []).append(site)
     replacements: dict[str, nn.Module] = {}
-    for stack in stacks.values():
+    for stack in by_role(sites).values():
         for site, module in zip(stack, method.build_stack(stack), strict=True):
             replacements[names.get(site.name, site.name)] = module.train(site.linear.training)
             module.stands_for_linear = True  # type: ignore[assignment]

@@ -77,6 +77,11 @@ def base_prefix(model: nn.Module) -> str:
     return f"{model.base_model_prefix}." if has_head else ""
 
 
+def body_of(model: nn.Module) -> nn.Module:
+    """The model without its head, if it has one."""
+    return getattr(model, "base_model", model)
+
+
 def wanted_sites(method: Method, sites: list[Site]) -> list[Site]:
     """Those that the method rewrites; ValueError if there are sites, but none for it."""
     wanted = [site for site in sites if method.wants(site)]

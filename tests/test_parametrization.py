@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from lorank import CoLA, LowRank, Method, Site
-from lorank.fields import Rank, check_rank
+from lorank.fields import Rank, check_value
 from lorank.method import check_ranks, rank_at
 
 
@@ -25,7 +25,7 @@ def test_a_site_reads_its_sizes_off_the_dense_layer() -> None:
 
 @pytest.mark.parametrize("rank", [1, 128, 0.25, 0.999, 1.0, {".*": 4}, {"q_proj$": 4, ".*": 0.5}])
 def test_ranks_that_make_sense_are_accepted(rank: Rank) -> None:
-    check_rank(rank)
+    check_value("rank", rank, Rank)
     assert CoLA(rank=rank).rank == LowRank(rank=rank).rank == rank
 
 

@@ -77,10 +77,10 @@ def test_matrix_pca_needs_as_many_matrices_as_atoms() -> None:
 def test_a_trained_model_is_kept(small: Callable[..., Any], tokens: Tensor, tmp_path: Path, name: str) -> None:
     dense = deep(small, name)
     with pytest.warns(UserWarning, match="no fewer atoms than blocks"):
-        whole = MASA.from_dense(copy.deepcopy(dense), atoms=9)
+        whole = fit_masa(copy.deepcopy(dense), atoms=9)
     torch.testing.assert_close(whole(tokens).logits, dense(tokens).logits, rtol=1e-10, atol=1e-12)
 
-    model = MASA.from_dense(copy.deepcopy(dense), atoms=4)
+    model = fit_masa(copy.deepcopy(dense), atoms=4)
     if name == "llama":
         for role in ("q_proj", "k_proj", "v_proj", "o_proj"):
             weights = torch.stack([block.self_attn.get_submodule(role).weight for block in dense.model.layers])
@@ -154,9 +154,9 @@ def test_groups_are_cut_where_a_block_changes_much(small: Callable[..., Any], da
     model = deep(small)
     for block in (1, 2, 3, 5):  # so that what the model predicts changes in block 4 alone
         silence(model.model.layers[block], 0.01)
-    assert MASA.from_dense(copy.deepcopy(model), data=data, groups=2).config.lorank["arguments"]["groups"] == [0, 4]
-    given = MASA.from_dense(copy.deepcopy(model), groups=(0, 4), atoms=1)
-    found = MASA.from_dense(model, data=data, groups=2, atoms=1)
+    assert fit_masa(copy.deepcopy(model), data=data, groups=2).config.lorank["arguments"]["groups"] == [0, 4]
+    given = fit_masa(copy.deepcopy(model), groups=(0, 4), atoms=1)
+    found = fit_masa(model, data=data, groups=2, atoms=1)
     assert [layer.dictionary.key[-1] for name, layer in layers(found).items() if "q_proj" in name] == [*"000011"]
     assert all(map(torch.equal, found.state_dict().values(), given.state_dict().values()))
 
@@ -184,7 +184,7 @@ def test_one_block_to_a_group_is_the_dense_model_on_every_architecture(
 ) -> None:
     """Also that what blocks give can be replaced in all of them when their outputs are judged."""
     dense = architecture.dense().double()
-    model = MASA.from_dense(copy.deepcopy(dense), data=[tokens], groups=2)
+    model = fit_masa(copy.deepcopy(dense), data=[tokens], groups=2)
     assert model.config.lorank["arguments"]["groups"] == [0, 1]
     torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-10, atol=1e-12)
     model.save_pretrained(tmp_path)
@@ -269,7 +269,7 @@ def test_a_residual_of_full_rank_is_the_dense_model(
     small: Callable[..., Any], data: list[Tensor], tokens: Tensor, name: str, variant: Any
 ) -> None:
     dense = deep(small, name)
-    model = MASA.from_dense(
+    model = fit_masa(
         copy.deepcopy(dense), data=data, atoms=1, variant=variant, residual_rank={".": 1.0}, groups=(0, 2)
     )
     assert len(layers(model)) == 6 * (3 if variant == "qkv" else 4)
@@ -281,8 +281,8 @@ def test_each_step_brings_the_outputs_of_a_projection_nearer(
 ) -> None:
     """Atoms alone, a residual of the weights, a whitened residual; then the model is saved, loaded and merged."""
     dense = deep(small)
-    alone = MASA.from_dense(copy.deepcopy(dense), atoms=2, groups=(0, 3))
-    model = MASA.from_dense(copy.deepcopy(dense), data=data, atoms=2, groups=(0, 3), residual_rank=4)
+    alone = fit_masa(copy.deepcopy(dense), atoms=2, groups=(0, 3))
+    model = fit_masa(copy.deepcopy(dense), data=data, atoms=2, groups=(0, 3), residual_rank=4)
     R = calibrate(dense, data, layers(model), drift=False).whitening
     for name, layer in layers(model).items():
         weight = dense.get_submodule(name).weight
@@ -302,8 +302,8 @@ def test_each_step_brings_the_outputs_of_a_projection_nearer(
 
 def test_exact_groups_carry_no_residual(small: Callable[..., Any], data: list[Tensor]) -> None:
     dense = deep(small)
-    model = MASA.from_dense(copy.deepcopy(dense), data=data, atoms=0.5, groups=(0, 1), residual_rank=6)
-    plain = MASA.from_dense(copy.deepcopy(dense), atoms=0.5, groups=(0, 1))
+    model = fit_masa(copy.deepcopy(dense), data=data, atoms=0.5, groups=(0, 1), residual_rank=6)
+    plain = fit_masa(copy.deepcopy(dense), atoms=0.5, groups=(0, 1))
     for name, layer in layers(model).items():
         exact = ".0." in name
         assert (layer.A is None) == (layer.B is None) == exact
@@ -314,7 +314,7 @@ def test_exact_groups_carry_no_residual(small: Callable[..., Any], data: list[Te
 
 def test_what_is_excluded_stays_dense(small: Callable[..., Any], data: list[Tensor]) -> None:
     dense = deep(small)
-    model = MASA.from_dense(
+    model = fit_masa(
         copy.deepcopy(dense), data=data, exclude=r"layers\.0\.", atoms=2, groups=(0, 3), residual_rank=2
     )
     assert len(layers(model)) == 20
@@ -361,7 +361,7 @@ IDS = torch.zeros(1, 4, dtype=torch.int64)
 def test_what_cannot_be_rewritten_is_refused(small: Callable[..., Any], fields: dict[str, Any], message: str) -> None:
     model = deep(small)
     with pytest.raises(ValueError, match=message):
-        MASA.from_dense(model, **fields)
+        fit_masa(model, **fields)
     assert not layers(model)
     assert not any("forward" in vars(module) or module._forward_hooks for module in model.modules())
 
@@ -369,12 +369,12 @@ def test_what_cannot_be_rewritten_is_refused(small: Callable[..., Any], fields: 
 def test_groups_need_a_head_and_a_model_that_has_not_diverged(small: Callable[..., Any], data: list[Tensor]) -> None:
     model = deep(small)
     with pytest.raises(ValueError, match="LlamaModel predicts no tokens; give the model with its head, or the first"):
-        MASA.from_dense(model.model, data=data, groups=2)
-    assert len(layers(MASA.from_dense(model.model, data=data, groups=(0, 2), residual_rank=2))) == 24
+        fit_masa(model.model, data=data, groups=2)
+    assert len(layers(fit_masa(model.model, data=data, groups=(0, 2), residual_rank=2))) == 24
     model = deep(small)
     nn.init.constant_(model.model.layers[2].mlp.down_proj.weight, torch.nan)
     for fields in ({"groups": 2}, {"residual_rank": 2}):
         with pytest.raises(ValueError, match="not finite numbers; it has diverged"):
-            MASA.from_dense(model, data=data, **fields)
+            fit_masa(model, data=data, **fields)
     with pytest.raises(ValueError, match="already converted"):
-        MASA.from_dense(convert(deep(small), "masa"), data=data, groups=2)
+        fit_masa(convert(deep(small), "masa"), data=data, groups=2)

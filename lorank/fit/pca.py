@@ -2,22 +2,22 @@
 
     W_l ≈ Ŵ_l + B_l A_l    Ŵ_l = Σ_s c_ls D_s    for the blocks l of a group; W_l [d_out, d_in], D [S, d_out, d_in]
 
-Three steps, of which the first and the last look at some text, forward only.
+There are three steps. The first and the last run the model on some text, forward only.
 
-    groups     p_l = softmax(head(mean over tokens of what block l gives))           [V]
+    groups     p_l = softmax(head(mean over tokens of the output of block l))        [V]
                drift_l = KL(p_{l-1} ‖ p_l)       G groups: cuts before the G − 1 blocks of largest drift
     atoms      the S leading eigenvectors of the Gram matrix of a group's W_l, c_ls = ⟨D_s, W_l⟩
-    residual   min |(W_l − Ŵ_l − B_l A_l) X_lᵀ| over rank r, X_l [n, d_in] what W_l reads: with the Cholesky factor
+    residual   min |(W_l − Ŵ_l − B_l A_l) X_lᵀ| over rank r, X_l [n, d_in] the input of W_l: with the Cholesky factor
                R Rᵀ = X_lᵀ X_l / n and the SVD (W_l − Ŵ_l) R = U Σ Vᵀ,   B_l = U_r Σ_r^½,   A_l = Σ_r^½ V_rᵀ R⁻¹
 
-The cuts are those that make the drifts within groups least in sum. The error of the residual on the data is then
-√(σ²_{r+1} + …), the least that rank r can have. A group with as many atoms as blocks is exact and has no residual. Memory
-beside the model: one matrix [d_in, d_in] in float64 for each input of a projection (query, key and value read the same), and
-the weights until the end.
+The cuts minimise the sum of the drifts within groups. The error of the residual on the data is then √(σ²_{r+1} + …), the
+least that rank r can have. A group with as many atoms as blocks is exact and has no residual. Memory in addition to the
+model: one matrix [d_in, d_in] in float64 for each input of a projection (query, key and value have the same), and the weights
+until the end.
 
 Source: Zhussip et al., arXiv 2508.04581, "Matrix Weight-Sharing for Pretrained Models"; structure and ranks are those of
-`lorank.methods.masa`. The paper's appendix, with the steps of grouping and the allocation of ranks, we have not seen. Ours are:
-where to cut; the direction of KL; that the head is all that comes after the last block, final norm included; square
+`lorank.methods.masa`. We have not seen the paper's appendix, with the steps of grouping and the allocation of ranks. Our
+choices are: where to cut; the direction of KL; that the head is all that follows the last block, final norm included; square
 roots of Σ on either side; and the ridge, `RIDGE`.
 """
 
@@ -31,14 +31,16 @@ from transformers import PreTrainedModel
 
 from lorank.analysis.streams import Streams
 from lorank.conversion import convert, sites_to_convert
+from lorank.dictionary import CoefficientTable, Dictionary
+from lorank.layers import wide
 from lorank.method import Patterns
-from lorank.methods.masa import MASA, CoefficientTable, Dictionary, MASALinear
+from lorank.methods.masa import MASA, MASALinear
 from lorank.pretrained import positions_of
 from lorank.sites import blocks, places
 
 Model = TypeVar("Model", bound=nn.Module)
 RIDGE = 1e-6
-"""Added to an autocorrelation's diagonal, in units of its mean, where a direction has less: one that the data do not enter."""
+"""Added to an autocorrelation's diagonal, in units of its mean, if a direction has less because the data do not reach it."""
 
 
 # ---- the mathematics
@@ -59,8 +61,8 @@ def matrix_pca(weights: Tensor, atoms: int) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: more atoms than matrices, or none.
     """
     if not 1 <= atoms <= len(weights):
-        raise ValueError(f"atoms={atoms}: {len(weights)} matrices span 1 to {len(weights)} atoms; choose one of these")
-    flat = weights.flatten(1).to(torch.promote_types(weights.dtype, torch.float32))  # [L, d_out d_in]
+        raise ValueError(f"atoms must be from 1 to {len(weights)}, the number of matrices, got {atoms}")
+    flat = wide(weights.flatten(1))  # [L, d_out d_in]
     _, values, basis = torch.linalg.svd(flat, full_matrices=False)
     basis = basis[:atoms]
     found = basis.view(atoms, *weights.shape[1:]), flat @ basis.T
@@ -83,7 +85,7 @@ def cuts(drift: Tensor, groups: int) -> tuple[int, ...]:
         ValueError: more groups than blocks, or none.
     """
     if not 1 <= groups <= len(drift) + 1:
-        raise ValueError(f"groups={groups}: there are {len(drift) + 1} blocks; choose from 1 to that many")
+        raise ValueError(f"groups must be from 1 to {len(drift) + 1}, the number of blocks, got {groups}")
     largest = drift.sort(descending=True, stable=True).indices[: groups - 1]
     return (0, *sorted(int(index) + 1 for index in largest))
 
@@ -104,16 +106,16 @@ def truncate(residual: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return U[:, :rank] * root, torch.linalg.solve_triangular(R, root[:, None] * V[:rank], upper=False, left=False)
 
 
-# ---- what the data say
+# ---- what the data tell
 
 
 class Calibration(NamedTuple):
     """What `calibrate` found."""
 
     drift: Tensor
-    """By how much each block but the first moves what the model would predict, in nats [L - 1]."""
+    """How much each block but the first changes what the model would predict, in nats [L - 1]."""
     whitening: dict[str, Tensor]
-    """R [d_in, d_in] of what each projection reads."""
+    """R [d_in, d_in] of each projection's input."""
 
 
 @torch.no_grad()
@@ -124,17 +126,17 @@ def calibrate(
 
     Args:
         projections: names of those that are to be rewritten.
-        drift: look at what the blocks give; they are one stack, and the model has its head.
-        inputs: look at what the projections read.
+        drift: measure the outputs of the blocks, which must be one stack in a model with its head.
+        inputs: measure the inputs of the projections.
 
     Raises:
-        ValueError: no batches, something that is none or that the model cannot read, several stacks, no head, or activations that
-            are not finite.
+        ValueError: there are no batches, or something else than batches that the model can read, several stacks, no head, or
+            activations that are not finite.
     """
     stacks = {stack for stack, depth, _ in blocks(model) if any(n.startswith(f"{stack}.{depth}.") for n in projections)}
     if drift and len(stacks) > 1:
         raise ValueError(
-            f"the blocks of {', '.join(sorted(stacks))} do not follow one another; give the first block of each group"
+            f"the blocks must be one stack to be grouped, got {', '.join(sorted(stacks))}; give the first block of each group"
         )
     chain = [block for stack, _, block in blocks(model) if stack in stacks]
     streams = Streams([place for place in places(model) if inputs and place.name in projections], outputs=False)
@@ -158,7 +160,7 @@ def calibrate(
                 _check_batch(model, batch)
                 streams.add(model, {"input_ids": batch.to(device)})
         if not streams.tokens:
-            raise ValueError("data: there is not a single batch to look at")
+            raise ValueError("data must have at least one batch, got none")
         for hook in hooks:
             hook.remove()
         moved = torch.zeros(0)
@@ -170,33 +172,34 @@ def calibrate(
             hook.remove()
         model.train(training)
     if not all(gram.isfinite().all() for gram in streams.inputs.values()) or not moved.isfinite().all():
-        raise ValueError("the model's activations are not finite numbers; it has diverged, take an earlier one")
+        raise ValueError("the model's activations must be finite numbers; it has diverged, use an earlier checkpoint")
     factors = {reader: whitening(gram / streams.tokens) for reader, gram in streams.inputs.items()}
     return Calibration(moved, {name: factors[reader] for name, reader in streams.reads.items()})
 
 
 def _check_batch(model: nn.Module, batch: Any) -> None:
-    """ValueError for what is no batch of token ids that the model can read."""
+    """Raises ValueError unless it is a batch of token ids that the model can read."""
     if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.dtype not in (torch.int32, torch.int64):
-        raise ValueError("data: a batch is a tensor of token ids [b, n] of int64 or int32; give a list of these")
+        got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
+        raise ValueError(f"data must be batches of token ids, tensors [b, n] of int64 or int32, got {got}")
     if not batch.numel():
-        raise ValueError(f"data: a batch of shape {list(batch.shape)} has no tokens; leave it out")
+        raise ValueError(f"data must be batches with tokens, got one of shape {list(batch.shape)}; leave it out")
     if isinstance(model, PreTrainedModel):
         if (positions := positions_of(model)) is not None and batch.shape[1] > positions:
             raise ValueError(
-                f"data: sequences of {batch.shape[1]} tokens exceed the model's {positions} positions; cut them"
+                f"data must be sequences of at most {positions} tokens, the model's positions, got {batch.shape[1]}; cut them"
             )
         rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore
         least, most = int(batch.min()), int(batch.max())
         if least < 0 or most >= rows:
             wrong = least if least < 0 else most
             raise ValueError(
-                f"data: token id {wrong} is none of the model's, 0 to {rows - 1}; use the model's own tokenizer"
+                f"data must be token ids from 0 to {rows - 1}, the model's vocabulary, got {wrong}; use the model's own tokenizer"
             )
 
 
 def _predictions(model: nn.Module, chain: list[nn.Module], states: Tensor, plain: bool) -> Tensor:
-    """Logits [L, V] if each state [L, d] in turn were what the last block gives: what the blocks make of one token is put aside."""
+    """Logits [L, V] when each state [L, d] in turn replaces the output of the last block, for a single token."""
     found = []
     token = torch.zeros(1, 1, dtype=torch.int64, device=states.device)
     for state in states.to(next(model.parameters()).dtype):
@@ -206,7 +209,8 @@ def _predictions(model: nn.Module, chain: list[nn.Module], states: Tensor, plain
             logits = getattr(model(input_ids=token, use_cache=False), "logits", None)
             if logits is None:
                 raise ValueError(
-                    f"this {type(model).__name__} predicts no tokens; give the model with its head, or the first block of each group"
+                    f"model must predict tokens, got {type(model).__name__}; give the model with its head, or the first block of "
+                    "each group"
                 )
             found.append(logits[0])
         finally:
@@ -218,7 +222,7 @@ def _predictions(model: nn.Module, chain: list[nn.Module], states: Tensor, plain
 # ---- the conversion
 
 
-def from_dense(
+def fit_masa(
     model: Model,
     *,
     data: Iterable[Tensor] | None = None,
@@ -228,26 +232,27 @@ def from_dense(
 ) -> Model:
     """Rewrite an existing model in place as MASA's, with atoms, coefficients and residuals that keep its weights.
 
-    A number of `groups` in `fields` becomes the groups that drift suggests; the model's configuration records them.
+    A number of `groups` in `fields` is replaced by the groups that drift suggests; the model's configuration records them.
 
     Args:
-        model: as of `lorank.convert`; to group its blocks, a language model with its head.
-        data: batches of token ids [b, n] of text like that which the model is to read; for a number of groups above one
-            and for residuals. A residual of d inputs wants many more than d tokens.
-        targets, exclude: as of `lorank.convert`.
-        fields: as of `lorank.MASA`; coefficients are a table, and a group with as many atoms as blocks gets no residual.
+        model: as in `lorank.convert`; to group its blocks, a language model with its head.
+        data: batches of token ids [b, n] of text like that on which the model is used, for a number of groups above one and
+            for residuals. A residual of d inputs needs many more than d tokens.
+        targets, exclude: as in `lorank.convert`.
+        fields: as in `lorank.MASA`; coefficients are a table, and a group with as many atoms as blocks gets no residual.
 
     Raises:
-        ValueError: as `lorank.convert` and `calibrate`; data that are lacking or of no use. The model is then unchanged.
+        ValueError: as `lorank.convert` and `calibrate`, or data are missing or not needed. The model is then unchanged.
     """
     method = MASA(**{"coefficients": "table", **fields})
     if method.coefficients != "table":
-        raise ValueError("Matrix PCA finds coefficients that no network holds; drop coefficients, or give 'table'")
+        raise ValueError("coefficients must be 'table' with Matrix PCA, which finds no network, got 'network'")
     to_group, to_whiten = isinstance(method.groups, int) and method.groups > 1, method.residual_rank is not None
     if (data is None) == (to_group or to_whiten):
-        lacking = "a number of groups and residuals follow from data: give data=, batches of token ids [b, n]"
         raise ValueError(
-            lacking if data is None else "data= is of no use without residual_rank or a number of groups; drop it"
+            "data must be batches of token ids [b, n] for a number of groups or for residuals, got None"
+            if data is None
+            else "data must be left out without residual_rank or a number of groups, because nothing else needs them"
         )
     dense = {site.name: site.linear for site in sites_to_convert(model, method, targets, exclude)}
     factors: dict[str, Tensor] = {}

@@ -1,27 +1,27 @@
-"""CR-Net: cross-layer residuals. What a projection gives is what the block before gave, scaled, plus a low-rank change.
+"""CR-Net: cross-layer residuals. A projection's output is that of the block before, scaled, plus a low-rank change.
 
     Y_1 = W X_1 (+ c)                            W [d_out, d_in]: the first block stays dense and is trained
     Y_l = b(β_l) Y_{l-1} + B_l A_l X_l (+ c_l)   l = 2 .. L;  A_l [r, d_in]  B_l [d_out, r]  c_l [d_out]  β_l one number
-    b(β) = sign(β) (|β| + 1e-6)                  sign(0) = 1: b never vanishes, so that the recurrence can be inverted
+    b(β) = sign(β) (|β| + 1e-6)                  sign(0) = 1: b is never zero, so that the recurrence can be inverted
 
-X_l [..., d_in] is the projection's usual input in block l and Y_l [..., d_out] its raw output, which block l uses as
-ever (rotary positions, attention, gate) and hands to block l + 1 on a `lorank.tape.Tape`. Nothing else in the model
-changes. There is no non-linearity between A and B.
+X_l [..., d_in] is the projection's usual input in block l. Y_l [..., d_out] is its raw output. Block l uses it as before
+(rotary positions, attention, gate) and passes it to block l + 1 on a `lorank.tape.Tape`. Nothing else in the model changes.
+There is no non-linearity between A and B.
 
-Cost of one layer beyond the first, r = rank, n tokens: r (d_in + d_out) + 1 parameters; 2 n r (d_in + d_out) + 2 n d_out
-floating-point operations forward. Backward needs Y_{l-1} as well, for ∂β. Under `lorank.keep_recurrence` a block keeps
-its input [n, d] and the seven z_l = A_l X_l [n, r], every eighth block also its seven outputs, and those between are
-rebuilt, from the last block to the first, as Y_{l-1} = (Y_l - B_l z_l - c_l) / b(β_l): one B product per projection and
-no A product. Each step back multiplies rounding errors by 1/|b|, so where these come to more than 4 (in fp32: 128) an
-output is stored in between: with |b| = 1/2 in half precision every third block's.
+Cost of one layer after the first, r = rank, n tokens: r (d_in + d_out) + 1 parameters; 2 n r (d_in + d_out) + 2 n d_out
+floating-point operations forward. The backward pass also needs Y_{l-1}, for ∂β. Under `lorank.keep_recurrence` a block
+keeps its input [n, d] and the seven z_l = A_l X_l [n, r]; every eighth block keeps its seven outputs too. The outputs in
+between are rebuilt from the last block to the first, Y_{l-1} = (Y_l - B_l z_l - c_l) / b(β_l): one B product per
+projection and no A product. Each step back multiplies rounding errors by 1/|b|. Where they would grow by more than 4
+(in fp32: 128), an output is stored in between: with |b| = 1/2 in half precision, that of every third block.
 
 Source: "CR-Net: Scaling Parameter-Efficient Training with Cross-Layer Low-Rank Structure", arXiv 2509.18993. The authors'
 code could not be reached; equation and recomputation are taken from summaries of the paper.
 
-Our choices where these are silent. A and B are drawn as CoLA's, W as N(0, 0.02²), β = 1. A bias is part of the raw
-output, hence of what is handed on. β stays in single precision in a model of half precision, and b Y + B A X is added
-up in it: bfloat16 would round the 1e-6 away, and every change of β below 0.4 %. The paper's recomputation stores the
-four inputs X_l of a block too; here they come out of the block's input, as in CoLA-M, for one more attention.
+Our choices where these are silent. A and B are drawn as in CoLA, W as N(0, 0.02²), and β = 1. A bias is part of the raw
+output, so it is passed on. β stays in single precision in a model of half precision, and b Y + B A X is summed in single
+precision: bfloat16 would round away the 1e-6, and every change of β below 0.4 %. The paper's recomputation also stores
+the four inputs X_l of a block; here they are recomputed from the block's input, as in CoLA-M, for one more attention.
 """
 
 import itertools
@@ -35,9 +35,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from lorank.fields import Rank
-from lorank.layers import linear
-from lorank.method import Method, Published, Site, check_ranks, rank_at
-from lorank.methods.cola import CoLALinear
+from lorank.layers import LowRankLinear, like, linear
+from lorank.method import Method, Published, Site, by_role, check_ranks, rank_at
 from lorank.tape import ANCHORS, Tape
 
 EPS = 1e-6
@@ -49,16 +48,17 @@ DENSE_STD = 0.02
 
 
 def recompute_flops(d: int, d_ff: int, r: int, n: int, layers: int) -> int:
-    """That backward spends on the forward pass of a sequence again: L 4 n² d + (L - 1) 2 n r (5 d + 2 d_ff) + 2 n (4 d² + 2 d d_ff).
+    """FLOPs of recomputation in the backward pass of a sequence: L 4 n² d + (L - 1) 2 n r (5 d + 2 d_ff) + 2 n (4 d² + 2 d d_ff).
 
-    Attention in every block; the B products of every block but the first, and that one's W but the last.
+    These are attention in every block, the B products of every block but the first, and all W products of the first
+    block but its last.
     """
     factors, dense = 2 * n * r * (5 * d + 2 * d_ff), 2 * n * (4 * d * d + 2 * d * d_ff)
     return layers * 4 * n * n * d + (layers - 1) * factors + dense
 
 
 def kept_numbers(d: int, d_ff: int, r: int, n: int, layers: int) -> int:
-    """That the blocks keep of a sequence for backward: L n (d + 7 r), and n (5 d + 2 d_ff) for every eighth block."""
+    """Numbers that the blocks keep of a sequence for the backward pass: L n (d + 7 r), and n (5 d + 2 d_ff) for every eighth block."""
     return layers * n * (d + 7 * r) + math.ceil((layers - 1) / ANCHORS) * n * (5 * d + 2 * d_ff)
 
 
@@ -107,23 +107,22 @@ class CRNetDense(nn.Module):
         return y
 
 
-class CRNetLinear(CoLALinear):
-    """A later one, y = b(β) y_previous + B A x + c; `depth` is its place in the chain, 1 or more."""
+class CRNetLinear(LowRankLinear):
+    """A later layer, y = b(β) y_previous + B A x + c; `depth` is its place in the chain, 1 or more."""
 
     def __init__(self, d_in: int, d_out: int, rank: int, *, beta: float, tape: Tape, depth: int, **options: Any):
-        super().__init__(d_in, d_out, rank, activation=None, **options)
+        super().__init__(d_in, d_out, rank, **options)
         self.start = beta
         self.tape = tape
         self.depth = depth
         weight = self.A.weight
         # of shape [1], not []: it then decides the precision of b Y, and FSDP2 can shard it
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        self.beta = nn.Parameter(torch.full((1,), beta, device=weight.device, dtype=wide))
+        single = torch.promote_types(weight.dtype, torch.float32)
+        self.beta = nn.Parameter(torch.full((1,), beta, device=weight.device, dtype=single))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if hasattr(self, "beta"):  # not yet while the parent class draws A and B
-            nn.init.constant_(self.beta, self.start)
+        nn.init.constant_(self.beta, self.start)
 
     def forward(self, x: Tensor) -> Tensor:
         change, b = self.B(self.A(x)), bounded(self.beta)
@@ -133,11 +132,11 @@ class CRNetLinear(CoLALinear):
         return y
 
     def slope(self) -> float:
-        """|b(β)|; on an accelerator the reading waits for it."""
+        """|b(β)|; reading it from an accelerator waits for pending work."""
         return abs(self.start if isinstance(self.beta, FakeTensor) else self.beta.item()) + EPS
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "CRNetLinear":
-        """What ``model.to(torch.bfloat16)`` calls: it reaches A and B, and of β only the device."""
+        """``model.to(torch.bfloat16)`` calls this: A and B change their type, β only its device."""
         if recurse:
             for child in self.children():
                 child._apply(fn)
@@ -148,52 +147,41 @@ class CRNetLinear(CoLALinear):
 
         return super()._apply(at_least_single, recurse=False)
 
-    def extra_repr(self) -> str:
-        return super().extra_repr().removesuffix(", activation=None")
-
 
 # ---- the method
 
 
 @dataclass(frozen=True, kw_only=True)
 class CRNet(Method):
-    """CR-Net with its hyper-parameters; ValueError for a rank that is not positive or a `beta` that is no finite number.
+    """CR-Net with its hyper-parameters.
 
-    A projection is chained over the blocks in which it was chosen, which must be neighbours; the first of them is dense.
+    A projection is chained over the blocks in which it was chosen. These must be neighbours; the first of them is dense.
     """
 
     name: ClassVar[str] = "crnet"
-    # The paper's ranks, which vary from block to block, are not known to us. These are the uniform ones that fit the 43 M
-    # that its 60m is compared at and the 583 M that it gives for 1b; for 7b that of its memory measurement.
+    # We do not know the paper's ranks, which vary from block to block. These uniform ones fit the 43 M at which its 60m is
+    # compared and the 583 M that it gives for 1b; that for 7b is from its memory measurement.
     published: ClassVar[Published] = {"60m": {"rank": 104}, "1b": {"rank": 448}, "7b": {"rank": 512}}
 
     rank: Rank = 0.25
     """Width of the bottlenecks: an integer, a fraction of the width, or {pattern: either}, for example by block
     ("layers.[0-3].": 0.2, ".*": 0.3): the paper's best models are wider in the middle."""
     beta: float = 1.0
-    """What β starts from, in every layer."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.beta, bool) or not isinstance(self.beta, int | float) or not math.isfinite(self.beta):
-            raise ValueError(f"beta={self.beta!r} is not a finite number; give one such as 1.0 or 0.5")
+    """Initial value of β in every layer."""
 
     def check(self, sites: Sequence[Site]) -> None:
-        stacks: dict[str, list[Site]] = {}
-        for site in sites:
-            stacks.setdefault(site.role, []).append(site)
-        for stack in stacks.values():
+        stacks = by_role(sites).values()
+        for stack in stacks:
             for one, other in itertools.pairwise(stack):
                 _check_neighbours(one, other)
-        check_ranks(self.rank, [site for stack in stacks.values() for site in stack[1:]])
+        check_ranks(self.rank, [site for stack in stacks for site in stack[1:]])
 
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
         tape = Tape(sites[0].role, len(sites))
         return [self._layer(site, tape, depth) for depth, site in enumerate(sites)]
 
     def _layer(self, site: Site, tape: Tape, depth: int) -> nn.Module:
-        weight, bias = site.linear.weight, site.linear.bias is not None
-        options: dict[str, Any] = {"bias": bias, "device": weight.device, "dtype": weight.dtype, "tape": tape}
+        options = {"bias": site.linear.bias is not None, "tape": tape, **like(site.linear.weight)}
         if depth == 0:
             return CRNetDense(site.d_in, site.d_out, **options)
         rank = rank_at(self.rank, site)
@@ -201,7 +189,7 @@ class CRNet(Method):
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
-            f"{self.name} cannot be merged: what a layer gives depends on the layer before, not on its input alone"
+            f"{self.name} cannot be merged: a layer's output depends on the layer before, not on its input alone"
         )
 
 
@@ -209,7 +197,7 @@ def _check_neighbours(one: Site, other: Site) -> None:
     """Raise ValueError unless the second can add the first one's output to its own."""
     if other.depth != one.depth + 1:
         raise ValueError(
-            f"crnet chains {one.role} from block to block, and depth {other.depth} was chosen without depth {other.depth - 1}; "
+            f"crnet chains {one.role} from block to block, but depth {other.depth} was chosen without depth {other.depth - 1}; "
             f"choose neighbouring blocks or exclude {one.role}"
         )
     if other.d_out != one.d_out:

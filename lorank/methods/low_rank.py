@@ -2,11 +2,11 @@
 
     y = B A x (+ b)           x [..., d_in]   A [r, d_in]   B [d_out, r]   b [d_out]
 
-It has CoLA's parameters, initial values and FLOPs exactly, and the dense block's own activation. Whatever CoLA gains
-over it is due to σ. Trained from scratch with the usual recipe it is the row that the literature shows failing at
+It has exactly CoLA's parameters, initial values and FLOPs, and the dense block's own activation. Whatever CoLA gains
+over it is due to σ. Trained from scratch with the usual recipe, it is the row that the literature shows failing at
 scale.
 
-Source: Kamalakara et al., "Exploring Low Rank Training of Deep Neural Networks", arXiv 2209.13569; initial values as
+Source: Kamalakara et al., "Exploring Low Rank Training of Deep Neural Networks", arXiv 2209.13569. The initial values are
 CoLA's, arXiv 2502.10940, so that the two start from the same point.
 """
 
@@ -17,14 +17,14 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from lorank.fields import Rank
+from lorank.layers import LowRankLinear, like
 from lorank.method import Method, Published, Site, check_ranks, rank_at
-from lorank.methods.cola import CoLALinear
 from lorank.sizes import SIZES
 
 
 @dataclass(frozen=True, kw_only=True)
 class LowRank(Method):
-    """Linear factorisation with its rank; ValueError for a rank that is not positive."""
+    """Plain low-rank factorisation with its rank."""
 
     name: ClassVar[str] = "low-rank"
     # as CoLA: the same 43, 94, 185 and 609 M parameters are in the tables of arXiv 2406.02214
@@ -37,16 +37,14 @@ class LowRank(Method):
         check_ranks(self.rank, sites)
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        assert isinstance(module, CoLALinear)
+        assert isinstance(module, LowRankLinear)
         return module.B.weight @ module.A.weight, module.B.bias
 
     def build(self, site: Site) -> nn.Module:
-        return CoLALinear(
+        return LowRankLinear(
             site.d_in,
             site.d_out,
             rank_at(self.rank, site),
             bias=site.linear.bias is not None,
-            activation=None,  # the limit in which CoLA becomes a linear map of rank r
-            device=site.linear.weight.device,
-            dtype=site.linear.weight.dtype,
+            **like(site.linear.weight),
         )

@@ -3,22 +3,22 @@
     y = x Wᵀ (+ b)     W = s B A + S     s = alpha / r
     x [..., d_in]   A [r, d_in]   B [d_out, r]   b [d_out]   S [d_out, d_in]: v [nnz] at the places I [nnz], 0 elsewhere
 
-I holds nnz = ⌊density · d_out · d_in⌋ places, drawn once for each matrix, uniformly and without repetition, and never
-changed: sorted flat row-major indices in a buffer that is saved with the model. B starts at zero, so W = S at first.
+I holds nnz = ⌊density · d_out · d_in⌋ places. They are drawn once for each matrix, uniformly and without repetition, and
+never change: sorted flat row-major indices in a buffer that is saved with the model. B starts at zero, so W = S at first.
 
-Cost of one layer, r = rank: r (d_in + d_out) + nnz parameters, and 8 nnz bytes of indices. FLOPs are a dense layer's
-and those of forming W, 2 d_out d_in r, in forward; backward forms W again and takes as much for the gradients of A and
-of B. A Llama block so spends 8 d² r + 6 d d_ff r more than a dense one forward and 24 d² r + 18 d d_ff r more backward,
-per call, however few its tokens are (so merge before serving). Kept for backward are x, B, s A, v and I; W and its
-gradient G, both [d_out, d_in], come and go layer by layer, two such matrices at a time.
+Cost of one layer, r = rank: r (d_in + d_out) + nnz parameters, and 8 nnz bytes of indices. The forward FLOPs are those of
+a dense layer plus 2 d_out d_in r for forming W. The backward pass forms W again and needs twice as much for the gradients
+of A and B. Per call, a Llama block spends 8 d² r + 6 d d_ff r FLOPs more than a dense one forward and 24 d² r + 18 d d_ff r
+more backward, however few its tokens are (so merge before serving). Kept for the backward pass are x, B, s A, v and I. W
+and its gradient G, both [d_out, d_in], exist one layer at a time, two such matrices at most.
 
 Source: Han et al., "SLTrain: a sparse plus low-rank approach for parameter and memory efficient pretraining", NeurIPS
 2024, arXiv 2406.02214.
 
-Departures from the authors' code. The backward pass is this file's, not a C++ extension: same formulas, any device, one
-graph under torch.compile, any checkpoint policy. Each support comes from `support_seed` and the projection's name, not
-from the global generator, so that it does not depend on what else is drawn. Biases start at zero. There is no trainable
-scale, and no dropout, which theirs never applies.
+Departures from the authors' code. The backward pass is in this file, not in a C++ extension: same formulas, any device, one
+graph under torch.compile, any checkpoint policy. Each support is drawn from `support_seed` and the projection's name, not
+from the global generator, so that it does not depend on other draws. Biases start at zero. There is no trainable scale,
+and no dropout, which theirs never applies.
 """
 
 import hashlib
@@ -31,7 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorank.fields import Rank
+from lorank.fields import Fraction, Positive, Rank
+from lorank.layers import like, loaded
 from lorank.method import Method, Published, Site, check_ranks, rank_at
 
 # ---- the mathematics
@@ -72,13 +73,13 @@ def site_seed(support_seed: int, name: str) -> int:
 
 def dense_weight(B: Tensor, A: Tensor, v: Tensor, support: Tensor) -> Tensor:
     """W = B A + S, [d_out, d_in]."""
-    product = B @ A  # not changed in place: a checkpoint policy may have kept it
+    product = B @ A  # not changed in place, because a checkpoint policy may have kept it
     return product.flatten().index_add(0, support, v).view_as(product)
 
 
 @torch.library.custom_op("lorank::not_before", mutates_args=())
 def not_before(B: Tensor, dy: Tensor) -> Tensor:
-    """A copy of B that seems to depend on dy: else a compiler finds W in forward and in backward equal, and keeps it."""
+    """A copy of B that seems to depend on dy. Otherwise a compiler sees that W is the same in forward and backward, and keeps it."""
     return B.clone()
 
 
@@ -88,7 +89,7 @@ def _(B: Tensor, dy: Tensor) -> Tensor:
 
 
 class SparsePlusLowRank(torch.autograd.Function):
-    """y = x (B A + S)ᵀ that forgets W; the gradients are the paper's, section 3. A comes multiplied by s."""
+    """y = x (B A + S)ᵀ without keeping W; the gradients are those of the paper's section 3. A is already multiplied by s."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, B: Tensor, A: Tensor, v: Tensor, support: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class SparsePlusLowRank(torch.autograd.Function):
         dx = dB = dA = dv = None
         if ctx.needs_input_grad[0]:
             later = not_before(B, dy) if torch.compiler.is_compiling() else B
-            dx = dy @ dense_weight(later, A, v, support)  # W is gone before G comes
+            dx = dy @ dense_weight(later, A, v, support)  # W is freed before G is formed
         if any(ctx.needs_input_grad[1:]):
             G = dy.reshape(-1, B.shape[0]).T @ x.reshape(-1, A.shape[1])  # dW [d_out, d_in]
             dB, dA, dv = G @ A.T, B.T @ G, G.flatten()[support]
@@ -112,7 +113,7 @@ class SparsePlusLowRank(torch.autograd.Function):
 
 
 class SLTrainLinear(nn.Module):
-    """y = x (s B A + S)ᵀ + b in place of a dense layer, with the support of S fixed by `seed`."""
+    """y = x (s B A + S)ᵀ + b instead of a dense layer, with the support of S fixed by `seed`."""
 
     support: Tensor
 
@@ -131,7 +132,7 @@ class SLTrainLinear(nn.Module):
     ):
         super().__init__()
         self.scale, self.seed = scale, seed
-        self.A = nn.Linear(d_in, rank, bias=False, device=device, dtype=dtype)  # of both only the weights are used
+        self.A = nn.Linear(d_in, rank, bias=False, device=device, dtype=dtype)  # of A and B only the weights are used
         self.B = nn.Linear(rank, d_out, bias=bias, device=device, dtype=dtype)
         self.values = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype))
         self.register_buffer("support", torch.empty(nnz, device=device, dtype=torch.int64))
@@ -144,8 +145,7 @@ class SLTrainLinear(nn.Module):
         nn.init.uniform_(self.values, -(d_in**-0.5), d_in**-0.5)
         if self.B.bias is not None:
             nn.init.zeros_(self.B.bias)
-        nn.init.constant_(self.support, -1)  # passes over one that came from a file, which is to stay
-        if not self.support.is_meta and (self.support < 0).any():
+        if not self.support.is_meta and not loaded(self.support):
             self.support.copy_(draw_support(d_in, d_out, len(self.support), self.seed))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,13 +167,10 @@ class SLTrainLinear(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class SLTrain(Method):
-    """SLTrain with its hyper-parameters; ``lorank.convert(model, SLTrain(rank=128, alpha=32))``.
-
-    Raises ValueError for a rank or alpha that is not positive, a density outside [0, 1], or a seed that is no integer.
-    """
+    """SLTrain with its hyper-parameters; ``lorank.convert(model, SLTrain(rank=128, alpha=32))``."""
 
     name: ClassVar[str] = "sltrain"
-    # the authors' scripts; of 7b the paper's main table says density 0.03
+    # from the authors' scripts; for 7b the paper's main table has density 0.03
     published: ClassVar[Published] = {
         "60m": {"rank": 128, "alpha": 32.0},
         "130m": {"rank": 256, "alpha": 16.0},
@@ -184,21 +181,12 @@ class SLTrain(Method):
 
     rank: Rank = 0.25
     """Width r of the factors: an integer, a fraction of the width, or {pattern: either}."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     """The low-rank part is multiplied by alpha / r. The paper's: 32 (60M), 16 (130M, 350M), 8 (1B, 7B)."""
-    density: float = 0.03
+    density: Fraction = 0.03
     """Part of a matrix's entries that S may fill; 0.05 in the authors' 7B script. With 0 the layer is B A."""
     support_seed: int = 0
-    """Fixes, together with the projections' names, which entries these are."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if isinstance(self.alpha, bool) or not isinstance(self.alpha, int | float) or not 0 < self.alpha < math.inf:
-            raise ValueError(f"alpha={self.alpha!r} is not a positive number; the paper takes 8 to 32")
-        if isinstance(self.density, bool) or not isinstance(self.density, int | float) or not 0 <= self.density <= 1:
-            raise ValueError(f"density={self.density!r} is not a fraction in [0, 1]; the paper takes 0.03")
-        if isinstance(self.support_seed, bool) or not isinstance(self.support_seed, int):
-            raise ValueError(f"support_seed={self.support_seed!r} is not an integer; give one, for example 0")
+    """Determines, together with the projections' names, which entries these are."""
 
     def check(self, sites: Sequence[Site]) -> None:
         check_ranks(self.rank, sites)
@@ -213,8 +201,7 @@ class SLTrain(Method):
             nnz=support_size(self.density, site.d_in, site.d_out),
             seed=site_seed(self.support_seed, site.name),
             bias=site.linear.bias is not None,
-            device=site.linear.weight.device,
-            dtype=site.linear.weight.dtype,
+            **like(site.linear.weight),
         )
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:

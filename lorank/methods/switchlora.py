@@ -1,4 +1,4 @@
-"""SwitchLoRA: a frozen dense weight plus factors whose vectors are exchanged, a few a step, for others of a large pool.
+"""SwitchLoRA: a frozen dense weight plus factors; at each step a few of their vectors are exchanged for others from a pool.
 
     y = W x + (1/r) B A x (+ b)            x [..., d_in]   A [r, d_in]   B [d_out, r]   W [d_out, d_in] frozen
 
@@ -7,47 +7,47 @@ columns of B from C_B [c, d_out], c = min(d_in, d_out). Exchanging row a_i of A 
 
     W <- W + (1/r) B[:, i] (a_i - c_j)^T,   C_A[old j] <- a_i,   A[i] <- c_j                                       (1)
 
-and likewise for B. The counterpart, column i of B, loses its Adam moments and step counter, which belong to the old
-a_i, and rests for five updates; c_j keeps the moments of a_i, for its gradient depends on the counterpart alone. At
+and likewise for B. The counterpart, column i of B, loses its Adam moments and step counter, which belong to the old a_i,
+and is not updated for five steps. c_j keeps the moments of a_i, because its gradient depends on the counterpart alone. At
 step s of T about r θ(s) / 40 vectors of each factor are exchanged, and θ falls to 0.3 by T / 10.
 
 Cost of a layer: r (d_in + d_out) trained parameters and d_in d_out frozen ones; pools of c (d_in + d_out) numbers, in
 host memory. For n tokens 2 n (d_in d_out + r (d_in + d_out)) operations forward; backward the first term once more,
-the second twice. Exchanging k vectors of a factor takes 2 k d_in d_out, once a step. Merged it is dense, W + (1/r) B A.
+the second twice. Exchanging k vectors of a factor costs 2 k d_in d_out, once a step. Merged, it is dense, W + (1/r) B A.
 
 Source: "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information", arXiv 2406.06564, and the authors'
 repository asfsdsf/SwitchLoRA.
 
 Departures from the authors' code. All projections of the blocks are converted, whatever their names; biases train.
 Pools and choices come from seeded generators, so that a run resumes exactly. In discontinuous mode the pointers still
-say which vectors go; only their successors are drawn. Left out: LoRA's own start, and a learning rate raised to make
-up for rests (off in theirs). A layer with r = 1 or r >= c exchanges nothing.
+determine which vectors leave; only their successors are drawn. Left out: LoRA's own start, and a learning rate raised to
+make up for frozen steps (off in theirs). A layer with r = 1 or r >= c exchanges nothing.
 """
 
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.fields import Rank
-from lorank.layers import linear, own_memory
+from lorank.fields import Bounds, Positive, Rank, Whole
+from lorank.layers import FrozenPlusLowRank, loaded, wide
 from lorank.method import Method, Published, Site, StepHook, check_ranks, rank_at, seeded_generator
 from lorank.optim.adamw import VectorAdamW, reset_vectors
+from lorank.pools import Pool
 
 Frequency = Literal["exponential", "z"]
-Mode = Literal["continuous", "discontinuous"]
 
 
 # ---- the mathematics
 
 
 def entry_stds(d_in: int, d_out: int, rank: int) -> tuple[float, float]:
-    """Standard deviations of the entries of A and of B: those of (1/r) B A have 1 / sqrt(3 d_in), as Kaiming's do, and
+    """Standard deviations of the entries of A and of B. Those of (1/r) B A have 1 / sqrt(3 d_in), as Kaiming's do, and
     the authors' ratio (d_out / d_in)^(1/4) makes B dA and dB A equally large.
 
     >>> [round(std, 6) for std in entry_stds(1024, 2736, 256)]
@@ -63,7 +63,7 @@ def draw_(tensor: Tensor, std: float, generator: torch.Generator | None = None) 
 
 
 def theta(step: int, steps: int, ratio: float, frequency: Frequency) -> float:
-    """How often vectors are exchanged at a step, as a fraction of the most.
+    """How often vectors are exchanged at a step, as a fraction of the highest frequency.
 
     >>> round(theta(3999, 40_000, 0.1, "exponential"), 6), theta(4000, 40_000, 0.1, "z")
     (0.3, 0.5)
@@ -76,60 +76,40 @@ def theta(step: int, steps: int, ratio: float, frequency: Frequency) -> float:
 
 @torch.no_grad()
 def exchange_(W: Tensor, vectors: Tensor, partners: Tensor, rows: Tensor, new: Tensor) -> None:
-    """(1) for several rows: vectors[rows] <- new and W + (1/r) partners^T vectors stays, all in place.
+    """(1) for several rows, in place: vectors[rows] <- new, and W + (1/r) partners^T vectors stays the same.
 
     W [p, q], vectors [r, q], partners [r, p], rows [k], new [k, q]: W, A, B^T; or, to exchange columns of B, W^T, B^T, A.
     """
-    wide = torch.promote_types(W.dtype, torch.float32)
-    difference = vectors[rows].to(wide) - new.to(wide)  # [k, q]
-    W.add_(partners[rows].to(wide).T @ difference, alpha=1 / len(vectors))
+    difference = wide(vectors[rows]) - wide(new)  # [k, q]
+    W.add_(wide(partners[rows]).T @ difference, alpha=1 / len(vectors))
     vectors[rows] = new
 
 
 # ---- the layer
 
 
-class SwitchLoRALinear(nn.Module):
-    """y = W x + (1/r) B A x + b, where `dense` becomes W and the sum starts as the dense layer was."""
+class SwitchLoRALinear(FrozenPlusLowRank):
+    """y = W x + (1/r) B A x + b, where `dense` becomes W and the sum starts as the dense layer."""
 
     def __init__(self, dense: nn.Linear, rank: int):
-        super().__init__()
-        like = {"device": dense.weight.device, "dtype": dense.weight.dtype}
-        self.W = dense
-        self.A = nn.Linear(dense.in_features, rank, bias=False, **like)
-        self.B = linear(rank, dense.out_features, bias=False, **like)
-        self._draw()
-        self._take_out()
-
-    def reset_parameters(self) -> None:
-        """Draw A and B and take (1/r) B A out of W, which is expected to hold the dense W_0, newly drawn."""
-        self._draw()
-        if not getattr(self.W.weight, "_is_hf_initialized", False):  # transformers' mark of what came from a file
-            self._take_out()
-
-    def _draw(self) -> None:
-        self.W.weight.requires_grad_(False)  # again and again: transformers makes what it loads trainable
-        for factor, std in zip((self.A, self.B), self.entry_stds, strict=True):
-            draw_(factor.weight, std)
+        super().__init__(dense, rank, scale=1 / rank)
+        self.reset_parameters()
 
     @torch.no_grad()
-    def _take_out(self) -> None:
-        self.W.weight.sub_(self.product())
+    def reset_parameters(self) -> None:
+        """Draw A and B and subtract (1/r) B A from W, which must hold the dense W_0 unless it came from a file."""
+        for factor, std in zip((self.A, self.B), self.entry_stds, strict=True):
+            draw_(factor.weight, std)
+        if not loaded(self.W.weight):
+            self.W.weight.sub_(self.product())
 
     @property
     def entry_stds(self) -> tuple[float, float]:
         return entry_stds(self.W.in_features, self.W.out_features, self.A.out_features)
 
     def product(self) -> Tensor:
-        """(1/r) B A [d_out, d_in], in single precision or better."""
-        wide = torch.promote_types(self.W.weight.dtype, torch.float32)
-        return self.B.weight.to(wide) @ self.A.weight.to(wide) / self.A.out_features
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.add(self.W(x), self.B(self.A(x)), alpha=1 / self.A.out_features)
-
-    def extra_repr(self) -> str:
-        return f"d_in={self.W.in_features}, d_out={self.W.out_features}, rank={self.A.out_features}"
+        """(1/r) B A [d_out, d_in], in single precision or better; divided, because a rounded 1/r would change its last bits."""
+        return wide(self.B.weight) @ wide(self.A.weight) / self.A.out_features
 
 
 # ---- the method
@@ -137,56 +117,47 @@ class SwitchLoRALinear(nn.Module):
 
 @dataclass(frozen=True, kw_only=True)
 class SwitchLoRA(Method):
-    """SwitchLoRA with its hyper-parameters; ValueError for names and numbers outside of what the fields say."""
+    """SwitchLoRA with its hyper-parameters."""
 
     name: ClassVar[str] = "switchlora"
     # the two sizes whose ranks are known; 1b is the paper's 1.3B
     published: ClassVar[Published] = {"350m": {"rank": 256}, "1b": {"rank": 512}}
+    soon: ClassVar[Mapping[str, Any]] = {"interval": 2, "freeze_steps": 1}
+
     rank: Rank = 0.25
     """Vectors of each factor: an integer, a fraction of the width (the paper's d/4), or {pattern: either}."""
-    interval: float = 40
-    """Steps between two exchanges of one vector when they are most frequent; at least 1 and 2 freeze_steps."""
-    ratio: float = 0.1
-    """Fraction of the run by which the frequency is down to 0.3 ("exponential") or half ("z") of the most; positive."""
+    interval: Annotated[float, Bounds(least=1)] = 40
+    """Steps between two exchanges of one vector at the highest frequency; at least 2 freeze_steps."""
+    ratio: Positive = 0.1
+    """Fraction of the run after which the frequency has fallen to 0.3 ("exponential") or half ("z") of the highest."""
     frequency: Frequency = "exponential"
     """How it falls: as 0.3^((s + 1) / (ratio T)), or in the shape of a Z, a falling sigmoid around ratio T."""
-    mode: Mode = "continuous"
+    mode: Literal["continuous", "discontinuous"] = "continuous"
     """Which candidates come next: all in turn, or any that are not in use, at random."""
-    freeze_steps: int = 5
-    """Updates for which the counterpart of an exchanged vector rests; 0: none."""
+    freeze_steps: Whole = 5
+    """Updates for which the counterpart of an exchanged vector is frozen."""
     offload: bool = True
     """Pools in host memory; otherwise on their layer's device."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, names in (("frequency", get_args(Frequency)), ("mode", get_args(Mode))):
-            if getattr(self, field) not in names:
-                raise ValueError(f"{field}={getattr(self, field)!r} is none of {', '.join(names)}")
-        if not 0 < self.ratio < math.inf:
-            raise ValueError(f"ratio={self.ratio} is not positive; give a fraction of the run, the authors' is 0.1")
-        if not isinstance(self.freeze_steps, int) or self.freeze_steps < 0:
-            raise ValueError(f"freeze_steps={self.freeze_steps} is no number of steps >= 0; give 0 to freeze nothing")
-        if not max(1, 2 * self.freeze_steps) <= self.interval < math.inf:
-            raise ValueError(
-                f"interval={self.interval} is not at least 1 and twice freeze_steps={self.freeze_steps}, so vectors would rest "
-                "longer than they train; raise interval or lower freeze_steps"
-            )
+        if self.interval < 2 * self.freeze_steps:
+            raise ValueError(f"interval must be at least twice freeze_steps={self.freeze_steps}, got {self.interval}")
 
     def check(self, sites: Sequence[Site]) -> None:
         check_ranks(self.rank, sites)
 
     def build(self, site: Site) -> nn.Module:
-        return SwitchLoRALinear(own_memory(site.linear), rank_at(self.rank, site))
+        return SwitchLoRALinear(site.linear, rank_at(self.rank, site))
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         assert isinstance(module, SwitchLoRALinear)
-        weight = module.W.weight
-        return (weight + module.product()).to(weight.dtype), module.W.bias
+        return module.merged()
 
     def optimizer(
         self, groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
     ) -> Optimizer:
-        """AdamW that counts the steps of each vector, because exchanged ones start anew."""
+        """AdamW that counts the steps of each vector, because those of exchanged ones start from zero."""
         return VectorAdamW(groups, lr=lr, betas=betas, eps=eps)
 
     def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook:
@@ -196,57 +167,9 @@ class SwitchLoRA(Method):
 # ---- between steps
 
 
-class Pool:
-    """One factor and its candidates; `dim` is the dimension of `weight` that counts vectors, 0 in A and 1 in B."""
-
-    def __init__(self, weight: Tensor, dim: int, candidates: Tensor):
-        c, r = len(candidates), weight.shape[dim]
-        start = dim * (r // 2)  # B's pointer runs half a round ahead
-        self.weight, self.dim = weight, dim
-        self.state = {
-            "candidates": candidates,  # [c, width]; what one in use has learned is noted when it leaves
-            "selected": torch.arange(c - r, c).roll(start),  # [r]: the last is just before the pointer, the first next
-            "pointer": torch.tensor(start),  # the vector to go next
-            "frozen": torch.zeros(r, dtype=torch.int64),  # updates for which each vector still rests
-        }
-        self.candidates, self.selected, self.pointer, self.frozen = self.state.values()
-
-    @property
-    def vectors(self) -> Tensor:
-        """[r, width], a view."""
-        return self.weight.transpose(0, self.dim)
-
-    def swap(self, rows: Tensor, leaving: Tensor, draw: torch.Generator | None) -> Tensor:
-        """Note what leaves `rows` and hand out its successors: the next in turn or, with `draw`, any not in use."""
-        c, k = len(self.candidates), len(rows)
-        self.candidates[self.selected[rows]] = leaving.to(self.candidates.device)
-        if draw is None:
-            chosen = (self.selected[rows[0] - 1] + 1 + torch.arange(k)) % c
-        else:
-            chosen = torch.multinomial(torch.ones(c).index_fill_(0, self.selected, 0), k, generator=draw)
-        self.selected[rows] = chosen
-        self.pointer.copy_((rows[-1] + 1) % len(self.selected))
-        return self.candidates[chosen].to(leaving.device)
-
-    def hold(self) -> None:
-        """Before a step: no gradient for vectors that rest, and a note of where they are; one update less to go."""
-        rows = self.frozen.nonzero()[:, 0].to(self.weight.device)
-        self.resting = rows, self.vectors[rows]
-        if self.weight.grad is not None and len(rows):
-            self.weight.grad.transpose(0, self.dim)[rows] = 0
-        self.frozen.sub_(1).clamp_(min=0)
-
-    def put_back(self) -> None:
-        """After it: weight decay needs no gradient to move a vector."""
-        rows, values = self.resting
-        self.vectors[rows] = values
-
-
 class SwitchLoRAHook(StepHook):
-    """Before each step: exchange vectors of A, then of B, and hold still those whose counterpart is new.
-
-    Raises ValueError for an optimizer other than `VectorAdamW` or without the factors, and sharded factors.
-    """
+    """Before each step: exchange vectors of A, then of B, and freeze those whose counterpart is new; ValueError for an
+    optimizer that is not a `VectorAdamW` or lacks the factors, and for sharded factors."""
 
     def __init__(self, method: SwitchLoRA, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int):
         self.method, self.steps, self.seed = method, steps, seed
@@ -282,11 +205,14 @@ class SwitchLoRAHook(StepHook):
             pool.put_back()
 
     def _count(self, a: Pool, b: Pool, draw: torch.Generator) -> int:
-        """How many vectors to exchange: r θ / interval, rounded at random, as far as there is room."""
+        """How many vectors to exchange: r θ / interval, rounded at random, limited by the room there is."""
         r, c = len(a.selected), len(a.candidates)
         mean = r / self.method.interval * theta(self.step, self.steps, self.method.ratio, self.method.frequency)
         count = math.floor(mean + torch.rand((), generator=draw).item())
-        for ahead, after in ((a, b), (b, a)):  # just behind A's pointer lie B's frozen columns: B's pointer stops there
+        for ahead, after in (
+            (a, b),
+            (b, a),
+        ):  # B's frozen columns lie just behind A's pointer; B's must stop before them
             count = min(count, int((ahead.pointer - (after.frozen > 0).sum() - after.pointer) % r))
         return count if self.method.mode == "continuous" else min(count, c - r)
 
@@ -313,16 +239,12 @@ class SwitchLoRAHook(StepHook):
 
 def _check(optimizer: Optimizer, layers: Mapping[str, SwitchLoRALinear]) -> None:
     if not isinstance(optimizer, VectorAdamW):
-        raise ValueError(
-            f"switchlora resets the state of single vectors, which {type(optimizer).__name__} does not keep; take "
-            "lorank.optim.adamw.VectorAdamW"
-        )
+        got = f"got {type(optimizer).__name__}; lorank.optimizer makes one"
+        raise ValueError(f"the optimizer must be lorank.optim.VectorAdamW with switchlora, {got}")
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
         factors = (layer.A.weight, layer.B.weight)
         if not moved.issuperset(map(id, factors)):
-            raise ValueError(
-                f"the optimizer lacks the factors of {name}; give it all parameters that are to be trained"
-            )
+            raise ValueError(f"the optimizer must have all trained parameters, but it lacks the factors of {name}")
         if any(hasattr(factor, "device_mesh") for factor in factors):
             raise ValueError(f"switchlora moves whole vectors, but the factors of {name} are sharded; use DDP instead")

@@ -1,0 +1,108 @@
+"""Matrices that blocks share: atoms, and each block's coefficients from a table or a small network.
+
+W_l = Σ_s c_ls D_s        l = 1..L blocks, s = 1..S atoms        D [S, d_out, d_in]   C [L, S]
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lorank.layers import like, loaded
+
+WIDTH, HIDDEN, STD = 32, 64, 0.02
+GELU_POWER = 0.4252
+"""E[GELU(z)²] for z ~ N(0, 1), which keeps a GELU network's signal at unit variance from layer to layer."""
+
+
+# ---- the mathematics
+
+
+def combine(coefficients: Tensor, atoms: Tensor) -> Tensor:
+    """W = Σ_s c_s D_s: coefficients [S], atoms [S, d_out, d_in] -> [d_out, d_in]."""
+    return (coefficients[None] @ atoms.flatten(1)).view(atoms.shape[1:])
+
+
+def affine(layer: nn.Linear, x: Tensor) -> Tensor:
+    """`layer` applied to one vector, as a sum of products. The last bits of a matrix-vector product depend on where in
+    memory the weights are, so that a loaded model would differ from the saved one."""
+    return (layer.weight * x).sum(-1) + layer.bias
+
+
+def depth_profile(blocks: int, atoms: int) -> Tensor:
+    """Coefficients [L, S] with rows of unit length, in which each atom serves the blocks around its own share of the depth."""
+    place = (torch.arange(blocks) + 0.5)[:, None] * atoms / blocks - (torch.arange(atoms) + 0.5)
+    return F.normalize(torch.exp(-place.square() / 2), dim=1)
+
+
+# ---- the modules
+
+
+class CoefficientNetwork(nn.Module):
+    """c_l [S] of a block as a function of its trainable embedding."""
+
+    def __init__(self, blocks: int, atoms: int, **options: Any):
+        super().__init__()
+        self.embedding = nn.Parameter(torch.empty(blocks, WIDTH, **options))
+        self.first = nn.Linear(WIDTH, HIDDEN, **options)
+        self.second = nn.Linear(HIDDEN, HIDDEN, **options)
+        self.last = nn.Linear(HIDDEN, atoms, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.embedding)
+        power = HIDDEN * GELU_POWER  # expected squared length of the input of the second and the last layer
+        for layer, std in ((self.first, WIDTH**-0.5), (self.second, power**-0.5), (self.last, STD * power**-0.5)):
+            nn.init.normal_(layer.weight, std=std)
+            nn.init.constant_(layer.bias, layer.out_features**-0.5 if layer is self.last else 0.0)
+
+    def forward(self, depth: int) -> Tensor:
+        hidden = F.gelu(affine(self.first, self.embedding[depth]))
+        return affine(self.last, F.gelu(affine(self.second, hidden)))
+
+
+class CoefficientTable(nn.Module):
+    """c_l [S] of a block as row l of C [L, S]."""
+
+    def __init__(self, blocks: int, atoms: int, **options: Any):
+        super().__init__()
+        self.values = nn.Parameter(torch.empty(blocks, atoms, **options))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        if not loaded(self.values):
+            self.values.copy_(depth_profile(*self.values.shape))
+
+    def forward(self, depth: int) -> Tensor:
+        return self.values[depth]
+
+
+class Dictionary(nn.Module):
+    """Atoms [S, d_out, d_in] and coefficients of one projection type; called with a depth, it gives W_l."""
+
+    def __init__(self, key: str, blocks: int, shape: Sequence[int], atoms: int, coefficients: str, **options: Any):
+        super().__init__()
+        self.key = key
+        self.atoms = nn.Parameter(torch.empty(atoms, *shape, **options))
+        kind = CoefficientNetwork if coefficients == "network" else CoefficientTable
+        self.coefficients: nn.Module = kind(blocks, atoms, **options)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.atoms, std=STD)  # the coefficients draw themselves
+
+    def forward(self, depth: int) -> Tensor:
+        with torch.autocast(self.atoms.device.type, enabled=False):
+            return combine(self.coefficients(depth), self.atoms)
+
+    @torch.no_grad()
+    def freeze(self) -> None:
+        """Replace the network by a table of its values."""
+        network = self.coefficients
+        assert isinstance(network, CoefficientNetwork)
+        blocks = len(network.embedding)
+        self.coefficients = CoefficientTable(blocks, len(self.atoms), **like(self.atoms)).train(network.training)
+        self.coefficients.values.copy_(torch.stack([network(depth) for depth in range(blocks)]))
