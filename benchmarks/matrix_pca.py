@@ -24,7 +24,8 @@ import torch
 
 from lorank import fit_masa
 from lorank.architectures import projection_type
-from lorank.fit.pca import calibrate, truncate
+from lorank.factors import truncate
+from lorank.fit.pca import calibrate
 from lorank.train.data import load_corpus
 from lorank.train.evaluation import evaluate
 from lorank.train.saved import load_model, text_for
@@ -142,9 +143,7 @@ def main() -> None:
         return evaluate(model, batches, max_tokens=options.tokens).perplexity
 
     tokens = options.steps * 8 * CORPUS["sequence_length"]
-    print(
-        f"fit_masa: 8 blocks, d 64, trained on {tokens:,} tokens; perplexity on {options.tokens:,} held-out tokens"
-    )
+    print(f"fit_masa: 8 blocks, d 64, trained on {tokens:,} tokens; perplexity on {options.tokens:,} held-out tokens")
     print(f"drift into blocks 1 to 7, nats: {' '.join(f'{value:.3f}' for value in drift.tolist())}")
     print(f"{'':42} {'groups':>8} {'atoms':>6} {'r of q, k':>9} {'attention':>10} {'perplexity':>11}")
     print(f"{'dense':42} {'':8} {'':6} {'':>9} {whole:10,} {perplexity(dense):11.2f}", flush=True)

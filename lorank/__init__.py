@@ -19,9 +19,10 @@ if TYPE_CHECKING:  # what type checkers and editors see
         keep_recurrence,
     )
     from lorank.conversion import convert, lr_schedule, merge, optimizer, step_hook
+    from lorank.dictionary import matrix_pca
     from lorank.evolution.method import EGGROLL
     from lorank.evolution.votes import Votes
-    from lorank.fit.pca import fit_masa, matrix_pca
+    from lorank.fit.pca import fit_masa
     from lorank.method import AdamW, Autograd, Dense, Method, Site, StepHook
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.crnet import CRNet
@@ -51,7 +52,7 @@ _HOME = {
     "keep_recurrence": "lorank.checkpointing",
     "freeze_coefficients": "lorank.methods.masa",
     "fit_masa": "lorank.fit.pca",
-    "matrix_pca": "lorank.fit.pca",
+    "matrix_pca": "lorank.dictionary",
     "Method": "lorank.method",
     "Site": "lorank.method",
     "StepHook": "lorank.method",

@@ -1,4 +1,4 @@
-"""What is known of architectures by name: fused matrices, attention, gates, activations, and layers that are linear."""
+"""What is known about architectures by name: fused matrices, attention, gates, activations, and linear layers."""
 
 import functools
 import re
@@ -14,19 +14,19 @@ from transformers.pytorch_utils import Conv1D
 from lorank.sizes import find_size
 
 ACTIVATIONS: tuple[Any, ...] = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
-"""Classes of a block's own non-linearity."""
+"""Classes of the non-linearity that a block has."""
 GATE = re.compile(r"(gate_proj|gate_up_proj\.gate|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|lin1|wi_0|wi|w1)$")
-"""Names that architectures give to the projection whose output their own activation reads."""
+"""Names of the projection whose output is the input of a block's own activation."""
 ATTENTION = re.compile(
     r"(?:^|\.)(?:self_)?(?:attn|attention)\.(?:\w+\.)*"
     r"(?:(?P<query>q_proj|q_lin|query)|(?P<key>k_proj|k_lin|key)|(?P<value>v_proj|v_lin|value)"
     r"|(?P<output>o_proj|out_proj|out_lin|c_proj|dense))$"
 )
-"""Names that architectures give to the four projections of self-attention; cross-attention is not among them."""
+"""Names of the four projections of self-attention, without cross-attention."""
 
 
 def projection_type(name: str) -> str | None:
-    """ "query", "key", "value" or "output" by a module's full name; None for what is not self-attention.
+    """ "query", "key", "value" or "output" by a module's full name; None outside self-attention.
 
     >>> projection_type("transformer.h.0.attn.c_attn.query"), projection_type("transformer.h.0.mlp.c_proj")
     ('query', None)
@@ -44,8 +44,8 @@ def is_linear(module: nn.Module) -> bool:
 
 @functools.cache
 def _computes_linear_map(kind: Any) -> bool:
-    """Whether a class changes nothing of nn.Linear but how `forward` computes the same x Wᵀ + b (Falcon's). Others (quantised,
-    tensor-parallel, routers) have meanings of their own."""
+    """Whether a class overrides only `forward` of nn.Linear, and that still computes x Wᵀ + b (Falcon's). Other derived classes
+    (quantised, tensor-parallel, routers) do something else."""
     own = {name for name in vars(kind) if not (name.startswith("__") and name != "__init__")}
     if kind.__mro__[1:] != nn.Linear.__mro__ or own != {"forward"}:
         return False
@@ -57,13 +57,13 @@ def _computes_linear_map(kind: Any) -> bool:
         expected = nn.functional.linear(x, layer.weight, layer.bias)
         try:
             found = layer(x)
-        except Exception:  # it wants more than an input
+        except Exception:  # it needs more than an input
             return False
         return isinstance(found, torch.Tensor) and found.shape == expected.shape and torch.allclose(found, expected)
 
 
 def as_linear(module: nn.Module) -> nn.Linear:
-    """The module itself, or a Conv1D (weight [d_in, d_out]) seen as the nn.Linear it amounts to."""
+    """The module itself, or for a Conv1D (weight [d_in, d_out]) the equal nn.Linear."""
     if isinstance(module, nn.Linear):
         return module
     assert isinstance(module, Conv1D)
@@ -71,7 +71,7 @@ def as_linear(module: nn.Module) -> nn.Linear:
 
 
 def dense_layer(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linear:
-    """The layer of a weight [d_out, d_in], which it shares, and a bias."""
+    """A layer with a weight [d_out, d_in] and a bias, which it shares."""
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     linear.weight = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
     if bias is not None:
@@ -80,7 +80,7 @@ def dense_layer(weight: Tensor, bias: Tensor | None, training: bool) -> nn.Linea
 
 
 def copied(linear: nn.Linear) -> nn.Linear:
-    """The same layer in memory of its own, contiguous as safetensors wants it."""
+    """The same layer with its tensors copied, contiguous as safetensors needs them."""
     bias = None if linear.bias is None else linear.bias.clone()
     return dense_layer(linear.weight.clone(memory_format=torch.contiguous_format), bias, linear.training)
 
@@ -96,15 +96,15 @@ def as_conv1d(linear: nn.Linear) -> Conv1D:
 
 
 class Fusion(NamedTuple):
-    """How one matrix [sum of sizes, d_in] is made of several projections' rows."""
+    """How one matrix [sum of sizes, d_in] consists of the rows of several projections."""
 
     sizes: dict[str, int]
     """Rows of each projection, by name."""
     heads: int = 1
-    """Groups in which the rows alternate: 1 means one projection after another, h that each head has all of them."""
+    """Groups in which the rows alternate: 1 means one projection after another, h means that each head has all of them."""
 
     def rows(self, fused: Tensor) -> dict[str, Tensor]:
-        """Each projection's rows of anything that has one row for each output: a weight, a bias, outputs [d_out, n]."""
+        """Each projection's rows of a tensor with one row for each output: a weight, a bias, outputs [d_out, n]."""
         grouped = fused.unflatten(0, (self.heads, -1)).split([n // self.heads for n in self.sizes.values()], dim=1)
         return dict(zip(self.sizes, (part.flatten(0, 1) for part in grouped), strict=True))
 

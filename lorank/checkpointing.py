@@ -1,8 +1,7 @@
-"""What a block remembers for its backward pass: CoLA-M and its neighbours as policies of selective checkpointing.
+"""What a block keeps for its backward pass: CoLA-M and similar policies of selective checkpointing.
 
-A policy is asked about every operation of a block's forward pass and answers whether its result is kept or computed
-again. `keep_bottlenecks` is CoLA-M, and works on any architecture and any low-rank method because it looks at shapes
-alone.
+For every operation of a block's forward pass, a policy decides whether its result is kept or computed again.
+`keep_bottlenecks` is CoLA-M. It works on any architecture and any low-rank method, because it depends on shapes alone.
 """
 
 import warnings
@@ -15,6 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 
+from lorank.fields import Count, check_value
 from lorank.tape import Tape, contexts
 
 Policy = Callable[..., CheckpointPolicy]
@@ -28,14 +28,14 @@ _ATTENTION = {
 
 
 def keep_bottlenecks(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """CoLA-M (arXiv 2502.10940, section 4): keep what a linear map narrower than its input gives, recompute the rest.
+    """CoLA-M (arXiv 2502.10940, section 4): keep the output of linear maps that are narrower than their input, recompute the rest.
 
-    Of a CoLA block on [n, d] tokens the seven A x [n, r] are kept, and the block's input [n, d] by the checkpoint
-    itself: n d + 7 n r numbers. The paper keeps the residual stream between attention and MLP too (2 n d + 7 n r); here
-    it comes for free out of recomputing B. Backward re-runs the B factors and attention, but no A: 2 n r (4 d + 2 d_ff)
-    + 4 n² d FLOPs, where re-running all would cost twice the part in r. (The block's last B is not run again: backward
-    needs its input only.) A rank above the width of a grouped-query key makes that key's B narrower than its input too,
-    and its output is then kept as well.
+    Of a CoLA block on [n, d] tokens the seven A x [n, r] are kept, and the block's input [n, d] by the checkpoint itself:
+    n d + 7 n r numbers. The paper also keeps the residual stream between attention and MLP (2 n d + 7 n r); here it follows
+    at no cost from recomputing B. The backward pass recomputes the B factors and attention, but no A: 2 n r (4 d + 2 d_ff) +
+    4 n² d FLOPs, where recomputing all would cost twice the part in r. (The block's last B is not computed again, because
+    backward needs only its input.) If the rank is above the width of a grouped-query key, that key's B is narrower than its
+    input, and its output is kept as well.
     """
     if op is _aten.mm.default:
         x, w = args
@@ -48,18 +48,19 @@ def keep_bottlenecks(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoint
 
 
 def keep_bottlenecks_and_attention(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """`keep_bottlenecks`, and the outputs of (fused) attention: n d more numbers per block, 4 n² d fewer FLOPs."""
+    """`keep_bottlenecks`, and the outputs of (fused) attention: n d more numbers per block and 4 n² d fewer FLOPs."""
     return CheckpointPolicy.MUST_SAVE if op in _ATTENTION else keep_bottlenecks(ctx, op, *args, **kwargs)
 
 
 def keep_recurrence(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """CR-Net's recomputation (arXiv 2509.18993): `keep_bottlenecks`, and what layers hand to one another is rebuilt.
+    """CR-Net's recomputation (arXiv 2509.18993): `keep_bottlenecks`, and outputs passed between blocks are rebuilt.
 
-    Under the other policies the previous block's outputs, which a layer of CR-Net adds to its own, are kept too. Here
-    only those of every eighth block are, and more where β is small (`lorank.tape`), and the rest come out of the recurrence run backwards,
-    Y_prev = (Y - B z) / b. That is the one B product which `keep_bottlenecks` re-runs anyway, so it costs nothing.
-    Gradients agree up to rounding: to 1e-6 in fp32, and in bf16 within some 3 % as a whole, while a single β's, which is small
-    and a difference of large sums, may be off by its own size. In a model whose layers hand nothing over it is `keep_bottlenecks`.
+    Under the other policies the previous block's outputs, which a layer of CR-Net adds to its own, are kept too. Here only
+    those of every eighth block are, and more where β is small (`lorank.tape`). The rest follow from the recurrence run
+    backwards, Y_prev = (Y - B z) / b. `keep_bottlenecks` computes this B product again anyway, so it costs nothing. Gradients
+    agree up to rounding: to 1e-6 in fp32, and in bf16 within about 3 % as a whole. That of a single β is small and a
+    difference of large sums, so its error may be as large as itself. In a model whose layers pass nothing on, this policy is
+    `keep_bottlenecks`.
     """
     return keep_bottlenecks(ctx, op, *args, **kwargs)
 
@@ -82,28 +83,29 @@ POLICIES: dict[str, Policy | None] = {
 def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> None:
     """Train the model's blocks under a checkpoint policy; None turns checkpointing off.
 
-    Losses and gradients do not change (on CPU and without dropout not by a bit, but for `keep_recurrence`), only memory
-    and time do. May be called again to switch. CR-Net needs its blocks checkpointed by this function and no other.
+    Only memory and time change, not losses and gradients (on a CPU and without dropout they stay the same bit for bit,
+    except with `keep_recurrence`). It may be called again to switch. CR-Net's blocks must be checkpointed by this function.
 
     Args:
         model: a transformers model, dense or converted.
         policy: `keep_bottlenecks`, `keep_bottlenecks_and_attention`, `keep_recurrence`, `keep_nothing`, or any policy
             function of ``torch.utils.checkpoint.create_selective_checkpoint_contexts``.
-        every: checkpoint each `every`-th block and let the others keep all their activations.
+        every: checkpoint every `every`-th block; the others keep all their activations.
 
     Raises:
-        ValueError: `policy` is no function, `every` is not a positive integer, the model has no blocks that transformers
+        ValueError: `policy` is not a function, `every` is not a positive integer, the model has no blocks that transformers
             can checkpoint, or it has no fused attention (``attn_implementation="sdpa"``) whose output could be kept.
 
     Warns:
-        UserWarning: attention dropout, under which attention on a CPU is not fused and its output not kept.
+        UserWarning: there is attention dropout; attention on a CPU is then not fused and its output not kept.
     """
     if policy is not None and not callable(policy):
-        raise ValueError(f"policy={policy!r} is not a function; the named ones are lorank.checkpointing.POLICIES[name]")
-    if not isinstance(every, int) or every < 1:
-        raise ValueError(f"every={every} is not a positive integer; 1 checkpoints each block, 2 every other one")
+        raise ValueError(
+            f"policy must be a function or None, got {policy!r}; lorank.checkpointing.POLICIES has them by name"
+        )
+    check_value("every", every, Count)
     if not isinstance(model, PreTrainedModel) or not model.supports_gradient_checkpointing:
-        raise ValueError(f"{type(model).__name__} has no blocks that transformers can checkpoint")
+        raise ValueError(f"model must have blocks that transformers can checkpoint, got {type(model).__name__}")
     if policy is keep_bottlenecks_and_attention:
         _check_attention(model)
     if policy is None:
@@ -115,14 +117,14 @@ def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> No
     else:
         context_fn = partial(create_selective_checkpoint_contexts, policy)
     model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn}, every_n_layers=every)
-    model.disable_input_require_grads()  # a hook for reentrant checkpointing, one more at each call
+    model.disable_input_require_grads()  # removes a hook for reentrant checkpointing, which each call adds
 
 
 def _check_attention(model: PreTrainedModel) -> None:
-    """What cannot be kept should not be promised."""
+    """Raises or warns if the output of attention cannot be kept."""
     if (kind := model.config._attn_implementation) != "sdpa":
         raise ValueError(
-            f"attention outputs can be kept with attn_implementation='sdpa', not {kind!r}; load the model with it, or use "
+            f"attn_implementation must be 'sdpa' to keep attention outputs, got {kind!r}; load the model with it, or use "
             "keep_bottlenecks"
         )
     dropout = max(
@@ -131,6 +133,6 @@ def _check_attention(model: PreTrainedModel) -> None:
     )
     if dropout > 0:
         warnings.warn(
-            f"with attention dropout {dropout} attention is not fused on a CPU: its outputs are computed again, not kept",
+            f"attention dropout is {dropout}, so attention is not fused on a CPU; its outputs are computed again, not kept",
             stacklevel=3,
         )

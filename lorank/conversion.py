@@ -1,8 +1,8 @@
 """`convert`: from a dense model to a low-rank one, on unmodified classes of transformers.
 
-Three steps, one function each: find the projections of the repeated blocks (`lorank.sites.find_sites`), replace them
-(`lorank.rewriting.rewrite`), and let the model remember what was done to it, so that saving and loading give the same
-model (`lorank.pretrained.record`).
+It has three steps: find the projections of the repeated blocks (`lorank.sites.find_sites`), replace them
+(`lorank.rewriting.rewrite`), and record this in the model, so that saving and loading give the same model
+(`lorank.pretrained.record`).
 """
 
 import copy
@@ -36,22 +36,22 @@ def convert(
 ) -> Model:
     """Rewrite the linear layers inside a model's repeated blocks; embeddings, head and norms stay as they are.
 
-    The model is changed in place and returned. It may live on the meta device. The new layers take the device and dtype
-    of those they replace. Whether they start as the dense ones is the method's business: CoLA draws its factors anew,
-    ReLoRA, SwitchLoRA and SST compute what the dense model does.
+    The model is changed in place and returned. It may be on the meta device. The new layers have the device and dtype of
+    those they replace. The method decides whether they start as the dense ones: CoLA draws new factors, while ReLoRA,
+    SwitchLoRA and SST compute what the dense model does.
 
     Args:
-        model: any model with a ``nn.ModuleList`` of blocks that hold ``nn.Linear`` or transformers' ``Conv1D`` and call them
-            as modules. Give the outermost model, the one that will be saved: it is its configuration that remembers the
+        model: any model with a ``nn.ModuleList`` of blocks that contain ``nn.Linear`` or transformers' ``Conv1D`` and call
+            them as modules. Give the outermost model, the one that will be saved, because its configuration records the
             method.
         method: a method with its hyper-parameters, ``CoLA(rank=128)``; or, for its defaults, its class or its name.
         targets: regular expression(s) searched in module names; only matching projections are rewritten. Default: all.
-        exclude: regular expression(s) of projections to leave dense; wins over `targets`.
+        exclude: regular expression(s) of projections that stay dense, even if `targets` match.
 
     Raises:
-        ValueError: the model is converted already or is a wrapper around one of transformers, its code reads the weight of
-            a projection (T5, Mamba), nothing in it matches, a pattern is no regular expression, the method has the name of
-            another, or it refuses (for CoLA: the rank). The model is then unchanged.
+        ValueError: the model is already converted or wraps a model of transformers, its code reads the weight of a
+            projection (T5, Mamba), nothing matches, a pattern is not a regular expression, the method has the name of
+            another, or the method does not accept the model (for CoLA: the rank). The model is then unchanged.
 
     Warns:
         UserWarning: a rank at which the factors are no smaller than the dense layer.
@@ -82,7 +82,7 @@ def convert(
 
 
 def as_method(method: Method | type[Method] | str) -> Method:
-    """A method from itself, its class or its name; ValueError if it is none of these."""
+    """A method from itself, its class or its name; ValueError for anything else."""
     kind = find(method) if isinstance(method, str) else method
     made = kind() if isinstance(kind, type) else kind
     if not isinstance(made, Method):
@@ -93,17 +93,15 @@ def as_method(method: Method | type[Method] | str) -> Method:
 def sites_to_convert(
     model: nn.Module, method: Method, targets: Patterns = None, exclude: Patterns = None
 ) -> list[Site]:
-    """The projections that `convert` would rewrite; it raises and warns as that does, and changes nothing."""
+    """The projections that `convert` would rewrite. It raises and warns as `convert` does, and changes nothing."""
     register(type(method))
     if earlier := next(filter(None, map(converted_with, model.modules())), None):
-        raise ValueError(
-            f"this model is already converted (method {earlier['method']!r}); convert a dense model instead"
-        )
+        raise ValueError(f"model must be dense, got one that is already converted (method {earlier['method']!r})")
     if isinstance(model, PreTrainedModel):
         config_class(model.config.model_type)  # refuses an unknown architecture before anything is changed
     elif inner := next((type(m).__name__ for m in model.modules() if isinstance(m, PreTrainedModel)), None):
         raise ValueError(
-            f"{type(model).__name__} is a wrapper around {inner}, which could not be saved; convert that one, before it is "
+            f"model must be the {inner} inside this {type(model).__name__}, which could not be saved; convert it before it is "
             "compiled or wrapped"
         )
     sites = choose_sites(wanted_sites(method, find_sites(model)), targets, exclude)
@@ -119,9 +117,9 @@ def method_of(model: nn.Module) -> Method | None:
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:
-    """An ordinary model of transformers with the same outputs: every converted layer is one dense layer again.
+    """An ordinary model of transformers with the same outputs, in which every converted layer is one dense layer again.
 
-    The model itself stays as it is. What comes back is saved, loaded and used without lorank; its new layers can be
+    The given model does not change. The result is saved, loaded and used without lorank, and its new layers can be
     trained.
 
     Raises:
@@ -130,14 +128,16 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
     method = method_of(model)
     if method is None or not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"this {type(model).__name__} is no converted model of transformers; there is nothing to merge"
+            f"model must be a converted model of transformers, got {type(model).__name__}; there is nothing to merge"
         )
-    with torch.inference_mode(False), torch.no_grad():  # whatever the caller is in: the new layers can be trained
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):  # the new layers can be trained even if the caller is in one of these modes
         return _merged(copy.deepcopy(model), method)
 
 
 def _merged(dense: PreTrainedModel, method: Method) -> PreTrainedModel:
-
     forget(dense)
     with torch.device("meta"):
         shapes = type(dense)(dense.config)  # where the architecture has linear layers, and of which kind
@@ -166,7 +166,7 @@ def optimizer(
     """The optimizer of a method over the trained parameters of a model, dense or converted.
 
     Args:
-        method: a method that decides how weights move, ``GaLore(rank=128)``, its class or its name. Default: what the
+        method: a method that decides how weights move, ``GaLore(rank=128)``, its class or its name. Default: the optimizer that the
             model's own method needs (SwitchLoRA), or AdamW.
         decay: "matrices" exempts norms, biases and embeddings from weight decay; "all" exempts nothing.
         targets, exclude: regular expressions that choose which linear layers are projected. Default: all.
@@ -186,17 +186,17 @@ def optimizer(
 
 
 def step_hook(model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int = 0) -> StepHook | None:
-    """Let a converted model's method act between the steps of `optimizer`, in a training loop of any kind.
+    """Let a converted model's method act between the steps of `optimizer`, in any training loop.
 
     Args:
         steps: optimizer steps of the whole run.
-        seed: of whatever the method draws on its way.
+        seed: seed of the method's random draws during the run.
 
     Returns:
-        The hook, which is already at work, for its `state_dict`; None if the method needs none, or the model is dense.
+        The hook, which is already active, for its `state_dict`; None if the method needs none, or the model is dense.
 
     Raises:
-        ValueError: the method cannot live with this optimizer or with so few steps.
+        ValueError: the method cannot work with this optimizer or with so few steps.
     """
     _check_steps(steps)
     method = method_of(model)
@@ -221,6 +221,6 @@ def lr_schedule(
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise ValueError(
-            f"steps={steps} is not positive; give the optimizer steps of the whole run (Trainer hands them to create_scheduler; "
-            "its max_steps is -1 where it counts epochs)"
+            f"steps must be the optimizer steps of the whole run, a positive integer, got {steps} (Trainer passes them to "
+            "create_scheduler; its max_steps is -1 if it counts epochs)"
         )

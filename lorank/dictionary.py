@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorank.layers import like, loaded
+from lorank.layers import like, loaded, wide
 
 WIDTH, HIDDEN, STD = 32, 64, 0.02
 GELU_POWER = 0.4252
@@ -35,6 +35,29 @@ def depth_profile(blocks: int, atoms: int) -> Tensor:
     """Coefficients [L, S] with rows of unit length, in which each atom serves the blocks around its own share of the depth."""
     place = (torch.arange(blocks) + 0.5)[:, None] * atoms / blocks - (torch.arange(atoms) + 0.5)
     return F.normalize(torch.exp(-place.square() / 2), dim=1)
+
+
+def matrix_pca(weights: Tensor, atoms: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The dictionary nearest to given matrices in Frobenius norm (arXiv 2508.04581, eq. 4).
+
+    Args:
+        weights: W [L, d_out, d_in].
+        atoms: S, from 1 to L.
+
+    Returns:
+        D [S, d_out, d_in], orthonormal (tr(D_i^T D_j) = δ_ij); C [L, S] with c_ls = tr(D_s^T W_l); and the squared error
+        Σ_l |W_l - Σ_s c_ls D_s|², which is the sum of the discarded eigenvalues of the Gram matrix [L, L].
+
+    Raises:
+        ValueError: more atoms than matrices, or none.
+    """
+    if not 1 <= atoms <= len(weights):
+        raise ValueError(f"atoms must be from 1 to {len(weights)}, the number of matrices, got {atoms}")
+    flat = wide(weights.flatten(1))  # [L, d_out d_in]
+    _, values, basis = torch.linalg.svd(flat, full_matrices=False)
+    basis = basis[:atoms]
+    found = basis.view(atoms, *weights.shape[1:]), flat @ basis.T
+    return found[0].to(weights.dtype), found[1].to(weights.dtype), values[atoms:].square().sum()
 
 
 # ---- the modules

@@ -1,9 +1,9 @@
 """Projections that an architecture keeps in one matrix: GPT-2's query, key and value, Phi-3's gate and up.
 
-    fused [sum of sizes, d_in]  ->  one projection [size, d_in] each  ->  joined again behind one output
+    fused [sum of sizes, d_in]  ->  one projection [size, d_in] each  ->  outputs joined again
 
-Each of them is a site of its own, because one bottleneck for all three would be another method. Which matrices are fused
-is in `lorank.architectures.FUSED`.
+Each of them is a separate site, because one bottleneck for all three would be another method. `lorank.architectures.FUSED`
+lists the fused matrices.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from lorank.method import Method
 
 
 class FusedProjections(nn.Module):
-    """Several projections behind the one output [..., sum of sizes] that the architecture's code splits again."""
+    """Several projections with one joint output [..., sum of sizes], which the architecture's code splits again."""
 
     def __init__(self, parts: Mapping[str, nn.Module], heads: int):
         super().__init__()
@@ -30,7 +30,7 @@ class FusedProjections(nn.Module):
 
 
 def joined(method: Method, fused: FusedProjections) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the one matrix that several projections were."""
+    """Weight and bias of the one matrix that several projections are in the dense model."""
     parts = [(p.weight, p.bias) if isinstance(p, nn.Linear) else method.merged(p) for p in fused.children()]
 
     def join(rows: list[Tensor]) -> Tensor:
@@ -41,7 +41,7 @@ def joined(method: Method, fused: FusedProjections) -> tuple[Tensor, Tensor | No
 
 
 def fusion_of(model: nn.Module, name: str) -> Fusion | None:
-    """How the projections of a module of that name are fused; None if it is a single one."""
+    """How the projections of a module of that name are fused; None if it is a single projection."""
     config = getattr(model, "config", None)
     for (model_type, ending), fusion in FUSED.items():
         # a converted model's own type is "lorank_" + the architecture's
@@ -51,7 +51,7 @@ def fusion_of(model: nn.Module, name: str) -> Fusion | None:
 
 
 def with_fused(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """The replacements, those of one fused matrix gathered in one module; its projections not replaced stay dense."""
+    """The replacements, with those of a fused matrix gathered in one module; projections without replacement stay dense."""
     gathered = set()
     for name, module in replacements.items():
         fused_name = name.rpartition(".")[0]

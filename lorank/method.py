@@ -9,8 +9,8 @@
 `Dense` answers none of them: AdamW, autograd, a plain model. Two methods combine if they answer different questions.
 
 A method sees `Site`s (places where the dense model has a linear map) in stacks (all depths of one projection) and
-answers with modules. It never sees the model's code, so it works on any architecture, and cross-layer methods fit as
-well as layer-wise ones.
+answers with modules. It never sees the model's code, so it works on any architecture, for methods that act layer by
+layer and for methods that connect layers.
 """
 
 import dataclasses
@@ -28,11 +28,11 @@ from torch.optim import Optimizer
 from lorank.fields import Rank, check_fields
 
 Published = Mapping[str, Mapping[str, Any]]
-"""What a paper uses: {size: {field: value}}, where it differs from the field's default. Sizes are those of lorank.sizes."""
+"""What a paper uses, {size: {field: value}}, if it differs from the field's default. Sizes are those of lorank.sizes."""
 Patterns = str | Sequence[str] | None
 """Regular expression(s) searched in the names of linear layers."""
 SHARED = "lorank_"
-"""Prefix of the name under which a model's body holds what its blocks share; it counts as part of the blocks."""
+"""Prefix of the name under which a model's body has what its blocks share; it counts as part of the blocks."""
 QUESTIONS = {
     "method": "what the weights are",
     "optimizer": "how the weights move",
@@ -51,7 +51,7 @@ _SEAMS = {
 
 
 class Site(NamedTuple):
-    """One place in a model where a linear map lives."""
+    """One place in a model with a linear map."""
 
     name: str
     """Where it is: ``model.layers.3.self_attn.q_proj``."""
@@ -60,7 +60,7 @@ class Site(NamedTuple):
     depth: int
     """Index of the block: 3."""
     linear: nn.Linear
-    """The dense map itself, weight [d_out, d_in]. Its weights may be read; its device and dtype are kept."""
+    """The dense map itself, weight [d_out, d_in]. A method may read its weights and keeps its device and dtype."""
 
     @property
     def d_in(self) -> int:
@@ -114,15 +114,15 @@ class Method:
     # ---- what is W?
 
     def wants(self, site: Site) -> bool:
-        """Whether the method rewrites this site at all. If not, the layer stays dense whatever `targets` say. Decide by
-        name and depth alone: the same is asked when a saved model is built again."""
+        """Whether the method rewrites this site at all. If not, the layer stays dense, whatever `targets` are. Decide by name
+        and depth alone, because this is called again when a saved model is built."""
         return True
 
     def check(self, sites: Sequence[Site]) -> None:
-        """Raise ValueError if the method cannot rewrite these sites (all that were chosen). Nothing is changed yet."""
+        """Raise ValueError if the method cannot rewrite these sites (all that were chosen). Called before anything is changed."""
 
     def build(self, site: Site) -> nn.Module:
-        """A module that maps [..., d_in] to [..., d_out] in place of `site.linear`."""
+        """A module that maps [..., d_in] to [..., d_out] instead of `site.linear`."""
         raise NotImplementedError(f"{type(self).__name__} defines neither build nor build_stack")
 
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
@@ -130,7 +130,7 @@ class Method:
         return [self.build(site) for site in sites]
 
     def finish(self, model: nn.Module) -> None:
-        """Whatever the method changes outside its layers; called once, after all stacks are in place.
+        """Changes outside the method's layers; called once, after all stacks are in place.
 
         Register here what blocks share, once, under a name that begins with `SHARED`, and not in a block.
         """
@@ -146,10 +146,10 @@ class Method:
         )
 
     def undo(self, model: nn.Module) -> None:
-        """Take away what `finish` added; called when a model is merged, after its layers are dense again."""
+        """Remove what `finish` added; called when a model is merged, after its layers are dense again."""
 
     def finalize(self, model: nn.Module) -> None:
-        """What is done to a model when its training is over; its outputs stay the same."""
+        """Changes to a model after training; its outputs stay the same."""
 
     # ---- how does it move?
 
@@ -176,7 +176,7 @@ class Method:
         return 0.0
 
     def kept_gradient(self, p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
-        """Shape of what waits for the step after backward has finished a parameter's gradient."""
+        """Shape of what is kept for the step after backward has finished a parameter's gradient."""
         return tuple(p.shape)
 
     def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float] | None:
@@ -270,13 +270,13 @@ class Gradient(Protocol):
 
     @property
     def carries(self) -> bool:
-        """Whether a row of a batch continues where the same row of the batch before ended."""
+        """Whether each row of a batch continues the same row of the batch before."""
 
     def __call__(self, batch: dict[str, Tensor], step: int) -> Tensor:
         """Fill `.grad` for this batch and step, which determine all randomness, and return the mean loss in nats."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What it carries from step to step."""
+        """What it keeps from step to step."""
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Go on from there."""
@@ -297,7 +297,7 @@ class Gradient(Protocol):
 
 
 class StepHook:
-    """Something that happens between optimizer steps; it rides on the optimizer's own hooks, in any training loop.
+    """Something that happens between optimizer steps. It uses the optimizer's own hooks, so it works in any training loop.
 
     A subclass overrides `before_step` (gradients are final, clipped and accumulated) or `after_step`. Tensors of the
     model change only in place; what must survive a restart and is in neither the model nor the optimizer's state
@@ -343,7 +343,7 @@ def warmup_cosine(step: int, steps: int, warmup_steps: int, min_lr_ratio: float)
 
 
 def seeded_generator(*seeds: int | str) -> torch.Generator:
-    """A generator for one purpose on the CPU, the same in every process: what can be drawn again need not be saved."""
+    """A generator for one purpose on the CPU, the same in every process, so that draws can be repeated and need not be saved."""
     digest = hashlib.sha256(repr(seeds).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
@@ -357,33 +357,33 @@ def check_table(rank: Rank, sites: Sequence[Site], option: str = "rank") -> None
         for pattern in rank:
             if pattern not in used:
                 raise ValueError(
-                    f"{option}: the pattern {pattern!r} decides nothing, because no projection matches it or an earlier pattern "
-                    "takes all that do; remove it or correct it"
+                    f"{option} must use all of its patterns, but {pattern!r} decides nothing: it matches no projection, or earlier "
+                    "patterns match all that it does; remove it or correct it"
                 )
 
 
 def check_ranks(rank: Rank, sites: Sequence[Site]) -> None:
-    """A rank against the sites it is for, where the method has two factors of that rank.
+    """Checks a rank for the sites of a method that has two factors of that rank.
 
     Raises:
-        ValueError: a site for which a table has no pattern, or a pattern that is the first to match nowhere.
+        ValueError: a table has no pattern for a site, or a pattern that is the first to match nowhere.
 
     Warns:
-        UserWarning: the projections whose two factors would be no smaller than the dense map, all in one.
+        UserWarning: one warning with all projections whose two factors would not be smaller than the dense map.
     """
     check_table(rank, sites)
     beyond = {s.role: (rank_at(rank, s), s.break_even_rank) for s in sites if rank_at(rank, s) >= s.break_even_rank}
     if beyond:
         listed = ", ".join(f"{role} (rank {r}, break-even {limit:.0f})" for role, (r, limit) in beyond.items())
-        warnings.warn(f"the factors are no smaller than the dense layer in {listed}; lower the rank", stacklevel=2)
+        warnings.warn(f"the factors are not smaller than the dense layer in {listed}; lower the rank", stacklevel=2)
 
 
 def rank_at(rank: Rank, site: Site) -> int:
     """The rank to use at a site.
 
-    An integer is used as it is. A fraction is of the map's narrower side: in a block with as many key as query heads
-    that is the model's width (the papers' r/d); under grouped-query attention key and value ranks shrink in proportion.
-    A table gives the value of the first pattern (regular expression, searched in the name) that matches.
+    An integer is used as it is. A fraction is of the map's narrower side: with as many key as query heads this is the
+    model's width (the papers' r/d); under grouped-query attention the ranks of key and value are smaller in proportion. A
+    table gives the value of the first pattern (regular expression, searched in the name) that matches.
 
     >>> rank_at(0.25, Site("layers.0.k_proj", "layers.*.k_proj", 0, nn.Linear(512, 128, device="meta")))
     32
@@ -393,6 +393,6 @@ def rank_at(rank: Rank, site: Site) -> int:
             if re.search(pattern, site.name):
                 return rank_at(value, site)
         raise ValueError(
-            f"the rank table {list(rank)} has no pattern for {site.name}; add one ('.*' matches all) or exclude the module"
+            f"the rank table must have a pattern for {site.name}, got {list(rank)}; add one ('.*' matches all) or exclude the module"
         )
     return rank if isinstance(rank, int) else max(1, round(rank * min(site.d_in, site.d_out)))

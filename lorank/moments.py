@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 Prune = Literal["reset", "random", "magnitude"]
-REDUCED = ("exp_avg", "exp_avg_sq", "momentum", "momentum_buffer", "row_var", "col_var")
+REDUCED = ("exp_avg", "exp_avg_sq", "momentum", "momentum_buffer", "row_var", "col_var", "state1", "state2")
 """Names of moments that may have another shape than the parameter."""
 COUNTERS = ("step", "steps")
 BASES = ("left", "right")

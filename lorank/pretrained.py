@@ -1,9 +1,9 @@
 """Saving and loading converted models with transformers' own methods.
 
-For every architecture there is a generated pair of classes, LorankLlamaConfig and LorankLlamaForCausalLM: subclasses of
-transformers' own with a `model_type` of their own, whose `__init__` applies the method that the configuration records.
-So ``save_pretrained`` writes plain safetensors and JSON, ``from_pretrained`` builds the right modules before it fills
-them, and a transformers without lorank says that it does not know the type instead of loading noise.
+For every architecture a pair of classes is generated, such as LorankLlamaConfig and LorankLlamaForCausalLM. They are
+subclasses of transformers' classes with another `model_type`, and the model's `__init__` applies the method that the
+configuration records. So ``save_pretrained`` writes plain safetensors and JSON, ``from_pretrained`` builds the right modules
+before it fills them, and a transformers without lorank reports an unknown type instead of loading noise.
 """
 
 import contextvars
@@ -33,8 +33,8 @@ def config_class(base_type: str) -> type[PretrainedConfig]:
     """The configuration class of converted models of an architecture ("llama"), registered with the Auto classes."""
     if base_type not in configuration_auto.CONFIG_MAPPING:
         raise ValueError(
-            f"transformers has no model type {base_type!r}, so the converted model could not be loaded again; make the type "
-            "known with AutoConfig.register"
+            f"the model type must be known to transformers, so that the converted model can be loaded again, got {base_type!r}; "
+            "register it with AutoConfig.register"
         )
     base = configuration_auto.CONFIG_MAPPING[base_type]
     derived = _derive(base, {"model_type": PREFIX + base_type})
@@ -63,10 +63,10 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         recorded = getattr(config, "lorank", None)
         if recorded is None:
             raise ValueError(
-                f"a {type(config).__name__} without the entry 'lorank' does not say how to build its model"
+                f"a {type(config).__name__} must have the entry 'lorank', which records how to build its model"
             )
         method = find(recorded["method"]).from_dict(recorded["arguments"])
-        # patterns were written for names in the model that was converted, which had a head, or had none, unlike this one
+        # patterns are for names in the converted model, which may have had a head where this one has none, or the reverse
         here, there = base_prefix(self), recorded["prefix"]
         then = lambda name: name if here == there else there + name.removeprefix(here)  # noqa: E731
         sites = [site._replace(name=then(site.name), role=then(site.role)) for site in find_sites(self)]
@@ -76,14 +76,14 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         _mark_drawn(self)
         self._frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
 
-    @guard_torch_init_functions()  # parameters that came from a file keep their values
+    @guard_torch_init_functions()  # parameters from a file keep their values
     def initialize_weights(self: Any) -> None:
         undrawn = [module for module in _own_layers(self) if not getattr(module, "_is_hf_initialized", False)]
         base.initialize_weights(self)
         for module in undrawn:
-            module.reset_parameters()  # after transformers' own draw of the nested layers: this one counts
+            module.reset_parameters()  # replaces transformers' own draw of the nested layers
         for name in getattr(self, "_frozen", ()):
-            self.get_parameter(name).requires_grad_(False)  # what transformers loads it makes trainable
+            self.get_parameter(name).requires_grad_(False)  # transformers makes all that it loads trainable
 
     return _derive(base, {"config_class": config, "__init__": __init__, "initialize_weights": initialize_weights})
 
@@ -106,7 +106,7 @@ def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
 
 
 def forget(model: PreTrainedModel) -> None:
-    """The opposite of `record`: the classes of transformers again, and a configuration that knows nothing of lorank."""
+    """The opposite of `record`: the classes of transformers again, and a configuration without lorank."""
     configs = {
         id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None and hasattr(c, "lorank")
     }
@@ -124,7 +124,7 @@ def _own_layers(model: nn.Module) -> list[Any]:
 
 
 def _mark_drawn(model: nn.Module) -> None:
-    """Layers built with memory have their initial values: `init_weights` is to pass them by as it does transformers' own."""
+    """Mark layers built with memory, which have their initial values, so that `init_weights` skips them as it skips transformers' own."""
     for layer in _own_layers(model):
         if not any(parameter.is_meta for parameter in layer.parameters()):
             for module in layer.modules():
@@ -132,7 +132,7 @@ def _mark_drawn(model: nn.Module) -> None:
 
 
 def _is_native(module: nn.Module) -> bool:
-    """Not ours, or a factor, which the layer it belongs to draws."""
+    """Not ours, or a factor, which is drawn by the layer it belongs to."""
     return isinstance(module, nn.Linear) or type(module).__module__.partition(".")[0] in ("torch", "transformers")
 
 
@@ -141,12 +141,12 @@ def _derive(base: type, body: dict[str, Any]) -> Any:
     derived = type(
         name, (base,), {**body, "__module__": __name__, "__doc__": f"{base.__name__} with a method of lorank."}
     )
-    globals()[name] = derived  # where pickle looks for it
+    globals()[name] = derived  # pickle looks for it here
     return derived
 
 
 def __getattr__(name: str) -> Any:
-    """A generated class by its name, LorankLlamaForCausalLM: made when a pickle of another process asks for it."""
+    """A generated class by its name, LorankLlamaForCausalLM, created when a pickle of another process needs it."""
     base: Any = getattr(transformers, name.removeprefix("Lorank"), None) if name.startswith("Lorank") else None
     if base is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
@@ -163,7 +163,7 @@ def _auto_classes() -> list[Any]:
 
 
 def positions_of(model: nn.Module) -> int | None:
-    """The longest sequence that a model takes; None: any."""
+    """The longest sequence that a model accepts; None: any."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is None or positions <= 0:
         return None

@@ -1,4 +1,4 @@
-"""Putting other modules in the place of a model's projections, and what was recorded about it."""
+"""Replacing the projections of a model by other modules, and what was recorded about it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,9 +12,12 @@ from lorank.sites import blocks
 
 
 def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapping[str, str] | None = None) -> None:
-    """Replace projections of `model` by what `method` builds; all of them or, if it raises, none.
+    """Replace projections of `model` by what `method` builds: all of them or, if it raises, none.
 
-    `names` tells where in this model a site is that goes by the name it has in another.
+    `names` gives the place in this model of sites that are named as in another model.
+
+    Layers draw their initial values when they are built. They could not do so here, after a whole stack is built, because
+    the order of random draws, and with it every recorded curve, would change.
     """
     names = names or {}
     replacements: dict[str, nn.Module] = {}
@@ -35,13 +38,12 @@ def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapp
 
 
 def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool]) -> None:
-    """Replace the non-linearity that a block has of its own (its SiLU, GELU, ...) by the identity.
+    """Replace a block's own non-linearity (its SiLU, GELU, ...) by the identity.
 
-    Only in blocks with a projection of which `fed_by(name, module)` holds; a block left dense needs its activation.
+    This is done only in blocks with a projection for which `fed_by(name, module)` holds; a dense block needs its activation.
 
     Raises:
-        ValueError: such a block has none that is a module of transformers or torch, so it cannot be found; nothing is
-        changed.
+        ValueError: no activation module of transformers or torch is found in such a block. The model is then unchanged.
     """
     found = []
     for stack, depth, block in blocks(model):
@@ -55,7 +57,7 @@ def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool])
         ]
         if not own:
             raise ValueError(
-                f"found no activation module in {stack}.{depth}; use nonlinearity='both' with this architecture"
+                f"{stack}.{depth} must have an activation module to remove, got none; use nonlinearity='both' with this architecture"
             )
         found += own
     for name in found:

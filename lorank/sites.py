@@ -1,4 +1,4 @@
-"""Where the projections of a model are: its repeated blocks, the linear maps inside, and which of them are meant."""
+"""Where the projections of a model are: its repeated blocks, the linear maps in them, and the choice among these."""
 
 import functools
 import inspect
@@ -19,8 +19,8 @@ from lorank.method import Method, Patterns, Site
 def blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
     """The repeated blocks of a model as (name of their list, depth, block), in the model's order.
 
-    Blocks are the members of an outermost ``nn.ModuleList`` each of which has a linear map, or what `rewrite` put in
-    place of one, somewhere below it and is not one itself; a list of heads or of embeddings is none.
+    Blocks are the members of an outermost ``nn.ModuleList`` in which each member contains a linear map, or the layer that
+    `rewrite` put there instead, and is not one itself. A list of heads or of embeddings does not count.
     """
     seen: list[str] = []
     for name, module in model.named_modules():
@@ -32,10 +32,10 @@ def blocks(model: nn.Module) -> Iterator[tuple[str, int, nn.Module]]:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Every linear map inside the repeated blocks, in the model's order, but for those from or to a single number.
+    """Every linear map inside the repeated blocks, in the model's order, except those from or to a single number.
 
-    A matrix in which an architecture has fused several projections (GPT-2's query, key and value) gives one site for
-    each of them, named below it: ``transformer.h.0.attn.c_attn.query``. One bottleneck for all three would be another
+    A matrix in which an architecture fuses several projections (GPT-2's query, key and value) gives one site for each of
+    them, with its name appended: ``transformer.h.0.attn.c_attn.query``. One bottleneck for all three would be another
     method.
     """
     sites = []
@@ -50,7 +50,7 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def linear_layers(model: nn.Module) -> list[Site]:
-    """The same with fused projections as the one matrix they are."""
+    """The same, but fused projections are one site."""
     return [
         Site(f"{stack}.{depth}.{inner}", f"{stack}.*.{inner}", depth, as_linear(module))
         for stack, depth, block in blocks(model)
@@ -60,7 +60,7 @@ def linear_layers(model: nn.Module) -> list[Site]:
 
 
 def derived_layers(model: nn.Module) -> list[str]:
-    """Names of the classes derived from ``nn.Linear`` whose layers are not taken for linear maps."""
+    """Names of the classes derived from ``nn.Linear`` whose layers do not count as linear maps."""
     return sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and not is_linear(m)})
 
 
@@ -71,8 +71,7 @@ def holds_linear(block: nn.Module) -> bool:
 
 
 def base_prefix(model: nn.Module) -> str:
-    """What names of modules begin with because the model is a body under a head: "model." of a LlamaForCausalLM, else
-    nothing."""
+    """The beginning of module names in a model with a head, "model." for a LlamaForCausalLM; empty for a body alone."""
     has_head = isinstance(model, PreTrainedModel) and model.base_model is not model
     return f"{model.base_model_prefix}." if has_head else ""
 
@@ -83,20 +82,21 @@ def body_of(model: nn.Module) -> nn.Module:
 
 
 def wanted_sites(method: Method, sites: list[Site]) -> list[Site]:
-    """Those that the method rewrites; ValueError if there are sites, but none for it."""
+    """The sites that the method rewrites; ValueError if it rewrites none of them."""
     wanted = [site for site in sites if method.wants(site)]
     if sites and not wanted:
         roles = dict.fromkeys(site.role for site in sites)
-        raise ValueError(f"{method.name} recognises none of this model's projections: {', '.join(roles)}")
+        raise ValueError(f"{method.name} does not recognise any of this model's projections: {', '.join(roles)}")
     return wanted
 
 
 def choose_sites(sites: list[Site], targets: Patterns = None, exclude: Patterns = None) -> list[Site]:
-    """Those that match a pattern of `targets` (None: all) and none of `exclude`; ValueError for a pattern without use."""
+    """The sites that match a pattern of `targets` (None: all) and none of `exclude`; ValueError for a pattern that matches
+    nothing."""
     if not sites:
         raise ValueError(
-            "found no linear layer (nn.Linear or transformers' Conv1D, not a class derived from them that does anything else) inside "
-            "a repeated block (a ModuleList of blocks); nothing to convert"
+            "the model must have linear layers (nn.Linear or transformers' Conv1D, not a derived class that computes something "
+            "else) inside repeated blocks (a ModuleList), got none"
         )
     wanted = [compile_pattern(p, "targets") for p in listed(targets)]
     unwanted = [compile_pattern(p, "exclude") for p in listed(exclude)]
@@ -105,7 +105,7 @@ def choose_sites(sites: list[Site], targets: Patterns = None, exclude: Patterns 
         for pattern in patterns:
             if not any(pattern.search(site.name) for site in sites):
                 raise ValueError(
-                    f"{option}={pattern.pattern!r} matches no linear layer of the blocks; they are: {', '.join(roles)}"
+                    f"{option} must match linear layers of the blocks, got {pattern.pattern!r}; they are: {', '.join(roles)}"
                 )
     chosen = [
         site
@@ -113,14 +113,16 @@ def choose_sites(sites: list[Site], targets: Patterns = None, exclude: Patterns 
         if (not wanted or any(p.search(site.name) for p in wanted)) and not any(p.search(site.name) for p in unwanted)
     ]
     if not chosen:
-        raise ValueError(f"exclude={exclude!r} leaves no linear layer to convert; the blocks hold: {', '.join(roles)}")
+        raise ValueError(
+            f"exclude must leave a linear layer to convert, got {exclude!r}; the blocks have: {', '.join(roles)}"
+        )
     return chosen
 
 
 def listed(patterns: Patterns) -> list[str]:
     listed = [patterns] if isinstance(patterns, str | re.Pattern) else list(patterns or [])
     if odd := next((pattern for pattern in listed if not isinstance(pattern, str)), None):
-        raise ValueError(f"{odd!r} is not a string; give regular expressions as strings, they are saved with the model")
+        raise ValueError(f"patterns must be strings, because they are saved with the model, got {odd!r}")
     return listed
 
 
@@ -128,18 +130,18 @@ def listed(patterns: Patterns) -> list[str]:
 
 
 class Place(NamedTuple):
-    """A projection of a dense or converted model: a module, or some of its outputs where an architecture fuses several."""
+    """A projection of a dense or converted model: a module, or some of its outputs if an architecture fuses several."""
 
     name: str
     role: str
     depth: int
     module: nn.Module
     rows: Callable[[Tensor], Tensor]
-    """From a tensor with a row for each of the module's outputs to those of this projection."""
+    """Selects this projection's rows of a tensor with one row for each of the module's outputs."""
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """Every projection of the repeated blocks, under the names that `lorank.conversion.find_sites` gives it."""
+    """Every projection of the repeated blocks, with the names of `find_sites`."""
     linear = {site.name for site in linear_layers(model)}
     for stack, depth, block in blocks(model):
         taken: list[str] = []
@@ -158,22 +160,22 @@ def places(model: nn.Module) -> Iterator[Place]:
                     yield Place(f"{name}.{part}", f"{role}.{part}", depth, module, take)
 
 
-# ---- projections whose weight other code reads
+# ---- projections whose weight is read by other code
 
 
 def check_callers(model: nn.Module, sites: Sequence[Site]) -> None:
-    """Refuse a projection whose weight is read by the code around it, which would not find it in what takes its place."""
+    """Raises ValueError for a projection whose weight is read by the code around it, because its replacement has none."""
     for site in sites:
         if (caller := weight_reader(model, site)) is not None:
             attribute = module_name(model, site).rpartition(".")[2]
             raise ValueError(
-                f"the code of {caller} reads the weight of {site.role} itself, so it cannot be replaced; exclude it "
-                f"(exclude={attribute!r}) or take another architecture"
+                f"{site.role} cannot be replaced, because the code of {caller} reads its weight; exclude it "
+                f"(exclude={attribute!r}) or use another architecture"
             )
 
 
 def weight_reader(model: nn.Module, site: Site) -> str | None:
-    """The class around a projection whose code reads its weight, so that nothing else can take its place; None: it does not."""
+    """The class around a projection whose code reads its weight; None if it does not."""
     parent, _, attribute = module_name(model, site).rpartition(".")
     caller = type(model.get_submodule(parent))
     code = _code(caller)  # type: ignore[arg-type]
@@ -184,17 +186,17 @@ def weight_reader(model: nn.Module, site: Site) -> str | None:
 
 
 def module_name(model: nn.Module, site: Site) -> str:
-    """Of the module that a site is, or of the fused matrix that it is a part of."""
+    """Name of the module that a site is, or of the fused matrix that it is a part of."""
     return site.name if fusion_of(model, site.name.rpartition(".")[0]) is None else site.name.rpartition(".")[0]
 
 
 @functools.cache
 def _code(module: type[nn.Module]) -> str:
-    """Source of what a class of modules does once it is built."""
+    """Source of the methods of a class of modules that run after it is built."""
     functions = [
         f for name, f in vars(module).items() if inspect.isfunction(f) and name not in ("__init__", "_init_weights")
     ]
     try:
         return "\n".join(map(inspect.getsource, functions))
-    except OSError:  # made at run time, without a file
+    except OSError:  # created at run time, without a file
         return ""

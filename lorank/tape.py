@@ -1,13 +1,13 @@
-"""What a layer hands to the layer of the same projection in the next block, beside the hidden states.
+"""Outputs that a layer passes to the layer of the same projection in the next block, in addition to the hidden states.
 
-Model code passes hidden states only, so a method whose layers read their neighbours' outputs needs a way round it: a
-`Tape` per stack, on which each depth leaves its output and the next one takes it off. Outside of a forward pass a tape
-is empty; it is not in the state_dict, and a copy of it (deepcopy, pickle) is a new one.
+Model code passes hidden states only. A method whose layers read the outputs of their neighbours uses a `Tape` per stack:
+each depth leaves its output there, and the next one removes it. Outside a forward pass a tape is empty. It is not in the
+state_dict, and a copy of it (deepcopy, pickle) is a new one.
 
-A block under activation checkpointing runs a second time in the backward pass, when its neighbour does not run before
-it. `Rerun` is what one such call of a block remembers: the results that the checkpoint policy keeps, and what was taken
-off tapes, or, where that was dropped, the way to compute it backwards from the block's own output (`keep_recurrence`).
-Every call has one of its own, so several forward passes may wait for their backward passes.
+A block under activation checkpointing runs a second time in the backward pass, without its neighbour running before it.
+`Rerun` belongs to one call of a block. It keeps the results that the checkpoint policy keeps and the outputs read from tapes
+or, if these were dropped, the way to compute them backwards from the block's own output (`keep_recurrence`). Each call has
+another `Rerun`, so several forward passes may wait for their backward passes.
 """
 
 from collections import Counter
@@ -21,15 +21,15 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
 
 ANCHORS = 8
-"""Where outputs are dropped and rebuilt, each so many-th at least is stored."""
+"""If outputs are dropped and rebuilt, every eighth is stored."""
 GROWTH = {torch.bfloat16: 4.0, torch.float16: 4.0}
-"""How far rebuilding may magnify a rounding error of these types, and of wider ones `WIDE_GROWTH`: before it would be
-more, an output is stored."""
+"""How much rebuilding may magnify a rounding error of these types; `WIDE_GROWTH` is for wider ones. An output is stored before
+the error would grow more."""
 WIDE_GROWTH = 128.0
 
 
 class Slot:
-    """An output for blocks that run again, without its graph: None where it was dropped and is not rebuilt yet."""
+    """An output for blocks that run again, without its graph; None if it was dropped and is not rebuilt yet."""
 
     value: Tensor | None = None
 
@@ -38,8 +38,8 @@ class Tape:
     """The outputs of one projection on their way from depth to depth, counted from 0 within the stack.
 
     Args:
-        role: of the projection, for messages.
-        depths: how many layers there are.
+        role: role of the projection, for messages.
+        depths: number of layers.
     """
 
     def __init__(self, role: str, depths: int):
@@ -47,18 +47,17 @@ class Tape:
         self.depths = depths
         self.waiting: dict[int, tuple[Tensor, Slot]] = {}
         self.growth = 1.0
-        """By how much an error of the next output would have grown by the time the first one dropped is rebuilt from it."""
+        """How much an error of the next output would grow until the first dropped output is rebuilt from it."""
 
     def __reduce__(self) -> Any:
         return Tape, (self.role, self.depths)
 
     def is_anchor(self, depth: int) -> bool:
-        """Whether the output is stored even under `keep_recurrence`: every eighth one, the last included and the first
-        not."""
+        """Whether the output is stored even under `keep_recurrence`: every eighth one, with the last and without the first."""
         return depth > 0 and (self.depths - 1 - depth) % ANCHORS == 0
 
     def may_drop(self, depth: int, dtype: torch.dtype, slope: Callable[[], float]) -> bool:
-        """Whether the output of `depth` may be dropped, to be rebuilt from the next, of which it is `slope` times a part."""
+        """Whether the output of `depth` may be dropped and rebuilt from the next, in which it has the factor `slope`."""
         if not self.is_anchor(depth):
             self.growth = max(1.0, self.growth) / max(slope(), 1e-30)
             if self.growth <= GROWTH.get(dtype, WIDE_GROWTH):
@@ -75,7 +74,7 @@ class Tape:
         if rerun is not None:
             rerun.own[self, depth] = slot
         if depth == 0:
-            self.waiting.clear()  # of a forward pass that was broken off
+            self.waiting.clear()  # left by an interrupted forward pass
             self.growth = 1.0
         if depth + 1 < self.depths:
             self.waiting[depth] = y, slot
@@ -85,20 +84,20 @@ class Tape:
     def take(
         self, depth: int, shape: torch.Size, invert: Callable[[Tensor], Tensor], slope: Callable[[], float]
     ) -> Tensor:
-        """The output of this shape that the depth before `depth` left; `invert` gives it from the output of `depth` itself,
-        which changes by `slope` where it changes by 1.
+        """The output of this shape that the depth before `depth` left. `invert` computes it from the output of `depth`, which
+        changes by `slope` if it changes by 1.
 
         Raises:
             RuntimeError: there is none, because blocks run twice, are skipped or out of order, or run again under an
-                activation checkpointing that does not know of tapes; or it is for other tokens.
+                activation checkpointing without support for tapes; or it is for other tokens.
         """
         rerun = _running[-1] if _running else None
         if rerun is not None and rerun.again:
             return rerun.taken_again(self, depth, invert)
         if depth - 1 not in self.waiting:
             raise RuntimeError(
-                f"{self.role}: depth {depth} finds no output of depth {depth - 1}; blocks must run once each and in order, "
-                "and activation checkpointing must be turned on by lorank.checkpoint"
+                f"{self.role}: depth {depth} finds no output of depth {depth - 1}; blocks must run in order, once each, and "
+                "activation checkpointing must be turned on by lorank.checkpoint"
             )
         y, slot = self.waiting.pop(depth - 1)
         if y.shape != shape:
@@ -114,7 +113,7 @@ class Tape:
 
 
 class Previous(NamedTuple):
-    """What a layer took off its tape."""
+    """An output that a layer read from its tape."""
 
     slot: Slot
     dtype: torch.dtype
@@ -125,27 +124,27 @@ class Rerun:
     """One call of a checkpointed block, to be repeated in the backward pass.
 
     Args:
-        rebuilds: drop what layers take off tapes, but for anchors, and compute it backwards.
+        rebuilds: drop the outputs that layers read from tapes, except anchors, and compute them backwards.
     """
 
     def __init__(self, rebuilds: bool):
         self.rebuilds = rebuilds
         self.again = False
         self.aside = False
-        """Whether the second run is at something that the first did not do."""
+        """Whether the second run computes something that the first did not."""
         self.kept: dict[tuple[Any, int], Any] = {}
-        """Results by operation and how many calls of it went before."""
+        """Results by operation and the number of its call."""
         self.own: dict[tuple[Tape, int], Slot] = {}
         self.previous: dict[tuple[Tape, int], Previous] = {}
 
     def taken_again(self, tape: Tape, depth: int, invert: Callable[[Tensor], Tensor]) -> Tensor:
-        """What `Tape.take` gave in the first run, up to rounding if it was dropped since."""
+        """The result of `Tape.take` in the first run, up to rounding if it has been dropped."""
         slot, dtype, requires_grad = self.previous[tape, depth]
         output = self.own[tape, depth].value
         if slot.value is None and output is None:
             raise RuntimeError(
-                f"{tape.role}: depth {depth} cannot be rebuilt before depth {depth + 1}; a loss that does not come from "
-                "the last block needs another checkpoint policy than keep_recurrence, for example keep_bottlenecks"
+                f"{tape.role}: depth {depth} cannot be rebuilt before depth {depth + 1}; for a loss that does not come from the "
+                "last block use another checkpoint policy than keep_recurrence, for example keep_bottlenecks"
             )
         self.aside = True
         with torch.no_grad():
@@ -158,11 +157,11 @@ class Rerun:
 
 
 _running: list[Rerun] = []
-"""The checkpointed call that runs now, innermost last."""
+"""The checkpointed calls that are running, the innermost last."""
 
 
 class _Run(TorchDispatchMode):
-    """One of the two runs of a block; every operation passes by here."""
+    """One of the two runs of a block; it sees every operation."""
 
     again: ClassVar[bool]
 
@@ -182,7 +181,7 @@ class _Run(TorchDispatchMode):
         super().__exit__(*exception)
 
     def call(self, func: Any) -> tuple[Any, int]:
-        """The name of this call of an operation, the same in both runs."""
+        """A name for this call of an operation, the same in both runs."""
         self.calls[func] += 1
         return func, self.calls[func]
 
@@ -227,8 +226,8 @@ _KEPT = (CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_SAVE, True)
 def contexts(policy: Callable[..., CheckpointPolicy | bool], rebuilds: bool) -> tuple[_First, _Again]:
     """The two contexts of a checkpointed call (`context_fn` of ``torch.utils.checkpoint``) in a model with tapes.
 
-    They do what torch's own selective contexts do, but those refuse operations that the first run has not, such as those
-    that rebuild.
+    They do the same as torch's selective contexts, which do not allow operations that are not in the first run, such as those
+    that rebuild outputs.
     """
     rerun = Rerun(rebuilds)
     return _First(rerun, policy), _Again(rerun)

@@ -105,7 +105,7 @@ class Unchanged:
 # ---- what is rewritten
 
 
-def test_every_projection_of_every_block_is_rewritten_with_its_sizes(architecture: Any) -> None:
+def test_every_projection_is_rewritten_with_its_sizes(architecture: Any) -> None:
     dense = architecture.dense()
     biased = {name for name, _ in dense.named_parameters() if name.endswith(".bias")}
     blocks = convert(dense, CoLA(rank=5)).get_submodule(architecture.blocks)
@@ -121,7 +121,7 @@ def test_every_projection_of_every_block_is_rewritten_with_its_sizes(architectur
             assert (layer.B.bias is not None) == bool(biased.intersection(had)), name
 
 
-def test_everything_outside_the_projections_is_the_very_same_object(architecture: Any) -> None:
+def test_everything_outside_projections_is_the_same_object(architecture: Any) -> None:
     model = architecture.dense()
     projections = {
         name
@@ -150,7 +150,7 @@ def test_the_model_is_changed_in_place_and_returned(small: Callable[..., Any]) -
     assert convert(model, CoLA()) is model
 
 
-def test_training_mode_device_and_dtype_are_those_of_the_layer_replaced(small: Callable[..., Any]) -> None:
+def test_training_mode_device_and_dtype_are_kept(small: Callable[..., Any]) -> None:
     model = convert(small("llama").to(torch.bfloat16).train(), CoLA())
     assert all(module.training for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -159,11 +159,11 @@ def test_training_mode_device_and_dtype_are_those_of_the_layer_replaced(small: C
 
 def test_a_method_may_be_called_by_name(small: Callable[..., Any]) -> None:
     assert convert(small("llama"), "low-rank").config.lorank["arguments"] == {"rank": 0.25}
-    with pytest.raises(ValueError, match=r"unknown method 'colla'; did you mean 'cola'\? the methods are: cola"):
+    with pytest.raises(ValueError, match=r"unknown method 'colla'; did you mean 'cola'\? The methods are: dense, cola"):
         convert(small("llama"), "colla")
 
 
-def test_sites_come_in_stacks_of_one_projection_in_order_of_depth(architecture: Any) -> None:
+def test_sites_come_in_stacks_in_order_of_depth(architecture: Any) -> None:
     method, stacks = spy()
     convert(architecture.dense(), method)
     assert len(stacks) == len(architecture.projections)
@@ -182,9 +182,7 @@ def sorted_like(stacks: list[list[Site]], projections: dict[str, Any]) -> list[t
 # ---- fused matrices and transposed weights
 
 
-def test_projections_split_off_a_fused_matrix_and_joined_again_are_the_model_itself(
-    architecture: Any, tokens: Tensor
-) -> None:
+def test_split_and_joined_projections_are_the_model_itself(architecture: Any, tokens: Tensor) -> None:
     """With each part replaced by its own rows of the dense matrix, not a logit moves."""
     dense, model = architecture.dense().double(), convert(architecture.dense().double(), Verbatim())
     fused = [module for module in model.modules() if isinstance(module, FusedProjections)]
@@ -202,7 +200,7 @@ def test_projections_split_off_a_fused_matrix_and_joined_again_are_the_model_its
         ("phi3", "model.layers.1.mlp.gate_up_proj", ["gate", "up"]),
     ],
 )
-def test_each_part_of_a_fused_matrix_reaches_its_own_outputs_only(
+def test_each_part_of_a_fused_matrix_reaches_its_outputs_only(
     name: str, fused: str, order: list[str], small: Callable[..., Any]
 ) -> None:
     """Setting one part to zero silences exactly the outputs that the architecture's own code reads as that part."""
@@ -254,7 +252,7 @@ def test_the_parts_left_dense_have_memory_of_their_own(name: str, small: Callabl
     assert sum(storage.nbytes() for storage in storages) == sum(parameter.nbytes for parameter in parameters)
 
 
-def test_a_conv1d_is_shown_to_the_method_in_the_orientation_of_a_linear_layer(small: Callable[..., Any]) -> None:
+def test_a_conv1d_has_the_orientation_of_a_linear_layer(small: Callable[..., Any]) -> None:
     model = small("gpt2")
     conv = model.transformer.h[1].mlp.c_fc  # weight [d_in, d_out]
     method, stacks = spy()
@@ -272,7 +270,7 @@ def converted_names(model: nn.Module) -> set[str]:
     return {name for name, module in model.named_modules() if isinstance(module, CoLALinear)}
 
 
-def test_targets_and_exclude_are_searched_in_the_names_and_exclude_wins(small: Callable[..., Any]) -> None:
+def test_targets_and_exclude_are_searched_and_exclude_wins(small: Callable[..., Any]) -> None:
     mlp = {f"model.layers.{depth}.mlp.{name}_proj" for depth in (0, 1) for name in ("gate", "up", "down")}
     attention = {f"model.layers.{depth}.self_attn.{name}_proj" for depth in (0, 1) for name in "qkvo"}
 
@@ -303,7 +301,7 @@ def test_a_rank_table_gives_each_module_its_rank(small: Callable[..., Any]) -> N
     assert blocks[1].mlp.down_proj.A.out_features == 6
 
 
-def test_a_fraction_follows_the_narrow_side_of_grouped_query_attention(small: Callable[..., Any]) -> None:
+def test_a_fraction_follows_grouped_query_attention(small: Callable[..., Any]) -> None:
     attention = convert(small("llama"), CoLA(rank=0.25)).model.layers[0].self_attn
     assert {name: getattr(attention, f"{name}_proj").A.out_features for name in "qkvo"} == {
         "q": 8,
@@ -313,14 +311,14 @@ def test_a_fraction_follows_the_narrow_side_of_grouped_query_attention(small: Ca
     }
 
 
-def test_the_break_even_warning_comes_from_convert_at_exactly_that_rank(small: Callable[..., Any]) -> None:
+def test_convert_warns_exactly_at_the_break_even_rank(small: Callable[..., Any]) -> None:
     square = {"num_key_value_heads": 4}  # attention is 32 x 32: 16 is where two factors are as large
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(small("llama", **square), CoLA(rank=15))
     dense = small("llama", **square)
     with pytest.warns(
-        UserWarning, match=r"no smaller than the dense layer in .*q_proj \(rank 16, break-even 16\)"
+        UserWarning, match=r"not smaller than the dense layer in .*q_proj \(rank 16, break-even 16\)"
     ) as caught:
         model = convert(small("llama", **square), LowRank(rank=16), targets="self_attn")
     assert len(caught) == 1
@@ -357,7 +355,7 @@ def test_one_block_used_at_two_depths_stays_one_block(tokens: Tensor) -> None:
     model(tokens)
 
 
-def test_the_callers_configuration_still_describes_the_dense_model(architectures: Any) -> None:
+def test_the_callers_configuration_stays_dense(architectures: Any) -> None:
     from transformers import LlamaForCausalLM
 
     config = architectures["llama"].config()
@@ -379,23 +377,32 @@ def test_the_callers_configuration_still_describes_the_dense_model(architectures
     [
         (
             {"targets": "c_attn"},
-            r"targets='c_attn' matches no linear layer of the blocks; they are: model\.layers\.\*\.self_attn",
+            r"targets must match linear layers of the blocks, got 'c_attn'; they are: model\.layers\.\*\.self_attn",
         ),
-        ({"targets": "lm_head"}, r"targets='lm_head' matches no linear layer"),
-        ({"targets": ["q_proj", "nothing"]}, "targets='nothing' matches no linear layer"),
-        ({"exclude": "nothing"}, "exclude='nothing' matches no linear layer"),
-        ({"targets": "q_proj", "exclude": "self_attn"}, "exclude='self_attn' leaves no linear layer to convert"),
-        ({"targets": "("}, r"targets='\(' is not a regular expression"),
-        ({"exclude": ["q_proj", "["]}, r"exclude='\[' is not a regular expression"),
+        ({"targets": "lm_head"}, r"targets must match linear layers of the blocks, got 'lm_head'"),
+        ({"targets": ["q_proj", "nothing"]}, "targets must match linear layers of the blocks, got 'nothing'"),
+        ({"exclude": "nothing"}, "exclude must match linear layers of the blocks, got 'nothing'"),
+        (
+            {"targets": "q_proj", "exclude": "self_attn"},
+            "exclude must leave a linear layer to convert, got 'self_attn'",
+        ),
+        ({"targets": "("}, r"targets must hold regular expressions as strings, got '\('"),
+        ({"exclude": ["q_proj", "["]}, r"exclude must hold regular expressions as strings, got '\['"),
         (
             {"method": CoLA(rank={"q_proj": 4})},
-            r"rank table \['q_proj'\] has no pattern for model\.layers\.0\.self_attn\.k_proj",
+            r"rank table must have a pattern for model\.layers\.0\.self_attn\.k_proj",
         ),
-        ({"method": CoLA(nonlinearity="low-rank"), "exclude": "gate_proj"}, "no projection to convert is known"),
-        ({"method": CoLAM(nonlinearity="reduced"), "exclude": "gate_proj"}, "no projection to convert is known"),
+        (
+            {"method": CoLA(nonlinearity="low-rank"), "exclude": "gate_proj"},
+            "the name of no converted projection is known",
+        ),
+        (
+            {"method": CoLAM(nonlinearity="reduced"), "exclude": "gate_proj"},
+            "the name of no converted projection is known",
+        ),
     ],
 )
-def test_a_refusal_is_one_sentence_and_leaves_the_model_as_it_was(
+def test_a_refusal_is_one_sentence_and_changes_nothing(
     options: dict[str, Any], message: str, small: Callable[..., Any]
 ) -> None:
     model = small("llama")
@@ -411,14 +418,16 @@ def test_a_model_is_converted_only_once(small: Callable[..., Any]) -> None:
     model = convert(small("llama"), CoLA(rank=8))
     weights, kind = copy.deepcopy(model.state_dict()), type(model)
     for again in (model, model.model, nn.ModuleDict({"inside": model})):
-        with pytest.raises(ValueError, match=r"already converted \(method 'cola'\); convert a dense model instead"):
+        with pytest.raises(
+            ValueError, match=r"model must be dense, got one that is already converted \(method 'cola'\)"
+        ):
             convert(again, LowRank(rank=4))
     assert type(model) is kind
     assert model.config.lorank["method"] == "cola"
     assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
 
 
-def test_a_model_whose_inside_is_converted_is_not_converted_once_more() -> None:
+def test_a_model_with_a_converted_part_is_refused() -> None:
     model = Plain()
     outer = nn.ModuleDict({"inside": model})
     convert(model, CoLA(rank=4))
@@ -438,16 +447,16 @@ def test_a_model_whose_inside_is_converted_is_not_converted_once_more() -> None:
 )
 def test_a_model_without_blocks_is_refused(model: nn.Module) -> None:
     unchanged = Unchanged(model)
-    with pytest.raises(ValueError, match="found no linear layer .*inside a repeated block"):
+    with pytest.raises(ValueError, match="must have linear layers .* inside repeated blocks"):
         convert(model, CoLA())
     unchanged.check()
 
 
-def test_cola_m_on_a_model_that_cannot_be_checkpointed_changes_nothing() -> None:
+def test_cola_m_without_blocks_to_checkpoint_changes_nothing() -> None:
     for choice in ("both", "low-rank"):
         model = Plain()
         unchanged = Unchanged(model)
-        with pytest.raises(ValueError, match="Plain has no blocks that transformers can checkpoint"):
+        with pytest.raises(ValueError, match="must have blocks that transformers can checkpoint, got Plain"):
             convert(model, CoLAM(rank=4, nonlinearity=choice))  # type: ignore[arg-type]
         unchanged.check()
 
@@ -457,15 +466,15 @@ def test_an_activation_that_cannot_be_found_is_a_refusal() -> None:
     for block in model.layers:
         block.act = nn.Bilinear(1, 1, 1)  # nothing known as an activation
     unchanged = Unchanged(model)
-    with pytest.raises(ValueError, match=r"found no activation module in layers\.0; use nonlinearity='both'"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0 must have an activation module to remove, got none; use nonlinearity='both'"
+    ):
         convert(model, CoLA(rank=4, nonlinearity="low-rank"))
     unchanged.check()
 
 
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
-def test_a_method_that_fails_at_the_end_leaves_the_model_as_it_was(
-    error: type[BaseException], small: Callable[..., Any]
-) -> None:
+def test_a_method_that_fails_at_the_end_changes_nothing(error: type[BaseException], small: Callable[..., Any]) -> None:
     class Failing(CoLA):
         name = "failing"
 
@@ -481,7 +490,7 @@ def test_a_method_that_fails_at_the_end_leaves_the_model_as_it_was(
         unchanged.check()
 
 
-def test_an_architecture_that_could_not_be_loaded_again_is_refused_before_it_is_touched() -> None:
+def test_an_unknown_architecture_is_refused_before_any_change() -> None:
     class HomeMadeConfig(PretrainedConfig):
         model_type = "home_made"
 
@@ -495,7 +504,9 @@ def test_an_architecture_that_could_not_be_loaded_again_is_refused_before_it_is_
 
     model = HomeMade(HomeMadeConfig())
     unchanged = Unchanged(model)
-    with pytest.raises(ValueError, match="transformers has no model type 'home_made'.*AutoConfig.register"):
+    with pytest.raises(
+        ValueError, match="must be known to transformers, .* got 'home_made'; register it with AutoConfig.register"
+    ):
         convert(model, CoLA(rank=4))
     unchanged.check()
 
@@ -524,22 +535,24 @@ def test_a_class_stands_for_its_defaults(small: Callable[..., Any]) -> None:
 def test_a_wrapper_around_a_model_of_transformers_is_refused(wrap: Any, small: Callable[..., Any]) -> None:
     model = small("llama")
     unchanged = Unchanged(model)
-    with pytest.raises(ValueError, match="is a wrapper around LlamaForCausalLM, which could not be saved"):
+    with pytest.raises(ValueError, match="model must be the LlamaForCausalLM inside this .*, which could not be saved"):
         convert(wrap(model), "cola")
     unchanged.check()
 
 
-def test_a_projection_whose_weight_the_code_around_it_reads_is_refused() -> None:
+def test_a_projection_whose_weight_other_code_reads_is_refused() -> None:
     shape = {"d_model": 32, "d_ff": 80, "num_layers": 2, "num_heads": 4, "d_kv": 8}
     t5 = transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=96, **shape))
-    with pytest.raises(ValueError, match="T5DenseActDense reads the weight of .*wo itself.*exclude='wo'"):
+    with pytest.raises(
+        ValueError, match="wo cannot be replaced, because the code of T5DenseActDense reads its weight; .*exclude='wo'"
+    ):
         convert(t5, "cola")
     convert(t5, "cola", exclude="wo")  # the way out that the sentence names
     ids = torch.randint(3, 96, (2, 5))
     t5(input_ids=ids, decoder_input_ids=ids).logits.sum().backward()
 
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2))
-    with pytest.raises(ValueError, match="MambaMixer reads the weight of"):
+    with pytest.raises(ValueError, match="the code of MambaMixer reads its weight"):
         convert(mamba, "cola")
 
 
@@ -556,7 +569,7 @@ def test_a_map_to_a_single_number_is_no_site() -> None:
 
 @pytest.mark.parametrize("patterns", [re.compile("q_proj"), ["q_proj", 3]])
 def test_patterns_are_strings(patterns: Any, small: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="is not a string"):
+    with pytest.raises(ValueError, match="patterns must be strings"):
         convert(small("llama"), "cola", targets=patterns)
 
 
@@ -577,7 +590,7 @@ def _glm(config: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", FURTHER_FUSED)
-def test_each_part_of_a_fused_matrix_elsewhere_does_what_its_name_says(name: str, tokens: Tensor) -> None:
+def test_parts_of_other_fused_matrices_do_what_they_say(name: str, tokens: Tensor) -> None:
     """Silencing the values (or what the gate multiplies) by hand silences the block; silencing another part does not."""
     torch.manual_seed(0)
     dense = transformers.AutoModelForCausalLM.from_config(FURTHER_FUSED[name]()).double().eval()
@@ -612,7 +625,7 @@ def test_gpt2_cross_attention_has_a_key_and_a_value() -> None:
     }  # fmt: skip
 
 
-def test_a_class_that_computes_the_linear_map_its_own_way_is_converted(tmp_path: Path) -> None:
+def test_a_class_with_another_forward_for_x_w_is_converted(tmp_path: Path) -> None:
     """Falcon's; what is saved and loaded, and what is merged, gives the same outputs. What does more is left alone."""
     from transformers import AutoModelForCausalLM, FalconConfig, FalconForCausalLM
 

@@ -1,4 +1,6 @@
-"""The linear layer for odd widths is nn.Linear in everything but the layout of its output."""
+"""Layers that methods share: their outputs by hand, how they start, and the linear layer for odd widths."""
+
+import copy
 
 import pytest
 import torch
@@ -6,8 +8,17 @@ from torch import nn
 
 from lorank import CoLA, convert, keep_bottlenecks
 from lorank.checkpointing import checkpoint
-from lorank.layers import ColumnMajorLinear, linear, own_memory
-from lorank.methods.cola import entry_std
+from lorank.layers import (
+    ColumnMajorLinear,
+    FrozenPlusLowRank,
+    LowRankLinear,
+    SpectralLinear,
+    entry_std,
+    linear,
+    loaded,
+    own_memory,
+    wide,
+)
 
 
 def test_only_widths_off_the_grid_get_it() -> None:
@@ -37,7 +48,7 @@ def test_columns_are_contiguous() -> None:
     assert linear(6, 13)(torch.randn(2, 8, 6)).stride() == (8, 1, 16)
 
 
-def test_a_model_of_odd_width_trains_checkpoints_saves_and_loads(architectures, tokens, tmp_path) -> None:
+def test_a_model_of_odd_width_is_trained_saved_and_loaded(architectures, tokens, tmp_path) -> None:
     llama = architectures["llama"]
     model = convert(llama.dense(intermediate_size=81), CoLA(rank=6)).train()
     assert type(model.model.layers[0].mlp.up_proj.B) is ColumnMajorLinear
@@ -53,7 +64,7 @@ def test_a_model_of_odd_width_trains_checkpoints_saves_and_loads(architectures, 
     assert torch.equal(loaded(tokens).logits, model(tokens).logits)
 
 
-def test_its_initial_values_are_the_method_s_also_when_transformers_draws(architectures) -> None:
+def test_initial_values_are_the_methods_when_transformers_draws(architectures) -> None:
     config = convert(architectures["llama"].dense(intermediate_size=2001), CoLA(rank=6)).config
     up = architectures["llama"].auto.from_config(config).model.layers[0].mlp.up_proj
     assert up.B.weight.std().item() == pytest.approx(entry_std(32, 2001, 6), rel=0.03)
@@ -71,3 +82,75 @@ def test_only_views_are_copied_into_memory_of_their_own() -> None:
         assert layer.weight.is_contiguous()
         assert layer.weight.untyped_storage().nbytes() == layer.weight.nbytes
         assert not layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("activation", [None, "silu", "gelu", "relu"])
+def test_low_rank_is_two_products_with_an_activation(activation: str | None) -> None:
+    torch.manual_seed(0)
+    layer = LowRankLinear(6, 13, 4, bias=True, activation=activation, dtype=torch.float64)
+    x = torch.randn(3, 6, dtype=torch.float64)
+    z = x @ layer.A.weight.T
+    z = z if activation is None else getattr(nn.functional, activation)(z)
+    torch.testing.assert_close(layer(x), z @ layer.B.weight.T + layer.B.bias)
+    assert repr(layer).startswith("LowRankLinear(\n  d_in=6, d_out=13, rank=4")
+    assert ("activation" in repr(layer)) == (activation is not None)
+
+
+def test_a_subclass_draws_its_own_parameters_at_a_reset() -> None:
+    class Gained(LowRankLinear):
+        def __init__(self) -> None:
+            super().__init__(6, 8, 2)
+            self.gain = nn.Parameter(torch.ones(()))
+
+        def reset_parameters(self) -> None:
+            super().reset_parameters()
+            nn.init.ones_(self.gain)
+
+    layer = Gained()
+    with torch.no_grad():
+        layer.gain.zero_()
+    layer.reset_parameters()
+    assert layer.gain == 1
+
+
+def test_frozen_plus_low_rank_adds_the_factors_to_a_dense_layer() -> None:
+    torch.manual_seed(0)
+    dense = nn.Linear(6, 8).double()
+    x, before = torch.randn(3, 6, dtype=torch.float64), copy.deepcopy(dense)
+    layer = FrozenPlusLowRank(dense, 2, scale=0.5)
+    layer.reset_parameters()
+    assert torch.equal(layer(x), before(x)), "it starts as the dense layer"
+    assert [n for n, p in layer.named_parameters() if not p.requires_grad] == ["W.weight"]
+    nn.init.normal_(layer.B.weight)
+    torch.testing.assert_close(layer(x), before(x) + 0.5 * x @ layer.A.weight.T @ layer.B.weight.T)
+    weight, bias = layer.merged()
+    torch.testing.assert_close(nn.functional.linear(x, weight, bias), layer(x))
+    dropping = FrozenPlusLowRank(before, 2, scale=0.5, dropout=1.0)
+    assert torch.equal(dropping.train()(x), before(x))
+    assert not torch.equal(dropping.eval()(x), before(x))
+
+
+def test_spectral_holds_a_weight_as_its_svd() -> None:
+    weight = torch.randn(8, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layer = SpectralLinear(6, 8, 2, dtype=torch.float64)
+    layer.decompose(weight)
+    torch.testing.assert_close(layer.weight(), weight)
+    torch.testing.assert_close(layer.S.detach(), torch.linalg.svdvals(weight))
+    places = torch.tensor([0, 1]), torch.tensor([5, 3])
+    layer.swap(*places)
+    assert layer.index.tolist() == [5, 3, 2, 1, 4, 0]
+    torch.testing.assert_close(layer.weight(), weight)
+    assert [n for n, p in layer.named_parameters() if not p.requires_grad] == ["U_frozen", "V_frozen"]
+
+
+def test_wide_tensors_have_single_precision_or_better() -> None:
+    kinds = [wide(torch.ones(2, dtype=d)).dtype for d in (torch.bfloat16, torch.float32, torch.float64)]
+    assert kinds == [torch.float32, torch.float32, torch.float64]
+
+
+def test_what_transformers_loads_is_known_as_loaded(architectures, tmp_path) -> None:
+    llama = architectures["llama"]
+    model = convert(llama.dense(), CoLA(rank=6))
+    assert not any(map(loaded, model.parameters()))
+    model.save_pretrained(tmp_path)
+    assert all(map(loaded, llama.auto.from_pretrained(tmp_path).parameters()))

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from lorank import MASA, convert, matrix_pca, merge
-from lorank.fit.pca import RIDGE, calibrate, cuts, drifts, truncate, whitening
+from lorank import convert, fit_masa, matrix_pca, merge
+from lorank.factors import RIDGE, truncate, whitening
+from lorank.fit.pca import calibrate, cuts, drifts
 from lorank.methods.masa import MASALinear
 
 VOCABULARY = 96
@@ -43,7 +44,7 @@ def layers(model: nn.Module) -> dict[str, MASALinear]:
 
 
 @pytest.mark.parametrize("atoms", [1, 3, 5])
-def test_matrix_pca_keeps_the_leading_eigenvalues_of_the_gram_matrix(atoms: int) -> None:
+def test_matrix_pca_keeps_the_leading_eigenvalues(atoms: int) -> None:
     weights = torch.randn(5, 7, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     d, c, error = matrix_pca(weights, atoms)
     inner = torch.einsum("iab,jab->ij", d, d)
@@ -69,14 +70,14 @@ def test_atoms_stay_orthonormal_where_blocks_are_equal() -> None:
 
 def test_matrix_pca_needs_as_many_matrices_as_atoms() -> None:
     for atoms in (0, 4):
-        with pytest.raises(ValueError, match=f"atoms={atoms}: 3 matrices span 1 to 3 atoms"):
+        with pytest.raises(ValueError, match=f"atoms must be from 1 to 3, the number of matrices, got {atoms}"):
             matrix_pca(torch.randn(3, 2, 2), atoms)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox"])
 def test_a_trained_model_is_kept(small: Callable[..., Any], tokens: Tensor, tmp_path: Path, name: str) -> None:
     dense = deep(small, name)
-    with pytest.warns(UserWarning, match="no fewer atoms than blocks"):
+    with pytest.warns(UserWarning, match="masa saves no weights"):
         whole = fit_masa(copy.deepcopy(dense), atoms=9)
     torch.testing.assert_close(whole(tokens).logits, dense(tokens).logits, rtol=1e-10, atol=1e-12)
 
@@ -98,7 +99,7 @@ def test_a_trained_model_is_kept(small: Callable[..., Any], tokens: Tensor, tmp_
 # ---- groups
 
 
-def test_drift_is_the_divergence_of_what_the_mean_states_predict(small: Callable[..., Any], data: list[Tensor]) -> None:
+def test_drift_is_the_divergence_of_mean_predictions(small: Callable[..., Any], data: list[Tensor]) -> None:
     model = deep(small)
     states: list[list[Tensor]] = [[] for _ in range(6)]
     hooks = [
@@ -168,7 +169,7 @@ def test_cuts_leave_the_least_drift_within_groups() -> None:
         choices = [(0, *c) for c in itertools.combinations(range(1, 8), groups - 1)]
         assert cuts(drift, groups) == min(choices, key=within)
     for groups in (0, 9):
-        with pytest.raises(ValueError, match=f"groups={groups}: there are 8 blocks"):
+        with pytest.raises(ValueError, match=f"groups must be from 1 to 8, the number of blocks, got {groups}"):
             cuts(drift, groups)
 
 
@@ -178,10 +179,8 @@ def test_drift_of_distributions_that_are_known() -> None:
     torch.testing.assert_close(drifts(p.log() + 3.0), expected, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:there are no fewer")
-def test_one_block_to_a_group_is_the_dense_model_on_every_architecture(
-    architecture: Any, tokens: Tensor, tmp_path: Path
-) -> None:
+@pytest.mark.filterwarnings("ignore:masa saves no weights")
+def test_groups_of_one_block_are_the_dense_model(architecture: Any, tokens: Tensor, tmp_path: Path) -> None:
     """Also that what blocks give can be replaced in all of them when their outputs are judged."""
     dense = architecture.dense().double()
     model = fit_masa(copy.deepcopy(dense), data=[tokens], groups=2)
@@ -194,7 +193,7 @@ def test_one_block_to_a_group_is_the_dense_model_on_every_architecture(
 # ---- residuals
 
 
-def test_the_residual_has_the_least_error_on_the_data_that_its_rank_allows() -> None:
+def test_the_residual_has_the_least_error_of_its_rank() -> None:
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(200, 12, dtype=torch.float64, generator=generator) @ torch.diag(torch.linspace(3, 0.1, 12).double())
     X = X @ torch.randn(12, 12, dtype=torch.float64, generator=generator)
@@ -262,16 +261,14 @@ def test_factors_are_those_of_what_each_projection_reads(
         )
 
 
-@pytest.mark.filterwarnings("ignore:there are no fewer")
+@pytest.mark.filterwarnings("ignore:masa saves no weights")
 @pytest.mark.parametrize("variant", ["qkv", "qkvo"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
 def test_a_residual_of_full_rank_is_the_dense_model(
     small: Callable[..., Any], data: list[Tensor], tokens: Tensor, name: str, variant: Any
 ) -> None:
     dense = deep(small, name)
-    model = fit_masa(
-        copy.deepcopy(dense), data=data, atoms=1, variant=variant, residual_rank={".": 1.0}, groups=(0, 2)
-    )
+    model = fit_masa(copy.deepcopy(dense), data=data, atoms=1, variant=variant, residual_rank={".": 1.0}, groups=(0, 2))
     assert len(layers(model)) == 6 * (3 if variant == "qkv" else 4)
     torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-8, atol=1e-9)
 
@@ -314,9 +311,7 @@ def test_exact_groups_carry_no_residual(small: Callable[..., Any], data: list[Te
 
 def test_what_is_excluded_stays_dense(small: Callable[..., Any], data: list[Tensor]) -> None:
     dense = deep(small)
-    model = fit_masa(
-        copy.deepcopy(dense), data=data, exclude=r"layers\.0\.", atoms=2, groups=(0, 3), residual_rank=2
-    )
+    model = fit_masa(copy.deepcopy(dense), data=data, exclude=r"layers\.0\.", atoms=2, groups=(0, 3), residual_rank=2)
     assert len(layers(model)) == 20
     assert torch.equal(model.model.layers[0].self_attn.q_proj.weight, dense.model.layers[0].self_attn.q_proj.weight)
     keys = [layers(model)[f"model.layers.{depth}.self_attn.o_proj"].dictionary.key[-1] for depth in range(1, 6)]
@@ -332,30 +327,33 @@ IDS = torch.zeros(1, 4, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"groups": 2}, "a number of groups and residuals follow from data: give data=, batches of token ids"),
-        ({"groups": (0, 3), "residual_rank": 2}, "a number of groups and residuals follow from data"),
-        ({"data": [IDS]}, "data= is of no use without residual_rank or a number of groups; drop it"),
-        ({"data": [IDS], "groups": (0, 3)}, "data= is of no use"),
-        ({"data": [], "groups": 2}, "data: there is not a single batch"),
+        ({"groups": 2}, "data must be batches of token ids .* for a number of groups or for residuals, got None"),
+        ({"groups": (0, 3), "residual_rank": 2}, "data must be batches of token ids"),
+        ({"data": [IDS]}, "data must be left out without residual_rank or a number of groups"),
+        ({"data": [IDS], "groups": (0, 3)}, "data must be left out"),
+        ({"data": [], "groups": 2}, "data must have at least one batch"),
         (
             {"data": IDS, "groups": 2},
-            r"data: a batch is a tensor of token ids \[b, n\] of int64 or int32; give a list of these",
+            r"data must be batches of token ids, tensors \[b, n\] of int64 or int32, got torch.int64 \[4\]",
         ),
-        ({"data": [{"input_ids": IDS}], "groups": 2}, "data: a batch is a tensor"),
-        ({"data": [IDS.float()], "groups": 2}, "data: a batch is a tensor"),
-        ({"data": [IDS.bool()], "groups": 2}, "data: a batch is a tensor"),
-        ({"data": [IDS.to(torch.int16)], "groups": 2}, "data: a batch is a tensor of token ids .* of int64 or int32"),
-        ({"data": [IDS, IDS[:0]], "groups": 2}, r"data: a batch of shape \[0, 4\] has no tokens; leave it out"),
-        ({"data": [IDS[:, :0]], "residual_rank": 2}, r"data: a batch of shape \[1, 0\] has no tokens"),
-        ({"data": [IDS, IDS + VOCABULARY], "groups": 2}, "data: token id 96 is none of the model's, 0 to 95; use"),
-        ({"data": [IDS - 1], "residual_rank": 2}, "data: token id -1 is none of the model's"),
+        ({"data": [{"input_ids": IDS}], "groups": 2}, "data must be batches of token ids, tensors"),
+        ({"data": [IDS.float()], "groups": 2}, "data must be batches of token ids, tensors"),
+        ({"data": [IDS.bool()], "groups": 2}, "data must be batches of token ids, tensors"),
+        ({"data": [IDS.to(torch.int16)], "groups": 2}, "of int64 or int32, got torch.int16"),
+        (
+            {"data": [IDS, IDS[:0]], "groups": 2},
+            r"data must be batches with tokens, got one of shape \[0, 4\]; leave it out",
+        ),
+        ({"data": [IDS[:, :0]], "residual_rank": 2}, r"data must be batches with tokens, got one of shape \[1, 0\]"),
+        ({"data": [IDS, IDS + VOCABULARY], "groups": 2}, "data must be token ids from 0 to 95, .* got 96; use"),
+        ({"data": [IDS - 1], "residual_rank": 2}, "data must be token ids from 0 to 95, .* got -1"),
         (
             {"data": [IDS.repeat(1, 1000)], "groups": 2},
-            "data: sequences of 4000 tokens exceed the model's .* positions; cut them",
+            "data must be sequences of at most .* tokens, .* got 4000; cut them",
         ),
-        ({"data": [IDS], "groups": 7}, "groups=7: of the blocks 0 to 5"),
-        ({"coefficients": "network"}, "Matrix PCA finds coefficients that no network holds; drop coefficients"),
-        ({"targets": "o_proj"}, "finds no query nor key nor value"),
+        ({"data": [IDS], "groups": 7}, "each of the groups must have one of the blocks 0 to 5"),
+        ({"coefficients": "network"}, "coefficients must be 'table' with Matrix PCA"),
+        ({"targets": "o_proj"}, "finds no query or key or value"),
     ],
 )
 def test_what_cannot_be_rewritten_is_refused(small: Callable[..., Any], fields: dict[str, Any], message: str) -> None:
@@ -368,13 +366,15 @@ def test_what_cannot_be_rewritten_is_refused(small: Callable[..., Any], fields: 
 
 def test_groups_need_a_head_and_a_model_that_has_not_diverged(small: Callable[..., Any], data: list[Tensor]) -> None:
     model = deep(small)
-    with pytest.raises(ValueError, match="LlamaModel predicts no tokens; give the model with its head, or the first"):
+    with pytest.raises(
+        ValueError, match="model must predict tokens, got LlamaModel; give the model with its head, or the first"
+    ):
         fit_masa(model.model, data=data, groups=2)
     assert len(layers(fit_masa(model.model, data=data, groups=(0, 2), residual_rank=2))) == 24
     model = deep(small)
     nn.init.constant_(model.model.layers[2].mlp.down_proj.weight, torch.nan)
     for fields in ({"groups": 2}, {"residual_rank": 2}):
-        with pytest.raises(ValueError, match="not finite numbers; it has diverged"):
+        with pytest.raises(ValueError, match="must be finite numbers; it has diverged"):
             fit_masa(model, data=data, **fields)
     with pytest.raises(ValueError, match="already converted"):
         fit_masa(convert(deep(small), "masa"), data=data, groups=2)

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from lorank import CoLA, CoLAM, LowRank, convert, merge
-from lorank.methods.cola import CoLALinear, entry_std
+from lorank.layers import entry_std
+from lorank.methods.cola import CoLALinear
 from lorank.pretrained import config_class
 
 
@@ -64,9 +65,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory, architectures: Any) -> Path:
     return folder
 
 
-def test_import_lorank_is_all_a_new_process_needs_to_load_every_architecture(
-    saved: Path, fresh_python: Callable[..., str]
-) -> None:
+def test_import_lorank_suffices_to_load_every_architecture(saved: Path, fresh_python: Callable[..., str]) -> None:
     said = fresh_python(
         """
         import sys
@@ -98,9 +97,7 @@ def test_import_lorank_is_all_a_new_process_needs_to_load_every_architecture(
     ]
 
 
-def test_without_lorank_the_type_is_refused_by_name_and_importing_it_late_helps(
-    saved: Path, fresh_python: Callable[..., str]
-) -> None:
+def test_without_lorank_the_type_is_refused_by_name(saved: Path, fresh_python: Callable[..., str]) -> None:
     said = fresh_python(
         """
         import sys
@@ -214,9 +211,7 @@ def test_a_loaded_model_is_converted_already(small: Callable[..., Any], tmp_path
         convert(AutoModelForCausalLM.from_pretrained(tmp_path), CoLA())
 
 
-def test_a_converted_model_can_be_copied_and_pickled_within_a_program(
-    small: Callable[..., Any], tokens: Tensor
-) -> None:
+def test_a_converted_model_can_be_copied_and_pickled(small: Callable[..., Any], tokens: Tensor) -> None:
     model = convert(small("llama"), CoLA())
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert type(copied) is type(model)
@@ -226,9 +221,7 @@ def test_a_converted_model_can_be_copied_and_pickled_within_a_program(
 # ---- other doors of the Auto classes
 
 
-def test_from_config_of_a_saved_model_gives_a_freshly_drawn_converted_model(
-    small: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_from_config_of_a_saved_model_draws_a_new_one(small: Callable[..., Any], tmp_path: Path) -> None:
     model = convert(small("llama"), CoLA(rank=8), exclude="v_proj")
     model.save_pretrained(tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
@@ -264,7 +257,7 @@ def test_a_pretrained_body_gets_a_new_head(small: Callable[..., Any], tmp_path: 
     assert type(AutoModelForMaskedLM.from_pretrained(tmp_path)).__name__ == "LorankBertForMaskedLM"
 
 
-def test_a_dense_model_of_the_same_configuration_is_dense_as_ever(
+def test_a_dense_model_of_the_same_configuration_stays_dense(
     architectures: Any, tokens: Tensor, tmp_path: Path
 ) -> None:
     config = architectures["llama"].config()
@@ -278,7 +271,7 @@ def test_a_dense_model_of_the_same_configuration_is_dense_as_ever(
 
 def test_a_configuration_that_does_not_say_how_is_refused(architectures: Any) -> None:
     config = config_class("llama")(**architectures["llama"].settings)
-    with pytest.raises(ValueError, match="without the entry 'lorank' does not say how to build its model"):
+    with pytest.raises(ValueError, match="must have the entry 'lorank', which records how to build its model"):
         AutoModelForCausalLM.from_config(config)
 
 
@@ -314,9 +307,7 @@ def test_the_text_generation_pipeline_takes_a_saved_model(small: Callable[..., A
 
 
 @pytest.mark.parametrize("door", ["head", "body"])
-def test_init_weights_draws_the_methods_initial_values_not_transformers_own(
-    door: str, small: Callable[..., Any]
-) -> None:
+def test_init_weights_draws_the_methods_initial_values(door: str, small: Callable[..., Any]) -> None:
     model = small("llama", hidden_size=128, intermediate_size=320, attention_bias=True)
     model = convert(model if door == "head" else model.model, CoLA(rank=32))
     before = copy.deepcopy(model.state_dict())
@@ -331,7 +322,7 @@ def test_init_weights_draws_the_methods_initial_values_not_transformers_own(
     assert model.get_input_embeddings().weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
-def test_a_model_built_on_meta_gets_the_same_initial_values_when_it_is_given_memory(small: Callable[..., Any]) -> None:
+def test_a_model_from_meta_gets_the_same_initial_values(small: Callable[..., Any]) -> None:
     with torch.device("meta"):
         model = convert(small("llama", hidden_size=128, intermediate_size=320), CoLA(rank=32))
     model.to_empty(device="cpu")
@@ -340,9 +331,7 @@ def test_a_model_built_on_meta_gets_the_same_initial_values_when_it_is_given_mem
     assert relative_deviation(model) == pytest.approx({"A": 1, "B": 1}, rel=0.02)
 
 
-def test_a_factor_missing_from_the_file_is_drawn_by_the_method_and_the_others_are_kept(
-    small: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_a_factor_missing_from_the_file_is_drawn(small: Callable[..., Any], tmp_path: Path) -> None:
     model = convert(small("llama", hidden_size=128, intermediate_size=320), CoLA(rank=32))
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
@@ -368,7 +357,7 @@ def test_a_head_around_a_converted_body_is_converted_once(small: Any, tmp_path: 
 
 
 @pytest.mark.parametrize(("saved_with", "loaded_with"), [("head", "body"), ("body", "head")])
-def test_patterns_anchored_to_one_model_s_names_hold_for_its_other_form(
+def test_anchored_patterns_hold_for_the_other_form_of_a_model(
     saved_with: str, loaded_with: str, architectures: Any, tmp_path: Path
 ) -> None:
     auto = {"head": transformers.AutoModelForCausalLM, "body": transformers.AutoModel}
@@ -390,7 +379,7 @@ def test_a_pickled_model_opens_in_a_fresh_process(small: Callable[..., Any], tmp
     assert fresh_python(program, str(tmp_path / "model.pickle")).strip() == "LorankLlamaForCausalLM"
 
 
-def test_the_break_even_warning_does_not_come_back_with_the_model(small: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_break_even_warning_is_not_repeated_on_loading(small: Callable[..., Any], tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="lower the rank"):
         convert(small("llama"), CoLA(rank=20)).save_pretrained(tmp_path)
     with warnings.catch_warnings():

@@ -18,7 +18,7 @@ until the end.
 Source: Zhussip et al., arXiv 2508.04581, "Matrix Weight-Sharing for Pretrained Models"; structure and ranks are those of
 `lorank.methods.masa`. We have not seen the paper's appendix, with the steps of grouping and the allocation of ranks. Our
 choices are: where to cut; the direction of KL; that the head is all that follows the last block, final norm included; square
-roots of Σ on either side; and the ridge, `RIDGE`.
+roots of Σ on either side; and the ridge, `lorank.factors.RIDGE`.
 """
 
 import dataclasses
@@ -31,42 +31,17 @@ from transformers import PreTrainedModel
 
 from lorank.analysis.streams import Streams
 from lorank.conversion import convert, sites_to_convert
-from lorank.dictionary import CoefficientTable, Dictionary
-from lorank.layers import wide
+from lorank.dictionary import CoefficientTable, Dictionary, matrix_pca
+from lorank.factors import truncate, whitening
 from lorank.method import Patterns
 from lorank.methods.masa import MASA, MASALinear
 from lorank.pretrained import positions_of
 from lorank.sites import blocks, places
 
 Model = TypeVar("Model", bound=nn.Module)
-RIDGE = 1e-6
-"""Added to an autocorrelation's diagonal, in units of its mean, if a direction has less because the data do not reach it."""
 
 
 # ---- the mathematics
-
-
-def matrix_pca(weights: Tensor, atoms: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The dictionary nearest to given matrices in Frobenius norm (arXiv 2508.04581, eq. 4).
-
-    Args:
-        weights: W [L, d_out, d_in].
-        atoms: S, from 1 to L.
-
-    Returns:
-        D [S, d_out, d_in], orthonormal (tr(D_i^T D_j) = δ_ij); C [L, S] with c_ls = tr(D_s^T W_l); and the squared error
-        Σ_l |W_l - Σ_s c_ls D_s|², which is the sum of the discarded eigenvalues of the Gram matrix [L, L].
-
-    Raises:
-        ValueError: more atoms than matrices, or none.
-    """
-    if not 1 <= atoms <= len(weights):
-        raise ValueError(f"atoms must be from 1 to {len(weights)}, the number of matrices, got {atoms}")
-    flat = wide(weights.flatten(1))  # [L, d_out d_in]
-    _, values, basis = torch.linalg.svd(flat, full_matrices=False)
-    basis = basis[:atoms]
-    found = basis.view(atoms, *weights.shape[1:]), flat @ basis.T
-    return found[0].to(weights.dtype), found[1].to(weights.dtype), values[atoms:].square().sum()
 
 
 def drifts(logits: Tensor) -> Tensor:
@@ -88,22 +63,6 @@ def cuts(drift: Tensor, groups: int) -> tuple[int, ...]:
         raise ValueError(f"groups must be from 1 to {len(drift) + 1}, the number of blocks, got {groups}")
     largest = drift.sort(descending=True, stable=True).indices[: groups - 1]
     return (0, *sorted(int(index) + 1 for index in largest))
-
-
-def whitening(autocorrelation: Tensor) -> Tensor:
-    """Lower triangular R [d, d] with R Rᵀ = XᵀX / n [d, d], plus a ridge (`RIDGE`) if that is singular or almost."""
-    ridge = RIDGE * autocorrelation.diagonal().mean()
-    R, failed = torch.linalg.cholesky_ex(autocorrelation)
-    if failed or R.diagonal().square().min() < ridge:
-        R = torch.linalg.cholesky(autocorrelation + (ridge or 1.0) * torch.eye(len(R), dtype=R.dtype, device=R.device))
-    return R
-
-
-def truncate(residual: Tensor, R: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The B [d_out, r], A [r, d_in] that make |(residual - B A) R| least; residual [d_out, d_in], R [d_in, d_in] triangular."""
-    U, sigma, V = torch.linalg.svd(residual.to(R.dtype) @ R, full_matrices=False)
-    root = sigma[:rank].sqrt()
-    return U[:, :rank] * root, torch.linalg.solve_triangular(R, root[:, None] * V[:rank], upper=False, left=False)
 
 
 # ---- what the data tell

@@ -162,18 +162,29 @@ class MASA(Method):
                 raise ValueError(
                     f"{role} must be the same in all blocks that share atoms, got {kinds}; exclude the others"
                 )
-        if large := [role for role, stack in stacks.items() if not self._saves(stack)]:
-            warnings.warn(
-                f"masa saves no weights in {', '.join(large)}, because atoms and residuals have at least as many as the dense "
-                "layers; use fewer atoms or groups, a lower residual_rank, or exclude projections of a single block",
-                stacklevel=2,
-            )
+        large: dict[str, list[str]] = {}
+        for role, stack in stacks.items():
+            if (fault := self._fault(stack)) is not None:
+                large.setdefault(fault, []).append(role)
+        for fault, roles in large.items():
+            warnings.warn(f"masa saves no weights in {', '.join(roles)}: {fault}", stacklevel=2)
 
-    def _saves(self, stack: Sequence[Site]) -> bool:
-        """Whether atoms and residuals of all depths of a projection have fewer weights than its dense layers."""
+    def _fault(self, stack: Sequence[Site]) -> str | None:
+        """Why all depths of one projection have at least the weights of the dense layers, and what to change; None if fewer."""
         groups = self.split(stack)
-        saved = len(stack) - sum(self.count(len(group)) for group in groups)  # in dense layers
-        return sum(self.rank_of(site, len(group)) / site.break_even_rank for group in groups for site in group) < saved
+        saved = len(stack) - sum(self.count(len(group)) for group in groups)  # in dense layers, as all that follows
+        if not saved:  # then there are no residuals
+            if len(groups) < len(stack):
+                return "there are as many atoms as blocks; use fewer atoms"
+            single = len(stack) == 1
+            return (
+                "they are in one block alone; exclude them" if single else "each group is one block; use fewer groups"
+            )
+        ranks = [(self.rank_of(site, len(group)), site.break_even_rank) for group in groups for site in group]
+        if sum(rank / even for rank, even in ranks) < saved:
+            return None
+        enough = sum(min(rank, 1) / even for rank, even in ranks) < saved
+        return f"residuals have the weights that atoms save; {'lower' if enough else 'drop'} residual_rank"
 
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
         groups, layers = self.split(sites), []

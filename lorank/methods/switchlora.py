@@ -93,14 +93,17 @@ class SwitchLoRALinear(FrozenPlusLowRank):
 
     def __init__(self, dense: nn.Linear, rank: int):
         super().__init__(dense, rank, scale=1 / rank)
-        self.reset_parameters()
+        self._start(subtract=True)
 
-    @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw A and B and subtract (1/r) B A from W, which must hold the dense W_0 unless it came from a file."""
-        for factor, std in zip((self.A, self.B), self.entry_stds, strict=True):
-            draw_(factor.weight, std)
-        if not loaded(self.W.weight):
+        self._start(subtract=not loaded(self.W.weight))
+
+    @torch.no_grad()
+    def _start(self, *, subtract: bool) -> None:
+        draw_(self.A.weight, self.entry_stds[0])
+        draw_(self.B.weight, self.entry_stds[1])
+        if subtract:
             self.W.weight.sub_(self.product())
 
     @property
@@ -108,7 +111,7 @@ class SwitchLoRALinear(FrozenPlusLowRank):
         return entry_stds(self.W.in_features, self.W.out_features, self.A.out_features)
 
     def product(self) -> Tensor:
-        """(1/r) B A [d_out, d_in], in single precision or better; divided, because a rounded 1/r would change its last bits."""
+        """(1/r) B A [d_out, d_in], in single precision or better, divided, not multiplied by a rounded 1/r."""
         return wide(self.B.weight) @ wide(self.A.weight) / self.A.out_features
 
 
@@ -209,10 +212,8 @@ class SwitchLoRAHook(StepHook):
         r, c = len(a.selected), len(a.candidates)
         mean = r / self.method.interval * theta(self.step, self.steps, self.method.ratio, self.method.frequency)
         count = math.floor(mean + torch.rand((), generator=draw).item())
-        for ahead, after in (
-            (a, b),
-            (b, a),
-        ):  # B's frozen columns lie just behind A's pointer; B's must stop before them
+        # B's frozen columns are just behind A's pointer, and B's pointer must stop before them
+        for ahead, after in ((a, b), (b, a)):
             count = min(count, int((ahead.pointer - (after.frozen > 0).sum() - after.pointer) % r))
         return count if self.method.mode == "continuous" else min(count, c - r)
 
@@ -239,8 +240,7 @@ class SwitchLoRAHook(StepHook):
 
 def _check(optimizer: Optimizer, layers: Mapping[str, SwitchLoRALinear]) -> None:
     if not isinstance(optimizer, VectorAdamW):
-        got = f"got {type(optimizer).__name__}; lorank.optimizer makes one"
-        raise ValueError(f"the optimizer must be lorank.optim.VectorAdamW with switchlora, {got}")
+        raise ValueError(f"optimizer must be lorank.optim.VectorAdamW with switchlora, got {type(optimizer).__name__}")
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
         factors = (layer.A.weight, layer.B.weight)

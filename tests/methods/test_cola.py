@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorank import CoLA, CoLAM, LowRank, convert
-from lorank.methods.cola import CoLALinear, entry_std
+from lorank.layers import entry_std
+from lorank.methods.cola import CoLALinear
 
 NONLINEARITIES = ["both", "low-rank", "reduced", "original"]
 
@@ -49,7 +50,7 @@ def test_the_layer_is_b_silu_a_x_and_so_are_its_gradients(bias: bool) -> None:
         torch.testing.assert_close(layer.B.bias.grad, g.sum((0, 1)), rtol=1e-11, atol=1e-11)
 
 
-def test_with_the_identity_inside_the_layer_is_dense_with_weight_ba_and_with_silu_it_is_not() -> None:
+def test_without_activation_the_layer_is_dense_with_weight_ba() -> None:
     layer = CoLALinear(64, 96, 16, bias=True, activation=None)
     x = torch.randn(7, 64, generator=torch.Generator().manual_seed(0))
     dense = F.linear(x, layer.B.weight @ layer.A.weight, layer.B.bias)
@@ -98,7 +99,7 @@ def test_the_standard_deviation_of_the_papers_layers(d_in: int, d_out: int, rank
     assert math.sqrt(rank) * entry_std(d_in, d_out, rank) ** 2 == pytest.approx((d_in + d_out) ** -0.5)
 
 
-def test_drawn_factors_have_the_papers_standard_deviation_within_two_percent() -> None:
+def test_drawn_factors_have_the_papers_standard_deviation() -> None:
     torch.manual_seed(0)
     layer = CoLALinear(512, 1376, 128)
     for factor in (layer.A.weight, layer.B.weight):
@@ -107,7 +108,7 @@ def test_drawn_factors_have_the_papers_standard_deviation_within_two_percent() -
     assert (layer.B.weight @ layer.A.weight).std().item() == pytest.approx(0.0230, rel=0.02)
 
 
-def test_the_bias_is_drawn_uniformly_within_one_over_the_root_of_d_out() -> None:
+def test_the_bias_is_uniform_within_the_inverse_root_of_d_out() -> None:
     torch.manual_seed(0)
     bias = CoLALinear(8, 4096, 4, bias=True).B.bias.detach()
     bound = 4096**-0.5
@@ -133,32 +134,6 @@ def test_a_bias_is_kept_where_the_dense_layer_had_one(small: Callable[..., Any])
     assert all(module.A.bias is None for module in block.modules() if isinstance(module, CoLALinear))
 
 
-# ---- sizes
-
-SIZES = {
-    "60M": ((512, 1376, 8, 8), 128, 58_073_600, 42_770_944),
-    "130M": ((768, 2048, 12, 12), 256, 134_105_856, 93_997_824),
-    "350M": ((1024, 2736, 24, 16), 256, 367_969_280, 185_222_144),
-    "1B": ((2048, 5461, 24, 32), 512, 1_339_082_752, 609_310_720),
-    "7B": ((4096, 11008, 32, 32), 1024, 6_738_415_616, 2_820_935_680),
-}
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_the_papers_models_have_the_papers_number_of_parameters(size: str) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    (d, d_ff, layers, heads), rank, dense, low_rank = SIZES[size]
-    with torch.device("meta"):
-        shape = {"hidden_size": d, "intermediate_size": d_ff, "num_hidden_layers": layers, "num_attention_heads": heads}
-        model = LlamaForCausalLM(LlamaConfig(vocab_size=32000, **shape))
-    assert model.num_parameters() == dense
-    convert(model, CoLA(rank=rank))
-    assert model.num_parameters() == low_rank
-    if size == "60M":
-        assert sum(p.numel() for name, p in model.named_parameters() if ".A." in name or ".B." in name) == 9_994_240
-
-
 # ---- where a non-linearity remains
 
 
@@ -170,9 +145,7 @@ def variants(small: Callable[..., Any], *nonlinearities: str) -> list[Any]:
     return models
 
 
-def test_both_and_low_rank_differ_by_the_activation_of_the_gate_and_by_nothing_else(
-    small: Callable[..., Any], tokens: Tensor
-) -> None:
+def test_both_and_low_rank_differ_only_by_the_gates_activation(small: Callable[..., Any], tokens: Tensor) -> None:
     both, low_rank = variants(small, "both", "low-rank")
     assert (both(tokens).logits - low_rank(tokens).logits).abs().max() > 1e-4
     for block in both.model.layers:
@@ -201,15 +174,13 @@ def test_the_mlp_of_every_variant_is_the_one_on_paper(choice: str, small: Callab
 
 
 @pytest.mark.parametrize("choice", NONLINEARITIES)
-def test_the_attention_of_every_variant_has_the_non_linearity_it_should(choice: str, small: Callable[..., Any]) -> None:
+def test_attention_of_every_variant_has_its_non_linearity(choice: str, small: Callable[..., Any]) -> None:
     attention = variants(small, choice)[0].model.layers[0].self_attn
     expected = "silu" if choice in ("both", "low-rank") else None
     assert {getattr(attention, f"{name}_proj").activation for name in "qkvo"} == {expected}
 
 
-def test_original_is_plain_low_rank_factorisation_on_the_same_weights(
-    small: Callable[..., Any], tokens: Tensor
-) -> None:
+def test_original_is_low_rank_on_the_same_weights(small: Callable[..., Any], tokens: Tensor) -> None:
     (original,) = variants(small, "original")
     control = convert(small("llama"), LowRank(rank=8))
     control.load_state_dict(original.state_dict())
@@ -243,8 +214,8 @@ def test_a_block_that_stays_dense_keeps_its_activation(small: Callable[..., Any]
 
 
 @pytest.mark.parametrize("choice", ["low-rank", "reduced"])
-def test_dropping_the_activation_needs_the_projection_that_fed_it(choice: str, small: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=f"nonlinearity='{choice}'.*no projection to convert is known"):
+def test_removing_the_activation_needs_its_projection(choice: str, small: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=f"nonlinearity='{choice}'.*the name of no converted projection is known"):
         convert(small("llama"), CoLA(nonlinearity=choice), targets="self_attn")  # type: ignore[arg-type]
 
 
@@ -253,10 +224,12 @@ def test_dropping_the_activation_needs_the_projection_that_fed_it(choice: str, s
 
 @pytest.mark.parametrize("method", [CoLA, CoLAM])
 def test_unknown_names_are_refused_with_the_known_ones(method: type[CoLA]) -> None:
-    with pytest.raises(ValueError, match="nonlinearity='none' is none of both, low-rank, reduced, original"):
+    with pytest.raises(
+        ValueError, match="nonlinearity must be 'both', 'low-rank', 'reduced' or 'original', got 'none'"
+    ):
         method(nonlinearity="none")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="activation='swish' is none of silu, gelu, relu"):
-        method(activation="swish")
+    with pytest.raises(ValueError, match="activation must be 'silu', 'gelu' or 'relu', got 'swish'"):
+        method(activation="swish")  # type: ignore[arg-type]
 
 
 def test_cola_m_is_cola_with_checkpointed_blocks(small: Callable[..., Any], tokens: Tensor) -> None:

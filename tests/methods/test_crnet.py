@@ -96,7 +96,7 @@ def seen(model: Any, projection: str) -> tuple[list[Tensor], list[Tensor]]:
 # ---- the equation
 
 
-def test_b_keeps_the_sign_and_stays_away_from_zero_and_its_gradient_is_one() -> None:
+def test_b_keeps_the_sign_is_never_zero_and_has_gradient_one() -> None:
     beta = torch.tensor([-0.3, 0.3, 0.0, -0.0], dtype=torch.float64, requires_grad=True)
     b = bounded(beta)
     assert b.tolist() == pytest.approx([-0.300001, 0.300001, 1e-6, 1e-6], abs=1e-15)
@@ -114,7 +114,7 @@ def chain(depths: int, *, bias: bool = False, **options: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_outputs_and_gradients_are_those_of_the_recurrence_written_out(bias: bool) -> None:
+def test_outputs_and_gradients_are_those_of_the_recurrence(bias: bool) -> None:
     """Y_l by einsum, and the backward recurrence of the paper: dβ = <g, Y_prev>, dB = g' z, dA = (B' g)' x, and so on."""
     layers = chain(4, bias=bias)
     xs = [numbers(3, 5, 10, seed=i).requires_grad_() for i in range(4)]
@@ -152,7 +152,7 @@ def test_outputs_and_gradients_are_those_of_the_recurrence_written_out(bias: boo
     )
 
 
-def test_with_all_a_zero_and_beta_one_the_first_output_travels_through_all_blocks(build: Callable[..., Any]) -> None:
+def test_with_a_zero_and_beta_one_all_outputs_are_the_first(build: Callable[..., Any]) -> None:
     model = build(6, torch.float64).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -165,7 +165,7 @@ def test_with_all_a_zero_and_beta_one_the_first_output_travels_through_all_block
             torch.testing.assert_close(y, (1 + 1e-6) ** i * outputs[0], rtol=1e-10, atol=0)
 
 
-def test_with_beta_gone_projections_are_plain_low_rank_up_to_the_leak(build: Callable[..., Any]) -> None:
+def test_with_beta_zero_projections_are_almost_low_rank(build: Callable[..., Any]) -> None:
     model = build(4, torch.float64, beta=1e-12).eval()
     for projection in PROJECTIONS:
         inputs, outputs = seen(model, projection)
@@ -211,7 +211,7 @@ def test_a_bias_is_part_of_what_is_handed_on(name: str, small: Callable[..., Any
 # ---- initial values
 
 
-def test_initial_values_of_a_new_model_and_of_one_from_its_configuration(build: Callable[..., Any]) -> None:
+def test_initial_values_also_from_a_configuration(build: Callable[..., Any]) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = convert(
@@ -231,22 +231,18 @@ def test_initial_values_of_a_new_model_and_of_one_from_its_configuration(build: 
 # ---- counts
 
 
-@pytest.mark.parametrize(("rank", "total"), [(448, 582_441_057), (449, 583_336_010)])
-def test_the_1b_model_has_the_number_of_parameters_of_the_closed_form(rank: int, total: int) -> None:
+def test_the_1b_model_has_the_parameters_of_the_closed_form() -> None:
+    rank = 449
     config = LlamaConfig(
         vocab_size=32_000, hidden_size=2048, intermediate_size=5461, num_hidden_layers=24, num_attention_heads=32
     )
     with torch.device("meta"):
         model = convert(LlamaForCausalLM(config), CRNet(rank=rank))
-    assert crnet_parameters(32_000, 2048, 5461, 24, rank) == model.num_parameters() == total
+    assert crnet_parameters(32_000, 2048, 5461, 24, rank) == model.num_parameters() == 583_336_010
     norms = 2 * 2048
     for i, block in enumerate(model.model.layers):
         count = sum(p.numel() for p in block.parameters()) - norms
         assert count == (11 * 2048 * rank + 3 * 5461 * rank + 7 if i else 4 * 2048**2 + 3 * 2048 * 5461)
-
-
-def test_the_60m_model_at_rank_104_has_the_budget_that_the_specification_derives() -> None:
-    assert crnet_parameters(32_000, 512, 1376, 8, 104) == 43_044_145
 
 
 def test_the_rank_may_differ_from_block_to_block(build: Callable[..., Any]) -> None:
@@ -298,7 +294,7 @@ def test_the_first_of_eight_outputs_is_rebuilt_from_the_last(dtype: torch.dtype,
     assert error < limit
 
 
-def test_every_eighth_output_is_stored_the_last_included_and_the_first_not() -> None:
+def test_every_eighth_output_is_stored_and_not_the_first() -> None:
     stored = {depths: [d + 1 for d in range(depths) if Tape("", depths).is_anchor(d)] for depths in (1, 2, 8, 9, 24)}
     assert stored == {1: [], 2: [2], 8: [8], 9: [9], 24: [8, 16, 24]}
 
@@ -327,7 +323,7 @@ def test_gradients_are_the_same_with_outputs_rebuilt(layers: int, every: int, bu
         assert torch.equal(loss_of(model, a_batch()).detach(), loss)
 
 
-def test_in_double_precision_every_single_beta_gets_its_gradient(build: Callable[..., Any]) -> None:
+def test_in_double_precision_every_beta_gets_its_gradient(build: Callable[..., Any]) -> None:
     model = build(9, torch.float64)
     with torch.no_grad():
         for i, (name, parameter) in enumerate(model.named_parameters()):
@@ -341,7 +337,7 @@ def test_in_double_precision_every_single_beta_gets_its_gradient(build: Callable
 
 @pytest.mark.parametrize("beta", [1.0, 0.7, 0.5, -0.3, 0.1, 0.02, 0.0])
 @pytest.mark.parametrize(("dtype", "autocast", "limit"), [(torch.float32, False, 1e-5), (torch.float32, True, 5e-2)])
-def test_small_betas_store_more_outputs_and_gradients_stay_the_same(
+def test_small_betas_store_more_outputs_for_equal_gradients(
     beta: float, dtype: torch.dtype, autocast: bool, limit: float, build: Callable[..., Any]
 ) -> None:
     model = build(16, dtype, beta=beta)
@@ -395,7 +391,7 @@ def sizes(nd: int = 0, nf: int = 0, nr: int = 0) -> Counter[int]:
     return Counter({size: count for size, count in ((N * D, nd), (N * D_FF, nf), (N * R, nr)) if count})
 
 
-def test_a_block_keeps_its_input_and_seven_bottlenecks_and_its_outputs_in_every_eighth_only(
+def test_a_block_keeps_input_and_bottlenecks_every_eighth_more(
     build: Callable[..., Any],
 ) -> None:
     one, two, eight, nine, ten = (kept(build(layers), keep_recurrence) for layers in (1, 2, 8, 9, 10))
@@ -426,7 +422,7 @@ def backward_flops(model: Any) -> int:
     return counter.get_total_flops()
 
 
-def test_rebuilding_costs_one_b_product_per_projection_and_no_a_product(build: Callable[..., Any]) -> None:
+def test_rebuilding_costs_one_b_product_per_projection(build: Callable[..., Any]) -> None:
     model = build(3)
     plain = backward_flops(model)
     checkpoint(model, keep_recurrence)
@@ -450,7 +446,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], policy: Any) -
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_several_forward_passes_may_wait_for_their_backward_passes(policy: Any, build: Callable[..., Any]) -> None:
+def test_several_forward_passes_may_wait_for_backward(policy: Any, build: Callable[..., Any]) -> None:
     model = build(3)
     expected = gradients(model, a_batch(0), a_batch(1), a_batch(2))
     checkpoint(model, policy)
@@ -462,9 +458,7 @@ def test_several_forward_passes_may_wait_for_their_backward_passes(policy: Any, 
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_evaluation_generation_and_another_model_between_forward_and_backward_change_nothing(
-    policy: Any, build: Callable[..., Any]
-) -> None:
+def test_other_calls_between_forward_and_backward_are_harmless(policy: Any, build: Callable[..., Any]) -> None:
     model, other = build(3), build(3, beta=0.5)
     expected, expected_other = gradients(model), gradients(other, a_batch(5))
     for one in (model, other):
@@ -485,7 +479,7 @@ def test_evaluation_generation_and_another_model_between_forward_and_backward_ch
     assert_same(gradients(copied), expected, policy)
 
 
-def test_any_policy_function_is_asked_once_per_operation_of_the_first_run(build: Callable[..., Any]) -> None:
+def test_a_policy_is_called_once_per_operation_of_the_first_run(build: Callable[..., Any]) -> None:
     model = build(3)
     expected = gradients(model)
     asked = []
@@ -517,7 +511,7 @@ def test_a_graph_that_is_retained_can_be_run_through_twice(policy: Any, build: C
     assert_same({name: parameter.grad / 2 for name, parameter in model.named_parameters()}, expected, policy)
 
 
-def test_a_tape_is_empty_after_use_and_copies_share_one_of_their_own(build: Callable[..., Any]) -> None:
+def test_a_tape_is_empty_after_use_and_copies_share_another(build: Callable[..., Any]) -> None:
     model = build(3)
     assert len(tapes(model)) == 7
     loss_of(model, a_batch()).backward()
@@ -536,7 +530,7 @@ def test_a_tape_is_empty_after_use_and_copies_share_one_of_their_own(build: Call
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_nothing_is_left_in_memory_after_a_backward_pass_or_without_one(policy: Any, build: Callable[..., Any]) -> None:
+def test_no_memory_is_kept_after_backward_or_without_it(policy: Any, build: Callable[..., Any]) -> None:
     model = build(3)
     checkpoint(model, policy)
     gc.collect()
@@ -557,7 +551,7 @@ def test_nothing_is_left_in_memory_after_a_backward_pass_or_without_one(policy: 
         gc.enable()
 
 
-def test_a_loss_from_a_middle_block_needs_a_policy_that_keeps_outputs(build: Callable[..., Any]) -> None:
+def test_a_loss_from_a_middle_block_needs_kept_outputs(build: Callable[..., Any]) -> None:
     model = build(4)
     middle = lambda: model(a_batch(), output_hidden_states=True, use_cache=False).hidden_states[2].square().mean()  # noqa: E731
     checkpoint(model, keep_bottlenecks)
@@ -578,11 +572,13 @@ def test_checkpointing_that_does_not_know_of_tapes_is_refused(reentrant: bool, b
     assert_same(gradients(model), expected, keep_nothing)
 
 
-def test_blocks_that_run_twice_or_are_skipped_or_see_other_tokens_are_refused() -> None:
+def test_blocks_out_of_order_or_with_other_tokens_are_refused() -> None:
     x = numbers(2, 10)
     a, b, c = chain(3)
     a(x), b(x), c(x)
-    with pytest.raises(RuntimeError, match="somewhere: depth 2 finds no output of depth 1; blocks must run once each"):
+    with pytest.raises(
+        RuntimeError, match="somewhere: depth 2 finds no output of depth 1; blocks must run in order, once each"
+    ):
         c(x)
     a(x)
     with pytest.raises(RuntimeError, match="depth 2 finds no output of depth 1"):
@@ -621,7 +617,7 @@ def test_beta_stays_in_single_precision_to_the_bit(build: Callable[..., Any], tm
     check(model.float(), torch.float32)
 
 
-def test_bfloat16_adds_up_in_single_precision_and_keeps_no_wide_copy() -> None:
+def test_bfloat16_sums_in_single_precision_without_wide_copies() -> None:
     _, layer = chain(2, dtype=torch.bfloat16)
     layer.beta.data.fill_(1.001)  # a bfloat16 would be 1
     previous, change = torch.full((4, 14), 256.0).bfloat16(), torch.full((4, 14), 0.75).bfloat16()
@@ -638,13 +634,13 @@ def test_bfloat16_adds_up_in_single_precision_and_keeps_no_wide_copy() -> None:
 
 @pytest.mark.parametrize("rank", [0, -1, 1.5, True, {}])
 def test_ranks_that_make_no_sense_are_refused(rank: Any) -> None:
-    with pytest.raises(ValueError, match="rank="):
+    with pytest.raises(ValueError, match="rank must"):
         CRNet(rank=rank)
 
 
 @pytest.mark.parametrize("beta", [float("nan"), float("inf"), True, "1"])
 def test_beta_is_a_finite_number(beta: Any) -> None:
-    with pytest.raises(ValueError, match=r"beta=.* is not a finite number; give one such as 1\.0"):
+    with pytest.raises(ValueError, match="beta must be a finite number, got"):
         CRNet(beta=beta)
 
 
@@ -692,5 +688,5 @@ def test_the_plan_says_that_the_first_block_stays_dense() -> None:
 
 
 def test_it_cannot_be_merged(build: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match="crnet cannot be merged: what a layer gives depends on the layer before"):
+    with pytest.raises(ValueError, match="crnet cannot be merged: a layer's output depends on the layer before"):
         merge(build(2))

@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from lorank.train.optimizers import build_optimizer
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModel, AutoModelForCausalLM, BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
+import lorank
 from lorank import MASA, convert, freeze_coefficients, merge
 from lorank.accounting import count_parameters
 from lorank.architectures import projection_type
+from lorank.dictionary import CoefficientNetwork, CoefficientTable, Dictionary
 from lorank.method import SHARED
-from lorank.methods.masa import CoefficientNetwork, CoefficientTable, Dictionary, MASALinear
-from lorank.plan.dry_run import plan
+from lorank.methods.masa import MASALinear
 from lorank.train.recipe import Recipe
 
 TABLE: dict[str, Any] = {"coefficients": "table"}
@@ -86,9 +86,7 @@ def test_the_papers_sizes(
 
 
 @pytest.mark.parametrize("atoms", [1, 2, 4])
-def test_without_the_output_projection_three_quarters_of_the_saving_remain(
-    small: Callable[..., Any], atoms: int
-) -> None:
+def test_without_the_output_projection_a_quarter_less_is_saved(small: Callable[..., Any], atoms: int) -> None:
     heads = {"num_key_value_heads": 4}  # four square projections, as in the paper
     dense, model = (deep(small, **heads) for _ in range(2))
     convert(model, MASA(atoms=atoms, variant="qkv", **TABLE))
@@ -105,6 +103,8 @@ def test_parameters_of_the_coefficient_network(small: Callable[..., Any]) -> Non
 
 
 def test_atoms_count_as_part_of_the_blocks(small: Callable[..., Any]) -> None:
+    from lorank.plan.run import plan
+
     dense, model = deep(small), convert(deep(small), MASA(**TABLE))
     saved = dense.num_parameters() - model.num_parameters()
     assert saved > 0
@@ -129,7 +129,7 @@ def test_flops_of_a_layer() -> None:
 
 def test_one_atom_per_block_is_the_dense_model(small: Callable[..., Any], tokens: Tensor) -> None:
     dense = deep(small)
-    with pytest.warns(UserWarning, match="no fewer atoms than blocks in model"):
+    with pytest.warns(UserWarning, match="masa saves no weights in model.* as many atoms as blocks"):
         model = convert(deep(small), MASA(atoms=6, **TABLE))
     for name, layer in layers(model).items():
         assert not torch.equal(layer.dictionary(layer.depth), dense.get_submodule(name).weight)
@@ -190,6 +190,8 @@ def test_groups_with_an_atom_for_each_block_have_no_residual(
 
 
 def test_a_plan_counts_groups_and_residuals(tmp_path: Path) -> None:
+    from lorank.plan.run import plan
+
     shape = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4}
     (tmp_path / "config.json").write_text(json.dumps({**shape, "num_attention_heads": 4}))
     options = {"groups": [0, 3], "residual_rank": 6, "variant": "qkv"}
@@ -254,7 +256,7 @@ def test_groups_share_nothing_and_residuals_start_at_nothing(small: Callable[...
 
 @pytest.mark.parametrize("coefficients", ["network", "table"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "phi3"])
-def test_groups_and_residuals_train_and_are_saved_frozen_and_merged(
+def test_groups_and_residuals_are_trained_saved_and_merged(
     small: Callable[..., Any], tokens: Tensor, tmp_path: Path, name: str, coefficients: Any
 ) -> None:
     table = {"residual_rank": {"(query|q_proj|o_proj|c_proj)$": 6, ".": 0.1}}
@@ -280,40 +282,40 @@ def test_groups_and_residuals_train_and_are_saved_frozen_and_merged(
     torch.testing.assert_close(merge(loaded)(tokens).logits, before, rtol=1e-4, atol=1e-5)
 
 
-def test_weights_that_save_nothing_are_told(small: Callable[..., Any]) -> None:
+def test_residuals_that_save_nothing_are_a_warning(small: Callable[..., Any]) -> None:
     with pytest.warns(
         UserWarning,
-        match="no fewer weights in atoms and residuals than dense in .*q_proj, .*o_proj; lower residual_rank",
+        match="masa saves no weights in .*q_proj, .*o_proj: .* lower residual_rank",
     ):
-        convert(deep(small), MASA(residual_rank=12))  # 2 of 6 atoms and 6 · 12 · 64 weights in place of 6 · 32²
+        convert(deep(small), MASA(residual_rank=12))  # 2 of 6 atoms and 6 · 12 · 64 weights instead of 6 · 32²
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         convert(deep(small), MASA(residual_rank={"[qo]_proj": 10, "[kv]_proj": 7}))
 
 
 @pytest.mark.parametrize(
-    ("blocks", "fields", "message", "mended"),
+    ("blocks", "fields", "message", "better"),
     [
-        (6, {"atoms": 6}, "no fewer atoms than blocks in .*; lower atoms", {"atoms": 5}),
-        (6, {"atoms": 6, "residual_rank": 1}, "no fewer atoms than blocks in .*; lower atoms", {"atoms": 5, "residual_rank": 1}),
-        (6, {"atoms": 0.75, "groups": 3}, "no fewer atoms than blocks in .*; lower atoms", {"atoms": 0.5, "groups": 3}),
-        (6, {"groups": 6}, "no fewer atoms than blocks in .*, for each group is one block; take fewer groups", {"groups": 5}),
-        (2, {"groups": 2, "residual_rank": 4}, "each group is one block; take fewer groups", {"residual_rank": 4}),
-        (1, {}, "no fewer atoms than blocks in .*, which are in one block alone; exclude them", None),
-        (6, {"atoms": 5, "residual_rank": 3}, "residuals than dense in .*q_proj.*; lower residual_rank", {"atoms": 5, "residual_rank": 1}),
-        (18, {"atoms": 17, "residual_rank": 1}, "residuals than dense in .*; drop residual_rank", {"atoms": 17}),
+        (6, {"atoms": 6}, "as many atoms as blocks; use fewer atoms", {"atoms": 5}),
+        (6, {"atoms": 6, "residual_rank": 1}, "as many atoms as blocks; use fewer atoms", {"atoms": 5, "residual_rank": 1}),
+        (6, {"atoms": 0.75, "groups": 3}, "as many atoms as blocks; use fewer atoms", {"atoms": 0.5, "groups": 3}),
+        (6, {"groups": 6}, "each group is one block; use fewer groups", {"groups": 5}),
+        (2, {"groups": 2, "residual_rank": 4}, "each group is one block; use fewer groups", {"residual_rank": 4}),
+        (1, {}, "in one block alone; exclude them", None),
+        (6, {"atoms": 5, "residual_rank": 3}, "q_proj.*: residuals .*; lower residual_rank", {"atoms": 5, "residual_rank": 1}),
+        (18, {"atoms": 17, "residual_rank": 1}, "residuals .*; drop residual_rank", {"atoms": 17}),
     ],
 )  # fmt: skip
-def test_the_setting_that_is_told_is_the_one_to_change(
-    small: Callable[..., Any], blocks: int, fields: dict[str, Any], message: str, mended: dict[str, Any] | None
+def test_a_warning_names_the_setting_to_change(
+    small: Callable[..., Any], blocks: int, fields: dict[str, Any], message: str, better: dict[str, Any] | None
 ) -> None:
-    with pytest.warns(UserWarning, match=message) as told:
+    with pytest.warns(UserWarning, match=message) as caught:
         convert(small("llama", num_hidden_layers=blocks), MASA(**fields))
-    assert len(told) == 1
-    if mended is not None:
+    assert len(caught) == 1
+    if better is not None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            convert(small("llama", num_hidden_layers=blocks), MASA(**mended))
+            convert(small("llama", num_hidden_layers=blocks), MASA(**better))
 
 
 SHARDED = r"""
@@ -425,7 +427,7 @@ def test_freezing_changes_no_bit_of_the_outputs(
     assert torch.equal(loaded.eval()(tokens).logits, before)
     assert torch.equal(merge(loaded)(tokens).logits, merge(with_networks)(tokens).logits)
     assert with_networks.config.lorank["arguments"]["coefficients"] == "network"
-    with pytest.raises(ValueError, match="no coefficient network to freeze"):
+    with pytest.raises(ValueError, match="without a coefficient network"):
         freeze_coefficients(loaded)
 
 
@@ -448,7 +450,7 @@ def test_a_run_keeps_coefficients_and_no_network(tmp_path: Path) -> None:
 
 def test_only_masa_has_coefficients_to_freeze(small: Callable[..., Any]) -> None:
     for model in (small("llama"), convert(small("llama"), "low-rank")):
-        with pytest.raises(ValueError, match="no coefficient network to freeze; convert with MASA"):
+        with pytest.raises(ValueError, match="must be converted with MASA.* without a coefficient network"):
             freeze_coefficients(model)
 
 
@@ -460,7 +462,7 @@ def test_optimizer_state_is_that_of_atoms_and_coefficients(
     small: Callable[..., Any], tokens: Tensor, optimizer: Any
 ) -> None:
     model = convert(deep(small), MASA())
-    built = build_optimizer(model, optimizer, lr=1e-3, weight_decay=0.1)
+    built = lorank.optimizer(model, optimizer, lr=1e-3, weight_decay=0.1)
     loss_of(model, tokens).backward()
     built.step()
     shared = sum(elements(d.parameters()) for d in dictionaries(model).values())
@@ -486,7 +488,7 @@ def test_every_block_starts_with_the_variance_of_an_atom(coefficients: str, atom
     assert abs(weights.mean().item()) < 5e-4
 
 
-def test_coefficients_start_around_the_inverse_root_of_the_number_of_atoms() -> None:
+def test_coefficients_start_near_the_inverse_root_of_atoms() -> None:
     torch.manual_seed(0)
     drawn = torch.cat([CoefficientNetwork(1, 16)(0).detach() for _ in range(400)])
     assert drawn.mean().item() == pytest.approx(0.25, abs=1e-3)
@@ -607,23 +609,23 @@ def test_cross_attention_stays_dense() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"atoms": 0}, "atoms=0 is neither an integer >= 1 nor a fraction of the blocks in"),
-        ({"atoms": 1.0}, "atoms=1.0 is neither"),
-        ({"atoms": True}, "atoms=True is neither"),
-        ({"atoms": "4"}, "atoms='4' is neither"),
-        ({"variant": "qk"}, "variant='qk' is none of qkv, qkvo"),
-        ({"coefficients": "mlp"}, "coefficients='mlp' is none of network, table"),
-        ({"groups": 0}, "groups=0 is not positive; give 1 for atoms that all blocks share"),
-        ({"groups": True}, "groups=True is not positive"),
+        ({"atoms": 0}, r"atoms must be a positive integer or a number in \(0, 1\), got 0"),
+        ({"atoms": 1.0}, "atoms must be .* got 1.0"),
+        ({"atoms": True}, "atoms must be .* got True"),
+        ({"atoms": "4"}, "atoms must be .* got '4'"),
+        ({"variant": "qk"}, "variant must be 'qkv' or 'qkvo', got 'qk'"),
+        ({"coefficients": "mlp"}, "coefficients must be 'network' or 'table', got 'mlp'"),
+        ({"groups": 0}, "groups must be a positive integer or a list .* got 0"),
+        ({"groups": True}, "groups must be .* got True"),
         (
             {"groups": (1, 3)},
-            r"groups=\(1, 3\) is neither a number nor the first block of each group, ascending from 0",
+            r"groups must ascend from 0, the first block of each group, got \(1, 3\)",
         ),
-        ({"groups": [0, 3, 3]}, r"groups=\[0, 3, 3\] is neither"),
-        ({"groups": "two"}, "groups='two' is neither"),
-        ({"groups": 1.5}, "groups=1.5 is neither"),
-        ({"residual_rank": 0}, "residual_rank=0 is not positive; give an integer >= 1 or a fraction"),
-        ({"residual_rank": {}}, "residual_rank={} is an empty table"),
+        ({"groups": [0, 3, 3]}, r"groups must ascend from 0, .* got \[0, 3, 3\]"),
+        ({"groups": "two"}, "groups must be .* got 'two'"),
+        ({"groups": 1.5}, "groups must be .* got 1.5"),
+        ({"residual_rank": 0}, "residual_rank must be a positive integer, .* got 0"),
+        ({"residual_rank": {}}, "residual_rank must have at least one pattern"),
     ],
 )
 def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -> None:
@@ -634,18 +636,22 @@ def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -
 @pytest.mark.parametrize(
     ("options", "fields", "message"),
     [
-        ({"targets": "mlp"}, {}, "targets='mlp' matches no linear layer of the blocks; they are: .*q_proj"),
+        ({"targets": "mlp"}, {}, "targets must match linear layers of the blocks, got 'mlp'; they are: .*q_proj"),
         ({"exclude": "v_proj"}, {}, "finds no value among .*; choose another variant, targets or architecture"),
-        ({"targets": "o_proj"}, {}, "finds no query nor key nor value among model"),
-        ({}, {"groups": 7}, "groups=7: of the blocks 0 to 5 of .*q_proj none would be in group"),
+        ({"targets": "o_proj"}, {}, "finds no query or key or value among model"),
+        ({}, {"groups": 7}, "each of the groups must have one of the blocks 0 to 5 of .*q_proj, got groups=7"),
         (
             {},
             {"groups": (0, 3, 6)},
-            r"groups=\(0, 3, 6\): of the blocks 0 to 5 .* none would be in group 2; take fewer",
+            r"one of the blocks 0 to 5 .* got groups=\(0, 3, 6\); use fewer",
         ),
-        ({"exclude": r"layers\.[01]\."}, {"groups": (0, 2)}, "of the blocks 2 to 5 .* none would be in group 0"),
-        ({}, {"residual_rank": {"q_proj": 4}}, r"no pattern for model\.layers\.0\.self_attn\.k_proj"),
-        ({}, {"residual_rank": {".": 4, "up_proj": 2}}, "residual_rank: the pattern 'up_proj' decides nothing"),
+        ({"exclude": r"layers\.[01]\."}, {"groups": (0, 2)}, "one of the blocks 2 to 5 .*"),
+        ({}, {"residual_rank": {"q_proj": 4}}, r"must have a pattern for model\.layers\.0\.self_attn\.k_proj"),
+        (
+            {},
+            {"residual_rank": {".": 4, "up_proj": 2}},
+            "residual_rank must use all of its patterns, but 'up_proj' decides nothing",
+        ),
     ],
 )
 def test_what_cannot_be_converted_is_refused(
@@ -660,12 +666,12 @@ def test_what_cannot_be_converted_is_refused(
 def test_blocks_of_different_shapes_cannot_share(small: Callable[..., Any]) -> None:
     model = deep(small)
     model.model.layers[2].self_attn.k_proj = nn.Linear(32, 32, bias=False)
-    with pytest.raises(ValueError, match=r"self_attn\.k_proj differs from block to block .* exclude those that differ"):
+    with pytest.raises(ValueError, match=r"self_attn\.k_proj must be the same in all blocks .* exclude the others"):
         convert(model, MASA())
 
 
 def test_a_model_without_known_attention_is_refused() -> None:
     model = nn.Module()
     model.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8)) for _ in range(3))
-    with pytest.raises(ValueError, match=r"masa recognises none of this model's projections: blocks\.\*\.0"):
+    with pytest.raises(ValueError, match=r"masa does not recognise any of this model's projections: blocks\.\*\.0"):
         convert(model, MASA())

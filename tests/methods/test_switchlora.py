@@ -10,11 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lorank
 from lorank import Site, SwitchLoRA, convert, merge, step_hook
-from lorank.architectures import llama_config
 from lorank.checkpointing import POLICIES
 from lorank.methods.switchlora import SwitchLoRALinear, entry_stds, exchange_, theta
 from lorank.optim.adamw import VectorAdamW
@@ -126,7 +125,7 @@ def test_the_layer_starts_as_the_dense_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "phi3", "opt"])
-def test_a_converted_model_says_what_the_dense_one_said_and_so_does_the_merged(
+def test_converted_and_merged_models_have_the_dense_outputs(
     name: str, small: Callable[..., Any], tokens: Tensor
 ) -> None:
     dense = small(name)
@@ -158,7 +157,7 @@ def test_from_config_and_meta_start_as_dense_models_do(small: Callable[..., Any]
     assert not [n for n, p in empty.named_parameters() if p.requires_grad == n.endswith("proj.W.weight")]
 
 
-def test_what_has_its_values_is_not_drawn_again_unless_all_of_it_is(small: Callable[..., Any]) -> None:
+def test_loaded_values_are_not_drawn_again_unless_all_are(small: Callable[..., Any]) -> None:
     model = convert(small("llama"), SwitchLoRA())
     before = copy.deepcopy(model.state_dict())
     model.init_weights()
@@ -275,7 +274,7 @@ def test_pointers_pools_and_rests_over_many_steps(
     assert returned > 20
 
 
-def test_in_continuous_mode_candidates_come_in_turn_and_through_the_whole_pool() -> None:
+def test_in_continuous_mode_candidates_come_in_turn() -> None:
     bench = Bench(16, 24, rank=8, interval=4, freeze_steps=2, **ALWAYS).attach()
     for pool, pointer in ((bench.a, 0), (bench.b, 4)):
         assert pool.pointer == pointer
@@ -295,7 +294,7 @@ def test_in_continuous_mode_candidates_come_in_turn_and_through_the_whole_pool()
         assert order == [i % 16 for i in range(len(order))]
 
 
-def test_in_discontinuous_mode_any_candidate_not_in_use_may_come() -> None:
+def test_in_discontinuous_mode_any_free_candidate_may_come() -> None:
     taken: list[int] = []
     for seed in range(200):
         bench = Bench(12, 20, rank=4, interval=4, freeze_steps=0, mode="discontinuous", **ALWAYS).attach(seed=seed)
@@ -307,7 +306,7 @@ def test_in_discontinuous_mode_any_candidate_not_in_use_may_come() -> None:
 
 
 def test_a_rank_that_uses_the_whole_pool_exchanges_nothing() -> None:
-    with pytest.warns(UserWarning, match="no smaller than the dense layer"):
+    with pytest.warns(UserWarning, match="not smaller than the dense layer"):
         bench = Bench(8, 12, rank=8, interval=1, freeze_steps=0, **ALWAYS)
     assert bench.model.layers[0][0].A.out_features == 8
     hook = step_hook(bench.model, bench.optimizer, steps=10)
@@ -329,14 +328,14 @@ def test_what_rests_is_not_moved_by_weight_decay_either() -> None:
     for _ in range(12):
         before = bench.B.detach().clone()
         bench.step()
-        columns = bench.b.resting[0]
+        columns = bench.b.held[0]
         rested += len(columns)
         unchanged = (before == bench.B).all(dim=0)
         assert unchanged[columns].all() and unchanged.sum() == len(columns)
     assert rested > 8
 
 
-def test_after_an_exchange_the_counterpart_starts_anew_and_rests_and_the_vector_goes_on() -> None:
+def test_an_exchange_restarts_and_freezes_the_counterpart() -> None:
     bench = Bench(24, 32, lr=0.01, rank=10, interval=10, **ONCE)
     for _ in range(3):
         bench.step(2.0)
@@ -370,7 +369,7 @@ def test_after_an_exchange_the_counterpart_starts_anew_and_rests_and_the_vector_
     torch.testing.assert_close(moved, torch.full_like(moved, -0.01 * soft), rtol=1e-9, atol=0)
 
 
-def test_with_the_hook_s_steps_an_oracle_that_moves_one_vector_at_a_time_agrees() -> None:
+def test_an_oracle_that_moves_one_vector_at_a_time_agrees() -> None:
     """The whole algorithm on lists of vectors, in plain loops, gradients in closed form, over 60 steps of regression."""
     d_in, d_out, r, c, freeze, lr = 16, 24, 8, 16, 2, 0.02
     bench = Bench(d_in, d_out, lr=lr, rank=r, interval=4, freeze_steps=freeze, **ALWAYS).attach()
@@ -474,7 +473,7 @@ def test_training_with_accumulation_and_clipping_learns(
 # ---- how often
 
 
-def test_the_exponential_frequency_gives_the_published_number_of_exchanges() -> None:
+def test_the_exponential_frequency_gives_the_published_count() -> None:
     T, e = 40_000, 4_000
     assert theta(e - 1, T, 0.1, "exponential") == pytest.approx(0.3, rel=1e-12)
     per_step = [256 / 40 * theta(s, T, 0.1, "exponential") for s in range(T)]
@@ -505,17 +504,14 @@ def test_exchanges_are_as_many_as_the_frequency_says_on_average() -> None:
 # ---- what it costs
 
 
-@pytest.mark.parametrize(("size", "rank", "count"), [("350m", 256, 185_222_144), ("1b", 512, 609_310_720)])
-def test_the_published_numbers_of_trainable_parameters(size: str, rank: int, count: int) -> None:
-    with torch.device("meta"):
-        model = convert(LlamaForCausalLM(llama_config(size)), SwitchLoRA(rank=rank))
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == count
+def test_exactly_the_dense_weights_are_frozen(small: Any) -> None:
+    model = convert(small("llama"), SwitchLoRA())
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     assert frozen == {n for n, _ in model.named_parameters() if n.endswith("proj.W.weight")}
 
 
 @pytest.mark.parametrize("offload", [True, False])
-def test_pools_are_in_host_memory_unless_told_otherwise_and_never_in_the_model(offload: bool, small: Any) -> None:
+def test_pools_are_in_host_memory_by_default(offload: bool, small: Any) -> None:
     """The meta device plays the accelerator."""
     with torch.device("meta"):
         model = convert(small("llama"), SwitchLoRA(offload=offload))
@@ -555,16 +551,16 @@ def test_pools_are_drawn_from_the_seed_and_the_layer_s_name(small: Callable[...,
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank=0 is not positive"),
-        ({"interval": 9}, "interval=9 is not at least 1 and twice freeze_steps=5"),
-        ({"interval": 39, "freeze_steps": 20}, "interval=39 is not"),
-        ({"interval": 0, "freeze_steps": 0}, "interval=0 is not"),
-        ({"interval": math.nan}, "interval=nan is not"),
-        ({"ratio": 0}, "ratio=0 is not positive"),
-        ({"ratio": math.nan}, "ratio=nan is not positive"),
-        ({"freeze_steps": -1}, "freeze_steps=-1 is no number of steps"),
-        ({"mode": "random"}, "mode='random' is none of continuous, discontinuous"),
-        ({"frequency": "cosine"}, "frequency='cosine' is none of exponential, z"),
+        ({"rank": 0}, "rank must be a positive integer, .* got 0"),
+        ({"interval": 9}, "interval must be at least twice freeze_steps=5, got 9"),
+        ({"interval": 39, "freeze_steps": 20}, "interval must be at least twice freeze_steps=20, got 39"),
+        ({"interval": 0, "freeze_steps": 0}, "interval must be a number of at least 1, got 0"),
+        ({"interval": math.nan}, "interval must be a number of at least 1, got nan"),
+        ({"ratio": 0}, "ratio must be a positive number, got 0"),
+        ({"ratio": math.nan}, "ratio must be a positive number, got nan"),
+        ({"freeze_steps": -1}, "freeze_steps must be an integer of at least 0, got -1"),
+        ({"mode": "random"}, "mode must be 'continuous' or 'discontinuous', got 'random'"),
+        ({"frequency": "cosine"}, "frequency must be 'exponential' or 'z', got 'cosine'"),
     ],
 )
 def test_settings_without_sense_are_refused_in_one_sentence(settings: dict[str, Any], message: str) -> None:
@@ -580,7 +576,7 @@ def test_the_least_interval_is_twice_the_rest() -> None:
 
 def test_an_optimizer_that_cannot_serve_is_refused(small: Callable[..., Any]) -> None:
     model: Any = convert(small("llama"), SwitchLoRA())
-    with pytest.raises(ValueError, match=r"AdamW does not keep; take lorank\.optim\.adamw\.VectorAdamW"):
+    with pytest.raises(ValueError, match=r"must be lorank\.optim\.VectorAdamW with switchlora, got AdamW"):
         step_hook(model, torch.optim.AdamW(model.parameters()), steps=10)
     with pytest.raises(ValueError, match=r"lacks the factors of model\.layers\.0\.self_attn\.q_proj"):
         step_hook(model, VectorAdamW(model.lm_head.parameters()), steps=10)

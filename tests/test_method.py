@@ -8,9 +8,10 @@ from typing import ClassVar
 import pytest
 from torch import nn
 
-from lorank import CoLA, LowRank, Method, Site
+from lorank import CoLA, CoLAM, LowRank, Method, ReLoRA, Site, SwitchLoRA
 from lorank.fields import Rank, check_value
-from lorank.method import check_ranks, rank_at
+from lorank.method import AdamW, Dense, by_role, check_combination, check_ranks, rank_at
+from lorank.table import find, method_names
 
 
 def site(name: str, d_in: int, d_out: int) -> Site:
@@ -51,14 +52,14 @@ def test_ranks_that_make_sense_are_accepted(rank: Rank) -> None:
         {".*": "x"},
     ],
 )
-def test_any_other_rank_is_refused_in_one_sentence_that_shows_it(rank: object, method: type[CoLA]) -> None:
-    with pytest.raises(ValueError, match="rank=") as refusal:
+def test_any_other_rank_is_refused_in_one_sentence(rank: object, method: type[CoLA]) -> None:
+    with pytest.raises(ValueError, match="rank") as refusal:
         method(rank=rank)  # type: ignore[arg-type]
     assert "\n" not in str(refusal.value)
 
 
 def test_a_pattern_of_a_rank_table_must_be_a_regular_expression() -> None:
-    with pytest.raises(ValueError, match=r"rank='\(' is not a regular expression"):
+    with pytest.raises(ValueError, match=r"rank must hold regular expressions as strings, got '\('"):
         CoLA(rank={"(": 4})
 
 
@@ -82,7 +83,7 @@ def test_a_fraction_is_of_the_narrower_side(fraction: float, d_in: int, d_out: i
     assert rank_at(fraction, site("any", d_in, d_out)) == rank
 
 
-def test_a_table_gives_the_value_of_its_first_pattern_that_matches() -> None:
+def test_a_table_gives_its_first_pattern_that_matches() -> None:
     table = {"q_proj": 4, "_proj": 0.5, ".*": 7}
     assert rank_at(table, site("q_proj", 32, 32)) == 4
     assert rank_at(table, site("k_proj", 32, 32)) == 16
@@ -90,8 +91,8 @@ def test_a_table_gives_the_value_of_its_first_pattern_that_matches() -> None:
     assert rank_at({".*": 7, "q_proj": 4}, site("q_proj", 32, 32)) == 7
 
 
-def test_a_table_that_forgets_a_module_is_refused_by_the_name_of_that_module() -> None:
-    with pytest.raises(ValueError, match=r"\['q_proj'\] has no pattern for layers\.0\.fc1"):
+def test_a_table_without_a_pattern_names_the_module() -> None:
+    with pytest.raises(ValueError, match=r"must have a pattern for layers\.0\.fc1, got \['q_proj'\]"):
         rank_at({"q_proj": 4}, site("fc1", 32, 32))
 
 
@@ -108,7 +109,7 @@ def test_the_warning_comes_exactly_at_the_break_even_rank() -> None:
         check_ranks(24, [square, wide])
 
 
-def test_two_factors_really_are_no_smaller_than_the_dense_layer_at_the_break_even_rank() -> None:
+def test_at_break_even_factors_are_as_large_as_dense() -> None:
     square = site("square", 32, 32)
     rank = int(square.break_even_rank)
     assert rank * (square.d_in + square.d_out) == square.d_in * square.d_out
@@ -155,5 +156,33 @@ def test_a_method_without_build_says_so() -> None:
 @pytest.mark.parametrize("table", [{"conv": 4, ".*": 8}, {".*": 8, "q_proj": 4}])
 def test_a_pattern_that_decides_nothing_is_refused(table: Rank) -> None:
     dead = "conv" if "conv" in table else "q_proj"  # type: ignore[operator]
-    with pytest.raises(ValueError, match=f"the pattern '{dead}' decides nothing"):
+    with pytest.raises(ValueError, match=f"'{dead}' decides nothing"):
         check_ranks(table, [site("q_proj", 32, 32), site("fc1", 32, 32)])
+
+
+def test_dense_answers_no_question() -> None:
+    assert Dense.answers() == frozenset()
+    assert CoLA.answers() == {"method"}
+    assert CoLAM.answers() == {"method", "memory"}
+    assert ReLoRA.answers() == {"method", "hook"}
+    assert SwitchLoRA.answers() == {"method", "optimizer", "hook"}
+
+
+def test_methods_combine_if_they_answer_other_questions() -> None:
+    check_combination([CoLA(), AdamW()])
+    with pytest.raises(ValueError, match="cola and low-rank cannot be combined: both decide what the weights are"):
+        check_combination([CoLA(), LowRank()])
+
+
+def test_stacks_keep_the_order_of_roles_and_depths() -> None:
+    sites = [Site(f"layers.{d}.{n}", f"layers.*.{n}", d, nn.Linear(2, 2)) for d in (0, 1) for n in "qk"]
+    assert {role: [s.depth for s in stack] for role, stack in by_role(sites).items()} == {
+        "layers.*.q": [0, 1],
+        "layers.*.k": [0, 1],
+    }
+
+
+@pytest.mark.parametrize("name", method_names())
+def test_settings_for_acting_soon_are_valid(name: str) -> None:
+    kind = find(name)
+    assert kind(**kind.soon)

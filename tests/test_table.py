@@ -1,0 +1,45 @@
+"""The one table of names, and the names that the package offers."""
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+import lorank
+from lorank.table import METHODS, find, method_names
+
+
+def test_the_package_offers_what_it_lists_and_nothing_else() -> None:
+    for name in lorank.__all__:
+        assert getattr(lorank, name) is not None
+        assert name in dir(lorank)
+    with pytest.raises(AttributeError, match="module 'lorank' has no attribute 'colla'"):
+        lorank.colla  # noqa: B018
+
+
+def test_every_method_of_the_table_is_found_under_its_own_name() -> None:
+    assert set(METHODS) <= set(method_names())
+    for name in METHODS:
+        method = find(name)
+        assert method.name == name
+        assert method().name == name  # every hyper-parameter has a default
+
+
+def test_an_unknown_method_is_answered_with_the_nearest_name() -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown method 'lowrank'; did you mean 'low-rank'\? The methods are: dense, cola, cola-m"
+    ):
+        find("lowrank")
+    with pytest.raises(ValueError, match=r"^unknown method 'zzz'\. The methods are: dense, cola"):
+        find("zzz")
+
+
+def test_methods_of_other_packages_join_by_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lorank.table._registered", {})
+    points = [
+        EntryPoint("theirs", "lorank.methods.low_rank:LowRank", "lorank.methods"),
+        EntryPoint("cola", "lorank.methods.low_rank:LowRank", "lorank.methods"),  # must not displace ours
+    ]
+    monkeypatch.setattr("lorank.table._entry_points", lambda: points)
+    assert method_names() == [*METHODS, "theirs"]
+    assert find("theirs") is lorank.LowRank
+    assert find("cola") is lorank.CoLA
