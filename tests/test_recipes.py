@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lorank import accounting
-from lorank.plan import run as dry_run
+from lorank.plan import dry_run
 from lorank.table import method_names
 from lorank.train.recipe import Recipe
 

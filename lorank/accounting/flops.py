@@ -1,7 +1,7 @@
 """FLOPs of a training call, and FLOP/s of a device. A multiply-add counts as two floating-point operations."""
 
-import math
 import functools
+import math
 import time
 from typing import Any, NamedTuple
 

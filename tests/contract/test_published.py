@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from lorank.plan import run as dry_run
+from lorank.plan import dry_run
 from lorank.sizes import SIZES
 from lorank.table import find, method_names
 from lorank.train.methods import methods_of

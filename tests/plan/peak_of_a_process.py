@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
+from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
 
 from lorank.conversion import method_of
 from lorank.train.model import build_config, build_model, find_projection
-from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
 from lorank.train.recipe import Recipe
 
 

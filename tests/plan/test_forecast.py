@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from lorank.plan.run import count, empty_model, memory, optimizer_bytes, optimizer_step
 from rich.console import Console
 from transformers import AutoConfig, GPT2Config, PretrainedConfig
 
@@ -21,7 +22,6 @@ from lorank.accelerators import ACCELERATORS, Fleet, find_accelerator
 from lorank.optim.dct import dct_matrix
 from lorank.papers import formulas
 from lorank.plan import forecast
-from lorank.plan.run import count, empty_model, memory, optimizer_bytes, optimizer_step
 from lorank.report import plans
 from lorank.sizes import SIZES
 from lorank.train.model import find_projection, with_layers

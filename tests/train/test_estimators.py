@@ -18,8 +18,8 @@ from lorank.accelerators import Fleet, find_accelerator
 from lorank.cli import cli
 from lorank.evolution import egg
 from lorank.optim import Eggroll
-from lorank.plan.forecast import fit_all, forecast_all
 from lorank.plan.dry_run import plan
+from lorank.plan.forecast import fit_all, forecast_all
 from lorank.train import run
 from lorank.train.data import byte_tokenizer, load_corpus
 from lorank.train.estimators import EggEggroll, build_estimator
