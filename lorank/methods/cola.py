@@ -2,6 +2,8 @@
 
     y = B σ(A x) (+ b)        x [..., d_in]   A [r, d_in]   B [d_out, r]   b [d_out]   σ = SiLU
 
+Saves: compute, weights, gradients, optimizer state; as cola-m activations too.
+
 There is no dense weight W [d_out, d_in]. A and B are ordinary trainable parameters, drawn so that B A has entries of
 standard deviation τ = (d_in + d_out)^(-1/2). With σ in every layer, the block's own activation can be removed
 (`nonlinearity`).

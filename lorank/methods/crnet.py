@@ -1,8 +1,10 @@
 """CR-Net: cross-layer residuals. A projection's output is that of the block before, scaled, plus a low-rank change.
 
-    Y_1 = W X_1 (+ c)                            W [d_out, d_in]: the first block stays dense and is trained
     Y_l = b(β_l) Y_{l-1} + B_l A_l X_l (+ c_l)   l = 2 .. L;  A_l [r, d_in]  B_l [d_out, r]  c_l [d_out]  β_l one number
+    Y_1 = W X_1 (+ c)                            W [d_out, d_in]: the first block stays dense and is trained
     b(β) = sign(β) (|β| + 1e-6)                  sign(0) = 1: b is never zero, so that the recurrence can be inverted
+
+Saves: compute, weights, gradients, optimizer state.
 
 X_l [..., d_in] is the projection's usual input in block l. Y_l [..., d_out] is its raw output. Block l uses it as before
 (rotary positions, attention, gate) and passes it to block l + 1 on a `lorank.tape.Tape`. Nothing else in the model changes.

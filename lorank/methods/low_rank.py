@@ -2,6 +2,8 @@
 
     y = B A x (+ b)           x [..., d_in]   A [r, d_in]   B [d_out, r]   b [d_out]
 
+Saves: compute, weights, gradients, optimizer state.
+
 It has exactly CoLA's parameters, initial values and FLOPs, and the dense block's own activation. Whatever CoLA gains
 over it is due to σ. Trained from scratch with the usual recipe, it is the row that the literature shows failing at
 scale.

@@ -1,8 +1,10 @@
 """MASA: the attention projections of all blocks are mixtures of a few matrices, the atoms, which the blocks share.
 
-    y = W_l x (+ b_l)    W_l = Σ_s c_ls D_s (+ B_l A_l)    l = 1..L blocks, s = 1..S atoms, one dictionary per projection type
+    W_l = Σ_s c_ls D_s (+ B_l A_l)    y = W_l x (+ b_l)    l = 1..L blocks, s = 1..S atoms, one dictionary per projection type
 
     x [..., d_in]   atoms D [S, d_out, d_in]   coefficients C [L, S]   A_l [r, d_in]   B_l [d_out, r]   b_l [d_out]
+
+Saves: weights, gradients, optimizer state.
 
 In training c_l is not a free parameter: a small network reads an embedding of the block, c_l = MLP(e_l), e_l [32], widths
 32 → 64 → 64 → S with GELU. `freeze_coefficients` evaluates it once and keeps C alone. Query, key, value and output never

@@ -3,6 +3,8 @@
     y = W x + (α/r) B A dropout(x) (+ b)      x [..., d_in]   A [r, d_in]   B [d_out, r]   W [d_out, d_in] frozen
     every K updates:   W <- W + (α/r) B A,    A <- Kaiming-uniform,    B <- 0                                     (1)
 
+Saves: gradients, optimizer state.
+
 At each restart most of the optimizer's moments of the factors, which belong to the old ones, are set to zero. The learning
 rate drops to 0 and climbs back to its cosine ("jagged cosine"). The merge follows the one update at rate 0, so factors are
 merged as their cycle left them. With `warm_start` the run begins with updates of W itself and none of A and B; then W is

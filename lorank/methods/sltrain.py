@@ -1,7 +1,9 @@
 """SLTrain: sparse plus low rank. Every projection of a transformer block is a low-rank map plus a few trained entries.
 
-    y = x Wᵀ (+ b)     W = s B A + S     s = alpha / r
+    y = (s B A + S) x (+ b)     W = s B A + S     s = alpha / r
     x [..., d_in]   A [r, d_in]   B [d_out, r]   b [d_out]   S [d_out, d_in]: v [nnz] at the places I [nnz], 0 elsewhere
+
+Saves: weights, gradients, optimizer state.
 
 I holds nnz = ⌊density · d_out · d_in⌋ places. They are drawn once for each matrix, uniformly and without repetition, and
 never change: sorted flat row-major indices in a buffer that is saved with the model. B starts at zero, so W = S at first.

@@ -2,6 +2,8 @@
 
     y = U diag(S) V^T x (+ b)     x [..., d_in]   U [d_out, m]   S [m] >= 0   V [d_in, m]   m = min(d_in, d_out)
 
+Saves: gradients, optimizer state.
+
 There is no dense weight W = U diag(S) V^T, and nothing is truncated. S learns at every step. Of the m pairs (u_i, v_i)
 only r = rank do, for `interval` steps (an iteration). Their gradients lack the factor S_i ("enhanced"), so that weak
 directions move too. After each step they are scaled back to length one, and S is clipped at 0. Then r pairs are drawn

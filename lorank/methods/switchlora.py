@@ -2,6 +2,8 @@
 
     y = W x + (1/r) B A x (+ b)            x [..., d_in]   A [r, d_in]   B [d_out, r]   W [d_out, d_in] frozen
 
+Saves: gradients, optimizer state.
+
 W starts as W_0 - (1/r) B A, so that the model starts as the dense one, W_0. Rows of A come from a pool C_A [c, d_in],
 columns of B from C_B [c, d_out], c = min(d_in, d_out). Exchanging row a_i of A for candidate c_j keeps the function:
 
@@ -15,13 +17,11 @@ Cost of a layer: r (d_in + d_out) trained parameters and d_in d_out frozen ones;
 host memory. For n tokens 2 n (d_in d_out + r (d_in + d_out)) operations forward; backward the first term once more,
 the second twice. Exchanging k vectors of a factor costs 2 k d_in d_out, once a step. Merged, it is dense, W + (1/r) B A.
 
-Source: "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information", arXiv 2406.06564, and the authors'
-repository asfsdsf/SwitchLoRA.
+Source: "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information", arXiv 2406.06564; asfsdsf/SwitchLoRA.
 
-Departures from the authors' code. All projections of the blocks are converted, whatever their names; biases train.
-Pools and choices come from seeded generators, so that a run resumes exactly. In discontinuous mode the pointers still
-determine which vectors leave; only their successors are drawn. Left out: LoRA's own start, and a learning rate raised to
-make up for frozen steps (off in theirs). A layer with r = 1 or r >= c exchanges nothing.
+Departures from the authors' code. All projections are converted, whatever their names; biases train. Seeded generators
+draw pools and choices, so a run resumes exactly. In discontinuous mode only the successors are drawn. No LoRA start, no
+higher learning rate to make up for frozen steps (off in theirs). A layer with r = 1 or r >= c exchanges nothing.
 """
 
 import itertools
