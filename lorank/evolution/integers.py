@@ -184,8 +184,8 @@ class EggEggroll:
         if whole.carry:  # the states of all members
             most += (whole.population - chunk) * rows * model.config.num_hidden_layers * model.config.hidden_size
         gradients = 4 * sum(p.numel() for p in whole.perturbed)
-        flops = [n * whole.population // chunk for n in (products, everything - products)]
-        return accounting.Flops(*flops, 0), step_memory(model, gradients, optimizer_bytes, most, "forward")
+        forward, counts = (n * whole.population // chunk for n in (products, everything - products))
+        return accounting.Flops(forward, counts, 0), step_memory(model, gradients, optimizer_bytes, most, "forward")
 
     def moves(self, p: nn.Parameter) -> bool:
         return p in self.estimate.perturbed

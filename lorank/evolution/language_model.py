@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,7 +80,7 @@ class LanguageModelEggroll:
 
         (products, most), (sums, most_of_update) = (accounting.measure_call(model, call) for call in (forward, update))
         gradients = sum(p.numel() * p.element_size() for p in whole.perturbed)
-        when = "forward" if most >= most_of_update else "step"
+        when: Literal["forward", "step"] = "forward" if most >= most_of_update else "step"
         memory = step_memory(model, gradients, optimizer_bytes, max(most, most_of_update), when)
         return accounting.Flops(products * whole.population // chunk, sums * whole.population // chunk, 0), memory
 

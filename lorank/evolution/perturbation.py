@@ -106,7 +106,7 @@ class _Chunk:
             self.watch.running.pop()
         return found
 
-    def linear(self, module: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+    def linear(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
         [x] = [*args, *kwargs.values()]
         W, bias = module.weight, module.bias
         self.check_rows(module, x)
@@ -121,7 +121,7 @@ class _Chunk:
             y = y + torch.stack([noise, -noise], dim=1)[:, :, None]
         return y.reshape(out.shape)
 
-    def embedding(self, module: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+    def embedding(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
         """What is looked up once for all members, as positions are, becomes one lookup for each."""
         A, B = self.estimate.factors(module.weight, self.pairs)
         K, r = len(A), A.shape[-1]
@@ -138,7 +138,7 @@ class _Chunk:
         out = self.of_each(out)
         return (out.reshape(K, -1, B.shape[1]) + self.signed(h) @ B.mT).view_as(out)
 
-    def vectors(self, module: Any, args: Any, kwargs: Any, out: Tensor) -> Tensor:
+    def vectors(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
         given = [*args, *kwargs.values()]
         if len(given) != 1:
             raise ValueError(

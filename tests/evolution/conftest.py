@@ -63,7 +63,7 @@ def one_by_one() -> Callable[[Eggroll, Callable[[int], Tensor]], Iterator[Tensor
             with torch.no_grad():
                 before = {p: p.clone() for p in moved}
                 for p, move in moved.items():
-                    p += move
+                    p.add_(move)
                 yield call(member)
                 for p, old in before.items():
                     p.copy_(old)

@@ -121,9 +121,12 @@ def test_rows_of_egg_continue_from_batch_to_batch(
 ) -> None:
     seen: list[torch.Tensor] = []
     call = EggEggroll.__call__
-    monkeypatch.setattr(
-        EggEggroll, "__call__", lambda self, b, step: seen.append(b["input_ids"]) or call(self, b, step)
-    )
+
+    def remember(self: EggEggroll, batch: dict[str, torch.Tensor], step: int) -> torch.Tensor:
+        seen.append(batch["input_ids"])
+        return call(self, batch, step)
+
+    monkeypatch.setattr(EggEggroll, "__call__", remember)
     run.pretrain(recipe("egg", options={"carry": carry}), tmp_path / "run")
     corpus = load_corpus(str(text), tokenizer="bytes", sequence_length=16, seed=42)
     whole = torch.tensor(corpus.train["input_ids"])
