@@ -68,18 +68,18 @@ def settings_of(recipe: Recipe, fields: Iterable[str]) -> dict[str, Any]:
     return {name: getattr(owner, name) for name in fields}
 
 
-@pytest.mark.parametrize(("method", "size", "fields"), ROWS, ids=[f"{method}-{size}" for method, size, _ in ROWS])
-def test_a_size_gets_the_printed_numbers(method: str, size: str, fields: dict[str, Any]) -> None:
-    assert settings_of(Recipe(method=method, size=size), fields) == fields
+@pytest.mark.parametrize(("name", "size", "fields"), ROWS, ids=[f"{method}-{size}" for method, size, _ in ROWS])
+def test_a_size_gets_the_printed_numbers(name: str, size: str, fields: dict[str, Any]) -> None:
+    assert settings_of(Recipe(method=name, size=size), fields) == fields
 
 
-@pytest.mark.parametrize("method", [*method_names("method"), *method_names("optimizer")])
-def test_published_numbers_are_printed_ones(method: str) -> None:
-    published = find(method).published
+@pytest.mark.parametrize("name", [*method_names("method"), *method_names("optimizer")])
+def test_published_numbers_are_printed_ones(name: str) -> None:
+    published = find(name).published
     assert set(published) <= set(SIZES)
-    assert set(published) - {"tiny", "20m"} == set(PRINTED.get(method, {})), "tiny and 20m are ours"
+    assert set(published) - {"tiny", "20m"} == set(PRINTED.get(name, {})), "tiny and 20m are ours"
     for size in set(published) - {"tiny", "20m"}:
-        assert published[size].items() <= PRINTED[method][size].items()
+        assert published[size].items() <= PRINTED[name][size].items()
 
 
 def test_where_nothing_is_printed_the_method_decides() -> None:
@@ -104,26 +104,26 @@ def test_the_recipe_wins() -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "size", "shown"),
+    ("name", "size", "shown"),
     [
         ("sst", "130m", "SSTLinear(rank=64 of 768, enhanced=True)"),
         ("relora", "130m", "ReLoRALinear(rank=128, scale=0.25)"),
         ("sltrain", "130m", "SLTrainLinear(rank=256, nnz=17694, scale=0.0625)"),
         ("sltrain", "7b", "SLTrainLinear(rank=1024, nnz=838860, scale=0.0078125)"),
-        ("switchlora", "350m", "SwitchLoRALinear(rank=256)"),
+        ("switchlora", "350m", "SwitchLoRALinear(rank=256, scale=0.00390625)"),
         ("crnet", "1b", "CRNetDense(), then CRNetLinear(rank=448)"),
         ("galore", "1b", "galore, rank 512"),
         ("fira", "1b", "fira, rank 512, scale=0.0625"),
     ],
 )
-def test_a_dry_run_shows_them(method: str, size: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_shows_them(name: str, size: str, shown: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "count", lambda *_: None)  # counting FLOPs takes long
-    found = dry_run.plan(Recipe(method=method, size=size, vocab_size=32_000))
+    found = dry_run.plan(Recipe(method=name, size=size, vocab_size=32_000))
     assert shown in [row.treatment for row in found.treatments] + [row.after for row in found.rows]
 
 
 @pytest.mark.parametrize(
-    ("method", "size", "total", "trainable"),
+    ("name", "size", "total", "trainable"),
     [
         ("sltrain", "7b", 3_144_735_808, 3_144_735_808),
         ("crnet", "1b", 582_441_057, 582_441_057),
@@ -133,8 +133,8 @@ def test_a_dry_run_shows_them(method: str, size: str, shown: str, monkeypatch: p
         ("switchlora", "1b", None, 609_310_720),
     ],
 )
-def test_published_counts_that_no_recipe_has(method: str, size: str, total: int | None, trainable: int) -> None:
-    recipe = Recipe(method=method, size=size, vocab_size=32_000)
+def test_published_counts_that_no_recipe_has(name: str, size: str, total: int | None, trainable: int) -> None:
+    recipe = Recipe(method=name, size=size, vocab_size=32_000)
     with torch.device("meta"):
         parameters = list(build_model(recipe, build_config(recipe)).parameters())
     assert total is None or sum(p.numel() for p in parameters) == total
