@@ -1,4 +1,4 @@
-"""Run by test_forecast.py in a process of its own: train each recipe for two steps, print its peaks of resident bytes."""
+"""Run by test_counts.py as a separate process: train each recipe for two steps, print its peaks of resident bytes."""
 
 import ctypes
 import dataclasses
@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import torch
-from lorank.train.optimizers import build_low_rank_optimizer, build_optimizer
 
-from lorank.conversion import method_of
-from lorank.train.model import build_config, build_model, find_projection
+from lorank.train.methods import build_optimizer
+from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
 
 
@@ -23,15 +22,7 @@ def status(field: str) -> int:
 
 def train(recipe: Recipe, steps: int = 2) -> None:
     model = build_model(recipe, build_config(recipe)).train()
-    optimizer: torch.optim.Optimizer
-    if (found := find_projection(recipe, model)) is not None:
-        kind, ranks, options = found
-        optimizer = build_low_rank_optimizer(
-            model, kind, ranks, recipe.optimizer, lr=1e-3, weight_decay=0.0, options=options
-        )
-    else:
-        own = method.adamw if (method := method_of(model)) else None
-        optimizer = build_optimizer(model, recipe.optimizer, lr=1e-3, weight_decay=0.0, adamw=own)
+    optimizer = build_optimizer(recipe, model)
     micro = recipe.micro_batch_size or recipe.batch_size
     for _ in range(steps):
         for _ in range(recipe.batch_size // micro):
@@ -61,7 +52,7 @@ def main() -> None:
     recipes = [Recipe.from_dict(settings) for settings in json.loads(sys.argv[1])]
     for recipe in {
         (recipe.method, recipe.optimizer, recipe.model, recipe.precision): recipe for recipe in recipes
-    }.values():  # what is loaded at first use is no one's peak
+    }.values():  # what is loaded at first use belongs to no run
         train(dataclasses.replace(recipe, size="tiny", vocab_size=64, sequence_length=16))
     print(json.dumps([peak(recipe) for recipe in recipes]))
 

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from lorank.papers import formulas
-from lorank.plan.dry_run import plan
+from lorank.plan.dry_run import dense_twin, plan
 from lorank.train.recipe import Recipe
 
 
 def test_the_published_60m_row() -> None:
-    found = plan(Recipe(size="60m", vocab_size=32_000))
+    found = plan(Recipe(size="60m", vocab_size=32_000, batch_size=1))
     assert (found.dense.parameters.total, found.model.parameters.total) == (58_073_600, 42_770_944)
     blocks = {m: formulas.block_training_flops(m, 512, 1376, 128, 256) * 8 for m in ("dense", "cola")}  # type: ignore[arg-type]
     head = 6 * 256 * 512 * 32_000
@@ -55,15 +55,51 @@ def test_autocast_needs_no_more_activations_than_fp32() -> None:
     assert bf16.weights_bytes == fp32.weights_bytes, "autocast keeps fp32 weights"
 
 
+@pytest.mark.parametrize("method", ["fira", "trion", "switchlora"])
+@pytest.mark.parametrize("optimizer", ["adamw-8bit", "muon"])
+def test_what_training_refuses_is_not_planned(method: str, optimizer: str) -> None:
+    with pytest.raises(ValueError, match=f"{method}.*(cannot be combined|must be 'adamw')"):
+        plan(Recipe(size="tiny", vocab_size=300, sequence_length=16, method=method, rank=8, optimizer=optimizer))
+
+
+SMALL: dict[str, Any] = {"vocab_size": 64, "sequence_length": 16, "shape": {"num_hidden_layers": 1}}
+
+
 @pytest.mark.parametrize(
-    ("method", "words"),
+    ("settings", "projected", "others"),
     [
-        ("fira", "FiraAdamW is an optimizer of its own"),
-        ("trion", "Trion is an optimizer of its own"),
-        ("switchlora", "the method needs VectorAdamW"),
+        ({"method": "galore", "rank": 8}, "galore, rank 8", "adamw"),
+        (
+            {"method": "galore", "optimizer": "muon", "options": {"update_gap": 5}},
+            "galore (muon), rank 64, update_gap=5",
+            "adamw",
+        ),
+        ({"method": "galore", "optimizer": "adafactor", "rank": 8}, "galore (adafactor), rank 8", "adafactor"),
+        ({"method": "trion", "rank": 8}, "trion, rank 8", "adamw"),
+        ({"method": "dense", "optimizer": "muon"}, "muon", "adamw"),
     ],
 )
-@pytest.mark.parametrize("optimizer", ["adamw-8bit", "muon"])
-def test_what_training_refuses_is_not_planned(method: str, words: str, optimizer: Any) -> None:
-    with pytest.raises(ValueError, match=words):
-        plan(Recipe(size="tiny", vocab_size=300, sequence_length=16, method=method, rank=8, optimizer=optimizer))
+def test_treatments_say_what_each_group_says(settings: dict[str, Any], projected: str, others: str) -> None:
+    found = {one.role: one.treatment for one in plan(Recipe(**SMALL, **settings)).treatments}
+    assert found["model.layers.*.mlp.up_proj.weight"] == projected
+    assert found["model.norm.weight"] == found["lm_head.weight"] == others
+
+
+def test_a_combination_shows_what_becomes_what_and_who_moves_it() -> None:
+    found = plan(Recipe(**SMALL, method="cola+galore", rank=16))
+    assert all("CoLALinear(rank=16" in row.after for row in found.rows)
+    moved = {one.role: one.treatment for one in found.treatments}
+    assert moved["model.layers.*.mlp.up_proj.A.weight"].startswith("galore, rank")
+    assert found.dense.memory.optimizer_bytes > found.model.memory.optimizer_bytes
+
+
+def test_one_plain_rule_needs_no_table() -> None:
+    assert not plan(Recipe(**SMALL)).treatments
+    assert not plan(Recipe(**SMALL, method="dense", optimizer="adafactor")).treatments
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "cola+galore"}, {"method": "relora", "optimizer": "muon"}])
+def test_the_dense_twin_moves_by_the_same_plain_rule(changes: dict[str, Any]) -> None:
+    twin = dense_twin(Recipe(**SMALL, **changes, rank=8, targets=["mlp"], checkpoint="blocks"))
+    assert (twin.method, twin.optimizer, twin.gradient) == ("dense", changes.get("optimizer", "adamw"), "autograd")
+    assert (twin.rank, twin.options, twin.targets, twin.checkpoint, twin.shape) == (None, {}, [], None, SMALL["shape"])
