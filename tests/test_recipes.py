@@ -87,8 +87,8 @@ def read(name: str) -> Recipe:
     return Recipe.read(FOLDER / f"{name}.yaml")
 
 
-WITHOUT = ("cola-m", "adamw", "adamw-8bit", "adafactor", "muon")
-"""CoLA-M has CoLA's recipe; rules that every optimizer library has need none."""
+WITHOUT = ("cola-m", "adamw", "adamw-8bit", "adafactor", "muon", "votes")
+"""CoLA-M has CoLA's recipe; rules that every optimizer library has need none; votes train EGG, whose recipe is egg."""
 
 
 def test_every_paper_has_a_recipe_at_60m() -> None:
