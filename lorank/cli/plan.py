@@ -108,7 +108,7 @@ def plan(
 
     if fits is not None:
         check_memory(fits)  # before anything that takes seconds to import
-    given = {"flops": flops, "tf32_flops": flops, "watts": watts, "dollars_per_hour": price}
+    given: dict[str, Any] = {"flops": flops, "tf32_flops": flops, "watts": watts, "dollars_per_hour": price}
     device = find_accelerator(accelerator)._replace(**{k: value for k, value in given.items() if value is not None})
     fleet = Fleet(accelerator=device, devices=devices or (1 if recipes else 8), utilisation=utilisation)
     from lorank.cli.console import errors_console, results_console

@@ -220,4 +220,5 @@ def _fields(kind: type[Method]) -> list[str]:
 
 
 def _default(field: "dataclasses.Field[Any]") -> Any:
-    return field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+    made: Any = field.default_factory
+    return made() if field.default is dataclasses.MISSING else field.default
