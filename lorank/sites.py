@@ -5,7 +5,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -76,7 +76,7 @@ def base_prefix(model: nn.Module) -> str:
     return f"{model.base_model_prefix}." if has_head else ""
 
 
-def body_of(model: nn.Module) -> nn.Module:
+def body_of(model: nn.Module) -> Any:
     """The model without its head, if it has one."""
     return getattr(model, "base_model", model)
 
