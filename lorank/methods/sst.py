@@ -180,7 +180,7 @@ class SST(Method):
     def build(self, site: Site) -> nn.Module:
         weight, bias = site.linear.weight, site.linear.bias
         rank = rank_at(self.rank, site)
-        options: dict[str, Any] = {"bias": bias is not None, "enhanced": self.enhanced, "seed": self.seed, "key": site.name}
+        options: Any = {"bias": bias is not None, "enhanced": self.enhanced, "seed": self.seed, "key": site.name}
         layer: Any = SSTLinear(site.d_in, site.d_out, rank, **options, device="meta", dtype=weight.dtype)
         layer.to_empty(device=weight.device)  # nothing is drawn
         if not weight.is_meta:
