@@ -3,7 +3,6 @@
 import re
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
@@ -124,7 +123,7 @@ def _settings(
     import yaml
 
     from lorank.race.settings import ComparisonSettings, parse_values
-    from lorank.train.recipe import recipes_folder
+    from lorank.train.recipe import recipe_path
 
     base = recipe_of(recipe, flags, own=OWN)
     if not all(re.fullmatch(r"\s*[0-9]+\s*", seed) for seed in seeds.split(",")):
@@ -132,8 +131,7 @@ def _settings(
     settings: dict[str, list[Any]] = {}
     for name, values in map(parse_values, sweep):
         settings.setdefault(name, []).extend(values)
-    file = Path(recipe) if recipe and Path(recipe).exists() else recipes_folder() / f"{recipe}.yaml"
-    rate_given = "lr" in changes_of(flags) or (recipe and "lr" in yaml.safe_load(file.read_text()))
+    rate_given = "lr" in changes_of(flags) or (recipe and "lr" in yaml.safe_load(recipe_path(recipe).read_text()))
     each: dict[str, dict[str, list[Any]]] = {}
     for contestant, text in own:
         name, values = parse_values(text)

@@ -4,6 +4,7 @@ import bisect
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, NamedTuple
 
@@ -116,7 +117,8 @@ class _Peaks:
 
     def __init__(self, recipe: Recipe, devices: int, step: accounting.Step | None = None, *, layers: int | None = None):
         self.recipe, self.devices, self.step = recipe, devices, step
-        self.model, self.known = built(recipe, layers), dict[int, float]()
+        with warnings.catch_warnings(action="ignore"):  # of a shape that is only tried
+            self.model, self.known = built(recipe, layers), dict[int, float]()
 
     def at(self, batch: int) -> float:
         if batch not in self.known:

@@ -221,10 +221,8 @@ class Recipe:
         Raises:
             ValueError: there is no such file, it is not valid YAML, or its settings are wrong; the message names it.
         """
-        ours = recipes_folder() / f"{path}.yaml"
         try:
-            file = ours if ours.is_file() and not Path(path).exists() else Path(path)
-            settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+            settings = yaml.safe_load(recipe_path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(
                 f"recipe {path} does not exist; name a YAML file or one of {', '.join(recipe_names())}"
@@ -258,6 +256,12 @@ def recipes_folder() -> Path:
     """Where recipes/ is: inside an installed package, or next to it in a checkout."""
     package = Path(lorank.__file__).parent
     return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
+
+
+def recipe_path(name: str | Path) -> Path:
+    """The file of that path, or else the recipe of that name that comes with lorank."""
+    ours = recipes_folder() / f"{name}.yaml"
+    return ours if ours.is_file() and not Path(name).exists() else Path(name)
 
 
 def recipe_names() -> list[str]:

@@ -9,14 +9,14 @@ PLAN = ["plan", "--size", "tiny", "--set", "vocab_size=300", "--sequence-length"
 
 
 def test_plan_prints_tables_narrow_enough_for_a_terminal(lorank) -> None:
-    code, out, err = lorank(*PLAN, "--fits", 1, "--tokens", "1B", "--accelerator", "l4", "--devices", 1)
+    code, out, err = lorank(*PLAN, "--fits", 0.1, "--tokens", "1B", "--accelerator", "l4", "--devices", 1)
     assert code == 0, err
     for word in (
         "cola-m",
         "in the blocks",
         "peak",
         "A run of 1 G tokens on L4",
-        "What fits in 1 GiB",
+        "What fits in 0.1 GiB",
         "Assumed",
         "$0.60",
     ):

@@ -41,7 +41,7 @@ def test_dry_run_shows_what_becomes_what_and_writes_nothing(lorank, tmp_path: Pa
 
 
 def test_dry_run_of_another_architecture(lorank) -> None:
-    code, out, _ = lorank("pretrain", "--model", "gpt2", "--method", "cola-m", "--dry-run")
+    code, out, _ = lorank("pretrain", "--model", "gpt2", "--method", "cola-m", "--set", "shape.n_layer=2", "--dry-run")
     assert code == 0 and "c_attn.query" in out and "recompute" in out
 
 
