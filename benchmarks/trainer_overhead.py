@@ -16,12 +16,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from lorank.train.optimizers import build_optimizer
 from torch.utils.data import DataLoader, RandomSampler
 from transformers import TrainerCallback, get_scheduler, set_seed
 
 from lorank.train.build import build_trainer
 from lorank.train.data import collate, load_corpus
+from lorank.train.methods import build_optimizer
 from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
 
@@ -48,9 +48,7 @@ def with_lorank(recipe: Recipe, model: torch.nn.Module, corpus, folder: Path) ->
 def bare(recipe: Recipe, model: torch.nn.Module, corpus) -> tuple[list[float], list[float]]:
     """(seconds per step, losses) of the loop that anybody would write."""
     model.train()
-    optimizer = build_optimizer(
-        model, recipe.optimizer, lr=recipe.lr, weight_decay=recipe.weight_decay, betas=recipe.betas
-    )
+    optimizer = build_optimizer(recipe, model)
     schedule = get_scheduler(
         "cosine_with_min_lr",
         optimizer,
