@@ -77,5 +77,5 @@ def equal(one: nn.Module, other: nn.Module) -> bool:
 @pytest.fixture(autouse=True)
 def _bitsandbytes(request: pytest.FixtureRequest) -> None:
     method = request.node.callspec.params.get("method") if hasattr(request.node, "callspec") else None
-    if method is not None and named(method) in NEED_BITSANDBYTES:
+    if isinstance(method, Method) and named(method) in NEED_BITSANDBYTES:
         pytest.importorskip("bitsandbytes")

@@ -29,7 +29,7 @@ def test_matrices_of_blocks_are_projected_and_nothing_else() -> None:
     some = names_of(model, low_rank_groups(model, {"mlp": 0.5, ".*": 100}, exclude="o_proj"))
     assert some[8] == {n for n in projected if "mlp" in n}, "a fraction is of the narrower side"
     assert some[16] == {n for n in projected if "self_attn" in n and "o_proj" not in n}, "a rank is at most that side"
-    with pytest.raises(ValueError, match="targets='conv' matches no linear layer"):
+    with pytest.raises(ValueError, match="targets must match linear layers of the blocks, got 'conv'"):
         low_rank_groups(model, 4, targets="conv")
 
 
