@@ -112,7 +112,7 @@ def test_matched_steps_are_whole_cycles(base: Recipe, costs: Costs, quick, watch
     asked = dataclasses.replace(asked, own={"relora": {"option.cycle": [18]}})
     with pytest.raises(
         ValueError,
-        match=r"relora, with the 1\d steps that --match flops gives it: .* not several times cycle=18; change",
+        match=r"relora, with the 1\d steps that --match flops gives it: .* must be a multiple of cycle=18",
     ):
         plan_contestants(asked, costs, tmp_path / "models")
 
