@@ -114,6 +114,10 @@ def build_estimator(recipe: Recipe, model: PreTrainedModel) -> Gradient | None:
             f"gradient={method.name} does not accumulate gradients; leave out micro_batch_size, and use --option chunk=MEMBERS "
             "to save memory"
         )
+    if estimator is not None and getattr(methods_of(recipe).optimizer, "in_backward", False):
+        raise ValueError(
+            f"in_backward must be false with gradient={method.name}, which has no backward pass, got in_backward=True"
+        )
     return estimator
 
 

@@ -158,6 +158,7 @@ def test_members_draw_no_dropout_masks(recipe: Any, tmp_path: Path, monkeypatch:
         ("float", {"options": {"sig": 3}}, "eggroll has no setting 'sig' for a floating-point model"),
         ("float", {"options": {"group_size": 4}, "batch_size": 3}, "batch_size must be a multiple of the 2 groups"),
         ("float", {"compile": True}, "compile must be false with eggroll: members draw their noise inside each layer"),
+        ("float", {"optimizer": {"galore": {"in_backward": True}}}, "in_backward must be false with gradient=eggroll"),
         ("float", {"targets": ["q_proj"]}, "eggroll converts and projects nothing; leave out targets"),
         (
             "float",
