@@ -66,6 +66,11 @@ def convert(
     )
     """
     method = as_method(method)
+    if "method" not in method.answers():
+        raise ValueError(
+            f"{method.name} does not decide what the weights are, so there is nothing to convert; use cola or sltrain, for "
+            "example, and lorank.optimizer for methods that decide how weights move"
+        )
     sites = sites_to_convert(model, method, targets, exclude)
     rewrite(model, method, sites)
     recorded = {

@@ -14,7 +14,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 
@@ -148,6 +148,8 @@ def _phrases(kind: Any) -> list[str]:
     if origin in (list, Sequence):
         return [f"a list of which each item is {describe(arguments[0])}"]
     words = {float: "a finite number", int: "an integer", bool: "true or false", str: "a string", dict: "a mapping"}
+    if origin is Callable:
+        return ["a function"]
     return [words.get(kind) or ("None" if kind is type(None) else f"a {getattr(origin or kind, '__name__', kind)}")]
 
 

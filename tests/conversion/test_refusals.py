@@ -152,6 +152,12 @@ def test_an_activation_that_cannot_be_found_is_a_refusal() -> None:
     unchanged.check()
 
 
+@pytest.mark.parametrize("name", ["dense", "galore", "muon", "eggroll"])
+def test_what_leaves_the_weights_alone_is_refused(name: str, small: Callable[..., Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{name} does not decide what the weights are, so there is nothing to convert"):
+        convert(small("llama"), name)
+
+
 @pytest.mark.parametrize("error", [ValueError, RuntimeError, KeyboardInterrupt])
 def test_a_method_that_fails_at_the_end_changes_nothing(error: type[BaseException], small: Callable[..., Any]) -> None:
     class Failing(CoLA):
