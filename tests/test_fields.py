@@ -51,7 +51,7 @@ HALF_OPEN = Annotated[float, Bounds(least=0, below=1)]
         (list[str], [[], ["a"]], ["a", [1], ("a",)], "a list of which each item is a string"),
         (Count | Sequence[int], [3, (0, 4), [0]], ["34", (0, 1.5), 0], "a positive integer or a list of which each item is an integer"),
         (Any, [None, object()], [], "a Any"),
-        (Literal["svd"] | Callable[..., Any], ["svd", len], ["qr", 3], "'svd' or a Callable"),
+        (Literal["svd"] | Callable[..., Any], ["svd", len], ["qr", 3], "'svd' or a function"),
     ],
 )  # fmt: skip
 def test_what_fits_an_annotation(kind: Any, good: list[Any], bad: list[Any], words: str) -> None:
