@@ -19,7 +19,7 @@ from lorank.plan.counts import count
 from lorank.sizes import SIZES
 from lorank.train import run
 from lorank.train.folder import absolute, history, read_run
-from lorank.train.methods import title_of
+from lorank.train.methods import resolved, title_of
 from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe, recipe_file
 
@@ -153,7 +153,7 @@ def reproduce(
         found = read_run(out)
         if micro_batch_size is None:
             recipe = dataclasses.replace(recipe, micro_batch_size=found.micro_batch_size)
-        _check_same(out, name, found.to_dict(), absolute(recipe).to_dict())
+        _check_same(out, name, resolved(found).to_dict(), absolute(resolved(recipe)).to_dict())
     if not (begun and (out / "summary.json").exists()) and not run.pretrain(
         recipe, out, resume=begun, callbacks=callbacks
     ):

@@ -85,6 +85,12 @@ def rank_of(recipe: Recipe) -> Any:
     return next((method.rank for method in methods_of(recipe) if hasattr(method, "rank")), None)
 
 
+def resolved(recipe: Recipe) -> Recipe:
+    """The recipe without shorthands: each key names its own method, with the settings that the recipe gives it."""
+    keys = {kind.key: {kind.name: given} if given else kind.name for kind, given in _settings(recipe).items()}
+    return dataclasses.replace(recipe, **keys, rank=None, options={})
+
+
 def written_out(recipe: Recipe) -> Recipe:
     """The recipe with all settings that it leaves to its size written under its keys, so that the size may change."""
     keys: dict[str, Any] = {}

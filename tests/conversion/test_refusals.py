@@ -154,7 +154,9 @@ def test_an_activation_that_cannot_be_found_is_a_refusal() -> None:
 
 @pytest.mark.parametrize("name", ["dense", "galore", "muon", "eggroll"])
 def test_what_leaves_the_weights_alone_is_refused(name: str, small: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=f"^{name} does not decide what the weights are, so there is nothing to convert"):
+    with pytest.raises(
+        ValueError, match=f"^{name} does not decide what the weights are, so there is nothing to convert"
+    ):
         convert(small("llama"), name)
 
 

@@ -17,6 +17,7 @@ from lorank.train.methods import (
     methods_of,
     optimizer_groups,
     rank_of,
+    resolved,
     schedule_of,
     state_bytes,
     step_flops,
@@ -109,6 +110,16 @@ def test_what_makes_no_sense_is_one_sentence(settings: dict[str, Any], words: st
     with pytest.raises(ValueError, match=words) as refusal:
         methods_of(Recipe(**settings))
     assert "\n" not in str(refusal.value)
+
+
+def test_what_a_run_saves_has_no_shorthands() -> None:
+    given = Recipe(method="cola+galore", rank=8, optimizer={"adamw": {"update_gap": 2}})
+    assert (found := resolved(given)).method == {"cola": {"rank": 8}} and found.optimizer == {
+        "galore": {"update_gap": 2}
+    }
+    assert (found.rank, found.options) == (None, {})
+    assert methods_of(found) == methods_of(given) and resolved(found) == found
+    assert resolved(Recipe()) == Recipe()
 
 
 # ---- groups, optimizers and their costs

@@ -15,6 +15,7 @@ from lorank import accounting
 from lorank.train.build import build_trainer
 from lorank.train.data import load_corpus
 from lorank.train.folder import history, read_run
+from lorank.train.methods import resolved
 from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
@@ -33,7 +34,7 @@ def test_a_run_leaves_everything_it_promises(finished: Any, recipe: Any) -> None
     summary, out = finished
     assert summary.steps == 8 and summary.tokens == 8 * 4 * 32
     assert json.loads((out / "summary.json").read_text()) == dataclasses.asdict(summary)
-    assert Recipe.read(out / "recipe.yaml") == recipe(save_every=2, keep=2)
+    assert Recipe.read(out / "recipe.yaml") == resolved(recipe(save_every=2, keep=2))
     assert set(yaml.safe_load((out / "recipe.yaml").read_text())) == {f.name for f in dataclasses.fields(Recipe)}
     assert json.loads((out / "run.json").read_text())["packages"]["torch"] == torch.__version__
     assert not list(out.glob(".*")), "temporary files are gone"
