@@ -87,7 +87,8 @@ def rank_of(recipe: Recipe) -> Any:
 
 def resolved(recipe: Recipe) -> Recipe:
     """The recipe without shorthands: each key names its own method, with the settings that the recipe gives it."""
-    keys = {kind.key: {kind.name: given} if given else kind.name for kind, given in _settings(recipe).items()}
+    settings = _settings(recipe)
+    keys: dict[str, Any] = {kind.key: {kind.name: given} if given else kind.name for kind, given in settings.items()}
     return dataclasses.replace(recipe, **keys, rank=None, options={})
 
 
