@@ -205,7 +205,7 @@ def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
     for name, value in shorthand.items():
         owner = next((kind for kind in kinds if name in _fields(kind)), None)
         if owner is None:
-            fields = [f for kind in kinds for f in _fields(kind)]
+            fields = dict.fromkeys(f for kind in kinds for f in _fields(kind))
             known = f"its settings are: {', '.join(fields)}" if fields else "it has no settings"
             raise ValueError(f"{title_of(recipe)} has no setting {name!r}; {known}")
         kinds[owner][name] = value
