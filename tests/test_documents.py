@@ -282,7 +282,7 @@ def test_everything_public_is_documented() -> None:
 
 
 def test_a_page_includes_sections_with_their_links() -> None:
-    shown = pages.expand("folder/page", "# Page\n\n% README.md: Where to go on\n")
+    shown = pages.expand("folder/page", "# Page\n\n% README.md: Where to go next\n")
     assert "](../quickstart.md)" in shown and "](../add-a-method.md)" in shown and "## " not in shown
     whole = pages.expand("page", "% README.md")
     assert whole.startswith("Train language models") and "## " not in whole

@@ -29,9 +29,10 @@ SMALL: dict[str, dict[str, Any]] = {
 """Settings for the test's model, on top of `Method.soon`."""
 HEAD = """# Which methods combine
 
-Two methods combine if they answer different questions. Rows decide what the weights are, columns how they move or where
-the gradient comes from. Each pair was trained for a few steps on a small Llama by `tests/contract/test_pairs.py`, which
-writes this table; a number leads to the reason of a refusal. Use a pair as `--method cola+galore`.
+Two methods combine if they answer different questions. A row decides what the weights are. A column decides how they move,
+or (`eggroll`) where the gradient comes from. "yes" means that a small Llama was trained with the pair for a few steps by
+`tests/contract/test_pairs.py`, which writes this table. A number means that lorank refuses the pair, for the reason below
+the table. Join the two names with a plus: `--method cola+galore`.
 """
 
 
