@@ -355,7 +355,7 @@ def test_where_a_decomposition_fails_there_is_another_way(basis: Any, monkeypatc
 def test_refusals() -> None:
     for fields, words in (
         ({"projection": "up"}, "projection must be 'std', 'reverse_std', 'left', 'right' or 'full', got 'up'"),
-        ({"basis": "dct"}, "basis must be 'singular', 'svd', 'randomised' or a Callable, got 'dct'"),
+        ({"basis": "dct"}, "basis must be 'singular', 'svd', 'randomised' or a function, got 'dct'"),
         ({"scale": "abc"}, "scale must be a positive number, got 'abc'"),
         ({"update_gap": 0.5}, "update_gap must be a positive integer, got 0.5"),
         ({"rule": "sgd"}, "rule must be 'adamw', 'adamw-8bit', 'adafactor' or 'muon', got 'sgd'"),
