@@ -2,7 +2,7 @@
 
 In a page, a Markdown file of this folder, these lines stand for:
 
-    % README.md: A fair race   that section of that file
+    % README.md: Commands   that section of that file
     % README.md                what comes before its first section
     % results                  what the benchmarks printed
     % pages                    the names of all methods' pages

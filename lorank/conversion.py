@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorank.architectures import as_conv1d, copied, dense_layer, is_linear
+from lorank.fields import Beta, check_value
 from lorank.fusion import FusedProjections, joined
 from lorank.method import AdamW, Dense, Method, Patterns, Site, StepHook, check_combination, warmup_cosine
 from lorank.optim.groups import Decay, plain_groups
@@ -180,12 +181,22 @@ def optimizer(
         ValueError: the method does not decide how weights move, it cannot be combined with the model's own, or a pattern
             matches nothing.
     """
+    check_value("decay", decay, Decay)
+    check_value("betas", betas, tuple[Beta, Beta])
     own = method_of(model) or Dense()
     chosen = AdamW() if method is None else as_method(method)
+    if "method" in chosen.answers() and "optimizer" in chosen.answers():  # SwitchLoRA brings its own
+        if chosen.name != own.name:
+            raise ValueError(
+                f"{chosen.name} also changes the weights; convert the model with it, and leave method out here"
+            )
+        chosen = AdamW()
     if chosen.key != "optimizer" and "optimizer" not in chosen.answers():
         raise ValueError(f"{chosen.name} does not decide how weights move; use adamw, muon or galore, for example")
     check_combination([own, chosen])
     mover = own if "optimizer" in own.answers() else chosen
+    if (targets or exclude) and (mover is own or not hasattr(mover, "rank")):
+        raise ValueError(f"{mover.name} projects nothing; leave out targets and exclude")
     groups = mover.parameter_groups(model, plain_groups(model, weight_decay, decay), targets, exclude)
     return mover.optimizer(groups, lr=lr, betas=betas, eps=eps)
 

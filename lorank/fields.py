@@ -66,6 +66,7 @@ NonNegative = Annotated[float, Bounds(least=0)]
 Fraction = Annotated[float, Bounds(least=0, most=1)]
 Count = Annotated[int, Bounds(least=1)]
 Whole = Annotated[int, Bounds(least=0)]
+Beta = Annotated[float, Bounds(least=0, below=1)]
 
 
 def field_types(kind: Any) -> dict[str, Any]:

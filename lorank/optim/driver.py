@@ -16,22 +16,20 @@ call the optimizer's ``zero_grad``, because the model's does not reach them. Par
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lorank.fields import Bounds, Count, NonNegative, Rank, check_value, field_types, joined_by_or
+from lorank.fields import Beta, Count, NonNegative, Rank, check_value, field_types, joined_by_or
 from lorank.method import Method, Patterns
 from lorank.optim.groups import ranks, split
 from lorank.optim.loading import load
 from lorank.optim.rules import RULES, Rule
 from lorank.optim.shards import gathered, like, local, processes, put_back, stand_in, whole
 from lorank.optim.stacks import Product, Stack, check_finite, stacks
-
-Beta = Annotated[float, Bounds(least=0, below=1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lorank import accounting
 from lorank.accelerators import Fleet, Run
 from lorank.plan.counts import Counts, count
+from lorank.table import find
 from lorank.train.methods import methods_of, rank_of, schedule_of, settings_of, title_of
 from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
@@ -167,7 +168,8 @@ def forecast_all(
     for shape in shapes:
         budget = tokens
         if budget is None:
-            dense = empty_model(with_method(shape, "dense"))
+            plain: dict[str, Any] = {"optimizer": "adamw", "gradient": "autograd"}
+            dense = empty_model(with_method(dataclasses.replace(shape, **plain), "dense"))
             budget = TOKENS_PER_PARAMETER * accounting.count_parameters(dense).total
         for method in methods:
             say(f"{method} {shape.model or shape.size}")
@@ -222,7 +224,7 @@ def _forecast(recipe: Recipe, fleet: Fleet, tokens: int, is_default: bool, file:
 
 def with_method(shape: Recipe, method: str) -> Recipe:
     """The recipe with another method; of the rank, the methods' settings and the patterns it keeps those that apply."""
-    bare = dataclasses.replace(shape, method=method, rank=None, options={})
+    bare = dataclasses.replace(shape, method=method, rank=None, options={}, **_kept_keys(shape, method))
     methods, known = methods_of(bare), settings_of(bare)
     chooses = methods.method.name != "dense" or hasattr(methods.mover, "rank")
     return dataclasses.replace(
@@ -233,6 +235,19 @@ def with_method(shape: Recipe, method: str) -> Recipe:
         exclude=shape.exclude if chooses else [],
         micro_batch_size=shape.batch_size if methods.gradient.answers() else shape.micro_batch_size,
     )
+
+
+def _kept_keys(shape: Recipe, method: str) -> dict[str, Any]:
+    """The keys beside `method`. Settings under a default, such as optimizer.update_gap, stay if the method replaces it."""
+    replaced = {find(name).key for name in method.split("+")}
+    defaults = {"optimizer": "adamw", "gradient": "autograd"}
+    given = {key: getattr(shape, key) for key in defaults}
+    return {
+        key: defaults[key]
+        if isinstance(value, dict) and set(value) == {defaults[key]} and key not in replaced
+        else value
+        for key, value in given.items()
+    }
 
 
 def _check_used(shape: Recipe, methods: Sequence[str]) -> None:

@@ -187,7 +187,9 @@ def _kinds(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
             kinds[find(default)] = {}
     plain = [kind for kind in kinds if _is_plain_rule(kind)]
     projecting = [kind for kind in kinds if kind.key == "optimizer" and kind not in plain]
-    if plain and projecting:  # "method: galore, optimizer: muon": the rule works inside the subspace
+    joined = [value.split("+") for key in KEYS if isinstance(value := getattr(recipe, key), str)]
+    together = any(plain[0].name in names and projecting[0].name in names for names in joined if plain and projecting)
+    if plain and projecting and not together:  # "method: galore, optimizer: muon": the rule works inside the subspace
         if "rule" not in _fields(projecting[0]):
             raise ValueError(
                 f"{plain[0].name} and {projecting[0].name} cannot be combined: both decide how the weights move"
@@ -201,6 +203,8 @@ def _kinds(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
 def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
     """The same with the recipe's `rank` and `options`, each for the first method that has such a field."""
     kinds = _kinds(recipe)
+    if recipe.rank is not None and "rank" in recipe.options:
+        raise ValueError(f"rank is given twice, as rank={recipe.rank} and among the options; give it once")
     shorthand = {**recipe.options, **({} if recipe.rank is None else {"rank": recipe.rank})}
     for name, value in shorthand.items():
         owner = next((kind for kind in kinds if name in _fields(kind)), None)

@@ -71,7 +71,11 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
             near = difflib.get_close_matches(str(name), config.to_dict(), n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"shape: a configuration of type {config.model_type!r} has no entry {name!r}{hint}")
-        setattr(config, name, value)
+        try:
+            setattr(config, name, value)
+        except Exception as error:  # configuration classes check their fields, each in its way
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise ValueError(f"shape.{name} cannot be {value!r}: {reason}") from None
     return config
 
 
@@ -132,7 +136,7 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     check_positions(model, recipe.sequence_length)
     if found.method.name != "dense":
         convert(model, found.method, targets=recipe.targets, exclude=recipe.exclude)
-    elif found.mover.name == "adamw" and (recipe.targets or recipe.exclude):
+    elif (recipe.targets or recipe.exclude) and not hasattr(found.mover, "rank"):
         raise ValueError(f"{found.title} converts and projects nothing; leave out targets and exclude")
     policy = recipe.checkpoint or found.method.policy
     if recipe.checkpoint_every != 1 and policy in (None, "none"):

@@ -6,7 +6,16 @@ import pytest
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
+import lorank
 from lorank.optim import low_rank_groups
+from lorank.optim.adamw import VectorAdamW
+
+
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    return LlamaForCausalLM(config)
 
 
 def names_of(model: nn.Module, groups: list[dict[str, Any]]) -> dict[int | None, set[str]]:
@@ -18,10 +27,7 @@ def names_of(model: nn.Module, groups: list[dict[str, Any]]) -> dict[int | None,
 
 
 def test_matrices_of_blocks_are_projected_and_nothing_else() -> None:
-    config = LlamaConfig(
-        vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    )
-    model = LlamaForCausalLM(config)
+    model = llama()
     found = names_of(model, low_rank_groups(model, 4))
     projected = {n for n, p in model.named_parameters() if p.ndim == 2 and "layers" in n}
     assert len(projected) == 14
@@ -39,3 +45,25 @@ def test_a_fused_matrix_is_projected_as_the_one_it_is() -> None:
     inside = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
     assert found[4] == {f"transformer.h.0.{name}.weight" for name in inside}
     assert "transformer.wte.weight" in found[None]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("adamw", {"targets": "mlp"}, "adamw projects nothing; leave out targets and exclude"),
+        ("muon", {"exclude": "mlp"}, "muon projects nothing; leave out targets and exclude"),
+        ("galore", {"decay": "al"}, "decay must be 'matrices' or 'all', got 'al'"),
+        ("galore", {"betas": (0.9,)}, r"betas must be 2 values, each a number in \[0, 1\), got \(0.9,\)"),
+        ("switchlora", {}, "switchlora also changes the weights; convert the model with it"),
+        ("cola", {}, "cola does not decide how weights move; use adamw, muon or galore"),
+    ],
+)
+def test_optimizers_refuse_what_they_would_ignore(method: str, settings: dict, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        lorank.optimizer(llama(), method, lr=1e-3, **settings)
+
+
+def test_a_structure_with_its_own_optimizer_may_be_named() -> None:
+    model = lorank.convert(llama(), lorank.SwitchLoRA(rank=2))
+    named, unnamed = (lorank.optimizer(model, method, lr=1e-3) for method in ("switchlora", None))
+    assert type(named) is type(unnamed) is VectorAdamW

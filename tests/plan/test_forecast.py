@@ -13,6 +13,7 @@ from lorank.accelerators import ACCELERATORS, Fleet, find_accelerator
 from lorank.plan import fits, forecast
 from lorank.report import plans
 from lorank.sizes import SIZES
+from lorank.train.methods import methods_of
 from lorank.train.recipe import Recipe
 
 FLEET = Fleet(accelerator=find_accelerator("h100"), devices=8)
@@ -160,6 +161,16 @@ def test_a_recipe_that_would_not_run_is_refused(changes: dict[str, Any], devices
     recipe = Recipe(**{**TINY, "steps": 30, "warmup_steps": 3, **changes})
     with pytest.raises(ValueError, match=said):
         forecast.forecast_recipes({"r.yaml": recipe}, fleet=dataclasses.replace(FLEET, devices=devices))
+
+
+def test_settings_under_a_default_go_to_what_replaces_it() -> None:
+    """``--method dense,galore --set optimizer.update_gap=3``: dense is planned without it."""
+    shape = Recipe(optimizer={"adamw": {"update_gap": 3}}, gradient={"autograd": {"rank": 2}})
+    built = {name: methods_of(forecast.with_method(shape, name)) for name in ("dense", "galore", "cola+eggroll")}
+    assert built["galore"].optimizer.update_gap == 3
+    assert built["cola+eggroll"].gradient.rank == 2
+    assert built["dense"].optimizer.name == built["cola+eggroll"].optimizer.name == "adamw"
+    assert forecast.forecast_all([dataclasses.replace(shape, gradient="autograd", **TINY)], ["galore"], fleet=FLEET)
 
 
 def test_options_go_to_the_methods_that_have_them() -> None:

@@ -28,6 +28,8 @@ def test_entries_of_the_configuration_can_be_changed() -> None:
     assert build(model="gpt2", method="dense", shape={"n_layer": 2}).config.n_layer == 2
     with pytest.raises(ValueError, match="shape: a configuration of type 'gpt2' has no entry 'layers'"):
         build(model="gpt2", shape={"layers": 2})
+    with pytest.raises(ValueError, match="shape.hidden_size cannot be 'abc': .*int"):
+        build(size="60m", shape={"hidden_size": "abc"})
 
 
 def test_a_model_is_a_type_a_file_or_a_folder(tmp_path: Path) -> None:
@@ -79,8 +81,9 @@ def test_checkpoint_every_uses_the_methods_own_policy() -> None:
 
 def test_dense_refuses_what_it_would_ignore() -> None:
     for setting in ({"targets": ["q"]}, {"exclude": ["q"]}):
-        with pytest.raises(ValueError, match="dense converts and projects nothing; leave out targets and exclude"):
-            build(method="dense", **setting)
+        for optimizer in ("adamw", "muon"):
+            with pytest.raises(ValueError, match="dense converts and projects nothing; leave out targets and exclude"):
+                build(method="dense", optimizer=optimizer, **setting)
 
 
 @pytest.mark.parametrize(
