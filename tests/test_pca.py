@@ -351,7 +351,7 @@ IDS = torch.zeros(1, 4, dtype=torch.int64)
             {"data": [IDS.repeat(1, 1000)], "groups": 2},
             "data must be sequences of at most .* tokens, .* got 4000; cut them",
         ),
-        ({"data": [IDS], "groups": 7}, "each of the groups must have one of the blocks 0 to 5"),
+        ({"data": [IDS], "groups": 7}, "each group must contain at least one of the blocks 0 to 5"),
         ({"coefficients": "network"}, "coefficients must be 'table' with Matrix PCA"),
         ({"targets": "o_proj"}, "finds no query or key or value"),
     ],

@@ -69,7 +69,7 @@ def _device() -> str:
     expose_value=False,
     callback=_print_version,
     show_default=False,
-    help="Print the versions of lorank and what it stands on, and exit.",
+    help="Print the versions of lorank and of the packages that it uses, and exit.",
 )
 def cli() -> None:
     """Train language models whose structure is low rank, from the first token on."""

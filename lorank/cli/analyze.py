@@ -10,7 +10,7 @@ from lorank.cli.flags import SETTINGS, of_saved_model
 
 @click.command(context_settings=SETTINGS)
 @click.argument("model")
-@click.option("--data", default="embedded", help="As in pretrain; of embedded and hub data the held-out part is used.")
+@click.option("--data", default="embedded", help="As in pretrain. Of embedded and hub data, the held-out part is used.")
 @click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens per sequence.")
 @click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain.")
 @click.option("--text-column", default="text", help="As in pretrain.")
@@ -20,31 +20,31 @@ from lorank.cli.flags import SETTINGS, of_saved_model
     "--gradient-batches",
     type=click.IntRange(min=0),
     default=1,
-    help="Batches whose mean gradient is looked at; 0: none. Several need room for all gradients, as large as the weights.",
+    help="Batches whose mean gradient is analyzed; 0: none. More than one needs memory for all gradients.",
 )
 @click.option(
     "--memory",
     type=click.FloatRange(0, min_open=True),
     default=None,
     metavar="GIB",
-    help="Room for sums over activations; where they need more, the text is gone through several times.",
+    help="Memory for the sums over activations. If they need more, the text is read several times.",
     show_default="half of what is free",
 )
-@click.option("--alpha", type=float, default=0.95, help="Part of the energy that the effective rank is to hold.")
+@click.option("--alpha", type=float, default=0.95, help="Part of the energy that the effective rank must hold.")
 @click.option(
     "--budget",
     default=None,
     metavar="N",
-    help="Suggest ranks: parameters such as 10M, or a part of the dense ones: 0.5.",
+    help="Suggest ranks for this budget: a number of parameters such as 10M, or a part of the dense ones such as 0.5.",
 )
 @of_saved_model
-@click.option("--out", default=None, help="Folder of what is written.", show_default="runs/analyze-MODEL")
+@click.option("--out", default=None, help="Folder of the results.", show_default="runs/analyze-MODEL")
 def analyze(model: str, out: str | None, **settings: Any) -> None:
-    """How many dimensions MODEL (a run, a folder, a hub name) uses: effective rank of activations, weights, gradients.
+    """Measure how many dimensions MODEL (a run, a folder, a hub name) uses: ranks of activations, weights, gradients.
 
     Writes results.json, analysis.html and, with --budget, suggested.yaml: ranks for `lorank pretrain`. Needs memory for the
-    weights, the activations of a batch, and sums of 8 bytes times the square of each width, within --memory: of a 7B model
-    208 GB at once, or 3 GB for one projection at a time.
+    weights, for the activations of a batch, and for sums of 8 bytes times the square of each width. --memory limits these
+    sums: for a 7B model they need 208 GB at once, or 3 GB for one projection at a time.
     """
     from lorank.cli.console import errors_console, results_console
     from lorank.report.analysis import analysis_page
@@ -67,6 +67,6 @@ def analyze(model: str, out: str | None, **settings: Any) -> None:
         console.print(f"       {loss_line(suggestion)}", highlight=False, soft_wrap=True)
         if refused:
             console.print(
-                f"no recipe, for pretrain cannot train it: {refused}", markup=False, highlight=False, soft_wrap=True
+                f"no recipe, because pretrain cannot train it: {refused}", markup=False, highlight=False, soft_wrap=True
             )
     console.print(f"report: [bold]{folder}/analysis.html[/bold]", highlight=False, soft_wrap=True)

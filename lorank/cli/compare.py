@@ -25,7 +25,7 @@ OWN = {"method": "--method", "seed": "--seeds"}
     "--seeds",
     default="42",
     metavar="N,N...",
-    help="Seeds of each contestant, for initial values and the order of data; several give intervals.",
+    help="Seeds for initial values and the order of data: each contestant runs once per seed. Several give intervals.",
 )
 @click.option(
     "--sweep", multiple=True, metavar="NAME=V,V...", help="Values to try for a setting; each contestant uses its best."
@@ -43,7 +43,7 @@ OWN = {"method": "--method", "seed": "--seeds"}
     "--tasks",
     default="",
     metavar="TASK,TASK...",
-    help="Of lm-evaluation-harness (lorank[eval]), or YAML files in its format.",
+    help="Tasks of lm-evaluation-harness (needs lorank[eval]), or YAML files in its format.",
 )
 @click.option("--out", default="runs/compare", help="Folder of the runs, results.json and report.html.")
 @click.option("--resume", metavar="FOLDER", default=None, help="Continue this comparison exactly as it began.")
@@ -71,9 +71,7 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
         context = click.get_current_context()
         given = [n for n in context.params if n != "resume" and context.get_parameter_source(n) is not source]
         if given:
-            raise ValueError(
-                "--resume continues a comparison exactly as it began, so nothing else can be given with it"
-            )
+            raise ValueError("--resume continues a comparison exactly as it began; leave out all other arguments")
         comparison = Comparison.open(resume)
     else:
         comparison = Comparison.plan(_settings(**asked), out, watcher)

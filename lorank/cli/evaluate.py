@@ -10,7 +10,7 @@ from lorank.cli.flags import SETTINGS, of_saved_model
 
 @click.command(context_settings=SETTINGS)
 @click.argument("model")
-@click.option("--data", default="embedded", help="As in pretrain; of embedded and hub data the held-out part is used.")
+@click.option("--data", default="embedded", help="As in pretrain. Of embedded and hub data, the held-out part is used.")
 @click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens per sequence.")
 @click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain.")
 @click.option("--text-column", default="text", help="As in pretrain.")
@@ -21,7 +21,7 @@ from lorank.cli.flags import SETTINGS, of_saved_model
 @of_saved_model
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
-    """Perplexity of MODEL (a run, a folder, a hub name): unbiased, per byte, and as the published tables compute it."""
+    """Compute the perplexity of MODEL (a run, a folder, a hub name): unbiased, per byte, and as published tables do."""
     from lorank.cli.console import results_console
     from lorank.report.tables import evaluation_table
     from lorank.train.saved import evaluate_folder

@@ -140,7 +140,7 @@ def _bare(kind: Any) -> Any:
 
 def of_saved_model(command: Any) -> Any:
     """Flags for reading a text with a model that was trained on another part of it."""
-    seed = "The run's data_seed, or its seed if it has none: it decides what was held out."
+    seed = "The run's data_seed, or its seed if it has none. It decides which text was held out."
     tokenizer = {"metavar": "NAME", "help": "Folder or hub name, or bytes.", "show_default": "the model's"}
     command = click.option("--tokenizer", default=None, **tokenizer)(command)  # type: ignore[arg-type]
     return click.option("--seed", type=SEED, default=42, help=seed)(command)

@@ -10,12 +10,12 @@ from lorank.cli.flags import SETTINGS
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values instead of tables.")
 def papers(names: tuple[str, ...], as_json: bool, as_csv: bool) -> None:
-    """A paper's published costs, our own count of each, and which do not follow from their formula.
+    """Compare a paper's published costs with our counts, and show which do not follow from its own formulas.
 
-    NAME is a paper or a method; all: every paper. Without it, a list of the papers.
+    NAME is a paper or a method; `all` means every paper. Without NAME, the papers are listed.
     """
     if as_json and as_csv:
-        raise ValueError("--json and --csv exclude each other; give one of them")
+        raise ValueError("give --json or --csv, not both")
     from lorank.cli.console import results_console
     from lorank.papers import PAPERS, find_paper
     from lorank.report import papers as report

@@ -50,15 +50,17 @@ OWN = {"size": "--size", "model": "--model", "method": "--method"}
     "--tokens",
     default=None,
     metavar="N",
-    help="Budget, such as 1.1B.",
+    help="Training tokens, such as 1.1B.",
     show_default="20 per dense parameter, or the recipe's steps",
 )
-@click.option("--accelerator", default="h100", metavar="NAME", help="The device whose time is priced.")
+@click.option(
+    "--accelerator", default="h100", metavar="NAME", help="Device to plan for, for example a100, h200 or rtx-4090."
+)
 @click.option(
     "--devices",
     type=click.IntRange(min=1),
     default=None,
-    help="How many of them, data parallel.",
+    help="Number of devices, data parallel.",
     show_default="8, with recipes 1",
 )
 @click.option(
@@ -91,7 +93,7 @@ def plan(
     as_csv: bool,
     **flags: Any,
 ) -> None:
-    """What training would take: parameters, FLOPs, memory, time, energy and price, method by method.
+    """Count what training would cost: parameters, FLOPs, memory, time, energy and price, method by method.
 
     Each RECIPE, a YAML file or the name of one that comes with lorank, is one row: the run that `lorank pretrain RECIPE`
     makes, with flags that override it as there. Without recipes there is a row for each method at each size or model; an
@@ -99,7 +101,7 @@ def plan(
     seconds.
     """
     if as_json and as_csv:
-        raise ValueError("--json and --csv exclude each other; give one of them")
+        raise ValueError("give --json or --csv, not both")
     if recipes and (sizes or models or methods):
         raise ValueError(
             "a recipe has its own model and method; plan for them separately, or leave out --size, --model and --method"

@@ -17,7 +17,7 @@ from lorank.cli.flags import SETTINGS, changes_of, recipe_flags, recipe_of
 @click.option(
     "--resume", metavar="RUN", default=None, help="Continue this run from its newest checkpoint, exactly as it began."
 )
-@click.option("--dry-run", is_flag=True, help="Print what becomes what, parameters, FLOPs and memory, and stop.")
+@click.option("--dry-run", is_flag=True, help="Print what each layer becomes, parameters, FLOPs and memory, and stop.")
 def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: bool, **flags: Any) -> None:
     """Pre-train a language model from scratch.
 
@@ -30,7 +30,7 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     changes = changes_of(flags)
     if resume and (recipe or out or changes or dry_run):
         other = recipe or ("--out" if out else "--dry-run" if dry_run else f"--{next(iter(changes)).replace('_', '-')}")
-        raise ValueError(f"--resume continues a run exactly as it began, so {other} cannot be given with it")
+        raise ValueError(f"--resume continues a run exactly as it began; leave out {other}")
     settings = None if resume else recipe_of(recipe, flags)
     from lorank.cli.console import results_console
 

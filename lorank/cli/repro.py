@@ -11,10 +11,16 @@ from lorank.cli.flags import SETTINGS
 @click.command(context_settings=SETTINGS)
 @click.argument("name", required=False)
 @click.option(
-    "--out", metavar="DIR", default=None, help="Do the whole run in this folder, or continue it there; then judge it."
+    "--out",
+    metavar="DIR",
+    default=None,
+    help="Do the whole run in this folder, or continue it there, then compare its perplexity with the paper's.",
 )
 @click.option(
-    "--micro-batch-size", type=click.IntRange(min=1), default=None, help="With --out: smaller, to need less memory."
+    "--micro-batch-size",
+    type=click.IntRange(min=1),
+    default=None,
+    help="With --out: a smaller micro-batch than the recipe's, to use less memory.",
 )
 @click.option("--first-steps", is_flag=True, help="The first steps in miniature on a CPU; without NAME, those of all.")
 def repro(name: str | None, out: str | None, micro_batch_size: int | None, first_steps: bool) -> None:

@@ -67,7 +67,7 @@ def perturbed_model(estimate: "Eggroll", members: range) -> Iterator[None]:
     for name, module in estimate.model.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
             raise ValueError(
-                f"{name or 'the model'} normalises over the rows of all members; use eval() or another norm"
+                f"{name or 'the model'} normalises over the rows of all members; call eval() or use another norm"
             )
     watch = None if estimate.watched else _Watch(estimate)
     chunk = _Chunk(estimate, members, watch)
@@ -189,7 +189,8 @@ class _Chunk:
         self.rows = self.rows or x.shape[0]
         if x.shape[0] not in (1, self.rows):
             raise ValueError(
-                f"the model looks up {x.shape[0]} rows for a batch of {self.rows}, so which rows are whose is not known"
+                f"the model looks up {x.shape[0]} rows for a batch of {self.rows}, so it is not known which rows belong to which "
+                "member"
             )
         return x.expand(self.rows, *x.shape[1:])
 

@@ -68,7 +68,7 @@ class VoteOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if closure is not None:
-            raise ValueError("VoteOptimizer evaluates no closure; count the votes before step()")
+            raise ValueError("step() must have no closure with votes; count the votes before step()")
         for group in self.param_groups:
             bound = threshold(group["lr"]) * int(group["pairs"] ** 0.5) * 256 if group["lr"] > 0 else 2**40
             for p in group["params"]:
@@ -118,5 +118,5 @@ class Votes(Method):
 
     def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float]:
         if warmup_steps:
-            raise ValueError(f"warmup_steps must be 0 with votes, whose α only falls, got {warmup_steps}")
+            raise ValueError(f"warmup_steps must be 0 with votes, whose learning rate only falls, got {warmup_steps}")
         return lambda step: falling(step, self.fall)

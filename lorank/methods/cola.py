@@ -80,8 +80,8 @@ class CoLA(Method):
         check_ranks(self.rank, sites)
         if self._drops_original and not any(GATE.search(site.name) for site in sites):
             raise ValueError(
-                f"nonlinearity={self.nonlinearity!r} moves the block's own activation into the projection before it, but the "
-                f"name of no converted projection is known for that; convert it too or use nonlinearity='both'"
+                f"nonlinearity={self.nonlinearity!r} moves the block's activation into the projection before it, but no converted "
+                "projection has a name that lorank knows for it; convert that projection too, or use nonlinearity='both'"
             )
 
     def build(self, site: Site) -> nn.Module:

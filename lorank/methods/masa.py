@@ -143,7 +143,9 @@ class MASA(Method):
                 found[bisect_right(self.groups, site.depth) - 1].append(site)
         if not all(found):
             blocks = f"blocks {stack[0].depth} to {stack[-1].depth} of {stack[0].role}"
-            raise ValueError(f"each of the groups must have one of the {blocks}, got groups={self.groups}; use fewer")
+            raise ValueError(
+                f"each group must contain at least one of the {blocks}, got groups={self.groups}; use fewer groups"
+            )
         return found
 
     def wants(self, site: Site) -> bool:

@@ -146,7 +146,7 @@ class ReLoRA(Method):
             return max(2, math.ceil(low_rank / 4))  # the last one may be shorter
         if low_rank < 2 * self.cycle or low_rank % self.cycle:
             raise ValueError(
-                f"steps minus warm_start must be a multiple of cycle={self.cycle}, at least twice as much, with relora, got "
+                f"steps minus warm_start must be a multiple of cycle={self.cycle} and at least two cycles with relora, got "
                 f"steps={steps} and warm_start={self.warm_start}"
             )
         return self.cycle

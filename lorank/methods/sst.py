@@ -174,7 +174,7 @@ class SST(Method):
         for site in sites:
             if (rank := rank_at(self.rank, site)) > (m := min(site.d_in, site.d_out)):
                 raise ValueError(
-                    f"rank must be at most {m}, the singular values of {site.role}, got {rank}; give a table"
+                    f"rank must be at most {m}, the number of singular values of {site.role}, got {rank}; lower it or use a table"
                 )
 
     def build(self, site: Site) -> nn.Module:

@@ -240,7 +240,7 @@ class SwitchLoRAHook(StepHook):
 
 def _check(optimizer: Optimizer, layers: Mapping[str, SwitchLoRALinear]) -> None:
     if not isinstance(optimizer, VectorAdamW):
-        raise ValueError(f"optimizer must be lorank.optim.VectorAdamW with switchlora, got {type(optimizer).__name__}")
+        raise ValueError(f"optimizer must come from lorank.optimizer with switchlora, got {type(optimizer).__name__}")
     moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for name, layer in layers.items():
         factors = (layer.A.weight, layer.B.weight)

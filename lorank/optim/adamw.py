@@ -35,7 +35,7 @@ class VectorAdamW(Optimizer):
     ):
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
-                raise ValueError(f"{name}={value} is negative or no number; give one >= 0")
+                raise ValueError(f"{name} must be a number of at least 0, got {value}")
         check_betas(betas)
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -83,7 +83,7 @@ class VectorAdamW(Optimizer):
 def check_betas(betas: Iterable[float]) -> None:
     """Raises ValueError if one is not in [0, 1)."""
     if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas={betas} are not both in [0, 1); the usual ones are (0.9, 0.999)")
+        raise ValueError(f"betas must be two numbers in [0, 1), for example (0.9, 0.999), got {betas}")
 
 
 def reset_vectors(optimizer: Optimizer, parameter: Tensor, dim: int, rows: Tensor) -> None:

@@ -219,7 +219,7 @@ class LowRankOptimizer(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         if closure is not None:
-            raise ValueError(f"{self.method.name} evaluates no closure; call backward() before step()")
+            raise ValueError(f"step() must have no closure with {self.method.name}; call backward() before step()")
         if self.in_backward:
             self._collect()
         parameters = [p for group in self.param_groups for p in group["params"]]
@@ -246,7 +246,7 @@ class LowRankOptimizer(Optimizer):
         """Project what no backward pass brought, or none while the parameter was trained."""
         if hasattr(self, "found_inf"):
             raise ValueError(
-                "in_backward=True projects gradients that GradScaler has scaled, and cannot scale them back; "
+                "in_backward must be False with GradScaler, because gradients are projected before they are unscaled; "
                 "train in bfloat16, which needs no scaler, or leave it out"
             )
         _check_alone()  # the processes may have come together since
@@ -318,7 +318,9 @@ class LowRankOptimizer(Optimizer):
 
 def _check_alone() -> None:
     if processes() > 1:
-        raise ValueError("in_backward=True sees the gradient of one process only; leave it out in distributed runs")
+        raise ValueError(
+            "in_backward must be False in distributed runs, because it sees the gradient of one process only"
+        )
 
 
 def _check_type(p: Tensor) -> None:

@@ -96,7 +96,7 @@ class Fira(GaLore):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.in_backward:
-            raise ValueError("in_backward=True frees the gradient whose residual Fira needs; leave it out")
+            raise ValueError("in_backward must be False with fira, whose residual needs the full gradient, got True")
 
     def move(self, stack: Stack, G: Tensor, group: dict[str, Any]) -> Tensor | Product:
         lr, alpha, repo = group["lr"], group["scale"], self.residual == "repo"

@@ -49,7 +49,7 @@ def ranks(
     """
     check_value("rank", rank, Rank)
     if not (layers := linear_layers(model)):
-        raise ValueError("the model's blocks have no linear layer whose gradient could be projected")
+        raise ValueError("the model's blocks have no linear layer whose gradient could be projected; use adamw or muon")
     chosen = choose_sites(layers, targets, exclude)
     check_table(rank, chosen)
     found = {}

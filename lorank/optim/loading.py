@@ -89,8 +89,8 @@ def _check_same(optimizer: "LowRankOptimizer", index: int, ours: dict[str, Any],
             what = f"is not of the rule {ours['rule']!r}"
     if what:
         raise ValueError(
-            f"group {index} of the saved state {what}: it is not of this optimizer ({optimizer.method.name}); make the optimizer "
-            "as it was made for the state"
+            f"group {index} of the saved state {what}, so another optimizer than this {optimizer.method.name} saved it; make the "
+            "optimizer with the settings of the one that was saved"
         )
 
 

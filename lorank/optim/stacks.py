@@ -198,7 +198,9 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
     """
     watched = {p: local(G) for p, G in gradients.items() if G is not None}
     if any(G.is_sparse for G in watched.values()):
-        raise ValueError("a gradient is sparse, which low-rank optimizers cannot use; use nn.Embedding(sparse=False)")
+        raise ValueError(
+            "gradients must be dense with low-rank optimizers, got a sparse one; use nn.Embedding(sparse=False)"
+        )
     if not watched:
         return
     finite = all_finite(torch.stack(_norms(list(watched.values()))), any(isinstance(p, DTensor) for p in watched))

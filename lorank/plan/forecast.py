@@ -209,7 +209,9 @@ def _forecast(recipe: Recipe, fleet: Fleet, tokens: int, is_default: bool, file:
     if fleet.devices > 1 and methods.gradient.answers():
         raise ValueError(f"gradient={methods.gradient.name} runs in one process; use --devices 1")
     if fleet.devices > 1 and getattr(methods.mover, "in_backward", False):
-        raise ValueError("in_backward=true sees the gradient of one process only; use --devices 1, or leave it out")
+        raise ValueError(
+            "in_backward must be false on several devices, because it sees the gradient of one process only; use --devices 1"
+        )
     micro = recipe.micro_batch_size or max(1, recipe.batch_size // fleet.devices)
     recipe = dataclasses.replace(recipe, micro_batch_size=micro)
     _check_batch(recipe, fleet.devices)

@@ -98,7 +98,9 @@ class Comparison:
         except FileNotFoundError:
             raise ValueError(f"{out} holds no comparison to continue: it has no comparison.json") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{out}/comparison.json cannot be read ({error}); start another one with --out") from None
+            raise ValueError(
+                f"{out}/comparison.json cannot be read ({error}); start another comparison with --out"
+            ) from None
 
     @classmethod
     def plan(cls, settings: ComparisonSettings, out: str | Path, watcher: Watcher) -> "Comparison":

@@ -184,7 +184,7 @@ def recorded(reproduction: Reproduction) -> Curve:
         raise ValueError(f"{reproduction.name} has no curve of first steps: {file} cannot be read ({error})") from None
     if curve.text != text_hash():
         raise ValueError(
-            f"this Python prints other calendars than the one that recorded {file.name}, so first steps cannot be compared; use "
+            f"this Python's calendar module prints another text than that of {file.name}, so first steps cannot be compared; use "
             f"Python {curve.versions['python']}"
         )
     return curve

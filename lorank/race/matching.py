@@ -179,7 +179,7 @@ def _widths(config: PretrainedConfig) -> tuple[int, str]:
     mlp = next((name for name in MLP_WIDTHS if hasattr(config, name)), None)
     refused = f"a model of type {config.model_type!r} cannot be made narrower: its configuration"
     if hidden is None or mlp is None or not isinstance(getattr(config, mlp), int | None):
-        raise ValueError(f"{refused} does not name one hidden size and one width of its MLP")
+        raise ValueError(f"{refused} does not have one hidden size and one MLP width")
     for name, value in config.to_dict().items():
         if name.endswith(OTHER_WIDTHS) and name not in (*ALONG, *MLP_WIDTHS) and value:
             raise ValueError(f"{refused} has a width of another kind ({name}={value})")
@@ -235,7 +235,9 @@ def narrow_to_match(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
     whole = build_config(recipe, costs.tokenizer)
     config = choose_width(whole, lambda shape: costs.of(by, recipe, shape), target)
     if _parameter_names(recipe, config) != _parameter_names(recipe, whole):  # a projection between widths, for example
-        raise ValueError(f"a model of type {whole.model_type!r} is another architecture at another width")
+        raise ValueError(
+            f"a model of type {whole.model_type!r} cannot be made narrower: at another width it has other parameters"
+        )
     found = costs.of(by, recipe, config)
     if abs(found - target) > CLOSE * target:
         raise ValueError(f"no width of {title_of(recipe)} has {by}={target:,.0f}; the nearest has {found:,.0f}")

@@ -137,7 +137,7 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     if found.method.name != "dense":
         convert(model, found.method, targets=recipe.targets, exclude=recipe.exclude)
     elif (recipe.targets or recipe.exclude) and not hasattr(found.mover, "rank"):
-        raise ValueError(f"{found.title} converts and projects nothing; leave out targets and exclude")
+        raise ValueError(f"{found.title} converts no layer and projects no gradient; leave out targets and exclude")
     policy = recipe.checkpoint or found.method.policy
     if recipe.checkpoint_every != 1 and policy in (None, "none"):
         raise ValueError(

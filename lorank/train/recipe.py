@@ -59,8 +59,8 @@ class Recipe:
     shape: dict = _setting({}, "Entries of the model's configuration to change, for example hidden_size.", shared=True)
     method: str | dict = _setting(
         "cola",
-        f"What the weights are, or any method by its name: {', '.join(METHODS)}, or of an installed package. Join "
-        "several with +, for example cola+galore.",
+        f"A method by its name, or several joined with +, for example cola+galore. The names are {', '.join(METHODS)}, and "
+        "those of installed packages.",
         everyday=True,
         shared=True,
     )
@@ -75,7 +75,9 @@ class Recipe:
         everyday=True,
     )
     options: dict = _setting(
-        {}, "Further settings of the methods, NAME=VALUE, for example nonlinearity=low-rank.", everyday=True
+        {},
+        "Other settings of the methods, NAME=VALUE, for example nonlinearity=low-rank; may be repeated.",
+        everyday=True,
     )
     targets: list[str] = _setting(
         [], "Regular expression(s): convert (project) only layers whose names match.", everyday=True

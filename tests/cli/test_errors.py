@@ -49,7 +49,7 @@ BAD = {
         ["pretrain", "--set", "shape.hidden_sise=8", "--dry-run"],
         "did you mean 'hidden_size'",
     ),
-    "two formats at once": (["plan", "--json", "--csv"], "exclude each other"),
+    "two formats at once": (["plan", "--json", "--csv"], "give --json or --csv, not both"),
     "a rank beyond reason": (
         [*PLAN, "--rank", "-3"],
         "rank must be a positive integer, a fraction of the width in (0, 1]",

@@ -73,11 +73,11 @@ class Unchanged:
         ),
         (
             {"method": CoLA(nonlinearity="low-rank"), "exclude": "gate_proj"},
-            "the name of no converted projection is known",
+            "no converted projection has a name that lorank knows",
         ),
         (
             {"method": CoLAM(nonlinearity="reduced"), "exclude": "gate_proj"},
-            "the name of no converted projection is known",
+            "no converted projection has a name that lorank knows",
         ),
     ],
 )

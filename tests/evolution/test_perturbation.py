@@ -213,7 +213,7 @@ def test_a_table_is_not_taken_for_the_batch(use: Any, names: str) -> None:
 
 def test_modules_that_mix_rows_are_refused_by_name() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    with pytest.raises(ValueError, match=r"1 normalises over the rows of all members; use eval\(\)"):
+    with pytest.raises(ValueError, match=r"1 normalises over the rows of all members; call eval\(\)"):
         Eggroll(model, population=4, sigma=0.1)(
             lambda members: model(torch.ones(3 * len(members), 4)).view(len(members), -1).sum(1)
         )

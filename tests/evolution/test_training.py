@@ -159,7 +159,7 @@ def test_members_draw_no_dropout_masks(recipe: Any, tmp_path: Path, monkeypatch:
         ("float", {"options": {"group_size": 4}, "batch_size": 3}, "batch_size must be a multiple of the 2 groups"),
         ("float", {"compile": True}, "compile must be false with eggroll: members draw their noise inside each layer"),
         ("float", {"optimizer": {"galore": {"in_backward": True}}}, "in_backward must be false with gradient=eggroll"),
-        ("float", {"targets": ["q_proj"]}, "eggroll converts and projects nothing; leave out targets"),
+        ("float", {"targets": ["q_proj"]}, "eggroll converts no layer and projects no gradient; leave out targets"),
         (
             "float",
             {"optimizer": "votes", "warmup_steps": 0},

@@ -215,7 +215,9 @@ def test_a_block_that_stays_dense_keeps_its_activation(small: Callable[..., Any]
 
 @pytest.mark.parametrize("choice", ["low-rank", "reduced"])
 def test_removing_the_activation_needs_its_projection(choice: str, small: Callable[..., Any]) -> None:
-    with pytest.raises(ValueError, match=f"nonlinearity='{choice}'.*the name of no converted projection is known"):
+    with pytest.raises(
+        ValueError, match=f"nonlinearity='{choice}'.*no converted projection has a name that lorank knows"
+    ):
         convert(small("llama"), CoLA(nonlinearity=choice), targets="self_attn")  # type: ignore[arg-type]
 
 

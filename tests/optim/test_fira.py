@@ -190,7 +190,7 @@ def test_a_transposed_gradient_takes_a_transposed_step() -> None:
         ({"scaling": "row"}, "scaling must be 'column' or 'matrix', got 'row'"),
         ({"projection": "full"}, "projection must be .*, got 'full'"),
         ({"rule": "muon"}, "rule must be 'adamw', got 'muon'"),
-        ({"in_backward": True}, "in_backward=True frees the gradient whose residual Fira needs"),
+        ({"in_backward": True}, "in_backward must be False with fira"),
     ],
 )
 def test_refusals(changes: dict[str, Any], words: str) -> None:

@@ -82,7 +82,7 @@ def test_checkpoint_every_uses_the_methods_own_policy() -> None:
 def test_dense_refuses_what_it_would_ignore() -> None:
     for setting in ({"targets": ["q"]}, {"exclude": ["q"]}):
         for optimizer in ("adamw", "muon"):
-            with pytest.raises(ValueError, match="dense converts and projects nothing; leave out targets and exclude"):
+            with pytest.raises(ValueError, match="dense converts no layer and projects no gradient; leave out targets and exclude"):
                 build(method="dense", optimizer=optimizer, **setting)
 
 

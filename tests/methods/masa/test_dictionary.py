@@ -292,7 +292,7 @@ def test_impossible_settings_are_refused(fields: dict[str, Any], message: str) -
         ({"targets": "mlp"}, {}, "targets must match linear layers of the blocks, got 'mlp'; they are: .*q_proj"),
         ({"exclude": "v_proj"}, {}, "finds no value among .*; choose another variant, targets or architecture"),
         ({"targets": "o_proj"}, {}, "finds no query or key or value among model"),
-        ({}, {"groups": 7}, "each of the groups must have one of the blocks 0 to 5 of .*q_proj, got groups=7"),
+        ({}, {"groups": 7}, "each group must contain at least one of the blocks 0 to 5 of .*q_proj, got groups=7"),
         (
             {},
             {"groups": (0, 3, 6)},

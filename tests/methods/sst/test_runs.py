@@ -136,7 +136,10 @@ def test_settings_that_cannot_be_are_refused(fields: dict[str, Any], message: st
 @pytest.mark.parametrize(
     "rank, message",
     [
-        (17, r"rank must be at most 16, the singular values of model.layers.\*.self_attn.k_proj, got 17; give a table"),
+        (
+            17,
+            r"rank must be at most 16, the number of singular values of model.layers.\*.self_attn.k_proj, got 17; lower it or use a table",
+        ),
         ({"mlp": 0.25}, "must have a pattern for model.layers.0.self_attn.q_proj"),
         ({".*": 0.25, "mlp": 4}, "'mlp' decides nothing"),
     ],
