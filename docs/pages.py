@@ -267,17 +267,17 @@ def cost(names: list[str]) -> str:
 
 
 def published(names: list[str]) -> str:
-    """Figures of papers: perplexities out of the recipes' heads, costs beside ours."""
+    """Figures of papers: perplexities from the recipes' heads, costs next to ours."""
     parts = ["## Published", recipes(names)]
     known = re.findall(r"arXiv\s+(\d{4}\.\d{5})", docstring(names))
     for paper in (name for name in PAPERS if find_paper(name).arxiv in known):
         command = f"lorank papers {paper}"
-        parts.append(f"Published costs beside ours:\n\n```console\n$ {command}\n{printed(command)}\n```")
+        parts.append(f"Published costs next to ours:\n\n```console\n$ {command}\n{printed(command)}\n```")
     return "\n\n".join(parts)
 
 
 def recipes(names: list[str]) -> str:
-    """Commands for the published runs, and what each recipe says of its own."""
+    """Commands for the published runs, and what each recipe says of its settings."""
     found = [path for path, recipe in shipped().items() if uses(recipe, names)]
     found.sort(key=lambda path: list(SIZES).index(shipped()[path].size))
     if not found:

@@ -19,7 +19,7 @@ ROWS: tuple[dict[str, str], ...] = (
     },
     {"plan": "what a run would cost, counted on models without data"},
     {"train": "recipes, data, the trainer, run folders, evaluation and generation"},
-    {"papers": "published costs beside ours"},
+    {"papers": "published costs next to ours"},
     {
         "fit": "from trained dense weights to factors",
         "federated": "means of low-rank updates",

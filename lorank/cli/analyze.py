@@ -40,9 +40,10 @@ from lorank.cli.flags import SETTINGS, of_saved_model
 @of_saved_model
 @click.option("--out", default=None, help="Folder of the results.", show_default="runs/analyze-MODEL")
 def analyze(model: str, out: str | None, **settings: Any) -> None:
-    """Measure how many dimensions MODEL (a run, a folder, a hub name) uses: ranks of activations, weights, gradients.
+    """Measure how many dimensions a model uses.
 
-    Writes results.json, analysis.html and, with --budget, suggested.yaml: ranks for `lorank pretrain`. Needs memory for the
+    MODEL is a run, a folder or a hub name. The command prints the effective ranks of activations, weights and gradients. It
+    writes results.json, analysis.html and, with --budget, suggested.yaml: ranks for `lorank pretrain`. It needs memory for the
     weights, for the activations of a batch, and for sums of 8 bytes times the square of each width. --memory limits these
     sums: for a 7B model they need 208 GB at once, or 3 GB for one projection at a time.
     """

@@ -51,13 +51,16 @@ OWN = {"method": "--method", "seed": "--seeds"}
 def compare(out: str, resume: str | None, **asked: Any) -> None:
     """Train several methods on the same tokens in the same order, and write a report.
 
-    RECIPE and the flags of `lorank pretrain` are what all contestants have in common. A dense model trained by AdamW, one
-    trained by Muon, and a narrower one of the same architecture (dense-small) are added. dense-small has the FLOPs per token
-    of the cheapest method, or if no method saves those, its parameters or memory. If none of these can be matched, there is
-    no dense-small, and the report explains why. Without --lr or --sweep lr=... a method uses the learning rate of its recipe
-    at that --size; dense rows, and methods without a recipe, use the best of three. With --lr methods use that rate, and
-    dense rows the best of it, a third of it and three times it. The same command again, or --resume, continues a comparison
-    that was stopped.
+    RECIPE and the flags of `lorank pretrain` hold for all contestants. Three dense models are added: one trained by AdamW, one
+    trained by Muon, and a narrower one of the same architecture (dense-small). dense-small has the FLOPs per token of the
+    cheapest method or, if no method saves those, its parameters or memory. If none of these can be matched, there is no
+    dense-small, and the report explains why.
+
+    Without --lr or --sweep lr=..., a method uses the learning rate of its recipe at that --size; dense rows, and methods
+    without a recipe, use the best of three rates. With --lr, methods use that rate, and dense rows the best of it, a third of
+    it and three times it.
+
+    The same command again, or --resume, continues a comparison that was stopped.
     """
     from lorank.cli.console import results_console
     from lorank.race.comparison import Comparison

@@ -21,7 +21,10 @@ from lorank.cli.flags import SETTINGS, of_saved_model
 @of_saved_model
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
-    """Compute the perplexity of MODEL (a run, a folder, a hub name): unbiased, per byte, and as published tables do."""
+    """Compute the perplexity of a model, and its bits per byte.
+
+    MODEL is a run, a folder or a hub name. The perplexity is given twice: unbiased, and as the published tables compute it.
+    """
     from lorank.cli.console import results_console
     from lorank.report.tables import evaluation_table
     from lorank.train.saved import evaluate_folder

@@ -18,7 +18,7 @@ from lorank.cli.flags import SEED, SETTINGS
 )
 @click.option("--seed", type=SEED, default=None, help="Makes sampling repeatable.")
 def generate(model: str, **settings: Any) -> None:
-    """Generate text with MODEL (a run, a folder, a hub name)."""
+    """Generate text with a model: MODEL is a run, a folder or a hub name."""
     from lorank.cli.console import results_console
     from lorank.train.generation import generate_text
     from lorank.train.saved import load_model

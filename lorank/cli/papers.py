@@ -10,9 +10,10 @@ from lorank.cli.flags import SETTINGS
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 @click.option("--csv", "as_csv", is_flag=True, help="Print comma-separated values instead of tables.")
 def papers(names: tuple[str, ...], as_json: bool, as_csv: bool) -> None:
-    """Compare a paper's published costs with our counts, and show which do not follow from its own formulas.
+    """Compare a paper's published costs with our counts.
 
-    NAME is a paper or a method; `all` means every paper. Without NAME, the papers are listed.
+    The tables show which figures do not follow from the paper's own formulas. NAME is a paper or a method; `all` means every
+    paper. Without NAME, the papers are listed.
     """
     if as_json and as_csv:
         raise ValueError("give --json or --csv, not both")

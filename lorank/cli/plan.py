@@ -93,12 +93,12 @@ def plan(
     as_csv: bool,
     **flags: Any,
 ) -> None:
-    """Count what training would cost: parameters, FLOPs, memory, time, energy and price, method by method.
+    """Count what training would cost, method by method.
 
-    Each RECIPE, a YAML file or the name of one that comes with lorank, is one row: the run that `lorank pretrain RECIPE`
-    makes, with flags that override it as there. Without recipes there is a row for each method at each size or model; an
-    option goes to the methods that have it. Nothing is trained and no memory is used for the models; a row takes a few
-    seconds.
+    The tables have parameters, FLOPs, memory, time, energy and price. Each RECIPE, a YAML file or the name of one that comes
+    with lorank, gives one row: the cost of `lorank pretrain RECIPE`. Flags override the recipe as they do there. Without
+    recipes there is a row for each method at each size or model, and --option applies to the methods that have the setting.
+    Nothing is trained and no weights are allocated; a row needs a few seconds.
     """
     if as_json and as_csv:
         raise ValueError("give --json or --csv, not both")

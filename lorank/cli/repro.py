@@ -24,11 +24,12 @@ from lorank.cli.flags import SETTINGS
 )
 @click.option("--first-steps", is_flag=True, help="The first steps in miniature on a CPU; without NAME, those of all.")
 def repro(name: str | None, out: str | None, micro_batch_size: int | None, first_steps: bool) -> None:
-    """Reproduce a published run: NAME is 60m-cola, 60m-galore, ...; without it, a list of them.
+    """Reproduce a published run: NAME is 60m-cola, 60m-galore, ... Without NAME, the runs are listed.
 
-    With --out, C4 is streamed from the hub, and the final perplexity is compared with the paper's. --first-steps needs
-    seconds: the recipe on a model and a text small enough for any CPU, compared with a recorded curve. The exit code is 1 for
-    a result outside the tolerance. With NAME alone: the settings, what the run needs, and what is expected.
+    With NAME alone, the command prints the settings, what the run needs, and what is expected. With --out, it does the whole
+    run: C4 is streamed from the hub, and the final perplexity is compared with the paper's. With --first-steps, it trains the
+    recipe for seconds on a small model and text, and compares the losses with a recorded curve. The exit code is 1 for a
+    result outside the tolerance.
     """
     if out is None and micro_batch_size is not None:
         raise ValueError("--micro-batch-size is for a whole run; give it with --out")

@@ -56,9 +56,11 @@ PUBLISHED = {
         "another initialisation, and an unknown learning rate",
     ),
     "60m-crnet": Published(
-        32.76, IN_PART, "CR-Net, 2509.18993", "as notes on the paper have it; most settings are not known"
+        32.76, IN_PART, "CR-Net, 2509.18993", "taken from notes on the paper; most settings are not known"
     ),
-    "60m-sltrain": Published(34.15, IN_FULL, "SLTrain, 2406.02214", "quoted from memory of the paper"),
+    "60m-sltrain": Published(
+        34.15, IN_FULL, "SLTrain, 2406.02214", "quoted from memory, not checked against the paper"
+    ),
     "60m-relora": Published(37.04, IN_PART, "GaLore, 2403.03507", "learning rate, clip and cycle are not known"),
     "60m-switchlora": Published(None, None, "SwitchLoRA, 2406.06564", "publishes no 60M"),
     "60m-sst": Published(None, None, "SST, 2405.15481", "publishes no 60M"),

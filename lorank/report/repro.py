@@ -34,7 +34,7 @@ def list_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
         "",
         "Tokens include padding. Perplexities are the papers', on C4 by their own evaluator; none was reproduced here. "
         f"Within {_band(min(tolerances))}: the paper gives all settings, and groups that report the same baseline differ by up to 3.3 %. "
-        f"Within {_band(max(tolerances))}: it does not, and a wrong learning rate costs about that much.",
+        f"Within {_band(max(tolerances))}: it does not give all, and a wrong learning rate costs about that much.",
         "",
         "lorank repro NAME shows one, --out DIR runs it, --first-steps tries it in seconds on a CPU.",
     )
@@ -54,7 +54,7 @@ def card(one: Mapping[str, Any]) -> RenderableType:
         "",
         f"needs: a GPU with {one['peak_bytes'] / 2**30:.0f} GiB (calculated; less with --micro-batch-size below "
         f"{one['micro_batch_size']}), the hub for C4 and the tokenizer, and {one['flops']:.2g} FLOPs: {one['hours']:.1f} h on "
-        f"{one['accelerator']} at 40 % of its peak, which so small a model does not reach",
+        f"{one['accelerator']} at 40 % of its peak, which a model of this size does not reach",
         f"expected: {expectation(one)}",
         f"run it: lorank repro {one['name']} --out runs/{one['name']}",
     )
