@@ -62,6 +62,8 @@ __all__ = sorted(["METHODS", "register", *_HOME])
 
 
 def __getattr__(name: str) -> object:
+    if name == "Parametrization":
+        raise ImportError("lorank.Parametrization is lorank.Method since version 0.2")
     if name not in _HOME:
         raise AttributeError(f"module 'lorank' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

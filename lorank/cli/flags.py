@@ -80,7 +80,8 @@ class Assignments(click.Option):
         if name in self.own:
             return self.own[name]
         if name in field_types(Recipe):
-            return f"--set {name}={'true' if field_types(Recipe)[name] is bool else 'VALUE'}"
+            kind = field_types(Recipe)[name]
+            return f"--set {name}.NAME=VALUE" if kind is dict else f"--set {name}={'true' if kind is bool else 'VALUE'}"
         return f"--set {plain}=false" if plain != name and plain in field_types(Recipe) else None
 
 

@@ -15,7 +15,23 @@ _HOME = {"LowRankOptimizer": "driver", "VectorAdamW": "adamw", "low_rank_groups"
 __all__ = ["LowRankOptimizer", "VectorAdamW", "low_rank_groups"]
 
 
+_RENAMED = {
+    "GaLoreAdamW": "lorank.GaLore(...).optimizer",
+    "FiraAdamW": "lorank.Fira(...).optimizer",
+    "DCTAdamW": "lorank.DCTAdamW(...).optimizer",
+    "Trion": "lorank.Trion(...).optimizer",
+    "MuonAdamW": "lorank.Muon().optimizer",
+    "Subspace": "lorank.GaLore(rule=...).optimizer",
+    "Eggroll": "lorank.evolution.eggroll.Eggroll",
+    "IntegerEggroll": "lorank.evolution.integers.IntegerEggroll",
+    "Votes": "lorank.evolution.votes.VoteOptimizer",
+}
+"""Names of version 0.1 and what took their place."""
+
+
 def __getattr__(name: str) -> object:
+    if name in _RENAMED:
+        raise ImportError(f"lorank.optim.{name} is {_RENAMED[name]} since version 0.2")
     if name not in _HOME:
         raise AttributeError(f"module 'lorank.optim' has no attribute {name!r}")
     return getattr(importlib.import_module(f"lorank.optim.{_HOME[name]}"), name)

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lorank.fields import field_types, fits
 from lorank.method import Method, check_combination, warmup_cosine
 from lorank.optim.groups import plain_groups
 from lorank.table import find
@@ -166,6 +167,8 @@ def _named(recipe: Recipe) -> dict[str, dict[str, Any]]:
     for key in KEYS:
         value = getattr(recipe, key)
         entries = {name: {} for name in value.split("+")} if isinstance(value, str) else value
+        if not entries:
+            raise ValueError(f"{key} must name a method, got an empty mapping")
         for name, options in entries.items():
             if not isinstance(options, Mapping):
                 raise ValueError(f"{key}.{name} must be settings {{NAME: VALUE}}, got {options!r}")
@@ -190,7 +193,8 @@ def _kinds(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
     joined = [value.split("+") for key in KEYS if isinstance(value := getattr(recipe, key), str)]
     together = any(plain[0].name in names and projecting[0].name in names for names in joined if plain and projecting)
     if plain and projecting and not together:  # "method: galore, optimizer: muon": the rule works inside the subspace
-        if "rule" not in _fields(projecting[0]):
+        rules = field_types(projecting[0]).get("rule")
+        if rules is None or not fits(plain[0].name, rules):
             raise ValueError(
                 f"{plain[0].name} and {projecting[0].name} cannot be combined: both decide how the weights move"
             )

@@ -55,7 +55,7 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
         config = _read_config(recipe.model)
     if getattr(config, "lorank", None) is not None:
         raise ValueError(
-            f"model={recipe.model!r} is already converted ({config.lorank['method']}); name its dense shape"
+            f"model={recipe.model!r} is already converted ({config.lorank['method']}); give the dense model it was made from"
         )
     config.vocab_size = vocab_size
     config.use_cache = False
@@ -98,7 +98,9 @@ def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     """
     now = getattr(config, "num_hidden_layers", None)
     if not isinstance(now, int):
-        raise ValueError(f"a configuration of type {config.model_type!r} has no number of layers that can be set")
+        raise ValueError(
+            f"the number of layers of a {config.model_type!r} model cannot be changed: it has no num_hidden_layers"
+        )
     config = copy.deepcopy(config)
     for name, value in vars(config).items():
         if isinstance(value, list) and len(value) == now:
@@ -119,7 +121,9 @@ def _read_config(name: str) -> PretrainedConfig:
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         # a field that a configuration class refuses appears in the last line, all else in the first
         reason = str(error).strip().splitlines()[-1 if isinstance(error, StrictDataclassError) else 0]
-        raise ValueError(f"model={name!r} gives no configuration of transformers: {reason.strip()}") from None
+        raise ValueError(
+            f"model={name!r} could not be read as a configuration of transformers: {reason.strip()}"
+        ) from None
 
 
 def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
@@ -217,5 +221,5 @@ def check_causal(model: PreTrainedModel) -> None:
         raise ValueError(f"a model of type {kind!r} gives numbers that are not finite on any text; it has diverged")
     if influence[:, -1].any():
         raise ValueError(
-            f"model type {kind!r} sees tokens that are still to come, so its perplexity would mean nothing; take a decoder"
+            f"model type {kind!r} sees the tokens it should predict, so its perplexity would mean nothing; use a decoder"
         )

@@ -102,6 +102,11 @@ def test_written_out_it_means_the_same_at_any_size(name: str) -> None:
         ({"options": {"activation": "x"}}, "cola: activation must be 'silu', 'gelu' or 'relu', got 'x'"),
         ({"method": "galore", "options": {"update_gap": 0}}, "galore: update_gap must be a positive integer, got 0"),
         ({"method": "cola+relora"}, "cola and relora cannot be combined: both decide what the weights are"),
+        (
+            {"method": "fira", "optimizer": "adafactor"},
+            "adafactor and fira cannot be combined: both decide how the weights",
+        ),
+        ({"method": {}}, "method must name a method, got an empty mapping"),
         ({"method": "cola+muon+galore"}, "muon and galore cannot be combined: both decide how the weights move"),
         ({"rank": 4, "options": {"rank": 5}}, "rank is given twice, as rank=4 and among the options; give it once"),
         ({"method": "galore+fira"}, "galore and fira cannot be combined: both decide how the weights move"),

@@ -82,7 +82,9 @@ def test_checkpoint_every_uses_the_methods_own_policy() -> None:
 def test_dense_refuses_what_it_would_ignore() -> None:
     for setting in ({"targets": ["q"]}, {"exclude": ["q"]}):
         for optimizer in ("adamw", "muon"):
-            with pytest.raises(ValueError, match="dense converts no layer and projects no gradient; leave out targets and exclude"):
+            with pytest.raises(
+                ValueError, match="dense converts no layer and projects no gradient; leave out targets and exclude"
+            ):
                 build(method="dense", optimizer=optimizer, **setting)
 
 
@@ -122,7 +124,7 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
         "intermediate_size": 64,
     }
     model = BertLMHeadModel(BertConfig(**shape))
-    with pytest.raises(ValueError, match="'bert' sees tokens that are still to come"):
+    with pytest.raises(ValueError, match="'bert' sees the tokens it should predict"):
         check_causal(model.train())
     assert model.training
     check_causal(BertLMHeadModel(BertConfig(**shape, is_decoder=True)))
