@@ -237,7 +237,7 @@ def test_refusals(options: dict[str, Any], words: str) -> None:
 
 def test_a_run_of_broken_cycles_is_refused() -> None:
     method = ReLoRA(rank=4, cycle=4, restart_warmup_steps=1)
-    with pytest.raises(ValueError, match="must be a multiple of cycle=4, .* got steps=10 and warm_start=0"):
+    with pytest.raises(ValueError, match="must be a multiple of cycle=4 and .* got steps=10 and warm_start=0"):
         method.schedule(10, 1, 0.1)
     with pytest.raises(ValueError, match="warmup_steps must be at most cycle=4 with relora, got 5"):
         method.schedule(8, 5, 0.1)

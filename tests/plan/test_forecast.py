@@ -152,7 +152,7 @@ def test_a_recipe_is_the_run_that_it_makes() -> None:
         (
             {"method": "galore", "rank": 64, "options": {"in_backward": True}},
             2,
-            r"r\.yaml: in_backward=true sees .* use --devices 1",
+            r"r\.yaml: in_backward must be false on several devices.* use --devices 1",
         ),
         ({"micro_batch_size": None, "batch_size": 3}, 2, "batch_size must be a multiple of 2, 2 devices"),
     ],

@@ -42,7 +42,7 @@ BAD = {
         "stagger must be",
     ),
     "option of no optimizer": (["--method", "fira", "--for", "fira", "option.gap=3"], "fira has no setting 'gap'"),
-    "an optimizer of its own": (["--method", "fira", "--for", "fira", "optimizer=muon"], "fira: rule must be 'adamw', got 'muon'"),
+    "an optimizer of its own": (["--method", "fira", "--for", "fira", "optimizer=muon"], "muon and fira cannot be combined: both decide how the weights move"),
     "few sequences": (["--method", "cola", "--batch-size", "4000"], "give more text or a smaller batch"),
     "harness missing": (["--method", "cola", "--tasks", "arc_easy"], "pip install 'lorank[eval]'"),
 }  # fmt: skip
