@@ -20,12 +20,12 @@ from unittest import mock
 
 from transformers.utils import logging
 
+from lorank.comparison import first_steps, repro
+from lorank.comparison.contestants import dense_twin
+from lorank.comparison.matching import is_dense
 from lorank.methods.relora import ReLoRAHook
 from lorank.methods.sst import Resampling
 from lorank.methods.switchlora import SwitchLoRAHook
-from lorank.race import first_steps, repro
-from lorank.race.contestants import dense_twin
-from lorank.race.matching import is_dense
 from lorank.train.folder import write_whole
 from lorank.train.methods import title_of
 from lorank.train.recipe import Recipe

@@ -23,9 +23,9 @@ import rooms
 from click.testing import CliRunner
 
 from lorank.cli import cli
+from lorank.comparison import repro
+from lorank.comparison.first_steps import tolerance_of
 from lorank.papers import PAPERS, find_paper
-from lorank.race import repro
-from lorank.race.first_steps import tolerance_of
 from lorank.report.repro import expectation
 from lorank.sizes import SIZES
 from lorank.table import METHODS, find

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 ROWS: tuple[dict[str, str], ...] = (
     {"cli": "commands, flags, and errors as one sentence"},
     {
-        "race": "several methods on the same tokens, and published runs repeated",
+        "comparison": "several methods on the same tokens, and published runs repeated",
         "report": "dictionaries in, pictures and text out",
     },
     {"plan": "what a run would cost, counted on models without data"},
@@ -70,7 +70,7 @@ BY_NAME = ("lorank", "lorank.table", "lorank.optim", "lorank.papers")
 """Modules that import others by a name in a table."""
 EXTRAS = ("bitsandbytes", "lm_eval")
 """Packages that may be missing, so that only a function can import them."""
-DATA_ONLY = ("train", "plan", "race")
+DATA_ONLY = ("train", "plan", "comparison")
 """Rooms of which `report` may import names for annotations, and nothing else."""
 LONGEST, LONGEST_PAPER = 400, 250
 PAPERS = ("methods", "optim", "adapters", "fit", "federated")

@@ -72,6 +72,14 @@ def method_names(key: str | None = None) -> list[str]:
     return [name for name in names if key is None or find(name).key == key]
 
 
+def names_joined(text: str) -> list[str]:
+    """The names in "cola+galore"; ValueError for one that is empty or stands there twice."""
+    names = text.split("+")
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"a method must be a name, or different names joined by '+', got {text!r}")
+    return names
+
+
 def find(name: str) -> "type[Method]":
     """The class of a method; ValueError that lists the known names and the nearest one if there is none."""
     found = _registered.get(name) or _known(name)

@@ -232,8 +232,8 @@ RUN_WITH = {
 }
 """What is added to the commands of the quick start to make them short."""
 ELSEWHERE = {
-    "demo": "tests/race/test_demo.py",
-    "compare": "tests/race/test_compare_command.py",
+    "demo": "tests/comparison/test_demo.py",
+    "compare": "tests/comparison/test_compare_command.py",
     "plan": "tests/plan/test_forecast.py",
     "papers": "tests/test_papers.py",
 }

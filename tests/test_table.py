@@ -1,12 +1,13 @@
 """The one table of names, and the names that the package offers."""
 
+import re
 from importlib.metadata import EntryPoint
 
 import pytest
 
 import lorank
 import lorank.optim
-from lorank.table import METHODS, find, method_names
+from lorank.table import METHODS, find, method_names, names_joined
 
 
 def test_the_package_offers_what_it_lists_and_nothing_else() -> None:
@@ -51,3 +52,10 @@ def test_methods_of_other_packages_join_by_entry_point(monkeypatch: pytest.Monke
     assert method_names() == [*METHODS, "theirs"]
     assert find("theirs") is lorank.LowRank
     assert find("cola") is lorank.CoLA
+
+
+@pytest.mark.parametrize("text", ["cola+", "+", "", "cola++galore", "cola+cola"])
+def test_joined_names_must_be_names_and_differ(text: str) -> None:
+    assert names_joined("cola+galore") == ["cola", "galore"]
+    with pytest.raises(ValueError, match=f"a method must be a name, .* got '{re.escape(text)}'"):
+        names_joined(text)

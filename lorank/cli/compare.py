@@ -63,7 +63,7 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
     The same command again, or --resume, continues a comparison that was stopped.
     """
     from lorank.cli.console import results_console
-    from lorank.race.comparison import Comparison
+    from lorank.comparison.runner import Comparison
     from lorank.report.comparison import comparison_table
     from lorank.report.progress import ComparisonProgress
 
@@ -101,7 +101,7 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
 
 def _report(comparison: Any, *, whole: bool) -> dict[str, Any]:
     """Write results.json and report.html, and return the results."""
-    from lorank.race.results import write_results
+    from lorank.comparison.results import write_results
     from lorank.report.comparison import comparison_page
     from lorank.train.folder import write_whole
 
@@ -123,7 +123,7 @@ def _settings(
     """What `lorank compare` was asked for."""
     import yaml
 
-    from lorank.race.settings import ComparisonSettings, parse_values
+    from lorank.comparison.settings import ComparisonSettings, parse_values
     from lorank.train.recipe import recipe_path
 
     base = recipe_of(recipe, flags, own=OWN)

@@ -19,7 +19,7 @@ from lorank.cli.flags import SETTINGS
 def demo(out: str, steps: int | None) -> None:
     """Pre-train CoLA and its dense twin on Python's standard library, and compare them."""
     from lorank.cli.console import results_console
-    from lorank.race.demo import run_demo
+    from lorank.comparison.demo import run_demo
     from lorank.report.curves import curves_svg
     from lorank.report.markup import visible
     from lorank.report.progress import ComparisonProgress

@@ -38,7 +38,7 @@ def repro(name: str | None, out: str | None, micro_batch_size: int | None, first
             f"--out needs a NAME and excludes --first-steps, for example: lorank repro {name or '60m-cola'} --out {out}"
         )
     from lorank.cli.console import results_console
-    from lorank.race import repro as library
+    from lorank.comparison import repro as library
     from lorank.report import repro as report
 
     console = results_console()
@@ -54,7 +54,7 @@ def repro(name: str | None, out: str | None, micro_batch_size: int | None, first
 
 def _whole_run(console: Any, name: str, out: str, micro_batch_size: int | None) -> NoReturn:
     """Run, print and judge a whole reproduction."""
-    from lorank.race.repro import reproduce
+    from lorank.comparison.repro import reproduce
     from lorank.report.progress import TerminalProgress
     from lorank.report.repro import outcome_table
 
@@ -73,7 +73,7 @@ def _whole_run(console: Any, name: str, out: str, micro_batch_size: int | None) 
 def _first_steps(console: Any, one: Any, details: bool) -> bool:
     """Run, print and judge one miniature."""
     from lorank.cli.console import errors_console
-    from lorank.race import first_steps
+    from lorank.comparison import first_steps
     from lorank.report import repro as report
 
     with errors_console().status(f"{one.name}: {first_steps.STEPS} steps"):

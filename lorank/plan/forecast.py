@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from lorank import accounting
 from lorank.accelerators import Fleet, Run
 from lorank.plan.counts import Counts, count
-from lorank.table import find
+from lorank.table import find, names_joined
 from lorank.train.methods import methods_of, rank_of, schedule_of, settings_of, title_of
 from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
@@ -241,7 +241,7 @@ def with_method(shape: Recipe, method: str) -> Recipe:
 
 def _kept_keys(shape: Recipe, method: str) -> dict[str, Any]:
     """The keys beside `method`. Settings under a default, such as optimizer.update_gap, stay if the method replaces it."""
-    replaced = {find(name).key for name in method.split("+")}
+    replaced = {find(name).key for name in names_joined(method)}
     defaults = {"optimizer": "adamw", "gradient": "autograd"}
     given = {key: getattr(shape, key) for key in defaults}
     return {

@@ -1,6 +1,6 @@
 """A comparison for its reader: report.html, one file with everything in it, and a table for the terminal.
 
-Both show the dictionary of results.json (`lorank.race.results`). The page suits any browser, a telephone, day and night.
+Both show the dictionary of results.json (`lorank.comparison.results`). The page suits any browser, a telephone, day and night.
 """
 
 import math

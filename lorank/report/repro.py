@@ -1,6 +1,6 @@
 """Reproductions on the terminal: which there are, what one needs and expects, and how it came out.
 
-Everything shown is a dictionary of `lorank.race.repro` or `lorank.race.first_steps`.
+Everything shown is a dictionary of `lorank.comparison.repro` or `lorank.comparison.first_steps`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -64,7 +64,7 @@ def expectation(published: Mapping[str, Any]) -> str:
     """What is published, by whom, and how near to it a run should come."""
     perplexity, tolerance, source, remark = (published[n] for n in ("perplexity", "tolerance", "source", "remark"))
     if perplexity is None:
-        return f"nothing is published at this size on C4: {source} {remark}"
+        return f"unknown; {source} {remark}"
     judged = f"to be reached within {_band(tolerance)}" if tolerance else "for orientation, not to be reached"
     return f"perplexity {perplexity} ({source}), {judged}{f': {remark}' if remark else ''}"
 

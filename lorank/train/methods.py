@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from lorank.fields import field_types, fits
 from lorank.method import Method, check_combination, warmup_cosine
 from lorank.optim.groups import plain_groups
-from lorank.table import find
+from lorank.table import find, names_joined
 from lorank.train.recipe import Recipe
 
 KEYS = ("method", "optimizer", "gradient")
@@ -166,7 +166,7 @@ def _named(recipe: Recipe) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for key in KEYS:
         value = getattr(recipe, key)
-        entries = {name: {} for name in value.split("+")} if isinstance(value, str) else value
+        entries = {name: {} for name in names_joined(value)} if isinstance(value, str) else value
         if not entries:
             raise ValueError(f"{key} must name a method, got an empty mapping")
         for name, options in entries.items():

@@ -24,7 +24,7 @@ from lorank.fields import (
     check_value,
     field_types,
 )
-from lorank.table import METHODS
+from lorank.table import METHODS, names_joined
 
 Seed = Annotated[int, Bounds(least=0, below=2**32)]
 KEYS = ("method", "optimizer", "gradient")
@@ -190,7 +190,10 @@ class Recipe:
         for name in settings:
             if name not in types:
                 near = difflib.get_close_matches(str(name), types, n=1)
-                raise ValueError(f"unknown setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+                hint = f"; did you mean {near[0]!r}?" if near else ""
+                if name in METHODS:
+                    hint = "; a method's own setting is written method.NAME, optimizer.NAME or gradient.NAME"
+                raise ValueError(f"unknown setting {name!r}{hint}")
         return cls(**{name: _coerce(value, types[name]) for name, value in _renamed(settings).items()})
 
     def but(self, changes: Mapping[str, Any]) -> Self:
@@ -207,7 +210,7 @@ class Recipe:
                 settings[name] = value
             elif head in KEYS:
                 given = settings[head]
-                given = given if isinstance(given, dict) else {each: {} for each in given.split("+")}
+                given = given if isinstance(given, dict) else {each: {} for each in names_joined(given)}
                 first = next(iter(given))
                 settings[head] = {**given, first: {**given[first], entry: value}}
             elif isinstance(settings.setdefault(head, {}), dict):

@@ -241,7 +241,7 @@ def test_loading_without_having_named_the_model(tmp_path: Path, fresh_python: An
     assert fresh_python(program, str(tmp_path)).split()[-1] == "EggForCausalLM"
 
 
-def test_the_loss_is_that_of_its_logits_and_right_padding_is_masked(egg: Any) -> None:
+def test_loss_is_that_of_its_logits_and_padding_is_masked(egg: Any) -> None:
     model = egg()
     ids = torch.tensor([IDS, IDS])
     labels = ids.clone()
@@ -288,7 +288,7 @@ def noise_key(estimate: IntegerEggroll, p: nn.Parameter) -> Tensor:
     return torch.cat(estimate.factors(p, range(4)), dim=1)
 
 
-def test_noise_is_int8_new_in_each_epoch_and_back_when_the_epoch_is(egg: Any) -> None:
+def test_noise_is_int8_and_depends_on_the_epoch_only(egg: Any) -> None:
     model = egg(16)
     estimate = IntegerEggroll(model, population=8)
     first = noise_key(estimate, model.head)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 import lorank
-from lorank.race.comparison import PROBE_STEPS, Comparison, Run
-from lorank.race.contestants import Candidate, Contestant
-from lorank.race.settings import STRUCTURAL
-from lorank.race.spectra import learned_spectra
-from lorank.race.statistics import LEVEL, mean_interval
-from lorank.race.tasks import run_tasks
+from lorank.comparison.contestants import Candidate, Contestant
+from lorank.comparison.runner import PROBE_STEPS, Comparison, Run
+from lorank.comparison.settings import STRUCTURAL
+from lorank.comparison.spectra import learned_spectra
+from lorank.comparison.statistics import LEVEL, mean_interval
+from lorank.comparison.tasks import run_tasks
 from lorank.train.folder import history, write_whole
 
 CLOSE_ENOUGH = 0.03

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from lorank import accounting
+from lorank.comparison import first_steps, repro
+from lorank.comparison.first_steps import RECORDED, STEPS, TOLERANCE, WIDER, WIDTH, Curve
 from lorank.methods.relora import ReLoRAHook
 from lorank.methods.sst import Resampling
 from lorank.methods.switchlora import SwitchLoRAHook
-from lorank.race import first_steps, repro
-from lorank.race.first_steps import RECORDED, STEPS, TOLERANCE, WIDER, WIDTH, Curve
 from lorank.train import run
 from lorank.train.data import sources
 from lorank.train.folder import history

@@ -12,12 +12,12 @@ import psutil
 import pytest
 import torch
 
-from lorank.race import comparison as module
-from lorank.race.comparison import LOCK, Comparison
-from lorank.race.contestants import plan_contestants
-from lorank.race.matching import Costs
-from lorank.race.process import PretrainProcess
-from lorank.race.settings import ComparisonSettings
+from lorank.comparison import runner as module
+from lorank.comparison.contestants import plan_contestants
+from lorank.comparison.matching import Costs
+from lorank.comparison.process import PretrainProcess
+from lorank.comparison.runner import LOCK, Comparison
+from lorank.comparison.settings import ComparisonSettings
 from lorank.train import data
 from lorank.train.folder import history
 from lorank.train.recipe import Recipe

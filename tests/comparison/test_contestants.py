@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from lorank.race.comparison import Comparison
-from lorank.race.contestants import CONTROL, candidates_of, find_contestants, plan_contestants
-from lorank.race.matching import CLOSE, Costs
-from lorank.race.results import gather
-from lorank.race.settings import ComparisonSettings, slug
+from lorank.comparison.contestants import CONTROL, candidates_of, find_contestants, plan_contestants
+from lorank.comparison.matching import CLOSE, Costs
+from lorank.comparison.results import gather
+from lorank.comparison.runner import Comparison
+from lorank.comparison.settings import ComparisonSettings, slug
 from lorank.train.data import load_tokenizer
 from lorank.train.methods import title_of
 from lorank.train.model import build_config

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 import lorank
 from lorank import accounting
-from lorank.race import repro
+from lorank.comparison import repro
 from lorank.train import run
 from lorank.train.recipe import Recipe, recipes_folder
 

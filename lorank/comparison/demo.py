@@ -10,8 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lorank.race.comparison import Watcher
-from lorank.race.process import PretrainProcess, begun, stop_on_signal
+from lorank.comparison.process import PretrainProcess, begun, stop_on_signal
+from lorank.comparison.runner import Watcher
 from lorank.train.folder import history
 from lorank.train.recipe import Recipe
 

@@ -1,7 +1,7 @@
 """A comparison in its folder: the same tokens in the same order, the same evaluation, each run in a separate process.
 
 OUT/comparison.json        what was asked for, and the plan: contestants, candidates, what was matched
-OUT/runs/NAME/SETTINGS/seed-N/   a run of `lorank pretrain` each; see `lorank.race.process`
+OUT/runs/NAME/SETTINGS/seed-N/   a run of `lorank pretrain` each; see `lorank.comparison.process`
 OUT/models/NAME/           shapes of the narrower dense models
 OUT/.lock                  held by the process that plans or runs the comparison
 OUT/failed.json            run -> why it failed; tried again when the comparison is continued
@@ -24,11 +24,11 @@ from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
-from lorank.race.contestants import Candidate, Contestant, find_contestants, plan_contestants
-from lorank.race.matching import Costs
-from lorank.race.process import PretrainProcess, begun, stop_on_signal
-from lorank.race.settings import ComparisonSettings, slug
-from lorank.race.tasks import check_tasks, is_file
+from lorank.comparison.contestants import Candidate, Contestant, find_contestants, plan_contestants
+from lorank.comparison.matching import Costs
+from lorank.comparison.process import PretrainProcess, begun, stop_on_signal
+from lorank.comparison.settings import ComparisonSettings, slug
+from lorank.comparison.tasks import check_tasks, is_file
 from lorank.train import data
 from lorank.train.folder import absolute, write_whole
 from lorank.train.model import build_config

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lorank.race.comparison import Comparison
-from lorank.race.results import _baseline_rank, _clock, _mismatches, write_results
-from lorank.race.settings import ComparisonSettings
+from lorank.comparison.results import _baseline_rank, _clock, _mismatches, write_results
+from lorank.comparison.runner import Comparison
+from lorank.comparison.settings import ComparisonSettings
 from lorank.report.comparison import comparison_page, comparison_table
 from lorank.train.recipe import Recipe
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from lorank.race import comparison as module
-from lorank.race.comparison import Comparison
-from lorank.race.matching import Costs
-from lorank.race.process import PretrainProcess
-from lorank.race.results import write_results
-from lorank.race.settings import ComparisonSettings
+from lorank.comparison import runner as module
+from lorank.comparison.matching import Costs
+from lorank.comparison.process import PretrainProcess
+from lorank.comparison.results import write_results
+from lorank.comparison.runner import Comparison
+from lorank.comparison.settings import ComparisonSettings
 from lorank.train import data
 from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain

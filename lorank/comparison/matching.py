@@ -26,9 +26,9 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorank import accounting
+from lorank.comparison.process import signals_later
 from lorank.conversion import method_of
 from lorank.plan.counts import memory, optimizer_flops
-from lorank.race.process import signals_later
 from lorank.train.build import build_estimator
 from lorank.train.methods import methods_of, optimizer_groups, title_of, written_out
 from lorank.train.model import build_config, build_model

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from lorank.race.comparison import Comparison
-from lorank.race.contestants import plan_contestants
-from lorank.race.matching import CLOSE, Costs, narrow_to_match
-from lorank.race.results import gather
-from lorank.race.settings import ComparisonSettings
+from lorank.comparison.contestants import plan_contestants
+from lorank.comparison.matching import CLOSE, Costs, narrow_to_match
+from lorank.comparison.results import gather
+from lorank.comparison.runner import Comparison
+from lorank.comparison.settings import ComparisonSettings
 from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.recipe import Recipe
 

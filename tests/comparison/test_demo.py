@@ -6,8 +6,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from lorank.race import demo
-from lorank.race.demo import LEARNING_RATES, demo_recipe
+from lorank.comparison import demo
+from lorank.comparison.demo import LEARNING_RATES, demo_recipe
 from lorank.train.data import sources
 from lorank.train.recipe import Recipe
 

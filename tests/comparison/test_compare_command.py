@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from lorank.race.comparison import LOCK, Comparison
-from lorank.race.settings import ComparisonSettings
+from lorank.comparison.runner import LOCK, Comparison
+from lorank.comparison.settings import ComparisonSettings
 
 BAD = {
     "no method": ([], "no method is named"),

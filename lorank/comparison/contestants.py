@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorank.evolution.egg import EggConfig
-from lorank.race.matching import (
+from lorank.comparison.matching import (
     CLOSE,
     Costs,
     Figure,
@@ -25,7 +24,8 @@ from lorank.race.matching import (
     narrow_to_match,
     with_steps,
 )
-from lorank.race.settings import LOW_RANK_ONLY, ComparisonSettings, full_name, with_setting
+from lorank.comparison.settings import LOW_RANK_ONLY, ComparisonSettings, full_name, with_setting
+from lorank.evolution.egg import EggConfig
 from lorank.train.methods import methods_of, schedule_of, title_of, written_out
 from lorank.train.model import build_config
 from lorank.train.recipe import Recipe, published_lr

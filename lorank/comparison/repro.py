@@ -1,7 +1,7 @@
 """Named reproductions: the whole run of a paper's recipe, compared with the paper's figure.
 
 A reproduction has the recipe of its name in recipes/, a line of `PUBLISHED`, and next to the recipe a curve of its first
-steps (`lorank.race.first_steps`). The whole run needs a GPU, C4 and hours; the first steps run in seconds on any CPU.
+steps (`lorank.comparison.first_steps`). The whole run needs a GPU, C4 and hours; the first steps run in seconds on any CPU.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ PUBLISHED = {
         32.76, IN_PART, "CR-Net, 2509.18993", "taken from notes on the paper; most settings are not known"
     ),
     "60m-sltrain": Published(
-        34.15, IN_FULL, "SLTrain, 2406.02214", "quoted from memory, not checked against the paper"
+        34.15, IN_FULL, "SLTrain, 2406.02214", "as two summaries give it; not checked against the paper itself"
     ),
     "60m-relora": Published(37.04, IN_PART, "GaLore, 2403.03507", "learning rate, clip and cycle are not known"),
     "60m-switchlora": Published(None, None, "SwitchLoRA, 2406.06564", "publishes no 60M"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lorank.race.process import PretrainProcess, begun, signals_later, stop_on_signal
+from lorank.comparison.process import PretrainProcess, begun, signals_later, stop_on_signal
 
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, None])

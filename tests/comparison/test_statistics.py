@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lorank.race.statistics import mean_interval, t_inside, t_quantile
+from lorank.comparison.statistics import mean_interval, t_inside, t_quantile
 
 
 @pytest.mark.parametrize(

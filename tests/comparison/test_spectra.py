@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import lorank
-from lorank.race.spectra import POINTS, effective_rank, learned_spectra, projections
+from lorank.comparison.spectra import POINTS, effective_rank, learned_spectra, projections
 from lorank.table import method_names
 from tests.conftest import LLAMA_BLOCK
 

@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from lorank.comparison.repro import Reproduction
 from lorank.method import Method
-from lorank.race.repro import Reproduction
 from lorank.sizes import SIZES
 from lorank.train import run
 from lorank.train.data import cache_folder

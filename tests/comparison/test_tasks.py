@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from lorank.race import tasks
+from lorank.comparison import tasks
 from lorank.train import run
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model
