@@ -153,8 +153,10 @@ FUSED: dict[tuple[str, str], Callable[[Any], Fusion]] = {
 
 
 def llama_config(size: str, *, vocab_size: int = 32_000, sequence_length: int = 256) -> LlamaConfig:
-    """The dense Llama of a size: RMSNorm eps 1e-6, RoPE theta 10,000, SiLU, untied embeddings, initial range 0.02, pad
-    id 0."""
+    """The dense Llama of a size: RMSNorm eps 1e-6, RoPE theta 10,000, SiLU, untied embeddings, initial range 0.02.
+
+    It has no padding token: set `pad_token_id` if your tokenizer has one that never occurs in text.
+    """
     shape = find_size(size)
     return LlamaConfig(
         vocab_size=vocab_size,
@@ -167,6 +169,5 @@ def llama_config(size: str, *, vocab_size: int = 32_000, sequence_length: int = 
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         hidden_act="silu",
         initializer_range=0.02,
-        pad_token_id=0,
         tie_word_embeddings=False,
     )

@@ -21,6 +21,7 @@ from lorank.train.data import load_tokenizer
 from lorank.train.hub import asked_if_reachable
 from lorank.train.methods import KEYS, Methods, methods_of
 from lorank.train.recipe import Recipe
+from lorank.train.vocabulary import set_vocabulary
 
 INTEGERS = {
     "weight_decay": 0.0,
@@ -36,19 +37,17 @@ INTEGERS = {
 def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = None) -> PretrainedConfig:
     """The dense model's configuration: of a size, a model type, or a folder, config.json or hub name.
 
-    Vocabulary and special tokens follow the tokenizer. The recipe's `vocab_size` overrides the tokenizer's count (the
-    papers use 32,000 rows with T5's 32,100 entries, of which the last hundred never occur in text). The entries of
-    `shape` come last.
+    Vocabulary and special tokens follow the tokenizer, also in the nested configuration of a text model. The recipe's
+    `vocab_size` overrides the tokenizer's count (the papers use 32,000 rows with T5's 32,100 entries, of which the last
+    hundred never occur in text). There is no padding id if the tokenizer has no padding token or uses it for text,
+    because a model never trains the embedding of its padding id. The entries of `shape` come last.
 
     Raises:
         ValueError: unknown size or entry, no such configuration, or one that is already converted.
     """
-    vocab_size = recipe.vocab_size
-    if vocab_size is None:
-        vocab_size = len(tokenizer) if tokenizer is not None else 32_000
     config: PretrainedConfig
     if recipe.model is None:
-        config = llama_config(recipe.size, vocab_size=vocab_size, sequence_length=recipe.sequence_length)
+        config = llama_config(recipe.size, sequence_length=recipe.sequence_length)
     elif recipe.model in CONFIG_MAPPING and not os.path.exists(recipe.model):
         config = AutoConfig.for_model(recipe.model)
     else:
@@ -57,15 +56,10 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
         raise ValueError(
             f"model={recipe.model!r} is already converted ({config.lorank['method']}); give the dense model it was made from"
         )
-    config.vocab_size = vocab_size
     config.use_cache = False
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True  # BERT and its kin attend to later tokens unless told not to
-    for token in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if tokenizer is not None and (token != "pad_token_id" or tokenizer.pad_token_id is not None):
-            setattr(config, token, getattr(tokenizer, token))
-        elif isinstance(index := getattr(config, token, None), int) and index >= vocab_size:
-            setattr(config, token, None)  # the architecture's own, of a larger vocabulary
+    set_vocabulary(config, tokenizer, recipe.vocab_size)
     for name, value in recipe.shape.items():
         if not hasattr(config, name):
             near = difflib.get_close_matches(str(name), config.to_dict(), n=1)

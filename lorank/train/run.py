@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import AutoConfig, TrainerCallback, set_seed
 
 from lorank import accounting
 from lorank.conversion import method_of
@@ -38,6 +38,7 @@ from lorank.train.methods import resolved, title_of
 from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.recipe import Recipe
 from lorank.train.saved import save_model
+from lorank.train.vocabulary import keep_vocabulary
 
 
 def pretrain(
@@ -78,6 +79,8 @@ def pretrain(
         order_seed=recipe.seed,
     )
     config = build_config(recipe, corpus.tokenizer)
+    if start_from:
+        keep_vocabulary(config, AutoConfig.from_pretrained(start_from))
     check_corpus(recipe, corpus, config.vocab_size)
     began = read_json(out / "run.json")["data_hash"] if resume else corpus.hash
     if began != corpus.hash:

@@ -10,6 +10,7 @@ Packing loses only the tokens that do not fill the last sequence.
 from lorank.train.data.corpus import Corpus, load_corpus, load_evaluation
 from lorank.train.data.sequences import check_ids, collate
 from lorank.train.data.sources import cache_folder
+from lorank.train.data.specials import padding_id, rows_of
 from lorank.train.data.tokenizers import byte_tokenizer, load_tokenizer
 
 __all__ = [
@@ -21,4 +22,6 @@ __all__ = [
     "load_corpus",
     "load_evaluation",
     "load_tokenizer",
+    "padding_id",
+    "rows_of",
 ]

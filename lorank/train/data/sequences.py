@@ -13,6 +13,7 @@ from datasets.fingerprint import Hasher
 from transformers import PreTrainedTokenizerBase
 
 from lorank.train.data.sources import Documents, root_cause, texts_of
+from lorank.train.data.specials import encode
 from lorank.train.data.tokenizers import PIECE, VERSION, Piece, identity, pieces_of
 
 MEASURED_BYTES = 10_000_000  # of validation text in which tokens are counted
@@ -131,7 +132,7 @@ def _encode(
     """Pieces with their token ids. Many are tokenised in one call, which uses all cores."""
     for batch in _batches(pieces):
         texts = [piece.text for piece in batch]
-        yield from zip(batch, tokenizer(texts, verbose=False, **options)["input_ids"], strict=True)
+        yield from zip(batch, encode(tokenizer, texts, **options), strict=True)
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -18,7 +18,7 @@ from lorank.train.data.sources import cache_folder, first_line
 from lorank.train.hub import asked_if_reachable
 
 logger = logging.getLogger(__name__)
-VERSION = 1  # part of every cache key; raise it when the same text must give other tokens or sequences
+VERSION = 2  # part of every cache key; raise it when the same text must give other tokens or sequences
 TOKENIZER_CHARACTERS = 50_000_000  # of training text that a tokenizer learns from
 PIECE = 1 << 20  # characters tokenised at once: long texts then use all cores, but not all memory
 
@@ -32,6 +32,8 @@ def load_tokenizer(
     texts_name: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """A tokenizer by name or folder, "bytes" (each byte a token), or for None byte-level BPE trained on `texts` (or cached).
+
+    The last two read the names of their special tokens in a text as text.
 
     Args:
         texts: or a function that returns them. At most 50 million characters are read.
@@ -75,7 +77,10 @@ def load_tokenizer(
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:
-    """A tokenizer whose tokens are the 256 bytes. Byte 0 ends and begins documents; a byte 0 inside a text is left out."""
+    """A tokenizer whose tokens are the 256 bytes. Byte 0 ends and begins documents; a byte 0 inside a text is left out.
+
+    The text `<|endoftext|>` is read as its 13 letters.
+    """
     named = sorted(pre_tokenizers.ByteLevel.alphabet())  # with stand-ins for bytes that cannot be printed
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -85,7 +90,8 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     tokenizer = Tokenizer(models.BPE(vocab={"<|endoftext|>": 0, **vocabulary}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    end = "<|endoftext|>"
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, split_special_tokens=True)
 
 
 def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
@@ -101,7 +107,9 @@ def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=pad)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=pad, split_special_tokens=True
+    )
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:
