@@ -23,6 +23,12 @@ ATTENTION = re.compile(
     r"|(?P<output>o_proj|out_proj|out_lin|c_proj|dense))$"
 )
 """Names of the four projections of self-attention, without cross-attention."""
+ROUTER = re.compile(r"router|^(?:shared_)?(?:expert_)?gate$|^wg$|^gating$")
+"""Names of what chooses the experts of a mixture, next to which they are; "router" is one anywhere."""
+ROUTER_CLASS = re.compile(r"Router|TopK|M[Oo][Ee]\w*Gat(?:e|ing)$")
+"""The same for classes: JetMoeTopKGating, HunYuanMoEV1Gate."""
+EXPERTS = re.compile(r"(?:^|_)experts?$")
+"""Names of the module that holds a mixture's experts."""
 
 
 def projection_type(name: str) -> str | None:
@@ -90,6 +96,42 @@ def as_conv1d(linear: nn.Linear) -> Conv1D:
     conv.weight = nn.Parameter(linear.weight.detach().T.contiguous())
     conv.bias = nn.Parameter(torch.zeros_like(linear.weight[:, 0]) if linear.bias is None else linear.bias.detach())
     return conv.train(linear.training)
+
+
+# ---- mixtures of experts
+
+
+def routers(block: nn.Module) -> dict[str, str]:
+    """The modules of a block that choose experts, and all inside them: {name: the part of the name that says router}.
+
+    They are known by their name, by their class, or because they are a linear map to as many numbers as there are experts,
+    next to these.
+    """
+    found: dict[str, str] = {}
+    for name, module in block.named_modules():
+        parent, _, last = name.rpartition(".")
+        if parent in found:
+            found[name] = found[parent]
+        elif name and not EXPERTS.search(last) and _routes(last, module, _experts_in(block.get_submodule(parent))):
+            found[name] = last
+    return found
+
+
+def _routes(name: str, module: nn.Module, experts: int) -> bool:
+    if "router" in name or ROUTER_CLASS.search(type(module).__name__):
+        return True
+    return experts > 1 and (
+        ROUTER.search(name) is not None or (isinstance(module, nn.Linear) and module.out_features == experts)
+    )
+
+
+def _experts_in(module: nn.Module) -> int:
+    """How many experts a module has as a direct child; 0 if none."""
+    for name, child in module.named_children():
+        if EXPERTS.search(name) and "shared" not in name:
+            stacked = [p.shape[0] for p in child.parameters(recurse=False) if p.ndim == 3]
+            return stacked[0] if stacked else len(list(child.children()))
+    return 0
 
 
 # ---- several projections in one matrix

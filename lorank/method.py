@@ -61,6 +61,8 @@ class Site(NamedTuple):
     """Index of the block: 3."""
     linear: nn.Linear
     """The dense map itself, weight [d_out, d_in]. A method may read its weights and keeps its device and dtype."""
+    router: str | None = None
+    """The part of the name that says router, if the map chooses experts; it is rewritten only if a pattern names it."""
 
     @property
     def d_in(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorank.architectures import as_linear, is_linear
+from lorank.architectures import as_linear, is_linear, routers
 from lorank.fields import compile_pattern
 from lorank.fusion import fusion_of
 from lorank.method import Method, Patterns, Site
@@ -44,7 +44,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         if fused is None:
             sites.append(site)
         else:
-            name, role, depth, linear = site
+            name, role, depth, linear, _ = site
             sites += [Site(f"{name}.{part}", f"{role}.{part}", depth, lin) for part, lin in fused.split(linear).items()]
     return sites
 
@@ -52,8 +52,9 @@ def find_sites(model: nn.Module) -> list[Site]:
 def linear_layers(model: nn.Module) -> list[Site]:
     """The same, but fused projections are one site."""
     return [
-        Site(f"{stack}.{depth}.{inner}", f"{stack}.*.{inner}", depth, as_linear(module))
+        Site(f"{stack}.{depth}.{inner}", f"{stack}.*.{inner}", depth, as_linear(module), routing.get(inner))
         for stack, depth, block in blocks(model)
+        for routing in [routers(block)]
         for inner, module in block.named_modules()
         if is_linear(module) and 1 not in module.weight.shape
     ]
@@ -92,7 +93,10 @@ def wanted_sites(method: Method, sites: list[Site]) -> list[Site]:
 
 def choose_sites(sites: list[Site], targets: Patterns = None, exclude: Patterns = None) -> list[Site]:
     """The sites that match a pattern of `targets` (None: all) and none of `exclude`; ValueError for a pattern that matches
-    nothing."""
+    nothing.
+
+    What chooses experts is left alone unless a pattern of `targets` names it: "router" does, ".*" and "mlp" do not.
+    """
     if not sites:
         raise ValueError(
             "the model must have linear layers (nn.Linear or transformers' Conv1D, not a derived class that computes something "
@@ -107,16 +111,27 @@ def choose_sites(sites: list[Site], targets: Patterns = None, exclude: Patterns 
                 raise ValueError(
                     f"{option} must match linear layers of the blocks, got {pattern.pattern!r}; they are: {', '.join(roles)}"
                 )
-    chosen = [
-        site
-        for site in sites
-        if (not wanted or any(p.search(site.name) for p in wanted)) and not any(p.search(site.name) for p in unwanted)
-    ]
+
+    def is_wanted(site: Site) -> bool:
+        if site.router is not None:
+            return any(_names_router(pattern, site) for pattern in wanted)
+        return not wanted or any(pattern.search(site.name) for pattern in wanted)
+
+    chosen = [site for site in sites if is_wanted(site) and not any(p.search(site.name) for p in unwanted)]
+    if wanted and not any(map(is_wanted, sites)):
+        names = ", ".join(dict.fromkeys(site.role for site in sites if any(p.search(site.name) for p in wanted)))
+        raise ValueError(f"targets must name a router to reach it, got {targets!r}, which matches only {names}")
     if not chosen:
         raise ValueError(
             f"exclude must leave a linear layer to convert, got {exclude!r}; the blocks have: {', '.join(roles)}"
         )
     return chosen
+
+
+def _names_router(pattern: re.Pattern[str], site: Site) -> bool:
+    """Whether a pattern matches because of the part of the name that says router."""
+    without = ".".join("" if part == site.router else part for part in site.name.split("."))
+    return pattern.search(site.name) is not None and pattern.search(without) is None
 
 
 def listed(patterns: Patterns) -> list[str]:

@@ -162,7 +162,8 @@ class MASA(Method):
         if self.residual_rank is not None:
             check_table(self.residual_rank, sites, "residual_rank")
         for role, stack in stacks.items():
-            if len(kinds := {(*m.weight.shape, m.weight.dtype, m.weight.device) for *_, m in stack}) > 1:
+            weights = [site.linear.weight for site in stack]
+            if len(kinds := {(*W.shape, W.dtype, W.device) for W in weights}) > 1:
                 raise ValueError(
                     f"{role} must be the same in all blocks that share atoms, got {kinds}; exclude the others"
                 )

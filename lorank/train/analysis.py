@@ -202,7 +202,7 @@ def _target(recipe: Recipe) -> tuple[Target | None, str | None]:
         empty = empty_model(recipe.but({"method": "dense"}))
     except (ValueError, OSError) as error:
         return None, " ".join(str(error).split())[:200]
-    sites = find_sites(empty)
+    sites = [site for site in find_sites(empty) if site.router is None]
     free = {site.name: site for site in sites if weight_reader(empty, site) is None}
     if not free:
         return None, f"the code of {weight_reader(empty, sites[0])} reads the weights of its projections itself"
