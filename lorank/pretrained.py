@@ -2,7 +2,8 @@
 
 For every architecture a pair of classes is generated, such as LorankLlamaConfig and LorankLlamaForCausalLM. They are
 subclasses of transformers' classes with another `model_type`, and the model's `__init__` applies the method that the
-configuration records. So ``save_pretrained`` writes plain safetensors and JSON, ``from_pretrained`` builds the right modules
+configuration records. Weights keep their names in the file: what transformers renames or takes apart for its own
+architectures, such as a mixture's experts, would not fit those of a converted one. So ``save_pretrained`` writes plain safetensors and JSON, ``from_pretrained`` builds the right modules
 before it fills them, and a transformers without lorank reports an unknown type instead of loading noise.
 """
 
@@ -23,6 +24,8 @@ from lorank.rewriting import rewrite
 from lorank.sites import base_prefix, choose_sites, find_sites, wanted_sites
 from lorank.table import find
 
+OWN_NAMES = "own"
+"""What `record` notes of the names of weights in files. Files without it (lorank 0.2 and before) have transformers' older names."""
 _inside: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "inside the __init__ of a generated class", default=False
 )
@@ -69,6 +72,8 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         # patterns are for names in the converted model, which may have had a head where this one has none, or the reverse
         here, there = base_prefix(self), recorded["prefix"]
         then = lambda name: name if here == there else there + name.removeprefix(here)  # noqa: E731
+        if recorded.get("names") == OWN_NAMES:
+            _keep_names(self)
         sites = [site._replace(name=then(site.name), role=then(site.role)) for site in find_sites(self)]
         names = {then(site.name): site.name for site in find_sites(self)}
         chosen = choose_sites(wanted_sites(method, sites), recorded["targets"], recorded["exclude"])
@@ -97,7 +102,10 @@ def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
     derived = config_class(dense.model_type)
     config = copy.deepcopy(dense)
     config.__class__ = derived
-    config.lorank = recorded
+    config.__dict__.pop("model_type", None)  # from a file; the class has its own
+    config.lorank = {**recorded, "names": OWN_NAMES}
+    model.__dict__.pop("_weight_conversions", None)  # of the file that the dense model came from
+    _keep_names(model)
     model.__class__ = model_class(type(model), derived)  # type: ignore[arg-type]
     _mark_drawn(model)
     for module in model.modules():
@@ -115,8 +123,20 @@ def forget(model: PreTrainedModel) -> None:
         config.__dict__.pop("model_type", None)  # from a file; the class has its own
         del config.lorank
     for module in model.modules():
+        module.__dict__.pop("is_custom_code", None)
         if type(module).__module__ == __name__:
             module.__class__ = type(module).__bases__[0]
+
+
+def _keep_names(model: PreTrainedModel) -> None:
+    """Let transformers neither rename nor take apart weights when it saves or loads them: it leaves alone models that are not its own."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.is_custom_code = _not_of_transformers  # type: ignore[method-assign, assignment]
+
+
+def _not_of_transformers() -> bool:
+    return True
 
 
 def _own_layers(model: nn.Module) -> list[Any]:

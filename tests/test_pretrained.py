@@ -142,6 +142,7 @@ def test_config_json_records_the_method(saved: Path) -> None:
         },
         "targets": None,
         "exclude": None,
+        "names": "own",
         "prefix": "model.",
     }
 

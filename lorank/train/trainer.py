@@ -132,6 +132,28 @@ class PretrainTrainer(Trainer):
         if self.estimator is not None and self.estimator.carries and self.args.should_save:
             save_file(self.estimator.state_dict(), os.path.join(output_dir, ESTIMATOR_FILE))
 
+    def _save(self, *args: Any, **kwargs: Any) -> None:
+        """Checkpoints have the model's own names of weights, since these are what `_load_from_checkpoint` looks for; transformers would
+        take the experts of a mixture apart."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        earlier = model.__dict__.get("_weight_conversions")
+        model._weight_conversions = []
+        try:
+            super()._save(*args, **kwargs)
+        finally:
+            model._weight_conversions = earlier
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        """Raises ValueError if a checkpoint lacks weights, which would stay as they were drawn. Tied ones are in it once."""
+        tensors = dict(self.model.state_dict(keep_vars=True))  # type: ignore[union-attr]
+        there = {id(tensor) for name, tensor in tensors.items() if name not in load_result.missing_keys}
+        if lost := [name for name in load_result.missing_keys if id(tensors[name]) not in there]:
+            raise ValueError(
+                f"the checkpoint must have all weights of the model, but it lacks {lost[0]} and {len(lost) - 1} more; it cannot be "
+                "resumed by this version of lorank, start another run"
+            )
+        super()._issue_warnings_after_load(load_result)
+
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.hook is not None and checkpoint is not None:

@@ -9,12 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from lorank.train.folder import read_run, write_whole
 from lorank.train.run import pretrain
 from lorank.train.trainer import PretrainTrainer
 
 pytestmark = pytest.mark.usefixtures("quick")
+MIXTURE = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +56,15 @@ def resume(folder: Path) -> Any:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"method": "cola-m", "micro_batch_size": 2}, {"optimizer": "muon"}, {"precision": "bf16", "method": "dense"}],
-    ids=["cola", "cola-m accumulating", "muon", "dense bf16"],
+    [
+        {},
+        {"method": "cola-m", "micro_batch_size": 2},
+        {"optimizer": "muon"},
+        {"precision": "bf16", "method": "dense"},
+        {"method": "dense", "model": "qwen3_moe", "shape": MIXTURE},
+        {"model": "qwen3_moe", "shape": MIXTURE},
+    ],
+    ids=["cola", "cola-m accumulating", "muon", "dense bf16", "a mixture", "a converted mixture"],
 )
 def test_a_killed_run_resumes_with_the_same_losses(
     recipe: Any, losses: Any, before_step: Any, tmp_path: Path, changes: dict[str, Any]
@@ -176,3 +194,12 @@ def test_a_text_file_is_never_half_written(tmp_path: Path) -> None:
     with pytest.raises(UnicodeEncodeError):
         write_whole(path, "two \ud800")  # fails after the temporary file was opened
     assert path.read_text() == "one"
+
+
+def test_a_checkpoint_without_some_weights_is_refused(killed: Path) -> None:
+    for folder in ("checkpoint-3", "checkpoint-6"):
+        weights = load_file(killed / folder / "model.safetensors")
+        del weights["model.norm.weight"]
+        save_file(weights, killed / folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"must have all weights of the model, but it lacks model\.norm\.weight"):
+        resume(killed)
