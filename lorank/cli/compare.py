@@ -39,6 +39,7 @@ OWN = {"method": "--method", "seed": "--seeds"}
     default="tokens",
     help="What is made equal to the first contestant's. flops and time change steps, params and memory change rank or width.",
 )
+@click.option("--only", is_flag=True, help="Compare the named methods alone; add no dense models.")
 @click.option(
     "--tasks",
     default="",
@@ -51,14 +52,15 @@ OWN = {"method": "--method", "seed": "--seeds"}
 def compare(out: str, resume: str | None, **asked: Any) -> None:
     """Train several methods on the same tokens in the same order, and write a report.
 
-    RECIPE and the flags of `lorank pretrain` hold for all contestants. Three dense models are added: one trained by AdamW, one
-    trained by Muon, and a narrower one of the same architecture (dense-small). dense-small has the FLOPs per token of the
-    cheapest method or, if no method saves those, its parameters or memory. If none of these can be matched, there is no
-    dense-small, and the report explains why.
+    RECIPE and the flags of `lorank pretrain` hold for all contestants. Four dense models are added: one trained by AdamW, one
+    trained by Muon, and for each of these optimizers a narrower one of the same architecture (dense-small). dense-small has the
+    FLOPs per token of the cheapest method or, if no method saves those, its parameters or memory. If none of these can be
+    matched, there is no dense-small, and the report explains why. With --only, the named methods are compared alone.
 
     Without --lr or --sweep lr=..., a method uses the learning rate of its recipe at that --size; dense rows, and methods
     without a recipe, use the best of three rates. With --lr, methods use that rate, and dense rows the best of it, a third of
-    it and three times it.
+    it and three times it. If the best value of a sweep is its smallest or largest, the sweep is extended by one step, at most
+    twice.
 
     The same command again, or --resume, continues a comparison that was stopped.
     """
@@ -118,6 +120,7 @@ def _settings(
     own: Any,
     match: Any,
     tasks: str,
+    only: bool,
     **flags: Any,
 ) -> Any:
     """What `lorank compare` was asked for."""
@@ -146,4 +149,5 @@ def _settings(
         tuned="dense" if rate_given else "all",
         match=match,
         tasks=[task for task in tasks.split(",") if task],
+        only=only,
     )

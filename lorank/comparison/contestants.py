@@ -1,9 +1,9 @@
 """Who takes part in a comparison, with which settings: from what the user asks for to the recipe of every run.
 
-Next to the methods that the user names there are dense models: one trained by AdamW, one by Muon, and `dense-small`, a
-dense model made narrower until it costs what the cheapest method costs in FLOPs per token, or if no method saves those,
-in parameters or memory. There is no dense-small if no method saves any of them, or if the architecture cannot be made
-narrower.
+Next to the methods that the user names there are dense models: one trained by AdamW, one by Muon, and for each optimizer a
+`dense-small`, made narrower until it costs what the cheapest method costs in FLOPs per token, or if no method saves those,
+in parameters or memory (`lorank.comparison.controls`). There is none if no method saves any of them, or if the architecture
+cannot be made narrower; and none of these rows if the user wants the named contestants only.
 """
 
 import dataclasses
@@ -13,36 +13,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lorank.comparison.matching import (
-    CLOSE,
-    Costs,
-    Figure,
-    estimates_gradient,
-    flops_of,
-    is_dense,
-    match_structure,
-    narrow_to_match,
-    with_steps,
-)
-from lorank.comparison.settings import LOW_RANK_ONLY, ComparisonSettings, full_name, with_setting
+from lorank.comparison.controls import CONTROL, control_names, dense_twin, find_controls
+from lorank.comparison.matching import Costs, Figure, flops_of, is_dense, match_structure, with_steps
+from lorank.comparison.settings import LOW_RANK_ONLY, OF_COST, ComparisonSettings, full_name, with_setting
 from lorank.evolution.egg import EggConfig
 from lorank.train.methods import methods_of, schedule_of, title_of, written_out
-from lorank.train.model import build_config
 from lorank.train.recipe import Recipe, published_lr
 
 RATES = (1e-3, 3e-3, 9e-3)
 """Tried if neither a learning rate nor a sweep is given."""
 AROUND = (1 / 3, 1.0, 3.0)
 """Multiples of the given learning rate that the dense rows try."""
-CONTROL = "dense-small"
 STRUCTURE: dict[str, Figure] = {"params": "parameters", "memory": "memory_bytes"}
 """What is matched by rank or width -> the figure that is made equal."""
-SAVINGS: dict[Figure, str] = {
-    "flops_per_token": "training FLOPs per token",
-    "parameters": "parameters",
-    "memory_bytes": "memory (estimated)",
-}
-"""What dense-small has as little of as the cheapest method: the first of them that any method saves."""
 DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
 """Not allowed as file names on Windows, with or without an extension."""
 GIVEN = "as given, not tuned"
@@ -77,15 +60,8 @@ class Contestant:
     """For dense-small: what it has in common with which method, in words."""
 
 
-def dense_twin(base: Recipe) -> Recipe:
-    """The recipe without a low-rank method: a plain model, autograd, an optimizer that projects nothing."""
-    plain: dict[str, Any] = {"rank": None, "options": {}, "targets": [], "exclude": []}
-    twin = dataclasses.replace(base, method="dense", gradient="autograd", **plain)
-    return twin if is_dense(twin) else dataclasses.replace(twin, optimizer="adamw")
-
-
 def find_contestants(settings: ComparisonSettings) -> dict[str, tuple[Recipe, str]]:
-    """Name -> (recipe, kind) of all contestants but dense-small, in the user's order."""
+    """Name -> (recipe, kind) of all contestants but the narrower dense models, in the user's order."""
     found: dict[str, tuple[Recipe, str]] = {}
     dense = dense_twin(settings.base)
     rule = methods_of(dense).optimizer.name
@@ -104,7 +80,7 @@ def find_contestants(settings: ComparisonSettings) -> dict[str, tuple[Recipe, st
     for text in settings.methods:
         name, equals, method = text.partition("=")
         recipe = dataclasses.replace(settings.base, method=method if equals else name)
-        if text == "dense":
+        if text == "dense" and not settings.only:
             add_dense()
         elif method == "dense":
             add(name, dense, "dense")
@@ -112,17 +88,19 @@ def find_contestants(settings: ComparisonSettings) -> dict[str, tuple[Recipe, st
             add(name, dataclasses.replace(dense, optimizer=recipe.method), "dense")
         else:
             add(name, recipe, "method")
-    if "dense" not in settings.methods and not in_integers(settings.base):
+    if not (settings.only or "dense" in settings.methods or in_integers(settings.base)):
         add_dense()
+    names = [*found, *([] if settings.only else control_names(found))]
     for name in settings.own:
-        if name not in (*found, CONTROL):
-            raise ValueError(f"--for {name}: no such contestant; the contestants are {', '.join((*found, CONTROL))}")
+        if name not in names:
+            raise ValueError(f"--for {name}: no such contestant; the contestants are {', '.join(names)}")
     return found
 
 
 def _check_name(name: str, recipe: Recipe, found: Mapping[str, Any]) -> None:
-    if name.casefold() in map(str.casefold, (*found, CONTROL)):  # one folder where case does not count
-        raise ValueError(f"two contestants are called {name!r}; rename one, as in --method my-{name}={recipe.method}")
+    taken = name.casefold() in map(str.casefold, found)  # one folder where case does not count
+    if taken or name.casefold().startswith(CONTROL):
+        raise ValueError(f"the name {name!r} is taken; rename the contestant, as in --method my-{name}={recipe.method}")
     is_folder = re.fullmatch(r"\w[\w.+-]{0,63}", name) and not name.endswith(".")
     if not is_folder or name.partition(".")[0].lower() in DEVICES:
         raise ValueError(
@@ -138,9 +116,9 @@ def in_integers(recipe: Recipe) -> bool:
 
 def plan_contestants(
     settings: ComparisonSettings, costs: Costs, folder: Path, seconds_per_step: Mapping[str, float] | None = None
-) -> tuple[list[Contestant], str]:
-    """Every contestant with the recipes of its candidates, matched to the first one as the settings say; and why there is
-    no dense-small, if there is none.
+) -> tuple[list[Contestant], dict[str, str]]:
+    """Every contestant with the recipes of its candidates, matched to the first one as the settings say; and the dense-small
+    that are missing, with the reason.
 
     Args:
         folder: where the shapes of narrower models are written.
@@ -163,8 +141,8 @@ def plan_contestants(
             contestants.append(_contestant(settings, name, kind, chosen, recipes, rate, costs))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    control = _control(settings, contestants, costs, folder)
-    contestants += [] if isinstance(control, str) else [control]
+    controls, missing = _controls(settings, contestants, costs, folder)
+    contestants += controls
     for contestant in contestants:
         for candidate in contestant.candidates:
             steps = _matched_steps(settings, contestants[0], contestant, candidate, seconds_per_step or {})
@@ -175,7 +153,7 @@ def plan_contestants(
                 costs.check(candidate.recipe)
             except (ValueError, ImportError) as error:
                 raise ValueError(f"{contestant.name}: {error}") from None
-    return contestants, control if isinstance(control, str) else ""
+    return contestants, missing
 
 
 def _at_steps(name: str, match: str, recipe: Recipe, steps: int) -> Recipe:
@@ -254,41 +232,49 @@ def _contestant(
     return Contestant(name, title_of(recipes[0][1]), kind, chosen, candidates, rate)
 
 
-def _control(
+def _controls(
     settings: ComparisonSettings, contestants: Sequence[Contestant], costs: Costs, folder: Path
-) -> Contestant | str:
-    """The dense model that is so narrow that it costs what the cheapest method costs, or why there is none."""
+) -> tuple[list[Contestant], dict[str, str]]:
+    """The narrower dense models, and why there is none, by name."""
+    if settings.only:
+        return [], {}
     if in_integers(settings.base):
-        return "EGG has no dense twin in floating point"
-    dense = dataclasses.replace(dense_twin(settings.base), checkpoint=None, checkpoint_every=1)
-    candidates = [(one.recipe, contestant) for contestant in contestants for one in contestant.candidates]
-    methods = [
-        (recipe, contestant.name)
-        for recipe, contestant in candidates
-        if contestant.kind == "method" and not estimates_gradient(recipe)
-    ]
-    if not methods:
-        return "no method takes part that a narrower model could cost as much as"
-    matched = STRUCTURE.get(settings.match)  # the dense rows are already as narrow as the first method makes them
-    try:
-        for by in SAVINGS:
-            if by == matched:
-                continue
-            cheapest, rival = min(((costs.of(by, recipe), name) for recipe, name in methods), key=lambda pair: pair[0])
-            if cheapest < (1 - CLOSE) * costs.of(by, dense):
-                break
-        else:
-            saved = " or ".join(words for by, words in SAVINGS.items() if by != matched)
-            return f"no method here costs over {CLOSE:.0%} less than the dense model in {saved}"
-        recipe, shape = narrow_to_match(dense, costs, cheapest, by, folder / CONTROL)
-    except ValueError as error:
-        return str(error)
-    like = f"{SAVINGS[by]} of {rival}"
-    whole = build_config(dense, costs.tokenizer)
-    chosen = f"{shape} (the full dense model: hidden size {whole.hidden_size}), for the {like}"
-    recipes, rate = candidates_of(settings, CONTROL, recipe)
-    control = _contestant(settings, CONTROL, "control", chosen, recipes, rate, costs)
-    return dataclasses.replace(control, like=like)
+        return [], {CONTROL: "EGG has no dense twin in floating point"}
+    methods = [(row.name, one.recipe) for row in contestants if row.kind == "method" for one in row.candidates]
+    dense = [row.candidates[0].recipe for row in contestants if row.kind == "dense"]
+    found, missing = find_controls(settings.base, methods, dense, costs, STRUCTURE.get(settings.match), folder)
+    made = []
+    for name, recipe, chosen, like in found:
+        recipes, rate = candidates_of(settings, name, recipe)
+        control = _contestant(settings, name, "control", chosen, recipes, rate, costs)
+        made.append(dataclasses.replace(control, like=like))
+    return made, missing
+
+
+EXTENSIONS = 2
+"""How many values a sweep may be extended by."""
+
+
+def beyond(candidates: Sequence[Candidate], losses: Sequence[float | None]) -> Candidate | None:
+    """The next candidate if the best one is at the edge of its sweep: one more step of the same ratio, with its other
+    settings. None if it is not at an edge, or only settings that change the cost are.
+
+    Args:
+        losses: of each candidate; None if its run failed.
+    """
+    done = [(loss, place) for place, loss in enumerate(losses) if loss is not None]
+    if not done:
+        return None
+    best = candidates[min(done)[1]]
+    for name, value in best.settings.items():
+        tried = sorted({one.settings[name] for one in candidates if isinstance(one.settings[name], float)})
+        free = full_name(name).partition(".")[0] not in OF_COST
+        if free and len(tried) > 1 and tried[0] > 0 and value in (tried[0], tried[-1]):
+            ratio = tried[-1] / tried[-2] if value == tried[-1] else tried[0] / tried[1]
+            further = float(f"{value * ratio:.4g}")
+            recipe = with_setting(best.recipe, name, further)
+            return dataclasses.replace(best, settings={**best.settings, name: further}, recipe=recipe)
+    return None
 
 
 def _matched_steps(

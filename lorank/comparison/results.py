@@ -30,8 +30,10 @@ def gather(comparison: Comparison) -> dict[str, Any]:
     failures = comparison.failures()
     rows = [_row(comparison, contestant, failures) for contestant in comparison.contestants]
     baseline = min(rows, key=_baseline_rank)
+    target = baseline["loss"]["mean"] if baseline["loss"] else None
     for row in rows:
         row["difference"] = _difference(row, baseline)
+        row["reach"] = None if target is None else _reach(row, target)
     finished = sum(run["status"] == "finished" for row in rows for run in _all_runs(row))
     results = {
         "format": FORMAT,
@@ -41,6 +43,7 @@ def gather(comparison: Comparison) -> dict[str, Any]:
         "seeds": list(seeds),
         "confidence": LEVEL,
         "baseline": baseline["name"],
+        "winner": _winner(rows),
         "finished_runs": finished,
         "planned_runs": comparison.count(),
         "failures": failures,
@@ -60,7 +63,7 @@ def _baseline_rank(row: Mapping[str, Any]) -> tuple[bool, int]:
 def _row(comparison: Comparison, contestant: Contestant, failures: Mapping[str, str]) -> dict[str, Any]:
     first, best = comparison.settings.seeds[0], comparison.best(contestant)
     tried = []
-    for candidate in contestant.candidates:
+    for candidate in comparison.candidates(contestant):
         run = Run(contestant, candidate, first)
         summary = comparison.summary(run)
         tried.append(
@@ -82,7 +85,8 @@ def _row(comparison: Comparison, contestant: Contestant, failures: Mapping[str, 
         "rate": contestant.rate,
         "lr": (best or contestant.candidates[0]).recipe.lr,
         "settings": best.settings if best else None,
-        "edge": _edges(contestant, best),
+        "edge": _edges(comparison.candidates(contestant), best),
+        "extended": len(tried) - len(contestant.candidates),
         "tried": tried,
         "runs": runs,
         "loss": None,
@@ -166,11 +170,11 @@ def _curves(
     return found[0], found[1]
 
 
-def _edges(contestant: Contestant, best: Candidate | None) -> list[str]:
+def _edges(candidates: Sequence[Candidate], best: Candidate | None) -> list[str]:
     """Swept numbers whose best value is the smallest or largest one tried: a better one may lie beyond."""
     edges = []
     for name in best.settings if best else ():
-        values = {candidate.settings[name] for candidate in contestant.candidates}
+        values = {candidate.settings[name] for candidate in candidates}
         if len(values) > 1 and all(isinstance(value, int | float) for value in values):
             edges += [name] if best and best.settings[name] in (min(values), max(values)) else []
     return edges
@@ -181,6 +185,34 @@ def _difference(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str
     ours, theirs = ({run["seed"]: run["loss"] for run in one["runs"] if "loss" in run} for one in (row, baseline))
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return _numbers(mean_interval(pairs)._asdict()) if pairs and row is not baseline else None
+
+
+def _winner(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The row with the lowest mean loss, the next one, and their difference paired by seed."""
+    done = sorted((row for row in rows if row["loss"]), key=lambda row: row["loss"]["mean"])
+    if len(done) < 2:
+        return None
+    return {"name": done[0]["name"], "next": done[1]["name"], "difference": _difference(done[0], done[1])}
+
+
+def _reach(row: Mapping[str, Any], target: float) -> dict[str, float] | None:
+    """Tokens, FLOPs and seconds until the validation loss is `target` for the first time, between two evaluations on a
+    straight line; means over the seeds, None if one of them never gets there."""
+    found: dict[str, list[float]] = {name: [] for name in ("tokens", "flops", "seconds")}
+    runs = [run for run in row["runs"] if "curve" in run]
+    for run in runs:
+        losses = run["curve"]["loss"]
+        last = next((place for place, loss in enumerate(losses) if loss <= target), None)
+        if last is None:
+            return None
+        for name, values in found.items():
+            x = run["curve"][name]
+            if last == 0:
+                values.append(x[0])
+            else:
+                part = (losses[last - 1] - target) / (losses[last - 1] - losses[last])
+                values.append(x[last - 1] + part * (x[last] - x[last - 1]))
+    return {name: statistics.fmean(values) for name, values in found.items()} if runs else None
 
 
 def _match(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -229,8 +261,11 @@ def _notes(comparison: Comparison, results: Mapping[str, Any]) -> list[str]:
             )
     if len({run["data_hash"] for row in rows for run in row["runs"] if "data_hash" in run}) > 1:
         notes.append("The runs did not see the same data (their hashes differ), so this comparison is not valid.")
-    if why := comparison.facts.get("no_control"):
-        notes.append(f"There is no dense-small: {why}.")
+    for name, why in (comparison.facts.get("no_control") or {}).items():
+        notes.append(f"There is no {name}: {why}.")
+    extended = [row["name"] for row in rows if row["extended"]]
+    if extended:
+        notes.append(f"The sweep of {', '.join(extended)} was extended, because its best value was at an edge.")
     for row in rows:
         if row["kind"] == "control" and comparison.settings.match in STRUCTURAL:
             notes.append(f"{row['name']} has the {row['like']}; it is not matched by {comparison.settings.match}.")

@@ -7,8 +7,8 @@ OUT/.lock                  held by the process that plans or runs the comparison
 OUT/failed.json            run -> why it failed; tried again when the comparison is continued
 OUT/results.json           what came out, written again after every run; report.html shows it
 
-Every contestant runs each of its candidates with the first seed; the one with the lowest validation loss then runs with
-the other seeds. A seed changes initial values and the order of the training data; tokenizer and held-out text are those
+Every contestant runs each of its candidates with the first seed. While the best is at the edge of a sweep, the sweep is
+extended by a step, at most twice. The candidate with the lowest validation loss then runs with the other seeds. A seed changes initial values and the order of the training data; tokenizer and held-out text are those
 of the first seed in all runs, so that all losses are on the same text. A finished run is never repeated, so starting a
 comparison a second time continues it.
 """
@@ -24,7 +24,15 @@ from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
-from lorank.comparison.contestants import Candidate, Contestant, find_contestants, plan_contestants
+from lorank.comparison.contestants import (
+    EXTENSIONS,
+    Candidate,
+    Contestant,
+    beyond,
+    find_contestants,
+    plan_contestants,
+)
+from lorank.comparison.controls import CONTROL
 from lorank.comparison.matching import Costs
 from lorank.comparison.process import PretrainProcess, begun, stop_on_signal
 from lorank.comparison.settings import ComparisonSettings, slug
@@ -94,7 +102,10 @@ class Comparison:
                 for one in found["contestants"]
             ]
             settings = ComparisonSettings.from_dict(found["comparison"])
-            return cls(Path(out).resolve(), settings, contestants, found["facts"])
+            facts = dict(found["facts"])
+            if isinstance(why := facts.get("no_control"), str):  # by lorank 0.1
+                facts["no_control"] = {CONTROL: why} if why else {}
+            return cls(Path(out).resolve(), settings, contestants, facts)
         except FileNotFoundError:
             raise ValueError(f"{out} holds no comparison to continue: it has no comparison.json") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -152,21 +163,40 @@ class Comparison:
         """All runs in their order. Those with further seeds come when the best candidate is known; a contestant whose
         candidates have all failed has none."""
         for contestant in self.contestants:
-            for candidate in contestant.candidates:
-                yield Run(contestant, candidate, self.settings.seeds[0])
+            place = 0
+            while place < len(candidates := self.candidates(contestant)):  # which may have become more
+                yield Run(contestant, candidates[place], self.settings.seeds[0])
+                place += 1
         for contestant in self.contestants:
             best = self.best(contestant)
             for seed in self.settings.seeds[1:] if best else ():
                 yield Run(contestant, best, seed)  # type: ignore[arg-type]
 
+    def candidates(self, contestant: Contestant) -> list[Candidate]:
+        """Those that were planned, and those by which a sweep has been extended because its best value was at an edge."""
+        found = list(contestant.candidates)
+        failures = self.failures()
+        for _ in range(EXTENSIONS):
+            runs = [Run(contestant, candidate, self.settings.seeds[0]) for candidate in found]
+            losses = [self._loss(run) for run in runs]
+            if any(loss is None and run.key not in failures for run, loss in zip(runs, losses, strict=True)):
+                break  # not all have ended
+            further = beyond(found, losses)
+            if further is None:
+                break
+            found.append(further)
+        return found
+
     def best(self, contestant: Contestant) -> Candidate | None:
         """The candidate whose first run has the lowest validation loss; None if no run has finished."""
-        losses = []
-        for place, candidate in enumerate(contestant.candidates):
-            found = self.summary(Run(contestant, candidate, self.settings.seeds[0]))
-            if found is not None:
-                losses.append((found["validation_loss_nats_per_token"], place))
-        return contestant.candidates[min(losses)[1]] if losses else None
+        found = self.candidates(contestant)
+        losses = [self._loss(Run(contestant, candidate, self.settings.seeds[0])) for candidate in found]
+        done = [(loss, place) for place, loss in enumerate(losses) if loss is not None]
+        return found[min(done)[1]] if done else None
+
+    def _loss(self, run: Run) -> float | None:
+        found = self.summary(run)
+        return None if found is None else found["validation_loss_nats_per_token"]
 
     def folder(self, run: Run) -> Path:
         return self.out / "runs" / run.key
@@ -182,16 +212,17 @@ class Comparison:
         return json.loads(path.read_text()) if path.exists() else {}
 
     def count(self) -> int:
-        """Runs of the whole comparison, if no run fails."""
-        return sum(len(one.candidates) + len(self.settings.seeds) - 1 for one in self.contestants)
+        """Runs of the whole comparison, as far as is known, if no run fails."""
+        return sum(len(self.candidates(one)) + len(self.settings.seeds) - 1 for one in self.contestants)
 
     def work(self) -> float:
-        """FLOPs of the whole comparison, if no run fails and the best candidates cost what the first ones do."""
-        seeds = len(self.settings.seeds) - 1
-        return sum(
-            sum(candidate.flops for candidate in one.candidates) + seeds * one.candidates[0].flops
-            for one in self.contestants
-        )
+        """FLOPs that are left, as far as is known, if the best candidates cost what the first ones do."""
+        left, (first, *others) = 0.0, self.settings.seeds
+        for one in self.contestants:
+            left += sum(c.flops for c in self.candidates(one) if self.summary(Run(one, c, first)) is None)
+            best = self.best(one) or one.candidates[0]
+            left += sum(best.flops for seed in others if self.summary(Run(one, best, seed)) is None)
+        return left
 
     def run(self, watcher: Watcher, after_each: Callable[["Comparison"], object]) -> None:
         """Do what is left to do; a failing run is noted and does not stop the others.
@@ -200,16 +231,14 @@ class Comparison:
             KeyboardInterrupt: a signal came; the run in progress has saved a checkpoint.
             ValueError: another process is running this comparison.
         """
-        work = self.work()
         with _locked(self.out), stop_on_signal():
             try:
                 for number, run in enumerate(self.runs(), start=1):
                     if self.summary(run) is None:
                         flops = run.candidate.flops
-                        watcher.start(run.title, run.recipe.steps, flops, number, self.count(), work)
+                        watcher.start(run.title, run.recipe.steps, flops, number, self.count(), self.work())
                         watcher.end(self._run_one(run, watcher))
                         after_each(self)
-                    work -= run.candidate.flops
             finally:
                 watcher.close()
 

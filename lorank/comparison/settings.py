@@ -40,6 +40,8 @@ class ComparisonSettings:
     match: Match = "tokens"
     tasks: Sequence[str] = ()
     """Of lm-evaluation-harness."""
+    only: bool = False
+    """Whether the named methods are compared alone, without dense rows."""
 
     def __post_init__(self) -> None:
         if not self.methods:

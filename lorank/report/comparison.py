@@ -46,6 +46,7 @@ def comparison_page(results: Mapping[str, Any]) -> str:
         _head(results, rows),
         _table(results, style),
         figures.curves(results, rows, style),
+        figures.reach(results, rows, style),
         figures.pareto(rows, style),
         figures.tuning(results["contestants"], style),
         figures.spectra(rows, style),
@@ -97,32 +98,62 @@ def _head(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
 
 
 def verdict(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
-    """How the first method compares with the dense rows, in words and HTML."""
-    base = next((row for row in rows if row["name"] == results["baseline"]), None)
+    """Who wins, how the first method compares with the dense rows, and how much compute it saves, in words and HTML."""
     methods = [row for row in rows if row["kind"] == "method"]
     if not methods:
         return "No run of a method has finished." if rows else "No run has finished."
-    method = methods[0]
-    said = f"<b>{escape(method['name'])}</b> reaches a validation perplexity of <b>{_ppl(method)}</b>"
-    if base is not None and base is not method:
-        gap = method["difference"]
-        change = math.expm1(gap["mean"]) if gap else method["perplexity"]["mean"] / base["perplexity"]["mean"] - 1
-        said += (
-            f", {percent(abs(change), 1)} {'above' if change > 0 else 'below'} {escape(base['name'])} ({_ppl(base)}), with "
-            f"{percent(method['training_flops'] / base['training_flops'])} of its training FLOPs and "
-            f"{percent(method['parameters'] / base['parameters'])} of its parameters. {_surely(method['difference'])}"
-        )
-    else:
-        said += ". "
-    better = [row for row in rows if row["kind"] == "dense" and _loss(row) < 0]
-    others = [f"{escape(row['name'])} reaches {_ppl(row)}" for row in (*better, *methods[1:])]
-    said += f"{', '.join(others)}. " if others else ""
-    control = next((row for row in rows if row["kind"] == "control"), None)
-    if control is not None:
-        ahead = _loss(control) < _loss(method)
-        judged = f", better than {escape(method['name'])}" if ahead else ""
-        said += f"A plain dense model, made narrower until it has the {escape(control['like'])}, reaches {_ppl(control)}{judged}."
-    return said
+    base = next((row for row in rows if row["name"] == results["baseline"]), None)
+    said = [_winner(results, rows), _against(methods[0], base), *_controls(methods, rows), _saved(methods, base)]
+    return " ".join(filter(None, said))
+
+
+def _winner(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
+    """The row with the lowest loss, dense ones included."""
+    first, *others = sorted(rows, key=lambda row: row["loss"]["mean"])
+    said = f"<b>{escape(first['name'])}</b> has the lowest validation perplexity, <b>{_ppl(first)}</b>"
+    if not others:
+        return f"{said}."
+    found = results.get("winner") or {}
+    sure = _surely(found.get("difference")) if found.get("name") == first["name"] else ""
+    return f"{said}, before {escape(others[0]['name'])} with {_ppl(others[0])}. {sure}".strip()
+
+
+def _against(method: Row, base: Row | None) -> str:
+    """The first method and the baseline."""
+    if base is None or base is method:
+        return ""
+    gap = method["difference"]
+    change = math.expm1(gap["mean"]) if gap else method["perplexity"]["mean"] / base["perplexity"]["mean"] - 1
+    return (
+        f"{escape(method['name'])} reaches {_ppl(method)}, {percent(abs(change), 1)} {'above' if change > 0 else 'below'} "
+        f"{escape(base['name'])} ({_ppl(base)}), with {percent(method['training_flops'] / base['training_flops'])} of its "
+        f"training FLOPs and {percent(method['parameters'] / base['parameters'])} of its parameters. {_surely(gap)}"
+    ).strip()
+
+
+def _controls(methods: Sequence[Row], rows: Sequence[Row]) -> list[str]:
+    """The best narrower dense model, and the methods that it beats."""
+    controls = sorted((row for row in rows if row["kind"] == "control"), key=_loss)
+    if not controls:
+        return []
+    best = controls[0]
+    beaten = [escape(row["name"]) for row in methods if _loss(best) < _loss(row)]
+    judged = f", better than {', '.join(beaten)}" if beaten else ""
+    return [
+        f"A plain dense model, made narrower until it has the {escape(best['like'])}, reaches {_ppl(best)}{judged}."
+    ]
+
+
+def _saved(methods: Sequence[Row], base: Row | None) -> str:
+    """The method that reaches the baseline's final loss with the fewest FLOPs."""
+    there = [row for row in methods if row.get("reach") and row is not base]
+    if base is None or not there:
+        return ""
+    first = min(there, key=lambda row: row["reach"]["flops"])
+    share = percent(first["reach"]["flops"] / base["training_flops"])
+    return (
+        f"{escape(first['name'])} reaches the final loss of {escape(base['name'])} with {share} of its training FLOPs."
+    )
 
 
 def _ppl(row: Row) -> str:
@@ -140,7 +171,7 @@ def _surely(gap: Mapping[str, Any] | None) -> str:
     sure = gap["low"] > 0 or gap["high"] < 0
     return (
         f"Over {gap['number']} seeds the difference in loss is {signed(gap['mean'])} nats (95 % interval "
-        f"{signed(gap['low'])} to {signed(gap['high'])}), {'more than chance' if sure else 'which may be chance'}. "
+        f"{signed(gap['low'])} to {signed(gap['high'])}), {'more than chance' if sure else 'which may be chance'}."
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lorank.report.charts import Format, Series, line_chart, scatter_chart
-from lorank.report.markup import cell, duration, is_number, name_cell, percent, section, table
+from lorank.report.markup import bar_cell, cell, duration, is_number, name_cell, percent, section, table
 from lorank.report.tables import quantity
 
 Row = Mapping[str, Any]
@@ -73,6 +73,33 @@ def _averaged(row: Row, key: str, style: str) -> Series:
     training = done[0]["training"]
     faint = list(zip(training[key], training["loss"], strict=True))
     return Series(row["name"], style, points, band if len(done) > 1 else (), faint)
+
+
+def reach(results: Mapping[str, Any], rows: Sequence[Row], style: Mapping[str, str]) -> str:
+    """Tokens, FLOPs and time until a row has the baseline's final loss, as a table whose cells have bars."""
+    base = next((row for row in rows if row["name"] == results["baseline"]), None)
+    if base is None or len(rows) < 2:
+        return ""
+    whole = {"tokens": base["tokens"], "flops": base["training_flops"], "seconds": base["seconds"]}
+    shows: dict[str, Callable[[float], str]] = {"tokens": quantity, "flops": quantity, "seconds": duration}
+    lines = []
+    for row in sorted(rows, key=lambda row: row["reach"]["flops"] if row.get("reach") else math.inf):
+        cells = []
+        for name, show in shows.items():
+            if not row.get("reach"):
+                cells.append(cell("not reached" if name == "tokens" else "", kind="none"))
+            elif not whole[name] or not row["reach"][name]:  # not timed
+                cells.append(cell("—"))
+            else:
+                share = row["reach"][name] / whole[name]
+                cells.append(bar_cell(share, f"{share:.2f}", show(row["reach"][name]), style[row["name"]]))
+        lines.append(name_cell(row["name"], style[row["name"]]) + "".join(cells))
+    return section(
+        f"Compute to reach the final loss of {base['name']}",
+        f"As a share of what {base['name']} used. The learning rate has not fallen yet where a curve crosses the loss, so a run "
+        "that was planned to end there would need less.",
+        table(["", "tokens", "training FLOPs", "time"], lines, stacks=True),
+    )
 
 
 def pareto(rows: Sequence[Row], style: Mapping[str, str]) -> str:

@@ -44,6 +44,12 @@ def cell(text: str, small: str = "", kind: str = "") -> str:
     return f'<td class="{kind}">{escape(text)}{under}</td>' if kind else f"<td>{escape(text)}{under}</td>"
 
 
+def bar_cell(share: float, text: str, small: str, style: str) -> str:
+    """A table cell with a bar under its text, as long as `share` of its width, at most all of it."""
+    bar = f'<i class="bar {style}" style="width:{100 * min(share, 1):.1f}%"></i>'
+    return f"<td>{escape(text)}<small>{escape(small)}</small>{bar}</td>"
+
+
 def name_cell(name: str, style: str) -> str:
     """The cell that begins a contestant's row, with the line it has in the charts."""
     return f'<th scope="row"><i class="key {style}"></i>{escape(name)}</th>'

@@ -156,7 +156,7 @@ def finished(base: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         methods=["cola", "dense"],
         seeds=[1, 2],
         sweep={"lr": [1e-3, 1e-2]},
-        own={"dense": {"lr": [1e-2]}, "dense-muon": {"lr": [1e-2]}, "dense-small": {"lr": [1e-2]}},
+        own={name: {"lr": [1e-2]} for name in ("dense", "dense-muon", "dense-small", "dense-small-muon")},
         match="flops",
     )
     first, second = Silent(), Silent()

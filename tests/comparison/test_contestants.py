@@ -1,13 +1,15 @@
 """Who takes part, with which learning rates, and what dense-small is like."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorank.comparison.contestants import CONTROL, candidates_of, find_contestants, plan_contestants
+from lorank.comparison.contestants import Candidate, beyond, candidates_of, find_contestants, plan_contestants
+from lorank.comparison.controls import CONTROL
 from lorank.comparison.matching import CLOSE, Costs
 from lorank.comparison.results import gather
 from lorank.comparison.runner import Comparison
@@ -19,24 +21,52 @@ from lorank.train.recipe import Recipe
 
 
 def test_the_control_costs_what_the_cheapest_method_costs(base: Recipe, costs: Costs, tmp_path: Path) -> None:
-    (*_, control), missing = plan_contestants(
-        ComparisonSettings(base=base, methods=["low-rank", "cola"]), costs, tmp_path
+    (*_, control, with_muon), missing = plan_contestants(
+        ComparisonSettings(base=base, methods=["low-rank", "cola", "cola+muon"]), costs, tmp_path
     )
     cola = costs.of("flops_per_token", dataclasses.replace(base, method="cola"))
     assert (control.name, control.kind) == (
         "dense-small",
         "control",
     ) and control.chosen.endswith(f"for the {control.like}")
-    assert control.like == "training FLOPs per token of low-rank" and missing == ""
+    assert control.like == "training FLOPs per token of low-rank" and missing == {}
     assert costs.of("flops_per_token", control.candidates[0].recipe) == pytest.approx(cola, rel=0.02)
     assert control.candidates[0].recipe.steps == base.steps  # equal tokens
+    muon = costs.of("flops_per_token", dataclasses.replace(base, method="cola", optimizer="muon"))
+    assert with_muon.name == "dense-small-muon" and with_muon.like == "training FLOPs per token of cola+muon"
+    assert costs.of("flops_per_token", with_muon.candidates[0].recipe) == pytest.approx(muon, rel=0.02)
+    assert with_muon.candidates[0].recipe.optimizer == "muon"
     found, missing = plan_contestants(ComparisonSettings(base=base, methods=["dense"]), costs, tmp_path)
-    assert [one.name for one in found] == ["dense", "dense-muon"] and missing.startswith("no method takes part")
+    assert [one.name for one in found] == ["dense", "dense-muon"]
+    assert missing["dense-small"].startswith("no method takes part")
+
+
+def test_named_contestants_may_be_compared_alone(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    asked = ComparisonSettings(base=base, methods=["cola", "d=dense"], only=True)
+    found, missing = plan_contestants(asked, costs, tmp_path)
+    assert [one.name for one in found] == ["cola", "d"] and missing == {}
+
+
+def test_a_sweep_goes_beyond_the_edge_where_its_best_is(base: Recipe) -> None:
+    def candidates(**values: list[Any]) -> list[Candidate]:
+        chosen = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+        return [Candidate(one, base.but(one), 1.0, None) for one in chosen]
+
+    found = candidates(lr=[1e-3, 3e-3, 6e-3])
+    further = beyond(found, [3.0, 2.0, 1.0])
+    assert further is not None and further.settings == {"lr": 1.2e-2} and further.recipe.lr == 1.2e-2
+    assert (below := beyond(found, [1.0, 2.0, None])) and below.settings["lr"] == pytest.approx(1e-3 / 3, rel=1e-3)
+    assert beyond(found, [3.0, 1.0, 2.0]) is None and beyond(found, [None] * 3) is None
+    assert beyond(found, [2.0, 1.0, None]) is None  # beyond lies what failed
+    assert beyond(found[:1], [1.0]) is None
+    two = beyond(candidates(lr=[1e-3, 2e-3], weight_decay=[0.1, 0.2, 0.4]), [9, 9, 9, 9, 1, 9])
+    assert two is not None and two.settings == {"lr": 4e-3, "weight_decay": 0.2}
+    assert beyond(candidates(rank=[4, 8]), [2.0, 1.0]) is None  # another cost
 
 
 def test_the_control_of_a_gpt2_is_a_gpt2(of_type: Callable[..., Recipe], costs: Costs, tmp_path: Path) -> None:
     recipe = of_type("gpt2", tmp_path / "m", n_embd=64, n_layer=2, n_head=2)
-    (*_, control), _ = plan_contestants(ComparisonSettings(base=recipe, methods=["cola"]), costs, tmp_path)
+    (*_, control, _), _ = plan_contestants(ComparisonSettings(base=recipe, methods=["cola"]), costs, tmp_path)
     assert control.name == "dense-small" and control.like == "training FLOPs per token of cola"
     assert build_config(control.candidates[0].recipe, costs.tokenizer).model_type == "gpt2"
 
@@ -48,9 +78,10 @@ def test_a_comparison_without_a_control_says_why(of_type: Callable[..., Recipe],
     asked = ComparisonSettings(base=recipe, methods=["cola"])
     found, missing = plan_contestants(asked, costs, tmp_path / "models")
     assert [one.name for one in found] == ["cola", "dense", "dense-muon"]
-    assert missing.startswith("a model of type 'bloom' cannot be made narrower") and not (tmp_path / "models").exists()
+    why = missing["dense-small"]
+    assert why.startswith("a model of type 'bloom' cannot be made narrower") and not (tmp_path / "models").exists()
     results = gather(Comparison(tmp_path, asked, found, {"corpus": "", "no_control": missing}))
-    assert f"There is no dense-small: {missing}." in results["notes"]
+    assert f"There is no dense-small: {why}." in results["notes"]
 
 
 @pytest.mark.parametrize(
@@ -62,8 +93,8 @@ def test_without_saved_compute_the_control_has_what_is_saved(
 ) -> None:
     recipe = dataclasses.replace(base, rank=None if methods == ["masa"] else 8)
     found, missing = plan_contestants(ComparisonSettings(base=recipe, methods=methods, match=match), costs, tmp_path)
-    control = found[-1]
-    assert control.name == "dense-small" and missing == "", missing
+    control = next(one for one in found if one.name == "dense-small")
+    assert missing == {}, missing
     least = min(costs.of(figure, one.candidates[0].recipe) for one in found if one.kind == "method")
     assert costs.of(figure, control.candidates[0].recipe) == pytest.approx(least, rel=CLOSE)
     assert control.like.startswith({"parameters": "parameters of", "memory_bytes": "memory (estimated) of"}[figure])
@@ -80,7 +111,9 @@ def test_dense_rows_are_always_there_and_always_tuned(base: Recipe, costs: Costs
     around, swept = [0.003333, 0.01, 0.03], "the best of its sweep"
     found = rates(base=base, methods=["cola"], tuned="dense")  # --lr 1e-2
     assert found == {"cola": ([0.01], "as given, not tuned"), "dense": (around, swept), "dense-muon": (around, swept)}
-    (*_, small), _ = plan_contestants(ComparisonSettings(base=base, methods=["cola"], tuned="dense"), costs, tmp_path)
+    (*_, small, _), _ = plan_contestants(
+        ComparisonSettings(base=base, methods=["cola"], tuned="dense"), costs, tmp_path
+    )
     assert small.name == "dense-small" and [one.recipe.lr for one in small.candidates] == around
     found = rates(base=base, methods=["d=dense"], tuned="dense", own={"dense": {"lr": [5e-3]}})
     assert found == {"d": (around, swept), "dense": ([5e-3], "as given, not tuned"), "dense-muon": (around, swept)}
@@ -144,7 +177,7 @@ def test_an_estimated_gradient_is_compared_with_autograd(base: Recipe, costs: Co
         ("dense", "autograd"),
         ("dense-muon", "autograd"),
     ]
-    assert missing.startswith("no method takes part") and CONTROL not in [one.name for one in found]
+    assert missing[CONTROL].startswith("no method takes part") and CONTROL not in [one.name for one in found]
     assert found[0].candidates[0].flops != pytest.approx(found[1].candidates[0].flops, rel=0.1)
 
 
@@ -160,4 +193,4 @@ def test_integers_are_compared_without_dense_rows(base: Recipe, tmp_path: Path) 
         ComparisonSettings(base=egg, methods=["e=eggroll"], tuned="all"), counts, tmp_path
     )
     assert [(one.name, one.method, one.rate) for one in found] == [("e", "eggroll", "the default of its rule")]
-    assert missing == "EGG has no dense twin in floating point"
+    assert missing == {"dense-small": "EGG has no dense twin in floating point"}

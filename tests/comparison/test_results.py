@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorank.comparison.results import _baseline_rank, _clock, _mismatches, write_results
+from lorank.comparison.results import _baseline_rank, _clock, _mismatches, _reach, write_results
 from lorank.comparison.runner import Comparison
 from lorank.comparison.settings import ComparisonSettings
 from lorank.report.comparison import comparison_page, comparison_table
@@ -23,9 +23,9 @@ def test_results_are_whole_and_kept_as_json(finished, rows: list[dict[str, Any]]
     results, out = finished.results, finished.comparison.out
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
     assert results["format"] == 1 and results["failures"] == {}
-    assert results["finished_runs"] == results["planned_runs"] == 9
-    assert [row["name"] for row in rows] == ["cola", "dense", "dense-muon", "dense-small"]
-    assert [row["kind"] for row in rows] == ["method", "dense", "dense", "control"]
+    assert results["finished_runs"] == results["planned_runs"] == 13
+    assert [row["name"] for row in rows] == ["cola", "dense", "dense-muon", "dense-small", "dense-small-muon"]
+    assert [row["kind"] for row in rows] == ["method", "dense", "dense", "control", "control"]
     for row in rows:
         assert row["loss"]["low"] < row["loss"]["mean"] < row["loss"]["high"] and row["loss"]["number"] == 2
         assert [run["seed"] for run in row["runs"]] == [1, 2]
@@ -57,7 +57,8 @@ def test_all_seeds_share_text_and_tokenizer(finished, rows: list[dict[str, Any]]
 def test_the_best_candidate_is_the_one_shown(rows: list[dict[str, Any]]) -> None:
     cola = rows[0]
     losses = {tried["settings"]["lr"]: tried["loss"] for tried in cola["tried"]}
-    assert cola["settings"]["lr"] == min(losses, key=lambda lr: losses[lr]) and cola["edge"] == ["lr"]
+    assert cola["settings"]["lr"] == min(losses, key=lambda lr: losses[lr])
+    assert cola["extended"] == len(losses) - 2 > 0  # lr 1e-2 was better than 1e-3
     assert all(rank <= 0.26 for rank in (one["effective_rank"] for one in cola["spectra"].values()))  # 8 of 32
 
 
@@ -120,3 +121,23 @@ def test_the_baseline_is_the_first_dense_row_with_a_result() -> None:
     for failed, then in ((2, "dense-muon"), (1, "dense-small"), (3, "cola")):
         rows[failed]["loss"] = None  # type: ignore[assignment]
         assert min(rows, key=_baseline_rank)["name"] == then
+
+
+def test_reach_is_where_the_curve_first_has_the_baselines_loss() -> None:
+    def run(losses: list[float]) -> dict[str, Any]:
+        tokens = [10.0, 20.0, 40.0]
+        return {"curve": {"tokens": tokens, "flops": [3 * x for x in tokens], "seconds": tokens, "loss": losses}}
+
+    assert _reach({"runs": [run([4.0, 3.0, 2.0])]}, 2.5) == {"tokens": 30.0, "flops": 90.0, "seconds": 30.0}
+    several = {"runs": [run([4.0, 3.0, 2.0]), run([2.5, 3.0, 2.0])]}
+    assert _reach(several, 2.5) == {"tokens": 20.0, "flops": 60.0, "seconds": 20.0}
+    assert _reach({"runs": [run([4.0, 3.0, 2.0]), run([4.0, 3.0, 2.6])]}, 2.5) is None
+    assert _reach({"runs": [{"status": "failed"}]}, 2.5) is None
+
+
+def test_the_winner_is_compared_with_the_next_by_seed(finished) -> None:
+    first, second = sorted(finished.results["contestants"], key=lambda row: row["loss"]["mean"])[:2]
+    found = finished.results["winner"]
+    assert (found["name"], found["next"]) == (first["name"], second["name"])
+    gaps = [ours["loss"] - theirs["loss"] for ours, theirs in zip(first["runs"], second["runs"], strict=True)]
+    assert found["difference"]["mean"] == pytest.approx(sum(gaps) / 2) and found["difference"]["number"] == 2

@@ -129,12 +129,17 @@ def test_the_verdict_is_careful(results: dict[str, Any]) -> None:
     said = verdict(results, rows)
     assert "10.5 % above dense (60.34)" in said and "60 % of its training FLOPs" in said
     assert "Over 3 seeds the difference in loss is +0.100 nats" in said and "more than chance" in said
-    assert "dense-muon reaches 54.60" in said and "better than cola" in said
+    assert said.startswith(
+        "<b>dense-muon</b> has the lowest validation perplexity, <b>54.60</b>, before dense with 60.34."
+    )
+    assert "better than cola" in said and "reaches the final loss" not in said
+    rows[0]["reach"] = {"tokens": 2e4, "flops": 3e11, "seconds": 9.0}
+    assert "cola reaches the final loss of dense with 30 % of its training FLOPs." in verdict(results, rows)
     rows[0]["difference"]["low"] = -0.01
     assert "may be chance" in verdict(results, rows)
     rows[0]["difference"].update(low=None, high=None)
     assert "seeds" not in verdict(results, rows)
-    rows[4]["difference"]["mean"] = 0.2
+    rows[4]["difference"]["mean"] = 0.35
     assert "better than" not in verdict(results, rows)
     assert verdict(results, rows[2:]) == "No run of a method has finished."
     assert verdict(results, []) == "No run has finished."
@@ -197,3 +202,11 @@ def test_what_was_tried_may_be_words_or_both() -> None:
         tried = [{"settings": {"kind": value}, "loss": 3.0 - i} for i, value in enumerate(values)]
         page = figures.tuning([{"name": "cola", "tried": tried}], {"cola": "s0"})
         assert "<svg" not in page and all(f"kind {value}" in page for value in values) and "2.0000" in page
+
+
+def test_what_it_takes_to_reach_the_baseline_has_bars(results: dict[str, Any]) -> None:
+    rows = results["contestants"]
+    rows[0]["reach"] = {"tokens": 2e4, "flops": 3e11, "seconds": 9.0}
+    shown = figures.reach(results, rows, styles(rows))
+    assert "Compute to reach the final loss of dense" in shown and "not reached" in shown
+    assert re.findall(r"width:([\d.]+)%", shown) == ["50.0", "30.0", "45.0"]
