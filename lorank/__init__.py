@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.methods.sltrain import SLTrain
     from lorank.methods.sst import SST
     from lorank.methods.switchlora import SwitchLoRA
+    from lorank.optim.apollo import APOLLO, APOLLOMini
     from lorank.optim.dct_adamw import DCTAdamW
     from lorank.optim.fira import Fira
     from lorank.optim.galore import GaLore

@@ -36,6 +36,8 @@ METHODS = {
     "fira": "lorank.optim.fira:Fira",
     "dct-adamw": "lorank.optim.dct_adamw:DCTAdamW",
     "trion": "lorank.optim.trion:Trion",
+    "apollo": "lorank.optim.apollo:APOLLO",
+    "apollo-mini": "lorank.optim.apollo:APOLLOMini",
     "votes": "lorank.evolution.votes:Votes",
     # where the gradient comes from
     "autograd": "lorank.method:Autograd",

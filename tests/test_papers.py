@@ -14,7 +14,7 @@ from lorank.architectures import llama_config
 from lorank.cli import cli
 from lorank.method import Method
 from lorank.methods import sltrain, sst
-from lorank.optim import dct_adamw, fira, galore, trion
+from lorank.optim import apollo, dct_adamw, fira, galore, trion
 from lorank.papers import cola, masa
 from lorank.papers.formulas import cola_parameters, crnet_parameters, dense_parameters, shape_of
 from lorank.papers.table import PaperTable, last_digit
@@ -66,6 +66,7 @@ def test_what_the_specs_name_as_stray_is_marked() -> None:
     assert mark("crnet", "Llama 1B", "fewer FLOPs per step, %", "1b") == "does not follow"
     assert mark("galore", "7B", "states saved", "7b") == "does not follow"
     assert mark("galore", "7B", "states saved, %", "7b") == "does not follow"
+    assert [mark("apollo", "Weights", "APOLLO-Mini", size) for size in ("130m", "350m")] == ["follows"] * 2
     assert mark("eggroll", "Batch", "EGGROLL with r = 1, members", "batch") == "follows"
 
 
@@ -91,7 +92,8 @@ def test_masas_flops_are_those_of_weights_that_share() -> None:
 
 def test_a_paper_is_found_by_name() -> None:
     assert all(papers.find_paper(name).name == name for name in papers.PAPERS)
-    assert [papers.find_paper(name).name for name in ("cola-m", "dct-adamw", "trion")] == ["cola", "dct", "dct"]
+    others = ("cola-m", "dct-adamw", "trion", "apollo-mini")
+    assert [papers.find_paper(name).name for name in others] == ["cola", "dct", "dct", "apollo"]
     with pytest.raises(ValueError, match="did you mean 'cola'.*crnet.*trion"):
         papers.find_paper("colla")
 
@@ -152,6 +154,7 @@ def test_compression_by_masa_is_that_of_our_model() -> None:
         (fira.Fira(), fira.state_elements),
         (dct_adamw.DCTAdamW(), dct_adamw.state_elements),
         (trion.Trion(), trion.state_elements),
+        (apollo.APOLLO(), apollo.state_elements),
     ],
 )
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])

@@ -57,6 +57,16 @@ IN_PART: dict[str, dict[str, Any]] = {
     "dct-adamw-60m": {"rank": None, "lr": Recipe.lr, "eps": 1e-8, "sequence_length": 512, "batch_size": 512},
     "trion-60m": {"lr": 0.02, "betas": [0.9, 0.95], "eps": 1e-10, "sequence_length": 512, "batch_size": 512},
 }
+APOLLO = {
+    "lr": 1e-2,
+    "steps": 10_000,
+    "warmup_steps": 1_000,
+    "weight_decay": 0.0,
+    "precision": "bf16-pure",
+    "batch_size": 512,
+}
+IN_PART["apollo-60m"] = {"rank": 128, "options": {"update_gap": 200, "scale": 1.0, "growth": 1.01}, **APOLLO}
+IN_PART["apollo-mini-60m"] = {"rank": None, "options": {"update_gap": 200, "growth": 1.01}, **APOLLO}
 # Total and trained parameters; None where they are not known.
 COUNTS = {
     "cola-60m": (42_770_944, 42_770_944),
@@ -79,7 +89,7 @@ COUNTS = {
 }
 DENSE = {"60m": 58_073_600, "130m": 134_105_856, "350m": 367_969_280, "1b": 1_339_082_752}
 for name in OURS:
-    if name.startswith(("galore", "fira", "dct-adamw", "trion")):
+    if name.startswith(("galore", "fira", "dct-adamw", "trion", "apollo")):
         COUNTS[name] = (DENSE[name.rpartition("-")[2]],) * 2
 
 

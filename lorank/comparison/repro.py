@@ -71,6 +71,12 @@ PUBLISHED = {
     ),
     "60m-dct-adamw": Published(None, None, "DCT-AdamW, 2505.17967", "publishes no 60M"),
     "60m-trion": Published(None, None, "Trion, 2505.17967", "publishes no 60M"),
+    "60m-apollo": Published(
+        31.55, IN_FULL, "APOLLO, 2412.05270", "with r = d/4; epsilon and the documents' padding are not known"
+    ),
+    "60m-apollo-mini": Published(
+        31.93, IN_FULL, "APOLLO, 2412.05270", "epsilon and the documents' padding are not known"
+    ),
 }
 """By name, SIZE-METHOD. EGGROLL has none: nobody has trained a 60M Llama without gradients, and each step needs a forward
 pass for each member of its population; EGG is not a Llama. Above 60M papers evaluate on several GPUs, which changes N and

@@ -12,7 +12,7 @@ from lorank.optim.stacks import LIKE_PARAMETERS
 if TYPE_CHECKING:
     from lorank.optim.driver import LowRankOptimizer
 
-COUNTERS = ("step", "steps")
+COUNTERS = ("step", "steps", "seed")
 """They stay on the host, where reading them waits for nothing."""
 WRAPPED = ("inner", "__bnb_optimizer_quant_state__")
 """Dictionaries inside a state: that of an optimizer inside another, and what bitsandbytes hides from FSDP."""

@@ -8,16 +8,16 @@ with the reason as far as we know it. The tests check the mark of every cell.
 
 import difflib
 
-from lorank.papers import cola, crnet, dct, eggroll, fira, galore, masa, relora, sltrain, sst, switchlora
+from lorank.papers import apollo, cola, crnet, dct, eggroll, fira, galore, masa, relora, sltrain, sst, switchlora
 from lorank.papers.table import Cell, Mark, Paper, PaperTable
 
 __all__ = ["ALSO", "PAPERS", "Cell", "Mark", "Paper", "PaperTable", "find_paper"]
 
 PAPERS: dict[str, Paper] = {
     module.PAPER.name: module.PAPER
-    for module in (cola, crnet, sltrain, galore, fira, relora, switchlora, sst, masa, dct, eggroll)
+    for module in (cola, crnet, sltrain, galore, fira, relora, switchlora, sst, masa, dct, apollo, eggroll)
 }
-ALSO = {"cola-m": "cola", "cr-net": "crnet", "dct-adamw": "dct", "trion": "dct"}
+ALSO = {"cola-m": "cola", "cr-net": "crnet", "dct-adamw": "dct", "trion": "dct", "apollo-mini": "apollo"}
 """Methods whose paper has another name."""
 
 

@@ -56,6 +56,11 @@ PRINTED: dict[str, dict[str, dict[str, Any]]] = {
         "7b": {"rank": 64, "update_gap": 500, "scale": 0.0625},
     },
     "dct-adamw": {},
+    "apollo": {
+        size: {"rank": r, "update_gap": 200}
+        for size, r in (("60m", 128), ("130m", 192), ("350m", 256), ("1b", 512), ("7b", 256))
+    },
+    "apollo-mini": {},
     "trion": {"350m": {"rank": 256, "momentum": 0.95}, "1b": {"rank": 256, "momentum": 0.95}},
 }
 PRINTED["cola-m"] = PRINTED["cola"]

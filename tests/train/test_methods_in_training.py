@@ -163,6 +163,7 @@ def test_it_learns_more_than_token_frequencies(method: str, library: Path, tmp_p
         "sst": {"interval": 20, "restart_warmup_steps": 5},
         "galore": {"scale": 1.0},
         "trion": {"adamw_lr": 1e-2},
+        "apollo-mini": {"scale": 128**0.5 / 4},  # for a sketch of 16 rows
     }
     settings: dict[str, Any] = {
         "method": method,
