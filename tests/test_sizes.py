@@ -44,7 +44,7 @@ def test_cola_60m_holds_9_994_240_numbers_in_its_factors() -> None:
 def test_settings_of_the_papers() -> None:
     config = llama_config("60m")
     assert (config.vocab_size, config.rms_norm_eps, config.hidden_act) == (32_000, 1e-6, "silu")
-    assert (config.initializer_range, config.pad_token_id, config.tie_word_embeddings) == (0.02, 0, False)
+    assert (config.initializer_range, config.pad_token_id, config.tie_word_embeddings) == (0.02, None, False)
     assert config.rope_parameters["rope_theta"] == 10_000
     assert config.num_key_value_heads == config.num_attention_heads and not config.attention_bias
     assert llama_config("60m", sequence_length=4096).max_position_embeddings == 4096
