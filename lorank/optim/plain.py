@@ -10,6 +10,7 @@ from lorank.fields import Bounds
 from lorank.method import Patterns
 from lorank.optim.driver import ByGroups
 from lorank.optim.groups import hidden_matrices
+from lorank.optim.rules import Scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +19,10 @@ class Muon(ByGroups):
 
     Updates are scaled to AdamW's root mean square (arXiv 2502.16982), so that one learning rate, weight decay and schedule
     serve both. In groups of your own, ``{"params": ..., "rule": "muon"}`` names its matrices.
+
+    Args:
+        scaling: length of an update of a matrix [m, n], in a low-rank model of each factor: "kimi" 0.2 √max(m, n), which is
+            AdamW's; "kj" √max(1, m/n); "dion" √(m/n); or "none", 1. All but the first need another learning rate than AdamW.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4, bias=False))
@@ -32,9 +37,11 @@ class Muon(ByGroups):
     name: ClassVar[str] = "muon"
 
     momentum: Annotated[float, Bounds(least=0, below=1)] = 0.95
+    scaling: Scale = "kimi"
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        return super().settings({"momentum": self.momentum, **group} if group.get("rule") == "muon" else group)
+        own = {"momentum": self.momentum, "scaling": self.scaling} if group.get("rule") == "muon" else {}
+        return super().settings({**own, **group})
 
     def parameter_groups(
         self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns

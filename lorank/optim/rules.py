@@ -4,8 +4,8 @@
     adamw-8bit   the same, moments of tensors from 4,096 numbers on        Dettmers et al., arXiv 2110.02861
                  in a byte each, with a scale per 256
     adafactor    the second moment as a column times a row                 Shazeer and Stern, arXiv 1804.04235
-    muon         orthonormalised momentum, scaled to AdamW's root mean     Jordan et al.; Liu et al., arXiv 2502.16982
-                 square, so that one learning rate serves both
+    muon         orthonormalised momentum, times one of `SCALES`; "kimi"   Jordan et al.; Liu et al., arXiv 2502.16982
+                 has AdamW's root mean square, so that one lr serves both
 
 A rule keeps nothing itself: the state of a parameter is a dictionary, with the names that torch and bitsandbytes use.
 """
@@ -13,8 +13,8 @@ A rule keeps nothing itself: the state of a parameter is a dictionary, with the 
 import functools
 import importlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +24,14 @@ from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, muon
 from lorank.fields import Bounds, NonNegative, Positive
 from lorank.optim.shards import whole
 
+Scale = Literal["dion", "kj", "kimi", "none"]
+SCALES: dict[str, Callable[[int, int], float]] = {
+    "dion": lambda m, n: (m / n) ** 0.5,
+    "kj": lambda m, n: max(1.0, m / n) ** 0.5,
+    "kimi": lambda m, n: 0.2 * max(m, n) ** 0.5,
+    "none": lambda m, n: 1.0,
+}
+"""Length of an orthonormal update by m = d_out and n = d_in."""
 State = dict[str, Any]
 Group = Mapping[str, Any]
 
@@ -220,28 +228,37 @@ class Muon(Rule):
     """torch's Muon with Nesterov momentum and five steps of Newton-Schulz in bfloat16."""
 
     kept = typed = ("momentum_buffer",)
-    defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.95, "eps": 1e-7}
-    types: ClassVar[Mapping[str, Any]] = {"eps": NonNegative, "momentum": Annotated[float, Bounds(least=0, below=1)]}
+    defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.95, "eps": 1e-7, "scaling": "kimi"}
+    types: ClassVar[Mapping[str, Any]] = {
+        "eps": NonNegative,
+        "momentum": Annotated[float, Bounds(least=0, below=1)],
+        "scaling": Scale,
+    }
     matrices_only = True
 
     def make(self, like: Tensor) -> State:
         return {"momentum_buffer": like.new_zeros(like.shape)}
 
     def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
-        muon(
-            weights,
-            gradients,
-            [state["momentum_buffer"] for state in states],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            momentum=group["momentum"],
-            nesterov=True,
-            ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
-            ns_steps=5,
-            eps=group["eps"],
-            adjust_lr_fn="match_rms_adamw",
-            has_complex=False,
-        )
+        alike: dict[torch.Size, list[int]] = {}
+        for i, W in enumerate(weights):
+            alike.setdefault(W.shape if group["scaling"] != "kimi" else torch.Size(), []).append(i)
+        for shape, some in alike.items():
+            longer = SCALES[group["scaling"]](*shape) / SCALES["kimi"](*shape) if shape else 1.0  # torch's has kimi's
+            muon(
+                [weights[i] for i in some],
+                [gradients[i] for i in some],
+                [states[i]["momentum_buffer"] for i in some],
+                lr=group["lr"] * longer,
+                weight_decay=group["weight_decay"] / longer,
+                momentum=group["momentum"],
+                nesterov=True,
+                ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
+                ns_steps=5,
+                eps=group["eps"],
+                adjust_lr_fn="match_rms_adamw",
+                has_complex=False,
+            )
 
     def bytes(self, shape: Sequence[int], itemsize: int) -> int:
         return math.prod(shape) * itemsize

@@ -33,17 +33,10 @@ from lorank.fields import Fraction, NonNegative, Positive
 from lorank.method import Published
 from lorank.optim.dct import Transform, back, columns, select, transform, transform_flops, vectors
 from lorank.optim.driver import LowRankOptimizer, Projected
-from lorank.optim.rules import newton_schulz_flops
+from lorank.optim.rules import SCALES, Scale, newton_schulz_flops
 from lorank.optim.stacks import Product, Stack
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-SCALES = {
-    "dion": lambda m, n: (m / n) ** 0.5,
-    "kj": lambda m, n: max(1.0, m / n) ** 0.5,
-    "kimi": lambda m, n: 0.2 * max(m, n) ** 0.5,
-    "none": lambda m, n: 1.0,
-}
-"""Length of an update by d_out = m and d_in = n."""
 
 
 def state_elements(m: int, n: int, r: int) -> int:
@@ -84,7 +77,7 @@ class Trion(Projected):
     tall: ClassVar[bool] = True
 
     momentum: Fraction = 0.95
-    scale: Literal["dion", "kj", "kimi", "none"] = "dion"
+    scale: Scale = "dion"
     adamw_lr: NonNegative = 3e-4
     ell_norm: Positive = 1.0
     transform: Transform = "matmul"

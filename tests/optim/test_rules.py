@@ -48,6 +48,21 @@ def test_muon_and_adamw_together_equal_the_two_apart() -> None:
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("scaling", ["kj", "dion", "none"])
+def test_muons_scaling_is_the_length_of_an_update(scaling: str) -> None:
+    """torch has "kj" as "original"; the others differ from it by a factor of each shape, and decay is the same."""
+    shapes = [(12, 20), (20, 5), (16, 16), (12, 20)]
+    ours, theirs = matrices(*shapes), matrices(*shapes)
+    run(made(Muon, [{"params": ours, "rule": "muon"}], lr=0.1, weight_decay=0.5, scaling=scaling), ours, range(1))
+    run(torch.optim.Muon(theirs, lr=0.1, weight_decay=0.0, adjust_lr_fn="original"), theirs, range(1))
+    for p, q, start in zip(ours, theirs, matrices(*shapes), strict=True):
+        m, n = p.shape
+        length = {"kj": 1.0, "dion": min(1.0, m / n) ** 0.5, "none": max(1.0, m / n) ** -0.5}[scaling]
+        torch.testing.assert_close(p, 0.95 * start + length * (q - start), rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="scaling must be 'dion', 'kj', 'kimi' or 'none', got 'rms'"):
+        made(Muon, [{"params": ours, "rule": "muon", "scaling": "rms"}], lr=0.1)
+
+
 def test_adafactor_is_torchs() -> None:
     ours, theirs = net(), net()
     train(ours, made(Adafactor, ours.parameters(), lr=0.01, weight_decay=0.1), range(5))
