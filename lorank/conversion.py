@@ -6,6 +6,7 @@ It has three steps: find the projections of the repeated blocks (`lorank.sites.f
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -22,7 +23,16 @@ from lorank.method import AdamW, Dense, Method, Patterns, Site, StepHook, check_
 from lorank.optim.groups import Decay, plain_groups
 from lorank.pretrained import config_class, forget, record
 from lorank.rewriting import converted_with, put, rewrite
-from lorank.sites import base_prefix, check_callers, choose_sites, find_sites, listed, wanted_sites
+from lorank.sites import (
+    base_prefix,
+    blocks,
+    check_callers,
+    choose_sites,
+    find_sites,
+    listed,
+    other_matrices,
+    wanted_sites,
+)
 from lorank.table import find, register
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -55,7 +65,8 @@ def convert(
             another, or the method does not accept the model (for CoLA: the rank). The model is then unchanged.
 
     Warns:
-        UserWarning: a rank at which the factors are no smaller than the dense layer.
+        UserWarning: a rank at which the factors are no smaller than the dense layer; or most of the blocks stays dense because no
+            linear layer applies it, such as the experts of a mixture.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> shape = LlamaConfig(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -73,6 +84,8 @@ def convert(
             "example, and lorank.optimizer for methods that decide how weights move"
         )
     sites = sites_to_convert(model, method, targets, exclude)
+    if targets is None:
+        _warn_of_other_matrices(model, method)
     rewrite(model, method, sites)
     recorded = {
         "method": method.name,
@@ -114,6 +127,19 @@ def sites_to_convert(
     check_callers(model, sites)
     method.check(sites)
     return sites
+
+
+def _warn_of_other_matrices(model: nn.Module, method: Method) -> None:
+    """Names the matrices that no method reaches, if they are more than a tenth of the blocks."""
+    total = sum(p.numel() for p in {p for _, _, block in blocks(model) for p in block.parameters()})
+    parts = {role: sum(p.numel() for p in each) / total for role, each in other_matrices(model).items()}
+    if (left := sum(parts.values())) > 0.1:
+        what = "experts" if any("expert" in role for role in parts) else "matrices"
+        listed = ", ".join(f"{role} ({part * 100:.3g} %)" for role, part in parts.items())
+        warnings.warn(
+            f"{method.name} leaves {left * 100:.3g} % of the blocks' parameters dense, {what} that no linear layer applies: {listed}",
+            stacklevel=3,
+        )
 
 
 def method_of(model: nn.Module) -> Method | None:

@@ -60,6 +60,20 @@ def linear_layers(model: nn.Module) -> list[Site]:
     ]
 
 
+def other_matrices(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Matrices of the blocks that no linear layer applies, such as Mixtral's experts: {role: one for each depth}. Routers are not
+    among them."""
+    found: dict[str, list[nn.Parameter]] = {}
+    for stack, _, block in blocks(model):
+        known = set(routers(block))
+        known |= {n for n, m in block.named_modules() if is_linear(m) or hasattr(m, "stands_for_linear")}
+        for name, parameter in block.named_parameters():
+            inside = any(name.startswith(f"{module}.") for module in known)
+            if not inside and sum(size > 1 for size in parameter.shape) > 1:
+                found.setdefault(f"{stack}.*.{name}", []).append(parameter)
+    return found
+
+
 def derived_layers(model: nn.Module) -> list[str]:
     """Names of the classes derived from ``nn.Linear`` whose layers do not count as linear maps."""
     return sorted({type(m).__name__ for m in model.modules() if isinstance(m, nn.Linear) and not is_linear(m)})

@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorank import accounting
 from lorank.plan.counts import Counts, count
-from lorank.sites import find_sites
+from lorank.sites import find_sites, other_matrices
 from lorank.train.build import build_estimator
 from lorank.train.methods import methods_of, optimizer_groups
 from lorank.train.model import empty_model
@@ -46,7 +46,7 @@ class Plan:
     """A recipe's model next to its dense twin."""
 
     rows: list[Row]
-    """Of all projections, unless the weights stay as they are and `treatments` says how they move."""
+    """Of all projections and other matrices of the blocks, unless the weights stay as they are and `treatments` says how they move."""
     treatments: list[Treatment]
     """Of all parameters, where they do not all move by one plain rule and a gradient from autograd."""
     model: Counts
@@ -134,10 +134,15 @@ def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:
             parameters_before=earlier.parameters_before + _size(site.linear),
             parameters_after=earlier.parameters_after + count,
         )
+    others = [
+        Row(role, len(each), " × ".join(map(str, each[0].shape)), "stays dense", size, size)
+        for role, each in other_matrices(dense).items()
+        for size in [sum(parameter.numel() for parameter in each)]
+    ]
     shared = [
         Row(name, 1, "", "shared by the blocks", 0, _size(module)) for name, module in accounting.shared_modules(model)
     ]
-    return [*rows.values(), *shared]
+    return [*rows.values(), *others, *shared]
 
 
 def _by_role(model: nn.Module, how: Callable[[str, Any], str]) -> list[Treatment]:

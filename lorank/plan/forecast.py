@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from lorank import accounting
 from lorank.accelerators import Fleet, Run
 from lorank.plan.counts import Counts, count
+from lorank.sites import other_matrices
 from lorank.table import find, names_joined
 from lorank.train.methods import methods_of, rank_of, schedule_of, settings_of, title_of
 from lorank.train.model import empty_model
@@ -41,6 +42,8 @@ class Forecast:
     budget_is_default: bool = False
     file: str | None = None
     """Where the recipe was read."""
+    left_dense: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Matrices of the blocks that the method does not reach, such as experts: {role: parameters, all depths}."""
     tokens_per_parameter: ClassVar[int] = TOKENS_PER_PARAMETER
 
     @property
@@ -220,8 +223,11 @@ def _forecast(recipe: Recipe, fleet: Fleet, tokens: int, is_default: bool, file:
             f"tokens must be at least one step's {least:,} ({recipe.batch_size} sequences of {recipe.sequence_length}), got "
             f"{tokens:,}; give more, or a smaller --batch-size"
         )
-    counts = count(recipe, built(recipe), devices=fleet.devices)
-    return Forecast(recipe.model or recipe.size, recipe, counts, fleet, tokens, is_default, file)
+    model = built(recipe)
+    others = other_matrices(model) if methods.method.answers() else {}
+    left = {role: sum(parameter.numel() for parameter in each) for role, each in others.items()}
+    counts = count(recipe, model, devices=fleet.devices)
+    return Forecast(recipe.model or recipe.size, recipe, counts, fleet, tokens, is_default, file, left)
 
 
 def with_method(shape: Recipe, method: str) -> Recipe:

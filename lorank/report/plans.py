@@ -261,6 +261,11 @@ def _assumptions(found: "Sequence[Forecast]") -> list[str]:
         "Counted: FLOPs of matrix products and attention (again: recomputed); bytes of tensors, without a kernel's scratch "
         "memory and an allocator's waste.",
     ]
+    for f in {f.title: f for f in found if f.left_dense}.values():
+        part = sum(f.left_dense.values()) / f.counts.parameters.blocks
+        lines.append(
+            f"Dense in {f.title}, because no linear layer applies them: {', '.join(f.left_dense)}; {part:.1%} of its blocks."
+        )
     if any(f.optimizer_flops for f in found):
         lines.append(
             "Optimizer: its own matrix products in a step, on every device, those of a refresh spread over the steps "

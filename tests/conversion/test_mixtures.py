@@ -1,6 +1,7 @@
 """Mixtures of experts: routers are left alone, and what is saved is what is loaded."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from lorank import CoLA, convert
 from lorank.layers import LowRankLinear
 from lorank.sites import find_sites
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*of the blocks' parameters dense:UserWarning")
 SHAPE: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -87,3 +89,13 @@ def test_a_saved_mixture_is_the_one_that_was_converted(kind: str, tmp_path: Path
         found = loaded.state_dict()
         assert found.keys() == model.state_dict().keys()
         assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+
+
+def test_experts_that_stay_dense_are_named_with_their_share(tmp_path: Path) -> None:
+    experts = 4 * 3 * 32 * 48
+    block = experts + 4 * 32 * 32 + 4 * 32 + 2 * 32  # attention, router, norms
+    said = rf"leaves {experts / block * 100:.3g} % of .* dense, experts .*gate_up_proj \({experts / block * 200 / 3:.3g} %\)"
+    with pytest.warns(UserWarning, match=said):
+        convert(mixture("mixtral", tmp_path), "relora")
+    with warnings.catch_warnings(action="error"):  # whoever chooses knows what is left
+        convert(mixture("mixtral", tmp_path), "relora", targets=".*")
