@@ -41,13 +41,7 @@ QUESTIONS = {
     "gradient": "where the gradient comes from",
 }
 """The questions, in the words of a message."""
-_SEAMS = {
-    "method": ("build", "build_stack"),
-    "optimizer": ("optimizer",),
-    "hook": ("hook",),
-    "memory": ("policy",),
-    "gradient": ("gradient",),
-}
+_SEAMS = {"method": ("build", "build_stack"), "memory": ("policy",)}
 
 
 class Site(NamedTuple):
@@ -111,7 +105,7 @@ class Method:
     def answers(cls) -> frozenset[str]:
         """The questions that the method answers; see `QUESTIONS`."""
         overrides = lambda seam: getattr(cls, seam) is not getattr(Method, seam)  # noqa: E731
-        return frozenset(question for question, seams in _SEAMS.items() if any(map(overrides, seams)))
+        return frozenset(question for question in QUESTIONS if any(map(overrides, _SEAMS.get(question, (question,)))))
 
     # ---- what is W?
 
@@ -304,9 +298,15 @@ class StepHook:
     A subclass overrides `before_step` (gradients are final, clipped and accumulated) or `after_step`. Tensors of the
     model change only in place; what must survive a restart and is in neither the model nor the optimizer's state
     belongs in `state_dict`.
+
+    Raises:
+        ValueError: the optimizer has a hook already; both would act.
     """
 
     def __init__(self, optimizer: Optimizer):
+        if getattr(optimizer, "lorank_hook", None) is not None:
+            raise ValueError("optimizer must have one hook, but it has one already; use that or make another optimizer")
+        optimizer.lorank_hook = self  # type: ignore[attr-defined]
         self.optimizer = optimizer
         self.step = 0
         """Optimizer steps done: 0 in the first call of `before_step`, 1 in the first of `after_step`."""

@@ -133,9 +133,10 @@ def build_optimizer(recipe: Recipe, model: nn.Module, found: Methods | None = No
     """The recipe's optimizer over the trained parameters of a model; of other methods than the recipe's if `found`."""
     found = found or methods_of(recipe)
     beta1, beta2 = recipe.betas
-    return found.mover.optimizer(
-        optimizer_groups(recipe, model, found), lr=recipe.lr, betas=(beta1, beta2), eps=recipe.eps
-    )
+    groups = optimizer_groups(recipe, model, found)
+    made: Any = found.mover.optimizer(groups, lr=recipe.lr, betas=(beta1, beta2), eps=recipe.eps)
+    made.lorank_method = found.optimizer  # `step_hook` asks it too
+    return made
 
 
 def state_bytes(recipe: Recipe, model: nn.Module, found: Methods | None = None) -> int:

@@ -1,0 +1,153 @@
+"""`step_hook` and `lr_schedule` on models and optimizers that are wrapped in something else."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+
+import lorank
+from lorank import SST, CoLA, Method, ReLoRA, StepHook, convert, lr_schedule, step_hook
+
+RESTARTS = ReLoRA(rank=4, cycle=2, dropout=0.0)
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+class Within(nn.Module):
+    """As Lightning's modules hold a model."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+
+class Hiding(nn.Module):
+    """A wrapper that is not seen to contain anything."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        object.__setattr__(self, "module", model)
+
+
+WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
+    "DDP": nn.parallel.DistributedDataParallel,
+    "DataParallel": nn.DataParallel,
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "compiled DDP": lambda model: torch.compile(nn.parallel.DistributedDataParallel(model), backend="eager"),
+    "a module": Within,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_a_wrapped_model_restarts_as_the_model_itself(
+    wrap: Callable[[nn.Module], Any], small: Callable[..., Any], tokens: Tensor, one_process: None
+) -> None:
+    ends = []
+    for wrapped in (False, True):
+        torch.manual_seed(0)
+        inner = convert(small("llama"), RESTARTS).train()
+        model = wrap(inner) if wrapped else inner
+        moving = lorank.optimizer(model, lr=1e-2)
+        hook = step_hook(model, moving, steps=6, seed=3)
+        rates = lr_schedule(model, steps=6, warmup_steps=1)
+        assert hook is not None
+        for _ in range(6):
+            inner(tokens, labels=tokens).loss.backward()
+            moving.step()
+            moving.zero_grad()
+        ends.append((inner.state_dict(), [rates(step) for step in range(6)], hook.step))
+    assert ends[0][1:] == ends[1][1:]
+    assert all(torch.equal(value, ends[1][0][name]) for name, value in ends[0][0].items())
+
+
+def test_the_optimizer_of_accelerate_calls_the_hook(small: Callable[..., Any], tokens: Tensor) -> None:
+    torch.manual_seed(0)
+    inner = convert(small("llama"), RESTARTS).train()
+    model, moving = Accelerator(cpu=True).prepare(inner, lorank.optimizer(inner, lr=1e-2))
+    hook = step_hook(model, moving, steps=4)
+    model(tokens, labels=tokens).loss.backward()
+    moving.step()
+    assert hook is not None and hook.step == 1
+
+
+def test_flattened_parameters_are_refused(small: Callable[..., Any], one_process: None) -> None:
+    inner = convert(small("llama"), RESTARTS)
+    no_shard = ShardingStrategy.NO_SHARD
+    model = FullyShardedDataParallel(
+        inner, device_id=torch.device("cpu"), sharding_strategy=no_shard, use_orig_params=True
+    )
+    with pytest.raises(
+        ValueError, match="^relora cannot act on parameters that FullyShardedDataParallel has flattened"
+    ):
+        step_hook(model, torch.optim.AdamW(model.parameters()), steps=4)
+
+
+def test_what_is_not_found_is_not_taken_for_not_needed(small: Callable[..., Any]) -> None:
+    model = convert(small("llama"), RESTARTS)
+    moving = torch.optim.AdamW(model.parameters())
+    with pytest.raises(ValueError, match="must move parameters of the model, but it moves none of this Linear"):
+        step_hook(nn.Linear(2, 2), moving, steps=4)
+    with pytest.raises(ValueError, match="must have parameters, got a Hiding without any"):
+        lr_schedule(Hiding(model), steps=4)
+    with pytest.raises(ValueError, match="must be the whole converted model, got only a ModuleList from it"):
+        lr_schedule(model.model.layers, steps=4)
+    with pytest.raises(ValueError, match="must contain one converted model, got LorankLlamaForCausalLM and Lorank"):
+        lr_schedule(nn.ModuleList([model, convert(small("llama"), SST(rank=4))]), steps=400)
+    with pytest.raises(ValueError, match="model must be a torch module, got str"):
+        lr_schedule("model", steps=4)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="optimizer must be a torch optimizer, got str"):
+        step_hook(model, "adamw", steps=4)  # type: ignore[arg-type]
+    assert step_hook(model, moving, steps=4) is not None
+
+
+def test_models_that_need_no_hook_get_none(small: Callable[..., Any]) -> None:
+    for model in (small("llama"), convert(small("llama"), CoLA(rank=4)), Within(convert(small("llama"), CoLA(rank=4)))):
+        assert step_hook(model, lorank.optimizer(model, lr=0.1), steps=4) is None
+        assert lr_schedule(model, steps=4)(0) == 1.0
+
+
+def test_a_second_hook_on_an_optimizer_is_refused(small: Callable[..., Any]) -> None:
+    model = convert(small("llama"), RESTARTS)
+    moving = lorank.optimizer(model, lr=0.1)
+    step_hook(model, moving, steps=4)
+    with pytest.raises(ValueError, match="optimizer must have one hook, but it has one already"):
+        step_hook(model, moving, steps=4)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halving(Method):
+    """An optimizer method with a schedule and a hook of its own."""
+
+    name: ClassVar[str] = "halving"
+    key: ClassVar[str] = "optimizer"
+
+    def optimizer(self, groups: Any, *, lr: float, betas: tuple[float, float], eps: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(groups, lr=lr)
+
+    def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float]:
+        return lambda step: 0.5**step
+
+    def hook(self, model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, seed: int) -> StepHook:
+        return StepHook(optimizer)
+
+
+def test_an_optimizer_brings_its_own_hook_and_schedule(small: Callable[..., Any]) -> None:
+    model = small("llama")
+    moving = lorank.optimizer(model, Halving(), lr=0.1)
+    assert lr_schedule(model, steps=4, optimizer=moving)(2) == 0.25
+    hook = step_hook(model, moving, steps=4)
+    assert hook is not None
+    model(torch.ones(1, 3, dtype=torch.int64)).logits.sum().backward()
+    moving.step()
+    assert hook.step == 1
