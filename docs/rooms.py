@@ -43,7 +43,7 @@ ROWS: tuple[dict[str, str], ...] = (
     {"sites": "where the projections of a model are"},
     {"fusion": "several projections in one matrix", "checkpointing": "what is kept for the backward pass"},
     {
-        "method": "Method, Site, StepHook: what a method can decide",
+        "method": "Method, Site: what a method can decide",
         "layers": "layers that several methods share",
         "tape": "what one block leaves for the next",
         "factors": "pure functions on two factors",
@@ -54,6 +54,7 @@ ROWS: tuple[dict[str, str], ...] = (
     },
     {
         "fields": "checks a dataclass by its annotations",
+        "hooks": "StepHook: what happens between two steps",
         "auto": "what transformers' Auto classes are promised",
         "sizes": "the shapes of the papers' Llamas",
         "accelerators": "data sheets of devices",

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorank.fields import Rank, check_fields
+from lorank.hooks import StepHook as StepHook
 
 Published = Mapping[str, Mapping[str, Any]]
 """What a paper uses, {size: {field: value}}, if it differs from the field's default. Sizes are those of lorank.sizes."""
@@ -181,7 +182,7 @@ class Method:
 
     # ---- what happens between steps?
 
-    def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> "StepHook | None":
+    def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook | None:
         """What happens to `model` and the state of `optimizer` between the `steps` steps of a run; None: nothing.
 
         Raises:
@@ -290,46 +291,6 @@ class Gradient(Protocol):
 
     def describe(self) -> str:
         """How it estimates the gradient of the model, in one sentence."""
-
-
-class StepHook:
-    """Something that happens between optimizer steps. It uses the optimizer's own hooks, so it works in any training loop.
-
-    A subclass overrides `before_step` (gradients are final, clipped and accumulated) or `after_step`. Tensors of the
-    model change only in place; what must survive a restart and is in neither the model nor the optimizer's state
-    belongs in `state_dict`.
-
-    Raises:
-        ValueError: the optimizer has a hook already; both would act.
-    """
-
-    def __init__(self, optimizer: Optimizer):
-        if getattr(optimizer, "lorank_hook", None) is not None:
-            raise ValueError("optimizer must have one hook, but it has one already; use that or make another optimizer")
-        optimizer.lorank_hook = self  # type: ignore[attr-defined]
-        self.optimizer = optimizer
-        self.step = 0
-        """Optimizer steps done: 0 in the first call of `before_step`, 1 in the first of `after_step`."""
-        optimizer.register_step_pre_hook(lambda *_: self.before_step())
-        optimizer.register_step_post_hook(self._after_step)
-
-    def before_step(self) -> None:
-        """Called before each optimizer step."""
-
-    def after_step(self) -> None:
-        """Called after each optimizer step."""
-
-    def _after_step(self, *_: Any) -> None:
-        self.step += 1
-        self.after_step()
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run needs to go on exactly as this one; tensors only."""
-        return {"step": torch.tensor(self.step)}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on from where `state_dict` was taken; model and optimizer are loaded already."""
-        self.step = int(state["step"])
 
 
 def warmup_cosine(step: int, steps: int, warmup_steps: int, min_lr_ratio: float) -> float:

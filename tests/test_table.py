@@ -21,8 +21,8 @@ def test_the_package_offers_what_it_lists_and_nothing_else() -> None:
 def test_renamed_names_say_what_took_their_place() -> None:
     with pytest.raises(ImportError, match=r"lorank\.Parametrization is lorank\.Method since version 0\.2"):
         lorank.Parametrization  # noqa: B018
-    with pytest.raises(ImportError, match=r"lorank\.optim\.GaLoreAdamW is lorank\.GaLore\(\.\.\.\)\.optimizer since"):
-        lorank.optim.GaLoreAdamW  # noqa: B018
+    with pytest.raises(ImportError, match=r"lorank\.optim\.Subspace is lorank\.GaLore\(rule=\.\.\.\)\.optimizer since"):
+        lorank.optim.Subspace  # noqa: B018
 
 
 def test_every_method_of_the_table_is_found_under_its_own_name() -> None:

@@ -1,6 +1,7 @@
 """How weights move: one driver for all methods, rules, bases and groups.
 
-`lorank.METHODS` names the optimizers; `lorank.optimizer` makes them. Here are the pieces for loops of one's own.
+`lorank.METHODS` names the optimizers; `lorank.optimizer` makes them. Here are the pieces for loops of one's own, and the
+optimizers as torch writes them.
 """
 
 import importlib
@@ -10,17 +11,31 @@ if TYPE_CHECKING:
     from lorank.optim.adamw import VectorAdamW
     from lorank.optim.driver import LowRankOptimizer
     from lorank.optim.groups import low_rank_groups
+    from lorank.optim.torch_style import DCTAdamW, FiraAdamW, GaLoreAdamW, MuonAdamW, Trion
 
-_HOME = {"LowRankOptimizer": "driver", "VectorAdamW": "adamw", "low_rank_groups": "groups"}
-__all__ = ["LowRankOptimizer", "VectorAdamW", "low_rank_groups"]
+_HOME = {
+    "LowRankOptimizer": "driver",
+    "VectorAdamW": "adamw",
+    "low_rank_groups": "groups",
+    "GaLoreAdamW": "torch_style",
+    "FiraAdamW": "torch_style",
+    "DCTAdamW": "torch_style",
+    "Trion": "torch_style",
+    "MuonAdamW": "torch_style",
+}
+__all__ = [
+    "DCTAdamW",
+    "FiraAdamW",
+    "GaLoreAdamW",
+    "LowRankOptimizer",
+    "MuonAdamW",
+    "Trion",
+    "VectorAdamW",
+    "low_rank_groups",
+]
 
 
 _RENAMED = {
-    "GaLoreAdamW": "lorank.GaLore(...).optimizer",
-    "FiraAdamW": "lorank.Fira(...).optimizer",
-    "DCTAdamW": "lorank.DCTAdamW(...).optimizer",
-    "Trion": "lorank.Trion(...).optimizer",
-    "MuonAdamW": "lorank.Muon().optimizer",
     "Subspace": "lorank.GaLore(rule=...).optimizer",
     "Eggroll": "lorank.evolution.eggroll.Eggroll",
     "IntegerEggroll": "lorank.evolution.integers.IntegerEggroll",

@@ -22,7 +22,7 @@ previous indices are needed within a step only and are not stored. The quantiser
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -70,6 +70,7 @@ class DCTAdamW(Projected):
     name: ClassVar[str] = "dct-adamw"
     soon: ClassVar[Mapping[str, Any]] = {"update_gap": 2}
     per_group: ClassVar[tuple[str, ...]] = ("update_gap",)
+    may_keep: ClassVar[tuple[str, ...]] = ("error", "error_codes", "error_low", "error_step")
     tall: ClassVar[bool] = True
 
     update_gap: Count = 1
@@ -115,6 +116,12 @@ class DCTAdamW(Projected):
             return stack.put("error", E)
         for part, values in zip(("codes", "low", "step"), quantise(E), strict=True):
             stack.put(f"error_{part}", values)
+
+    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        if group["rank"] is None:
+            return super().state_shapes(shape, group)
+        moment = max(shape), min(group["rank"], *shape)
+        return {"exp_avg": moment, "exp_avg_sq": moment, "indices": moment[1:]}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """Bytes of moments, indices and error feedback."""

@@ -6,29 +6,24 @@
 There is no optimizer inside, and no copy of a group or a parameter. A state is a flat dictionary: "steps", a basis, and what
 the rule keeps.
 
-Projected as it arrives. With a method's `in_backward` each gradient is projected in a hook as soon as backward has finished
-it, and freed; micro-batches add up inside the subspace, where they are r max(m, n) numbers instead of m n. The step, and with
-it a schedule, still comes once per update. Three things differ: a basis that is due is that of the first micro-batch's
-gradient; a norm to clip is that of `seen_parameters`, which is what the optimizer sees of the gradient; and to drop gradients,
-call the optimizer's ``zero_grad``, because the model's does not reach them. Parameters without rank keep their gradients.
+Gradients may be projected as they arrive: lorank/optim/arriving.py.
 """
 
 import dataclasses
-import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from lorank.fields import Beta, Count, NonNegative, Rank, check_value, field_types, joined_by_or
 from lorank.method import Method, Patterns
-from lorank.optim.groups import ranks, split
+from lorank.optim.arriving import Arriving, check_alone
+from lorank.optim.groups import by_rank, ranks, says_rank, split
 from lorank.optim.loading import load
 from lorank.optim.rules import RULES, Rule
-from lorank.optim.shards import gathered, like, local, processes, put_back, stand_in, whole
+from lorank.optim.shards import gathered, like, local, local_gradient, put_back, stand_in, whole
 from lorank.optim.stacks import Product, Stack, check_finite, stacks
 
 
@@ -41,6 +36,8 @@ class ByGroups(Method):
     """Fields that a group with a rank may set for itself."""
     decays_last: ClassVar[bool] = False
     """Whether weight decay comes after a move: W ← W - lr λ W."""
+    may_keep: ClassVar[tuple[str, ...]] = ()
+    """Entries that a state has under some settings only."""
     tall: ClassVar[bool] = False
     """Whether `move` sees all gradients with their longer side first; wide matrices are then moved as their transposes."""
 
@@ -80,6 +77,10 @@ class ByGroups(Method):
         """What is added to the weights of a stack with the gradients G, both [k, m, n]."""
         raise NotImplementedError(f"{self.name} moves no stacks; leave rank out of its groups")
 
+    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """What is kept for a weight from its first step on, by name, apart from counters; `may_keep` names what may be added."""
+        return self.rules[group["rule"]].shapes(shape)
+
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         return self.rules[self.settings(group)["rule"]].bytes(p.shape, p.element_size())
 
@@ -93,17 +94,40 @@ class Projected(ByGroups):
 
     rank: Rank = 0.25
 
+    def optimizer(
+        self,
+        groups: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> "LowRankOptimizer":
+        """As every method's. If no group says a ``rank``, all matrices have the method's; else groups without one are plain.
+
+        Raises:
+            ValueError: no group says a rank, and there is no matrix; or the method's rank is a table, which needs names.
+        """
+        groups = list(groups)
+        rank = None if any(says_rank(group) for group in groups) else self.rank
+        made = LowRankOptimizer(groups, self, lr=lr, betas=betas, eps=eps, rank=rank)
+        check_projects(made, rank)
+        return made
+
     def parameter_groups(
         self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns
     ) -> list[dict[str, Any]]:
         return split(groups, ranks(model, self.rank, targets=targets, exclude=exclude))
 
 
-class LowRankOptimizer(Optimizer):
+class LowRankOptimizer(Arriving):
     """What `GaLore(rank=128).optimizer(...)` and its siblings make.
 
+    Args:
+        rank: of the matrices of groups that say none themselves; None leaves those groups plain.
+        weight_decay, maximize: of groups that say none themselves.
+
     Raises:
-        ValueError: a group or setting that does not fit, such as a rank for a vector or weights in float16; a closure; or
+        ValueError: a group or setting that does not fit, such as a rank for a vector or weights in float16; or
             `in_backward` in a distributed run, where each process would project its own part of the gradient, or under
             ``torch.amp.GradScaler``.
         FloatingPointError: the norm of a gradient is not finite; nothing has been changed. With `in_backward` it is raised in
@@ -111,21 +135,34 @@ class LowRankOptimizer(Optimizer):
             optimizer's ``zero_grad`` drops the rest.
     """
 
-    def __init__(self, params: Iterable[Any], method: ByGroups, *, lr: float, betas: tuple[float, float], eps: float):
-        self.method = method
+    def __init__(
+        self,
+        params: Iterable[Any],
+        method: ByGroups,
+        *,
+        lr: float,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        rank: Rank | None = None,
+    ):
+        self.method, self.rank = method, rank
         self.in_backward: bool = getattr(method, "in_backward", False)
         if self.in_backward:
-            _check_alone()
+            check_alone()
         self._watched: set[nn.Parameter] = set()
-        self._phases: dict[nn.Parameter, int] = {}
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "rank": None, "rule": None}
-        super().__init__(params, defaults)
-        projected = [(p, group) for group in self.param_groups if group["rank"] for p in group["params"]]
-        if getattr(method, "stagger", False):
-            self._phases = {p: i * g["update_gap"] // len(projected) for i, (p, g) in enumerate(projected)}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": None, "rule": None}
+        super().__init__(params, {**defaults, **({"maximize": True} if maximize else {})})
+        self._staggered = len(self._projected()) if getattr(method, "stagger", False) else 0
         self._watch()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; one that says no rank is split into its matrices of a rank, where this optimizer has one, and the rest."""
+        for part in by_rank(param_group, self.rank):
+            self._add(part)
+
+    def _add(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(self.method.settings(param_group))
         try:
             self._check_group(self.param_groups[-1])
@@ -135,6 +172,7 @@ class LowRankOptimizer(Optimizer):
         if "_watched" in self.__dict__:
             self._watch()
 
+    @torch.compiler.disable
     def _check_group(self, group: dict[str, Any]) -> None:
         check_value("rank", group["rank"], Count | None)
         rule, types = self.method.rules[group["rule"]], field_types(type(self.method))  # type: ignore[arg-type]
@@ -157,80 +195,27 @@ class LowRankOptimizer(Optimizer):
                 )
             _check_type(p)
 
-    # ---- gradients that are projected as they arrive
-
-    def _watch(self) -> None:
-        """With `in_backward`: see gradients as they arrive, for as long as this optimizer lives."""
-        me = weakref.ref(self)
-
-        def arrive(p: nn.Parameter) -> None:
-            optimizer = me()
-            if optimizer is not None and p.grad is not None:
-                optimizer._arrive(p)
-
-        for p in self._projected() if self.in_backward else ():
-            if p.requires_grad and p not in self._watched:
-                self._watched.add(p)
-                p.register_post_accumulate_grad_hook(arrive)
-
-    @torch.no_grad()
-    def _arrive(self, p: nn.Parameter) -> None:
-        """Project a gradient that backward has just finished, and free it."""
-        group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
-        if group is None:
-            return  # somebody has removed it
-        check_finite({p: p.grad})
-        for stack in stacks(self.method, {**group, "params": [p]}, self.state, [p], self._phases):
-            self.method.prepare(stack)
-            R, before = stack._replace(states=[self._without_arrived(p)]).project(stack.gradients()), self.state[p]
-            stack.put("arrived", R + stack.get("arrived") if "arrived" in before else R)
-        p.grad = None
-
-    def _without_arrived(self, p: nn.Parameter) -> dict[str, Any]:
-        return {name: value for name, value in self.state[p].items() if name != "arrived"}
-
-    def seen_parameters(self) -> list[Tensor]:
-        """Tensors whose ``.grad`` is what the optimizer sees; with `in_backward`, give these to ``clip_grad_norm_``."""
-        return [self._seen(p) for group in self.param_groups for p in group["params"]]
-
-    def _seen(self, p: nn.Parameter) -> Tensor:
-        R = self.state[p].get("arrived") if p in self.state else None
-        if R is None:
-            return p
-        seen = R.detach()
-        seen.grad = R
-        return seen
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        super().zero_grad(set_to_none)
-        for state in self.state.values():
-            state.pop("arrived", None)
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Has ``torch.amp.GradScaler`` come to `step` with its gradients scaled, where `in_backward` is refused."""
-        return self.in_backward
-
     # ---- the step
-
-    def _projected(self) -> list[nn.Parameter]:
-        return [p for group in self.param_groups if group["rank"] is not None for p in group["params"]]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = None
         if closure is not None:
-            raise ValueError(f"step() must have no closure with {self.method.name}; call backward() before step()")
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._check_group(group)  # which users may change
+            self._forget_misfits(group, group["params"])
         if self.in_backward:
             self._collect()
         parameters = [p for group in self.param_groups for p in group["params"]]
         seen = {p: self._seen(p).grad for p in parameters}
         moved = [p for p, G in seen.items() if G is not None]
-        for p in moved:
-            _check_type(p)
         check_finite({p: seen[p] for p in moved})
         groups = [{**group, "lr": float(group["lr"])} for group in self.param_groups]  # which may be a tensor
+        phases = self._phases()
         found = [
-            stacks(self.method, group, self.state, moved, self._phases) if group["rank"] is not None else []
+            stacks(self.method, group, self.state, moved, phases) if group["rank"] is not None else []
             for group in groups
         ]
         for stack in (stack for of_group in found for stack in of_group):
@@ -240,20 +225,7 @@ class LowRankOptimizer(Optimizer):
                 self._step_plain(group)
             for stack in of_group:
                 self._step_stack(stack)
-        return None
-
-    def _collect(self) -> None:
-        """Project what no backward pass brought, or none while the parameter was trained."""
-        if hasattr(self, "found_inf"):
-            raise ValueError(
-                "in_backward must be False with GradScaler, because gradients are projected before they are unscaled; "
-                "train in bfloat16, which needs no scaler, or leave it out"
-            )
-        _check_alone()  # the processes may have come together since
-        for p in self._projected():
-            if p.grad is not None:
-                self._arrive(p)
-        self._watch()
+        return loss
 
     def _step_stack(self, stack: Stack) -> None:
         group = stack.group
@@ -283,7 +255,7 @@ class LowRankOptimizer(Optimizer):
         together = [p for p in weights if p not in set(apart)]
         states = [self.state[p] for p in together]
         parts = [{n: local(v) if isinstance(v, DTensor) else v for n, v in state.items()} for state in states]
-        gradients = [local(p.grad) * sign if sign < 0 else local(p.grad) for p in together]  # type: ignore[arg-type]
+        gradients = [local_gradient(p) * sign if sign < 0 else local_gradient(p) for p in together]
         if together:
             rule.step([local(p) for p in together], gradients, parts, given)
             for state, part in zip(states, parts, strict=True):
@@ -303,7 +275,7 @@ class LowRankOptimizer(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without hooks, and without the `step` that a scheduler sets, which is the original's."""
-        return {n: v for n, v in self.__dict__.items() if "hooks" not in n and n not in ("step", "_watched")}
+        return {n: v for n, v in self.__dict__.items() if "hook" not in n and n not in ("step", "_watched")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -316,10 +288,12 @@ class LowRankOptimizer(Optimizer):
         load(self, state_dict)
 
 
-def _check_alone() -> None:
-    if processes() > 1:
+def check_projects(optimizer: LowRankOptimizer, rank: Rank | None) -> None:
+    """Raises ValueError if no group has a rank and none was left without one on purpose."""
+    if rank is not None and not any(group["rank"] is not None for group in optimizer.param_groups):
         raise ValueError(
-            "in_backward must be False in distributed runs, because it sees the gradient of one process only"
+            f"{optimizer.method.name} must have a matrix to project, got none; give it groups with a rank, as "
+            "lorank.optim.low_rank_groups makes them, before a wrapper flattens them, or use torch.optim.AdamW"
         )
 
 

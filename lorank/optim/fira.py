@@ -23,7 +23,7 @@ nothing; in the authors' code one gradient of zero keeps it near 0 for hundreds 
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -113,6 +113,9 @@ class Fira(GaLore):
         S = limited(k * E / correction, before)
         stack.put("norm", S.norm(dim=(-2, -1)))
         return -lr * (stack.lift(N, alpha).value + (correction if repo else alpha) * S)
+
+    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return super().state_shapes(shape, group) | ({} if group["rank"] is None else {"norm": ()})
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """GaLore's, and one number of at least single precision."""

@@ -24,7 +24,7 @@ decomposed.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -108,6 +108,15 @@ class GaLore(Projected):
 
     def rule_for(self, group: Mapping[str, Any]) -> str:
         return "adamw" if self.rule == "muon" and group.get("rank") is None else self.rule
+
+    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        if group["rank"] is None:
+            return super().state_shapes(shape, group)
+        (m, n), rank = shape, min(group["rank"], *shape)
+        left, right = sides(group["projection"], m, n)
+        bases = {"left": (m, rank)} if left else {}
+        bases |= {"right": (rank, n)} if right else {}
+        return bases | super().state_shapes(inside_shape(group["projection"], m, n, rank), group)
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """Bytes of the rule's state on R, and of the basis."""

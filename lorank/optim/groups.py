@@ -1,9 +1,9 @@
 """Parameter groups of a language model: what decays, what is a hidden matrix, and what is projected at which rank."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from lorank.fields import Rank, check_value
 from lorank.method import Patterns, check_table, rank_at
@@ -68,6 +68,41 @@ def split(groups: Iterable[dict[str, Any]], ranks: dict[nn.Parameter, int]) -> l
             key = (index, ranks.get(p))
             taken.setdefault(key, {**group, "params": [], "rank": key[1]})["params"].append(p)
     return sorted(taken.values(), key=lambda group: group["rank"] is None)
+
+
+def says_rank(group: Any) -> bool:
+    """Whether one of an optimizer's groups, or a bare parameter, says a rank or that it has none."""
+    return isinstance(group, Mapping) and "rank" in group
+
+
+def by_rank(group: dict[str, Any], rank: Rank | None) -> list[dict[str, Any]]:
+    """A group that says no rank, as groups of its matrices by their rank and one of the rest; any other as it is.
+
+    Raises:
+        ValueError: the rank is not valid, or a table, which needs the names that a group does not have.
+    """
+    if rank is None or says_rank(group) or not _of_group(group):
+        return [group]
+    check_value("rank", rank, Rank)
+    if isinstance(rank, Mapping):
+        raise ValueError("rank must be a number here, because a table needs names; use lorank.optim.low_rank_groups")
+    found: dict[int | None, list[Any]] = {}
+    for given in _of_group(group):
+        p = given[1] if isinstance(given, tuple) else given  # torch takes (name, parameter) too
+        matrix = isinstance(p, Tensor) and p.ndim == 2
+        found.setdefault(rank_of(p, rank) if matrix else None, []).append(given)
+    made = [{**group, "params": some, "rank": r} for r, some in found.items()]
+    return sorted(made, key=lambda one: one["rank"] is None)
+
+
+def _of_group(group: dict[str, Any]) -> list[Any]:
+    given = group["params"]
+    return [given] if isinstance(given, Tensor) else given if isinstance(given, list) else list(given)
+
+
+def rank_of(p: Tensor, rank: float) -> int:
+    """An integer as it is; a fraction is of the narrower side."""
+    return rank if isinstance(rank, int) else max(1, round(rank * min(p.shape)))
 
 
 def low_rank_groups(

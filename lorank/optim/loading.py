@@ -1,6 +1,6 @@
 """Saved states of a `LowRankOptimizer`, and of the optimizers that lorank had before it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -10,10 +10,14 @@ from torch.optim import Optimizer
 from lorank.optim.stacks import LIKE_PARAMETERS
 
 if TYPE_CHECKING:
-    from lorank.optim.driver import LowRankOptimizer
+    from lorank.optim.driver import ByGroups, LowRankOptimizer
 
 COUNTERS = ("step", "steps", "seed")
 """They stay on the host, where reading them waits for nothing."""
+IN_PASSING = {*COUNTERS, "arrived"}
+"""What a state may have before and between steps."""
+BASES = {"left", "right"}
+"""They are there before the first step if gradients are projected as they arrive."""
 WRAPPED = ("inner", "__bnb_optimizer_quant_state__")
 """Dictionaries inside a state: that of an optimizer inside another, and what bitsandbytes hides from FSDP."""
 OF_MUON = "ns_steps"
@@ -83,15 +87,33 @@ def _check_same(optimizer: "LowRankOptimizer", index: int, ours: dict[str, Any],
         what = f"has rank {saved['rank']} where this one has {ours['rank']}"
     elif ours["rule"] != saved["rule"]:
         what = f"has rule {saved['rule']!r} where this one has {ours['rule']!r}"
-    elif ours["rank"] is None:
-        rule, states = optimizer.method.rules[ours["rule"]], [optimizer.state.get(p) for p in ours["params"]]
-        if any(state and not rule.owns(state) for state in states):
-            what = f"is not of the rule {ours['rule']!r}"
+    else:
+        states = ((p, optimizer.state.get(p)) for p in ours["params"])
+        wrong = (misfit(state, optimizer.method, p.shape, saved) for p, state in states if state)
+        what = next((f"has {found}" for found in wrong if found), "")
     if what:
         raise ValueError(
             f"group {index} of the saved state {what}, so another optimizer than this {optimizer.method.name} saved it; make the "
             "optimizer with the settings of the one that was saved"
         )
+
+
+def misfit(state: Mapping[str, Any], method: "ByGroups", shape: Sequence[int], group: Mapping[str, Any]) -> str:
+    """What a state has that the method would not keep for a weight of this shape, in a few words; "" if it fits."""
+    kept = state.keys() - IN_PASSING
+    if not kept:
+        return ""
+    shapes, begun = method.state_shapes(shape, group), kept - BASES
+    for name in sorted(shapes.keys() | kept):
+        if name not in kept:
+            if begun:
+                return f"no {name!r}"
+            continue
+        if name not in shapes and name not in method.may_keep:
+            return repr(name)
+        if name in shapes and tuple(state[name].shape) != shapes[name]:
+            return f"{name!r} of shape {tuple(state[name].shape)} where {shapes[name]} is needed"
+    return ""
 
 
 def _copied(name: str, saved: Any, loaded: Any) -> Any:

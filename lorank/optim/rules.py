@@ -58,6 +58,10 @@ class Rule:
         """The state before the first step of a weight of this shape, type and device."""
         raise NotImplementedError
 
+    def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that are kept for a weight, by their names; counters are not included."""
+        return dict(_shapes(self, tuple(shape)))
+
     def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
         """One step in place, with the group's lr and weight_decay."""
         raise NotImplementedError
@@ -75,6 +79,12 @@ class Rule:
     def flops(self, shape: Sequence[int]) -> int:
         """FLOPs of the matrix products in a step."""
         return 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _shapes(rule: Rule, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    made = rule.make(torch.empty(shape, device="meta"))
+    return tuple((name, tuple(value.shape)) for name, value in made.items() if name != "step")
 
 
 class AdamW(Rule):

@@ -1,5 +1,6 @@
 """Parameters that are sharded (FSDP2): each process gathers what is needed whole, computes the same, and keeps its part."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -21,6 +22,14 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_gradient(p: Tensor) -> Tensor:
+    """This process's part of a parameter's gradient, split as the parameter is; all processes must ask for it."""
+    G = p.grad
+    if isinstance(G, DTensor) and isinstance(p, DTensor) and G.placements != p.placements:
+        G = G.redistribute(p.device_mesh, p.placements)  # a sum that is outstanding, under tensor parallelism
+    return local(G)  # type: ignore[arg-type]
 
 
 def like(values: Tensor, of: Tensor) -> Tensor:
@@ -66,8 +75,10 @@ def gathered(state: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.compiler.disable
-def all_finite(norms: Tensor, sharded: bool) -> Tensor:
-    """Which of these norms are finite in all processes, as a vector."""
-    if sharded:
-        dist.all_reduce(norms)  # a sum that is not finite where one is not
+def all_finite(norms: Tensor, parameters: Iterable[Tensor]) -> Tensor:
+    """Which of the norms of these parameters' gradients are finite in all processes that share some of the parameters."""
+    meshes = dict.fromkeys(p.device_mesh for p in parameters if isinstance(p, DTensor))
+    for mesh in meshes:
+        for dim in range(mesh.ndim):
+            dist.all_reduce(norms, group=mesh.get_group(dim))  # a sum that is not finite where one is not
     return norms.isfinite()

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from lorank.optim.bases import Basis, sides
 from lorank.optim.shards import add_product, all_finite, like, local, whole
@@ -203,7 +202,7 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
         )
     if not watched:
         return
-    finite = all_finite(torch.stack(_norms(list(watched.values()))), any(isinstance(p, DTensor) for p in watched))
+    finite = all_finite(torch.stack(_norms(list(watched.values()))), watched)
     if not finite.all():
         p = next(p for p, is_finite in zip(watched, finite, strict=True) if not is_finite)
         raise FloatingPointError(

@@ -23,7 +23,7 @@ use the rows of Q.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -109,6 +109,9 @@ class Trion(Projected):
         o = newton_schulz(b.to(products)).to(b.dtype)
         length = group["lr"] * SCALES[self.scale](*stack.parameters[0].shape)
         return Product(o, vectors(chosen, n, o.dtype), -length)
+
+    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        return super().state_shapes(shape, group) if group["rank"] is None else {"momentum": (max(shape), min(shape))}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """Bytes of the momentum."""

@@ -1,6 +1,7 @@
 """What optimizers keep: saved and loaded, in bytes, and in several processes; and the operations of a step."""
 
 import copy
+import importlib.util
 import io
 import json
 import os
@@ -116,6 +117,22 @@ def test_a_state_of_another_rank_is_refused(method: Method) -> None:
     saved = method.optimizer(groups(model, method, rank=2), lr=0.1).state_dict()  # type: ignore[call-arg]
     with pytest.raises(ValueError, match="group 0 of the saved state has rank 2 where this one has 8"):
         made.load_state_dict(saved)
+
+
+@projecting
+def test_a_state_of_another_method_is_refused(method: Method) -> None:
+    """Of every other in the table, by what it keeps; a GaLore with the same rule keeps the same."""
+    model = net()
+    made = make(method, model)
+    train(model, made, range(2))
+    for other in (m for m in METHODS if isinstance(m, Projected) and named(m) != named(method)):
+        if NEED_BITSANDBYTES & {named(other)} and not importlib.util.find_spec("bitsandbytes"):
+            continue
+        theirs = make(other, model)
+        train(model, theirs, range(1))
+        with pytest.raises(ValueError, match=r"^group \d of the saved state has .*another optimizer than this"):
+            made.load_state_dict(theirs.state_dict())
+    train(model, made, range(2, 3))
 
 
 @methods

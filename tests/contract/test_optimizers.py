@@ -18,6 +18,7 @@ from tests.conftest import ARCHITECTURES
 from tests.contract.conftest import LR, METHODS, equal, groups, make, named, net, train, weights
 
 methods = pytest.mark.parametrize("method", METHODS, ids=named)
+projecting = pytest.mark.parametrize("method", [m for m in METHODS if isinstance(m, Projected)], ids=named)
 
 
 # ---- training
@@ -242,11 +243,64 @@ def test_weights_in_float16_are_refused(method: Method) -> None:
 
 
 @methods
-def test_a_sparse_gradient_and_a_closure_are_refused(method: Method) -> None:
+def test_a_sparse_gradient_is_refused(method: Method) -> None:
     model = nn.Embedding(10, 4, sparse=True)
     made = method.optimizer(model.parameters(), lr=0.1, betas=(0.9, 0.99), eps=1e-8)
     model(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match=r"gradients must be dense .*use nn.Embedding\(sparse=False\)"):
         made.step()
-    with pytest.raises(ValueError, match=r"step\(\) must have no closure"):
-        made.step(lambda: 0.0)
+
+
+# ---- other people's loops
+
+
+@methods
+def test_a_closure_makes_the_gradients_of_its_step(method: Method) -> None:
+    """As in Lightning; its value is returned."""
+    one, other = net(), net()
+    plain, closed = make(method, one), make(method, other)
+    for step in range(3):
+        [expected] = train(one, plain, range(step, step + 1))
+
+        def closure(step: int = step) -> Tensor:
+            closed.zero_grad()
+            x = torch.randint(0, 10, (16,), generator=torch.Generator().manual_seed(step))
+            loss = (other(x) - torch.sin(torch.arange(70.0) * (x[:, None] + 1))).square().mean()
+            loss.backward()
+            return loss
+
+        assert closed.step(closure=closure).item() == expected
+    assert equal(one, other)
+
+
+@methods
+def test_parameters_may_be_swapped_before_the_first_step(method: Method) -> None:
+    """As accelerate does when it shards a model: nothing but the place in the groups stays."""
+    one, other = net(), net()
+    plain, swapped = make(method, one), make(method, other)
+    new = {p: nn.Parameter(p.detach().clone()) for p in other.parameters()}
+    for module in other:  # type: ignore[union-attr]
+        for name, p in list(module.named_parameters()):
+            setattr(module, name, new[p])
+    for group in swapped.param_groups:
+        group["params"] = [new[p] for p in group["params"]]
+    assert train(one, plain, range(3)) == train(other, swapped, range(3))
+    assert equal(one, other)
+
+
+@projecting
+@pytest.mark.parametrize("rank", [3, 12])
+def test_a_changed_rank_begins_anew(method: Any, rank: int) -> None:
+    """With the basis and moments of a fresh optimizer; but Trion's momentum has no rank and stays."""
+    model, fresh = net(), net()
+    made, again = make(method, model), make(method, fresh)
+    train(model, made, range(3))
+    fresh.load_state_dict(model.state_dict())
+    for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
+        if method.name == "trion" or all(p is not q for q in made.param_groups[0]["params"]):
+            again.state[q] = copy.deepcopy(made.state[p])
+    for one in (made, again):
+        one.param_groups[0]["rank"] = rank
+    train(model, made, range(3, 6))
+    train(fresh, again, range(3, 6))
+    assert equal(model, fresh)

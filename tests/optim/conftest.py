@@ -30,9 +30,9 @@ def run(optimizer: Any, parameters: list[nn.Parameter], steps: range, sign: floa
 def made(
     kind: type[ByGroups], params: Iterable[Any], *, weight_decay: float | None = None, **settings: Any
 ) -> LowRankOptimizer:
-    """Of a method; lr, betas and eps are for its optimizer, the rest are its fields."""
+    """Of a method; lr, betas and eps are for its optimizer, the rest are its fields. Bare parameters have no rank."""
     groups = list(params)
-    groups = groups if isinstance(groups[0], dict) else [{"params": groups}]
+    groups = groups if isinstance(groups[0], dict) else [{"params": groups, "rank": None}]
     if weight_decay is not None:
         groups = [{"weight_decay": weight_decay, **group} for group in groups]
     common = {name: settings.pop(name) for name in ("lr", "betas", "eps") if name in settings}

@@ -198,7 +198,7 @@ def test_processes_that_come_together_later_are_seen(monkeypatch: pytest.MonkeyP
     model = net()
     optimizer = made(GaLore, groups(model), lr=0.05, in_backward=True)
     model(torch.ones(2, 12, dtype=torch.float64)).sum().backward()
-    monkeypatch.setattr("lorank.optim.driver.processes", lambda: 2)
+    monkeypatch.setattr("lorank.optim.arriving.processes", lambda: 2)
     with pytest.raises(ValueError, match="in_backward must be False in distributed runs"):
         optimizer.step()
 

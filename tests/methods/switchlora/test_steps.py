@@ -37,6 +37,27 @@ def test_what_rests_is_not_moved_by_weight_decay_either() -> None:
     assert rested > 8
 
 
+def test_under_a_closure_an_exchange_follows_the_gradients() -> None:
+    benches = [Bench(16, 24, lr=0.1, rank=8, interval=10, freeze_steps=3, **ALWAYS).attach() for _ in range(2)]
+    x = numbers(5, 16)
+    for _ in range(6):
+        for bench, closed in zip(benches, (False, True), strict=True):
+
+            def closure(bench: Bench = bench) -> Tensor:
+                bench.optimizer.zero_grad()
+                loss = (bench.model(x) - 1).square().mean()
+                loss.backward()
+                return loss
+
+            if closed:
+                assert bench.optimizer.step(closure) > 0
+            else:
+                closure()
+                bench.optimizer.step()
+    assert all(map(torch.equal, benches[0].model.parameters(), benches[1].model.parameters()))
+    assert benches[1].hook.step == 6
+
+
 def test_an_exchange_restarts_and_freezes_the_counterpart() -> None:
     bench = Bench(24, 32, lr=0.01, rank=10, interval=10, **ONCE)
     for _ in range(3):

@@ -1,0 +1,63 @@
+"""What happens between two optimizer steps, in any training loop."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class StepHook:
+    """Something that happens between optimizer steps. It uses the optimizer's own hooks, so it works in any training loop.
+
+    A subclass overrides `before_step` (gradients are final, clipped and accumulated) or `after_step`. Tensors of the
+    model change only in place; what must survive a restart and is in neither the model nor the optimizer's state
+    belongs in `state_dict`.
+
+    Raises:
+        ValueError: the optimizer has a hook already; both would act.
+    """
+
+    def __init__(self, optimizer: Optimizer):
+        if getattr(optimizer, "lorank_hook", None) is not None:
+            raise ValueError("optimizer must have one hook, but it has one already; use that or make another optimizer")
+        optimizer.lorank_hook = self  # type: ignore[attr-defined]
+        self.optimizer = optimizer
+        self.step = 0
+        """Optimizer steps done: 0 in the first call of `before_step`, 1 in the first of `after_step`."""
+        optimizer.register_step_pre_hook(self._before_step)
+        optimizer.register_step_post_hook(self._after_step)
+
+    def before_step(self) -> None:
+        """Called before each optimizer step."""
+
+    def after_step(self) -> None:
+        """Called after each optimizer step."""
+
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A closure makes the gradients inside the step, so what comes before the step follows its first call."""
+        given = (*args[1:], kwargs.get("closure"))[0]  # args[0] is the optimizer
+        if given is None:
+            return self.before_step()
+        waiting = [self.before_step]
+
+        def closure() -> Any:
+            loss = given()
+            if waiting:
+                waiting.pop()()
+            return loss
+
+        return (args[0], closure), {name: value for name, value in kwargs.items() if name != "closure"}
+
+    def _after_step(self, *_: Any) -> None:
+        self.step += 1
+        self.after_step()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run needs to go on exactly as this one; tensors only."""
+        return {"step": torch.tensor(self.step)}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from where `state_dict` was taken; model and optimizer are loaded already."""
+        self.step = int(state["step"])
