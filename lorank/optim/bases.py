@@ -38,6 +38,12 @@ def inside_shape(projection: Projection, m: int, n: int, rank: int) -> tuple[int
     return rank if left else m, rank if right else n
 
 
+def basis_shapes(projection: Projection, m: int, n: int, rank: int) -> dict[str, tuple[int, int]]:
+    """Of the bases that are kept, by their names in a state."""
+    left, right = sides(projection, m, n)
+    return {**({"left": (m, rank)} if left else {}), **({"right": (rank, n)} if right else {})}
+
+
 def singular_basis(G: Tensor, rank: int) -> Tensor:
     """The r leading left singular vectors; where LAPACK does not converge, `randomised_basis`."""
     wide = G.shape[-2] <= G.shape[-1]

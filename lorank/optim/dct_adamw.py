@@ -117,7 +117,7 @@ class DCTAdamW(Projected):
         for part, values in zip(("codes", "low", "step"), quantise(E), strict=True):
             stack.put(f"error_{part}", values)
 
-    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         if group["rank"] is None:
             return super().state_shapes(shape, group)
         moment = max(shape), min(group["rank"], *shape)

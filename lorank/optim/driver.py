@@ -77,9 +77,10 @@ class ByGroups(Method):
         """What is added to the weights of a stack with the gradients G, both [k, m, n]."""
         raise NotImplementedError(f"{self.name} moves no stacks; leave rank out of its groups")
 
-    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        """What is kept for a weight from its first step on, by name, apart from counters; `may_keep` names what may be added."""
-        return self.rules[group["rule"]].shapes(shape)
+    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+        """What is kept for a weight from its first step on, by name and without counters, so that a state of another rank or
+        method is noticed; `may_keep` names what may be there besides. None: the method does not say, and nothing is noticed."""
+        return self.rules[group["rule"]].shapes(shape) if group["rank"] is None else None
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         return self.rules[self.settings(group)["rule"]].bytes(p.shape, p.element_size())

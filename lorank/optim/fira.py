@@ -114,8 +114,9 @@ class Fira(GaLore):
         stack.put("norm", S.norm(dim=(-2, -1)))
         return -lr * (stack.lift(N, alpha).value + (correction if repo else alpha) * S)
 
-    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-        return super().state_shapes(shape, group) | ({} if group["rank"] is None else {"norm": ()})
+    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+        shapes = super().state_shapes(shape, group)
+        return shapes if shapes is None or group["rank"] is None else {**shapes, "norm": ()}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """GaLore's, and one number of at least single precision."""

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from lorank.fields import Count, Positive
 from lorank.method import Published
-from lorank.optim.bases import BASES, Projection, basis_flops, inside_shape, sides
+from lorank.optim.bases import BASES, Projection, basis_flops, basis_shapes, inside_shape, sides
 from lorank.optim.driver import Projected
 from lorank.optim.rules import RULES, AdamW, Rule
 from lorank.optim.stacks import Product, Stack
@@ -109,14 +109,12 @@ class GaLore(Projected):
     def rule_for(self, group: Mapping[str, Any]) -> str:
         return "adamw" if self.rule == "muon" and group.get("rank") is None else self.rule
 
-    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         if group["rank"] is None:
             return super().state_shapes(shape, group)
-        (m, n), rank = shape, min(group["rank"], *shape)
-        left, right = sides(group["projection"], m, n)
-        bases = {"left": (m, rank)} if left else {}
-        bases |= {"right": (rank, n)} if right else {}
-        return bases | super().state_shapes(inside_shape(group["projection"], m, n, rank), group)
+        (m, n), rank, projection = shape, min(group["rank"], *shape), group["projection"]
+        moments = self.rules[group["rule"]].shapes(inside_shape(projection, m, n, rank))
+        return {**basis_shapes(projection, m, n, rank), **moments}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """Bytes of the rule's state on R, and of the basis."""

@@ -100,10 +100,10 @@ def _check_same(optimizer: "LowRankOptimizer", index: int, ours: dict[str, Any],
 
 def misfit(state: Mapping[str, Any], method: "ByGroups", shape: Sequence[int], group: Mapping[str, Any]) -> str:
     """What a state has that the method would not keep for a weight of this shape, in a few words; "" if it fits."""
-    kept = state.keys() - IN_PASSING
-    if not kept:
+    kept, shapes = state.keys() - IN_PASSING, method.state_shapes(shape, group)
+    if not kept or shapes is None:
         return ""
-    shapes, begun = method.state_shapes(shape, group), kept - BASES
+    begun = kept - BASES
     for name in sorted(shapes.keys() | kept):
         if name not in kept:
             if begun:

@@ -110,7 +110,7 @@ class Trion(Projected):
         length = group["lr"] * SCALES[self.scale](*stack.parameters[0].shape)
         return Product(o, vectors(chosen, n, o.dtype), -length)
 
-    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         return super().state_shapes(shape, group) if group["rank"] is None else {"momentum": (max(shape), min(shape))}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
