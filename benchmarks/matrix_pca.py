@@ -27,8 +27,8 @@ from lorank.architectures import projection_type
 from lorank.factors import truncate
 from lorank.fit.pca import calibrate
 from lorank.train.data import load_corpus
-from lorank.train.evaluation import evaluate
-from lorank.train.saved import load_model, text_for
+from lorank.train.evaluation import evaluate, text_for
+from lorank.train.saved import load_model
 
 SHAPE = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 8}
 CORPUS = {"vocab_size": 1024, "sequence_length": 128}

@@ -46,6 +46,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "method": "Method, Site: what a method can decide",
         "layers": "layers that several methods share",
         "tape": "what one block leaves for the next",
+        "loss": "what a language model is trained on and judged by",
         "factors": "pure functions on two factors",
         "dictionary": "matrices that blocks share",
         "pools": "candidates for the vectors of a factor",

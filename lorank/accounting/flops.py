@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lorank.accelerators import ACCELERATORS
 from lorank.accounting.twin import example, twin_of, without_data
+from lorank.loss import next_token_loss
 
 
 class Flops(NamedTuple):
@@ -59,7 +60,7 @@ def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 25
 
     def count(model: nn.Module) -> tuple[int, int]:
         with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
-            loss = model(**example(batch, sequence_length)).loss
+            loss = next_token_loss(model, example(batch, sequence_length)).total
             forward = counter.get_total_flops()
             loss.backward()
         return forward, counter.get_total_flops() - forward

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorank.accounting.flops import MORE_FLOPS
 from lorank.accounting.meter import Meter, storage_of, tensors_alive
 from lorank.accounting.twin import example, twin_of, without_data
+from lorank.loss import next_token_loss
 
 
 class Saved(NamedTuple):
@@ -65,7 +66,7 @@ def measure_saved(model: nn.Module, inputs: dict[str, Tensor], *, autocast: bool
 
     bf16 = torch.autocast("cpu", torch.bfloat16, enabled=autocast)  # its cache of weights ends with it
     with saved_tensors_hooks(pack, lambda tensor: tensor), bf16:
-        loss = model(**inputs).loss  # noqa: F841 (keeps the graph alive)
+        loss = next_token_loss(model, inputs).total  # noqa: F841 (keeps the graph alive)
     for tensor in tensors_alive():
         note(tensor)
     return Saved(sum(size for size, _ in found.values()), [shape for _, shape in found.values()])
@@ -123,7 +124,7 @@ def measure_peak(
                         kept[parameter] = parameter.new_zeros(shape)
             before = meter.now
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = twin(**inputs).loss
+                loss = next_token_loss(twin, inputs).total
             activations = meter.now - before
             meter.phase = "backward"
             loss.backward()

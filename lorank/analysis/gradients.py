@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from lorank.analysis.batches import Batch, accepts, tokens_of, without_cache
 from lorank.analysis.result import Projection
 from lorank.analysis.spectrum import svdvals
+from lorank.loss import cross_entropy
 from lorank.sites import Place
 
 
@@ -32,7 +33,7 @@ def gradient_spectra(
                 sigma = svdvals(place.rows(matrix) if label == "W" else matrix)
                 projections[place.name].gradients[label] = sigma / done  # of the mean
 
-    hooks, done, tokens = [], 0, 0
+    hooks, done, tokens, masked = [], 0, 0, type(model).__name__.endswith("ForMaskedLM")
     following = next(batches, None)
     try:
         for parameter in before:
@@ -43,7 +44,10 @@ def gradient_spectra(
             if following is None:
                 hooks = [parameter.register_post_accumulate_grad_hook(reduce) for parameter in wanted]
             with torch.enable_grad():
-                loss = model(**{"labels": batch["input_ids"], **batch}, **without_cache(model)).loss
+                given = {"labels": batch["input_ids"], **batch}
+                labels = given.pop("labels")
+                logits = model(**given, **without_cache(model)).logits
+                loss = cross_entropy(logits, labels, ahead=0 if masked else 1)
                 if loss.requires_grad:
                     loss.backward()
         for parameter in wanted:

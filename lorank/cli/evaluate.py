@@ -27,7 +27,7 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """
     from lorank.cli.console import results_console
     from lorank.report.tables import evaluation_table
-    from lorank.train.saved import evaluate_folder
+    from lorank.train.evaluation import evaluate_folder
 
     console = results_console()
     found = evaluate_folder(model, **settings)

@@ -17,11 +17,12 @@ from lorank.method import Site
 from lorank.rewriting import converted_with
 from lorank.sites import base_prefix, find_sites, weight_reader
 from lorank.train.data import collate
+from lorank.train.evaluation import text_for
 from lorank.train.folder import absolute, write_whole
 from lorank.train.methods import methods_of, written_out
 from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
-from lorank.train.saved import load_model, text_for
+from lorank.train.saved import load_model
 
 
 def analyze_folder(

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.integrations import get_available_reporting_integrations
 
 from lorank import accounting
+from lorank.loss import balances_experts
 from lorank.method import Gradient
 from lorank.train import data
 from lorank.train.callbacks import StopOnNonFinite
@@ -33,6 +34,11 @@ def build_trainer(
     if recipe.batch_size % (micro * devices):
         raise ValueError(
             f"batch_size must be a multiple of micro_batch_size={micro} times {devices} processes, got {recipe.batch_size}"
+        )
+    if balances_experts(model) and recipe.batch_size != micro:
+        raise ValueError(
+            f"batch_size must be one batch of one process ({micro}) for a model that balances its experts over the batch, got "
+            f"{recipe.batch_size}; leave out micro_batch_size, or set shape.output_router_logits=false"
         )
     estimator = build_estimator(recipe, model)
     if estimator is not None and estimator.carries and isinstance(corpus.train, IterableDataset):

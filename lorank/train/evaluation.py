@@ -1,11 +1,19 @@
 """The quality of a language model on held-out text: perplexity, published-compatible perplexity, and bits per byte."""
 
 import math
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from lorank.loss import next_token_loss, predicted_tokens
+from lorank.train.data import collate, load_evaluation
+from lorank.train.model import check_causal, check_positions
+from lorank.train.saved import load_model
 
 
 class Evaluation(NamedTuple):
@@ -83,10 +91,10 @@ def evaluate(
     try:
         for batch in batches:
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
-            predicted = int((batch["labels"][:, 1:] != -100).sum())  # the model shifts labels by one
+            predicted = int(predicted_tokens(batch["labels"]))
             if predicted == 0:
                 continue
-            mean = model(**batch, use_cache=False).loss.double().item()
+            mean = next_token_loss(model, batch, use_cache=False).nats.double().item()
             nats, losses = nats + mean * predicted, losses + mean
             tokens, count = tokens + predicted, count + 1
             if max_tokens is not None and tokens >= max_tokens:
@@ -96,3 +104,63 @@ def evaluate(
     if tokens == 0:
         raise ValueError("the evaluation data contain no token to predict")
     return Evaluation(nats, tokens, count, losses, bytes_per_token)
+
+
+def evaluate_folder(
+    model: str,
+    *,
+    data: str = "embedded",
+    sequence_length: int = 256,
+    documents: Literal["packed", "padded"] = "packed",
+    text_column: str = "text",
+    batch_size: int = 16,
+    max_tokens: int = 10_000_000,
+    seed: int = 42,
+    tokenizer: str | None = None,
+) -> Evaluation:
+    """`evaluate` for a saved model (run folder, model folder or hub name) on any source of text that training accepts.
+
+    `seed` decides which text is held out: give the run's. `tokenizer` replaces the model's own.
+
+    Raises:
+        ValueError: there is no model or no text; the model sees the tokens it predicts, or has weights that are not finite;
+            or sequences are longer than its positions.
+    """
+    loaded, own = load_model(model, tokenizer=tokenizer)
+    check_causal(loaded)
+    batches, bytes_per_token = text_for(
+        loaded,
+        own,
+        data=data,
+        sequence_length=sequence_length,
+        documents=documents,
+        text_column=text_column,
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        seed=seed,
+    )
+    return evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)
+
+
+def text_for(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data: str,
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int,
+    make_batch: Callable[..., dict[str, Any]] | None = None,
+    **form: Any,
+) -> tuple[DataLoader, float]:
+    """Held-out text for a model in batches, and its bytes per token. Arguments and errors are `evaluate_folder`'s.
+    `make_batch` makes a batch from rows, by default `lorank.train.data.collate`."""
+    embeddings = getattr(model.get_input_embeddings(), "weight", None)
+    if model.main_input_name != "input_ids" or embeddings is None:
+        raise ValueError(f"the model must read tokens, got type {model.config.model_type!r}; use a language model")
+    check_positions(model, sequence_length)
+    rows, bytes_per_token = load_evaluation(
+        data, tokenizer, sequence_length=sequence_length, validation_tokens=max_tokens, **form
+    )
+    make = make_batch or partial(collate, vocab_size=embeddings.shape[0])
+    return DataLoader(rows, batch_size=batch_size, collate_fn=make), bytes_per_token  # type: ignore[arg-type]

@@ -188,7 +188,8 @@ def check_causal(model: PreTrainedModel) -> None:
     would mean nothing.
 
     Where a mask hides the last token, the gradient of earlier outputs with respect to it is zero, and exactly so in any
-    precision.
+    precision. What no gradient shows (a choice that depends on all tokens, a second table that reads their ids) shows when the
+    last token is exchanged for another.
     """
     if not next(model.parameters()).is_floating_point():
         return  # EGG, a recurrence of integers
@@ -202,8 +203,12 @@ def check_causal(model: PreTrainedModel) -> None:
     hook = model.get_input_embeddings().register_forward_hook(cut)
     try:
         with torch.enable_grad():
-            logits = model.eval()(input_ids=torch.arange(8, device=model.device)[None], use_cache=False).logits
+            ids = torch.arange(8, device=model.device)[None]
+            logits = model.eval()(input_ids=ids, use_cache=False).logits
             [influence] = torch.autograd.grad(logits[:, :-1].float().square().sum(), found[:1])
+        hook.remove()
+        with torch.no_grad():
+            other = model(input_ids=ids.where(ids < 7, 3), use_cache=False).logits
     except Exception as error:  # whatever the modelling code makes of a shape that makes no sense
         raise ValueError(
             f"a model of type {kind!r} with this configuration cannot be run: {_first_line(error)}"
@@ -213,7 +218,8 @@ def check_causal(model: PreTrainedModel) -> None:
         model.train(training)
     if not influence.isfinite().all():
         raise ValueError(f"a model of type {kind!r} gives numbers that are not finite on any text; it has diverged")
-    if influence[:, -1].any():
+    moved = (other - logits)[:, :-1].detach().abs().max() / logits.detach().abs().max()
+    if influence[:, -1].any() or moved > torch.finfo(logits.dtype).eps ** 0.5:
         raise ValueError(
             f"model type {kind!r} sees the tokens it should predict, so its perplexity would mean nothing; use a decoder"
         )

@@ -1,16 +1,13 @@
-"""A trained model on disk: written, loaded and evaluated."""
+"""A trained model on disk: written and loaded."""
 
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch.utils.data import DataLoader
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -21,10 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from lorank.train.data import collate, load_evaluation, load_tokenizer
-from lorank.train.evaluation import Evaluation, evaluate
+from lorank.train.data import load_tokenizer
 from lorank.train.hub import asked_if_reachable, is_reachable
-from lorank.train.model import check_causal, check_positions
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -112,63 +107,3 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
         raise ValueError(
             f"{name} has weights that are not finite: {broken[0]}{others}; it has diverged or was damaged, use an earlier one"
         )
-
-
-def evaluate_folder(
-    model: str,
-    *,
-    data: str = "embedded",
-    sequence_length: int = 256,
-    documents: Literal["packed", "padded"] = "packed",
-    text_column: str = "text",
-    batch_size: int = 16,
-    max_tokens: int = 10_000_000,
-    seed: int = 42,
-    tokenizer: str | None = None,
-) -> Evaluation:
-    """`evaluate` for a saved model (run folder, model folder or hub name) on any source of text that training accepts.
-
-    `seed` decides which text is held out: give the run's. `tokenizer` replaces the model's own.
-
-    Raises:
-        ValueError: there is no model or no text; the model sees the tokens it predicts, or has weights that are not finite;
-            or sequences are longer than its positions.
-    """
-    loaded, own = load_model(model, tokenizer=tokenizer)
-    check_causal(loaded)
-    batches, bytes_per_token = text_for(
-        loaded,
-        own,
-        data=data,
-        sequence_length=sequence_length,
-        documents=documents,
-        text_column=text_column,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        seed=seed,
-    )
-    return evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)
-
-
-def text_for(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    data: str,
-    sequence_length: int,
-    batch_size: int,
-    max_tokens: int,
-    make_batch: Callable[..., dict[str, Any]] | None = None,
-    **form: Any,
-) -> tuple[DataLoader, float]:
-    """Held-out text for a model in batches, and its bytes per token. Arguments and errors are `evaluate_folder`'s.
-    `make_batch` makes a batch from rows, by default `lorank.train.data.collate`."""
-    embeddings = getattr(model.get_input_embeddings(), "weight", None)
-    if model.main_input_name != "input_ids" or embeddings is None:
-        raise ValueError(f"the model must read tokens, got type {model.config.model_type!r}; use a language model")
-    check_positions(model, sequence_length)
-    rows, bytes_per_token = load_evaluation(
-        data, tokenizer, sequence_length=sequence_length, validation_tokens=max_tokens, **form
-    )
-    make = make_batch or partial(collate, vocab_size=embeddings.shape[0])
-    return DataLoader(rows, batch_size=batch_size, collate_fn=make), bytes_per_token  # type: ignore[arg-type]

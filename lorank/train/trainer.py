@@ -1,4 +1,4 @@
-"""transformers.Trainer with four changes for pre-training: optimizer, evaluation, throughput and safe saving."""
+"""transformers.Trainer with five changes for pre-training: loss, optimizer, evaluation, throughput and safe saving."""
 
 import os
 import shutil
@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from lorank.conversion import step_hook
+from lorank.loss import Loss, cross_entropy, next_token_loss, predicted_tokens
 from lorank.method import Gradient, StepHook
 from lorank.train.callbacks import Throughput
 from lorank.train.evaluation import Evaluation, evaluate
@@ -57,10 +58,14 @@ class PretrainTrainer(Trainer):
         **kwargs: Any,
     ):
         self.throughput = Throughput(tokens_per_step)
+        self._last: Loss | None = None
+        self._auxiliary: list[torch.Tensor] = []
         self._staging: Path | None = None
         super().__init__(*args, **kwargs)
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        self.loss_is_scaled_for_ga = True
+        self._cross_entropy = torch.compile(cross_entropy) if self.args.torch_compile else cross_entropy
         self.make_optimizer = make_optimizer
         self.schedule = schedule
         self.estimator = estimator
@@ -108,10 +113,31 @@ class PretrainTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         if self.estimator is None:
-            return super().training_step(model, inputs, num_items_in_batch)
+            total = super().training_step(model, inputs, num_items_in_batch)
+            assert self._last is not None
+            if self._last.auxiliary is None:
+                return total
+            self._auxiliary.append(self._last.auxiliary)
+            return self._last.nats
         model.eval()  # with dropout, members would differ by their masks
         with self.compute_loss_context_manager():
             return self.estimator(self._prepare_inputs(inputs), self.state.global_step)  # type: ignore[arg-type]
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor:
+        """Predicted tokens of one optimizer step, over its micro-batches and all processes."""
+        here = sum(predicted_tokens(batch["labels"]) for batch in batch_samples)
+        return self.accelerator.gather(torch.as_tensor(here, device=device)).sum().clamp(min=1)  # type: ignore[no-any-return]
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """Gradients are averaged over the processes and summed over micro-batches, so each gives its share of the mean over all
+        predicted tokens, times the number of processes."""
+        items = num_items_in_batch / self.accelerator.num_processes
+        owner = self.accelerator.unwrap_model(model)
+        found = next_token_loss(model, inputs, items, owner=owner, nats=self._cross_entropy)
+        self._last = found.detach()
+        return found.total
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         votes = [p.grad for p in model.parameters() if p.grad is not None and not p.grad.is_floating_point()]
@@ -200,6 +226,9 @@ class PretrainTrainer(Trainer):
         if "loss" in logs and (rate := self.throughput.tokens_per_second()) is not None:
             logs["tokens_per_second"] = rate
             logs["mfu"] = self.mfu(rate)
+        if "loss" in logs and self._auxiliary:
+            logs["auxiliary_loss"] = torch.stack(self._auxiliary).mean().item()
+            self._auxiliary.clear()
         logs["tokens"] = round(self.state.global_step * self.throughput.tokens_per_step)
         super().log(logs, *args, **kwargs)
 

@@ -17,10 +17,10 @@ from lorank.evolution.integers import EggEggroll
 from lorank.train import run
 from lorank.train.build import build_estimator
 from lorank.train.data import byte_tokenizer, load_corpus
+from lorank.train.evaluation import evaluate_folder
 from lorank.train.folder import history, read_run
 from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
-from lorank.train.saved import evaluate_folder
 
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from lorank.loss import next_token_loss
 from lorank.train.methods import build_optimizer
 from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
@@ -33,7 +34,7 @@ def train(recipe: Recipe, steps: int = 2) -> None:
                     torch.arange(recipe.sequence_length) < recipe.sequence_length // 2
                 ).expand_as(ids)
             with torch.autocast("cpu", torch.bfloat16, enabled=recipe.precision == "bf16"):
-                loss = model(**batch).loss
+                loss = next_token_loss(model, batch).total
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -83,6 +83,37 @@ def trainer_of(recipe: Recipe, out: Path) -> Any:
     return build_trainer(recipe, out, build_model(recipe, build_config(recipe, corpus.tokenizer)), corpus)
 
 
+def test_the_logged_loss_is_that_of_evaluation(recipe: Any, tmp_path: Path) -> None:
+    """Whatever transformers' classes call their loss: BART's looks at its answer, GPT-2's is divided by all tokens. A mixture's
+    balance is logged apart, and is no mean over micro-batches."""
+    (tmp_path / "same.txt").write_text("abcdefg " * 4000)
+    tiny = {
+        "data": str(tmp_path / "same.txt"),
+        "tokenizer": "bytes",
+        "vocab_size": None,
+        "sequence_length": 8,
+        "eval_every": 1,
+    }
+    tiny |= {"lr": 1e-9, "steps": 1, "warmup_steps": 0, "save_every": 0, "method": "dense"}
+    bart = {"d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2, "decoder_ffn_dim": 32, "dropout": 0.0}
+    gpt2 = {"n_embd": 32, "n_layer": 1, "n_head": 2, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "resid_pdrop": 0.0}
+    mixture = {
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+    }
+    mixture |= {"num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 1.0}
+    for kind, shape, micro in (("bart", bart, 2), ("gpt2", gpt2, 2), ("mixtral", mixture, None)):
+        pretrain(recipe(model=kind, shape=shape, micro_batch_size=micro, **tiny), tmp_path / kind)
+        [trained, evaluated] = history(tmp_path / kind)
+        assert trained["loss_nats_per_token"] == pytest.approx(evaluated["eval_loss_nats_per_token"], rel=1e-3), kind
+        assert (trained.get("auxiliary_loss", 0) >= 1) == (kind == "mixtral")
+    with pytest.raises(ValueError, match="must be one batch of one process .2. for a model that balances its experts"):
+        pretrain(recipe(model="mixtral", shape=mixture, micro_batch_size=2, **tiny), tmp_path / "parts")
+
+
 def test_the_learning_rate_follows_the_paper(recipe: Any, tmp_path: Path) -> None:
     """Warm-up from 0 and a cosine to a tenth: multipliers of 10,000 steps with a warm-up of 2,000."""
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
