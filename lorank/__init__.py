@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.methods.switchlora import SwitchLoRA
     from lorank.optim.apollo import APOLLO, APOLLOMini
     from lorank.optim.dct_adamw import DCTAdamW
+    from lorank.optim.factor_lr import FactorLR
     from lorank.optim.fira import Fira
     from lorank.optim.galore import GaLore
     from lorank.optim.plain import Adafactor, AdamW8bit, Muon

@@ -38,6 +38,7 @@ METHODS = {
     "trion": "lorank.optim.trion:Trion",
     "apollo": "lorank.optim.apollo:APOLLO",
     "apollo-mini": "lorank.optim.apollo:APOLLOMini",
+    "factor-lr": "lorank.optim.factor_lr:FactorLR",
     "votes": "lorank.evolution.votes:Votes",
     # where the gradient comes from
     "autograd": "lorank.method:Autograd",

@@ -17,6 +17,7 @@ from lorank.accelerators import Fleet, find_accelerator
 from lorank.fields import unknown
 from lorank.plan.counts import count
 from lorank.sizes import SIZES
+from lorank.table import names_joined
 from lorank.train import run
 from lorank.train.folder import absolute, history, read_run
 from lorank.train.methods import resolved, title_of
@@ -77,6 +78,7 @@ PUBLISHED = {
     "60m-apollo-mini": Published(
         31.93, IN_FULL, "APOLLO, 2412.05270", "epsilon and the documents' padding are not known"
     ),
+    "60m-factor-lr": Published(None, None, "structure-aware learning rates, 2406.06248", "publishes no 60M"),
 }
 """By name, SIZE-METHOD. EGGROLL has none: nobody has trained a 60M Llama without gradients, and each step needs a forward
 pass for each member of its population; EGG is not a Llama. Above 60M papers evaluate on several GPUs, which changes N and
@@ -105,7 +107,7 @@ def find(name: str) -> Reproduction:
         raise ValueError(unknown("reproduction", name, list(PUBLISHED)))
     file = recipe_file(method, size)
     recipe = Recipe.read(file)
-    if title_of(recipe) != method:  # CoLA-M has the recipe of CoLA, and must have its curve
+    if method not in names_joined(title_of(recipe)):  # CoLA-M has the recipe of CoLA, and must have its curve
         recipe = dataclasses.replace(recipe, method=method)
     return Reproduction(title, recipe, PUBLISHED[title], file.with_suffix(".json"))
 

@@ -26,7 +26,7 @@ its code is not free software, and we have not read it.
 Departures. If a gradient of zero came before, nothing is limited (by the paper's rule all steps after it would be zero).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -118,6 +118,12 @@ class APOLLO(Projected):
             D = limited(D, before, self.growth)
             stack.put("norm", D.norm(dim=(-2, -1)))
         return -group["lr"] * (D.mT if tall else D)
+
+    def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
+        if group["rank"] is None:
+            return super().state_shapes(shape, group)
+        moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), (min(group["rank"], *shape), max(shape)))
+        return {**moments, **({} if self.growth is None else {"norm": ()})}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """Moments in the weights' type, a seed of 8 bytes, and a norm of at least single precision."""

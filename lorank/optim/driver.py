@@ -66,7 +66,7 @@ class ByGroups(Method):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
     ) -> "LowRankOptimizer":
-        """An optimizer over parameters, or over groups with ``params`` and, if they like, ``rank``, ``rule``,
+        """An optimizer over parameters, or over groups with ``params`` and, if they like, ``rank``, ``rule``, ``lr_multiplier``,
         ``weight_decay`` and settings that differ from the arguments and fields."""
         return LowRankOptimizer(groups, self, lr=lr, betas=betas, eps=eps)
 
@@ -178,6 +178,7 @@ class LowRankOptimizer(Arriving):
         check_value("rank", group["rank"], Count | None)
         rule, types = self.method.rules[group["rule"]], field_types(type(self.method))  # type: ignore[arg-type]
         own = {name: types[name] for name in self.method.per_group if group["rank"] is not None}
+        own |= {"lr_multiplier": NonNegative} if "lr_multiplier" in group else {}
         for name, kind in {"lr": NonNegative, "weight_decay": NonNegative, **rule.types, **own}.items():
             check_value(name, group[name].item() if isinstance(group[name], Tensor) else group[name], kind)
         for i, beta in enumerate(group["betas"]):
@@ -213,7 +214,10 @@ class LowRankOptimizer(Arriving):
         seen = {p: self._seen(p).grad for p in parameters}
         moved = [p for p, G in seen.items() if G is not None]
         check_finite({p: seen[p] for p in moved})
-        groups = [{**group, "lr": float(group["lr"])} for group in self.param_groups]  # which may be a tensor
+        rates = [
+            float(group["lr"]) * group.get("lr_multiplier", 1.0) for group in self.param_groups
+        ]  # lr: may be a tensor
+        groups = [{**group, "lr": lr} for group, lr in zip(self.param_groups, rates, strict=True)]
         phases = self._phases()
         found = [
             stacks(self.method, group, self.state, moved, phases) if group["rank"] is not None else []

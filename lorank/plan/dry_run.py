@@ -112,7 +112,8 @@ def treatments_of(recipe: Recipe, model: PreTrainedModel) -> tuple[list[Treatmen
             return "frozen"
         if rank := group.get("rank"):
             return f"{found.mover.name}{inside}, rank {rank}{options}"
-        return found.mover.settings(group)["rule"]  # type: ignore[attr-defined]  # of what has groups with rules
+        rule, times = found.mover.settings(group)["rule"], group.get("lr_multiplier", 1.0)  # type: ignore[attr-defined]
+        return rule if times == 1 else f"{rule}, lr × {times:.4g}"
 
     return _by_role(model, how), ""
 

@@ -227,8 +227,10 @@ def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
 
 
 def _is_plain_rule(kind: type[Method]) -> bool:
-    """Muon, Adafactor and the like: an optimizer that projects nothing."""
-    return kind.key == "optimizer" and "rank" not in _fields(kind) and kind.name != "adamw"
+    """Muon, Adafactor and the like: an optimizer that projects nothing and does not know of factors, and so names no `rule`."""
+    return (
+        kind.key == "optimizer" and "rank" not in _fields(kind) and not hasattr(kind, "rule") and kind.name != "adamw"
+    )
 
 
 def _fields(kind: type[Method]) -> list[str]:

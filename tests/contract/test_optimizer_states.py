@@ -126,6 +126,8 @@ def test_a_state_of_another_method_is_refused(method: Method) -> None:
     made = make(method, model)
     train(model, made, range(2))
     for other in (m for m in METHODS if isinstance(m, Projected) and named(m) != named(method)):
+        if {method.name, other.name} == {"apollo", "apollo-mini"}:
+            continue  # one is the other with other settings
         if NEED_BITSANDBYTES & {named(other)} and not importlib.util.find_spec("bitsandbytes"):
             continue
         theirs = make(other, model)
@@ -188,7 +190,7 @@ def test_operations_of_a_step_are_those_of_the_counter(method: Any) -> None:
             made.zero_grad()
     found = sum(method.step_flops(p, group, micro_batches=2) for group in made.param_groups for p in group["params"])
     assert counter.get_total_flops() == pytest.approx(gap * found, rel=1e-12)
-    assert (found > 0) == (method.name != "adamw-8bit")
+    assert (found > 0) == (method.name not in ("adamw-8bit", "factor-lr")), "elementwise rules have no products"
 
 
 @pytest.mark.parametrize("method", METHODS + OPTIONS, ids=named)
