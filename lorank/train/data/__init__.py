@@ -3,8 +3,8 @@
     source  ->  documents  ->  training | validation  ->  tokenizer  ->  sequences [rows, sequence_length]
 
 A source is `embedded` (the running interpreter's own standard library), local files, or a data set of the hub, which is
-streamed. `datasets` reads files, caches and streams; `tokenizers` does BPE. No document is on both sides of the split.
-Packing loses only the tokens that do not fill the last sequence.
+streamed. `files` finds and caches files, `reading` reads one; `datasets` keeps sequences and streams; `tokenizers` does BPE.
+No document is on both sides of the split. Packing loses only the tokens that do not fill the last sequence.
 """
 
 from lorank.train.data.corpus import Corpus, load_corpus, load_evaluation

@@ -77,7 +77,7 @@ def load_corpus(
 
     Args:
         data: "embedded"; a file, folder or glob of txt, md, py (a file is a document), jsonl, json, parquet
-            (a row is one), each also with .gz; or a hub data set, "owner/name" or "owner/name:config".
+            (a row is one), each also with .gz, .bz2, .xz or .zst; or a hub data set, "owner/name" or "owner/name:config".
         validation: another source, used whole. By default 5 % of local documents; of a hub data set its
             validation split, or without one its first documents, which training skips.
         tokenizer: name or folder; None trains byte-level BPE of `vocab_size` entries on the training text.

@@ -2,38 +2,27 @@
 
 import atexit
 import contextlib
-import errno
-import glob
 import logging
 import os
 import re
 import shutil
-import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import datasets
 import numpy as np
 import pyarrow.compute
-from datasets import Dataset, IterableDataset, Value
+from datasets import Dataset, IterableDataset
 
+from lorank.train.data.files import embedded_files, local_files, read_documents
+from lorank.train.data.reading import Tally, kind_of
 from lorank.train.hub import asked_if_reachable
 
 logger = logging.getLogger(__name__)
 VALIDATION_SHARE = 0.05
 SHUFFLE_BUFFER = 10_000  # documents of a stream
-LOADERS = {
-    ".txt": "text",
-    ".md": "text",
-    ".py": "text",
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-}
-SUFFIXES = f"{', '.join(LOADERS)} (or these with .gz)"
-NOT_EMBEDDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 Documents: TypeAlias = Dataset | IterableDataset  # one column, text; one row, one document
 
 
@@ -50,21 +39,31 @@ def open_source(source: str, text_column: str, seed: int, cache: Path) -> Source
     """Find the documents of a source, shuffle them and split them."""
     if _is_hub(source):
         return _open_hub(source, text_column, seed)
-    kinds: dict[str, list[Path]] = {}
-    for file in embedded_files() if source == "embedded" else _local_files(source):
-        if file.stat().st_size:
-            kinds.setdefault(_loader(file), []).append(file)
-    parts = [_read(loader, files, text_column, cache) for loader, files in kinds.items()]
-    documents = datasets.concatenate_datasets(parts) if parts else Dataset.from_dict({"text": [""]})
-    texts = documents.data.column("text")
-    sizes = pyarrow.compute.binary_length(texts).fill_null(0).to_numpy()  # bytes [documents]
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(sizes))
+    files, left = (embedded_files(), 0) if source == "embedded" else local_files(source)
+    kinds = list(dict.fromkeys(kind_of(file) for file in files if file.stat().st_size))
+    files.sort(key=lambda file: kinds.index(kind_of(file)) if kind_of(file) in kinds else len(kinds))
+    documents, tally = read_documents(files, text_column, cache)
+    sizes = pyarrow.compute.binary_length(documents.data.column("text")).to_numpy()  # bytes [documents]
+    order = np.random.default_rng(seed).permutation(len(sizes))
     if not order.size:
         raise ValueError(f"{source} contains no text: every document is empty")
     documents, sizes = documents.select(order), sizes[order]
-    count = f"{len(sizes):,} document{'s' * (len(sizes) > 1)}"
-    description = f"{source}: {count}, {quantity(sizes.sum(), 'B')}"
+    description = f"{source}: {_counted(tally.documents, 'document')}, {quantity(tally.bytes, 'B')}"
+    if source != "embedded":
+        description += _said(tally, left)
     return Source(documents, *_split(documents, sizes), description)
+
+
+def _said(tally: Tally, left: int) -> str:
+    """How many files were read, if not one, and what was left out."""
+    others = {"empty document": tally.empty, "unreadable line": tally.invalid, "other file": left}
+    listed = ", ".join(_counted(number, what) for what, number in others.items() if number)
+    read = f" from {tally.files:,} files" if tally.files > 1 else ""
+    return f"{read} (left out: {listed})" if listed else read
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
 
 
 def open_for_evaluation(source: str, text_column: str, seed: int, cache: Path) -> Documents:
@@ -86,80 +85,6 @@ def _split(documents: Dataset, sizes: np.ndarray) -> tuple[Dataset, Dataset]:
     return documents.select(np.setdiff1d(np.arange(len(sizes)), held_out)), documents.select(held_out)
 
 
-def embedded_files() -> list[Path]:
-    """The modules of Python's standard library, without its tests."""
-    folder = Path(sysconfig.get_path("stdlib"))
-    files = [file for file in _walk(folder, NOT_EMBEDDED) if file.suffix == ".py" and _is_text(file)]
-    if not files:
-        raise FileNotFoundError(
-            f"the embedded corpus is Python's own .py files, and {folder} has none; give other data"
-        )
-    return files
-
-
-def _is_text(file: Path) -> bool:
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        file.read_text(encoding="utf-8")
-        return True
-    return False
-
-
-def _local_files(source: str) -> list[Path]:
-    path = Path(source).expanduser()
-    if path.is_file():
-        if not _loader(path):
-            raise ValueError(f"data files must end in {SUFFIXES}, got {source}")
-        return [path]
-    if path.is_dir():
-        found: Iterable[Path] = _walk(path)
-    elif set("*?[") & set(source):
-        found = map(Path, sorted(glob.glob(str(path), recursive=True)))
-    else:
-        raise FileNotFoundError(f"file not found: {source}; give a file, folder, glob or hub data set")
-    files = [file for file in found if _loader(file) and file.is_file()]
-    if not files:
-        raise ValueError(f"{source} contains no readable file; looked for {SUFFIXES}")
-    return files
-
-
-def _walk(folder: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
-    """Files at any depth in a fixed order, without hidden ones."""
-    for root, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if name not in skip and not name.startswith("."))
-        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
-
-
-def _loader(file: Path) -> str:
-    """The loader of `datasets` that reads a file, or ""."""
-    return LOADERS.get(Path(file.name.lower().removesuffix(".gz")).suffix, "")
-
-
-def _read(loader: str, files: list[Path], text_column: str, cache: Path) -> Dataset:
-    """Documents from files of one kind. Unchanged files come from the cache of `datasets`."""
-    column = "text" if loader == "text" else text_column
-    options = {"sample_by": "document"} if loader == "text" else {}
-    names = [glob.escape(str(file)) for file in files]
-    folder = str(cache / "documents")
-    try:
-        rows = datasets.load_dataset(loader, data_files=names, split="train", cache_dir=folder, **options)
-    except Exception as error:  # pyarrow, pandas, datasets and the file system each raise their own
-        cause = root_cause(error)
-        if "disk space" in str(cause) or getattr(cause, "errno", None) == errno.ENOSPC:
-            raise OSError(f"the disk of the cache {cache} is full; free some space or set XDG_CACHE_HOME") from error
-        if len(files) > 1:  # one by one, to name the broken file, or because columns differ between files
-            return datasets.concatenate_datasets([_read(loader, [file], text_column, cache) for file in files])
-        kind = OSError if isinstance(cause, OSError) else ValueError
-        wrong = "is not UTF-8 text" if isinstance(cause, UnicodeDecodeError) else f"is not readable as {loader}"
-        raise kind(f"{files[0]} {wrong} ({first_line(cause)}); repair it or leave it out") from error
-    if column not in rows.column_names:
-        raise ValueError(f"{files[0]} has no column {column!r}; set text_column to one of {rows.column_names}")
-    dtype = getattr(rows.features[column], "dtype", "list")
-    if dtype not in ("string", "large_string"):
-        raise ValueError(f"column {column!r} of {files[0]} must contain text, got {dtype}; set another text_column")
-    rows = _only(column, rows)
-    return rows if dtype == "string" else rows.cast_column("text", Value("string"))
-
-
 def _only(column: str, rows: Any) -> Any:
     """Rows with one column only, renamed to text."""
     rows = rows.select_columns([column])
@@ -168,7 +93,7 @@ def _only(column: str, rows: Any) -> Any:
 
 def _is_hub(source: str) -> bool:
     """Whether a name can only mean a hub data set: it does not look like a path, and there is no file of that name."""
-    if source == "embedded" or source.startswith((".", "/", "~")) or _loader(Path(source)):
+    if source == "embedded" or source.startswith((".", "/", "~")) or kind_of(Path(source)):
         return False
     return not Path(source).exists() and bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", source))
 

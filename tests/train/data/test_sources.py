@@ -39,7 +39,7 @@ def test_embedded_is_the_standard_library_without_its_tests(
     assert bytes_per_token == corpus.validation_bytes_per_token
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".jsonl", ".json", ".parquet", ".txt.gz", ".jsonl.gz"])
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".jsonl", ".json", ".parquet", ".txt.gz"])
 def test_every_suffix_gives_the_same_documents(tmp_path, suffix, documents, write, write_jsonl):
     texts = documents(20)
     folder = tmp_path / "da[t]a"
@@ -60,7 +60,9 @@ def test_every_suffix_gives_the_same_documents(tmp_path, suffix, documents, writ
     write(folder / ".hidden.txt", "not read\n")
     opened = sources.open_source(str(folder), "text", 0, tmp_path / "cache")
     assert sorted(opened.whole["text"]) == sorted(texts)
-    assert opened.description == f"{folder}: 20 documents, {sum(map(len, texts)) / 1000:.1f} kB"
+    read = " from 20 files" if kind in (".txt", ".md", ".py") else ""
+    size = f"{sum(map(len, texts)) / 1000:.1f} kB"
+    assert opened.description == f"{folder}: 20 documents, {size}{read} (left out: 1 other file)"
 
 
 def test_glob_mixed_kinds_and_columns_that_differ(tmp_path, write):
@@ -203,7 +205,7 @@ def wrong_files(tmp_path, prose, documents, write, write_jsonl):
         ("some", {}, ValueError, "some/b.txt is not UTF-8 text"),
         ("broken.jsonl", {}, ValueError, "broken.jsonl is not readable as json .*; repair it or leave it out"),
         ("broken.parquet", {}, ValueError, "broken.parquet is not readable as parquet"),
-        ("numbers.jsonl", {}, ValueError, "column 'text' of numbers.jsonl must contain text, got int64"),
+        ("numbers.jsonl", {}, ValueError, "column 'text' of numbers.jsonl must contain text, got a number in row 1;"),
         (
             "body.jsonl",
             {},

@@ -1,0 +1,296 @@
+"""The text of one file, block by block, whatever else the file holds.
+
+Only the column that was asked for is read: a string in it is text, whatever it looks like, and other columns may hold
+anything. Left out and counted are documents without text, and lines of JSON that cannot be read if they are at most one in
+a hundred; beyond that the file is refused. A byte-order mark is no text. UTF-16, UTF-32 and binary data are refused:
+text has no NUL bytes.
+"""
+
+import bz2
+import codecs
+import dataclasses
+import gzip
+import io
+import json
+import logging
+import lzma
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+logger = logging.getLogger(__name__)
+KINDS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+SUFFIXES = f"{', '.join(KINDS)} (or these with {', '.join(COMPRESSED)})"
+BLOCK = 1 << 22  # characters of a block
+BUFFER = 1 << 20  # bytes read at once
+INVALID_SHARE = 0.01
+SPACE = re.compile(r"[\s,]*")
+BROKEN = (pa.ArrowException, EOFError, OSError, RecursionError, ValueError, zlib.error, lzma.LZMAError)
+"""What the readers of a damaged file raise."""
+JSON = json.JSONDecoder(
+    parse_int=float
+)  # Python's integers have a limit of digits, in columns that nobody asked for too
+NAMES = {bool: "true or false", float: "a number", list: "a list", dict: "an object"}
+
+
+@dataclasses.dataclass
+class Tally:
+    """What was read, and what was left out."""
+
+    files: int = 0
+    documents: int = 0
+    bytes: int = 0
+    """Of text in UTF-8."""
+    empty: int = 0
+    """Documents without text."""
+    invalid: int = 0
+    """Lines that cannot be read."""
+
+    def __add__(self, other: "Tally") -> "Tally":
+        return Tally(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+class UnreadableError(ValueError):
+    """A file that holds no text, or not where it was looked for."""
+
+
+def kind_of(file: Path) -> str:
+    """ "text", "json" or "parquet" by a file's name, "" for any other."""
+    return KINDS.get(_suffix(file), "")
+
+
+def _suffix(file: Path) -> str:
+    """The end of a file's name in small letters, without that of a compressed file."""
+    name = file.name.lower()
+    return Path(next((name.removesuffix(end) for end in COMPRESSED if name.endswith(end)), name)).suffix
+
+
+def blocks(file: Path, column: str, tally: Tally) -> Iterator[pa.Array]:
+    """The documents of a file as string arrays without empty ones; they are counted in `tally`.
+
+    Raises:
+        ValueError: the file is not what its name says, or `column` holds no text.
+        OSError: it cannot be read from its disk.
+    """
+    kind = kind_of(file)
+    tally.files += 1
+    if not file.stat().st_size:
+        tally.empty += kind == "text"
+        return
+    try:
+        with _opened(file) as stream:
+            read = {"text": _text, "json": _json, "parquet": _parquet}[kind]
+            for block in read(file, stream, column, tally):
+                yield _counted(block, tally)
+    except UnreadableError:
+        raise
+    except UnicodeDecodeError as error:
+        raise UnreadableError(f"{file} is not UTF-8 text ({error}); repair it or leave it out") from None
+    except BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UnreadableError(f"{file} is not readable as {kind} ({reason}); repair it or leave it out") from error
+
+
+def _opened(file: Path) -> BinaryIO:
+    end = file.suffix.lower()
+    if end == ".zst":
+        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"), BUFFER)
+    if end in COMPRESSED:
+        stream: Any = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[end].open(file)
+        return io.BufferedReader(stream, BUFFER)
+    return open(file, "rb", buffering=BUFFER)
+
+
+def _counted(block: pa.Array, tally: Tally) -> pa.Array:
+    """A block without empty documents, and without a mark at the beginning of any."""
+    if pc.any(pc.starts_with(block, "\ufeff")).as_py():
+        block = pa.array([text and text.lstrip("\ufeff") for text in block.to_pylist()], pa.string())
+    sizes = pc.fill_null(pc.binary_length(block), 0)
+    block = block.filter(pc.greater(sizes, 0))
+    tally.documents += len(block)
+    tally.empty += len(sizes) - len(block)
+    tally.bytes += pc.sum(sizes).as_py() or 0
+    return block
+
+
+def _refuse_other_encodings(file: Path, data: bytes) -> None:
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UnreadableError(f"{file} is not UTF-8 text but UTF-16 or UTF-32; convert it to UTF-8 or leave it out")
+    if (position := data.find(b"\0")) >= 0:
+        raise UnreadableError(
+            f"{file} is not UTF-8 text: byte {position} is NUL, as in UTF-16 or in binary data; convert it to UTF-8 or leave it out"
+        )
+
+
+def _text(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa.Array]:
+    """The whole file, with ends of lines as "\\n"."""
+    data = stream.read()
+    _refuse_other_encodings(file, data)
+    if len(data) >= 1 << 31:
+        raise UnreadableError(
+            f"{file} must be smaller than 2 GiB, because a file of text is one document, got {len(data):,} bytes; split it"
+        )
+    text = data.decode()
+    yield pa.array([text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text], pa.string())
+
+
+def _parquet(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa.Array]:
+    source = file if file.suffix.lower() not in COMPRESSED else pa.BufferReader(stream.read())
+    with pq.ParquetFile(source) as table:
+        schema = table.schema_arrow
+        if not table.metadata.num_rows:
+            return
+        if column not in schema.names:
+            raise _no_column(file, column, schema.names)
+        kind = schema.field(column).type
+        if not _holds_text(kind):
+            raise UnreadableError(f"column {column!r} of {file} must contain text, got {kind}; set another text_column")
+        for batch in table.iter_batches(batch_size=1024, columns=[column]):
+            block = batch.column(0)
+            if isinstance(block, pa.ExtensionArray):
+                block = block.storage
+            if isinstance(block, pa.DictionaryArray):
+                block = block.dictionary_decode()
+            block.validate(full=True)  # UTF-8
+            yield block.cast(pa.string())
+
+
+def _holds_text(kind: pa.DataType) -> bool:
+    if isinstance(kind, pa.BaseExtensionType):
+        return _holds_text(kind.storage_type)
+    if pa.types.is_dictionary(kind):
+        return _holds_text(kind.value_type)
+    tests = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    return any(test(kind) for test in tests)
+
+
+def _json(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa.Array]:
+    """Rows of JSON: one a line, or a list of them, or in a .json file one after another over several lines each."""
+    head = stream.peek(BUFFER)  # type: ignore[attr-defined]
+    _refuse_other_encodings(file, head)
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    by_line = not start.startswith(b"[") and (_suffix(file) != ".json" or _is_json(start.partition(b"\n")[0]))
+    rows = _lines(file, stream, tally) if by_line else _values(stream)
+    texts: list[str | None] = []
+    size, found, names = 0, False, None
+    for number, row in rows:
+        if isinstance(row, str):
+            row = {column: row}
+        elif not isinstance(row, dict):
+            raise UnreadableError(
+                f"{file} must have objects as rows, got {NAMES.get(type(row), 'null')} in row {number}"
+            )
+        found = found or column in row
+        names = list(row) if names is None else names
+        text = row.get(column)
+        if text is not None and not isinstance(text, str):
+            raise UnreadableError(
+                f"column {column!r} of {file} must contain text, got {NAMES[type(text)]} in row {number}; set another text_column"
+            )
+        texts.append(text)
+        size += len(text or "")
+        if size >= BLOCK:
+            yield _string_array(texts, tally)
+            texts, size = [], 0
+    if names is not None and not found:
+        raise _no_column(file, column, names)
+    yield _string_array(texts, tally)
+
+
+def _no_column(file: Path, column: str, names: list[str]) -> UnreadableError:
+    return UnreadableError(f"{file} has no column {column!r}; set text_column to one of {names}")
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        JSON.decode(line.decode())
+    except ValueError:
+        return False
+    return True
+
+
+def _lines(file: Path, stream: Iterable[bytes], tally: Tally) -> Iterator[tuple[int, Any]]:
+    """A row for each line that is not empty. Few lines that are no object are left out."""
+    count = invalid = 0
+    first = ""
+    for number, line in enumerate(stream, 1):
+        line = line.removeprefix(codecs.BOM_UTF8)
+        if line.isspace() or not line:
+            continue
+        count += 1
+        try:
+            row = JSON.decode(line.decode())
+            if not isinstance(row, dict):
+                raise ValueError("it is not an object")
+        except (ValueError, RecursionError) as error:
+            _refuse_other_encodings(file, line)
+            invalid += 1
+            first = first or f"line {number}: {error}"
+            if invalid > 10 + INVALID_SHARE * count:
+                break
+        else:
+            yield number, row
+    if invalid > INVALID_SHARE * count:
+        raise UnreadableError(f"{file} is not readable as json ({first}); repair it or leave it out")
+    if invalid:
+        tally.invalid += invalid
+        logger.warning("%s: left out %d of %d lines, which are not JSON (%s)", file, invalid, count, first)
+
+
+def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+    """JSON values one after another, or the elements of a list, without keeping all of them."""
+    reader = codecs.getreader("utf-8-sig")(stream)
+    text = reader.read(BUFFER)
+    at, number, amount, at_end = SPACE.match(text).end(), 0, BUFFER, False  # type: ignore[union-attr]
+    is_list = text.startswith("[", at)
+    at += is_list
+    while True:
+        at = SPACE.match(text, at).end()  # type: ignore[union-attr]
+        if is_list and text.startswith("]", at):
+            if (text[at + 1 :] + reader.read(BUFFER)).strip():
+                raise ValueError("there is more after the end of its list")
+            return
+        if at < len(text):
+            try:
+                value, end = JSON.raw_decode(text, at)
+            except json.JSONDecodeError:
+                if at_end:
+                    raise
+            else:
+                number += 1
+                yield number, value
+                at, amount = end, BUFFER
+                continue
+        if at_end:
+            if is_list:
+                raise ValueError("its list has no end")
+            return
+        more = reader.read(amount)
+        text, at, amount, at_end = text[at:] + more, 0, 2 * amount, not more
+
+
+def _string_array(texts: list[str | None], tally: Tally) -> pa.Array:
+    """Texts as Arrow keeps them. Halves of a character, which JSON can write, are no UTF-8: such rows are left out."""
+    try:
+        return pa.array(texts, pa.string())
+    except (UnicodeEncodeError, pa.ArrowException):
+        kept = [text for text in texts if text is None or _is_utf8(text)]
+        tally.invalid += len(texts) - len(kept)
+        return pa.array(kept, pa.string())
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

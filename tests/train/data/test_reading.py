@@ -1,0 +1,174 @@
+"""The text of one file: every kind and compression, what is left out, and what is refused."""
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from lorank.train.data import reading
+from lorank.train.data.reading import Tally, blocks
+
+ROWS = '{"text": "one", "n": 1}\n{"text": "two"}\n'
+
+
+def zstd(data):
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(data)
+    return sink.getvalue().to_pybytes()
+
+
+COMPRESS = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+@pytest.fixture
+def read(tmp_path, write):
+    """read("a.jsonl", data): its texts, and what was left out; with data=None, of the file that is there."""
+
+    def read(name, data, column="text"):
+        tally = Tally()
+        file = tmp_path / name if data is None else write(tmp_path / name, data)
+        texts = [text for block in blocks(file, column, tally) for text in block.to_pylist()]
+        assert (tally.files, tally.documents, tally.bytes) == (1, len(texts), len("".join(texts).encode()))
+        return texts, (tally.empty, tally.invalid)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "texts"),
+    [
+        ("a.txt", "one\r\ntwo\rthree\n", ["one\ntwo\nthree\n"]),
+        ("a.JSONL", ROWS, ["one", "two"]),
+        ("a.jsonl", f"\n\n{ROWS}  \n", ["one", "two"]),
+        ("a.jsonl", '[{"text": "one"},\n {"text": "two"}]\n', ["one", "two"]),
+        ("a.json", ROWS, ["one", "two"]),
+        ("a.json", '["one", "two"]', ["one", "two"]),
+        ("a.json", '{\n "text": "one"\n}\n{\n "text": "two"\n}', ["one", "two"]),
+        ("a.jsonl", '{"text": "2020-01-01"}\n{"text": "12"}', ["2020-01-01", "12"]),
+        ("a.jsonl", '{"text": "a\\u0000b"}', ["a\0b"]),
+    ],
+)
+def test_a_string_is_text_however_it_is_written(read, name, data, texts):
+    assert read(name, data) == (texts, (0, 0))
+
+
+def test_other_columns_may_hold_anything(read):
+    """They may change their type in a row, be numbers of any size, or be missing."""
+    values = [None, "late", 1, "2020-01-01", [1, {}], {"deep": [[[]]]}, True, 1e300]
+    rows = [json.dumps({"meta": value, "text": str(i)}) for i, value in enumerate(values)]
+    rows += ['{"text": "digits", "meta": ' + "9" * 5000 + "}", '{"text": "none"}']
+    texts, left = read("a.jsonl", "\n".join(rows))
+    assert texts == [*map(str, range(len(values))), "digits", "none"] and left == (0, 0)
+
+
+@pytest.mark.parametrize("end", COMPRESS)
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
+def test_compressed_files_are_read(read, tmp_path, name, end):
+    data = ROWS.encode()
+    if name == "a.parquet":
+        pq.write_table(pa.table({"text": ["one", "two"]}), tmp_path / name)
+        data = (tmp_path / name).read_bytes()
+    expected = [ROWS] if name == "a.txt" else ["one", "two"]
+    assert read(name + end, COMPRESS[end](data)) == (expected, (0, 0))
+    if name == "a.jsonl":
+        assert read(name + end, COMPRESS[end](data) * 2)[0] == expected * 2, "one archive behind another"
+        assert read(name + end, COMPRESS[end](b"")) == ([], (0, 0))
+        with pytest.raises(ValueError, match=f"a.jsonl{end} is not readable as json .*; repair it or leave it out$"):
+            read(name + end, COMPRESS[end](data * 100)[:-12])
+    assert read(name + end, b"") == ([], (name == "a.txt", 0)), "an empty file"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: a,
+        lambda a: a.cast(pa.large_string()),
+        lambda a: a.cast(pa.string_view()),
+        lambda a: a.dictionary_encode(),
+        lambda a: a.cast(pa.large_string()).dictionary_encode(),
+    ],
+)
+def test_every_arrow_type_of_text_is_text(read, tmp_path, make):
+    pq.write_table(pa.table({"text": make(pa.array(["one", None, "", "two"]))}), tmp_path / "a.parquet")
+    assert read("a.parquet", None) == (["one", "two"], (2, 0))
+
+
+def test_documents_without_text_are_counted(read, tmp_path):
+    assert read("a.jsonl", '{"x": 1}\n{"text": null}\n{"text": ""}\n{"text": "a"}') == (["a"], (3, 0))
+    for column in (pa.array([], pa.string()), pa.array([], pa.int64())):
+        pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+        assert read("a.parquet", None) == ([], (0, 0)), "a shard without rows has no type to look at"
+    pq.write_table(pa.table({"text": pa.nulls(3)}), tmp_path / "a.parquet")
+    assert read("a.parquet", None) == ([], (3, 0))
+
+
+def test_a_byte_order_mark_is_no_text(read, tmp_path):
+    mark = "\ufeff"
+    assert read("a.txt", mark + "one") == (["one"], (0, 0))
+    assert read("a.jsonl", (mark + ROWS) * 2)[0] == ["one", "two"] * 2, "as cat puts files together"
+    assert read("a.json", mark + '[{"text": "one"}]')[0] == ["one"]
+    assert read("a.jsonl", json.dumps({"text": mark + "one"}))[0] == ["one"]
+    pq.write_table(pa.table({"text": [mark + "one", "a" + mark]}), tmp_path / "a.parquet")
+    assert read("a.parquet", None)[0] == ["one", "a" + mark]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-be"])
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.txt", "the cat sat"), ("a.md", "кот сел"), ("a.jsonl", ROWS), ("a.json", "[]")]
+)
+def test_utf_16_and_32_are_refused(read, name, text, encoding):
+    with pytest.raises(ValueError, match=f"{name} is not UTF-8 text.*; convert it to UTF-8 or leave it out$"):
+        read(name, text.encode(encoding))
+
+
+def test_a_few_broken_lines_are_left_out_and_said(read, caplog):
+    assert read("a.jsonl", ROWS * 100 + '{"text": "cut o')[1] == (0, 1)
+    assert "a.jsonl: left out 1 of 201 lines, which are not JSON (line 201: Unterminated" in caplog.text
+    assert read("a.jsonl", '{"text": "\\ud800"}\n{"text": "\\ud83d\\ude00"}') == (["😀"], (0, 1)), "half a character"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", ROWS + '{"text": "cut o', r"not readable as json \(line 3: Unterminated string"),
+        ("a.jsonl", '"a"\n"b"\n', r"not readable as json \(line 1: it is not an object"),
+        ("a.jsonl", b'{"text": "caf\xe9"}', r"not readable as json \(line 1: 'utf-8' codec"),
+        ("a.txt", b"caf\xe9", r"a.txt is not UTF-8 text \(.*; repair it or leave it out"),
+        ("a.json", '[{"text": "one"}, {"te', "not readable as json"),
+        ("a.json", '[{"text": "one"}', r"not readable as json \(its list has no end"),
+        ("a.json", '[{"text": "one"}] and', "there is more after the end of its list"),
+        ("a.json", "[1, 2]", "must have objects as rows, got a number in row 1"),
+        ("a.json", '{"text": ["a", "b"]}', "column 'text' of .* must contain text, got a list in row 1"),
+        ("a.jsonl", '{"text": "a"}\n{"text": true}', "must contain text, got true or false in row 2"),
+        ("a.jsonl", '{"a": 1, "b": 2}', r"has no column 'text'; set text_column to one of \['a', 'b'\]"),
+        ("a.parquet", "PAR1", "not readable as parquet"),
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_what_it_says_is_refused(read, name, data, message):
+    with pytest.raises(ValueError, match=message) as refusal:
+        read(name, data)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("column", [[1], [b"a"], [["a"]], [{"a": "b"}]])
+def test_a_column_of_another_type_is_refused(read, tmp_path, column):
+    pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="column 'text' of .*a.parquet must contain text, got "):
+        read("a.parquet", None)
+
+
+def test_large_values_are_read_piece_by_piece(read, monkeypatch):
+    monkeypatch.setattr(reading, "BUFFER", 16)
+    monkeypatch.setattr(reading, "BLOCK", 50)
+    texts = ["x" * size for size in (1, 100, 15, 16, 17, 3)]
+    for name, data in (
+        ("a.json", json.dumps([{"text": text} for text in texts])),
+        ("b.json", "\n".join(json.dumps({"text": text}, indent=1) for text in texts)),
+        ("c.jsonl", "\n".join(json.dumps({"text": text}) for text in texts)),
+    ):
+        assert read(name, data)[0] == texts
