@@ -85,14 +85,20 @@ def local_files(source: str) -> tuple[list[Path], int]:
 
 
 def _glob(pattern: Path) -> Iterator[Path]:
-    """What matches a pattern. `**` stands for folders at any depth, of which none is searched twice."""
+    """What matches a pattern. `**` stands for folders at any depth, links included."""
     parts = pattern.parts
     if "**" not in parts:
         yield from map(Path, sorted(glob.glob(str(pattern))))
         return
-    fixed = next(i for i, part in enumerate(parts) if set("*?[") & set(part))
-    folder = Path(*parts[:fixed])
-    found = (file for file in _walk(folder) if _matches(file.relative_to(folder).parts, parts[fixed:]))
+    start = parts.index("**")
+    folders = map(Path, glob.glob(str(Path(*parts[:start])))) if start else [Path()]
+    found = [
+        file
+        for folder in folders
+        if folder.is_dir()
+        for file in _walk(folder)
+        if _matches(file.relative_to(folder).parts, parts[start:])
+    ]
     yield from sorted(found, key=str)
 
 
@@ -114,21 +120,17 @@ def _once(files: Iterable[Path]) -> list[Path]:
     return list({os.path.realpath(file): file for file in reversed(list(files))}.values())[::-1]
 
 
-def _walk(folder: Path, skip: Iterable[str] = ()) -> Iterator[Path]:
-    """Files at any depth in a fixed order, without hidden ones. Links are followed, but into no folder twice."""
-
-    def unreadable(error: OSError) -> None:
-        raise OSError(f"{error.filename} cannot be searched: {error.strerror}; leave it out or give other data")
-
-    seen = {os.path.realpath(folder)}
-    for root, folders, names in os.walk(folder, onerror=unreadable, followlinks=True):
-        inside = sorted(name for name in folders if name not in skip and not name.startswith("."))
-        folders.clear()
-        for name in inside:
-            if (real := os.path.realpath(os.path.join(root, name))) not in seen:
-                seen.add(real)
-                folders.append(name)
-        yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
+def _walk(folder: Path, skip: Iterable[str] = (), above: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Files at any depth in a fixed order, without hidden ones. Links are followed, but not back into a folder above."""
+    try:
+        inside = [folder / name for name in sorted(os.listdir(folder)) if not name.startswith(".")]
+    except OSError as error:
+        raise OSError(f"{folder} cannot be searched: {error.strerror}; leave it out or give other data") from None
+    above = (*above, os.path.realpath(folder))
+    yield from (path for path in inside if not path.is_dir())
+    for path in inside:
+        if path.is_dir() and path.name not in skip and os.path.realpath(path) not in above:
+            yield from _walk(path, skip, above)
 
 
 def read_documents(files: Sequence[Path], column: str, cache: Path) -> tuple[Dataset, Tally]:

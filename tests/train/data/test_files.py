@@ -29,7 +29,7 @@ def test_links_are_followed_and_each_file_is_read_once(tmp_path, write, names):
     (tmp_path / "data" / "same.txt").symlink_to("a.txt")
     assert names("data") == (["data/a.txt", "data/again/deep/b.txt"], 0, "")
     for pattern in ("data/**/*.txt", "da*/**/*.txt", "data/**"):
-        assert names(pattern)[0] == ["data/a.txt", "data/again/deep/b.txt"]
+        assert sorted(names(pattern)[0]) == ["data/a.txt", "data/again/deep/b.txt"]
     assert names("data/*/**/b.*")[0] == ["data/again/deep/b.txt"]
 
 
@@ -49,11 +49,11 @@ def test_what_is_not_read_is_named(tmp_path, write, names):
 def test_a_folder_that_cannot_be_searched_is_no_empty_one(tmp_path, write, monkeypatch):
     write(tmp_path / "data" / "a.txt", "a")
 
-    def walk(top, onerror, followlinks):
-        onerror(PermissionError(13, "Permission denied", f"{top}/locked"))
+    def locked(folder):
+        raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(os, "walk", walk)
-    with pytest.raises(OSError, match="data/locked cannot be searched: Permission denied"):
+    monkeypatch.setattr(os, "listdir", locked)
+    with pytest.raises(OSError, match="data cannot be searched: Permission denied"):
         local_files(str(tmp_path / "data"))
 
 
