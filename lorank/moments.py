@@ -7,14 +7,14 @@ Any optimizer of torch or lorank will do. Its state for a parameter holds three 
     the rest    bases of projections and scalars, which nothing here changes
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-Prune = Literal["reset", "random", "magnitude"]
+Prune = Literal["zero", "random", "magnitude"]
 REDUCED = ("exp_avg", "exp_avg_sq", "momentum", "momentum_buffer", "row_var", "col_var", "state1", "state2")
 """Names of moments that may have another shape than the parameter."""
 COUNTERS = ("step", "steps")
@@ -54,14 +54,21 @@ def restart(optimizer: Optimizer, parameter: Tensor) -> None:
 
 
 @torch.no_grad()
-def prune_(moment: Tensor, how: Prune, ratio: float, generator: torch.Generator) -> None:
-    """Set a part of a moment to zero, in place: 99.9 % at random ("reset"), a `ratio` of it at random, or its smallest
-    `ratio` ("magnitude")."""
-    if how == "magnitude":
-        size = moment.abs().float().flatten()
-        count = round(ratio * size.numel())
-        if count:
-            moment.mul_(moment.abs() > size.kthvalue(count).values)
+def prune_(moments: Sequence[Tensor], how: Prune, ratio: float, generator: torch.Generator) -> None:
+    """Set a part of some moments to zero, in place: all ("zero"), a `ratio` of the entries at random, or the `ratio` of them that is
+    smallest in the first moment ("magnitude"). One mask serves all moments, which must have one shape unless all becomes zero.
+
+    With a mask for each, Adam's first moment m may survive where the second, v, is zero: a step of lr m / eps.
+    """
+    if how == "zero" or not moments:
+        for moment in moments:
+            moment.zero_()
+        return
+    first = moments[0]
+    if how == "random":
+        lost = torch.rand(first.shape, generator=generator).to(first.device) <= ratio
     else:
-        kept = torch.rand(moment.shape, generator=generator) > (0.999 if how == "reset" else ratio)
-        moment.mul_(kept.to(moment.device))
+        size, count = first.abs().float(), round(ratio * first.numel())
+        lost = size <= size.flatten().kthvalue(count).values if count else torch.zeros_like(first, dtype=torch.bool)
+    for moment in moments:
+        moment.masked_fill_(lost, 0)

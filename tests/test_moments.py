@@ -78,17 +78,19 @@ def test_an_optimizer_of_another_kind_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("how", "ratio", "kept"), [("reset", 0.5, 0.001), ("random", 0.8, 0.2), ("magnitude", 0.9, 0.1)]
+    ("how", "ratio", "kept"),
+    [("zero", 0.5, 0), ("random", 0.999, 0.001), ("random", 0.8, 0.2), ("magnitude", 0.9, 0.1)],
 )
-def test_what_pruning_leaves(how: Any, ratio: float, kept: float) -> None:
-    moment = torch.randn(400, 500, generator=torch.Generator().manual_seed(0))
-    before = moment.clone()
-    prune_(moment, how, ratio, torch.Generator().manual_seed(1))
-    stays = moment != 0
-    assert torch.equal(moment[stays], before[stays])
+def test_pruning_keeps_the_same_entries_of_all_moments(how: Any, ratio: float, kept: float) -> None:
+    pruned = [torch.randn(400, 500, generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    before = [moment.clone() for moment in pruned]
+    prune_(pruned, how, ratio, torch.Generator().manual_seed(1))
+    stays = pruned[0] != 0
+    assert torch.equal(pruned[1] != 0, stays)
+    assert all(torch.equal(now[stays], then[stays]) for now, then in zip(pruned, before, strict=True))
     if how == "magnitude":
         assert stays.sum() == 20_000
-        assert before[stays].abs().min() > before[~stays].abs().max()
+        assert before[0][stays].abs().min() > before[0][~stays].abs().max()
     else:
         assert stays.float().mean().item() == pytest.approx(kept, rel=0.15)
 

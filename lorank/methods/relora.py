@@ -5,7 +5,7 @@
 
 Saves: gradients, optimizer state.
 
-At each restart most of the optimizer's moments of the factors, which belong to the old ones, are set to zero. The learning
+At each restart the optimizer's moments of the factors, which belong to the old ones, are set to zero. The learning
 rate drops to 0 and climbs back to its cosine ("jagged cosine"). The merge follows the one update at rate 0, so factors are
 merged as their cycle left them. With `warm_start` the run begins with updates of W itself and none of A and B; then W is
 frozen and its optimizer state is dropped.
@@ -16,7 +16,9 @@ d_out)) operations forward; backward the first term once more and the second twi
 Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024, arXiv 2307.05695, and the
 authors' repository Guitaricet/relora.
 
-Departures from the authors' code. There A and B both start at 0, so that until the first merge neither has a gradient and
+Departures from the authors' code. It sets 99.9 % of the moments to zero, each by a mask of its own, and some of its first
+moments survive where the second does not, so that an entry moves by lr m / eps; here all become zero or one mask serves
+both (`reset_masks="repo"` is theirs). There A and B both start at 0, so that until the first merge neither has a gradient and
 only embeddings, head, norms and biases learn; here A is drawn as at a restart (`start="repo"` is theirs). Merging and
 resetting the optimizer have one period. The warm start belongs to the run instead of a checkpoint. Our cosine counts from
 the end of the warm start. Any optimizer will do, not only Adam: its moments of the factors are reset (`lorank.moments`).
@@ -25,7 +27,7 @@ the end of the warm start. Any optimizer will do, not only Adam: its moments of 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -106,16 +108,27 @@ class ReLoRA(Method):
     rounded up."""
     restart_warmup_steps: Whole | None = None
     """Updates in which the learning rate climbs back after a restart. None: 50, or half of a shorter cycle."""
-    reset: Prune = "reset"
-    """What becomes zero in the factors' moments: 99.9 % at random, `reset_ratio` at random, or the smallest `reset_ratio`."""
+    reset: Prune = "zero"
+    """What becomes zero in the factors' moments: all, `reset_ratio` of the entries at random, or the smallest `reset_ratio`."""
     reset_ratio: Fraction = 0.9
-    """For "random" and "magnitude"."""
+    """For "random" (the authors' default is 0.999) and "magnitude"."""
+    reset_masks: Literal["one", "repo"] = "one"
+    """One mask for all moments of a factor; or, as in the authors' code, one for each. This ruins runs: in one step entries of A
+    grow a thousandfold."""
     warm_start: Whole = 0
     """Updates of full rank at the beginning."""
     warm_start_lr_ratio: Positive = 0.5
     """Learning rate of the warm start, as a part of that of the factors, which need twice the dense one."""
     start: Start = "paper"
     """Initial factors: "paper" draws A and sets B to 0; "repo" sets both to 0."""
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> Self:
+        if "reset_masks" not in fields:  # saved by version 0.1, which had a mask for each moment
+            fields = {**fields, "reset_masks": "repo"}
+            if fields.get("reset") == "reset":
+                fields |= {"reset": "random", "reset_ratio": 0.999}
+        return super().from_dict(fields)
 
     def check(self, sites: Sequence[Site]) -> None:
         check_ranks(self.rank, sites)
@@ -177,7 +190,7 @@ class ReLoRAHook(StepHook):
     """Ends the warm start, and restarts the factors after updates K + 1, 2 K + 1, ... that follow it.
 
     Raises:
-        ValueError: there is a warm start in several processes, or the optimizer keeps no moments that can be reset.
+        ValueError: there is a warm start in several processes, or the optimizer keeps no moments that can be reset so.
     """
 
     def __init__(self, method: ReLoRA, model: nn.Module, optimizer: Optimizer, cycle: int, seed: int):
@@ -204,17 +217,25 @@ class ReLoRAHook(StepHook):
             self._freeze()
         elif updates == 1:
             for layer in self.layers.values():
-                moments(self.optimizer, layer.B.weight)  # raises now rather than at the first restart
+                self._check(moments(self.optimizer, layer.B.weight))  # now rather than at the first restart
         elif updates > self.cycle and updates % self.cycle == 1:
             for name, layer in self.layers.items():
                 generator = seeded_generator(self.seed, self.step, name)
                 layer.restart(generator)
                 self._prune(layer, generator)
 
+    def _check(self, found: Sequence[Tensor]) -> None:
+        if self.method.reset != "zero" and len({moment.shape for moment in found}) > 1:
+            raise ValueError(
+                f"reset must be 'zero' with {type(self.optimizer).__name__}, whose moments differ in shape and cannot share a mask, got "
+                f"{self.method.reset!r}"
+            )
+
     def _prune(self, layer: ReLoRALinear, generator: torch.Generator) -> None:
         for factor in (layer.A.weight, layer.B.weight):
-            for moment in moments(self.optimizer, factor):
-                prune_(moment, self.method.reset, self.method.reset_ratio, generator)
+            found = moments(self.optimizer, factor)
+            for together in [found] if self.method.reset_masks == "one" else [[moment] for moment in found]:
+                prune_(together, self.method.reset, self.method.reset_ratio, generator)
 
     def _freeze(self) -> None:
         for layer in self.layers.values():

@@ -17,6 +17,7 @@ from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
 from lorank.evolution.egg import EggConfig
 from lorank.pretrained import positions_of
+from lorank.table import find
 from lorank.train.data import load_tokenizer
 from lorank.train.hub import asked_if_reachable
 from lorank.train.methods import KEYS, Methods, methods_of
@@ -120,9 +121,10 @@ def _read_config(name: str) -> PretrainedConfig:
         ) from None
 
 
-def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
+def build_model(recipe: Recipe, config: PretrainedConfig, saved: PretrainedConfig | None = None) -> PreTrainedModel:
     """A model with fresh weights, converted and checkpointed as the recipe says; seed torch before. It may be built on
-    the meta device.
+    the meta device. A run that goes on gives the configuration that it `saved`, whose method has all settings: those that
+    the recipe leaves out may have other defaults by now.
 
     Raises:
         ValueError: a shape that cannot be built, sequences longer than its positions, or a method that does not suit it.
@@ -133,7 +135,9 @@ def build_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     model = _dense_model(recipe, config)
     check_positions(model, recipe.sequence_length)
     if found.method.name != "dense":
-        convert(model, found.method, targets=recipe.targets, exclude=recipe.exclude)
+        recorded = getattr(saved, "lorank", None)
+        method = found.method if recorded is None else find(recorded["method"]).from_dict(recorded["arguments"])
+        convert(model, method, targets=recipe.targets, exclude=recipe.exclude)
     elif (recipe.targets or recipe.exclude) and not hasattr(found.mover, "rank"):
         raise ValueError(f"{found.title} converts no layer and projects no gradient; leave out targets and exclude")
     policy = recipe.checkpoint or found.method.policy

@@ -79,8 +79,9 @@ def pretrain(
         order_seed=recipe.seed,
     )
     config = build_config(recipe, corpus.tokenizer)
-    if start_from:
-        keep_vocabulary(config, AutoConfig.from_pretrained(start_from))
+    saved = AutoConfig.from_pretrained(start_from) if start_from else None
+    if saved is not None:
+        keep_vocabulary(config, saved)
     check_corpus(recipe, corpus, config.vocab_size)
     began = read_json(out / "run.json")["data_hash"] if resume else corpus.hash
     if began != corpus.hash:
@@ -90,7 +91,7 @@ def pretrain(
         )
     with PeakMemory() as memory, StopOnSignal() as stop:
         set_seed(recipe.seed)
-        model = build_model(recipe, config)
+        model = build_model(recipe, config, saved)
         check_causal(model)
         trainer = build_trainer(
             recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop], on_cpu

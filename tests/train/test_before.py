@@ -12,9 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from lorank.conversion import method_of
+from lorank.methods.relora import ReLoRA
 from lorank.train.folder import history, read_run
+from lorank.train.model import build_config, build_model
+from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
 
 BEFORE = Path(__file__).parents[1] / "golden/before"
@@ -34,6 +39,14 @@ def test_an_older_run_resumes_with_the_same_losses(name: str, tmp_path: Path) ->
     assert losses == pytest.approx(LOSSES[name]["training"], rel=1e-5)
     assert summary is not None
     assert summary.validation_loss_nats_per_token == pytest.approx(LOSSES[name]["validation"], rel=1e-5)
+
+
+def test_a_resumed_run_keeps_defaults_that_have_changed() -> None:
+    folder = BEFORE / "relora"
+    recipe = Recipe.from_dict(yaml.safe_load((folder / "recipe.yaml").read_text().replace("HERE", str(BEFORE))))
+    saved = AutoConfig.from_pretrained(folder / "checkpoint-3")
+    method = method_of(build_model(recipe, build_config(recipe), saved))
+    assert isinstance(method, ReLoRA) and method.reset_masks == "repo" != ReLoRA().reset_masks
 
 
 @pytest.mark.parametrize("name", LOSSES)
