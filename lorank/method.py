@@ -98,6 +98,8 @@ class Method:
     """Settings of the paper by model size. They hold unless the user says otherwise."""
     soon: ClassVar[Mapping[str, Any]] = {}
     """Settings with which the method acts within a few steps; tests and recorded first steps use them."""
+    once: ClassVar[Mapping[str, Any]] = {}
+    """Defaults that have changed, as they were. Runs name these settings; one that does not began with the old."""
 
     def __post_init__(self) -> None:
         check_fields(self)

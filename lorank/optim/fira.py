@@ -1,25 +1,28 @@
 """Fira: GaLore, and outside its subspace plain gradient descent at the step length that Adam takes inside.
 
-    W ← W - lr α (P Adam(Pᵀ G) + k E)        E = G - P Pᵀ G,  in detail:
+    W ← W - lr (α P Adam(Pᵀ G) + k E)        E = G - α P Pᵀ G,  in detail:
 
-    R, N as in GaLore (N with Adam's bias correction)
-    E = G - P R                                     the part of the gradient that GaLore throws away
+    R, N as in GaLore (N with Adam's bias correction c)
+    E = G - α P R                                   what the scaled step inside leaves of the gradient
     kᵢ = ‖N[:, i]‖ / (‖R[:, i]‖ + ε)                 one factor per column (per row, if projected from the right)
-    S = kᵢ E[:, i],    S ← S γ / max(‖S‖ / (‖S'‖ + ε), γ),   γ = 1.01      S' the S of the step before
-    W ← W - lr α (P N + S)
+    S = kᵢ E[:, i],    S ← S γ / max(‖S / c‖ / (‖S' / c'‖ + ε), γ),   γ = 1.01      S', c' of the step before
+    W ← W - lr (α P N + S)
 
     G, W, E, S [m, n]     P [m, r]     R, N [r, n]     k [n]          (m < n; transposed for m >= n)
 
 Saves: optimizer state.
 
-State: GaLore's, and the norm of S, one number per matrix.
+State: GaLore's, and the norm of S, one number per matrix. E is never formed: P N and P R are one product, and with orthonormal
+P the norm of a column is ‖G[:, i]‖² - (2α - α²) ‖R[:, i]‖², but where that cancels.
 
 Source: Chen et al., "Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?", arXiv 2410.01623.
 
-Departures. The authors' code is not the paper's algorithm: it takes E = G - α P R and S at the full learning rate. Both are
-here, the paper's by default (`residual="paper"`), the code's as ``residual="repo"``; the published figures were
-presumably made with the latter, whose limiter compares norms without Adam's bias correction. A residual of norm 0 limits
-nothing; in the authors' code one gradient of zero keeps it near 0 for hundreds of steps.
+The above is the authors' code, with which their settings belong: ``residual="repo"``, the default. Algorithm 1 of the paper is
+``residual="paper"``: E = G - P R, W ← W - lr α (P N + S), c = 1. Both at α = 0.25 are not two forms of one run: the paper's moves four
+times less outside of the subspace, and its limiter, which sees Adam's bias correction shrink, passes half as much.
+
+Departures. A residual that is zero up to rounding limits nothing. In the authors' code it does: one gradient of zero, or under the
+paper's form one of rank r, would keep S near 0 for hundreds of steps.
 """
 
 import dataclasses
@@ -38,6 +41,8 @@ from lorank.optim.stacks import Product, Stack
 GAMMA = 1.01
 """Largest growth of the residual's norm from one step to the next."""
 EPS = 1e-8
+LEAST_SHARE = 1e-2
+"""Of ‖G‖² in ‖E‖², below which the difference of squares is not used."""
 
 
 def column_factors(inside: Tensor, projected: Tensor, columns: bool) -> Tensor:
@@ -53,11 +58,17 @@ def norm(matrices: Tensor, dim: int | tuple[int, int]) -> Tensor:
 
 
 def limited(residual: Tensor, before: Tensor) -> Tensor:
-    """S [k, m, n], shortened where its norm exceeds GAMMA times the norm `before` [k] (0 or less: there was none, or nothing to
-    compare with)."""
+    """S [k, m, n], or its column norms [k, 1, n], shortened where the norm exceeds GAMMA times the norm `before` [k] (0 or less:
+    there was none, or nothing to compare with)."""
     growth = residual.norm(dim=(-2, -1)) / (before + EPS)
     factor = torch.where(before <= 0, torch.ones_like(growth), GAMMA / growth.clamp(min=GAMMA))
     return residual * factor[:, None, None]
+
+
+def column_norms(G: Tensor, R: Tensor, part: float, along: int) -> tuple[Tensor, Tensor]:
+    """‖E[:, i]‖² of E = G - part · P R with orthonormal P and R = Pᵀ G, without E; and ‖G[:, i]‖²."""
+    g, r = norm(G, along).square(), norm(R, along).square()
+    return (g - (2 * part - part**2) * r).clamp(min=0), g
 
 
 def state_elements(m: int, n: int, r: int) -> int:
@@ -88,9 +99,11 @@ class Fira(GaLore):
         "7b": {"rank": 64, "scale": 0.0625, "update_gap": 500},
     }
 
+    once: ClassVar[Mapping[str, Any]] = {"residual": "paper"}
+
     projection: Literal["std", "reverse_std", "left", "right"] = "std"
     rule: Literal["adamw"] = "adamw"
-    residual: Literal["paper", "repo"] = "paper"
+    residual: Literal["paper", "repo"] = "repo"
     scaling: Literal["column", "matrix"] = "column"
 
     def __post_init__(self) -> None:
@@ -99,20 +112,36 @@ class Fira(GaLore):
             raise ValueError("in_backward must be False with fira, whose residual needs the full gradient, got True")
 
     def move(self, stack: Stack, G: Tensor, group: dict[str, Any]) -> Tensor | Product:
-        lr, alpha, repo = group["lr"], group["scale"], self.residual == "repo"
+        alpha, repo = group["scale"], self.residual == "repo"
+        part, along = (alpha if repo else 1.0), -2 if sides(group["projection"], *G.shape[1:])[0] else -1
         R = stack.project(G)
         N = -stack.ruled(R, lr=1.0)  # also where a warm-up begins at 0
-        E = G - stack.lift(R, alpha if repo else 1.0).value
         if self.scaling == "matrix":
             k = norm(N, (-2, -1)) / (norm(R, (-2, -1)) + EPS)
         else:
-            k = column_factors(N, R, columns=sides(group["projection"], *G.shape[1:])[0])
-        before = torch.stack([state.get("norm", k.new_tensor(-1.0)).to(k) for state in stack.states])
+            k = column_factors(N, R, columns=along == -2)
         (b1, b2), t = group["betas"], stack.steps + 1
-        correction = (1 - b2**t) ** 0.5 / (1 - b1**t) if repo else 1.0  # which the authors apply after the limiter
-        S = limited(k * E / correction, before)
-        stack.put("norm", S.norm(dim=(-2, -1)))
-        return -lr * (stack.lift(N, alpha).value + (correction if repo else alpha) * S)
+        c = (1 - b2**t) ** 0.5 / (1 - b1**t) if repo else 1.0
+        lengths, whole = self._lengths(stack, G, R, k / c, part, along)
+        before = torch.stack([state.get("norm", k.new_tensor(-1.0)).to(k) for state in stack.states])
+        S = limited(lengths, before)
+        after, unlimited = S.norm(dim=(-2, -1)), lengths.norm(dim=(-2, -1))
+        nothing = unlimited <= 10 * torch.finfo(stack.parameters[0].dtype).eps * whole.norm(dim=(-2, -1))
+        stack.put("norm", after.masked_fill(nothing, 0.0))
+        k = k * (after / unlimited.clamp(min=torch.finfo(k.dtype).tiny))[:, None, None] * (1.0 if repo else alpha)
+        product = stack.lift(alpha * N - part * k * R)  # P (α N - α k R), and k G added to it
+        return torch.baddbmm(k * G, product.a, product.b, alpha=product.scale).mul_(-group["lr"])
+
+    def _lengths(self, stack: Stack, G: Tensor, R: Tensor, k: Tensor, part: float, along: int) -> tuple[Tensor, Tensor]:
+        """Norms of the columns of k E and of k G. E is formed where a difference of squares would be inexact: little of G is left,
+        or P is rounded."""
+        e, g = column_norms(G, R, part, along)
+        if (1 - part) ** 2 < LEAST_SHARE:
+            rounded = stack.parameters[0].dtype.itemsize < 4
+            left = (k.square() * e).sum(dim=(-2, -1)) < LEAST_SHARE * (k.square() * g).sum(dim=(-2, -1))
+            if rounded or left.any():
+                e = norm(G - stack.lift(R, part).value, along).square()
+        return k * e.sqrt(), k * g.sqrt()
 
     def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         shapes = super().state_shapes(shape, group)
@@ -121,8 +150,3 @@ class Fira(GaLore):
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """GaLore's, and one number of at least single precision."""
         return super().state_bytes(p, group) + (0 if group.get("rank") is None else max(p.element_size(), 4))
-
-    def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
-        """GaLore's, and P R for the residual."""
-        found = super().step_flops(p, group, micro_batches=micro_batches)
-        return found if group.get("rank") is None else found + 2 * p.numel() * min(group["rank"], *p.shape)

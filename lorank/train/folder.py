@@ -15,6 +15,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from lorank.train.methods import with_changed_defaults
 from lorank.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -118,7 +119,7 @@ def read_run(folder: str | Path) -> Recipe:
             raise ValueError(
                 f"{path}: {changed[0]} was {began[changed[0]]!r} when the run began; restore it, or start another run with --out"
             )
-    return recipe
+    return with_changed_defaults(recipe, began=True)
 
 
 def history(folder: str | Path) -> Iterator[dict[str, Any]]:

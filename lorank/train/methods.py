@@ -93,6 +93,20 @@ def resolved(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, **keys, rank=None, options={})
 
 
+def with_changed_defaults(recipe: Recipe, *, began: bool = False) -> Recipe:
+    """The recipe of a run with every setting named whose default has changed. If the run `began`, those it does not name are what they
+    were once."""
+    built = {type(method): method for method in methods_of(recipe)}
+    changes: dict[str, Any] = {}
+    for kind, given in _settings(recipe).items():
+        kept = {
+            name: old if began else getattr(built[kind], name) for name, old in kind.once.items() if name not in given
+        }
+        if kept:
+            changes[kind.key] = {kind.name: {**given, **kept}}
+    return dataclasses.replace(resolved(recipe), **changes) if changes else recipe
+
+
 def written_out(recipe: Recipe) -> Recipe:
     """The recipe with all settings that it leaves to its size written under its keys, so that the size may change."""
     keys: dict[str, Any] = {}

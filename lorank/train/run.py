@@ -34,7 +34,7 @@ from lorank.train.folder import (
 )
 from lorank.train.generation import generate_text
 from lorank.train.memory import PeakMemory
-from lorank.train.methods import resolved, title_of
+from lorank.train.methods import resolved, title_of, with_changed_defaults
 from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.recipe import Recipe
 from lorank.train.saved import save_model
@@ -60,7 +60,7 @@ def pretrain(
         OSError: a file could not be read or written.
         FloatingPointError: the loss or a gradient is no longer finite.
     """
-    out, recipe = Path(out), absolute(recipe if resume else resolved(recipe))
+    out, recipe = Path(out), absolute(recipe if resume else with_changed_defaults(resolved(recipe)))
     if resume and (out / "summary.json").exists():
         raise ValueError(f"{out} is finished, so there is nothing to resume; start another run with --out")
     prepare_folder(out, resume)

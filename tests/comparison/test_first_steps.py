@@ -63,7 +63,7 @@ def test_a_curve_is_as_recorded(name: str) -> None:
         ("60m-cola", {"lr": 5e-3}),  # instead of 6e-3
         ("60m-dense", {"seed": 1}),
         ("60m-sltrain", {"options": {"alpha": 16.0, "density": 0.03}}),
-        ("60m-fira", {"options": {"update_gap": 200, "scale": 0.25, "residual": "repo"}}),
+        ("60m-fira", {"options": {"update_gap": 200, "scale": 0.25, "residual": "paper"}}),
     ],
     ids=lambda value: str(value),
 )

@@ -85,6 +85,28 @@ def test_a_first_gradient_of_zero_limits_nothing() -> None:
     assert optimizer.state[p]["norm"] > 0.1
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", ["paper", "repo"])
+def test_a_gradient_of_the_rank_limits_nothing(dtype: torch.dtype, residual: Any) -> None:
+    """Nothing but rounding is left of the first, from which the limiter would grow by a hundredth a step for ever."""
+    [p] = matrices((24, 40), dtype=dtype)
+    before = p.detach().clone()
+    optimizer = made(Fira, [{"params": [p], "rank": 4}], lr=0.01, residual=residual)
+    first, second = gradients(0, [p])[0].double(), gradients(1, [p])[0]
+    for G in (first[:, :4] @ first[:4], second):
+        before, p.grad = p.detach().clone(), G.to(dtype)
+        optimizer.step()
+    P, moved = optimizer.state[p]["left"].double(), (p.detach() - before).double()
+    outside = (moved - P @ (P.mT @ moved)).norm() / moved.norm()
+    assert outside > 0.1
+    assert optimizer.state[p]["norm"] > 0.1
+
+
+def test_the_default_is_the_authors_code() -> None:
+    assert Fira().residual == "repo"
+    assert {m.residual for m in (Fira(**Fira.published[size]) for size in Fira.published)} == {"repo"}  # type: ignore[arg-type]
+
+
 def test_bf16_holds_columns_of_zeros_and_small_gradients() -> None:
     [p] = matrices((12, 20), dtype=torch.bfloat16)
     optimizer = made(Fira, [{"params": [p], "rank": 4}], lr=0.01)
@@ -117,7 +139,7 @@ def test_state_is_galores_and_one_number_per_matrix() -> None:
 
 def test_at_full_rank_nothing_is_left_and_fira_is_galore() -> None:
     ours, theirs = matrices((12, 20)), matrices((12, 20))
-    run(made(Fira, [{"params": ours, "rank": 12}], lr=0.1), ours, range(4))
+    run(made(Fira, [{"params": ours, "rank": 12}], lr=0.1, residual="paper"), ours, range(4))
     run(made(GaLore, [{"params": theirs, "rank": 12}], lr=0.1), theirs, range(4))
     torch.testing.assert_close(ours[0], theirs[0], rtol=1e-5, atol=1e-6)
 
@@ -137,7 +159,7 @@ def test_a_small_residual_is_limited_by_its_true_norm(dtype: torch.dtype) -> Non
     """Of what a step moves, from weights of zero, only S lies outside of the subspace."""
     torch.manual_seed(0)
     [p] = matrices((24, 40), dtype=dtype)
-    optimizer = made(Fira, [{"params": [p], "rank": 4}], lr=1.0)
+    optimizer = made(Fira, [{"params": [p], "rank": 4}], lr=1.0, residual="paper")
     low_rank, norms = torch.randn(24, 4) @ torch.randn(4, 40), []
     for noise in (1e-3, 1e-3, 1.0, 1.0, 1e-4):
         nn.init.zeros_(p)
