@@ -209,9 +209,15 @@ def linked_tables(text: str) -> str:
 # ---- the generated sections of a method
 
 
+def with_structure(name: str) -> str:
+    """A method joined with the structure that it needs."""
+    structure = getattr(find(name), "structure", None)
+    return f"{structure}+{name}" if structure else name
+
+
 def usage(names: list[str]) -> str:
     """How each is run and how it is called; every block is executed by the tests."""
-    shell = [f"lorank pretrain --method {name}" for name in names]
+    shell = [f"lorank pretrain --method {with_structure(name)}" for name in names]
     python = [example(name) for name in names if find(name).key != "gradient"]
     blocks = [f"```sh\n{chr(10).join(shell)}\n```", *(f"```python\n{code}\n```" for code in python)]
     return "\n\n".join(["## How to use it", *blocks])
@@ -229,6 +235,7 @@ def example(name: str) -> str:
     ]
     lines += ["model = LlamaForCausalLM(shape)"]
     if kind.key == "optimizer":
+        lines += [f'lorank.convert(model, "{kind.structure}")'] if getattr(kind, "structure", None) else []
         return "\n".join([*lines, f"optimizer = lorank.optimizer(model, {method}, lr=0.01)"])
     lines += [f"lorank.convert(model, {method})"]
     if kind.answers() & {"optimizer", "hook"}:
@@ -257,9 +264,9 @@ def options(names: list[str]) -> str:
 def cost(names: list[str]) -> str:
     """What `lorank plan` prints for the 60M shape."""
     alone = " --devices 1" if find(names[0]).key == "gradient" else ""
-    command = f"lorank plan --size 60m --method {','.join(['dense', *names])}{alone}"
+    command = f"lorank plan --size 60m --method {','.join(['dense', *map(with_structure, names)])}{alone}"
     said = ["Counted when this page was built"]
-    ranks = [rank for name in names if (rank := rank_of(Recipe(size="60m", method=name)))]
+    ranks = [rank for name in names if (rank := rank_of(Recipe(size="60m", method=with_structure(name))))]
     shown = [f"{rank} of the width" if isinstance(rank, float) else str(rank) for rank in ranks]
     said += [f", at the rank that a run of this size has unless you say otherwise, {shown[0]}"] if shown else []
     said += [". `lorank plan --help` has other sizes, budgets and accelerators."]

@@ -39,6 +39,7 @@ METHODS = {
     "apollo": "lorank.optim.apollo:APOLLO",
     "apollo-mini": "lorank.optim.apollo:APOLLOMini",
     "factor-lr": "lorank.optim.factor_lr:FactorLR",
+    "spectron": "lorank.optim.spectron:Spectron",
     "votes": "lorank.evolution.votes:Votes",
     # where the gradient comes from
     "autograd": "lorank.method:Autograd",

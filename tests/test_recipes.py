@@ -108,6 +108,12 @@ APOLLO = {
 IN_PART["apollo-60m"] = {"rank": 128, "options": {"update_gap": 200, "scale": 1.0, "growth": 1.01}, **APOLLO}
 IN_PART["apollo-mini-60m"] = {"rank": None, "options": {"update_gap": 200, "growth": 1.01}, **APOLLO}
 IN_PART["factor-lr-60m"] = {"rank": 128, "lr": 2e-3, "steps": 10_000, "warmup_steps": 1_000, "batch_size": 512}
+IN_PART["spectron-60m"] = {
+    "rank": 128,
+    "options": {"momentum": 0.95, "adamw_lr": 3e-3},
+    "steps": 10_000,
+    "warmup_steps": 500,
+}
 # Total and trained parameters; None where they are not known.
 COUNTS = {
     "cola-60m": (42_770_944, 42_770_944),
@@ -128,7 +134,7 @@ COUNTS = {
     "sst-60m": (None, None),
     "masa-60m": (None, None),
 }
-COUNTS |= dict.fromkeys(("factor-lr-60m",), COUNTS["low-rank-60m"])  # they train a plain factorisation
+COUNTS |= dict.fromkeys(("factor-lr-60m", "spectron-60m"), COUNTS["low-rank-60m"])  # they train a plain factorisation
 DENSE = {"60m": 58_073_600, "130m": 134_105_856, "350m": 367_969_280, "1b": 1_339_082_752}
 for name in OURS:
     if name.startswith(("galore", "fira", "dct-adamw", "trion", "apollo")):

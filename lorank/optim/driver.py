@@ -36,6 +36,8 @@ class ByGroups(Method):
     """Fields that a group with a rank may set for itself."""
     decays_last: ClassVar[bool] = False
     """Whether weight decay comes after a move: W ← W - lr λ W."""
+    structure: ClassVar[str | None] = None
+    """A method whose weights it needs, such as "low-rank"; None: it moves any model."""
     may_keep: ClassVar[tuple[str, ...]] = ()
     """Entries that a state has under some settings only."""
     tall: ClassVar[bool] = False
@@ -196,6 +198,7 @@ class LowRankOptimizer(Arriving):
                     f"{group['rule']!r}"
                 )
             _check_type(p)
+        rule.check(group["params"])
 
     # ---- the step
 
@@ -246,7 +249,8 @@ class LowRankOptimizer(Arriving):
 
     def _step_plain(self, group: dict[str, Any]) -> None:
         rule = self.method.rules[group["rule"]]
-        weights = [p for p in group["params"] if p.grad is not None and p.numel()]
+        together, apart = self._sets(group, rule)
+        weights = [p for some in (together, *apart) for p in some]
         for p in weights:
             if not rule.owns(self.state[p]):
                 made = rule.make(p if rule.elementwise else stand_in(p))
@@ -256,21 +260,33 @@ class LowRankOptimizer(Arriving):
                 }
         given = {**group, "weight_decay": 0.0} if self.method.decays_last else group
         sign = -1 if group.get("maximize") else 1
-        apart = [p for p in weights if isinstance(p, DTensor) and not rule.elementwise]
-        together = [p for p in weights if p not in set(apart)]
+        signed = lambda p, G: torch.zeros_like(local(p)) if G is None else G * sign if sign < 0 else G  # noqa: E731
         states = [self.state[p] for p in together]
         parts = [{n: local(v) if isinstance(v, DTensor) else v for n, v in state.items()} for state in states]
-        gradients = [local_gradient(p) * sign if sign < 0 else local_gradient(p) for p in together]
+        gradients = [signed(p, p.grad if p.grad is None else local_gradient(p)) for p in together]
         if together:
             rule.step([local(p) for p in together], gradients, parts, given)
             for state, part in zip(states, parts, strict=True):
                 state.update({n: v for n, v in part.items() if not isinstance(state[n], DTensor)})
-        for p in apart:
-            W, state = whole(p).clone(), gathered(self.state[p])
-            rule.step([W], [whole(p.grad) * sign], [state], given)  # type: ignore[arg-type]
-            local(p).copy_(local(like(W, p)))
-            put_back(state, self.state[p])
+        for some in apart:
+            W, kept = [whole(p).clone() for p in some], [gathered(self.state[p]) for p in some]
+            G = [torch.zeros_like(V) if p.grad is None else whole(p.grad) * sign for p, V in zip(some, W, strict=True)]
+            rule.step(W, G, kept, given)
+            for p, V, state in zip(some, W, kept, strict=True):
+                local(p).copy_(local(like(V, p)))
+                put_back(state, self.state[p])
         self._decay(weights, group, now=self.method.decays_last)
+
+    @staticmethod
+    def _sets(group: dict[str, Any], rule: Rule) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
+        """The parameters that have gradients: those that move in one call, and sets of those that must be gathered, one by one.
+        Of a pair both move if one has a gradient."""
+        params, k = group["params"], rule.at_once
+        sets = [params[i : i + k] for i in range(0, len(params), k)]
+        sets = [some for some in sets if any(p.grad is not None for p in some) and all(p.numel() for p in some)]
+        gathers = [not rule.elementwise and any(isinstance(p, DTensor) for p in some) for some in sets]
+        apart = [some for some, gather in zip(sets, gathers, strict=True) if gather]
+        return [p for some, gather in zip(sets, gathers, strict=True) if not gather for p in some], apart
 
     def _decay(self, weights: Sequence[Tensor], group: dict[str, Any], *, now: bool) -> None:
         if now and group["weight_decay"] and weights:

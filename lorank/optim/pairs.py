@@ -1,9 +1,14 @@
 """The two factors of a low-rank map in a model: A [r, d_in] and B [d_out, r], of the product B A or of B σ(A x)."""
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from lorank.optim.groups import hidden_matrices
+from lorank.optim.rules import Group, Rule, State
+from lorank.optim.stacks import STACKED
 
 
 class Pair(NamedTuple):
@@ -36,3 +41,76 @@ def pairs(model: nn.Module) -> Iterator[Pair]:
             continue
         if A.shape[0] == B.shape[1] and A.requires_grad and B.requires_grad:
             yield Pair(name, module, A, B)
+
+
+def pair_groups(
+    model: nn.Module, groups: Sequence[dict[str, Any]], rule: str, *, refuse: bool = True
+) -> list[dict[str, Any]]:
+    """The groups, those with factors split: first the pairs [A, B, A, B, ...] under `rule`, then the rest under AdamW.
+
+    Raises:
+        ValueError: the model has no pairs; one is spread over two groups; or, with `refuse`, a matrix of its blocks is in none.
+    """
+    found = list(pairs(model))
+    if not found:
+        raise ValueError(
+            f"{rule} moves pairs of factors, but the model has none; use it with a factorisation: low-rank+{rule}"
+        )
+    partner = {pair.A: pair.B for pair in found}
+    factors = {*partner, *partner.values()}
+    names = {p: name for name, p in model.named_parameters()}
+    if refuse and (alone := [p for p in hidden_matrices(model) if p.requires_grad and p not in factors]):
+        listed = ", ".join(sorted(names[p] for p in alone)[:3]) + (
+            f" and {len(alone) - 3} more" if len(alone) > 3 else ""
+        )
+        raise ValueError(
+            f"{rule} moves pairs of factors, but these matrices are in none: {listed}; set unpaired to 'adamw'"
+        )
+    made = []
+    for group in groups:
+        there = set(group["params"])
+        if lone := [A for A, B in partner.items() if (A in there) != (B in there)]:
+            raise ValueError(
+                f"both factors of a pair must be in one group, but {names[lone[0]]} and its partner are in two"
+            )
+        both = [p for A, B in partner.items() if A in there for p in (A, B)]
+        rest = [p for p in group["params"] if p not in factors]
+        made += [{**group, "params": some, "rule": name} for some, name in ((both, rule), (rest, "adamw")) if some]
+    return made
+
+
+class PairRule(Rule):
+    """Moves pairs, which follow one another in a group: A, B, A, B, ... Those of equal shapes move as one stack."""
+
+    matrices_only: ClassVar[bool] = True
+    at_once: ClassVar[int] = 2
+
+    def check(self, weights: Sequence[Tensor]) -> None:
+        for A, B in zip(weights[::2], [*weights[1::2], None][: (len(weights) + 1) // 2], strict=True):
+            if B is None or A.shape[0] != B.shape[1]:
+                got = "no B" if B is None else f"{list(A.shape)} and {list(B.shape)}"
+                raise ValueError(f"a group of pairs must hold A [r, d_in], B [d_out, r], A, B, ... in order, got {got}")
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
+        alike: dict[Any, list[int]] = {}
+        for i in range(0, len(weights), 2):
+            A, B = weights[i : i + 2]
+            counts = tuple(int(state["step"]) for state in states[i : i + 2])
+            alike.setdefault((A.shape, B.shape, A.dtype, A.device, counts), []).append(i)
+        for (a, b, dtype, device, _), indices in alike.items():
+            most = max(1, STACKED.get(device.type, 1 << 26) // (a.numel() + b.numel()))
+            for start in range(0, len(indices), most):
+                sides = [[i + side for i in indices[start : start + most]] for side in range(2)]
+                wide = torch.promote_types(dtype, torch.float32)
+                W, G = (
+                    [torch.stack([given[i] for i in some]).to(wide) for some in sides] for given in (weights, gradients)
+                )
+                self.move(W, G, [[states[i] for i in some] for some in sides], group)
+                for some, moved in zip(sides, W, strict=True):
+                    for i, value in zip(some, moved, strict=True):
+                        weights[i].copy_(value)
+
+    def move(self, W: list[Tensor], G: list[Tensor], states: list[list[State]], group: Group) -> None:
+        """One step in place of stacks of A [k, r, d_in] and of B [k, d_out, r] with these gradients and states; in single precision
+        or better."""
+        raise NotImplementedError

@@ -50,6 +50,11 @@ class Rule:
     """What settings must be, as the annotation of a field."""
     elementwise: ClassVar[bool] = False
     matrices_only: ClassVar[bool] = False
+    at_once: ClassVar[int] = 1
+    """How many parameters of a group, one after another, move together: 2 for pairs of factors."""
+
+    def check(self, weights: Sequence[Tensor]) -> None:
+        """Raise ValueError if these parameters of a group cannot move together."""
 
     def owns(self, state: Mapping[str, Any]) -> bool:
         return any(name in state for name in self.kept)
@@ -84,7 +89,7 @@ class Rule:
 @functools.lru_cache(maxsize=1024)
 def _shapes(rule: Rule, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     made = rule.make(torch.empty(shape, device="meta"))
-    return tuple((name, tuple(value.shape)) for name, value in made.items() if name != "step")
+    return tuple((name, tuple(value.shape)) for name, value in made.items() if name not in ("step", "steps"))
 
 
 class AdamW(Rule):

@@ -12,7 +12,9 @@ from lorank.table import find, method_names
 
 NAMES = [name for name in method_names("optimizer") if issubclass(find(name), ByGroups)]
 """All but AdamW, which is torch's."""
-LR = {"trion": 0.02, "adafactor": 0.02}
+LR = {"trion": 0.02, "adafactor": 0.02, "spectron": 0.1}
+RULED = {name: name for name in ("muon", "spectron")}
+"""Methods whose matrices have a rule of their own. `net` has a pair of factors: its first layer, A, and its second, B."""
 RULES = [GaLore(rule=rule, update_gap=2) for rule in ("adamw-8bit", "adafactor", "muon")]
 """GaLore with another rule inside is examined with the methods."""
 OPTIONS: list[Method] = [
@@ -45,7 +47,7 @@ def groups(model: nn.Module, method: Method, rank: int = 8) -> list[dict[str, An
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and not name.startswith("0.")]
     rest = [p for p in model.parameters() if p not in set(matrices)]
     chosen: dict[str, Any] = {"rank": rank} if isinstance(method, Projected) else {}
-    chosen |= {"rule": "muon"} if method.name == "muon" else {}
+    chosen |= {"rule": RULED[method.name]} if method.name in RULED else {}
     return [{"params": matrices, "weight_decay": 0.1, **chosen}, {"params": rest, "weight_decay": 0.0}]
 
 

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lorank import GaLore, Method
 from lorank.optim.shards import whole
-from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, named
+from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, RULED, named
 
 
 def net(wide: bool) -> nn.Sequential:
@@ -28,7 +28,9 @@ def net(wide: bool) -> nn.Sequential:
 def groups(model: nn.Module, method: Method) -> list[dict[str, Any]]:
     matrices, vectors = ([p for p in model.parameters() if p.ndim == ndim] for ndim in (2, 1))
     chosen: dict[str, Any] = {"rank": 3} if hasattr(method, "rank") else {}
-    chosen |= {"rule": "muon"} if method.name == "muon" else {}
+    chosen |= {"rule": RULED[method.name]} if method.name in RULED else {}
+    if getattr(method, "structure", None):  # two layers are a pair of factors, the third is not in one
+        vectors.append(matrices.pop())
     return [{"params": matrices, "weight_decay": 0.1, **chosen}, {"params": vectors, "weight_decay": 0.1}]
 
 

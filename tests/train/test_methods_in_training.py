@@ -38,7 +38,13 @@ def recipe(text: Path, method: str, **changes: Any) -> Recipe:
     settings = {"data": str(text), "vocab_size": 300, "sequence_length": 32, "batch_size": 4, "steps": 8, "lr": 1e-2}
     settings["model"] = str(text.with_name("config.json"))
     quick = {"warmup_steps": 1, "log_every": 1, "eval_every": 0, "save_every": 1, "keep": 20}
-    return Recipe(**{**settings, **quick, "method": method, "options": options_of(method), **changes})
+    return Recipe(**{**settings, **quick, "method": with_factors(method), "options": options_of(method), **changes})
+
+
+def with_factors(method: str) -> str:
+    """The method, on a model that it accepts."""
+    structure = getattr(find(method), "structure", None)
+    return f"{structure}+{method}" if structure else method
 
 
 def options_of(method: str, **changes: Any) -> dict[str, Any]:
@@ -166,7 +172,7 @@ def test_it_learns_more_than_token_frequencies(method: str, library: Path, tmp_p
         "apollo-mini": {"scale": 128**0.5 / 4},  # for a sketch of 16 rows
     }
     settings: dict[str, Any] = {
-        "method": method,
+        "method": with_factors(method),
         "model": str(tmp_path / "config.json"),
         "data": str(library),
         "vocab_size": 512,
