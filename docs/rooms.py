@@ -27,7 +27,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "distributed": "models larger than one device",
     },
     {"conversion": "convert, merge, optimizer, step_hook, lr_schedule"},
-    {"pretrained": "saved and loaded by transformers"},
+    {"pretrained": "saved and loaded by transformers", "trial": "a conversion tried on shapes alone"},
     {"table": "every name, and the file that holds its mathematics"},
     {
         "methods": "what the weights are: one paper, one file",

@@ -35,6 +35,7 @@ from lorank.sites import (
     wanted_sites,
 )
 from lorank.table import find, register
+from lorank.trial import check_quantization, check_shared, try_on_shapes
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -61,9 +62,11 @@ def convert(
         exclude: regular expression(s) of projections that stay dense, even if `targets` match.
 
     Raises:
-        ValueError: the model is already converted or wraps a model of transformers, its code reads the weight of a
-            projection (T5, Mamba), nothing matches, a pattern is not a regular expression, the method has the name of
-            another, or the method does not accept the model (for CoLA: the rank). The model is then unchanged.
+        ValueError: the model is already converted, quantised or wraps a model of transformers; its code reads the weight of a
+            projection (T5, Mamba), or layers share one; nothing matches, a pattern is not a regular expression, the method
+            has the name of another, or the method does not accept the model (for CoLA: the rank); a trial on shapes
+            (`lorank.trial`) shows that the converted model would fail, or not be loaded as it was saved. The model is then
+            unchanged.
 
     Warns:
         UserWarning: a rank at which the factors are no smaller than the dense layer; or most of the blocks stays dense because no
@@ -84,20 +87,26 @@ def convert(
             f"{method.name} does not decide what the weights are, so there is nothing to convert; use cola or sltrain, for "
             "example, and lorank.optimizer for methods that decide how weights move"
         )
-    sites = sites_to_convert(model, method, targets, exclude)
-    if targets is None:
-        _warn_of_other_matrices(model, method)
-    rewrite(model, method, sites)
     recorded = {
         "method": method.name,
         "arguments": method.to_dict(),
         "targets": listed(targets) or None,
         "exclude": listed(exclude) or None,
     }
+
+    def apply(model: Any) -> None:
+        rewrite(model, method, choose_sites(wanted_sites(method, find_sites(model)), targets, exclude))
+        if isinstance(model, PreTrainedModel):
+            record(model, {**recorded, "prefix": base_prefix(model)})
+        else:
+            model._lorank = recorded
+
+    sites_to_convert(model, method, targets, exclude)
     if isinstance(model, PreTrainedModel):
-        record(model, {**recorded, "prefix": base_prefix(model)})
-    else:
-        model._lorank = recorded  # type: ignore[assignment]
+        try_on_shapes(model, method, apply)
+    if targets is None:
+        _warn_of_other_matrices(model, method)
+    apply(model)
     return model
 
 
@@ -119,6 +128,7 @@ def sites_to_convert(
         raise ValueError(f"model must be dense, got one that is already converted (method {earlier['method']!r})")
     if isinstance(model, PreTrainedModel):
         config_class(model.config.model_type)  # refuses an unknown architecture before anything is changed
+        check_quantization(model.config)
     elif inner := next((type(m).__name__ for m in model.modules() if isinstance(m, PreTrainedModel)), None):
         raise ValueError(
             f"model must be the {inner} inside this {type(model).__name__}, which could not be saved; convert it before it is "
@@ -126,6 +136,7 @@ def sites_to_convert(
         )
     sites = choose_sites(wanted_sites(method, find_sites(model)), targets, exclude)
     check_callers(model, sites)
+    check_shared(model, sites)
     method.check(sites)
     return sites
 
@@ -173,7 +184,9 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
 def _merged(dense: PreTrainedModel, method: Method) -> PreTrainedModel:
     forget(dense)
     with torch.device("meta"):
-        shapes = type(dense)(dense.config)  # where the architecture has linear layers, and of which kind
+        shapes = type(dense)._from_config(
+            copy.deepcopy(dense.config)
+        )  # where the architecture has linear layers, and of which kind
     for name, was in shapes.named_modules():
         if is_linear(was) and type(now := dense.get_submodule(name)) is not type(was):
             weight, bias = joined(method, now) if isinstance(now, FusedProjections) else method.merged(now)

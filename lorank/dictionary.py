@@ -4,6 +4,7 @@ W_l = Σ_s c_ls D_s        l = 1..L blocks, s = 1..S atoms        D [S, d_out, d
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,12 +24,6 @@ GELU_POWER = 0.4252
 def combine(coefficients: Tensor, atoms: Tensor) -> Tensor:
     """W = Σ_s c_s D_s: coefficients [S], atoms [S, d_out, d_in] -> [d_out, d_in]."""
     return (coefficients[None] @ atoms.flatten(1)).view(atoms.shape[1:])
-
-
-def affine(layer: nn.Linear, x: Tensor) -> Tensor:
-    """`layer` applied to one vector, as a sum of products. The last bits of a matrix-vector product depend on where in
-    memory the weights are, so that a loaded model would differ from the saved one."""
-    return (layer.weight * x).sum(-1) + layer.bias
 
 
 def depth_profile(blocks: int, atoms: int) -> Tensor:
@@ -63,15 +58,23 @@ def matrix_pca(weights: Tensor, atoms: int) -> tuple[Tensor, Tensor, Tensor]:
 # ---- the modules
 
 
+class Affine(nn.Linear):
+    """W x + b of one vector x [d_in], as a sum of products. The last bits of a matrix-vector product depend on where in
+    memory the weights are, so that a loaded model would differ from the saved one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.weight * x).sum(-1) + self.bias
+
+
 class CoefficientNetwork(nn.Module):
     """c_l [S] of a block as a function of its trainable embedding."""
 
     def __init__(self, blocks: int, atoms: int, **options: Any):
         super().__init__()
         self.embedding = nn.Parameter(torch.empty(blocks, WIDTH, **options))
-        self.first = nn.Linear(WIDTH, HIDDEN, **options)
-        self.second = nn.Linear(HIDDEN, HIDDEN, **options)
-        self.last = nn.Linear(HIDDEN, atoms, **options)
+        self.first = Affine(WIDTH, HIDDEN, **options)
+        self.second = Affine(HIDDEN, HIDDEN, **options)
+        self.last = Affine(HIDDEN, atoms, **options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -82,8 +85,7 @@ class CoefficientNetwork(nn.Module):
             nn.init.constant_(layer.bias, layer.out_features**-0.5 if layer is self.last else 0.0)
 
     def forward(self, depth: int) -> Tensor:
-        hidden = F.gelu(affine(self.first, self.embedding[depth]))
-        return affine(self.last, F.gelu(affine(self.second, hidden)))
+        return self.last(F.gelu(self.second(F.gelu(self.first(self.embedding[depth])))))
 
 
 class CoefficientTable(nn.Module):
@@ -118,7 +120,8 @@ class Dictionary(nn.Module):
         nn.init.normal_(self.atoms, std=STD)  # the coefficients draw themselves
 
     def forward(self, depth: int) -> Tensor:
-        with torch.autocast(self.atoms.device.type, enabled=False):
+        kind = self.atoms.device.type
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             return combine(self.coefficients(depth), self.atoms)
 
     @torch.no_grad()

@@ -195,6 +195,14 @@ def own_memory(layer: nn.Linear) -> nn.Linear:
     return layer
 
 
+class Factor(nn.Linear):
+    """A layer whose weight and bias its parent uses. Calling it gives both, so that hooks on calls (offloading, sharding) have
+    them in place."""
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:  # type: ignore[override]
+        return self.weight, self.bias
+
+
 # ---- tensors
 
 
@@ -206,6 +214,13 @@ def exchange(a: Tensor, b: Tensor, i: Tensor, j: Tensor) -> None:
 def like(tensor: Tensor) -> dict[str, Any]:
     """Device and dtype of a tensor, as options for a new one."""
     return {"device": tensor.device, "dtype": tensor.dtype}
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """The type in which autocast computes where a tensor is; None where it is off or unknown (the meta device)."""
+    kind = tensor.device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
 
 
 def wide(tensor: Tensor) -> Tensor:

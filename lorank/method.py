@@ -96,6 +96,8 @@ class Method:
     """The recipe's key under which it is named: "method", "optimizer" or "gradient"."""
     published: ClassVar[Published] = {}
     """Settings of the paper by model size. They hold unless the user says otherwise."""
+    keeps_outputs: ClassVar[bool] = False
+    """Whether a new layer computes what the dense one did, so that `lorank.convert` can check it."""
     soon: ClassVar[Mapping[str, Any]] = {}
     """Settings with which the method acts within a few steps; tests and recorded first steps use them."""
     once: ClassVar[Mapping[str, Any]] = {}

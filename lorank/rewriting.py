@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from lorank.architectures import ACTIVATIONS
@@ -22,7 +23,10 @@ def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapp
     names = names or {}
     replacements: dict[str, nn.Module] = {}
     for stack in by_role(sites).values():
-        for site, module in zip(stack, method.build_stack(stack), strict=True):
+        built = method.build_stack(stack)
+        if method.keeps_outputs:
+            _check_outputs(method, stack[0], built[0])
+        for site, module in zip(stack, built, strict=True):
             replacements[names.get(site.name, site.name)] = module.train(site.linear.training)
             module.stands_for_linear = True  # type: ignore[assignment]
 
@@ -35,6 +39,24 @@ def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapp
         for module, children in before.items():
             module._modules = children
         raise
+
+
+def _check_outputs(method: Method, site: Site, module: nn.Module) -> None:
+    """Raises ValueError if a layer of a method that keeps outputs computes something else than the dense layer."""
+    weight = site.linear.weight
+    if weight.is_meta:
+        return
+    x = torch.linspace(-1, 1, 2 * site.d_in, device=weight.device).view(2, -1).to(weight.dtype)
+    training = module.training
+    with torch.no_grad():
+        expected, found = site.linear(x).float(), module.eval()(x).float()
+    module.train(training)
+    error = ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    if not error <= max(1e-3, 16 * torch.finfo(weight.dtype).eps):
+        raise ValueError(
+            f"{method.name} must start as the dense model, but its layer for {site.name} differs by {error:.1%}; exclude it, or use "
+            "another architecture"
+        )
 
 
 def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool]) -> None:

@@ -78,12 +78,12 @@ def bounded(beta: Tensor) -> Tensor:
 
 def next_output(previous: Tensor, change: Tensor, b: Tensor) -> Tensor:
     """Y_l from Y_{l-1} and the low-rank change; summed in b's precision, returned in that of the change."""
-    return (b * previous + change).to(change.dtype)
+    return (b * previous.to(b.device) + change).to(change.dtype)
 
 
 def previous_output(y: Tensor, change: Tensor, b: Tensor) -> Tensor:
     """The inverse of `next_output` up to rounding: Y_{l-1} from Y_l, in b's precision."""
-    return (y - change.to(b.dtype)) / b
+    return (y.to(b.device) - change.to(b.dtype)) / b
 
 
 # ---- the layers

@@ -82,7 +82,7 @@ class MASALinear(nn.Module):
         return shared if self.A is None else shared + self.B.weight @ self.A.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.dictionary(self.depth), self.bias)
+        y = F.linear(x, self.dictionary(self.depth).to(x.device), self.bias)
         return y if self.A is None else y + self.B(self.A(x))
 
     def extra_repr(self) -> str:

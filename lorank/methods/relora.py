@@ -93,6 +93,7 @@ class ReLoRA(Method):
     """ReLoRA with its hyper-parameters."""
 
     name: ClassVar[str] = "relora"
+    keeps_outputs: ClassVar[bool] = True
     # rank 128 everywhere, so that alpha/r is 1/4; the paper ends at 1.3B, our 1b
     published: ClassVar[Published] = {size: {"rank": 128} for size in ("60m", "130m", "350m", "1b")}
     soon: ClassVar[Mapping[str, Any]] = {"cycle": 2, "restart_warmup_steps": 1}

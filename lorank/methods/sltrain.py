@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorank.fields import Fraction, Positive, Rank
-from lorank.layers import like, loaded
+from lorank.layers import Factor, autocast_dtype, like, loaded
 from lorank.method import Method, Published, Site, check_ranks, rank_at
 
 # ---- the mathematics
@@ -134,8 +134,8 @@ class SLTrainLinear(nn.Module):
     ):
         super().__init__()
         self.scale, self.seed = scale, seed
-        self.A = nn.Linear(d_in, rank, bias=False, device=device, dtype=dtype)  # of A and B only the weights are used
-        self.B = nn.Linear(rank, d_out, bias=bias, device=device, dtype=dtype)
+        self.A = Factor(d_in, rank, bias=False, device=device, dtype=dtype)
+        self.B = Factor(rank, d_out, bias=bias, device=device, dtype=dtype)
         self.values = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype))
         self.register_buffer("support", torch.empty(nnz, device=device, dtype=torch.int64))
         self.reset_parameters()
@@ -151,11 +151,12 @@ class SLTrainLinear(nn.Module):
             self.support.copy_(draw_support(d_in, d_out, len(self.support), self.seed))
 
     def forward(self, x: Tensor) -> Tensor:
-        operands: tuple[Tensor, ...] = (x, self.B.weight, self.scale * self.A.weight, self.values)
-        if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-            operands = tuple(t.to(torch.get_autocast_dtype(x.device.type)) for t in operands)
+        (A, _), (B, bias) = self.A(), self.B()
+        operands: tuple[Tensor, ...] = (x, B, self.scale * A, self.values)
+        if (dtype := autocast_dtype(x)) is not None:
+            operands = tuple(t.to(dtype) for t in operands)
         y = SparsePlusLowRank.apply(*operands, self.support)
-        return y if self.B.bias is None else y + self.B.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def extra_repr(self) -> str:
         return (

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorank.fields import Count, Rank, Whole
-from lorank.layers import SpectralLinear, exchange, loaded, wide
+from lorank.layers import SpectralLinear, autocast_dtype, exchange, loaded, wide
 from lorank.method import Method, Published, Site, StepHook, check_table, rank_at, seeded_generator, warmup_cosine
 from lorank.moments import moments, restart
 
@@ -127,8 +127,8 @@ class SSTLinear(SpectralLinear):
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.d_in)
         inputs: list[Tensor] = [flat, self.U_active, self.V_active]
-        if torch.is_autocast_enabled(x.device.type):  # not in a Function's backward: cast here
-            inputs = [tensor.to(torch.get_autocast_dtype(x.device.type)) for tensor in inputs]
+        if (dtype := autocast_dtype(x)) is not None:  # not in a Function's backward: cast here
+            inputs = [tensor.to(dtype) for tensor in inputs]
         active = ActivePairs.apply(*inputs, self.S[: self.rank], self.enhanced)
         y = torch.addmm(active, flat @ self.V_frozen * self.S[self.rank :], self.U_frozen.T)
         return (y if self.bias is None else y + self.bias.to(y.dtype)).view(*x.shape[:-1], self.d_out)
@@ -145,6 +145,7 @@ class SST(Method):
     """SST with its hyper-parameters."""
 
     name: ClassVar[str] = "sst"
+    keeps_outputs: ClassVar[bool] = True
     # 130m and 1b (the paper's 1.3B) are Llamas in the paper; its 350m is an OPT of the same width
     published: ClassVar[Published] = {"130m": {"rank": 64}, "350m": {"rank": 64}, "1b": {"rank": 128}}
     soon: ClassVar[Mapping[str, Any]] = {"interval": 2, "restart_warmup_steps": 1}

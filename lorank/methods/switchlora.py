@@ -123,6 +123,7 @@ class SwitchLoRA(Method):
     """SwitchLoRA with its hyper-parameters."""
 
     name: ClassVar[str] = "switchlora"
+    keeps_outputs: ClassVar[bool] = True
     # the two sizes whose ranks are known; 1b is the paper's 1.3B
     published: ClassVar[Published] = {"350m": {"rank": 256}, "1b": {"rank": 512}}
     soon: ClassVar[Mapping[str, Any]] = {"interval": 2, "freeze_steps": 1}
@@ -196,8 +197,7 @@ class SwitchLoRAHook(StepHook):
         draw = seeded_generator(self.seed, self.step)
         for name, (a, b) in self.pools.items():
             if count := self._count(a, b, draw):
-                W = self.layers[name].W.weight
-                self._exchange(W, a, b, count, draw)
+                self._exchange(W := self.layers[name].W.weight, a, b, count, draw)
                 self._exchange(W.T, b, a, count, draw)
             a.hold()
             b.hold()

@@ -23,6 +23,7 @@ from lorank.train.hub import asked_if_reachable
 from lorank.train.methods import KEYS, Methods, methods_of
 from lorank.train.recipe import Recipe
 from lorank.train.vocabulary import set_vocabulary
+from lorank.trial import check_quantization
 
 INTEGERS = {
     "weight_decay": 0.0,
@@ -57,6 +58,7 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
         raise ValueError(
             f"model={recipe.model!r} is already converted ({config.lorank['method']}); give the dense model it was made from"
         )
+    check_quantization(config)
     config.use_cache = False
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True  # BERT and its kin attend to later tokens unless told not to
