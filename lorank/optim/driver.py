@@ -23,7 +23,7 @@ from lorank.optim.arriving import Arriving, check_alone
 from lorank.optim.groups import by_rank, ranks, says_rank, split
 from lorank.optim.loading import load
 from lorank.optim.rules import RULES, Rule
-from lorank.optim.shards import gathered, like, local, local_gradient, put_back, stand_in, whole
+from lorank.optim.shards import Waiting, gathered, like, local, local_gradient, put_back, stand_in, whole
 from lorank.optim.stacks import Product, Stack, check_finite, stacks
 
 
@@ -221,13 +221,14 @@ class LowRankOptimizer(Arriving):
             float(group["lr"]) * group.get("lr_multiplier", 1.0) for group in self.param_groups
         ]  # lr: may be a tensor
         groups = [{**group, "lr": lr} for group, lr in zip(self.param_groups, rates, strict=True)]
-        phases = self._phases()
+        phases, waiting = self._phases(), Waiting()
         found = [
-            stacks(self.method, group, self.state, moved, phases) if group["rank"] is not None else []
+            stacks(self.method, group, self.state, moved, phases, waiting) if group["rank"] is not None else []
             for group in groups
         ]
         for stack in (stack for of_group in found for stack in of_group):
             self.method.prepare(stack)
+        waiting.settle()
         for group, of_group in zip(groups, found, strict=True):
             if group["rank"] is None:
                 self._step_plain(group)

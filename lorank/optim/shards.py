@@ -1,11 +1,17 @@
-"""Parameters that are sharded (FSDP2): each process gathers what is needed whole, computes the same, and keeps its part."""
+"""Parameters that are sharded (FSDP2, tensor parallelism): each process gathers what is needed whole, and keeps its part.
 
-from collections.abc import Iterable
-from typing import Any
+State is sharded as the weights are, whatever its shape: along its longest side. An elementwise rule moves each process's part of it.
+Bases, which take by far the longest to find, are shared out: process i mod w finds the i-th that is due, in windows of w
+matrices, so that all w processes of a mesh work at once and none holds more whole gradients than it decomposes.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 
@@ -37,6 +43,66 @@ def like(values: Tensor, of: Tensor) -> Tensor:
     if not isinstance(of, DTensor):
         return values
     return distribute_tensor(values, of.device_mesh, of.placements, src_data_rank=None)
+
+
+def sharded(values: Any, of: Tensor) -> Any:
+    """A matrix of any shape, the same in all processes, sharded along its longest side over those that share `of`; anything else,
+    or what is sharded already, as it is."""
+    if not isinstance(of, DTensor) or not isinstance(values, Tensor) or isinstance(values, DTensor) or values.ndim < 2:
+        return values
+    if values.numel() == of.numel():
+        return like(values, of)
+    longest = max(range(values.ndim), key=lambda dim: values.shape[dim])
+    split = [Shard(longest) if placement.is_shard() else Replicate() for placement in of.placements]
+    return distribute_tensor(values, of.device_mesh, split, src_data_rank=None)
+
+
+class Shared(NamedTuple):
+    """Bases [k, m, r] of a stack that are due, of which this process finds some from their gradients."""
+
+    shape: tuple[int, int, int]
+    mine: list[int]
+    gradients: Tensor
+    """[of mine, m, n]"""
+    mesh: DeviceMesh
+    basis: Callable[[Tensor, int], Tensor]
+    store: Callable[[Tensor], None]
+
+    def find(self) -> Tensor:
+        P = self.gradients.new_zeros(self.shape)
+        if self.mine:
+            P[self.mine] = self.basis(self.gradients, self.shape[-1])
+        return P
+
+    def send(self, P: Tensor) -> None:
+        for dim in range(self.mesh.ndim):
+            dist.all_reduce(P, group=self.mesh.get_group(dim))  # to which the others add 0
+        self.store(P)
+
+
+class Waiting:
+    """Bases to find together."""
+
+    def __init__(self) -> None:
+        self.shared: list[Shared] = []
+        self.count = 0
+
+    def share(self, G: Tensor, rank: int, of: DTensor, basis: Any, store: Callable[[Tensor], None]) -> None:
+        """Of gradients [k, m, n] keep those whose basis this process finds, by how many there were before."""
+        flat = of.device_mesh.mesh.flatten().tolist()
+        me, w = flat.index(dist.get_rank()), len(flat)
+        mine = [i for i in range(len(G)) if (self.count + i) % w == me]
+        self.count += len(G)
+        self.shared.append(Shared((len(G), G.shape[1], rank), mine, G[mine], of.device_mesh, basis, store))
+        if sum(shared.shape[0] for shared in self.shared) >= w:
+            self.settle()
+
+    def settle(self) -> None:
+        """Find them, and let all have them."""
+        found = [shared.find() for shared in self.shared]
+        for shared, P in zip(self.shared, found, strict=True):
+            shared.send(P)
+        self.shared.clear()
 
 
 def stand_in(p: Tensor) -> Tensor:

@@ -9,13 +9,15 @@ What is computed is computed in single precision at least, and stored in the typ
 """
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lorank.optim.bases import Basis, sides
-from lorank.optim.shards import add_product, all_finite, like, local, whole
+from lorank.optim.shards import Waiting, add_product, all_finite, like, local, sharded, whole
 
 if TYPE_CHECKING:
     from lorank.optim.driver import ByGroups
@@ -53,6 +55,8 @@ class Stack(NamedTuple):
     states: list[dict[str, Any]]
     phases: list[int]
     """By how many steps the refresh of each basis is earlier than others'."""
+    waiting: Waiting
+    """Bases that processes of a sharded run find together."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,11 +79,11 @@ class Stack(NamedTuple):
         return values.to(self.dtype) if name in LIKE_PARAMETERS else values
 
     def put(self, name: str, values: Tensor) -> None:
-        """Store an entry of all states; if it is as large as the weights and they are sharded, it is too."""
+        """Store an entry of all states; where the weights are sharded, matrices are too."""
         values = values.to(self.parameters[0].dtype) if name in LIKE_PARAMETERS else values
         for p, state, value in zip(self.parameters, self.states, values, strict=True):
             kept = value.clone(memory_format=torch.contiguous_format)
-            state[name] = like(kept, p) if value.numel() == p.numel() else kept
+            state[name] = sharded(kept, p)
 
     def add(self, moves: Tensor | Product) -> None:
         """W ← W + moves [k, m, n]."""
@@ -103,11 +107,19 @@ class Stack(NamedTuple):
         if not due or "arrived" in self.states[0]:
             return
         some = self._replace(parameters=[self.parameters[i] for i in due], states=[self.states[i] for i in due])
-        G = some.gradients()
+        G, of = some.gradients(), some.parameters[0]
         rank = min(self.group["rank"], *G.shape[1:])
-        for side, asked in zip(("left", "right"), sides(self.group["projection"], *G.shape[1:]), strict=True):
-            if asked:
-                some.put(side, basis(G, rank) if side == "left" else basis(G.mT, rank).mT)
+        left, right = sides(self.group["projection"], *G.shape[1:])
+        for side, given in (("left", G), ("right", G.mT)):
+            if (side == "left" and left) or (side == "right" and right):
+                store = partial(some._put_basis, side)
+                if isinstance(of, DTensor):
+                    self.waiting.share(given, rank, of, basis, store)
+                else:
+                    store(basis(given, rank))
+
+    def _put_basis(self, side: str, P: Tensor) -> None:
+        self.put(side, P if side == "left" else P.mT)
 
     def project(self, G: Tensor) -> Tensor:
         """R of gradients [k, m, n]; of those that were projected as they arrived, R is there already."""
@@ -129,20 +141,36 @@ class Stack(NamedTuple):
         return left, right
 
     def ruled(self, R: Tensor, **changes: Any) -> Tensor:
-        """D [k, ...]: what the group's rule makes of weights that are 0 and have the gradients R."""
+        """D [k, ...]: what the group's rule makes of weights that are 0 and have the gradients R. Of sharded state each process
+        moves its part if the rule is elementwise."""
         rule, zeros = self.method.rules[self.group["rule"]], torch.zeros_like(R)
         for state, one in zip(self.states, R, strict=True):
             if not rule.owns(state):
                 state.update(rule.make(one))
         names = (*rule.kept, "step")
         states = [{name: state[name] for name in names if name in state} for state in self.states]
-        for state in states:
+        states = [{n: sharded(v, p) for n, v in s.items()} for p, s in zip(self.parameters, states, strict=True)]
+        parts, take = (sharded, local) if rule.elementwise else (_same, whole)
+        moved, given = ([parts(X, p) for X, p in zip(stack, self.parameters, strict=True)] for stack in (zeros, R))
+        its = [{n: take(v) if isinstance(v, Tensor) else v for n, v in state.items()} for state in states]
+        for state in its:
             state.update({name: state[name].to(R.dtype) for name in rule.typed if name in state})
-        rule.inside(list(zeros), list(R), states, {**self.group, "weight_decay": 0.0, **changes}, self.parameters)
+        settings = {**self.group, "weight_decay": 0.0, **changes}
+        rule.inside([take(X) for X in moved], [take(X) for X in given], its, settings, self.parameters)
         stored = self.parameters[0].dtype
-        for ours, its in zip(self.states, states, strict=True):
-            ours.update({name: value.to(stored) if name in rule.typed else value for name, value in its.items()})
-        return zeros
+        for p, ours, before, after in zip(self.parameters, self.states, states, its, strict=True):
+            for name, value in after.items():
+                new = value.to(stored) if name in rule.typed else value
+                if rule.elementwise and isinstance(before[name], DTensor):
+                    local(before[name]).copy_(new)
+                    ours[name] = before[name]
+                else:
+                    ours[name] = sharded(new, p)
+        return stacked([whole(X) for X in moved]) if isinstance(self.parameters[0], DTensor) else zeros
+
+
+def _same(values: Tensor, of: Tensor) -> Tensor:
+    return values
 
 
 def stacked(tensors: list[Tensor]) -> Tensor:
@@ -156,9 +184,10 @@ def stacks(
     state: Mapping[Any, dict[str, Any]],
     moved: Iterable[nn.Parameter],
     phases: Mapping[nn.Parameter, int],
+    waiting: Waiting | None = None,
 ) -> list[Stack]:
     """The matrices of a group that are among `moved`; their states count `steps`."""
-    return list(_alike(method, group, state, set(moved), phases))
+    return list(_alike(method, group, state, set(moved), phases, Waiting() if waiting is None else waiting))
 
 
 def _alike(
@@ -167,6 +196,7 @@ def _alike(
     state: Mapping[Any, dict[str, Any]],
     wanted: set[nn.Parameter],
     phases: Mapping[nn.Parameter, int],
+    waiting: Waiting,
 ) -> Iterator[Stack]:
     alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for p in group["params"]:
@@ -177,7 +207,7 @@ def _alike(
         most = max(1, STACKED.get(device.type, 1 << 26) // shape.numel())
         for start in range(0, len(parameters), most):
             some = parameters[start : start + most]
-            yield Stack(method, some, group, [state[p] for p in some], [phases.get(p, 0) for p in some])
+            yield Stack(method, some, group, [state[p] for p in some], [phases.get(p, 0) for p in some], waiting)
 
 
 def _norms(gradients: list[Tensor]) -> list[Tensor]:

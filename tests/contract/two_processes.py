@@ -8,12 +8,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 from lorank import GaLore, Method
-from lorank.optim.shards import whole
+from lorank.optim.bases import singular_basis
+from lorank.optim.shards import local, whole
 from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, RULED, named
 
 
@@ -55,7 +59,92 @@ def train(model: nn.Module, method: Method, part: Callable[[Tensor], Tensor], st
         (model(x) - x[:, :8].sin()).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
+    kept.append(
+        sum(local(v).nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
+    )
     return [whole(p).detach() for p in model.parameters()]
+
+
+kept: list[int] = []
+"""Bytes of state in this process, by run."""
+
+
+def saved_whole(method: Method, half: Callable[[Tensor], Tensor]) -> float:
+    """How far a single process is off that goes on from what two sharded ones saved with torch.distributed.checkpoint, and they from
+    what they saved, from those that never stopped."""
+    one, many, again = net(False), shard(net(False)), shard(net(False))
+    make = lambda model: method.optimizer(groups(model, method), lr=0.01, betas=(0.9, 0.99), eps=1e-8)  # noqa: E731
+    optimizers: list[Any] = [make(model) for model in (one, many, again)]
+
+    def step(model: nn.Module, optimizer: Any, x: Tensor) -> None:
+        (model(x) - x[:, :8].sin()).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    draw = lambda seed: torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))  # noqa: E731
+    for seed in range(2):
+        step(many, optimizers[1], half(draw(seed)))
+    options = StateDictOptions(full_state_dict=True)
+    weights, state = get_state_dict(many, optimizers[1], options=options)
+    one.load_state_dict(weights)
+    names = {p: name for name, p in one.named_parameters()}
+    params = [[names[p] for p in group["params"]] for group in optimizers[0].param_groups]
+    flat = {name: i for i, name in enumerate(name for group in params for name in group)}
+    optimizers[0].load_state_dict(
+        {
+            "state": {flat[name]: kept for name, kept in state["state"].items()},
+            "param_groups": [
+                {**group, "params": [flat[n] for n in group["params"]]} for group in state["param_groups"]
+            ],
+        }
+    )
+    set_state_dict(again, optimizers[2], model_state_dict=weights, optim_state_dict=state, options=options)
+    for seed in range(2, 5):
+        step(one, optimizers[0], draw(seed))
+        step(many, optimizers[1], half(draw(seed)))
+        step(again, optimizers[2], half(draw(seed)))
+    ends = [[whole(p).detach() for p in model.parameters()] for model in (one, many, again)]
+    return max((a - b).norm().item() for i in (0, 2) for a, b in zip(ends[i], ends[1], strict=True))
+
+
+def shared_out() -> list[int]:
+    """How many bases each process finds of the three that are due."""
+    calls = [0]
+
+    def basis(G: Tensor, rank: int) -> Tensor:
+        calls[0] += len(G)
+        return singular_basis(G, rank)
+
+    train(shard(net(False)), GaLore(basis=basis), lambda x: x)
+    both = [torch.zeros(1) for _ in range(2)]
+    dist.all_gather(both, torch.tensor([float(calls[0])]))
+    return [int(count) for count in both]
+
+
+def stages(rank: int) -> str:
+    """Each process is a pipeline stage of its own with another number of matrices; only the second sees what is not finite."""
+    mesh = [DeviceMesh("cpu", [0]), DeviceMesh("cpu", [1])][rank]
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(1 + rank)])
+    fully_shard(model, mesh=mesh)
+    optimizer = GaLore().optimizer(groups(model, GaLore()), lr=0.01)
+    model(torch.full((2, 4), float("nan") if rank else 1.0)).sum().backward()
+    try:
+        optimizer.step()
+    except FloatingPointError:
+        return "stopped"
+    return "stepped"
+
+
+def tensor_parallel(method: Method) -> float:
+    """How far from one process, with biases that are sharded next to others that are whole."""
+    ends = []
+    for parallel in (False, True):
+        model = net(False)
+        if parallel:
+            plan = {"0": ColwiseParallel(output_layouts=Replicate()), "2": RowwiseParallel(input_layouts=Replicate())}
+            parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+        ends.append(train(model, method, lambda x: x))
+    return max(((a - b).norm() / a.norm()).item() for a, b in zip(*ends, strict=True))
 
 
 def main() -> None:
@@ -70,6 +159,7 @@ def main() -> None:
         alone = train(net(wide), method, lambda x: x)
         replicated = train(DistributedDataParallel(net(wide)), method, half)
         sharded, resumed = (train(shard(net(wide)), method, half, stop) for stop in (5, 3))
+        state = kept[-4:]
         both = [torch.empty_like(replicated[0]) for _ in range(2)]
         dist.all_gather(both, replicated[0])
         error = lambda other: max(((a - b).norm() / a.norm()).item() for a, b in zip(alone, other, strict=True))  # noqa: E731, B023
@@ -78,7 +168,12 @@ def main() -> None:
             "fsdp": error(sharded),
             "same": torch.equal(*both),
             "resumed": all(map(torch.equal, sharded, resumed)),
+            "bytes": state[2] / state[0],
+            "parallel": tensor_parallel(method) if not wide else 0.0,
         }
+        if not wide:
+            found[named(method)]["saved"] = saved_whole(method, half)
+    found["bases"], found["stage"] = shared_out(), stages(rank)
     try:
         GaLore(in_backward=True).optimizer(groups(net(False), GaLore()), lr=0.01)
     except ValueError as refusal:
@@ -93,7 +188,7 @@ def main() -> None:
         found["nan"] = "nothing"
     except FloatingPointError as error:
         found["nan"] = str(error)
-    print(json.dumps(found) if rank == 0 else found["nan"], flush=True)
+    print(json.dumps(found) if rank == 0 else f"{found['stage']}; {found['nan']}", flush=True)
     dist.destroy_process_group()
 
 
