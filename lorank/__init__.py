@@ -37,6 +37,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.optim.factor_lr import FactorLR
     from lorank.optim.fira import Fira
     from lorank.optim.galore import GaLore
+    from lorank.optim.loro import LORO
     from lorank.optim.plain import Adafactor, AdamW8bit, Muon
     from lorank.optim.spectron import Spectron
     from lorank.optim.trion import Trion

@@ -40,6 +40,7 @@ METHODS = {
     "apollo-mini": "lorank.optim.apollo:APOLLOMini",
     "factor-lr": "lorank.optim.factor_lr:FactorLR",
     "spectron": "lorank.optim.spectron:Spectron",
+    "loro": "lorank.optim.loro:LORO",
     "votes": "lorank.evolution.votes:Votes",
     # where the gradient comes from
     "autograd": "lorank.method:Autograd",

@@ -114,6 +114,16 @@ IN_PART["spectron-60m"] = {
     "steps": 10_000,
     "warmup_steps": 500,
 }
+IN_PART["loro-60m"] = {
+    "rank": 128,
+    "options": {"update_gap": 500, "restart_warmup_steps": 5},
+    "lr": 1e-2,
+    "eps": 1e-6,
+    "steps": 10_000,
+    "warmup_steps": 1_000,
+    "clip": 0.0,
+    "precision": "bf16-pure",
+}
 # Total and trained parameters; None where they are not known.
 COUNTS = {
     "cola-60m": (42_770_944, 42_770_944),
@@ -134,7 +144,9 @@ COUNTS = {
     "sst-60m": (None, None),
     "masa-60m": (None, None),
 }
-COUNTS |= dict.fromkeys(("factor-lr-60m", "spectron-60m"), COUNTS["low-rank-60m"])  # they train a plain factorisation
+COUNTS |= dict.fromkeys(
+    ("factor-lr-60m", "spectron-60m", "loro-60m"), COUNTS["low-rank-60m"]
+)  # they train a plain factorisation
 DENSE = {"60m": 58_073_600, "130m": 134_105_856, "350m": 367_969_280, "1b": 1_339_082_752}
 for name in OURS:
     if name.startswith(("galore", "fira", "dct-adamw", "trion", "apollo")):

@@ -80,6 +80,7 @@ PUBLISHED = {
     ),
     "60m-factor-lr": Published(None, None, "structure-aware learning rates, 2406.06248", "publishes no 60M"),
     "60m-spectron": Published(None, None, "Spectron, 2602.12429", "publishes no 60M, and trains on FineWeb"),
+    "60m-loro": Published(None, None, "LORO, openreview i0zzO7Hslk", "no log of its 60M is stored"),
 }
 """By name, SIZE-METHOD. EGGROLL has none: nobody has trained a 60M Llama without gradients, and each step needs a forward
 pass for each member of its population; EGG is not a Llama. Above 60M papers evaluate on several GPUs, which changes N and

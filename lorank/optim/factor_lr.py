@@ -37,7 +37,7 @@ from lorank.fields import Count, Positive
 from lorank.method import Patterns
 from lorank.optim.driver import ByGroups
 from lorank.optim.groups import hidden_matrices
-from lorank.optim.pairs import pairs
+from lorank.optim.pairs import draw, pairs
 
 
 def multiplier(d_in: int, inputs: int, factors: int, dense: float = 1.0) -> float:
@@ -68,12 +68,9 @@ def factor_stds(d_in: int, d_out: int, rank: int) -> tuple[float, float]:
     return std(rank, d_in), std(d_out, rank)
 
 
-@torch.no_grad()
 def initialise(model: nn.Module, generator: torch.Generator | None = None) -> None:
     """Draw all factors of a model anew with the standard deviations of `factor_stds`, in place, before training."""
-    for pair in pairs(model):
-        for W, std in zip((pair.A, pair.B), factor_stds(pair.d_in, pair.d_out, pair.rank), strict=True):
-            W.normal_(0, std, generator=generator)
+    draw(model, factor_stds, generator)
 
 
 def width_of(model: nn.Module) -> int:

@@ -1,6 +1,6 @@
 """The two factors of a low-rank map in a model: A [r, d_in] and B [d_out, r], of the product B A or of B σ(A x)."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -41,6 +41,16 @@ def pairs(model: nn.Module) -> Iterator[Pair]:
             continue
         if A.shape[0] == B.shape[1] and A.requires_grad and B.requires_grad:
             yield Pair(name, module, A, B)
+
+
+@torch.no_grad()
+def draw(
+    model: nn.Module, stds: Callable[[int, int, int], tuple[float, float]], generator: torch.Generator | None = None
+) -> None:
+    """Draw all factors of a model anew, in place, from normal distributions of standard deviations (of A, of B) by d_in, d_out, r."""
+    for pair in pairs(model):
+        for W, std in zip((pair.A, pair.B), stds(pair.d_in, pair.d_out, pair.rank), strict=True):
+            W.normal_(0, std, generator=generator)
 
 
 def pair_groups(
@@ -95,7 +105,9 @@ class PairRule(Rule):
         alike: dict[Any, list[int]] = {}
         for i in range(0, len(weights), 2):
             A, B = weights[i : i + 2]
-            counts = tuple(int(state["step"]) for state in states[i : i + 2])
+            counts = tuple(
+                int(state[name]) for state in states[i : i + 2] for name in ("step", "steps") if name in state
+            )
             alike.setdefault((A.shape, B.shape, A.dtype, A.device, counts), []).append(i)
         for (a, b, dtype, device, _), indices in alike.items():
             most = max(1, STACKED.get(device.type, 1 << 26) // (a.numel() + b.numel()))

@@ -134,6 +134,31 @@ class AdamW(Rule):
         return 2 * math.prod(shape) * itemsize
 
 
+class Forgetful(AdamW):
+    """AdamW with ε after the root, whose moments begin anew every so many steps."""
+
+    def __init__(self, every: int | None):
+        super().__init__(eps_after_root=True)
+        self.every = every
+
+    def make(self, like: Tensor) -> State:
+        return {**super().make(like), "steps": torch.zeros((), dtype=torch.int64, device="cpu")}
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
+        super().step(weights, gradients, states, group)
+        for state in states:
+            state["steps"] += 1
+            if self.every and int(state["steps"]) % self.every == 0:
+                forget(state)
+
+
+def forget(state: State) -> None:
+    """Let Adam's moments and their counter begin anew."""
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        if name in state:
+            state[name].zero_()
+
+
 class AdamW8bit(Rule):
     """AdamW of bitsandbytes."""
 

@@ -13,7 +13,7 @@ from lorank.table import find, method_names
 NAMES = [name for name in method_names("optimizer") if issubclass(find(name), ByGroups)]
 """All but AdamW, which is torch's."""
 LR = {"trion": 0.02, "adafactor": 0.02, "spectron": 0.1}
-RULED = {name: name for name in ("muon", "spectron")}
+RULED = {name: name for name in ("muon", "spectron", "loro")}
 """Methods whose matrices have a rule of their own. `net` has a pair of factors: its first layer, A, and its second, B."""
 RULES = [GaLore(rule=rule, update_gap=2) for rule in ("adamw-8bit", "adafactor", "muon")]
 """GaLore with another rule inside is examined with the methods."""

@@ -179,6 +179,10 @@ def in_place(out: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
 @pytest.mark.parametrize("method", METHODS + OPTIONS, ids=named)
 def test_operations_of_a_step_are_those_of_the_counter(method: Any) -> None:
     """To the number, over the steps from one refresh to the next, with two micro-batches each."""
+    if method.name == "loro":
+        pytest.skip(
+            "this pair has no smaller rank than its map, so it takes no exact step; counted in tests/optim/test_loro.py"
+        )
     model, gap = net(), getattr(method, "update_gap", 1)
     made = make(method, model)
     drawn = [(p, torch.randn_like(p)) for p in model.parameters()]

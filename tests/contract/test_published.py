@@ -61,6 +61,12 @@ PRINTED: dict[str, dict[str, dict[str, Any]]] = {
         for size, r in (("60m", 128), ("130m", 192), ("350m", 256), ("1b", 512), ("7b", 256))
     },
     "apollo-mini": {},
+    "loro": {
+        "60m": {"update_gap": 500, "late_steps": None},
+        "130m": {"update_gap": 500, "late_steps": None},
+        "350m": {"update_gap": 500, "late_steps": 6_000},
+        "1b": {"update_gap": 200, "late_steps": None},
+    },
     "trion": {"350m": {"rank": 256, "momentum": 0.95}, "1b": {"rank": 256, "momentum": 0.95}},
 }
 PRINTED["cola-m"] = PRINTED["cola"]
@@ -69,13 +75,14 @@ ROWS = [(method, size, fields) for method, sizes in PRINTED.items() for size, fi
 
 def settings_of(recipe: Recipe, fields: Iterable[str]) -> dict[str, Any]:
     found = methods_of(recipe)
-    owner = found.method if found.method.name != "dense" else found.optimizer
+    owner = next(one for one in (found.method, found.optimizer) if all(hasattr(one, name) for name in fields))
     return {name: getattr(owner, name) for name in fields}
 
 
 @pytest.mark.parametrize(("name", "size", "fields"), ROWS, ids=[f"{method}-{size}" for method, size, _ in ROWS])
 def test_a_size_gets_the_printed_numbers(name: str, size: str, fields: dict[str, Any]) -> None:
-    assert settings_of(Recipe(method=name, size=size), fields) == fields
+    structure = getattr(find(name), "structure", None)
+    assert settings_of(Recipe(method=f"{structure}+{name}" if structure else name, size=size), fields) == fields
 
 
 @pytest.mark.parametrize("name", [*method_names("method"), *method_names("optimizer")])
