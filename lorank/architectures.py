@@ -2,8 +2,7 @@
 
 import functools
 import re
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,9 @@ from lorank.sizes import find_size
 
 ACTIVATIONS: tuple[Any, ...] = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
 """Classes of the non-linearity that a block has."""
-GATE = re.compile(r"(gate_proj|gate_up_proj\.gate|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|lin1|wi_0|wi|w1)$")
+GATE = re.compile(
+    r"(gate_proj|(?:gate_up_proj|Wi|input_linear)\.gate|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|lin1|wi_0|wi|w1)$"
+)
 """Names of the projection whose output is the input of a block's own activation."""
 ATTENTION = re.compile(
     r"(?:^|\.)(?:self_)?(?:attn|attention)\.(?:\w+\.)*"
@@ -132,63 +133,6 @@ def _experts_in(module: nn.Module) -> int:
             stacked = [p.shape[0] for p in child.parameters(recurse=False) if p.ndim == 3]
             return stacked[0] if stacked else len(list(child.children()))
     return 0
-
-
-# ---- several projections in one matrix
-
-
-class Fusion(NamedTuple):
-    """How one matrix [sum of sizes, d_in] consists of the rows of several projections."""
-
-    sizes: dict[str, int]
-    """Rows of each projection, by name."""
-    heads: int = 1
-    """Groups in which the rows alternate: 1 means one projection after another, h means that each head has all of them."""
-
-    def rows(self, fused: Tensor) -> dict[str, Tensor]:
-        """Each projection's rows of a tensor with one row for each output: a weight, a bias, outputs [d_out, n]."""
-        grouped = fused.unflatten(0, (self.heads, -1)).split([n // self.heads for n in self.sizes.values()], dim=1)
-        return dict(zip(self.sizes, (part.flatten(0, 1) for part in grouped), strict=True))
-
-    def split(self, linear: nn.Linear) -> dict[str, nn.Linear]:
-        """One dense layer per projection, with that projection's rows of the fused weight and bias."""
-        biases = dict.fromkeys(self.sizes) if linear.bias is None else self.rows(linear.bias)
-        return {
-            name: dense_layer(weight, biases[name], linear.training)
-            for name, weight in self.rows(linear.weight).items()
-        }
-
-
-def _thirds(config: Any) -> Fusion:
-    return Fusion(dict.fromkeys(("query", "key", "value"), config.hidden_size))
-
-
-def _thirds_by_head(config: Any) -> Fusion:
-    return Fusion(dict.fromkeys(("query", "key", "value"), config.hidden_size), heads=config.num_attention_heads)
-
-
-def _grouped_query(config: Any) -> Fusion:
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv = config.num_key_value_heads * head
-    return Fusion({"query": config.num_attention_heads * head, "key": kv, "value": kv})
-
-
-def _gate_and_up(config: Any) -> Fusion:
-    return Fusion(dict.fromkeys(("gate", "up"), config.intermediate_size))
-
-
-FUSED: dict[tuple[str, str], Callable[[Any], Fusion]] = {
-    ("gpt2", "attn.c_attn"): _thirds,
-    ("gpt2", "crossattention.c_attn"): lambda config: Fusion(dict.fromkeys(("key", "value"), config.hidden_size)),
-    ("gpt_neox", "attention.query_key_value"): _thirds_by_head,
-    ("bloom", "self_attention.query_key_value"): _thirds_by_head,
-    ("mpt", "attn.Wqkv"): _thirds,
-    ("phi3", "self_attn.qkv_proj"): _grouped_query,
-    ("phi3", "mlp.gate_up_proj"): _gate_and_up,
-    ("glm", "mlp.gate_up_proj"): _gate_and_up,
-    ("glm4", "mlp.gate_up_proj"): _gate_and_up,
-}
-"""(model type, end of the module's name) -> its parts. Other architectures' fused matrices count as one projection."""
 
 
 # ---- our own shapes

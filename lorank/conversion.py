@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorank.architectures import as_conv1d, copied, dense_layer, is_linear
 from lorank.fields import Beta, check_value
-from lorank.fusion import FusedProjections, joined
+from lorank.fusion import FusedProjections, joined, unknown_fusion
 from lorank.method import AdamW, Dense, Method, Patterns, Site, StepHook, check_combination, warmup_cosine
 from lorank.optim.groups import Decay, plain_groups
 from lorank.pretrained import config_class, forget, record
@@ -31,6 +31,7 @@ from lorank.sites import (
     choose_sites,
     find_sites,
     listed,
+    module_name,
     other_matrices,
     wanted_sites,
 )
@@ -70,7 +71,8 @@ def convert(
 
     Warns:
         UserWarning: a rank at which the factors are no smaller than the dense layer; or most of the blocks stays dense because no
-            linear layer applies it, such as the experts of a mixture.
+            linear layer applies it, such as the experts of a mixture; or a matrix that seems to hold several projections, whose
+            parts are not known.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> shape = LlamaConfig(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -101,11 +103,12 @@ def convert(
         else:
             model._lorank = recorded
 
-    sites_to_convert(model, method, targets, exclude)
+    sites = sites_to_convert(model, method, targets, exclude)
     if isinstance(model, PreTrainedModel):
         try_on_shapes(model, method, apply)
     if targets is None:
         _warn_of_other_matrices(model, method)
+    _warn_of_unknown_fusions(model, sites)
     apply(model)
     return model
 
@@ -139,6 +142,17 @@ def sites_to_convert(
     check_shared(model, sites)
     method.check(sites)
     return sites
+
+
+def _warn_of_unknown_fusions(model: nn.Module, sites: list[Site]) -> None:
+    """Names the matrices that seem to hold several projections and are rewritten as one."""
+    single = [site for site in sites if module_name(model, site) == site.name]
+    if roles := dict.fromkeys(site.role for site in single if unknown_fusion(site.name, site.linear)):
+        warnings.warn(
+            f"{', '.join(roles)}: each seems to hold several projections and becomes one layer, because lorank.fusion.FUSED does not "
+            "have its parts; exclude it, or add it to the table",
+            stacklevel=3,
+        )
 
 
 def _warn_of_other_matrices(model: nn.Module, method: Method) -> None:

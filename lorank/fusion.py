@@ -2,25 +2,223 @@
 
     fused [sum of sizes, d_in]  ->  one projection [size, d_in] each  ->  outputs joined again
 
-Each of them is a separate site, because one bottleneck for all three would be another method. `lorank.architectures.FUSED`
-lists the fused matrices.
+Each of them is a separate site, because one bottleneck for all three would be another method. `FUSED` lists the fused
+matrices; their layouts were read in transformers' code. Where a name or a shape says "fused" and the table does not,
+`unknown_fusion` finds it, and `lorank.convert` warns.
 """
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from lorank.architectures import FUSED, Fusion, as_linear, copied
+from lorank.architectures import as_linear, copied, dense_layer
 from lorank.method import Method
+
+QKV = ("query", "key", "value")
+
+
+class Fusion(NamedTuple):
+    """How one matrix [sum of sizes, d_in] consists of the rows of several projections."""
+
+    sizes: dict[str, int]
+    """Rows of each projection, by name."""
+    heads: int = 1
+    """Groups in which the rows alternate: 1 means one projection after another, h means that each head has all of them."""
+
+    def rows(self, fused: Tensor) -> dict[str, Tensor]:
+        """Each projection's rows of a tensor with one row for each output: a weight, a bias, outputs [d_out, n]."""
+        grouped = fused.unflatten(0, (self.heads, -1)).split([n // self.heads for n in self.sizes.values()], dim=1)
+        return dict(zip(self.sizes, (part.flatten(0, 1) for part in grouped), strict=True))
+
+    def split(self, linear: nn.Linear) -> dict[str, nn.Linear]:
+        """One dense layer per projection, with that projection's rows of the fused weight and bias."""
+        biases = dict.fromkeys(self.sizes) if linear.bias is None else self.rows(linear.bias)
+        return {
+            name: dense_layer(weight, biases[name], linear.training)
+            for name, weight in self.rows(linear.weight).items()
+        }
+
+
+# ---- layouts: from the configuration and the number of rows to the parts
+
+
+Layout = Callable[[Any, int], Fusion]
+
+
+def equal(*parts: str, by_head: bool = False) -> Layout:
+    """Parts of the same size, one after another, or all of them within each head."""
+
+    def layout(config: Any, rows: int) -> Fusion:
+        return Fusion(dict.fromkeys(parts, rows // len(parts)), config.num_attention_heads if by_head else 1)
+
+    return layout
+
+
+def grouped_query(config: Any, rows: int) -> Fusion:
+    """Fewer keys and values than queries, one after another."""
+    queries = getattr(config, "num_attention_heads", None) or config.num_heads
+    head = rows // (queries + 2 * config.num_key_value_heads)
+    kv = config.num_key_value_heads * head
+    return Fusion({"query": queries * head, "key": kv, "value": kv})
+
+
+def gpt_bigcode(config: Any, rows: int) -> Fusion:
+    kv = config.hidden_size // config.num_attention_heads
+    parts = Fusion({"query": rows - 2 * kv, "key": kv, "value": kv})
+    return parts if config.multi_query else equal(*QKV, by_head=True)(config, rows)
+
+
+def falcon(config: Any, rows: int) -> Fusion:
+    heads, kv = config.num_attention_heads, config.num_kv_heads
+    head = config.hidden_size // heads
+    if config.new_decoder_architecture:  # each key has its queries before it
+        return Fusion({"query": heads * head, "key": kv * head, "value": kv * head}, heads=kv)
+    parts = Fusion({"query": heads * head, "key": head, "value": head})
+    return parts if config.multi_query else equal(*QKV, by_head=True)(config, rows)
+
+
+def codegen(config: Any, rows: int) -> Fusion:
+    return Fusion(dict.fromkeys(("query", "value", "key"), rows // 3), heads=4)  # it was trained on four devices
+
+
+def latent(config: Any, rows: int) -> Fusion:
+    return Fusion({"latent": config.kv_lora_rank, "rope": rows - config.kv_lora_rank})
+
+
+def from_latent(config: Any, rows: int) -> Fusion:
+    heads = config.num_attention_heads
+    key = heads * config.qk_nope_head_dim
+    return Fusion({"key": key, "value": rows - key}, heads)
+
+
+def gated_delta(config: Any, rows: int) -> Fusion:
+    key = config.linear_num_key_heads * config.linear_key_head_dim
+    return Fusion({"query": key, "key": key, "value": rows - 2 * key})
+
+
+def gated_delta_by_head(config: Any, rows: int) -> Fusion:
+    heads = config.linear_num_key_heads
+    key = heads * config.linear_key_head_dim
+    return Fusion({"query": key, "key": key, "value": rows // 2 - key, "gate": rows // 2 - key}, heads)
+
+
+# ---- the table
+
+
+EARLY = {"gpt2", "gpt_neox", "bloom", "mpt", "phi3", "glm", "glm4"}
+"""The types that versions 0.1 and 0.2 knew, and only as the outermost model."""
+FUSED: tuple[tuple[str, Layout, str], ...] = (
+    ("attn.c_attn", equal(*QKV), "gpt2 decision_transformer imagegpt openai-gpt"),
+    ("attn.c_attn", gpt_bigcode, "gpt_bigcode"),
+    ("crossattention.c_attn", equal("key", "value"), "gpt2"),
+    ("attention.query_key_value", equal(*QKV, by_head=True), "gpt_neox gpt_neox_japanese"),
+    ("self_attention.query_key_value", equal(*QKV, by_head=True), "bloom"),
+    ("self_attention.query_key_value", falcon, "falcon"),
+    ("self_attn.query_key_value", equal(*QKV, by_head=True), "persimmon fuyu"),
+    ("attn.Wqkv", equal(*QKV), "mpt modernbert"),
+    ("attn.qkv_proj", codegen, "codegen"),
+    ("attn.att_proj", equal(*QKV), "bark semantic coarse_acoustics fine_acoustics"),
+    ("self_attn.qkv_proj", grouped_query, "phi3 phi4_multimodal"),
+    ("attn.qkv", grouped_query, "exaone4_5_vision"),
+    (
+        "attn.qkv",
+        equal(*QKV),
+        "cohere_compass_vision florence_vision glm4v_moe_vision glm4v_vision glm5_next_vision glm_image_vision glm_ocr_vision "
+        "got_ocr2_vision kimi_k25_vision pp_chart2table_vision pp_formulanet_vision qwen2_5_vl_vision qwen2_vl_vision "
+        "qwen3_5_moe_vision qwen3_5_vision qwen3_omni_moe_vision_encoder qwen3_vl_moe_vision qwen3_vl_vision qwen4_exp_vision "
+        "sam2_hiera_det_model sam_hq_vision_model sam_vision_model unlimited_ocr_sam_vision_model",
+    ),
+    ("attention.qkv", equal(*QKV), "seggpt timesformer vitdet"),
+    (
+        "self_attn.qkv",
+        equal(*QKV),
+        "blip_vision_model blip_2_vision_model instructblip_vision_model instructblipvideo_vision_model",
+    ),
+    ("self_attention.kv_proj", equal("key", "value"), "jetmoe"),
+    ("attn.to_kv", equal("key", "value"), "granite_speech_encoder granite_speech_plus_encoder"),
+    (
+        "mlp.gate_up_proj",
+        equal("gate", "up"),
+        "phi3 phi4_multimodal glm glm4 glm4v_text glm_image_text glm_ocr_text dia_encoder dia_decoder",
+    ),
+    ("feed_forward_in.gate_up_proj", equal("up", "gate"), "phi4_multimodal_audio"),
+    ("feed_forward_out.gate_up_proj", equal("up", "gate"), "phi4_multimodal_audio"),
+    ("shared_experts.gate_up_proj", equal("gate", "up"), "minimax_m3_vl_text"),
+    ("shared_mlp.input_linear", equal("gate", "up"), "granitemoehybrid granitemoeshared granitemoe_swa"),
+    ("mlp.Wi", equal("gate", "up"), "modernbert modernbert-decoder"),
+    ("conv.in_proj", equal("B", "C", "x"), "lfm2 lfm2_moe lfm3 lfm3_vl_vision"),
+    ("linear_attn.in_proj_qkv", gated_delta, "qwen3_5_text qwen3_5_moe_text qwen4_exp_text"),
+    ("linear_attn.in_proj_qkvz", gated_delta_by_head, "qwen3_next"),
+    (
+        "kv_a_proj_with_mqa",
+        latent,
+        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash minicpm3 mistral4 "
+        "mistral_large4_text youtu",
+    ),
+    (
+        "kv_b_proj",
+        from_latent,
+        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash minicpm3 mistral4 "
+        "mistral_large4_text youtu",
+    ),
+)
+"""End of a module's name, its parts, and the types of the pretrained model around it (the innermost one)."""
+_LAYOUTS = {(model_type, end): layout for end, layout, types in FUSED for model_type in types.split()}
+_LAST = {end.rpartition(".")[2] for _, end in _LAYOUTS}
+SAYS_FUSED = re.compile(
+    r"(?:qkv|query_key_value|to_kv|gate_up|gate_and_up|c_attn|att_proj)[^.]*$|(?:mamba|mixer|attn|conv)\.in_proj$"
+)
+"""Names of matrices that usually hold several projections."""
+
+
+def fusion_of(model: nn.Module, name: str) -> Fusion | None:
+    """How the projections of a module of that name are fused; None if it is a single projection."""
+    if name.rpartition(".")[2] not in _LAST:
+        return None
+    module = model.get_submodule(name)
+    if isinstance(module, FusedProjections):
+        return module.fusion
+    if not isinstance(getattr(module, "weight", None), Tensor):
+        return None
+    config = _nearest_config(model, name)
+    # a converted model's own type is "lorank_" + the architecture's
+    model_type = getattr(config, "model_type", "").removeprefix("lorank_")
+    if getattr(model, "early_fusions", False) and (
+        model_type not in EARLY or config is not getattr(model, "config", None)
+    ):
+        return None
+    for (known, end), layout in _LAYOUTS.items():
+        if known == model_type and f".{name}".endswith(f".{end}"):
+            return layout(config, as_linear(module).out_features)
+    return None
+
+
+def _nearest_config(model: nn.Module, name: str) -> Any:
+    """The configuration of the innermost pretrained model around a module."""
+    while name:
+        name = name.rpartition(".")[0]
+        around = model.get_submodule(name)
+        if isinstance(around, PreTrainedModel):
+            return around.config
+    return None
+
+
+def unknown_fusion(name: str, linear: nn.Linear) -> bool:
+    """Whether a projection looks as if it held several: by its name, or by an attention's shape [3 d, d]."""
+    thrice = linear.out_features == 3 * linear.in_features and re.search(r"att(?:n|ention)", name) is not None
+    return thrice or SAYS_FUSED.search(name) is not None
 
 
 class FusedProjections(nn.Module):
     """Several projections with one joint output [..., sum of sizes], which the architecture's code splits again."""
 
-    def __init__(self, parts: Mapping[str, nn.Module], heads: int):
+    def __init__(self, parts: Mapping[str, nn.Module], fusion: Fusion):
         super().__init__()
-        self.heads = heads
+        self.fusion, self.heads = fusion, fusion.heads
         for name, part in parts.items():
             self.add_module(name, part)
 
@@ -40,16 +238,6 @@ def joined(method: Method, fused: FusedProjections) -> tuple[Tensor, Tensor | No
     return join([weight for weight, _ in parts]), join(biases) if biases else None
 
 
-def fusion_of(model: nn.Module, name: str) -> Fusion | None:
-    """How the projections of a module of that name are fused; None if it is a single projection."""
-    config = getattr(model, "config", None)
-    for (model_type, ending), fusion in FUSED.items():
-        # a converted model's own type is "lorank_" + the architecture's
-        if getattr(config, "model_type", "").removeprefix("lorank_") == model_type and name.endswith(f".{ending}"):
-            return fusion(config)
-    return None
-
-
 def with_fused(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """The replacements, with those of a fused matrix gathered in one module; projections without replacement stay dense."""
     gathered = set()
@@ -66,4 +254,4 @@ def with_fused(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Itera
                 part: replacements[names[part]] if names[part] in replacements else copied(linear)
                 for part, linear in dense.items()
             }
-            yield fused_name, FusedProjections(parts, fusion.heads)
+            yield fused_name, FusedProjections(parts, fusion)

@@ -74,6 +74,8 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         then = lambda name: name if here == there else there + name.removeprefix(here)  # noqa: E731
         if recorded.get("names") == OWN_NAMES:
             _keep_names(self)
+        else:
+            self.early_fusions = True
         sites = [site._replace(name=then(site.name), role=then(site.role)) for site in find_sites(self)]
         names = {then(site.name): site.name for site in find_sites(self)}
         chosen = choose_sites(wanted_sites(method, sites), recorded["targets"], recorded["exclude"])
