@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lorank.rounding import Rests
+
 
 class StepHook:
     """Something that happens between optimizer steps. It uses the optimizer's own hooks, so it works in any training loop.
@@ -26,6 +28,8 @@ class StepHook:
         self.optimizer = optimizer
         self.step = 0
         """Optimizer steps done: 0 in the first call of `before_step`, 1 in the first of `after_step`."""
+        self.rests = Rests()
+        """What rounding took from 16-bit weights that the subclass edits in place; saved with the hook."""
         optimizer.register_step_pre_hook(self._before_step)
         optimizer.register_step_post_hook(self._after_step)
 
@@ -56,8 +60,9 @@ class StepHook:
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resumed run needs to go on exactly as this one; tensors only."""
-        return {"step": torch.tensor(self.step)}
+        return {"step": torch.tensor(self.step), **self.rests.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Go on from where `state_dict` was taken; model and optimizer are loaded already."""
         self.step = int(state["step"])
+        self.rests.load_state_dict(state)

@@ -1,11 +1,13 @@
 """Layers and helpers that methods share: two factors instead of a matrix or added to one, and linear layers of odd widths."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from lorank.rounding import rest_bytes
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": F.silu, "gelu": F.gelu, "relu": F.relu}
 ALIGNED = 8
@@ -73,6 +75,9 @@ class FrozenPlusLowRank(nn.Module):
     A subclass ends its ``__init__`` with ``reset_parameters()``.
     """
 
+    edits_W: ClassVar[bool] = False
+    """Whether W changes in place between steps."""
+
     def __init__(self, dense: nn.Linear, rank: int, *, scale: float, dropout: float = 0.0):
         super().__init__()
         self.scale = scale
@@ -86,6 +91,11 @@ class FrozenPlusLowRank(nn.Module):
         """Start as the dense layer: A Kaiming-uniform, B zero."""
         nn.init.zeros_(self.B.weight)
         nn.init.kaiming_uniform_(self.A.weight, a=5**0.5)
+
+    @property
+    def rest_bytes(self) -> int:
+        """What a hook keeps of a W of 16 bits that is edited in place (`lorank.rounding`)."""
+        return rest_bytes(self.W.weight.numel(), self.W.weight.dtype) if self.edits_W else 0
 
     def product(self) -> Tensor:
         """s B A [d_out, d_in], in single precision or better."""
@@ -154,6 +164,11 @@ class SpectralLinear(nn.Module):
         """U diag(S) V^T [d_out, d_in], in single precision at least."""
         U, V = torch.cat([self.U_active, self.U_frozen], 1), torch.cat([self.V_active, self.V_frozen], 1)
         return wide(U) * self.S @ wide(V).T
+
+    @property
+    def rest_bytes(self) -> int:
+        """What a hook keeps of W if the factors have 16 bits and are computed anew (`lorank.rounding`)."""
+        return rest_bytes(self.d_in * self.d_out, self.S.dtype)
 
     def extra_repr(self) -> str:
         return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank} of {len(self.S)}"

@@ -53,6 +53,15 @@ def restart(optimizer: Optimizer, parameter: Tensor) -> None:
             state[name] = state[name].zero_() if isinstance(state[name], Tensor) else 0
 
 
+def check_prunable(optimizer: Optimizer, parameter: Tensor, how: Prune) -> None:
+    """Raises ValueError if `prune_` cannot have one mask for all moments of a parameter."""
+    shapes = {moment.shape for moment in moments(optimizer, parameter)}
+    if how != "zero" and len(shapes) > 1:
+        raise ValueError(
+            f"reset must be 'zero' with {type(optimizer).__name__}, whose moments differ in shape and cannot share a mask, got {how!r}"
+        )
+
+
 @torch.no_grad()
 def prune_(moments: Sequence[Tensor], how: Prune, ratio: float, generator: torch.Generator) -> None:
     """Set a part of some moments to zero, in place: all ("zero"), a `ratio` of the entries at random, or the `ratio` of them that is

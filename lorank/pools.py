@@ -3,6 +3,8 @@
 weight [r, d_in] (rows are vectors) or [d_out, r] (columns are)     candidates [c, width], c > r
 """
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor
 
@@ -51,3 +53,15 @@ class Pool:
         """After a step: restore frozen vectors, because weight decay moves them without a gradient."""
         rows, values = self.held
         self.vectors[rows] = values
+
+
+def room(a: Pool, b: Pool) -> int:
+    """How many vectors of A and of B may leave at once: neither pointer may reach the vectors that the other has just frozen."""
+    r = len(a.selected)
+    return min(int((ahead.pointer - (after.frozen > 0).sum() - after.pointer) % r) for ahead, after in ((a, b), (b, a)))
+
+
+def tensors_of(pools: Mapping[str, Sequence[Pool]]) -> dict[str, Tensor]:
+    """The state of the pools of each layer's A and B, by names for a file."""
+    factors = {f"{name}.{'AB'[pool.dim]}": pool for name, pair in pools.items() for pool in pair}
+    return {f"{name}.{field}": value for name, pool in factors.items() for field, value in pool.state.items()}

@@ -16,6 +16,7 @@ from lorank.accounting.memory import (
     measure_saved,
     measure_step,
     memory_estimate,
+    rests_bytes,
 )
 from lorank.accounting.meter import Meter
 from lorank.accounting.parameters import Parameters, count_parameters, shared_modules
@@ -39,5 +40,6 @@ __all__ = [
     "measure_saved",
     "measure_step",
     "memory_estimate",
+    "rests_bytes",
     "shared_modules",
 ]

@@ -33,6 +33,7 @@ class Memory(NamedTuple):
     """Parameters, and buffers that are saved with them."""
     gradients_bytes: int
     optimizer_bytes: int
+    """Its state, and what a method keeps to undo the rounding of weights that it edits (`rests_bytes`)."""
     activations_bytes: int
     """What a forward pass leaves for backward."""
     peak_bytes: int
@@ -173,6 +174,11 @@ def measure_step(model: nn.Module, build: Callable[[nn.Module], Optimizer]) -> S
         return Step(meter.now, meter.most)
 
 
+def rests_bytes(model: nn.Module) -> int:
+    """What hooks keep of 16-bit weights that they edit in place (`lorank.rounding`): ReLoRA, SwitchLoRA and SST in bf16."""
+    return sum(getattr(module, "rest_bytes", 0) for module in model.modules())
+
+
 def memory_estimate(
     model: nn.Module,
     *,
@@ -189,12 +195,14 @@ def memory_estimate(
 
     The state is exact; activations and peak are measured on a twin. `accumulate` if a step has several micro-batches;
     `padded` and `kept_gradients` are as in `measure_peak`. `optimizer_bytes` are AdamW's by default: two moments per
-    trainable number. Without `step`, the optimizer's step is assumed to need only its state, as a fused AdamW does.
+    trainable number, and `rests_bytes`. Without `step`, the optimizer's step is assumed to need only its state, as a fused AdamW does.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     weights = sum(t.numel() * t.element_size() for t in set(model.state_dict(keep_vars=True).values()))
     gradients = sum(math.prod(kept_gradients.get(p, p.shape)) * p.element_size() for p in parameters)
-    moments = 2 * sum(p.numel() * p.element_size() for p in parameters) if optimizer_bytes is None else optimizer_bytes
+    moments = optimizer_bytes
+    if moments is None:
+        moments = 2 * sum(p.numel() * p.element_size() for p in parameters) + rests_bytes(model)
     found = measure_peak(
         model,
         batch=batch,

@@ -11,7 +11,8 @@ merged as their cycle left them. With `warm_start` the run begins with updates o
 frozen and its optimizer state is dropped.
 
 Cost of a layer: r (d_in + d_out) trained parameters, d_in d_out frozen ones; for n tokens 2 n (d_in d_out + r (d_in +
-d_out)) operations forward; backward the first term once more and the second twice. Merged, it is a dense layer.
+d_out)) operations forward; backward the first term once more and the second twice. Merged, it is a dense layer. If W has 16 bits,
+what rounding takes from merges is kept beside it (`lorank.rounding`), another 2 d_in d_out bytes.
 
 Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024, arXiv 2307.05695, and the
 authors' repository Guitaricet/relora.
@@ -36,7 +37,8 @@ from torch.optim import Optimizer
 from lorank.fields import Bounds, Fraction, Positive, Rank, Whole
 from lorank.layers import FrozenPlusLowRank
 from lorank.method import Method, Published, Site, StepHook, check_ranks, rank_at, seeded_generator, warmup_cosine
-from lorank.moments import Prune, moments, prune_
+from lorank.moments import Prune, check_prunable, moments, prune_
+from lorank.rounding import Rests
 
 Start = Literal["paper", "repo"]
 
@@ -50,7 +52,6 @@ def jagged_cosine(step: int, steps: int, warmup: int, restart_warmup: int, cycle
     >>> [round(jagged_cosine(s, 15_000, 500, 100, 5_000, 0.1), 6) for s in (4_999, 5_000, 5_050, 5_100, 14_999)]
     [0.802615, 0.0, 0.397203, 0.794406, 0.1]
     """
-
     since = step % cycle
     if step >= cycle and since < restart_warmup:
         return since / restart_warmup * warmup_cosine(step - since + restart_warmup, steps, warmup, floor)
@@ -62,6 +63,8 @@ def jagged_cosine(step: int, steps: int, warmup: int, restart_warmup: int, cycle
 
 class ReLoRALinear(FrozenPlusLowRank):
     """y = W x + scale B A dropout(x) + b, with the dense layer itself as W."""
+
+    edits_W = True  # at merges
 
     def __init__(self, dense: nn.Linear, rank: int, *, scale: float, dropout: float, start: Start, frozen: bool):
         super().__init__(dense, rank, scale=scale, dropout=dropout)
@@ -76,9 +79,9 @@ class ReLoRALinear(FrozenPlusLowRank):
         nn.init.zeros_(self.B.weight)
 
     @torch.no_grad()
-    def restart(self, generator: torch.Generator) -> None:
+    def restart(self, generator: torch.Generator, rests: Rests, name: str = "") -> None:
         """(1), in place; A is drawn on the CPU, so that every device draws the same."""
-        self.W.weight.add_(self.product())
+        rests.store_(name, rests.exact(name, self.W.weight).add_(self.product()), self.W.weight)
         drawn = torch.empty(self.A.weight.shape)
         nn.init.kaiming_uniform_(drawn, a=5**0.5, generator=generator)
         self.A.weight.copy_(drawn)
@@ -218,19 +221,14 @@ class ReLoRAHook(StepHook):
             self._freeze()
         elif updates == 1:
             for layer in self.layers.values():
-                self._check(moments(self.optimizer, layer.B.weight))  # now rather than at the first restart
+                check_prunable(
+                    self.optimizer, layer.B.weight, self.method.reset
+                )  # now rather than at the first restart
         elif updates > self.cycle and updates % self.cycle == 1:
             for name, layer in self.layers.items():
                 generator = seeded_generator(self.seed, self.step, name)
-                layer.restart(generator)
+                layer.restart(generator, self.rests, name)
                 self._prune(layer, generator)
-
-    def _check(self, found: Sequence[Tensor]) -> None:
-        if self.method.reset != "zero" and len({moment.shape for moment in found}) > 1:
-            raise ValueError(
-                f"reset must be 'zero' with {type(self.optimizer).__name__}, whose moments differ in shape and cannot share a mask, got "
-                f"{self.method.reset!r}"
-            )
 
     def _prune(self, layer: ReLoRALinear, generator: torch.Generator) -> None:
         for factor in (layer.A.weight, layer.B.weight):

@@ -14,7 +14,8 @@ trained vectors do not stay orthogonal. Converting a dense model does not change
 Cost of one layer for n tokens: r (d_in + d_out) + m trained numbers, which alone have gradients and moments, but
 m (d_in + d_out + 1) stored ones, up to twice the dense weight: SST saves optimizer state, not weights. Forward needs
 2 n m (d_in + d_out) floating-point operations, backward 2 n (m + r) (d_in + d_out): 4/3 of dense for a square matrix at
-small r. The input and V^T x [n, m] are kept for the backward pass.
+small r. The input and V^T x [n, m] are kept for the backward pass. If the factors have 16 bits, what rounding takes from W
+at decompositions is kept beside them (`lorank.rounding`), another 2 d_in d_out bytes.
 
 Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML 2025,
 arXiv 2405.15481, as summaries report it; neither its full text nor the authors' code was at hand. Not confirmed are the
@@ -214,7 +215,7 @@ class SST(Method):
 
 class Resampling(StepHook):
     """SST's loop. Draws come after a step, when no gradient is pending, and depend on seed, iteration and layer alone, so
-    that only the step count must be saved in addition to model and optimizer."""
+    that in addition to model and optimizer only the step count and what rounding took must be saved."""
 
     def __init__(self, optimizer: Optimizer, layers: Sequence[SSTLinear], interval: int, seed: int):
         super().__init__(optimizer)
@@ -236,7 +237,9 @@ class Resampling(StepHook):
     def _begin(self, layer: SSTLinear, iteration: int) -> None:
         """The next iteration of a layer and, if the spectrum has been covered, its next round."""
         if iteration % math.ceil(len(layer.S) / layer.rank) == 0:
-            layer.decompose(layer.weight())
+            exact = self.rests.exact(layer.key, layer.weight())
+            layer.decompose(exact)
+            self.rests.settle(layer.key, exact, layer.weight(), layer.S.dtype)
             restart(self.optimizer, layer.S)
         places = layer.resample(seeded_generator(self.seed, iteration, layer.key))
         for moment in moments(self.optimizer, layer.S):

@@ -16,6 +16,7 @@ step s of T about r θ(s) / 40 vectors of each factor are exchanged, and θ fall
 Cost of a layer: r (d_in + d_out) trained parameters and d_in d_out frozen ones; pools of c (d_in + d_out) numbers, in
 host memory. For n tokens 2 n (d_in d_out + r (d_in + d_out)) operations forward; backward the first term once more,
 the second twice. Exchanging k vectors of a factor costs 2 k d_in d_out, once a step. Merged, it is dense, W + (1/r) B A.
+If W has 16 bits, what rounding takes at exchanges is kept beside it (`lorank.rounding`), another 2 d_in d_out bytes.
 
 Source: "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information", arXiv 2406.06564; asfsdsf/SwitchLoRA.
 
@@ -37,8 +38,8 @@ from torch.optim import Optimizer
 from lorank.fields import Bounds, Positive, Rank, Whole
 from lorank.layers import FrozenPlusLowRank, loaded, wide
 from lorank.method import Method, Published, Site, StepHook, check_ranks, rank_at, seeded_generator
-from lorank.optim.adamw import VectorAdamW, reset_vectors
-from lorank.pools import Pool
+from lorank.optim.adamw import VectorAdamW, check_factors, reset_vectors
+from lorank.pools import Pool, room, tensors_of
 
 Frequency = Literal["exponential", "z"]
 
@@ -91,6 +92,8 @@ def exchange_(W: Tensor, vectors: Tensor, partners: Tensor, rows: Tensor, new: T
 class SwitchLoRALinear(FrozenPlusLowRank):
     """y = W x + (1/r) B A x + b, where `dense` becomes W and the sum starts as the dense layer."""
 
+    edits_W = True
+
     def __init__(self, dense: nn.Linear, rank: int):
         super().__init__(dense, rank, scale=1 / rank)
         self._start(subtract=True)
@@ -124,8 +127,7 @@ class SwitchLoRA(Method):
 
     name: ClassVar[str] = "switchlora"
     keeps_outputs: ClassVar[bool] = True
-    # the two sizes whose ranks are known; 1b is the paper's 1.3B
-    published: ClassVar[Published] = {"350m": {"rank": 256}, "1b": {"rank": 512}}
+    published: ClassVar[Published] = {"350m": {"rank": 256}, "1b": {"rank": 512}}  # 1b: 1.3B; others are not known
     soon: ClassVar[Mapping[str, Any]] = {"interval": 2, "freeze_steps": 1}
 
     rank: Rank = 0.25
@@ -178,7 +180,7 @@ class SwitchLoRAHook(StepHook):
     def __init__(self, method: SwitchLoRA, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int):
         self.method, self.steps, self.seed = method, steps, seed
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SwitchLoRALinear)}
-        _check(optimizer, layers)
+        check_factors(optimizer, {n: (layer.A.weight, layer.B.weight) for n, layer in layers.items()})
         super().__init__(optimizer)
         self.layers = {n: layer for n, layer in layers.items() if layer.A.out_features < min(layer.W.weight.shape)}
         self.pools = {name: self._pools(name, layer) for name, layer in self.layers.items()}
@@ -197,8 +199,10 @@ class SwitchLoRAHook(StepHook):
         draw = seeded_generator(self.seed, self.step)
         for name, (a, b) in self.pools.items():
             if count := self._count(a, b, draw):
-                self._exchange(W := self.layers[name].W.weight, a, b, count, draw)
+                W = self.rests.exact(name, self.layers[name].W.weight)
+                self._exchange(W, a, b, count, draw)
                 self._exchange(W.T, b, a, count, draw)
+                self.rests.store_(name, W, self.layers[name].W.weight)
             a.hold()
             b.hold()
 
@@ -212,10 +216,7 @@ class SwitchLoRAHook(StepHook):
         r, c = len(a.selected), len(a.candidates)
         mean = r / self.method.interval * theta(self.step, self.steps, self.method.ratio, self.method.frequency)
         count = math.floor(mean + torch.rand((), generator=draw).item())
-        # B's frozen columns are just behind A's pointer, and B's pointer must stop before them
-        for ahead, after in ((a, b), (b, a)):
-            count = min(count, int((ahead.pointer - (after.frozen > 0).sum() - after.pointer) % r))
-        return count if self.method.mode == "continuous" else min(count, c - r)
+        return min(count, room(a, b)) if self.method.mode == "continuous" else min(count, room(a, b), c - r)
 
     def _exchange(self, W: Tensor, pool: Pool, partner: Pool, count: int, draw: torch.Generator) -> None:
         rows = (pool.pointer + torch.arange(count)) % len(pool.selected)
@@ -225,26 +226,10 @@ class SwitchLoRAHook(StepHook):
         partner.frozen[rows] = self.method.freeze_steps
         reset_vectors(self.optimizer, partner.weight, partner.dim, here)
 
-    def _tensors(self) -> dict[str, Tensor]:
-        factors = {f"{name}.{'AB'[pool.dim]}": pool for name, pair in self.pools.items() for pool in pair}
-        return {f"{name}.{field}": value for name, pool in factors.items() for field, value in pool.state.items()}
-
     def state_dict(self) -> dict[str, Tensor]:
-        return {**super().state_dict(), **self._tensors()}
+        return {**super().state_dict(), **tensors_of(self.pools)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         super().load_state_dict(state)
-        for name, tensor in self._tensors().items():
+        for name, tensor in tensors_of(self.pools).items():
             tensor.copy_(state[name])
-
-
-def _check(optimizer: Optimizer, layers: Mapping[str, SwitchLoRALinear]) -> None:
-    if not isinstance(optimizer, VectorAdamW):
-        raise ValueError(f"optimizer must come from lorank.optimizer with switchlora, got {type(optimizer).__name__}")
-    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, layer in layers.items():
-        factors = (layer.A.weight, layer.B.weight)
-        if not moved.issuperset(map(id, factors)):
-            raise ValueError(f"the optimizer must have all trained parameters, but it lacks the factors of {name}")
-        if any(hasattr(factor, "device_mesh") for factor in factors):
-            raise ValueError(f"switchlora moves whole vectors, but the factors of {name} are sharded; use DDP instead")

@@ -11,7 +11,7 @@ Regularization", arXiv 1711.05101; counters of single vectors as in SwitchLoRA, 
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -96,6 +96,18 @@ def reset_vectors(optimizer: Optimizer, parameter: Tensor, dim: int, rows: Tenso
     state["step"] = state["step"].expand(shape).clone()
     for value in state.values():
         value.index_fill_(dim, rows, 0)
+
+
+def check_factors(optimizer: Optimizer, factors: Mapping[str, Sequence[Tensor]]) -> None:
+    """Raises ValueError unless it is a `VectorAdamW` that moves these factors, by the names of their layers, whole."""
+    if not isinstance(optimizer, VectorAdamW):
+        raise ValueError(f"optimizer must come from lorank.optimizer with switchlora, got {type(optimizer).__name__}")
+    moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for name, pair in factors.items():
+        if not moved.issuperset(map(id, pair)):
+            raise ValueError(f"the optimizer must have all trained parameters, but it lacks the factors of {name}")
+        if any(hasattr(factor, "device_mesh") for factor in pair):
+            raise ValueError(f"switchlora moves whole vectors, but the factors of {name} are sharded; use DDP instead")
 
 
 def _state(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:

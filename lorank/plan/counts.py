@@ -117,7 +117,7 @@ def optimizer_flops(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1)
 
 
 def optimizer_step(recipe: Recipe, model: PreTrainedModel) -> accounting.Step:
-    """What the recipe's optimizer holds in its largest step, one that refreshes its bases."""
+    """What the recipe's optimizer and method hold in their largest step, one that refreshes bases."""
     usual = dataclasses.replace(recipe, lr=0.1, weight_decay=0.1, decay="matrices")
     found = methods_of(usual)
     followed = _followed(found)
@@ -134,7 +134,8 @@ def optimizer_step(recipe: Recipe, model: PreTrainedModel) -> accounting.Step:
         step = accounting.measure_step(model, build)
     finally:
         forget_matrices()
-    return accounting.Step(step.kept_bytes - fewer, step.most_bytes - fewer)
+    more = accounting.rests_bytes(model) - fewer
+    return accounting.Step(step.kept_bytes + more, step.most_bytes + more)
 
 
 def _followed(found: Methods) -> Methods:

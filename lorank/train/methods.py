@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from lorank.accounting import rests_bytes
 from lorank.fields import field_types, fits
 from lorank.method import Method, check_combination, warmup_cosine
 from lorank.optim.groups import plain_groups
@@ -154,10 +155,11 @@ def build_optimizer(recipe: Recipe, model: nn.Module, found: Methods | None = No
 
 
 def state_bytes(recipe: Recipe, model: nn.Module, found: Methods | None = None) -> int:
-    """Bytes that the recipe's optimizer keeps between steps; counters are not included."""
+    """Bytes that the recipe's optimizer keeps between steps, counters not included, and what undoes the rounding of weights
+    that the method edits."""
     found = found or methods_of(recipe)
     mover, groups = found.mover, optimizer_groups(recipe, model, found)
-    return sum(mover.state_bytes(p, group) for group in groups for p in group["params"])
+    return rests_bytes(model) + sum(mover.state_bytes(p, group) for group in groups for p in group["params"])
 
 
 def step_flops(recipe: Recipe, model: nn.Module, *, micro_batches: int = 1) -> float:

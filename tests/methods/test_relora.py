@@ -13,6 +13,7 @@ from lorank import convert, step_hook
 from lorank.architectures import llama_config
 from lorank.methods.relora import ReLoRA, ReLoRALinear, jagged_cosine
 from lorank.moments import moments
+from lorank.rounding import Rests
 from lorank.sizes import SIZES, Size
 from lorank.table import find
 
@@ -93,7 +94,7 @@ def test_ranks_of_merges_add_up(small: Any) -> None:
     for k in range(1, 5):
         nn.init.normal_(layer.A.weight)
         nn.init.normal_(layer.B.weight)
-        layer.restart(torch.Generator().manual_seed(k))
+        layer.restart(torch.Generator().manual_seed(k), Rests())
         assert torch.linalg.matrix_rank(layer.W.weight - start) == min(3 * k, 32)
 
 
