@@ -82,6 +82,11 @@ def vectors(chosen: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     return dct_matrix(n, chosen.device, dtype)[chosen]
 
 
+def some_columns(A: Tensor, chosen: Tensor, how: Transform = "matmul") -> Tensor:
+    """(A Qᵀ)[..., :, I]: by a product with r vectors in O(m n r), or of the FFT, which gives all columns at once."""
+    return A @ vectors(chosen, A.shape[-1], A.dtype).mT if how == "matmul" else columns(transform(A, how), chosen)
+
+
 def back(a: Tensor, chosen: Tensor, n: int) -> Tensor:
     """a Q[I], [..., m, n]."""
     return a @ vectors(chosen, n, a.dtype)

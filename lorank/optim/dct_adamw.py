@@ -37,6 +37,7 @@ from lorank.optim.dct import (
     dequantise,
     quantise,
     select,
+    some_columns,
     transform,
     transform_flops,
     vectors,
@@ -83,10 +84,14 @@ class DCTAdamW(Projected):
         n, t = G.shape[-1], stack.steps + 1
         first = "exp_avg" not in stack.states[0]
         A = G if first else G + self._left_out(stack, G)
-        S = transform(A, self.transform)
         refreshed = first or t % group["update_gap"] == 0
-        now = select(S, min(group["rank"], n), self.ell_norm) if refreshed else stack.get("indices").long()
-        a = columns(S, now)
+        if refreshed:
+            S = transform(A, self.transform)
+            now = select(S, min(group["rank"], n), self.ell_norm)
+            a = columns(S, now)
+        else:  # r columns are all that is needed
+            now = stack.get("indices").long()
+            a = some_columns(A, now, self.transform)
         if first:
             M, V = torch.zeros_like(a), torch.zeros_like(a)
         else:
@@ -132,16 +137,19 @@ class DCTAdamW(Projected):
         return 2 * max(m, n) * rank * itemsize + 4 * rank + error
 
     def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
-        """A Qᵀ, u Q[I], and for error feedback a Q[I].
+        """A Qᵀ every T steps and A Q[I]ᵀ in the others, by an FFT without products; u Q[I], and for error feedback a Q[I].
 
         >>> p = torch.empty(20, 10)
         >>> DCTAdamW().step_flops(p, {"rank": 3}), DCTAdamW(transform="fft", error_feedback="full").step_flops(p, {"rank": 3})
         (5200, 2400)
+        >>> DCTAdamW(update_gap=2).step_flops(p, {"rank": 3})
+        3800.0
         """
         if group.get("rank") is None:
             return super().step_flops(p, group)
         m, n = p.shape
-        back = 2 * m * n * min(group["rank"], m, n)
-        return transform_flops(max(m, n), min(m, n), self.transform) + back * (
-            1 if self.error_feedback == "none" else 2
-        )
+        part, gap = 2 * m * n * min(group["rank"], m, n), self.settings(group)["update_gap"]
+        chosen = transform_flops(max(m, n), min(m, n), self.transform)
+        between = part if self.transform == "matmul" else 0
+        into = chosen if gap == 1 else (chosen + (gap - 1) * between) / gap
+        return into + part * (1 if self.error_feedback == "none" else 2)

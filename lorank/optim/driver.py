@@ -133,7 +133,7 @@ class LowRankOptimizer(Arriving):
         ValueError: a group or setting that does not fit, such as a rank for a vector or weights in float16; or
             `in_backward` in a distributed run, where each process would project its own part of the gradient, or under
             ``torch.amp.GradScaler``.
-        FloatingPointError: the norm of a gradient is not finite; nothing has been changed. With `in_backward` it is raised in
+        FloatingPointError: a gradient or its square is not finite; nothing has been changed. With `in_backward` it is raised in
             the backward pass, when other gradients may have been projected: no weight and no moment has been changed, and the
             optimizer's ``zero_grad`` drops the rest.
     """

@@ -217,12 +217,20 @@ def _norms(gradients: list[Tensor]) -> list[Tensor]:
     return [norm.float() for norm in torch._foreach_norm(gradients)]
 
 
+def _largest_square(G: Tensor) -> Tensor:
+    """In single precision at least, or not finite; as small as one can be, so that processes may add theirs."""
+    if not G.numel():
+        return torch.zeros((), dtype=torch.float64, device=G.device)
+    largest = G.to(torch.promote_types(G.dtype, torch.float32)).abs().max()
+    return torch.where(largest.square().isfinite(), torch.zeros_like(largest), largest.square()).double()
+
+
 @torch.compiler.disable
 def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
     """Look at gradients before anything is done with them.
 
     Raises:
-        FloatingPointError: the norm of one is not finite, in all processes of a sharded run, whoever's part it is.
+        FloatingPointError: an entry of one or its square is not finite, in all processes of a sharded run, whoever's part it is.
         ValueError: one is sparse.
     """
     watched = {p: local(G) for p, G in gradients.items() if G is not None}
@@ -233,6 +241,8 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
     if not watched:
         return
     finite = all_finite(torch.stack(_norms(list(watched.values()))), watched)
+    if not finite.all():  # or the sum of squares is too large, and each of them is not
+        finite = all_finite(torch.stack([_largest_square(G) for G in watched.values()]), watched)
     if not finite.all():
         p = next(p for p, is_finite in zip(watched, finite, strict=True) if not is_finite)
         raise FloatingPointError(

@@ -233,6 +233,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing(method: Method, name: str
 
 
 @methods
+def test_a_large_gradient_moves_weights_by_something_finite(method: Method) -> None:
+    """Its squares are finite, though not their sum."""
+    model = net()
+    made = make(method, model)
+    for _ in range(3):
+        for i, p in enumerate(model.parameters()):
+            p.grad = 1e18 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+        made.step()
+    assert all(p.isfinite().all() for p in model.parameters())
+
+
+@methods
 def test_weights_in_float16_are_refused(method: Method) -> None:
     with pytest.raises(ValueError, match="weights must not be float16, in which moments overflow; use bfloat16"):
         make(method, net(torch.float16))

@@ -220,12 +220,17 @@ def test_flops_of_a_step_are_those_of_the_counter(method: str, rule: str, option
     recipe = Recipe(method=method, optimizer=rule, options=settings, lr=1e-3, weight_decay=0.0, **rank)
     optimizer = build_optimizer(recipe, model)
     weights = [(p, torch.randn_like(p)) for p in model.parameters()]
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+
+    def steps() -> None:
         for _ in range(gap):
             for _ in range(2):
                 torch.stack([(p * gradient).sum() for p, gradient in weights]).sum().backward()
             optimizer.step()
             optimizer.zero_grad()
+
+    steps()  # DCT-AdamW has one choice of columns more in these
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
+        steps()
     found = step_flops(recipe, model, micro_batches=2)
     assert counter.get_total_flops() == pytest.approx(gap * found, rel=1e-12)
     assert (found > 0) == ((method, rule) != ("dense", "adamw"))
