@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lorank.architectures import ACTIVATIONS
 from lorank.fusion import with_fused
@@ -23,9 +23,10 @@ def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapp
     names = names or {}
     replacements: dict[str, nn.Module] = {}
     for stack in by_role(sites).values():
+        probe = None if not method.keeps_outputs or stack[0].linear.weight.is_meta else _probe(stack[0].linear)
         built = method.build_stack(stack)
-        if method.keeps_outputs:
-            _check_outputs(method, stack[0], built[0])
+        if probe is not None:
+            _check_outputs(method, stack[0], built[0], *probe)
         for site, module in zip(stack, built, strict=True):
             replacements[names.get(site.name, site.name)] = module.train(site.linear.training)
             module.stands_for_linear = True  # type: ignore[assignment]
@@ -41,18 +42,22 @@ def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapp
         raise
 
 
-def _check_outputs(method: Method, site: Site, module: nn.Module) -> None:
+@torch.no_grad()
+def _probe(linear: nn.Linear) -> tuple[Tensor, Tensor]:
+    """Two inputs [2, d_in] and their outputs, taken before a method may change the dense layer in place (SwitchLoRA)."""
+    weight = linear.weight
+    x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device).view(2, -1).to(weight.dtype)
+    return x, linear(x).float()
+
+
+@torch.no_grad()
+def _check_outputs(method: Method, site: Site, module: nn.Module, x: Tensor, expected: Tensor) -> None:
     """Raises ValueError if a layer of a method that keeps outputs computes something else than the dense layer."""
-    weight = site.linear.weight
-    if weight.is_meta:
-        return
-    x = torch.linspace(-1, 1, 2 * site.d_in, device=weight.device).view(2, -1).to(weight.dtype)
     training = module.training
-    with torch.no_grad():
-        expected, found = site.linear(x).float(), module.eval()(x).float()
+    found = module.eval()(x).float()
     module.train(training)
     error = ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-    if not error <= max(1e-3, 16 * torch.finfo(weight.dtype).eps):
+    if not error <= max(1e-3, 16 * torch.finfo(x.dtype).eps):
         raise ValueError(
             f"{method.name} must start as the dense model, but its layer for {site.name} differs by {error:.1%}; exclude it, or use "
             "another architecture"
