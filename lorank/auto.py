@@ -7,6 +7,7 @@ see `lorank.pretrained`) when a file first asks for it. So `import lorank` need 
 nor torch.
 """
 
+import functools
 import importlib.abc
 import importlib.machinery
 import sys
@@ -47,7 +48,28 @@ class PromisedConfig:
         return cls.real_class().from_pretrained(*args, **kwargs)
 
 
+def _refuse_dense_configurations(base: Any) -> None:
+    """Let no dense configuration read a converted model's: ``LlamaForCausalLM.from_pretrained`` would only warn, and answer noise."""
+    read = base.__dict__["from_dict"].__func__
+    if hasattr(read, "refuses_converted"):
+        return
+
+    @functools.wraps(read)
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        saved = config_dict.get("model_type") or ""
+        if saved.startswith(PREFIX) and cls.model_type not in ("", saved):
+            raise ValueError(
+                f"{cls.__name__} must not read a model of type {saved!r}: it was converted by lorank, and a dense one would have random "
+                "weights; load it with AutoModelForCausalLM or another Auto class"
+            )
+        return read(cls, config_dict, **kwargs)
+
+    from_dict.refuses_converted = True  # type: ignore[attr-defined]
+    base.from_dict = classmethod(from_dict)
+
+
 def _register(auto: ModuleType) -> None:
+    _refuse_dense_configurations(auto.PreTrainedConfig)
     for model_type in [*(PREFIX + base_type for base_type in auto.CONFIG_MAPPING_NAMES), EGG]:
         auto.AutoConfig.register(model_type, type("PromisedConfig", (PromisedConfig,), {"model_type": model_type}))
 

@@ -111,13 +111,27 @@ def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> No
     if policy is None:
         model.activation_checkpointing_disable()
         return
-    has_tapes = any(isinstance(getattr(module, "tape", None), Tape) for module in model.modules())
-    if has_tapes:
+    if has_tapes(model):
         context_fn = partial(contexts, policy, rebuilds=policy is keep_recurrence)
     else:
         context_fn = partial(create_selective_checkpoint_contexts, policy)
     model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": context_fn}, every_n_layers=every)
     model.disable_input_require_grads()  # removes a hook for reentrant checkpointing, which each call adds
+
+
+def has_tapes(model: nn.Module) -> bool:
+    """Whether layers read the outputs of the block before (CR-Net)."""
+    return any(isinstance(getattr(module, "tape", None), Tape) for module in model.modules())
+
+
+def policy_is_on(model: nn.Module) -> bool:
+    """Whether a block is checkpointed under a policy."""
+    functions = [getattr(m, "_gradient_checkpointing_func", None) for m in model.modules() if _is_checkpointed(m)]
+    return any(isinstance(function, partial) and "context_fn" in function.keywords for function in functions)
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    return getattr(module, "gradient_checkpointing", False) is True
 
 
 def _check_attention(model: PreTrainedModel) -> None:

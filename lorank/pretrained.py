@@ -20,6 +20,7 @@ from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from lorank.auto import PREFIX
+from lorank.checkpointing import POLICIES, checkpoint, has_tapes, policy_is_on
 from lorank.rewriting import rewrite
 from lorank.sites import base_prefix, choose_sites, find_sites, wanted_sites
 from lorank.table import find
@@ -92,7 +93,32 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         for name in getattr(self, "_frozen", ()):
             self.get_parameter(name).requires_grad_(False)  # transformers makes all that it loads trainable
 
-    return _derive(base, {"config_class": config, "__init__": __init__, "initialize_weights": initialize_weights})
+    def activation_checkpointing_enable(
+        self: Any, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        """As Trainer's ``gradient_checkpointing=True`` calls it: a policy that is on stays, and the method's own comes before that of
+        transformers, which keeps a block's input alone.
+
+        Raises:
+            ValueError: ``use_reentrant=True`` or `offload`, which know no policies.
+        """
+        given = dict(activation_checkpointing_kwargs or {})
+        method = find(self.config.lorank["method"])
+        policy = POLICIES[method.policy or ("blocks" if has_tapes(self) else "none")]
+        is_on = policy_is_on(self)
+        if "context_fn" in given or (policy is None and not is_on):
+            base.activation_checkpointing_enable(self, activation_checkpointing_kwargs, every_n_layers, offload)
+            return
+        if given.get("use_reentrant") or offload:
+            raise ValueError(
+                f"activation checkpointing of a {method.name} model must follow a policy of lorank.checkpoint, got "
+                f"{'offload' if offload else 'use_reentrant'}=True, which would replace it; leave it out"
+            )
+        if not is_on:
+            checkpoint(self, policy, every=every_n_layers)
+
+    body = {"config_class": config, "__init__": __init__, "initialize_weights": initialize_weights}
+    return _derive(base, {**body, "activation_checkpointing_enable": activation_checkpointing_enable})
 
 
 def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
@@ -113,6 +139,25 @@ def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
     for module in model.modules():
         if getattr(module, "config", None) is dense:
             module.config = config  # type: ignore[assignment]
+
+
+def _refuse_dense_classes() -> None:
+    """Let no dense model be built from the configuration of a converted one; its weights would not fit."""
+    build = PreTrainedModel.__init__
+
+    @functools.wraps(build)
+    def __init__(self: PreTrainedModel, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        if isinstance(getattr(config, "lorank", None), dict) and not _inside.get():
+            raise ValueError(
+                f"{type(self).__name__} must have a dense configuration, got a {type(config).__name__}; use an Auto class such as "
+                "AutoModelForCausalLM"
+            )
+        build(self, config, *args, **kwargs)
+
+    PreTrainedModel.__init__ = __init__  # type: ignore[method-assign]
+
+
+_refuse_dense_classes()
 
 
 def forget(model: PreTrainedModel) -> None:

@@ -21,9 +21,9 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.initialization import no_init_weights
 
+from lorank.checkpointing import has_tapes
 from lorank.method import Method, Site
 from lorank.sites import module_name
-from lorank.tape import Tape
 
 TOKENS = 8
 Shapes = list[torch.Size]
@@ -155,7 +155,7 @@ def _number(config: PretrainedConfig, name: str, default: int) -> int:
 
 def _check_layerdrop(twin: PreTrainedModel, method: Method) -> None:
     """Raises ValueError if a block may be skipped whose output the next one needs."""
-    if not any(isinstance(getattr(module, "tape", None), Tape) for module in twin.modules()):
+    if not has_tapes(twin):
         return
     rates = {name: rate for m in twin.modules() for name, rate in vars(m).items() if "layerdrop" in name.lower()}
     rates |= {name: rate for name, rate in vars(twin.config).items() if "layerdrop" in name.lower()}

@@ -1,11 +1,15 @@
 """`import lorank` is cheap, and its promises to the Auto classes are kept whatever is imported first."""
 
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.auto import configuration_auto
 
+from lorank import CoLA, convert
 from lorank.pretrained import config_class, model_class
 
 
@@ -55,3 +59,17 @@ def test_a_promise_becomes_one_subclass_of_the_dense_class() -> None:
 def test_an_unknown_architecture_has_no_class() -> None:
     with pytest.raises(ValueError, match="must be known to transformers, .* got 'lama'"):
         config_class("lama")
+
+
+def test_a_dense_class_does_not_read_a_converted_model(small: Callable[..., Any], tmp_path: Path) -> None:
+    """It would find no weight of its layers and only warn."""
+    model = convert(small("llama"), CoLA(rank=4))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="^LlamaConfig must not read a model of type 'lorank_llama'"):
+        LlamaForCausalLM.from_pretrained(tmp_path)
+    for build in (LlamaForCausalLM, partial(LlamaForCausalLM.from_pretrained, tmp_path)):
+        with pytest.raises(
+            ValueError, match="^LlamaForCausalLM must have a dense configuration, got a LorankLlamaConfig"
+        ):
+            build(config=AutoConfig.from_pretrained(tmp_path))
+    assert type(type(model).from_pretrained(tmp_path)) is type(AutoModelForCausalLM.from_pretrained(tmp_path))

@@ -7,6 +7,7 @@ The difference between a model of four blocks and one of three is what one block
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from lorank import CoLA, CoLAM, LowRank, checkpoint, convert, keep_bottlenecks, keep_bottlenecks_and_attention
+from lorank import CoLA, CoLAM, CRNet, LowRank, checkpoint, convert, keep_bottlenecks, keep_bottlenecks_and_attention
 from lorank.checkpointing import POLICIES, keep_nothing
 
 D, D_FF, HEADS, N, R = 48, 112, 4, 20, 9
@@ -333,3 +334,46 @@ def test_attention_that_cannot_be_kept_is_not_promised(architectures: Any) -> No
     dropping = AutoModelForCausalLM.from_config(architectures["llama"].config(attention_dropout=0.1))
     with pytest.warns(UserWarning, match=r"attention dropout is 0\.1"):
         checkpoint(dropping, keep_bottlenecks_and_attention)
+
+
+# ---- transformers' own switch, which Trainer's `activation_checkpointing=True` turns
+
+
+def function_of(model: Any) -> Any:
+    """What checkpoints the last block."""
+    return model.model.layers[-1]._gradient_checkpointing_func.keywords.get("context_fn")
+
+
+def test_trainers_switch_keeps_the_policy_of_the_method(small: Any, tokens: Tensor, tmp_path: Path) -> None:
+    model = convert(small("llama"), CoLAM(rank=4))
+    policy = function_of(model)
+    assert policy.args == (keep_bottlenecks,)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        report_to="none",
+        use_cpu=True,
+        activation_checkpointing=True,
+        disable_tqdm=True,
+    )
+    rows = [{"input_ids": row, "labels": row} for row in tokens]
+    Trainer(model=model, args=arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+    assert function_of(model) is policy
+    model.activation_checkpointing_disable()
+    model.activation_checkpointing_enable()
+    assert function_of(model).args == (keep_bottlenecks,)
+    with pytest.raises(ValueError, match="^activation checkpointing of a cola-m model must follow a policy"):
+        model.activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_the_switch_respects_what_was_chosen_and_what_is_needed(small: Any, tokens: Tensor) -> None:
+    chosen = convert(small("llama"), CoLA(rank=4))
+    chosen.activation_checkpointing_enable()
+    assert function_of(chosen) is None
+    checkpoint(chosen, keep_bottlenecks)
+    chosen.activation_checkpointing_enable()
+    assert function_of(chosen).args == (keep_bottlenecks,)
+    chained = convert(small("llama"), CRNet(rank=4)).train()
+    chained.activation_checkpointing_enable({"use_reentrant": False})
+    chained(tokens, labels=tokens).loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in chained.parameters())
