@@ -133,8 +133,8 @@ class LORORule(PairRule):
         exact = self.every is not None and done % self.every == 0
         if exact:
             new_A, new_B, there = retracted(A, B, D[0], D[1], lr)
-            if lost := int((~there).sum()):
-                logger.warning("%d of %d pairs of shape %s took no exact step", lost, len(there), tuple(A.shape[1:]))
+            if not there.all():
+                logger.warning("%d of %d pairs of A %s took no exact step", (~there).sum(), len(there), [*A.shape[1:]])
             new = [
                 torch.where(there[:, None, None], after, before - lr * step)
                 for after, before, step in zip((new_A, new_B), W, cheap, strict=True)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar
 
 from torch import nn
 
-from lorank.fields import Bounds
+from lorank.fields import Bounds, NonNegative
 from lorank.method import Patterns
 from lorank.optim.driver import ByGroups
 from lorank.optim.groups import hidden_matrices
@@ -23,6 +23,7 @@ class Muon(ByGroups):
     Args:
         scaling: length of an update of a matrix [m, n], in a low-rank model of each factor: "kimi" 0.2 √max(m, n), which is
             AdamW's; "kj" √max(1, m/n); "dion" √(m/n); or "none", 1. All but the first need another learning rate than AdamW.
+        adamw_lr: learning rate of what AdamW moves; None: the same.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4, bias=False))
@@ -38,10 +39,12 @@ class Muon(ByGroups):
 
     momentum: Annotated[float, Bounds(least=0, below=1)] = 0.95
     scaling: Scale = "kimi"
+    adamw_lr: NonNegative | None = None
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
-        own = {"momentum": self.momentum, "scaling": self.scaling} if group.get("rule") == "muon" else {}
-        return super().settings({**own, **group})
+        if group.get("rule") == "muon":
+            return super().settings({"momentum": self.momentum, "scaling": self.scaling, **group})
+        return super().settings(group if self.adamw_lr is None else {"lr": self.adamw_lr, **group})
 
     def parameter_groups(
         self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns

@@ -215,7 +215,7 @@ def test_a_pair_of_a_lower_rank_takes_the_other_step(caplog: pytest.LogCaptureFi
     optimizer = made(pair, update_gap=1)
     with caplog.at_level(logging.WARNING):
         step(optimizer, pair, 0)
-    assert "1 of 1 pairs of shape (4, 20) took no exact step" in caplog.text
+    assert "1 of 1 pairs of A [4, 20] took no exact step" in caplog.text
     assert all(W.isfinite().all() for W in pair) and pair[1].any()
 
 

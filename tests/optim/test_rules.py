@@ -63,6 +63,13 @@ def test_muons_scaling_is_the_length_of_an_update(scaling: str) -> None:
         made(Muon, [{"params": ours, "rule": "muon", "scaling": "rms"}], lr=0.1)
 
 
+def test_what_adamw_moves_may_have_a_rate_of_its_own() -> None:
+    matrix, vector = apart(net())
+    groups = [{"params": matrix, "rule": "muon"}, {"params": vector}]
+    assert [g["lr"] for g in made(Muon, groups, lr=0.05, adamw_lr=0.003).param_groups] == [0.05, 0.003]
+    assert [g["lr"] for g in made(Muon, groups, lr=0.05).param_groups] == [0.05, 0.05]
+
+
 def test_adafactor_is_torchs() -> None:
     ours, theirs = net(), net()
     train(ours, made(Adafactor, ours.parameters(), lr=0.01, weight_decay=0.1), range(5))

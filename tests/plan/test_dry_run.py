@@ -93,6 +93,17 @@ def test_a_combination_shows_what_becomes_what_and_who_moves_it() -> None:
     assert found.dense.memory.optimizer_bytes > found.model.memory.optimizer_bytes
 
 
+def test_an_optimizer_for_factors_shows_their_rates() -> None:
+    ruled = plan(Recipe(**SMALL, method="low-rank+factor-lr", rank=16))
+    moved = {one.role: (one.treatment, one.shape) for one in ruled.treatments}
+    _, shape = moved["model.layers.*.mlp.down_proj.A.weight"]
+    d_in = int(shape.split(" × ")[1])
+    assert moved["model.layers.*.mlp.down_proj.A.weight"][0] == "adamw, lr × 0.5"
+    assert moved["model.layers.*.mlp.down_proj.B.weight"][0] == f"adamw, lr × {d_in / 32:.4g}"
+    pairs = {one.role: one.treatment for one in plan(Recipe(**SMALL, method="low-rank+spectron", rank=16)).treatments}
+    assert (pairs["model.layers.*.mlp.down_proj.A.weight"], pairs["lm_head.weight"]) == ("spectron", "adamw")
+
+
 def test_one_plain_rule_needs_no_table() -> None:
     assert not plan(Recipe(**SMALL)).treatments
     assert not plan(Recipe(**SMALL, method="dense", optimizer="adafactor")).treatments

@@ -56,6 +56,7 @@ def test_names_go_where_they_belong() -> None:
         (Recipe(method="dense", optimizer="adafactor"), "dense"),
         (Recipe(method="galore"), "galore"),
         (Recipe(method="galore+cola"), "cola+galore"),
+        (Recipe(method="cola+spectron"), "cola+spectron"),
     ):
         assert methods_of(recipe).title == title_of(recipe) == title
 
@@ -64,6 +65,8 @@ def test_a_plain_rule_works_inside_the_subspace() -> None:
     """``method: galore, optimizer: muon`` as lorank 0.1 wrote it."""
     found = methods_of(Recipe(method="galore", optimizer="muon"))
     assert found.optimizer == lorank.GaLore(rule="muon")
+    ruled = methods_of(Recipe(method="cola+factor-lr", optimizer="muon"))
+    assert ruled.optimizer == lorank.FactorLR(rule="muon") and ruled.rule == "muon"
     with pytest.raises(ValueError, match="muon and trion cannot be combined: both decide how the weights move"):
         methods_of(Recipe(method="trion", optimizer="muon"))
 
