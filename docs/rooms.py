@@ -28,6 +28,7 @@ ROWS: tuple[dict[str, str], ...] = (
     },
     {"conversion": "convert, merge, optimizer, step_hook, lr_schedule"},
     {"pretrained": "saved and loaded by transformers", "trial": "a conversion tried on shapes alone"},
+    {"portable": "a modelling file for machines without lorank"},
     {"table": "every name, and the file that holds its mathematics"},
     {
         "methods": "what the weights are: one paper, one file",
@@ -48,6 +49,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "tape": "what one block leaves for the next",
         "loss": "what a language model is trained on and judged by",
         "factors": "pure functions on two factors",
+        "standalone": "layers in a file next to saved weights",
         "dictionary": "matrices that blocks share",
         "pools": "candidates for the vectors of a factor",
         "moments": "what an optimizer remembers about a parameter",

@@ -226,6 +226,9 @@ class FusedProjections(nn.Module):
         outputs = [part(x).unflatten(-1, (self.heads, -1)) for part in self.children()]
         return torch.cat(outputs, dim=-1).flatten(-2)
 
+    def standalone(self) -> tuple[str, dict[str, Any]]:
+        return "Joined", {"heads": self.heads, "parts": dict(self.named_children())}
+
 
 def joined(method: Method, fused: FusedProjections) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the one matrix that several projections are in the dense model."""

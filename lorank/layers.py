@@ -62,6 +62,12 @@ class LowRankLinear(nn.Module):
         z = self.A(x)  # [..., r]: all that CoLA-M keeps
         return self.B(z if self.activation is None else ACTIVATIONS[self.activation](z))
 
+    def standalone(self) -> tuple[str, dict[str, Any]]:
+        """The layer as a class of `lorank.standalone`, and its arguments; see `lorank.portable`."""
+        bias = self.B.bias is not None
+        sizes = {"d_in": self.A.in_features, "d_out": self.B.out_features, "rank": self.A.out_features, "bias": bias}
+        return "LowRank", {**sizes, "activation": self.activation}
+
     def extra_repr(self) -> str:
         sizes = f"d_in={self.A.in_features}, d_out={self.B.out_features}, rank={self.A.out_features}"
         return sizes if self.activation is None else f"{sizes}, activation={self.activation}"

@@ -21,6 +21,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from lorank.auto import PREFIX
 from lorank.checkpointing import POLICIES, checkpoint, has_tapes, policy_is_on
+from lorank.portable import write_modelling_file
 from lorank.rewriting import rewrite
 from lorank.sites import base_prefix, choose_sites, find_sites, wanted_sites
 from lorank.table import find
@@ -44,10 +45,8 @@ def config_class(base_type: str) -> type[PretrainedConfig]:
     derived = _derive(base, {"model_type": PREFIX + base_type})
     configuration_auto.AutoConfig.register(derived.model_type, derived, exist_ok=True)
     for auto in _auto_classes():
-        if base in auto._model_mapping:
-            models = auto._model_mapping[base]
-            for model in models if isinstance(models, tuple) else (models,):
-                auto.register(derived, model_class(model, derived), exist_ok=True)  # type: ignore[arg-type]
+        for model in _classes_of(auto, base):
+            auto.register(derived, model_class(model, derived), exist_ok=True)  # type: ignore[arg-type]
     return derived
 
 
@@ -117,8 +116,16 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         if not is_on:
             checkpoint(self, policy, every=every_n_layers)
 
-    body = {"config_class": config, "__init__": __init__, "initialize_weights": initialize_weights}
-    return _derive(base, {**body, "activation_checkpointing_enable": activation_checkpointing_enable})
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("is_main_process", True):
+            autos = [
+                auto.__name__ for auto in _auto_classes() if base in _classes_of(auto, type(self.config).__bases__[0])
+            ]
+            write_modelling_file(self, save_directory, autos)
+        return base.save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[arg-type]
+
+    own = (__init__, initialize_weights, activation_checkpointing_enable, save_pretrained)
+    return _derive(base, {"config_class": config, **{function.__name__: function for function in own}})
 
 
 def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
@@ -169,6 +176,7 @@ def forget(model: PreTrainedModel) -> None:
         config.__class__ = type(config).__bases__[0]
         config.__dict__.pop("model_type", None)  # from a file; the class has its own
         del config.lorank
+        config.__dict__.pop("auto_map", None)
     for module in model.modules():
         module.__dict__.pop("is_custom_code", None)
         if type(module).__module__ == __name__:
@@ -227,6 +235,12 @@ def _auto_classes() -> list[Any]:
     """AutoModel, AutoModelForCausalLM, ... : every Auto class that maps configurations to models."""
     candidates = vars(modeling_auto).values()
     return [auto for auto in candidates if inspect.isclass(auto) and getattr(auto, "_model_mapping", None) is not None]
+
+
+def _classes_of(auto: Any, config: type) -> tuple[type[PreTrainedModel], ...]:
+    """The models that an Auto class makes of a configuration class."""
+    models = auto._model_mapping.get(config, ())
+    return models if isinstance(models, tuple) else (models,)
 
 
 def positions_of(model: nn.Module) -> int | None:

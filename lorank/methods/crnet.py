@@ -108,6 +108,10 @@ class CRNetDense(nn.Module):
         self.tape.put(0, y)
         return y
 
+    def standalone(self) -> tuple[str, dict[str, Any]]:
+        sizes = {"d_in": self.W.in_features, "d_out": self.W.out_features, "bias": self.W.bias is not None}
+        return "ChainStart", sizes
+
 
 class CRNetLinear(LowRankLinear):
     """A later layer, y = b(β) y_previous + B A x + c; `depth` is its place in the chain, 1 or more."""
@@ -132,6 +136,10 @@ class CRNetLinear(LowRankLinear):
         y = next_output(previous, change, b)
         self.tape.put(self.depth, y)
         return y
+
+    def standalone(self) -> tuple[str, dict[str, Any]]:
+        sizes = super().standalone()[1]
+        return "ChainLink", {name: size for name, size in sizes.items() if name != "activation"}
 
     def slope(self) -> float:
         """|b(β)|; reading it from an accelerator waits for pending work."""

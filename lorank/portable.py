@@ -1,0 +1,133 @@
+"""A modelling file next to saved weights, with which a model of lorank is loaded where lorank is not installed.
+
+`lorank.standalone` is copied, and the model's own classes are written at its end. config.json names them under `auto_map`,
+so ``from_pretrained(folder, trust_remote_code=True)`` finds them. A layer can be written there if its class says how, with
+a method ``standalone()`` that gives the name of a class of `lorank.standalone` and its arguments. Where lorank is imported
+its own classes are used, and nothing of the file is run.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from lorank import standalone
+
+FILE = "modeling_lorank.py"
+
+
+def write_modelling_file(model: PreTrainedModel, folder: str | Path, autos: list[str]) -> None:
+    """Write the file into `folder`, and `auto_map` into the model's configuration; neither, if a layer cannot be written.
+
+    Args:
+        autos: names of transformers' Auto classes that load such a model.
+    """
+    config: Any = model.config
+    layers = _layers(model)
+    base, base_config = type(model).__bases__[0], type(config).__bases__[0]
+    if (
+        layers is None
+        or not autos
+        or not all(one.__module__.startswith("transformers.") for one in (base, base_config))
+    ):
+        config.__dict__.pop("auto_map", None)
+        return
+    named = {"AutoConfig": f"{Path(FILE).stem}.{type(config).__name__}"}
+    config.auto_map = {**named, **{auto: f"{Path(FILE).stem}.{type(model).__name__}" for auto in autos}}
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    part = Path(folder) / f".{FILE}.part"
+    part.write_text(_text(base, base_config, type(model).__name__, type(config), layers), encoding="utf-8")
+    os.replace(part, Path(folder) / FILE)
+
+
+def _text(base: type, base_config: type, name: str, config: type[PretrainedConfig], layers: dict[str, Any]) -> str:
+    return (
+        Path(standalone.__file__).read_text(encoding="utf-8")
+        + f"""
+
+# The classes of this model.
+
+{_import(base)}
+{_import(base_config)}
+
+LAYERS = {_literal(layers)}
+
+
+class {config.__name__}({base_config.__name__}):
+    model_type = {config.model_type!r}
+
+
+class {name}({base.__name__}):
+    config_class = {config.__name__}
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        put_layers(self, LAYERS)
+"""
+    )
+
+
+def _import(kind: type) -> str:
+    public = getattr(transformers, kind.__name__, None) is kind
+    return f"from {'transformers' if public else kind.__module__} import {kind.__name__}"
+
+
+def _literal(value: Any) -> str:
+    """As Python; the same as JSON but for three words."""
+    text = json.dumps(value, indent=1)
+    return re.sub(
+        r"\b(null|true|false)\b", lambda word: {"null": "None", "true": "True", "false": "False"}[word[0]], text
+    )
+
+
+def _layers(model: nn.Module) -> dict[str, Any] | None:
+    """{name with * for the depth: [[depths, [class, arguments]], ...]}; None if a layer cannot be written."""
+    found: dict[str, list[Any]] = {}
+    for name, module in _replaced(model):
+        said = _said(module)
+        if said is None:
+            return None
+        depth = re.search(r"\.(\d+)\.", name)
+        pattern = name if depth is None else f"{name[: depth.start(1)]}*{name[depth.end(1) :]}"
+        groups = found.setdefault(pattern, [])
+        if not groups or groups[-1][1] != said:
+            groups.append([[], said])
+        groups[-1][0].append(0 if depth is None else int(depth[1]))
+    return found or None
+
+
+def _replaced(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that are not the architecture's own, outermost ones only."""
+    outer: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{one}.") for one in outer):
+            continue
+        if hasattr(module, "stands_for_linear") or hasattr(module, "standalone") or isinstance(module, nn.Identity):
+            outer.append(name)
+            yield name, module
+
+
+def _said(module: nn.Module) -> list[Any] | None:
+    """How a layer describes itself. Not by a base class whose forward pass it replaces."""
+    if isinstance(module, nn.Identity):
+        return ["Nothing", {}]
+    if isinstance(module, nn.Linear):
+        sizes = {"d_in": module.in_features, "d_out": module.out_features, "bias": module.bias is not None}
+        return ["Dense", sizes]
+    lines = type(module).__mro__
+    says = [place for place, kind in enumerate(lines) if "standalone" in vars(kind)]
+    runs = [place for place, kind in enumerate(lines) if "forward" in vars(kind)]
+    if not says or says[0] > runs[0]:
+        return None
+    kind, arguments = module.standalone()  # type: ignore[operator]
+    if "parts" in arguments:
+        arguments = {**arguments, "parts": {name: _said(part) for name, part in arguments["parts"].items()}}
+        if None in arguments["parts"].values():
+            return None
+    return [kind, arguments]

@@ -1,0 +1,100 @@
+"""A saved model is loaded where lorank is not installed: by the file next to its weights, in a process without lorank."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import lorank
+from lorank import standalone
+
+SHAPES = {
+    "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
+    "gpt2": {"n_embd": 32, "n_layer": 3, "n_head": 4},
+}
+METHODS = {
+    ("llama", "cola"): lorank.CoLA(rank=8, nonlinearity="low-rank"),
+    ("gpt2", "cola"): lorank.CoLAM(rank=8),
+    ("llama", "crnet"): lorank.CRNet(rank=8, beta=0.7),
+    ("gpt2", "crnet"): lorank.CRNet(rank=8),
+}
+ELSEWHERE = """
+import json, sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+for folder in json.loads(sys.argv[1]):
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    want = load_file(folder + "/want.st")
+    assert "lorank" not in sys.modules
+    assert torch.allclose(model(want["ids"]).logits, want["logits"], atol=1e-5), folder
+    assert torch.equal(model.generate(want["ids"], max_new_tokens=6, do_sample=False), want["text"]), folder
+"""
+
+
+def converted(kind: str, method: Any) -> Any:
+    torch.manual_seed(0)
+    shape = {**SHAPES[kind], "vocab_size": 96, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    model = lorank.convert(AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape)), method).eval()
+    for p in model.parameters():
+        p.data.mul_(2)  # far from ties
+    return model
+
+
+def test_a_process_without_lorank_computes_the_same(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folders, ids = [], torch.arange(1, 9)[None]
+    for (kind, name), method in METHODS.items():
+        model, folder = converted(kind, method), tmp_path / f"{kind}-{name}"
+        with torch.no_grad():
+            text = model.generate(ids, max_new_tokens=6, do_sample=False)
+            model.save_pretrained(folder)
+            save_file({"ids": ids, "logits": model(ids).logits, "text": text}, folder / "want.st")
+        folders.append(str(folder))
+    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
+    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, json.dumps(folders)]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_layers_that_cannot_be_written_are_not(tmp_path: Path) -> None:
+    """SLTrain merges to a dense model instead. What another method left in a configuration goes."""
+    model = converted("llama", lorank.SLTrain(rank=8))
+    model.config.auto_map = {"AutoConfig": "modeling_lorank.Old"}
+    model.save_pretrained(tmp_path)
+    assert not (tmp_path / "modeling_lorank.py").exists()
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_where_lorank_is_imported_the_file_is_not_run(tmp_path: Path) -> None:
+    converted("llama", lorank.CoLA(rank=8)).save_pretrained(tmp_path)
+    written = (tmp_path / "modeling_lorank.py").read_text()
+    assert written.startswith(Path(standalone.__file__).read_text()) and str(tmp_path) not in written
+    (tmp_path / "modeling_lorank.py").write_text("raise SystemExit('was run')\n")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded).__module__ == "lorank.pretrained"
+
+
+def test_a_merged_model_names_no_file() -> None:
+    model = converted("llama", lorank.LowRank(rank=8))
+    model.config.auto_map = {"AutoConfig": "modeling_lorank.LorankLlamaConfig"}
+    assert not hasattr(lorank.merge(model).config, "auto_map")
+
+
+@pytest.mark.parametrize("beta", [-0.5, 0.0, 2.0])
+def test_a_chain_adds_the_block_before(beta: float) -> None:
+    chain: dict[str, Any] = {}
+    first = standalone.ChainStart(chain, 4, 6, True)
+    link = standalone.ChainLink(chain, d_in=4, d_out=6, rank=2, bias=True)
+    link.beta.data.fill_(beta)
+    x = torch.randn(3, 4)
+    b = beta - 1e-6 if beta < 0 else beta + 1e-6
+    want = b * (x @ first.W.weight.T + first.W.bias) + x @ link.A.weight.T @ link.B.weight.T + link.B.bias
+    first(x)
+    assert torch.allclose(link(x), want, atol=1e-6)
