@@ -338,7 +338,9 @@ def converted_inside(model: nn.Module) -> nn.Module | None:
         raise ValueError(f"model must contain one converted model, got {names}; give each of them by itself")
     if outermost:
         return outermost[0]
-    if any(hasattr(module, "stands_for_linear") for module in model.modules()):
+    if any(
+        "stands_for_linear" in vars(module) for module in model.modules()
+    ):  # set by `rewrite`; EGG's class has it too
         raise ValueError(f"model must be the whole converted model, got only a {type(model).__name__} from it")
     if next(model.parameters(), None) is None:
         raise ValueError(

@@ -8,6 +8,8 @@ from urllib.parse import urlsplit
 
 import datasets
 from huggingface_hub import constants
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
@@ -34,3 +36,26 @@ def asked_if_reachable() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+class OwnCode(ValueError):
+    """A model that transformers can only build with code from its folder."""
+
+    def __init__(self, place: str):
+        super().__init__(
+            f"{place} names code of its own (auto_map in config.json), which lorank never runs; use a model type that transformers has"
+        )
+
+
+def read_config(place: str) -> PretrainedConfig:
+    """The configuration in a folder, a file or on the hub. Code beside it is never run, and nobody is asked whether it may.
+
+    Raises:
+        OwnCode: transformers has no class for it.
+        OSError, ValueError, KeyError, TypeError, StrictDataclassError: it could not be read.
+    """
+    with asked_if_reachable():
+        found, _ = PretrainedConfig.get_config_dict(place)
+        if found.get("auto_map") and found.get("model_type") not in CONFIG_MAPPING:
+            raise OwnCode(place)
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)

@@ -19,7 +19,7 @@ from lorank.evolution.egg import EggConfig
 from lorank.pretrained import positions_of
 from lorank.table import find
 from lorank.train.data import load_tokenizer
-from lorank.train.hub import asked_if_reachable
+from lorank.train.hub import OwnCode, read_config
 from lorank.train.methods import KEYS, Methods, methods_of
 from lorank.train.recipe import Recipe
 from lorank.train.vocabulary import set_vocabulary
@@ -59,6 +59,7 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
             f"model={recipe.model!r} is already converted ({config.lorank['method']}); give the dense model it was made from"
         )
     check_quantization(config)
+    vars(config).pop("auto_map", None)  # code of its own, which is not run
     config.use_cache = False
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True  # BERT and its kin attend to later tokens unless told not to
@@ -113,8 +114,9 @@ def _read_config(name: str) -> PretrainedConfig:
             f"model={name!r} does not exist; give a folder with a config.json, or a model type such as gpt2"
         )
     try:
-        with asked_if_reachable():
-            return AutoConfig.from_pretrained(os.path.expanduser(name))
+        return read_config(os.path.expanduser(name))
+    except OwnCode:
+        raise
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         # a field that a configuration class refuses appears in the last line, all else in the first
         reason = str(error).strip().splitlines()[-1 if isinstance(error, StrictDataclassError) else 0]
@@ -203,7 +205,7 @@ def check_causal(model: PreTrainedModel) -> None:
 
     def cut(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
         found.append(output.detach().requires_grad_())
-        return found[0]
+        return found[-1].clone()  # which CTRL changes in place
 
     kind, training = model.config.model_type, model.training
     hook = model.get_input_embeddings().register_forward_hook(cut)
@@ -211,7 +213,8 @@ def check_causal(model: PreTrainedModel) -> None:
         with torch.enable_grad():
             ids = torch.arange(8, device=model.device)[None]
             logits = model.eval()(input_ids=ids, use_cache=False).logits
-            [influence] = torch.autograd.grad(logits[:, :-1].float().square().sum(), found[:1])
+            wanted = logits[:, :-1].float().square().sum()
+            influence = torch.autograd.grad(wanted, found, materialize_grads=True)
         hook.remove()
         with torch.no_grad():
             other = model(input_ids=ids.where(ids < 7, 3), use_cache=False).logits
@@ -222,10 +225,10 @@ def check_causal(model: PreTrainedModel) -> None:
     finally:
         hook.remove()
         model.train(training)
-    if not influence.isfinite().all():
+    if not all(one.isfinite().all() for one in influence):
         raise ValueError(f"a model of type {kind!r} gives numbers that are not finite on any text; it has diverged")
     moved = (other - logits)[:, :-1].detach().abs().max() / logits.detach().abs().max()
-    if influence[:, -1].any() or moved > torch.finfo(logits.dtype).eps ** 0.5:
+    if any(one[:, -1].any() for one in influence) or moved > torch.finfo(logits.dtype).eps ** 0.5:
         raise ValueError(
             f"model type {kind!r} sees the tokens it should predict, so its perplexity would mean nothing; use a decoder"
         )

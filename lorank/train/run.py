@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, TrainerCallback, set_seed
+from transformers import TrainerCallback, set_seed
 
 from lorank import accounting
 from lorank.conversion import method_of
@@ -33,6 +33,7 @@ from lorank.train.folder import (
     write_whole,
 )
 from lorank.train.generation import generate_text
+from lorank.train.hub import read_config
 from lorank.train.memory import PeakMemory
 from lorank.train.methods import resolved, title_of, with_changed_defaults
 from lorank.train.model import build_config, build_model, check_causal
@@ -79,7 +80,7 @@ def pretrain(
         order_seed=recipe.seed,
     )
     config = build_config(recipe, corpus.tokenizer)
-    saved = AutoConfig.from_pretrained(start_from) if start_from else None
+    saved = read_config(str(start_from)) if start_from else None
     if saved is not None:
         keep_vocabulary(config, saved)
     check_corpus(recipe, corpus, config.vocab_size)

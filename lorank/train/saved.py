@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
-    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -19,7 +18,7 @@ from transformers import (
 )
 
 from lorank.train.data import load_tokenizer
-from lorank.train.hub import asked_if_reachable, is_reachable
+from lorank.train.hub import OwnCode, asked_if_reachable, is_reachable, read_config
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
@@ -60,9 +59,12 @@ def load_model(
     place = str(path) if looks_local else folder
     try:
         with asked_if_reachable():
-            kind = _kind_of(AutoConfig.from_pretrained(place), folder) if of_any_kind else AutoModelForCausalLM
-            model = kind.from_pretrained(place)
-    except _Unfit:
+            config = read_config(place)
+            kind: Any = _kind_of(config, folder) if of_any_kind else AutoModelForCausalLM
+            if getattr(config, "auto_map", None) and type(config) not in kind._model_mapping:
+                raise OwnCode(folder)
+            model = kind.from_pretrained(place, trust_remote_code=False)
+    except (_Unfit, OwnCode):
         raise
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0]
