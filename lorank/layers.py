@@ -26,6 +26,15 @@ def entry_std(d_in: int, d_out: int, rank: int) -> float:
     return (rank * (d_in + d_out)) ** -0.25
 
 
+def scale_at(alpha: float, scale: float | None, rank: int) -> float:
+    """Multiplier of a low-rank term: `scale`, or α/r if it is None.
+
+    >>> scale_at(32.0, None, 128), scale_at(32.0, 0.5, 128)
+    (0.25, 0.5)
+    """
+    return alpha / rank if scale is None else scale
+
+
 class LowRankLinear(nn.Module):
     """y = B σ(A x) + b instead of a dense layer; σ is "silu", "gelu", "relu", or None for a linear map.
 

@@ -103,6 +103,9 @@ class Method:
     once: ClassVar[Mapping[str, Any]] = {}
     """Defaults that have changed, as they were. Runs name these settings; one that does not began with the old."""
 
+    adamw: ClassVar[type[Optimizer] | None] = None
+    """The class of optimizer that the method's own hook needs; None: any will do."""
+
     def __post_init__(self) -> None:
         check_fields(self)
 

@@ -120,7 +120,7 @@ def _scaled(method: Method, given: dict[str, Any], width: int) -> dict[str, Any]
     settings = {**given, **RECORDED.get(method.name, method.soon)}
     if isinstance(settings.get("rank"), int):
         settings["rank"] = settings["rank"] / width
-    if alpha := getattr(method, "alpha", None):
+    if (alpha := getattr(method, "alpha", 1.0)) != 1.0:  # 1 is SwitchLoRA's, which draws its factors for it
         settings["alpha"] = alpha * WIDTH / width
     return settings
 

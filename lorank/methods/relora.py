@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorank.fields import Bounds, Fraction, Positive, Rank, Whole
-from lorank.layers import FrozenPlusLowRank
+from lorank.layers import FrozenPlusLowRank, scale_at
 from lorank.method import Method, Published, Site, StepHook, check_ranks, rank_at, seeded_generator, warmup_cosine
 from lorank.moments import Prune, check_prunable, moments, prune_
 from lorank.rounding import Rests
@@ -105,6 +105,8 @@ class ReLoRA(Method):
     """Width of the factors: an integer (the authors' 128), a fraction of the width, or {pattern: either}."""
     alpha: Positive = 32.0
     """The low-rank term is multiplied by α/r."""
+    scale: Positive | None = None
+    """Multiplier of the low-rank term in place of α/r, so that one setting suits all ranks and widths; `alpha` then has no effect."""
     dropout: Annotated[float, Bounds(least=0, below=1)] = 0.1
     """Dropout of the factors' input in training."""
     cycle: Annotated[int, Bounds(least=2)] | None = None
@@ -142,7 +144,7 @@ class ReLoRA(Method):
         return ReLoRALinear(
             site.linear,
             rank,
-            scale=self.alpha / rank,
+            scale=scale_at(self.alpha, self.scale, rank),
             dropout=self.dropout,
             start=self.start,
             frozen=self.warm_start == 0,

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorank.fields import Fraction, Positive, Rank
-from lorank.layers import Factor, autocast_dtype, like, loaded
+from lorank.layers import Factor, autocast_dtype, like, loaded, scale_at
 from lorank.method import Method, Published, Site, check_ranks, rank_at
 
 # ---- the mathematics
@@ -186,6 +186,8 @@ class SLTrain(Method):
     """Width r of the factors: an integer, a fraction of the width, or {pattern: either}."""
     alpha: Positive = 32.0
     """The low-rank part is multiplied by alpha / r. The paper's: 32 (60M), 16 (130M, 350M), 8 (1B, 7B)."""
+    scale: Positive | None = None
+    """Multiplier of the low-rank term in place of α/r, so that one setting suits all ranks and widths; `alpha` then has no effect."""
     density: Fraction = 0.03
     """Part of a matrix's entries that S may fill; 0.05 in the authors' 7B script. With 0 the layer is B A."""
     support_seed: int = 0
@@ -200,7 +202,7 @@ class SLTrain(Method):
             site.d_in,
             site.d_out,
             rank,
-            scale=self.alpha / rank,
+            scale=scale_at(self.alpha, self.scale, rank),
             nnz=support_size(self.density, site.d_in, site.d_out),
             seed=site_seed(self.support_seed, site.name),
             bias=site.linear.bias is not None,

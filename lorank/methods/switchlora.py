@@ -1,6 +1,6 @@
 """SwitchLoRA: a frozen dense weight plus factors; at each step a few of their vectors are exchanged for others from a pool.
 
-    y = W x + (1/r) B A x (+ b)            x [..., d_in]   A [r, d_in]   B [d_out, r]   W [d_out, d_in] frozen
+    y = W x + (α/r) B A dropout(x) (+ b)   x [..., d_in]   A [r, d_in]   B [d_out, r]   W [d_out, d_in] frozen   α = 1
 
 Saves: gradients, optimizer state.
 
@@ -21,7 +21,7 @@ If W has 16 bits, what rounding takes at exchanges is kept beside it (`lorank.ro
 Source: "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information", arXiv 2406.06564; asfsdsf/SwitchLoRA.
 
 Departures from the authors' code. All projections are converted, whatever their names; biases train. Seeded generators
-draw pools and choices, so a run resumes exactly. In discontinuous mode only the successors are drawn. No LoRA start, no
+draw pools and choices, so a run resumes exactly. In discontinuous mode only the successors are drawn. No
 higher learning rate to make up for frozen steps (off in theirs). A layer with r = 1 or r >= c exchanges nothing.
 """
 
@@ -42,6 +42,7 @@ from lorank.optim.adamw import VectorAdamW, check_factors, reset_vectors
 from lorank.pools import Pool, room, tensors_of
 
 Frequency = Literal["exponential", "z"]
+Start = Literal["paper", "lora"]
 
 
 # ---- the mathematics
@@ -76,13 +77,13 @@ def theta(step: int, steps: int, ratio: float, frequency: Frequency) -> float:
 
 
 @torch.no_grad()
-def exchange_(W: Tensor, vectors: Tensor, partners: Tensor, rows: Tensor, new: Tensor) -> None:
-    """(1) for several rows, in place: vectors[rows] <- new, and W + (1/r) partners^T vectors stays the same.
+def exchange_(W: Tensor, vectors: Tensor, partners: Tensor, rows: Tensor, new: Tensor, alpha: float = 1.0) -> None:
+    """(1) for several rows, in place: vectors[rows] <- new, and W + (α/r) partners^T vectors stays the same.
 
     W [p, q], vectors [r, q], partners [r, p], rows [k], new [k, q]: W, A, B^T; or, to exchange columns of B, W^T, B^T, A.
     """
     difference = wide(vectors[rows]) - wide(new)  # [k, q]
-    W.add_(wide(partners[rows]).T @ difference, alpha=1 / len(vectors))
+    W.add_(wide(partners[rows]).T @ difference, alpha=alpha / len(vectors))
     vectors[rows] = new
 
 
@@ -90,16 +91,19 @@ def exchange_(W: Tensor, vectors: Tensor, partners: Tensor, rows: Tensor, new: T
 
 
 class SwitchLoRALinear(FrozenPlusLowRank):
-    """y = W x + (1/r) B A x + b, where `dense` becomes W and the sum starts as the dense layer."""
+    """y = W x + (α/r) B A dropout(x) + b, where `dense` becomes W and the sum starts as the dense layer."""
 
     edits_W = True
 
-    def __init__(self, dense: nn.Linear, rank: int):
-        super().__init__(dense, rank, scale=1 / rank)
+    def __init__(
+        self, dense: nn.Linear, rank: int, *, alpha: float = 1.0, dropout: float = 0.0, start: Start = "paper"
+    ):
+        super().__init__(dense, rank, scale=alpha / rank, dropout=dropout)
+        self.alpha, self.start = alpha, start
         self._start(subtract=True)
 
     def reset_parameters(self) -> None:
-        """Draw A and B and subtract (1/r) B A from W, which must hold the dense W_0 unless it came from a file."""
+        """Draw A and B and subtract (α/r) B A from W, which must hold the dense W_0 unless it came from a file."""
         self._start(subtract=not loaded(self.W.weight))
 
     @torch.no_grad()
@@ -111,11 +115,13 @@ class SwitchLoRALinear(FrozenPlusLowRank):
 
     @property
     def entry_stds(self) -> tuple[float, float]:
+        if self.start == "lora":
+            return (3 * self.W.in_features) ** -0.5, 0.0  # Kaiming's with slope sqrt(5)
         return entry_stds(self.W.in_features, self.W.out_features, self.A.out_features)
 
     def product(self) -> Tensor:
-        """(1/r) B A [d_out, d_in], in single precision or better, divided, not multiplied by a rounded 1/r."""
-        return wide(self.B.weight) @ wide(self.A.weight) / self.A.out_features
+        """(α/r) B A [d_out, d_in], in single precision or better, divided, not multiplied by a rounded α/r."""
+        return wide(self.B.weight) @ wide(self.A.weight) / (self.A.out_features / self.alpha)
 
 
 # ---- the method
@@ -126,12 +132,19 @@ class SwitchLoRA(Method):
     """SwitchLoRA with its hyper-parameters."""
 
     name: ClassVar[str] = "switchlora"
+    adamw: ClassVar[type[Optimizer] | None] = VectorAdamW
     keeps_outputs: ClassVar[bool] = True
     published: ClassVar[Published] = {"350m": {"rank": 256}, "1b": {"rank": 512}}  # 1b: 1.3B; others are not known
     soon: ClassVar[Mapping[str, Any]] = {"interval": 2, "freeze_steps": 1}
 
     rank: Rank = 0.25
     """Vectors of each factor: an integer, a fraction of the width (the paper's d/4), or {pattern: either}."""
+    alpha: Positive = 1.0
+    """The low-rank term is multiplied by α/r; to keep a setting over ranks and widths, choose α in proportion to r."""
+    dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
+    """Dropout of the factors' input in training."""
+    start: Start = "paper"
+    """Initial factors and candidates: both drawn ("paper"), or A as Kaiming's and B zero ("lora", the original LoRA start)."""
     interval: Annotated[float, Bounds(least=1)] = 40
     """Steps between two exchanges of one vector at the highest frequency; at least 2 freeze_steps."""
     ratio: Positive = 0.1
@@ -154,7 +167,8 @@ class SwitchLoRA(Method):
         check_ranks(self.rank, sites)
 
     def build(self, site: Site) -> nn.Module:
-        return SwitchLoRALinear(site.linear, rank_at(self.rank, site))
+        options: Any = {"alpha": self.alpha, "dropout": self.dropout, "start": self.start}
+        return SwitchLoRALinear(site.linear, rank_at(self.rank, site), **options)
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         assert isinstance(module, SwitchLoRALinear)
@@ -222,7 +236,7 @@ class SwitchLoRAHook(StepHook):
         rows = (pool.pointer + torch.arange(count)) % len(pool.selected)
         here = rows.to(W.device)
         new = pool.swap(rows, pool.vectors[here], draw if self.method.mode == "discontinuous" else None)
-        exchange_(W, pool.vectors, partner.vectors, here, new)
+        exchange_(W, pool.vectors, partner.vectors, here, new, self.method.alpha)
         partner.frozen[rows] = self.method.freeze_steps
         reset_vectors(self.optimizer, partner.weight, partner.dim, here)
 

@@ -313,3 +313,10 @@ def test_moments_of_two_shapes_have_no_common_mask(small: Any, tokens: Tensor) -
     step_hook(model, optimizer, steps=8)
     with pytest.raises(ValueError, match="reset must be 'zero' with Adafactor, whose moments differ in shape"):
         a_step(model, optimizer, tokens)
+
+
+@pytest.mark.parametrize("method", [ReLoRA, lorank.SLTrain])
+def test_a_scale_is_the_same_at_every_rank(method: Any, small: Any) -> None:
+    for rank in (2, 8):
+        layer = convert(small("llama"), method(rank=rank, scale=0.5)).model.layers[0].self_attn.q_proj
+        assert (layer.scale, layer.A.out_features) == (0.5, rank)

@@ -267,3 +267,29 @@ def test_a_rank_that_uses_the_whole_pool_exchanges_nothing() -> None:
     assert torch.equal(bench.A, before)
     assert hook is not None
     assert hook.state_dict().keys() == {"step"}
+
+
+# ---- alpha, dropout and the LoRA start
+
+
+def test_alpha_scales_the_term_and_exchanges_keep_the_function() -> None:
+    bench = Bench(12, 10, rank=4, interval=1, freeze_steps=0, alpha=3.0, **ALWAYS).attach()
+    whole = lambda: (bench.W + 3 * bench.B @ bench.A / 4).detach()  # noqa: E731
+    start, A = whole(), bench.A.detach().clone()
+    x = numbers(5, 12)
+    torch.testing.assert_close(bench.layer(x), x @ start.T + bench.layer.W.bias)
+    bench.step(0.0)
+    assert not torch.equal(bench.A, A)
+    torch.testing.assert_close(whole(), start)
+
+
+def test_the_lora_start_is_the_dense_layer_itself() -> None:
+    dense = nn.Linear(48, 16, bias=False)
+    before = dense.weight.detach().clone()
+    layer: Any = SwitchLoRA(rank=8, start="lora", dropout=0.5).build(Site("layers.0.q", "layers.*.q", 0, dense))
+    assert torch.equal(layer.W.weight, before) and not layer.B.weight.any()
+    assert layer.A.weight.abs().max() <= 48**-0.5 and layer.A.weight.std().item() == pytest.approx(144**-0.5, rel=0.1)
+    x = torch.ones(4, 48)
+    nn.init.ones_(layer.B.weight)
+    assert not torch.equal(layer(x)[0], layer(x)[1]), "each row has its own mask"
+    assert torch.equal(layer.eval()(x)[0], layer(x)[1])
