@@ -25,11 +25,15 @@ from lorank.optim.loading import load
 from lorank.optim.rules import RULES, Rule
 from lorank.optim.shards import Waiting, gathered, like, local, local_gradient, put_back, stand_in, whole
 from lorank.optim.stacks import Product, Stack, check_finite, stacks
+from lorank.optim.stochastic import rounded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ByGroups(Method):
     """Base of the methods that move weights group by group, with `LowRankOptimizer`."""
+
+    stochastic_rounding: bool = False
+    """Round bfloat16 weights by chance, see lorank/optim/stochastic.py; it changes nothing for others."""
 
     key: ClassVar[str] = "optimizer"
     per_group: ClassVar[tuple[str, ...]] = ()
@@ -234,16 +238,38 @@ class LowRankOptimizer(Arriving):
                 self._step_plain(group)
             for stack in of_group:
                 self._step_stack(stack)
+        for group in self.param_groups if self.method.stochastic_rounding else ():
+            group["roundings"] = group.get("roundings", 0) + 1
         return loss
+
+    def _by_chance(self, p: Tensor) -> bool:
+        return self.method.stochastic_rounding and p.dtype == torch.bfloat16
+
+    def _exact(self, p: Tensor) -> Tensor:
+        """The parameter, or where it will be rounded by chance a copy in single precision."""
+        return p.float() if self._by_chance(p) else p
+
+    def _store(self, V: Tensor, p: nn.Parameter, group: dict[str, Any]) -> None:
+        """V, whole or sharded like `p`, into `p`."""
+        if V is p:
+            return
+        part = local(V if isinstance(V, DTensor) else like(V, p))
+        if self._by_chance(p):
+            place = next(i for i, q in enumerate(q for g in self.param_groups for q in g["params"]) if q is p)
+            part = rounded(part, group.get("roundings", 0) * 1_000_003 + place)
+        local(p).copy_(part)
 
     def _step_stack(self, stack: Stack) -> None:
         group = stack.group
         G = stack.get("arrived") if "arrived" in stack.states[0] else stack.gradients()
         turned = self.method.tall and G.shape[-2] < G.shape[-1]
         move = self.method.move(stack, G.mT if turned else G, group)
-        self._decay(stack.parameters, group, now=not self.method.decays_last)
-        stack.add(move.mT if turned else move)
-        self._decay(stack.parameters, group, now=self.method.decays_last)
+        weights: list[Any] = [self._exact(p) for p in stack.parameters]
+        self._decay(weights, group, now=not self.method.decays_last)
+        stack._replace(parameters=weights).add(move.mT if turned else move)
+        self._decay(weights, group, now=self.method.decays_last)
+        for p, V in zip(stack.parameters, weights, strict=True):
+            self._store(V, p, group)
         for state in stack.states:
             state.pop("arrived", None)
             state["steps"] += 1
@@ -270,22 +296,28 @@ class LowRankOptimizer(Arriving):
             for state, part in zip(states, parts, strict=True):
                 state.update({n: v for n, v in part.items() if not isinstance(state[n], DTensor)})
         for some in apart:
-            W, kept = [whole(p).clone() for p in some], [gathered(self.state[p]) for p in some]
-            G = [torch.zeros_like(V) if p.grad is None else whole(p.grad) * sign for p, V in zip(some, W, strict=True)]
+            W, kept = [self._exact(whole(p).clone()) for p in some], [gathered(self.state[p]) for p in some]
+            for V, state in zip(W, kept, strict=True):
+                state.update({name: state[name].to(V.dtype) for name in rule.typed if name in state})
+            pairs = list(zip(some, W, strict=True))
+            G = [torch.zeros_like(V) if p.grad is None else whole(p.grad).to(V.dtype) * sign for p, V in pairs]
             rule.step(W, G, kept, given)
-            for p, V, state in zip(some, W, kept, strict=True):
-                local(p).copy_(local(like(V, p)))
-                put_back(state, self.state[p])
-        self._decay(weights, group, now=self.method.decays_last)
+            self._decay(W, group, now=self.method.decays_last)
+            for (p, V), state in zip(pairs, kept, strict=True):
+                self._store(V, p, group)
+                put_back({n: v.to(p.dtype) if n in rule.typed else v for n, v in state.items()}, self.state[p])
+        self._decay(together, group, now=self.method.decays_last)
 
-    @staticmethod
-    def _sets(group: dict[str, Any], rule: Rule) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
+    def _sets(self, group: dict[str, Any], rule: Rule) -> tuple[list[nn.Parameter], list[list[nn.Parameter]]]:
         """The parameters that have gradients: those that move in one call, and sets of those that must be gathered, one by one.
         Of a pair both move if one has a gradient."""
         params, k = group["params"], rule.at_once
         sets = [params[i : i + k] for i in range(0, len(params), k)]
         sets = [some for some in sets if any(p.grad is not None for p in some) and all(p.numel() for p in some)]
-        gathers = [not rule.elementwise and any(isinstance(p, DTensor) for p in some) for some in sets]
+        gathers = [
+            (not rule.elementwise and any(isinstance(p, DTensor) for p in some)) or any(map(self._by_chance, some))
+            for some in sets
+        ]
         apart = [some for some, gather in zip(sets, gathers, strict=True) if gather]
         return [p for some, gather in zip(sets, gathers, strict=True) if not gather for p in some], apart
 
