@@ -44,7 +44,7 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     from lorank.report.progress import TerminalProgress
     from lorank.report.tables import runs_table
     from lorank.train import run
-    from lorank.train.folder import read_run
+    from lorank.train.folder import read_json, read_run
     from lorank.train.methods import title_of
 
     settings = settings or read_run(resume or "")
@@ -61,4 +61,5 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
         sys.exit(130)
     console.print(runs_table({title: {**dataclasses.asdict(summary), "lr": settings.lr}}))
     console.print(f"\n{visible(summary.sample)}\n", markup=False, highlight=False)
+    console.print(f"text: {visible(read_json(folder / 'run.json')['corpus'])}", markup=False, highlight=False)
     console.print(f"model, metrics and model card are in [bold]{folder}[/bold]", highlight=False)

@@ -5,7 +5,6 @@ token, or uses it for text, the configuration has none either. A few architectur
 that the tokenizer does not use, in a row more if there is no other.
 """
 
-import contextlib
 from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -39,7 +38,7 @@ def set_vocabulary(
             _set_sizes(part, rows)
             for name in TOKENS:
                 if isinstance(index := getattr(part, name, None), int) and index >= rows:
-                    setattr(part, name, None)
+                    _set_token(part, name, None, rows)
         return
     rows = vocab_size or rows_of(tokenizer)
     padding = padding_id(tokenizer)
@@ -59,8 +58,15 @@ def set_vocabulary(
         for name in TOKENS:
             index = padding if name in PADDING else getattr(tokenizer, name)
             if name != "pad_index" or hasattr(part, name):
-                with contextlib.suppress(Exception):  # a class that insists on a number, which none then uses
-                    setattr(part, name, index)
+                _set_token(part, name, index, rows)
+
+
+def _set_token(config: PretrainedConfig, name: str, index: int | None, rows: int) -> None:
+    """Set an id; where a class insists on a number and there is none, the last row's."""
+    try:
+        setattr(config, name, index)
+    except Exception:  # each class checks its fields in its own way
+        setattr(config, name, rows - 1)
 
 
 def keep_vocabulary(config: PretrainedConfig, saved: PretrainedConfig) -> None:

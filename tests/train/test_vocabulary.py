@@ -59,6 +59,15 @@ def test_a_type_that_needs_padding_gets_an_id_without_text() -> None:
             set_vocabulary(config, byte_tokenizer(), 256)
 
 
+@pytest.mark.parametrize("kind", ["mllama", "emu3", "gpt2"])
+def test_ids_beyond_the_vocabulary_are_removed(kind: str) -> None:
+    """Or lie in it, where a configuration insists on a number."""
+    config: PretrainedConfig = AutoConfig.for_model(kind)
+    set_vocabulary(config, None, 300)
+    text = config.get_text_config(decoder=True)
+    assert all((getattr(text, name, None) or 0) < 300 for name in ("bos_token_id", "eos_token_id", "pad_token_id"))
+
+
 def test_a_run_goes_on_with_the_rows_and_tokens_it_began_with() -> None:
     config = build_config(Recipe(size="tiny"), byte_tokenizer())
     keep_vocabulary(config, LlamaConfig(vocab_size=128, pad_token_id=0, eos_token_id=5))
