@@ -6,9 +6,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorank.method import SHARED
 from lorank.optim.groups import hidden_matrices
 from lorank.optim.rules import Group, Rule, State
 from lorank.optim.stacks import STACKED
+from lorank.sites import linear_layers
 
 
 class Pair(NamedTuple):
@@ -53,13 +55,23 @@ def draw(
             W.normal_(0, std, generator=generator)
 
 
+def projections(model: nn.Module) -> set[nn.Parameter]:
+    """The matrices that a method has made or could have made factors of: those of the projections in the blocks, converted or not,
+    and what blocks share. Routers, heads and what is between embeddings and blocks are none."""
+    linear = [model.get_submodule(site.name) for site in linear_layers(model) if site.router is None]
+    converted = [module for module in model.modules() if hasattr(module, "stands_for_linear")]
+    inside = {p for module in (*linear, *converted) for p in module.parameters()}
+    shared = {p for name, p in model.named_parameters() if f".{SHARED}" in f".{name}"}
+    return {p for p in hidden_matrices(model) if p in inside or p in shared}
+
+
 def pair_groups(
     model: nn.Module, groups: Sequence[dict[str, Any]], rule: str, *, refuse: bool = True
 ) -> list[dict[str, Any]]:
     """The groups, those with factors split: first the pairs [A, B, A, B, ...] under `rule`, then the rest under AdamW.
 
     Raises:
-        ValueError: the model has no pairs; one is spread over two groups; or, with `refuse`, a matrix of its blocks is in none.
+        ValueError: the model has no pairs; one is spread over two groups; or, with `refuse`, one of its `projections` is in none.
     """
     found = list(pairs(model))
     if not found:
@@ -69,7 +81,7 @@ def pair_groups(
     partner = {pair.A: pair.B for pair in found}
     factors = {*partner, *partner.values()}
     names = {p: name for name, p in model.named_parameters()}
-    if refuse and (alone := [p for p in hidden_matrices(model) if p.requires_grad and p not in factors]):
+    if refuse and (alone := [p for p in projections(model) if p.requires_grad and p not in factors]):
         listed = ", ".join(sorted(names[p] for p in alone)[:3]) + (
             f" and {len(alone) - 3} more" if len(alone) > 3 else ""
         )

@@ -142,7 +142,7 @@ class Spectron(ByGroups):
     bounded: bool = False
     """Divide what Newton-Schulz gives by 1.2024, so that ‖ΔW‖₂ ≤ lr holds for certain."""
     unpaired: Literal["refuse", "adamw"] = "refuse"
-    """What becomes of matrices in the blocks that are no factors."""
+    """What becomes of projections in the blocks that have no factors; routers and the like are AdamW's anyway."""
 
     @property
     def rules(self) -> Mapping[str, Rule]:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForCausalLM, OPTConfig, OPTForCausalLM
 
 import lorank
 from lorank import Spectron
@@ -256,6 +257,25 @@ def test_matrices_in_no_pair_are_refused_by_name() -> None:
     for wrong, words in (([A], "got no B"), ([B, A], r"got \[12, 4\] and \[4, 20\]")):
         with pytest.raises(ValueError, match=f"must hold A .*, B .* in order, {words}"):
             made.add_param_group({"params": wrong, "rule": "spectron"})
+
+
+@pytest.mark.filterwarnings("ignore:low-rank leaves .* dense, experts")
+def test_what_could_not_be_factors_is_adamws() -> None:
+    """A head's own layer (BERT), what leads to the blocks (OPT), and routers (Mixtral)."""
+    small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 24}
+    bert = BertForMaskedLM(BertConfig(**small, intermediate_size=32))
+    opt = OPTForCausalLM(OPTConfig(**small, ffn_dim=32, word_embed_proj_dim=8))
+    mixtral = MixtralForCausalLM(
+        MixtralConfig(**small, intermediate_size=32, num_key_value_heads=1, num_local_experts=2)
+    )
+    for model, name in (
+        (bert, "cls.predictions.transform.dense"),
+        (opt, "model.decoder.project_in"),
+        (mixtral, "model.layers.0.mlp.gate"),
+    ):
+        made = lorank.optimizer(lorank.convert(model, "low-rank"), "spectron", lr=0.05)
+        rules = {p: group["rule"] for group in made.param_groups for p in group["params"]}
+        assert rules[model.get_submodule(name).weight] == "adamw" and len(rules) == len(list(model.parameters()))
 
 
 def test_one_factor_without_a_gradient_keeps_its_momentum() -> None:
