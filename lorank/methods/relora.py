@@ -20,9 +20,8 @@ authors' repository Guitaricet/relora.
 Departures from the authors' code. It sets 99.9 % of the moments to zero, each by a mask of its own, and some of its first
 moments survive where the second does not, so that an entry moves by lr m / eps; here all become zero or one mask serves
 both (`reset_masks="repo"` is theirs). There A and B both start at 0, so that until the first merge neither has a gradient and
-only embeddings, head, norms and biases learn; here A is drawn as at a restart (`start="repo"` is theirs). Merging and
-resetting the optimizer have one period. The warm start belongs to the run instead of a checkpoint. Our cosine counts from
-the end of the warm start. Any optimizer will do, not only Adam: its moments of the factors are reset (`lorank.moments`).
+only embeddings, head, norms and biases learn; here A is drawn as at a restart (`start="repo"` is theirs). The warm start belongs to the
+run instead of a checkpoint. Our cosine counts from the end of the warm start. Any optimizer will do, not only Adam: its moments of the factors are reset (`lorank.moments`).
 """
 
 import math
@@ -97,7 +96,7 @@ class ReLoRA(Method):
 
     name: ClassVar[str] = "relora"
     keeps_outputs: ClassVar[bool] = True
-    # rank 128 everywhere, so that alpha/r is 1/4; the paper ends at 1.3B, our 1b
+    # rank 128 everywhere; the paper ends at 1.3B, our 1b
     published: ClassVar[Published] = {size: {"rank": 128} for size in ("60m", "130m", "350m", "1b")}
     soon: ClassVar[Mapping[str, Any]] = {"cycle": 2, "restart_warmup_steps": 1}
 
@@ -110,12 +109,13 @@ class ReLoRA(Method):
     dropout: Annotated[float, Bounds(least=0, below=1)] = 0.1
     """Dropout of the factors' input in training."""
     cycle: Annotated[int, Bounds(least=2)] | None = None
-    """K: updates between two restarts, a divisor of the run's steps after the warm start. None: a quarter of these,
-    rounded up."""
+    """K: updates between two restarts, a divisor of the steps after the warm start. None: a quarter of these."""
+    merge_cycle: Annotated[int, Bounds(least=2)] | None = None
+    """Updates between two merges, if these are not at the restarts of learning rate and moments."""
     restart_warmup_steps: Whole | None = None
     """Updates in which the learning rate climbs back after a restart. None: 50, or half of a shorter cycle."""
     reset: Prune = "zero"
-    """What becomes zero in the factors' moments: all, `reset_ratio` of the entries at random, or the smallest `reset_ratio`."""
+    """What becomes zero in the factors' moments: all, `reset_ratio` of them at random, or the smallest `reset_ratio`."""
     reset_ratio: Fraction = 0.9
     """For "random" (the authors' default is 0.999) and "magnitude"."""
     reset_masks: Literal["one", "repo"] = "one"
@@ -195,41 +195,41 @@ class ReLoRA(Method):
 class ReLoRAHook(StepHook):
     """Ends the warm start, and restarts the factors after updates K + 1, 2 K + 1, ... that follow it.
 
-    Raises:
-        ValueError: there is a warm start in several processes, or the optimizer keeps no moments that can be reset so.
+    Among several processes W stays in the gradients that DDP sends, as zeros: DDP cannot give up a parameter in a run.
     """
 
     def __init__(self, method: ReLoRA, model: nn.Module, optimizer: Optimizer, cycle: int, seed: int):
-        if method.warm_start and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError(
-                "relora: warm_start freezes W in the middle of a run, which DDP does not allow; run it in one process"
-            )
         super().__init__(optimizer)
         self.method, self.cycle, self.seed = method, cycle, seed
+        self.merge_cycle = method.merge_cycle or cycle
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, ReLoRALinear)}
-        if method.warm_start:
-            for layer in self.layers.values():
-                for factor in (layer.A.weight, layer.B.weight):
-                    factor.register_post_accumulate_grad_hook(self._idle)
+        self.together = torch.distributed.is_initialized()
+        for layer in self.layers.values() if method.warm_start else ():
+            for factor in (layer.A.weight, layer.B.weight):
+                factor.register_hook(lambda g: torch.zeros_like(g) if self.warm else g)
+            layer.W.weight.register_hook(lambda g: g if self.warm else torch.zeros_like(g))
 
-    def _idle(self, factor: Tensor) -> None:
-        """During the warm start factors have no gradient: neither clipping nor the optimizer sees them."""
-        if self.step < self.method.warm_start:
-            factor.grad = None
+    @property
+    def warm(self) -> bool:
+        """Whether the warm start lasts: W moves, and the factors have no gradient that clipping or the optimizer could see."""
+        return self.step < self.method.warm_start
+
+    def before_step(self) -> None:
+        for layer in self.layers.values() if self.method.warm_start else ():
+            for idle in (layer.A.weight, layer.B.weight) if self.warm else (layer.W.weight,):
+                idle.grad = None
 
     def after_step(self) -> None:
         updates = self.step - self.method.warm_start
+        merges, resets = (updates > K and updates % K == 1 for K in (self.merge_cycle, self.cycle))
         if updates == 0:
             self._freeze()
-        elif updates == 1:
-            for layer in self.layers.values():
-                check_prunable(
-                    self.optimizer, layer.B.weight, self.method.reset
-                )  # now rather than at the first restart
-        elif updates > self.cycle and updates % self.cycle == 1:
-            for name, layer in self.layers.items():
-                generator = seeded_generator(self.seed, self.step, name)
+        for name, layer in self.layers.items() if updates == 1 or merges or resets else ():
+            check_prunable(self.optimizer, layer.B.weight, self.method.reset)  # at update 1 rather than at the restart
+            generator = seeded_generator(self.seed, self.step, name)
+            if merges:
                 layer.restart(generator, self.rests, name)
+            if resets:
                 self._prune(layer, generator)
 
     def _prune(self, layer: ReLoRALinear, generator: torch.Generator) -> None:
@@ -240,7 +240,7 @@ class ReLoRAHook(StepHook):
 
     def _freeze(self) -> None:
         for layer in self.layers.values():
-            layer.W.weight.requires_grad_(False)
+            layer.W.weight.requires_grad_(self.together)
             layer.W.weight.grad = None
             self.optimizer.state.pop(layer.W.weight, None)
 

@@ -320,3 +320,45 @@ def test_a_scale_is_the_same_at_every_rank(method: Any, small: Any) -> None:
     for rank in (2, 8):
         layer = convert(small("llama"), method(rank=rank, scale=0.5)).model.layers[0].self_attn.q_proj
         assert (layer.scale, layer.A.out_features) == (0.5, rank)
+
+
+def test_merges_may_have_another_period_than_resets(small: Any, tokens: Tensor) -> None:
+    method = ReLoRA(rank=4, cycle=6, merge_cycle=2, restart_warmup_steps=1)
+    model = convert(small("llama"), method).train()
+    optimizer, _ = trainer(model, 12)
+    W, B = layers_of(model)[0].W.weight, layers_of(model)[0].B.weight
+    merged, reset = [], []
+    for step in range(1, 12):
+        before = W.detach().clone()
+        a_step(model, optimizer, tokens)
+        merged += [step] * (not torch.equal(W, before))
+        reset += [step] * (not optimizer.state[B]["exp_avg_sq"].any())
+    assert (merged, reset) == ([3, 5, 7, 9, 11], [7])
+
+
+@pytest.mark.parametrize("view", [False, True])
+def test_a_warm_start_under_ddp_is_the_same(view: bool, small: Any, tokens: Tensor, tmp_path: Any) -> None:
+    """One process, in which DDP would still wait for the gradient of a parameter that is frozen in the middle of a run."""
+    method = ReLoRA(rank=4, cycle=3, restart_warmup_steps=1, warm_start=2, dropout=0.0)
+
+    def run(wrap: Any) -> tuple[list[float], Any]:
+        torch.manual_seed(0)
+        model = convert(small("llama"), method).train()
+        wrapped = wrap(model)
+        optimizer, _ = trainer(wrapped, 8)
+        losses = []
+        for step in range(8):
+            loss = loss_of(wrapped, tokens.roll(step, 1))
+            loss.backward()
+            losses += [loss.item(), torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5).item()]
+            optimizer.step()
+            optimizer.zero_grad()
+        return losses, [layer.W.weight in optimizer.state for layer in layers_of(model)]
+
+    alone, _ = run(lambda model: model)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        together, state = run(lambda model: nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=view))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert together == pytest.approx(alone, rel=1e-4) and not any(state)
