@@ -62,12 +62,21 @@ _HOME = {
     "StepHook": "lorank.method",
     **{kind: module for module, _, kind in (where.partition(":") for where in METHODS.values())},
 }
+_RENAMED = {
+    "Parametrization": "lorank.Method",
+    "pca": "lorank.fit.pca",
+    "projections": "lorank.architectures",
+    "registry": "lorank.table",
+    "lookup": "lorank.table",
+    "parametrization": "lorank.method",
+}
+"""Names of version 0.1 and what took their place."""
 __all__ = sorted(["METHODS", "register", *_HOME])
 
 
 def __getattr__(name: str) -> object:
-    if name == "Parametrization":
-        raise ImportError("lorank.Parametrization is lorank.Method since version 0.2")
+    if name in _RENAMED:
+        raise ImportError(f"lorank.{name} is {_RENAMED[name]} since version 0.2")
     if name not in _HOME:
         raise AttributeError(f"module 'lorank' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -115,8 +115,13 @@ def convert(
 
 def as_method(method: Method | type[Method] | str) -> Method:
     """A method from itself, its class or its name; ValueError for anything else."""
+    if isinstance(method, str) and "+" in method:
+        raise ValueError(
+            f"method must be one method here, got {method!r}; convert the model with the one that decides what the weights are, and "
+            "give the other to lorank.optimizer"
+        )
     kind = find(method) if isinstance(method, str) else method
-    made = kind() if isinstance(kind, type) else kind
+    made = kind() if isinstance(kind, type) and issubclass(kind, Method) else kind
     if not isinstance(made, Method):
         raise ValueError(f"method must be a method such as CoLA(rank=128), its class or its name, got {method!r}")
     return made
@@ -246,7 +251,14 @@ def optimizer(
             )
         chosen = AdamW()
     if chosen.key != "optimizer" and "optimizer" not in chosen.answers():
-        raise ValueError(f"{chosen.name} does not decide how weights move; use adamw, muon or galore, for example")
+        hint = (
+            "; lorank.evolution.eggroll.Eggroll estimates gradients in your own loop"
+            if chosen.key == "gradient"
+            else ""
+        )
+        raise ValueError(
+            f"{chosen.name} does not decide how weights move; use adamw, muon or galore, for example{hint}"
+        )
     check_combination([own, chosen])
     mover = own if "optimizer" in own.answers() else chosen
     if (targets or exclude) and (mover is own or not hasattr(mover, "rank")):

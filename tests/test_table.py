@@ -23,6 +23,8 @@ def test_renamed_names_say_what_took_their_place() -> None:
         lorank.Parametrization  # noqa: B018
     with pytest.raises(ImportError, match=r"lorank\.optim\.Subspace is lorank\.GaLore\(rule=\.\.\.\)\.optimizer since"):
         lorank.optim.Subspace  # noqa: B018
+    with pytest.raises(ImportError, match=r"lorank\.registry is lorank\.table since version 0\.2"):
+        lorank.registry  # noqa: B018
 
 
 def test_every_method_of_the_table_is_found_under_its_own_name() -> None:

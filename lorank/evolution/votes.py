@@ -96,7 +96,8 @@ class Votes(Method):
     ) -> list[dict[str, Any]]:
         if not isinstance(model, EggForCausalLM):
             raise ValueError(
-                f"votes moves the integer weights of EGG, not those of {type(model).__name__}; use optimizer=adamw"
+                f"votes moves the integer weights of EGG, not those of {type(model).__name__.removeprefix('Lorank')}; use another "
+                "optimizer, such as adamw"
             )
         return [{"params": list(model.parameters()), "weight_decay": 0.0, "pairs": model.voting_pairs}]
 

@@ -36,6 +36,8 @@ __all__ = [
 
 
 _RENAMED = {
+    "OPTIMIZERS": "lorank.METHODS",
+    "ESTIMATORS": "lorank.METHODS",
     "Subspace": "lorank.GaLore(rule=...).optimizer",
     "Eggroll": "lorank.evolution.eggroll.Eggroll",
     "IntegerEggroll": "lorank.evolution.integers.IntegerEggroll",

@@ -48,8 +48,9 @@ class Forecast:
 
     @property
     def title(self) -> str:
-        """What the recipe is called: "cola", "galore", "cola+galore", "dense"."""
-        return title_of(self.recipe)
+        """What the recipe is called: "cola", "galore", "cola+galore", "cola+muon", "dense"."""
+        title, optimizer = title_of(self.recipe), methods_of(self.recipe).optimizer.name
+        return title if optimizer == "adamw" or optimizer in title.split("+") else f"{title}+{optimizer}"
 
     @property
     def rule(self) -> str:
@@ -210,7 +211,9 @@ def forecast_recipes(
 def _forecast(recipe: Recipe, fleet: Fleet, tokens: int, is_default: bool, file: str | None = None) -> Forecast:
     methods = methods_of(recipe)
     if fleet.devices > 1 and methods.gradient.answers():
-        raise ValueError(f"gradient={methods.gradient.name} runs in one process; use --devices 1")
+        raise ValueError(
+            f"{methods.gradient.name} runs in one process, and without recipes a plan is for 8 devices; use --devices 1"
+        )
     if fleet.devices > 1 and getattr(methods.mover, "in_backward", False):
         raise ValueError(
             "in_backward must be false on several devices, because it sees the gradient of one process only; use --devices 1"
