@@ -46,6 +46,7 @@ ROWS: tuple[dict[str, str], ...] = (
     {
         "method": "Method, Site: what a method can decide",
         "layers": "layers that several methods share",
+        "experts": "the experts of a mixture, stacked in one tensor",
         "tape": "what one block leaves for the next",
         "loss": "what a language model is trained on and judged by",
         "factors": "pure functions on two factors",

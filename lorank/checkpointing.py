@@ -41,9 +41,11 @@ def keep_bottlenecks(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoint
         x, w = args
     elif op is _aten.addmm.default:
         _, x, w = args[:3]
+    elif op is _aten._grouped_mm.default:  # experts, w [E, d_in, d_out]
+        x, w = args[:2]
     else:
         return CheckpointPolicy.PREFER_RECOMPUTE
-    narrower = w.shape[1] < x.shape[1]  # x [n, d_in], w [d_in, d_out]
+    narrower = w.shape[-1] < x.shape[-1]  # x [n, d_in], w [d_in, d_out]
     return CheckpointPolicy.MUST_SAVE if narrower else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -7,17 +7,19 @@ It has three steps: find the projections of the repeated blocks (`lorank.sites.f
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lorank.architectures import as_conv1d, copied, dense_layer, is_linear
+from lorank.experts import ExpertsLinear, split
+from lorank.experts import joined as join_experts
 from lorank.fields import Beta, check_value
 from lorank.fusion import FusedProjections, joined, unknown_fusion
 from lorank.method import AdamW, Dense, Method, Patterns, Site, StepHook, check_combination, warmup_cosine
@@ -29,10 +31,11 @@ from lorank.sites import (
     blocks,
     check_callers,
     choose_sites,
-    find_sites,
     listed,
     module_name,
     other_matrices,
+    owners_of,
+    sites_of,
     wanted_sites,
 )
 from lorank.table import find, register
@@ -89,25 +92,26 @@ def convert(
             f"{method.name} does not decide what the weights are, so there is nothing to convert; use cola or sltrain, for "
             "example, and lorank.optimizer for methods that decide how weights move"
         )
+    sites = sites_to_convert(model, method, targets, exclude)
     recorded = {
         "method": method.name,
         "arguments": method.to_dict(),
         "targets": listed(targets) or None,
         "exclude": listed(exclude) or None,
+        **({"experts": True} if any(site.experts for site in sites) else {}),
     }
 
     def apply(model: Any) -> None:
-        rewrite(model, method, choose_sites(wanted_sites(method, find_sites(model)), targets, exclude))
+        rewrite(model, method, choose_sites(wanted_sites(method, sites_of(method, model)), targets, exclude))
         if isinstance(model, PreTrainedModel):
             record(model, {**recorded, "prefix": base_prefix(model)})
         else:
             model._lorank = recorded
 
-    sites = sites_to_convert(model, method, targets, exclude)
     if isinstance(model, PreTrainedModel):
         try_on_shapes(model, method, apply)
     if targets is None:
-        _warn_of_other_matrices(model, method)
+        _warn_of_other_matrices(model, method, sites)
     _warn_of_unknown_fusions(model, sites)
     apply(model)
     return model
@@ -142,7 +146,7 @@ def sites_to_convert(
             f"model must be the {inner} inside this {type(model).__name__}, which could not be saved; convert it before it is "
             "compiled or wrapped"
         )
-    sites = choose_sites(wanted_sites(method, find_sites(model)), targets, exclude)
+    sites = choose_sites(wanted_sites(method, sites_of(method, model)), targets, exclude)
     check_callers(model, sites)
     check_shared(model, sites)
     method.check(sites)
@@ -151,7 +155,7 @@ def sites_to_convert(
 
 def _warn_of_unknown_fusions(model: nn.Module, sites: list[Site]) -> None:
     """Names the matrices that seem to hold several projections and are rewritten as one."""
-    single = [site for site in sites if module_name(model, site) == site.name]
+    single = [site for site in sites if not site.experts and module_name(model, site) == site.name]
     if roles := dict.fromkeys(site.role for site in single if unknown_fusion(site.name, site.linear)):
         warnings.warn(
             f"{', '.join(roles)}: each seems to hold several projections and becomes one layer, because lorank.fusion.FUSED does not "
@@ -160,10 +164,15 @@ def _warn_of_unknown_fusions(model: nn.Module, sites: list[Site]) -> None:
         )
 
 
-def _warn_of_other_matrices(model: nn.Module, method: Method) -> None:
+def _warn_of_other_matrices(model: nn.Module, method: Method, sites: Sequence[Site]) -> None:
     """Names the matrices that no method reaches, if they are more than a tenth of the blocks."""
     total = sum(p.numel() for p in {p for _, _, block in blocks(model) for p in block.parameters()})
-    parts = {role: sum(p.numel() for p in each) / total for role, each in other_matrices(model).items()}
+    reached = owners_of(sites)
+    parts = {
+        role: sum(p.numel() for p in each) / total
+        for role, each in other_matrices(model).items()
+        if role.rpartition(".")[0] not in reached
+    }
     if (left := sum(parts.values())) > 0.1:
         what = "experts" if any("expert" in role for role in parts) else "matrices"
         listed = ", ".join(f"{role} ({part * 100:.3g} %)" for role, part in parts.items())
@@ -203,10 +212,12 @@ def merge(model: PreTrainedModel) -> PreTrainedModel:
 def _merged(dense: PreTrainedModel, method: Method) -> PreTrainedModel:
     forget(dense)
     with torch.device("meta"):
-        shapes = type(dense)._from_config(
-            copy.deepcopy(dense.config)
-        )  # where the architecture has linear layers, and of which kind
-    for name, was in shapes.named_modules():
+        # where the architecture has linear layers and experts, and of which kind
+        shapes = type(dense)._from_config(copy.deepcopy(dense.config))
+    for name, was in list(shapes.named_modules()):
+        if (parts := split(was, name)) and type(now := dense.get_submodule(name)) is not type(was):
+            weights = {part: _dense_weight(method, now.get_submodule(part or "all")) for part in parts}
+            put(dense, name, join_experts(was, name, weights).train(now.training).requires_grad_())
         if is_linear(was) and type(now := dense.get_submodule(name)) is not type(was):
             weight, bias = joined(method, now) if isinstance(now, FusedProjections) else method.merged(now)
             linear = copied(dense_layer(weight, bias, now.training)).requires_grad_()
@@ -214,6 +225,10 @@ def _merged(dense: PreTrainedModel, method: Method) -> PreTrainedModel:
     method.undo(dense)
     dense.activation_checkpointing_disable()
     return dense
+
+
+def _dense_weight(method: Method, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    return (layer.weight, layer.bias) if isinstance(layer, ExpertsLinear) else method.merged(layer)
 
 
 def optimizer(

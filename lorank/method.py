@@ -9,8 +9,7 @@
 `Dense` answers none of them: AdamW, autograd, a plain model. Two methods combine if they answer different questions.
 
 A method sees `Site`s (places where the dense model has a linear map) in stacks (all depths of one projection) and
-answers with modules. It never sees the model's code, so it works on any architecture, for methods that act layer by
-layer and for methods that connect layers.
+answers with modules. It never sees the model's code, so it works on any architecture, layer by layer or across layers.
 """
 
 import dataclasses
@@ -58,6 +57,8 @@ class Site(NamedTuple):
     """The dense map itself, weight [d_out, d_in]. A method may read its weights and keeps its device and dtype."""
     router: str | None = None
     """The part of the name that says router, if the map chooses experts; it is rewritten only if a pattern names it."""
+    experts: int = 0
+    """How many experts of a mixture have such a map, all in one tensor; `linear` is the first one's."""
 
     @property
     def d_in(self) -> int:
@@ -83,8 +84,7 @@ def by_role(sites: Sequence[Site]) -> dict[str, list[Site]]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of all methods. A subclass's fields are its hyper-parameters, checked by their annotations
-    (`lorank.fields`) and saved with the model.
+    """Base of all methods. A subclass's fields are its settings, checked by their annotations (`lorank.fields`) and saved.
 
     Raises:
         ValueError: a field has a value that its annotation does not allow.
@@ -102,6 +102,8 @@ class Method:
     """Settings with which the method acts within a few steps; tests and recorded first steps use them."""
     once: ClassVar[Mapping[str, Any]] = {}
     """Defaults that have changed, as they were. Runs name these settings; one that does not began with the old."""
+    experts: ClassVar[bool] = False
+    """Whether `build` also answers for the experts of a mixture, with one layer of `lorank.experts` for all of a block."""
 
     adamw: ClassVar[type[Optimizer] | None] = None
     """The class of optimizer that the method's own hook needs; None: any will do."""
@@ -217,8 +219,7 @@ class Method:
     # ---- what is saved
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON types; tables as lists of pairs, because transformers sorts the keys of its
-        config.json."""
+        """The fields as JSON types; tables as lists of pairs, because transformers sorts the keys of its config.json."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         fields = {name: [*value] if isinstance(value, tuple) else value for name, value in fields.items()}
         return {
@@ -351,9 +352,8 @@ def check_ranks(rank: Rank, sites: Sequence[Site]) -> None:
 def rank_at(rank: Rank, site: Site) -> int:
     """The rank to use at a site.
 
-    An integer is used as it is. A fraction is of the map's narrower side: with as many key as query heads this is the
-    model's width (the papers' r/d); under grouped-query attention the ranks of key and value are smaller in proportion. A
-    table gives the value of the first pattern (regular expression, searched in the name) that matches.
+    An integer is used as it is. A fraction is of the map's narrower side: with as many key as query heads this is the model's width
+    (the papers' r/d); with fewer, the ranks of key and value are smaller. A table gives the value of the first pattern that matches.
 
     >>> rank_at(0.25, Site("layers.0.k_proj", "layers.*.k_proj", 0, nn.Linear(512, 128, device="meta")))
     32

@@ -23,7 +23,7 @@ from lorank.auto import PREFIX
 from lorank.checkpointing import POLICIES, checkpoint, has_tapes, policy_is_on
 from lorank.portable import write_modelling_file
 from lorank.rewriting import rewrite
-from lorank.sites import base_prefix, choose_sites, find_sites, wanted_sites
+from lorank.sites import base_prefix, choose_sites, sites_of, wanted_sites
 from lorank.table import find
 
 OWN_NAMES = "own"
@@ -76,8 +76,9 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
             _keep_names(self)
         else:
             self.early_fusions = True
-        sites = [site._replace(name=then(site.name), role=then(site.role)) for site in find_sites(self)]
-        names = {then(site.name): site.name for site in find_sites(self)}
+        own = sites_of(method, self, experts=recorded.get("experts", False))
+        sites = [site._replace(name=then(site.name), role=then(site.role)) for site in own]
+        names = {then(site.name): site.name for site in own}
         chosen = choose_sites(wanted_sites(method, sites), recorded["targets"], recorded["exclude"])
         rewrite(self, method, chosen, names)
         _mark_drawn(self)

@@ -1,12 +1,13 @@
 """Replacing the projections of a model by other modules, and what was recorded about it."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lorank.architectures import ACTIVATIONS
+from lorank.experts import with_parts
 from lorank.fusion import with_fused
 from lorank.method import Method, Site, by_role
 from lorank.sites import blocks
@@ -22,18 +23,20 @@ def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapp
     """
     names = names or {}
     replacements: dict[str, nn.Module] = {}
+    of_experts: dict[str, nn.Module] = {}
     for stack in by_role(sites).values():
         probe = None if not method.keeps_outputs or stack[0].linear.weight.is_meta else _probe(stack[0].linear)
         built = method.build_stack(stack)
         if probe is not None:
             _check_outputs(method, stack[0], built[0], *probe)
         for site, module in zip(stack, built, strict=True):
-            replacements[names.get(site.name, site.name)] = module.train(site.linear.training)
-            module.stands_for_linear = True  # type: ignore[assignment]
+            found = of_experts if site.experts else replacements
+            found[names.get(site.name, site.name)] = module.train(site.linear.training)
+            setattr(module, "stands_for_experts" if site.experts else "stands_for_linear", True)
 
     before = {module: dict(module._modules) for module in model.modules()}
     try:
-        for name, module in with_fused(model, replacements):
+        for name, module in [*with_fused(model, replacements), *_with_experts(model, of_experts)]:
             put(model, name, module)
         method.finish(model)
     except BaseException:
@@ -62,6 +65,17 @@ def _check_outputs(method: Method, site: Site, module: nn.Module, x: Tensor, exp
             f"{method.name} must start as the dense model, but its layer for {site.name} differs by {error:.1%}; exclude it, or use "
             "another architecture"
         )
+
+
+def _with_experts(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """The modules of experts with these layers in them."""
+    modules = dict(model.named_modules())
+    gathered: dict[str, dict[str, nn.Module]] = {}
+    for name, layer in replacements.items():
+        owner, part = (name, "") if name in modules else (name.rpartition(".")[0], name.rpartition(".")[2])
+        gathered.setdefault(owner, {})[part] = layer
+    for owner, parts in gathered.items():
+        yield owner, with_parts(modules[owner], owner, parts)
 
 
 def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool]) -> None:

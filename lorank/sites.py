@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorank.architectures import as_linear, is_linear, routers
+from lorank.architectures import as_linear, dense_layer, is_linear, routers
+from lorank.experts import split
 from lorank.fields import compile_pattern
 from lorank.fusion import fusion_of
 from lorank.method import Method, Patterns, Site
@@ -44,7 +45,7 @@ def find_sites(model: nn.Module) -> list[Site]:
         if fused is None:
             sites.append(site)
         else:
-            name, role, depth, linear, _ = site
+            name, role, depth, linear = site[:4]
             sites += [Site(f"{name}.{part}", f"{role}.{part}", depth, lin) for part, lin in fused.split(linear).items()]
     return sites
 
@@ -60,13 +61,40 @@ def linear_layers(model: nn.Module) -> list[Site]:
     ]
 
 
+def expert_sites(model: nn.Module) -> list[Site]:
+    """Every linear map of a mixture's experts, one site for all experts of a block: ``model.layers.3.mlp.experts.gate_proj``."""
+    return [
+        Site(
+            f"{stack}.{depth}.{inner}.{part}".removesuffix("."),
+            f"{stack}.*.{inner}.{part}".removesuffix("."),
+            depth,
+            dense_layer(layer.weight[0], None if layer.bias is None else layer.bias[0], module.training),
+            experts=len(layer.weight),
+        )
+        for stack, depth, block in blocks(model)
+        for inner, module in block.named_modules()
+        for part, layer in split(module, inner).items()
+    ]
+
+
+def sites_of(method: Method, model: nn.Module, *, experts: bool = True) -> list[Site]:
+    """The sites that a method can rewrite: linear layers and, for some methods, experts."""
+    return [*find_sites(model), *(expert_sites(model) if experts and method.experts else [])]
+
+
+def owners_of(sites: Sequence[Site]) -> set[str]:
+    """Roles of the modules that hold these experts, with other matrices than the sites."""
+    return {role for site in sites if site.experts for role in (site.role, site.role.rpartition(".")[0])}
+
+
 def other_matrices(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Matrices of the blocks that no linear layer applies, such as Mixtral's experts: {role: one for each depth}. Routers are not
     among them."""
     found: dict[str, list[nn.Parameter]] = {}
     for stack, _, block in blocks(model):
         known = set(routers(block))
-        known |= {n for n, m in block.named_modules() if is_linear(m) or hasattr(m, "stands_for_linear")}
+        stands = ("stands_for_linear", "stands_for_experts")
+        known |= {n for n, m in block.named_modules() if is_linear(m) or any(hasattr(m, name) for name in stands)}
         for name, parameter in block.named_parameters():
             inside = any(name.startswith(f"{module}.") for module in known)
             if not inside and sum(size > 1 for size in parameter.shape) > 1:

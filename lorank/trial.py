@@ -46,7 +46,7 @@ def check_shared(model: nn.Module, sites: Sequence[Site]) -> None:
         for name, child in parent._modules.items():
             for parameter in () if child is None else child._parameters.values():
                 homes.setdefault(id(parameter), set()).add((id(parent), name))
-    for site in sites:
+    for site in (site for site in sites if not site.experts):
         module: Any = model.get_submodule(module_name(model, site))
         if len(homes[id(module.weight)]) > 1:
             raise ValueError(

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 
 from lorank.architectures import GATE
 from lorank.checkpointing import checkpoint, keep_bottlenecks
+from lorank.experts import LowRankExperts
 from lorank.fields import Rank
 from lorank.layers import LowRankLinear, like
 from lorank.method import Method, Published, Site, check_ranks, rank_at
@@ -56,6 +57,7 @@ class CoLA(Method):
     """CoLA with its hyper-parameters; ``lorank.convert(model, CoLA(rank=128))``."""
 
     name: ClassVar[str] = "cola"
+    experts: ClassVar[bool] = True
     # the authors' configurations, 60m to 7b; tiny and 20m are ours
     published: ClassVar[Published] = {
         name: {"rank": size.rank, "nonlinearity": "low-rank" if name in ("350m", "1b", "7b") else "both"}
@@ -84,16 +86,19 @@ class CoLA(Method):
                 "projection has a name that lorank knows for it; convert that projection too, or use nonlinearity='both'"
             )
 
-    def build(self, site: Site) -> nn.Module:
+    def _inside(self, site: Site) -> str | None:
+        """σ of the bottleneck at a site; None: it is linear."""
         inside = {"both": True, "low-rank": True, "reduced": GATE.search(site.name) is not None, "original": False}
-        return CoLALinear(
-            site.d_in,
-            site.d_out,
-            rank_at(self.rank, site),
-            bias=site.linear.bias is not None,
-            activation=self.activation if inside[self.nonlinearity] else None,
+        return self.activation if inside[self.nonlinearity] else None
+
+    def build(self, site: Site) -> nn.Module:
+        sizes = (site.d_in, site.d_out, rank_at(self.rank, site))
+        settings: dict[str, Any] = {
+            "bias": site.linear.bias is not None,
+            "activation": self._inside(site),
             **like(site.linear.weight),
-        )
+        }
+        return LowRankExperts(site.experts, *sizes, **settings) if site.experts else CoLALinear(*sizes, **settings)
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
@@ -102,7 +107,8 @@ class CoLA(Method):
 
     def finish(self, model: nn.Module) -> None:
         if self._drops_original:
-            drop_activations(model, lambda name, module: isinstance(module, CoLALinear) and bool(GATE.search(name)))
+            ours = (CoLALinear, LowRankExperts)
+            drop_activations(model, lambda name, module: isinstance(module, ours) and bool(GATE.search(name)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,10 +14,11 @@ CoLA's, arXiv 2502.10940, so that the two start from the same point.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from lorank.experts import LowRankExperts
 from lorank.fields import Rank
 from lorank.layers import LowRankLinear, like
 from lorank.method import Method, Published, Site, check_ranks, rank_at
@@ -29,6 +30,7 @@ class LowRank(Method):
     """Plain low-rank factorisation with its rank."""
 
     name: ClassVar[str] = "low-rank"
+    experts: ClassVar[bool] = True
     # as CoLA: the same 43, 94, 185 and 609 M parameters are in the tables of arXiv 2406.02214
     published: ClassVar[Published] = {name: {"rank": size.rank} for name, size in SIZES.items()}
 
@@ -39,14 +41,12 @@ class LowRank(Method):
         check_ranks(self.rank, sites)
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        if isinstance(module, LowRankExperts):
+            return module.B @ module.A, module.bias  # [E, d_out, d_in]
         assert isinstance(module, LowRankLinear)
         return module.B.weight @ module.A.weight, module.B.bias
 
     def build(self, site: Site) -> nn.Module:
-        return LowRankLinear(
-            site.d_in,
-            site.d_out,
-            rank_at(self.rank, site),
-            bias=site.linear.bias is not None,
-            **like(site.linear.weight),
-        )
+        sizes = (site.d_in, site.d_out, rank_at(self.rank, site))
+        settings: dict[str, Any] = {"bias": site.linear.bias is not None, **like(site.linear.weight)}
+        return LowRankExperts(site.experts, *sizes, **settings) if site.experts else LowRankLinear(*sizes, **settings)

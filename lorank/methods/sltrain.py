@@ -32,7 +32,9 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from lorank.experts import LowRankExperts, grouped, with_bias
 from lorank.fields import Fraction, Positive, Rank
 from lorank.layers import Factor, autocast_dtype, like, loaded, scale_at
 from lorank.method import Method, Published, Site, check_ranks, rank_at
@@ -120,24 +122,14 @@ class SLTrainLinear(nn.Module):
     support: Tensor
 
     def __init__(
-        self,
-        d_in: int,
-        d_out: int,
-        rank: int,
-        *,
-        scale: float,
-        nnz: int,
-        seed: int,
-        bias: bool = False,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
+        self, d_in: int, d_out: int, rank: int, *, scale: float, nnz: int, seed: int, bias: bool = False, **new: Any
     ):
         super().__init__()
         self.scale, self.seed = scale, seed
-        self.A = Factor(d_in, rank, bias=False, device=device, dtype=dtype)
-        self.B = Factor(rank, d_out, bias=bias, device=device, dtype=dtype)
-        self.values = nn.Parameter(torch.empty(nnz, device=device, dtype=dtype))
-        self.register_buffer("support", torch.empty(nnz, device=device, dtype=torch.int64))
+        self.A = Factor(d_in, rank, bias=False, **new)
+        self.B = Factor(rank, d_out, bias=bias, **new)
+        self.values = nn.Parameter(torch.empty(nnz, **new))
+        self.register_buffer("support", torch.empty(nnz, device=new.get("device"), dtype=torch.int64))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -165,6 +157,41 @@ class SLTrainLinear(nn.Module):
         )
 
 
+class SLTrainExperts(LowRankExperts):
+    """The same for each expert of a mixture: A [E, r, d_in], B [E, d_out, r], I [E nnz]; W is formed in forward and in backward."""
+
+    support: Tensor
+
+    def __init__(self, *sizes: int, scale: float, nnz: int, seed: int, **options: Any):
+        super().__init__(*sizes, **options)
+        self.scale, self.seed = scale, seed
+        self.values = nn.Parameter(self.A.new_empty(len(self.A) * nnz))
+        self.register_buffer("support", torch.empty(len(self.values), device=self.A.device, dtype=torch.int64))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        (experts, _, d_in), d_out = self.A.shape, self.B.shape[1]
+        nn.init.uniform_(self.A, -(d_in**-0.5), d_in**-0.5)
+        nn.init.uniform_(self.values, -(d_in**-0.5), d_in**-0.5)
+        nn.init.zeros_(self.B)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+        if not self.support.is_meta and not loaded(self.support):
+            seeds, size = (
+                [site_seed(self.seed, str(e)) for e in range(experts)],
+                (d_in, d_out, len(self.support) // experts),
+            )
+            self.support.copy_(torch.cat([draw_support(*size, s) + e * d_out * d_in for e, s in enumerate(seeds)]))
+
+    def weight(self) -> Tensor:
+        """s B A + S, [E, d_out, d_in]."""
+        return dense_weight(self.B, self.scale * self.A, self.values, self.support)
+
+    def forward(self, x: Tensor, ends: Tensor, owners: Tensor) -> Tensor:
+        y = checkpoint(lambda x: grouped(x, self.weight(), ends), x, use_reentrant=False)
+        return with_bias(y, self.bias, owners)
+
+
 # ---- the method
 
 
@@ -173,6 +200,7 @@ class SLTrain(Method):
     """SLTrain with its hyper-parameters; ``lorank.convert(model, SLTrain(rank=128, alpha=32))``."""
 
     name: ClassVar[str] = "sltrain"
+    experts: ClassVar[bool] = True
     # from the authors' scripts; for 7b the paper's main table has density 0.03
     published: ClassVar[Published] = {
         "60m": {"rank": 128, "alpha": 32.0},
@@ -198,18 +226,20 @@ class SLTrain(Method):
 
     def build(self, site: Site) -> nn.Module:
         rank = rank_at(self.rank, site)
-        return SLTrainLinear(
-            site.d_in,
-            site.d_out,
-            rank,
-            scale=scale_at(self.alpha, self.scale, rank),
-            nnz=support_size(self.density, site.d_in, site.d_out),
-            seed=site_seed(self.support_seed, site.name),
-            bias=site.linear.bias is not None,
+        settings: dict[str, Any] = {
+            "scale": scale_at(self.alpha, self.scale, rank),
+            "nnz": support_size(self.density, site.d_in, site.d_out),
+            "seed": site_seed(self.support_seed, site.name),
+            "bias": site.linear.bias is not None,
             **like(site.linear.weight),
-        )
+        }
+        if site.experts:
+            return SLTrainExperts(site.experts, site.d_in, site.d_out, rank, **settings)
+        return SLTrainLinear(site.d_in, site.d_out, rank, **settings)
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        if isinstance(module, SLTrainExperts):
+            return module.weight(), module.bias
         assert isinstance(module, SLTrainLinear)
         A, B = module.scale * module.A.weight, module.B.weight
         return dense_weight(B, A, module.values, module.support), module.B.bias

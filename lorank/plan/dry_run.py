@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorank import accounting
 from lorank.plan.counts import Counts, count
-from lorank.sites import find_sites, other_matrices
+from lorank.sites import expert_sites, find_sites, other_matrices, owners_of
 from lorank.train.build import build_estimator
 from lorank.train.methods import methods_of, optimizer_groups
 from lorank.train.model import empty_model
@@ -121,23 +121,28 @@ def treatments_of(recipe: Recipe, model: PreTrainedModel) -> tuple[list[Treatmen
 def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:
     rows: dict[str, Row] = {}
     modules = dict(model.named_modules())
-    for site in find_sites(dense):
+    experts = expert_sites(dense)
+    for site in [*find_sites(dense), *experts]:
         # a fused projection none of whose parts was converted is still one module, under its own name
-        after = modules.get(site.name)
-        count = _size(site.linear) if after is None else _size(after)
+        after = modules.get(f"{site.name}.all" if f"{site.name}.all" in modules else site.name)
+        if after is not None and site.experts and not hasattr(after, "stands_for_experts"):
+            after = None
+        before = max(1, site.experts) * _size(site.linear)
+        count = before if after is None else _size(after)
         now = "stays dense" if after is None or isinstance(after, nn.Linear | Conv1D) else _short(after)
         earlier = rows.get(site.role, Row(site.role, 0, "", "", 0, 0))
         rows[site.role] = Row(
             role=site.role,
             depths=earlier.depths + 1,
-            before=f"{site.d_in} → {site.d_out}",
+            before=f"{site.experts} × " * bool(site.experts) + f"{site.d_in} → {site.d_out}",
             after=earlier.after if now in earlier.after else f"{earlier.after}, then {now}".removeprefix(", then "),
-            parameters_before=earlier.parameters_before + _size(site.linear),
+            parameters_before=earlier.parameters_before + before,
             parameters_after=earlier.parameters_after + count,
         )
     others = [
         Row(role, len(each), " × ".join(map(str, each[0].shape)), "stays dense", size, size)
         for role, each in other_matrices(dense).items()
+        if role.rpartition(".")[0] not in owners_of(experts)
         for size in [sum(parameter.numel() for parameter in each)]
     ]
     shared = [

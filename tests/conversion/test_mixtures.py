@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorank import CoLA, convert
+from lorank import CoLA, CoLAM, LowRank, SLTrain, convert, merge
+from lorank.accounting import measure_saved
+from lorank.experts import LowRankExperts
 from lorank.layers import LowRankLinear
 from lorank.sites import find_sites
 
@@ -74,8 +77,8 @@ def test_routers_are_known_by_what_is_next_to_them(router: str) -> None:
 
 
 def test_targets_that_reach_no_more_than_a_router_must_name_it(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="targets must name a router to reach it, got 'mlp', which matches only"):
-        convert(mixture("jetmoe", tmp_path), CoLA(rank=2), targets="mlp")
+    with pytest.raises(ValueError, match=r"targets must name a router to reach it, got 'layer\$', which matches only"):
+        convert(mixture("jetmoe", tmp_path), CoLA(rank=2), targets="layer$")
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "jetmoe", "granitemoe"])
@@ -99,3 +102,65 @@ def test_experts_that_stay_dense_are_named_with_their_share(tmp_path: Path) -> N
         convert(mixture("mixtral", tmp_path), "relora")
     with warnings.catch_warnings(action="error"):  # whoever chooses knows what is left
         convert(mixture("mixtral", tmp_path), "relora", targets=".*")
+
+
+# ---- low-rank experts
+
+
+def with_rank(method: str) -> Any:
+    return {"low-rank": LowRank(rank=6), "cola": CoLA(rank=6), "sltrain": SLTrain(rank=6, density=0.1)}[method]
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss", "jetmoe"])  # plain, interleaved with biases, sorted
+@pytest.mark.parametrize("method", ["low-rank", "sltrain"])
+def test_low_rank_experts_compute_what_their_dense_equals_do(kind: str, method: str, tmp_path: Path) -> None:
+    model = convert(mixture(kind, tmp_path), with_rank(method))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.3)  # of biases too
+    dense, tokens = merge(model), torch.arange(24).view(2, 12)
+    dense.set_experts_implementation("eager")
+    assert "lorank" not in dense.config.to_dict()
+    assert {name: p.shape for name, p in dense.named_parameters()} == {
+        name: p.shape for name, p in mixture(kind, tmp_path).named_parameters()
+    }
+    torch.testing.assert_close(model(tokens).logits, dense(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_of_low_rank_experts_are_those_of_each_expert() -> None:
+    layer, x = LowRankExperts(3, 5, 7, 2, activation="silu"), torch.randn(6, 5)
+    owners = torch.tensor([0, 0, 0, 2, 2, 2])
+    y = layer(x, torch.tensor([3, 3, 6], dtype=torch.int32), owners)
+    expected = torch.stack([layer.B[e] @ F.silu(layer.A[e] @ row) for e, row in zip(owners, x, strict=True)])
+    torch.testing.assert_close(y, expected)
+    for mine, other in zip(
+        *(torch.autograd.grad(out.square().sum(), [layer.A, layer.B]) for out in (y, expected)), strict=True
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("method", ["low-rank", "cola", "sltrain"])
+def test_parameters_of_experts_are_counted_and_saved(method: str, tmp_path: Path) -> None:
+    model = convert(mixture("mixtral", tmp_path), with_rank(method))
+    each = 4 * 3 * 6 * (32 + 48) + (4 * 3 * int(0.1 * 32 * 48) if method == "sltrain" else 0)
+    experts = model.model.layers[0].mlp.experts
+    assert sum(p.numel() for p in experts.parameters()) == each
+    model.save_pretrained(tmp_path)
+    loaded, info = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def test_one_projection_of_the_experts_can_be_chosen(tmp_path: Path) -> None:
+    model = convert(mixture("mixtral", tmp_path), LowRank(rank=6), targets=r"experts\.up_proj")
+    found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LowRankExperts)}
+    assert found == {"up_proj"}
+    tokens = torch.arange(24).view(2, 12)
+    torch.testing.assert_close(model(tokens).logits, merge(model)(tokens).logits)
+
+
+def test_bottlenecks_of_experts_are_kept_by_cola_m(tmp_path: Path) -> None:
+    """With 2 of 4 experts for each of 24 tokens, three [48, r] more than the four of attention."""
+    model = convert(mixture("mixtral", tmp_path), CoLAM(rank=8))
+    tokens = torch.arange(24).view(2, 12)
+    kept = measure_saved(model.train(), {"input_ids": tokens, "labels": tokens}).shapes
+    assert sum(shape == (48, 8) for shape in kept) == 3 * 2
