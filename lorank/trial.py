@@ -4,7 +4,7 @@ The model is built a second time from its configuration, on the meta device, whe
 twin is converted and called once in evaluation and once in training. What fails only after the conversion is refused: code
 that reads a weight from somewhere else (RWKV), blocks that hand different numbers of tokens to each other (Funnel), names
 that transformers would change when it loads them. A type whose dense twin cannot be called this way, because it needs other
-inputs or looks at values, is not tried.
+inputs, is not tried.
 """
 
 import copy
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -118,9 +119,18 @@ def _working_inputs(twin: PreTrainedModel, training: bool) -> tuple[Shapes, dict
     return None
 
 
+class _Zeros(TorchDispatchMode):
+    """Lets code that looks at a value of the meta device find 0 or False, as if nothing were padded or packed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].is_meta:
+            return torch.zeros((), dtype=args[0].dtype).item()
+        return func(*args, **(kwargs or {}))
+
+
 def _outputs(twin: PreTrainedModel, arguments: dict[str, Any], training: bool) -> Shapes:
     twin.train(training)
-    with torch.no_grad():
+    with torch.no_grad(), _Zeros():
         return [leaf.shape for leaf in tree_leaves(dict(twin(**arguments))) if isinstance(leaf, Tensor)]
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
     FunnelConfig,
     FunnelModel,
     LlamaConfig,
@@ -26,6 +28,7 @@ from transformers import (
 
 from lorank import MASA, SST, CoLA, CRNet, Method, Site, SLTrain, convert
 from lorank.methods.crnet import next_output, previous_output
+from lorank.trial import _working_inputs
 
 
 def rwkv() -> nn.Module:
@@ -67,6 +70,16 @@ def test_what_would_fail_later_is_refused_and_unchanged(
         convert(model, method)
     assert dict(model.named_modules()) == before
     assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_code_that_looks_at_values_is_tried_too() -> None:
+    """BART asks whether a mask is full."""
+    shape = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 32))}
+    with torch.device("meta"):
+        twin = BartForConditionalGeneration(BartConfig(vocab_size=50, d_model=16, **shape))
+    for training in (False, True):
+        found = _working_inputs(twin, training)
+        assert found is not None and torch.Size([1, 8, 50]) in found[0]
 
 
 def test_blocks_are_chained_where_none_is_skipped(tokens: Tensor) -> None:
