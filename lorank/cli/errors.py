@@ -1,6 +1,7 @@
 """What the user reads when something goes wrong: one sentence on stderr, and an exit code."""
 
 import errno
+import io
 import os
 import re
 import sys
@@ -16,6 +17,9 @@ MOVED = {("plan", "--paper"): "lorank papers NAME"}
 def run(command: click.Command) -> None:
     """Run the command line. Bad input and failing disks exit with 2, Ctrl-C with 130, anything unexpected with 1; none
     prints a traceback unless LORANK_TRACEBACK is set."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 loses a sign, not the result
     try:
         command(standalone_mode=False)
     except click.NoSuchOption as error:

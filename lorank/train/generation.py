@@ -1,9 +1,12 @@
 """Text from a language model."""
 
+import functools
+import inspect
 import re
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorank.pretrained import positions_of
 
@@ -53,9 +56,22 @@ def generate_text(
         if temperature
         else {"do_sample": False}
     )
-    training = model.training
+    training, settings = model.training, model.generation_config
     model.eval()
+    ends = (
+        settings.eos_token_id if settings is not None and settings.eos_token_id is not None else tokenizer.eos_token_id
+    )
+    model.generation_config = GenerationConfig(eos_token_id=ends)  # nothing else that a configuration says
     try:
+        own_positions = _counts_positions_itself(model, inputs)
+        if own_positions:
+            prepare: Any = model.prepare_inputs_for_generation
+
+            @functools.wraps(prepare)  # generate reads its signature
+            def without_positions(*given: Any, **more: Any) -> dict[str, Any]:
+                return {name: value for name, value in prepare(*given, **more).items() if name != "position_ids"}
+
+            vars(model)["prepare_inputs_for_generation"] = without_positions
         with torch.random.fork_rng(enabled=seed is not None):
             if seed is not None:
                 torch.manual_seed(seed)
@@ -64,9 +80,24 @@ def generate_text(
                 attention_mask=torch.ones_like(inputs),
                 max_new_tokens=max_new_tokens,
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-                use_cache=True,
+                use_cache=not own_positions,
                 **sampling,
             )
     finally:
+        vars(model).pop("prepare_inputs_for_generation", None)
+        model.generation_config = settings
         model.train(training)
     return str(tokenizer.decode(output[0], skip_special_tokens=True))
+
+
+@torch.no_grad()
+def _counts_positions_itself(model: PreTrainedModel, ids: torch.Tensor) -> bool:
+    """Whether a model, when it gets ids alone as in training, uses other positions than 0, 1, 2, ... (RoBERTa begins after its
+    padding id). transformers' `generate` would give it these."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return False
+    alone = model(input_ids=ids, use_cache=False).logits
+    given = model(
+        input_ids=ids, position_ids=torch.arange(ids.shape[1], device=ids.device)[None], use_cache=False
+    ).logits
+    return not torch.allclose(alone, given, rtol=1e-3, atol=1e-3 * float(alone.abs().max()))

@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from lorank import convert
+from lorank.train.data import byte_tokenizer
 from lorank.train.generation import generate_text
 
 
@@ -70,3 +71,29 @@ def test_a_token_beyond_the_vocabulary_is_refused(model: Any, tokenizer: Any) ->
     tokenizer.add_tokens(["zebra"])
     with pytest.raises(ValueError, match="must be below the model's 96 vocabulary entries, got 96"):
         generate_text(model, tokenizer, "w5 zebra")
+
+
+def test_greedy_text_is_the_trained_models_own() -> None:
+    """RoBERTa counts positions from its padding id; what a configuration says about beams and lengths has no say."""
+    shape: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    shape |= {"vocab_size": 258, "pad_token_id": 1, "bos_token_id": 256, "eos_token_id": 256, "is_decoder": True}
+    for kind in ("llama", "roberta"):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(kind, **shape, max_position_embeddings=64)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        model.generation_config.update(num_beams=3, min_length=40, repetition_penalty=3.0)
+        kept = model.generation_config
+        x = torch.tensor([list(b"the cat")])
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(4)  # far from ties
+            for _ in range(6):
+                x = torch.cat([x, model(input_ids=x, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+        expected = byte_tokenizer().decode(x[0], skip_special_tokens=True)
+        assert generate_text(model, byte_tokenizer(), "the cat", temperature=0, max_new_tokens=6) == expected
+        assert model.generation_config is kept and "prepare_inputs_for_generation" not in vars(model)
