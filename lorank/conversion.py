@@ -62,7 +62,8 @@ def convert(
             them as modules. Give the outermost model, the one that will be saved, because its configuration records the
             method.
         method: a method with its hyper-parameters, ``CoLA(rank=128)``; or, for its defaults, its class or its name.
-        targets: regular expression(s) searched in module names; only matching projections are rewritten. Default: all.
+        targets: regular expression(s) searched in module names; only matching projections are rewritten. Default: all
+            but the routers of a mixture of experts, which need a pattern that names them ("router", not ".*").
         exclude: regular expression(s) of projections that stay dense, even if `targets` match.
 
     Raises:
