@@ -60,7 +60,6 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
         )
     check_quantization(config)
     vars(config).pop("auto_map", None)  # code of its own, which is not run
-    config.use_cache = False
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True  # BERT and its kin attend to later tokens unless told not to
     set_vocabulary(config, tokenizer, recipe.vocab_size)
@@ -151,6 +150,7 @@ def build_model(recipe: Recipe, config: PretrainedConfig, saved: PretrainedConfi
         )
     if policy is not None:
         checkpoint(model, POLICIES[policy], every=recipe.checkpoint_every)
+    model.config.use_cache = False  # not before: settings of generation are made from the configuration
     return model
 
 

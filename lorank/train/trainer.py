@@ -160,14 +160,16 @@ class PretrainTrainer(Trainer):
 
     def _save(self, *args: Any, **kwargs: Any) -> None:
         """Checkpoints have the model's own names of weights, since these are what `_load_from_checkpoint` looks for; transformers would
-        take the experts of a mixture apart."""
+        take the experts of a mixture apart. What training switches off is not saved."""
         model: Any = self.accelerator.unwrap_model(self.model)
+        caches, model.config.use_cache = model.config.use_cache, True
         earlier = model.__dict__.get("_weight_conversions")
         model._weight_conversions = []
         try:
             super()._save(*args, **kwargs)
         finally:
             model._weight_conversions = earlier
+            model.config.use_cache = caches
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Raises ValueError if a checkpoint lacks weights, which would stay as they were drawn. Tied ones are in it once."""

@@ -47,6 +47,17 @@ def test_a_run_leaves_everything_it_promises(finished: Any, recipe: Any) -> None
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}, "two are kept"
 
 
+def test_what_training_switches_off_is_not_saved(finished: Any) -> None:
+    """The next token needs one position of the first block, not all of them again; from a checkpoint as well."""
+    for folder in (finished[1], finished[1] / "checkpoint-8"):
+        model = AutoModelForCausalLM.from_pretrained(folder).eval()
+        assert model.config.use_cache and model.generation_config.use_cache is not False
+        seen: list[int] = []
+        model.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[1]))  # noqa: B023
+        model.generate(torch.arange(1, 9)[None], max_new_tokens=5, min_new_tokens=5, do_sample=False)
+        assert seen == [8, 1, 1, 1, 1]
+
+
 def test_a_finished_run_is_not_changed(finished: Any, recipe: Any) -> None:
     out = finished[1]
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
