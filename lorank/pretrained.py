@@ -88,6 +88,9 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
     def initialize_weights(self: Any) -> None:
         undrawn = [module for module in _own_layers(self) if not getattr(module, "_is_hf_initialized", False)]
         base.initialize_weights(self)
+        if all(getattr(parameter, "_is_hf_initialized", False) for parameter in self.parameters()):  # from a file
+            for body in _bodies(self):
+                body._init_weights(body)  # left out above; some compute buffers of their layers, which no file has
         for module in undrawn:
             module.reset_parameters()  # replaces transformers' own draw of the nested layers
         for name in getattr(self, "_frozen", ()):
@@ -193,6 +196,12 @@ def _keep_names(model: PreTrainedModel) -> None:
 
 def _not_of_transformers() -> bool:
     return True
+
+
+def _bodies(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The pretrained models in a model, itself included, that have no parameters of their own."""
+    found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return [module for module in found if next(module.parameters(recurse=False), None) is None]
 
 
 def _own_layers(model: nn.Module) -> list[Any]:

@@ -395,3 +395,27 @@ def test_a_loaded_model_is_merged_and_converted_again(small: Callable[..., Any],
     assert dense.config.model_type == "llama" and type(dense.config) is LlamaConfig
     convert(dense, "relora").save_pretrained(tmp_path / "second")
     assert json.loads((tmp_path / "second/config.json").read_text())["model_type"] == "lorank_llama"
+
+
+def test_buffers_that_are_not_in_the_file_are_computed_again(tmp_path: Path) -> None:
+    """Falcon-H1's body computes a buffer of each of its layers, and has no parameters of its own."""
+    shape = {
+        "vocab_size": 96,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    state = {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "ssm_multipliers": [2.0, 3.0, 4.0, 5.0, 6.0],
+    }
+    model = transformers.FalconH1ForCausalLM(transformers.FalconH1Config(**shape, **state, num_key_value_heads=2))
+    convert(model, CoLA(rank=4), targets="self_attn").save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    found, expected = (dict(one.named_buffers()) for one in (loaded, model))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
