@@ -116,7 +116,18 @@ class CRNetDense(nn.Module):
 class CRNetLinear(LowRankLinear):
     """A later layer, y = b(β) y_previous + B A x + c; `depth` is its place in the chain, 1 or more."""
 
-    def __init__(self, d_in: int, d_out: int, rank: int, *, beta: float, tape: Tape, depth: int, **options: Any):
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        *,
+        beta: float,
+        tape: Tape,
+        depth: int,
+        learn_beta: bool = True,
+        **options: Any,
+    ):
         super().__init__(d_in, d_out, rank, **options)
         self.start = beta
         self.tape = tape
@@ -124,7 +135,7 @@ class CRNetLinear(LowRankLinear):
         weight = self.A.weight
         # of shape [1], not []: it then decides the precision of b Y, and FSDP2 can shard it
         single = torch.promote_types(weight.dtype, torch.float32)
-        self.beta = nn.Parameter(torch.full((1,), beta, device=weight.device, dtype=single))
+        self.beta = nn.Parameter(torch.full((1,), beta, device=weight.device, dtype=single), learn_beta)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
@@ -178,6 +189,8 @@ class CRNet(Method):
     ("layers.[0-3].": 0.2, ".*": 0.3): the paper's best models are wider in the middle."""
     beta: float = 1.0
     """Initial value of β in every layer."""
+    learn_beta: bool = True
+    """Whether β is trained; if not, it stays as it is, which is one of the paper's ablations."""
 
     def check(self, sites: Sequence[Site]) -> None:
         stacks = by_role(sites).values()
@@ -195,7 +208,9 @@ class CRNet(Method):
         if depth == 0:
             return CRNetDense(site.d_in, site.d_out, **options)
         rank = rank_at(self.rank, site)
-        return CRNetLinear(site.d_in, site.d_out, rank, beta=self.beta, depth=depth, **options)
+        return CRNetLinear(
+            site.d_in, site.d_out, rank, beta=self.beta, learn_beta=self.learn_beta, depth=depth, **options
+        )
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise ValueError(

@@ -291,3 +291,23 @@ def test_the_plan_says_that_the_first_block_stays_dense() -> None:
 def test_it_cannot_be_merged(build: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="crnet cannot be merged: a layer's output depends on the layer before"):
         merge(build(2))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_fixed_beta_stays_and_changes_no_other_gradient(build: Any, recompute: bool) -> None:
+    found = []
+    for learn_beta in (True, False):
+        torch.manual_seed(0)
+        model = build(3, beta=0.5, learn_beta=learn_beta)
+        if recompute:
+            checkpoint(model, keep_recurrence)
+        ids = torch.arange(3, 43).view(2, 20)
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    learnt, fixed = found
+    assert any("beta" in name for name in learnt)
+    for name, gradient in fixed.items():
+        if "beta" in name:
+            assert gradient is None and learnt[name] is not None
+        else:
+            torch.testing.assert_close(gradient, learnt[name])
