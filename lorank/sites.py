@@ -14,6 +14,7 @@ from lorank.architectures import as_linear, dense_layer, is_linear, routers
 from lorank.experts import split
 from lorank.fields import compile_pattern
 from lorank.fusion import fusion_of
+from lorank.layers import Factor
 from lorank.method import Method, Patterns, Site
 
 
@@ -51,13 +52,13 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def linear_layers(model: nn.Module) -> list[Site]:
-    """The same, but fused projections are one site."""
+    """The same, but fused projections are one site. In a converted model its factors count."""
     return [
         Site(f"{stack}.{depth}.{inner}", f"{stack}.*.{inner}", depth, as_linear(module), routing.get(inner))
         for stack, depth, block in blocks(model)
         for routing in [routers(block)]
         for inner, module in block.named_modules()
-        if is_linear(module) and 1 not in module.weight.shape
+        if (is_linear(module) or isinstance(module, Factor)) and 1 not in module.weight.shape
     ]
 
 
