@@ -76,19 +76,16 @@ class Assignments(click.Option):
     def instead_of(self, flag: str) -> str | None:
         """What to write for a flag that the command does not have, if it names a setting."""
         name = flag.lstrip("-").replace("-", "_")
-        plain = name.removeprefix("no_")
         if name in self.own:
             return self.own[name]
-        if name in field_types(Recipe):
-            kind = field_types(Recipe)[name]
-            return f"--set {name}.NAME=VALUE" if kind is dict else f"--set {name}={'true' if kind is bool else 'VALUE'}"
-        return f"--set {plain}=false" if plain != name and plain in field_types(Recipe) else None
+        return f"--set {name}.NAME=VALUE" if name in field_types(Recipe) else None
 
 
 def recipe_flags(
     *, own: Mapping[str, str] | None = None, only: Mapping[str, Any] | None = None
 ) -> Callable[[Any], Any]:
-    """Give a command a flag for each everyday setting of a recipe, and --set for all of them.
+    """Give a command a flag for each everyday setting of a recipe, and --set for all of them. The flags that version 0.1 had for
+    the others work, but the help does not list them.
 
     Args:
         own: {setting: flag} of settings that the command asks for by another flag.
@@ -109,6 +106,10 @@ def recipe_flags(
             "optimizer.update_gap=500 or shape.hidden_size=64; may be repeated.",
         )
         command = add(command)
+        taken = {option.name for option in getattr(command, "__click_params__", [])} | set(own or {}) | {"shape"}
+        for field in fields.values():
+            if field.name not in taken and (field.name not in everyday or field.name not in (only or everyday)):
+                command = _flag(field, hidden=True)(command)
         for name in reversed([name for name in everyday if only is None or name in only]):
             command = _flag(fields[name], (only or {}).get(name))(command)
         return command
@@ -116,16 +117,21 @@ def recipe_flags(
     return decorate
 
 
-def _flag(field: "dataclasses.Field[Any]", instead: Any = None) -> Any:
+def _flag(field: "dataclasses.Field[Any]", instead: Any = None, *, hidden: bool = False) -> Any:
     """The flag of a field; the help shows `instead` in place of its default."""
     kinds = [_bare(one) for one in alternatives_of(field_types(Recipe)[field.name]) if one is not type(None)]
     default = instead or (field.default if field.default is not dataclasses.MISSING else None)
     shown = str(default) if default is not None else False
     common: dict[str, Any] = {"help": field.metadata["help"], "default": None, "show_default": shown}
+    common["hidden"] = hidden
     name = f"--{field.name.replace('_', '-')}"
     if field.name == SHORTHAND:
         return click.option("--option", SHORTHAND, multiple=True, metavar="NAME=VALUE", **common)
+    if kinds[0] is bool:
+        return click.option(f"{name}/{name.replace('--', '--no-')}", **common)
     if typing.get_origin(kinds[0]) is list:
+        if typing.get_args(kinds[0]) != (str,):  # betas
+            return click.option(name, type=float, nargs=2, **common)
         return click.option(name, multiple=True, metavar="TEXT", **common)
     if typing.get_origin(kinds[0]) is Literal:
         return click.option(name, type=click.Choice(typing.get_args(kinds[0])), **common)

@@ -113,7 +113,7 @@ class Recipe:
         shared=True,
     )
     vocab_size: Count | None = _setting(
-        None, "Entries of the vocabulary. Default: 4096 if trained, else the tokenizer's.", everyday=True, shared=True
+        None, "Entries of the vocabulary. Default: 4096 if trained, else the tokenizer's.", shared=True
     )
     sequence_length: Annotated[int, Bounds(least=2)] = _setting(256, "Tokens per sequence.", everyday=True, shared=True)
     documents: Literal["packed", "padded"] = _setting(

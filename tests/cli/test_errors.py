@@ -36,12 +36,7 @@ BAD = {
         "no planned method (dense, cola-m) has the setting 'update_gap'",
     ),
     "a flag that is a command now": (["plan", "--paper", "cola"], "no such option: --paper; use lorank papers NAME"),
-    "a flag that is a setting now": (
-        ["pretrain", "--weight-decay", "0.1"],
-        "no such option: --weight-decay; use --set weight_decay=VALUE",
-    ),
-    "a flag of two values": (["pretrain", "--betas", "0.9", "0.95"], "no such option: --betas; use --set betas=VALUE"),
-    "a switch that is a setting now": (["pretrain", "--no-compile"], "use --set compile=false"),
+    "a setting with entries": (["pretrain", "--shape", "8"], "no such option: --shape; use --set shape.NAME=VALUE"),
     "a setting of several values in compare": (["compare", "--seed", "3"], "no such option: --seed; use --seeds"),
     "a setting that plan asks for otherwise": ([*PLAN, "--set", "size=1b"], "use --size"),
     "an unknown setting": (["pretrain", "--set", "weight_dekay=1"], "did you mean 'weight_decay'"),

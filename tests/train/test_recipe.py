@@ -66,7 +66,7 @@ def test_broken_files_are_named(tmp_path: Path, text: str, words: str) -> None:
 
 
 def test_a_missing_file_is_named() -> None:
-    with pytest.raises(ValueError, match="nowhere.yaml does not exist; name a YAML file or one of cola-130m"):
+    with pytest.raises(ValueError, match="nowhere.yaml does not exist; name a YAML file or one of apollo-60m"):
         Recipe.read("nowhere.yaml")
 
 
