@@ -105,8 +105,10 @@ class Costs:
 
 
 def _try_optimizer(recipe: Recipe, groups: list[dict[str, Any]]) -> None:
-    """Make the optimizer with a small matrix in place of each group's parameters."""
-    small = [{**group, "params": [torch.nn.Parameter(torch.zeros(4, 4))]} for group in groups]
+    """Make the optimizer with two small matrices, which may be a pair of factors, in place of each group's parameters."""
+    small = [
+        {**group, "params": [torch.nn.Parameter(torch.zeros(4, 4)) for _ in group["params"][:2]]} for group in groups
+    ]
     for group in small:
         if "rank" in group:
             group["rank"] = 1

@@ -27,6 +27,14 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.parametrize("method", ["cola+spectron", "low-rank+loro", "cola+factor-lr", "apollo-mini"])
+def test_an_optimizer_for_factors_may_take_part(
+    of_type: Callable[..., Recipe], costs: Costs, tmp_path: Path, method: str
+) -> None:
+    recipe = of_type("llama", tmp_path / "m", **SHAPES["llama"])
+    costs.check(dataclasses.replace(recipe, method=method, rank=None, options={}))
+
+
 @pytest.mark.parametrize("model_type", SHAPES)
 def test_a_narrower_model_is_of_the_same_architecture(
     of_type: Callable[..., Recipe], costs: Costs, tmp_path: Path, model_type: str
