@@ -18,11 +18,12 @@ if TYPE_CHECKING:  # what type checkers and editors see
         keep_bottlenecks_and_attention,
         keep_recurrence,
     )
-    from lorank.conversion import convert, lr_schedule, merge, optimizer, step_hook
+    from lorank.conversion import convert, merge
     from lorank.dictionary import matrix_pca
     from lorank.evolution.method import EGGROLL
     from lorank.evolution.votes import Votes
     from lorank.fit.pca import fit_masa
+    from lorank.loop import lr_schedule, optimizer, step_hook
     from lorank.method import AdamW, Autograd, Dense, Method, Site, StepHook
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.crnet import CRNet
@@ -46,10 +47,10 @@ __version__ = "0.2.0"
 
 _HOME = {
     "convert": "lorank.conversion",
-    "lr_schedule": "lorank.conversion",
+    "lr_schedule": "lorank.loop",
     "merge": "lorank.conversion",
-    "optimizer": "lorank.conversion",
-    "step_hook": "lorank.conversion",
+    "optimizer": "lorank.loop",
+    "step_hook": "lorank.loop",
     "checkpoint": "lorank.checkpointing",
     "keep_bottlenecks": "lorank.checkpointing",
     "keep_bottlenecks_and_attention": "lorank.checkpointing",

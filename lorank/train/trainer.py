@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
-from lorank.conversion import step_hook
+from lorank.loop import step_hook
 from lorank.loss import Loss, cross_entropy, next_token_loss, predicted_tokens
 from lorank.method import Gradient, StepHook
 from lorank.train.callbacks import Throughput

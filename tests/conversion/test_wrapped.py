@@ -151,3 +151,20 @@ def test_an_optimizer_brings_its_own_hook_and_schedule(small: Callable[..., Any]
     model(torch.ones(1, 3, dtype=torch.int64)).logits.sum().backward()
     moving.step()
     assert hook.step == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (lambda m: lorank.convert("x", "cola"), "model must be a torch module, got str"),
+        (lambda m: lorank.optimizer("x", lr=0.1), "model must be a torch module, got str"),
+        (lambda m: lorank.optimizer(m, lr="0.1"), "lr must be a number of at least 0, got '0.1'"),
+        (lambda m: lorank.optimizer(m, lr=1.0, eps="a"), "eps must be a number of at least 0, got 'a'"),
+        (lambda m: lorank.lr_schedule(m, steps="5"), "steps must be .*, got '5'"),
+        (lambda m: lorank.lr_schedule(m, steps=5, warmup_steps=True), "warmup_steps must be an integer"),
+        (lambda m: lorank.lr_schedule(m, steps=5, min_lr_ratio=2.0), "min_lr_ratio must be"),
+    ],
+)
+def test_values_of_another_kind_are_refused(asked: Callable[[nn.Module], object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        asked(nn.Linear(2, 2))

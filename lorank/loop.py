@@ -1,0 +1,194 @@
+"""What a training loop asks of a model's methods: an optimizer, a hook between steps, and a learning-rate schedule."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from lorank.conversion import as_method, method_of
+from lorank.fields import Beta, Fraction, NonNegative, Whole, check_value
+from lorank.method import AdamW, Dense, Method, Patterns, StepHook, check_combination, warmup_cosine
+from lorank.optim.groups import Decay, plain_groups
+from lorank.rewriting import converted_with
+
+
+def optimizer(
+    model: nn.Module,
+    method: Method | type[Method] | str | None = None,
+    *,
+    lr: float,
+    weight_decay: float = 0.0,
+    decay: Decay = "matrices",
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    targets: Patterns = None,
+    exclude: Patterns = None,
+) -> Optimizer:
+    """The optimizer of a method over the trained parameters of a model, dense or converted.
+
+    Args:
+        method: a method that decides how weights move, ``GaLore(rank=128)``, its class or its name. Default: the optimizer that the
+            model's own method needs (SwitchLoRA), or AdamW.
+        decay: "matrices" exempts norms, biases and embeddings from weight decay; "all" exempts nothing.
+        targets, exclude: regular expressions that choose which linear layers are projected. Default: all.
+
+    Raises:
+        ValueError: the method does not decide how weights move, it cannot be combined with the model's own, or a pattern
+            matches nothing.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
+    for name, value, kind in (
+        ("lr", lr.item() if isinstance(lr, Tensor) else lr, NonNegative),
+        ("weight_decay", weight_decay, NonNegative),
+        ("decay", decay, Decay),
+        ("betas", betas, tuple[Beta, Beta]),
+        ("eps", eps, NonNegative),
+    ):
+        check_value(name, value, kind)
+    own = method_of(model) or Dense()
+    chosen = AdamW() if method is None else as_method(method)
+    if "method" in chosen.answers() and "optimizer" in chosen.answers():  # SwitchLoRA brings its own
+        if chosen.name != own.name:
+            raise ValueError(
+                f"{chosen.name} also changes the weights; convert the model with it, and leave method out here"
+            )
+        chosen = AdamW()
+    if chosen.key != "optimizer" and "optimizer" not in chosen.answers():
+        hint = (
+            "; lorank.evolution.eggroll.Eggroll estimates gradients in your own loop"
+            if chosen.key == "gradient"
+            else ""
+        )
+        raise ValueError(
+            f"{chosen.name} does not decide how weights move; use adamw, muon or galore, for example{hint}"
+        )
+    check_combination([own, chosen])
+    mover = own if "optimizer" in own.answers() else chosen
+    if (targets or exclude) and (mover is own or not hasattr(mover, "rank")):
+        raise ValueError(f"{mover.name} projects nothing; leave out targets and exclude")
+    groups = mover.parameter_groups(model, plain_groups(model, weight_decay, decay), targets, exclude)
+    made: Any = mover.optimizer(groups, lr=lr, betas=betas, eps=eps)
+    made.lorank_method = chosen  # it may also need a hook or a schedule
+    return made
+
+
+def step_hook(model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int = 0) -> StepHook | None:
+    """Let the methods of a model and its optimizer act between the steps, in any training loop.
+
+    Args:
+        model: the converted model, also inside DDP, ``torch.compile`` or another module.
+        optimizer: what moves its parameters, also inside accelerate's wrapper.
+        steps: optimizer steps of the whole run.
+        seed: seed of the method's random draws during the run.
+
+    Returns:
+        The hook, which is already active, for its `state_dict`; None if no method needs one.
+
+    Raises:
+        ValueError: the method cannot work with this optimizer or with so few steps, the optimizer has a hook already, `model` is only a
+            part of a converted model, or it is dense and the optimizer moves none of its parameters.
+    """
+    _check_steps(steps)
+    check_value("seed", seed, Whole)
+    inner, moving = converted_inside(model), _unwrapped(optimizer)
+    if inner is None:
+        own = {id(p) for p in model.parameters()}
+        if not any(id(p) in own for group in moving.param_groups for p in group["params"]):
+            raise ValueError(
+                f"optimizer must move parameters of the model, but it moves none of this {type(model).__name__}; give the model that was "
+                "converted, and make its optimizer after wrapping it"
+            )
+    for method in _methods(inner, moving):
+        if "hook" not in method.answers():
+            continue
+        if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
+            raise ValueError(
+                f"{method.name} cannot act on parameters that FullyShardedDataParallel has flattened; use DDP or train on one device"
+            )
+        if (hook := method.hook(model if inner is None else inner, moving, steps=steps, seed=seed)) is not None:
+            return hook
+    return None
+
+
+def lr_schedule(
+    model: nn.Module,
+    *,
+    steps: int,
+    warmup_steps: int = 0,
+    min_lr_ratio: float = 0.1,
+    optimizer: Optimizer | None = None,
+) -> Callable[[int], float]:
+    """Multiplier of the learning rate by steps done, for ``torch.optim.lr_scheduler.LambdaLR``: the one that a model's
+    method needs (ReLoRA and SST climb again after each restart), or else a linear warm-up and a cosine.
+
+    Args:
+        model: the converted model, also inside DDP, ``torch.compile`` or another module.
+        optimizer: one of `lorank.optimizer`, whose method may need a schedule too.
+
+    Raises:
+        ValueError: there are no steps, the method's cycles do not fit into them, or `model` is only a part of a converted model.
+    """
+    _check_steps(steps)
+    check_value("warmup_steps", warmup_steps, Whole)
+    check_value("min_lr_ratio", min_lr_ratio, Fraction)
+    for method in _methods(converted_inside(model), optimizer and _unwrapped(optimizer)):
+        if (own := method.schedule(steps, warmup_steps, min_lr_ratio)) is not None:
+            return own
+    return lambda step: warmup_cosine(step, steps, warmup_steps, min_lr_ratio)
+
+
+def converted_inside(model: nn.Module) -> nn.Module | None:
+    """The converted model that a module is or wraps; None for a dense one.
+
+    Raises:
+        ValueError: it is no module, it has no parameters, it contains several converted models, or parts of one without what
+            `convert` recorded.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
+    found = [
+        m for m in model.modules() if "_lorank" in vars(m) or (isinstance(m, PreTrainedModel) and converted_with(m))
+    ]
+    outermost = found[:1]
+    inside = {part for whole in outermost for part in whole.modules()}
+    if apart := [m for m in found if m not in inside]:
+        names = f"{type(outermost[0]).__name__} and {type(apart[0]).__name__}"
+        raise ValueError(f"model must contain one converted model, got {names}; give each of them by itself")
+    if outermost:
+        return outermost[0]
+    if any(
+        "stands_for_linear" in vars(module) for module in model.modules()
+    ):  # set by `rewrite`; EGG's class has it too
+        raise ValueError(f"model must be the whole converted model, got only a {type(model).__name__} from it")
+    if next(model.parameters(), None) is None:
+        raise ValueError(
+            f"model must have parameters, got a {type(model).__name__} without any; give the model that was converted"
+        )
+    return None
+
+
+def _unwrapped(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside those of accelerate and Lightning, whose steps alone call its hooks."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, Optimizer):
+        raise ValueError(f"optimizer must be a torch optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def _methods(inner: nn.Module | None, optimizer: Optimizer | None) -> list[Method]:
+    """The methods of a converted model and of an optimizer that `optimizer` made."""
+    found = [None if inner is None else method_of(inner), getattr(optimizer, "lorank_method", None)]
+    return [method for method in found if method is not None]
+
+
+def _check_steps(steps: int) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(
+            f"steps must be the optimizer steps of the whole run, a positive integer, got {steps!r} (Trainer passes them to "
+            "create_scheduler; its max_steps is -1 if it counts epochs)"
+        )
