@@ -81,7 +81,7 @@ def test_what_is_dropped_after_training_is_not_matched(
 
 def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     asked = ComparisonSettings(base=base, methods=["cola", "d=dense"], match="time")
-    seconds = {"cola": 0.1, "d": 0.3, "dense": 0.15, "dense-muon": 0.2, "dense-small": 0.05}
+    seconds = {"cola": 0.1, "d": 0.3, "dense": 0.15, "dense-muon": 0.2, "dense-small": 0.05, "dense-small-muon": 0.1}
     found, _ = plan_contestants(asked, costs, tmp_path, seconds)
-    assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 4, 3, 12]
-    assert found[-1].candidates[0].recipe.warmup_steps == 4 and found[-1].candidates[0].recipe.eval_every == 4
+    assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 4, 3, 12, 6]
+    assert found[-2].candidates[0].recipe.warmup_steps == 4 and found[-2].candidates[0].recipe.eval_every == 4
