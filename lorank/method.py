@@ -365,4 +365,13 @@ def rank_at(rank: Rank, site: Site) -> int:
         raise ValueError(
             f"the rank table must have a pattern for {site.name}, got {list(rank)}; add one ('.*' matches all) or exclude the module"
         )
-    return rank if isinstance(rank, int) else max(1, round(rank * min(site.d_in, site.d_out)))
+    return rank_within(rank, min(site.d_in, site.d_out))
+
+
+def rank_within(rank: float, narrower: int) -> int:
+    """An integer as it is; a fraction is of a matrix's narrower side.
+
+    >>> rank_within(8, 32), rank_within(0.25, 32), rank_within(0.001, 32)
+    (8, 8, 1)
+    """
+    return rank if isinstance(rank, int) else max(1, round(rank * narrower))

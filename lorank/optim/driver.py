@@ -101,25 +101,6 @@ class Projected(ByGroups):
 
     rank: Rank = 0.25
 
-    def optimizer(
-        self,
-        groups: Iterable[Any],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> "LowRankOptimizer":
-        """As every method's. If no group says a ``rank``, all matrices have the method's; else groups without one are plain.
-
-        Raises:
-            ValueError: no group says a rank, and there is no matrix; or the method's rank is a table, which needs names.
-        """
-        groups = list(groups)
-        rank = None if any(says_rank(group) for group in groups) else self.rank
-        made = LowRankOptimizer(groups, self, lr=lr, betas=betas, eps=eps, rank=rank)
-        check_projects(made, rank)
-        return made
-
     def parameter_groups(
         self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns
     ) -> list[dict[str, Any]]:
@@ -130,11 +111,13 @@ class LowRankOptimizer(Arriving):
     """What `GaLore(rank=128).optimizer(...)` and its siblings make.
 
     Args:
-        rank: of the matrices of groups that say none themselves; None leaves those groups plain.
+        rank: of the matrices of groups that say none themselves. None: if no group says one, all matrices have the method's; else
+            groups that say none are plain.
         weight_decay, maximize: of groups that say none themselves.
 
     Raises:
-        ValueError: a group or setting that does not fit, such as a rank for a vector or weights in float16; or
+        ValueError: a group or setting that does not fit, such as a rank for a vector or weights in float16; no matrix to project;
+            a rank that is a table, which needs names; or
             `in_backward` in a distributed run, where each process would project its own part of the gradient, or under
             ``torch.amp.GradScaler``.
         FloatingPointError: a gradient or its square is not finite; nothing has been changed. With `in_backward` it is raised in
@@ -154,6 +137,9 @@ class LowRankOptimizer(Arriving):
         maximize: bool = False,
         rank: Rank | None = None,
     ):
+        params = list(params)
+        if rank is None and isinstance(method, Projected) and not any(says_rank(group) for group in params):
+            rank = method.rank
         self.method, self.rank = method, rank
         self.in_backward: bool = getattr(method, "in_backward", False)
         if self.in_backward:
@@ -161,6 +147,11 @@ class LowRankOptimizer(Arriving):
         self._watched: set[nn.Parameter] = set()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": None, "rule": None}
         super().__init__(params, {**defaults, **({"maximize": True} if maximize else {})})
+        if rank is not None and not self._projected():
+            raise ValueError(
+                f"{method.name} must have a matrix to project, got none; give it groups with a rank, as "
+                "lorank.optim.low_rank_groups makes them, before a wrapper flattens them, or use torch.optim.AdamW"
+            )
         self._staggered = len(self._projected()) if getattr(method, "stagger", False) else 0
         self._watch()
 
@@ -340,15 +331,6 @@ class LowRankOptimizer(Arriving):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, of this version or of 0.1."""
         load(self, state_dict)
-
-
-def check_projects(optimizer: LowRankOptimizer, rank: Rank | None) -> None:
-    """Raises ValueError if no group has a rank and none was left without one on purpose."""
-    if rank is not None and not any(group["rank"] is not None for group in optimizer.param_groups):
-        raise ValueError(
-            f"{optimizer.method.name} must have a matrix to project, got none; give it groups with a rank, as "
-            "lorank.optim.low_rank_groups makes them, before a wrapper flattens them, or use torch.optim.AdamW"
-        )
 
 
 def _check_type(p: Tensor) -> None:

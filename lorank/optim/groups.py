@@ -6,7 +6,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from lorank.fields import Rank, check_value
-from lorank.method import Patterns, check_table, rank_at
+from lorank.method import Patterns, check_table, rank_at, rank_within
 from lorank.sites import choose_sites, linear_layers
 
 Decay = Literal["matrices", "all"]
@@ -90,7 +90,7 @@ def by_rank(group: dict[str, Any], rank: Rank | None) -> list[dict[str, Any]]:
     for given in _of_group(group):
         p = given[1] if isinstance(given, tuple) else given  # torch takes (name, parameter) too
         matrix = isinstance(p, Tensor) and p.ndim == 2
-        found.setdefault(rank_of(p, rank) if matrix else None, []).append(given)
+        found.setdefault(rank_within(rank, min(p.shape)) if matrix else None, []).append(given)
     made = [{**group, "params": some, "rank": r} for r, some in found.items()]
     return sorted(made, key=lambda one: one["rank"] is None)
 
@@ -98,11 +98,6 @@ def by_rank(group: dict[str, Any], rank: Rank | None) -> list[dict[str, Any]]:
 def _of_group(group: dict[str, Any]) -> list[Any]:
     given = group["params"]
     return [given] if isinstance(given, Tensor) else given if isinstance(given, list) else list(given)
-
-
-def rank_of(p: Tensor, rank: float) -> int:
-    """An integer as it is; a fraction is of the narrower side."""
-    return rank if isinstance(rank, int) else max(1, round(rank * min(p.shape)))
 
 
 def low_rank_groups(

@@ -109,9 +109,9 @@ class Stack(NamedTuple):
         some = self._replace(parameters=[self.parameters[i] for i in due], states=[self.states[i] for i in due])
         G, of = some.gradients(), some.parameters[0]
         rank = min(self.group["rank"], *G.shape[1:])
-        left, right = sides(self.group["projection"], *G.shape[1:])
-        for side, given in (("left", G), ("right", G.mT)):
-            if (side == "left" and left) or (side == "right" and right):
+        asked = sides(self.group["projection"], *G.shape[1:])
+        for side, is_asked, given in zip(("left", "right"), asked, (G, G.mT), strict=True):
+            if is_asked:
                 store = partial(some._put_basis, side)
                 if isinstance(of, DTensor):
                     self.waiting.share(given, rank, of, basis, store)

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 
 from lorank.fields import Rank, check_value, unknown
 from lorank.optim.dct_adamw import DCTAdamW as DCTAdamWMethod
-from lorank.optim.driver import ByGroups, LowRankOptimizer, Projected, check_projects
+from lorank.optim.driver import ByGroups, LowRankOptimizer
 from lorank.optim.fira import Fira
 from lorank.optim.galore import GaLore
-from lorank.optim.groups import by_rank, says_rank
+from lorank.optim.groups import by_rank
 from lorank.optim.plain import Muon
 from lorank.optim.trion import Trion as TrionMethod
 
@@ -59,7 +59,7 @@ class TorchStyle(LowRankOptimizer):
         for name in NOT_OFFERED:
             if settings.pop(name, False):
                 raise ValueError(f"{name} must be False with {type(self).__name__}, got True; leave it out")
-        rank, params = settings.pop("rank", None), list(params)
+        rank = settings.pop("rank", None)
         known = [field.name for field in dataclasses.fields(self.kind)]
         if extra := next((name for name in settings if name not in known), None):
             raise TypeError(
@@ -68,12 +68,9 @@ class TorchStyle(LowRankOptimizer):
         if rank is not None:
             check_value("rank", rank, Rank)
         method = self.kind(**settings)
-        if rank is None and isinstance(method, Projected) and not any(says_rank(group) for group in params):
-            rank = method.rank
         super().__init__(
             params, method, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize, rank=rank
         )
-        check_projects(self, rank)
 
 
 class GaLoreAdamW(TorchStyle):
