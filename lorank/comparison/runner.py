@@ -41,7 +41,7 @@ from lorank.train import data
 from lorank.train.folder import absolute, write_whole
 from lorank.train.model import build_config
 from lorank.train.recipe import Recipe
-from lorank.train.run import check_corpus
+from lorank.train.run import check_corpus, corpus_of
 
 LOCK = ".lock"
 PROBE_STEPS = 12
@@ -260,16 +260,7 @@ class Comparison:
 
 def _corpus(base: Recipe) -> data.Corpus:
     """The data of all runs, checked; ValueError if they do not suit the recipe."""
-    corpus = data.load_corpus(
-        base.data,
-        validation=base.validation,
-        tokenizer=base.tokenizer,
-        vocab_size=4096 if base.vocab_size is None else base.vocab_size,
-        sequence_length=base.sequence_length,
-        documents=base.documents,
-        text_column=base.text_column,
-        seed=base.split_seed,
-    )
+    corpus = corpus_of(base)
     check_corpus(base, corpus, build_config(base, corpus.tokenizer).vocab_size)
     return corpus
 

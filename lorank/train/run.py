@@ -68,17 +68,7 @@ def pretrain(
     start_from = last_whole_checkpoint(out) if resume else None
     torch.set_float32_matmul_precision("high")
 
-    corpus = data.load_corpus(
-        recipe.data,
-        validation=recipe.validation,
-        tokenizer=recipe.tokenizer,
-        vocab_size=4096 if recipe.vocab_size is None else recipe.vocab_size,
-        sequence_length=recipe.sequence_length,
-        documents=recipe.documents,
-        text_column=recipe.text_column,
-        seed=recipe.split_seed,
-        order_seed=recipe.seed,
-    )
+    corpus = corpus_of(recipe)
     config = build_config(recipe, corpus.tokenizer)
     saved = read_config(str(start_from)) if start_from else None
     if saved is not None:
@@ -136,6 +126,21 @@ def pretrain(
         write_whole(out / "README.md", model_card(recipe, summary, corpus.description))
         write_whole(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2))
     return summary
+
+
+def corpus_of(recipe: Recipe) -> data.Corpus:
+    """The data of a recipe; errors are those of `lorank.train.data.load_corpus`."""
+    return data.load_corpus(
+        recipe.data,
+        validation=recipe.validation,
+        tokenizer=recipe.tokenizer,
+        vocab_size=4096 if recipe.vocab_size is None else recipe.vocab_size,
+        sequence_length=recipe.sequence_length,
+        documents=recipe.documents,
+        text_column=recipe.text_column,
+        seed=recipe.split_seed,
+        order_seed=recipe.seed,
+    )
 
 
 def check_corpus(recipe: Recipe, corpus: data.Corpus, vocab_size: int) -> None:

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lorank import accounting
 from lorank.comparison import runner as module
 from lorank.comparison.matching import Costs
 from lorank.comparison.process import PretrainProcess
@@ -131,6 +133,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> type[InThisProcess]:
     monkeypatch.setattr(module, "PretrainProcess", InThisProcess)
     monkeypatch.setattr(InThisProcess, "fail", None)
     return InThisProcess
+
+
+@pytest.fixture
+def uncounted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs do not count FLOPs, which takes longer than their steps."""
+    monkeypatch.setattr(accounting, "flops_per_token", lambda *args, **kwargs: 1.0)
+
+
+@pytest.fixture
+def repro_command(in_this_process: Callable[..., tuple[int, str, str]]):
+    """lorank repro ARGUMENTS in this process: (exit code, stdout, stderr)."""
+    return partial(in_this_process, "repro")
 
 
 @dataclasses.dataclass

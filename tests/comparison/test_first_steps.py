@@ -2,14 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorank import accounting
 from lorank.comparison import first_steps, repro
 from lorank.comparison.first_steps import RECORDED, STEPS, TOLERANCE, WIDER, WIDTH, Curve
 from lorank.methods.relora import ReLoRAHook
@@ -21,18 +18,7 @@ from lorank.train.folder import history
 from lorank.train.methods import methods_of
 from lorank.train.recipe import Recipe, recipes_folder
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        accounting, "flops_per_token", lambda *args, **kwargs: 1.0
-    )  # counting takes longer than the steps
-
-
-@pytest.fixture
-def command(in_this_process: Callable[..., tuple[int, str, str]]):
-    """lorank repro ARGUMENTS in this process: (exit code, stdout, stderr)."""
-    return partial(in_this_process, "repro")
+pytestmark = pytest.mark.usefixtures("uncounted")
 
 
 def off(name: str, **changes: Any) -> float:
@@ -119,20 +105,20 @@ def test_a_curve_is_judged_by_its_worst_loss() -> None:
     assert first_steps.deviation(curve._replace(losses=[4.0, 2.0]), curve) == (math.inf, 3)
 
 
-def test_the_command_fails_for_a_curve_that_is_off(command, monkeypatch) -> None:
+def test_the_command_fails_for_a_curve_that_is_off(repro_command, monkeypatch) -> None:
     expected = first_steps.recorded(repro.find("60m-relora"))
     monkeypatch.setattr(first_steps, "first_steps", lambda recipe: expected)
-    code, out, err = command("60m-relora", "--first-steps")
+    code, out, err = repro_command("60m-relora", "--first-steps")
     assert code == 0 and "warmup_steps" in out and "recorded" in out and "within 0.3 %" in out, err
     shifted = expected._replace(losses=[loss * 1.02 for loss in expected.losses], versions={"torch": "9.9"})
     monkeypatch.setattr(first_steps, "first_steps", lambda recipe: shifted)
-    code, out, _ = command("60m-relora", "--first-steps")
+    code, out, _ = repro_command("60m-relora", "--first-steps")
     assert code == 1 and "OUTSIDE 0.3 %" in out and "(here 9.9)" in out
 
 
-def test_other_calendars_and_missing_curves_are_one_sentence(command, monkeypatch, tmp_path: Path) -> None:
+def test_other_calendars_and_missing_curves_are_one_sentence(repro_command, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(first_steps, "months", lambda: ["Brumaire"])
-    code, _, err = command("60m-cola", "--first-steps")
+    code, _, err = repro_command("60m-cola", "--first-steps")
     assert code == 2 and "prints another text" in err and len(err.splitlines()) == 1
     found = dataclasses.replace(repro.find("60m-cola"), curve_file=tmp_path / "none.json")
     with pytest.raises(ValueError, match="has no curve of first steps"):

@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +10,11 @@ import pytest
 from transformers import TrainerCallback
 
 import lorank
-from lorank import accounting
 from lorank.comparison import repro
 from lorank.train import run
 from lorank.train.recipe import Recipe, recipes_folder
 
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        accounting, "flops_per_token", lambda *args, **kwargs: 1.0
-    )  # counting takes longer than the steps
-
-
-@pytest.fixture
-def command(in_this_process: Callable[..., tuple[int, str, str]]):
-    """lorank repro ARGUMENTS in this process: (exit code, stdout, stderr)."""
-    return partial(in_this_process, "repro")
+pytestmark = pytest.mark.usefixtures("uncounted")
 
 
 @pytest.mark.parametrize("name", repro.PUBLISHED)
@@ -84,7 +70,7 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> repro.Reproduction
     return found
 
 
-def test_a_run_goes_on_where_it_was_killed_and_is_judged(small, command, tmp_path: Path, monkeypatch) -> None:
+def test_a_run_goes_on_where_it_was_killed_and_is_judged(small, repro_command, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(MemoryError):
         repro.reproduce("60m-cola", tmp_path / "run", [Killed()], micro_batch_size=4)
     outcome = repro.reproduce("60m-cola", tmp_path / "run")  # as it began, with micro-batches of 4
@@ -98,30 +84,30 @@ def test_a_run_goes_on_where_it_was_killed_and_is_judged(small, command, tmp_pat
     assert outcome["unbiased"] == pytest.approx(whole.validation_perplexity, rel=1e-3)
 
     monkeypatch.setattr(run, "pretrain", lambda *args, **kwargs: pytest.fail("there is nothing left to run"))
-    code, out, _ = command("60m-cola", "--out", tmp_path / "run")
+    code, out, _ = repro_command("60m-cola", "--out", tmp_path / "run")
     assert code == 1 and "OUTSIDE" in out and "step 2" in out
     met = dataclasses.replace(small, published=repro.Published(outcome["perplexity"] * 1.05, 0.1, "nobody"))
     monkeypatch.setattr(repro, "find", lambda name: met)
-    code, out, _ = command("60m-cola", "--out", tmp_path / "run")
+    code, out, _ = repro_command("60m-cola", "--out", tmp_path / "run")
     assert code == 0 and "within" in out
     silent = dataclasses.replace(small, published=repro.Published(None, None, "nobody"))
     monkeypatch.setattr(repro, "find", lambda name: silent)
-    code, out, _ = command("60m-cola", "--out", tmp_path / "run")
+    code, out, _ = repro_command("60m-cola", "--out", tmp_path / "run")
     assert code == 0 and "not judged" in out
 
     for other, words in (({"lr": 0.5}, "its lr is 0.003"), ({"seed": 1}, "its seed is 42")):
         another = dataclasses.replace(small, recipe=dataclasses.replace(small.recipe, **other))
         monkeypatch.setattr(repro, "find", lambda name, another=another: another)
-        code, _, err = command("60m-cola", "--out", tmp_path / "run")
+        code, _, err = repro_command("60m-cola", "--out", tmp_path / "run")
         assert code == 2 and "holds another run" in err and words in err and len(err.splitlines()) == 1
     monkeypatch.setattr(repro, "find", lambda name: small)
-    code, _, err = command("60m-cola", "--out", tmp_path / "run", "--micro-batch-size", 2)
+    code, _, err = repro_command("60m-cola", "--out", tmp_path / "run", "--micro-batch-size", 2)
     assert code == 2 and "its micro_batch_size is 4" in err
     (tmp_path / "run/metrics.jsonl").unlink()
-    code, _, err = command("60m-cola", "--out", tmp_path / "run")
+    code, _, err = repro_command("60m-cola", "--out", tmp_path / "run")
     assert code == 2 and "metrics.jsonl is missing" in err and len(err.splitlines()) == 1
     (tmp_path / "run/metrics.jsonl").write_text("")
-    code, _, err = command("60m-cola", "--out", tmp_path / "run")
+    code, _, err = repro_command("60m-cola", "--out", tmp_path / "run")
     assert code == 2 and "has no evaluation" in err
 
 
@@ -143,14 +129,16 @@ def test_tolerance_goes_to_both_sides() -> None:
     ],
     ids=" ".join,
 )
-def test_bad_input_is_one_sentence(command, monkeypatch, tmp_path: Path, arguments: list[str], words: str) -> None:
+def test_bad_input_is_one_sentence(
+    repro_command, monkeypatch, tmp_path: Path, arguments: list[str], words: str
+) -> None:
     monkeypatch.chdir(tmp_path)
-    code, _, err = command(*arguments)
+    code, _, err = repro_command(*arguments)
     assert code == 2 and words in err and len(err.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-def test_the_list_and_a_card(command) -> None:
-    code, out, _ = command()
+def test_the_list_and_a_card(repro_command) -> None:
+    code, out, _ = repro_command()
     assert code == 0 and all(name in out for name in repro.PUBLISHED) and max(map(len, out.splitlines())) <= 80
-    code, out, _ = command("60m-dense")
+    code, out, _ = repro_command("60m-dense")
     assert code == 0 and "perplexity 34.06" in out and "lorank repro 60m-dense --out" in out and "10000" in out
