@@ -34,7 +34,7 @@ from lorank.sites import (
     sites_of,
     wanted_sites,
 )
-from lorank.table import find, register
+from lorank.table import find, from_record, register
 from lorank.trial import check_quantization, check_shared, try_on_shapes
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -84,8 +84,7 @@ def convert(
     )
     """
     method = as_method(method)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
+    check_module(model)
     if "method" not in method.answers():
         raise ValueError(
             f"{method.name} does not decide what the weights are, so there is nothing to convert; use cola or sltrain, for "
@@ -100,20 +99,26 @@ def convert(
         **({"experts": True} if any(site.experts for site in sites) else {}),
     }
 
-    def apply(model: Any) -> None:
-        rewrite(model, method, choose_sites(wanted_sites(method, sites_of(method, model)), targets, exclude))
+    def apply(model: Any, sites: list[Site]) -> None:
+        rewrite(model, method, sites)
         if isinstance(model, PreTrainedModel):
             record(model, {**recorded, "prefix": base_prefix(model)})
         else:
             model._lorank = recorded
 
     if isinstance(model, PreTrainedModel):
-        try_on_shapes(model, method, apply)
+        try_on_shapes(model, method, lambda twin: apply(twin, _chosen_sites(twin, method, targets, exclude)))
     if targets is None:
         _warn_of_other_matrices(model, method, sites)
     _warn_of_unknown_fusions(model, sites)
-    apply(model)
+    apply(model, sites)
     return model
+
+
+def check_module(model: Any) -> None:
+    """Raises ValueError for anything but a module."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
 
 
 def as_method(method: Method | type[Method] | str) -> Method:
@@ -145,11 +150,15 @@ def sites_to_convert(
             f"model must be the {inner} inside this {type(model).__name__}, which could not be saved; convert it before it is "
             "compiled or wrapped"
         )
-    sites = choose_sites(wanted_sites(method, sites_of(method, model)), targets, exclude)
+    sites = _chosen_sites(model, method, targets, exclude)
     check_callers(model, sites)
     check_shared(model, sites)
     method.check(sites)
     return sites
+
+
+def _chosen_sites(model: nn.Module, method: Method, targets: Patterns, exclude: Patterns) -> list[Site]:
+    return choose_sites(wanted_sites(method, sites_of(method, model)), targets, exclude)
 
 
 def _warn_of_unknown_fusions(model: nn.Module, sites: list[Site]) -> None:
@@ -184,7 +193,7 @@ def _warn_of_other_matrices(model: nn.Module, method: Method, sites: Sequence[Si
 def method_of(model: nn.Module) -> Method | None:
     """The method that a model was converted with, with its hyper-parameters; None for a dense one."""
     recorded = converted_with(model)
-    return None if recorded is None else find(recorded["method"]).from_dict(recorded["arguments"])
+    return None if recorded is None else from_record(recorded)
 
 
 def merge(model: PreTrainedModel) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from lorank.conversion import as_method, method_of
+from lorank.conversion import as_method, check_module, method_of
 from lorank.fields import Beta, Fraction, NonNegative, Whole, check_value
 from lorank.method import AdamW, Dense, Method, Patterns, StepHook, check_combination, warmup_cosine
 from lorank.optim.groups import Decay, plain_groups
@@ -39,8 +39,7 @@ def optimizer(
         ValueError: the method does not decide how weights move, it cannot be combined with the model's own, or a pattern
             matches nothing.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
+    check_module(model)
     for name, value, kind in (
         ("lr", lr.item() if isinstance(lr, Tensor) else lr, NonNegative),
         ("weight_decay", weight_decay, NonNegative),
@@ -148,8 +147,7 @@ def converted_inside(model: nn.Module) -> nn.Module | None:
         ValueError: it is no module, it has no parameters, it contains several converted models, or parts of one without what
             `convert` recorded.
     """
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"model must be a torch module, got {type(model).__name__}")
+    check_module(model)
     found = [
         m for m in model.modules() if "_lorank" in vars(m) or (isinstance(m, PreTrainedModel) and converted_with(m))
     ]

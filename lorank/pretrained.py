@@ -24,7 +24,7 @@ from lorank.checkpointing import POLICIES, checkpoint, has_tapes, policy_is_on
 from lorank.portable import write_modelling_file
 from lorank.rewriting import rewrite
 from lorank.sites import base_prefix, choose_sites, sites_of, wanted_sites
-from lorank.table import find
+from lorank.table import find, from_record
 
 OWN_NAMES = "own"
 """What `record` notes of the names of weights in files. Files without it (lorank 0.2 and before) have transformers' older names."""
@@ -68,7 +68,7 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
             raise ValueError(
                 f"a {type(config).__name__} must have the entry 'lorank', which records how to build its model"
             )
-        method = find(recorded["method"]).from_dict(recorded["arguments"])
+        method = from_record(recorded)
         # patterns are for names in the converted model, which may have had a head where this one has none, or the reverse
         here, there = base_prefix(self), recorded["prefix"]
         then = lambda name: name if here == there else there + name.removeprefix(here)  # noqa: E731

@@ -6,6 +6,7 @@ with `register`. Nothing here imports a method before it is asked for.
 
 import importlib
 import sys
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lorank.fields import unknown
@@ -92,6 +93,12 @@ def find(name: str) -> "type[Method]":
         hint = "a method of your own is found after lorank.register"
         raise ValueError(f"{unknown('method', name, method_names())} ({hint})")
     return found
+
+
+def from_record(recorded: Mapping[str, Any]) -> "Method":
+    """The method that a converted model's configuration records, with its settings."""
+    made: Method = find(recorded["method"]).from_dict(recorded["arguments"])
+    return made
 
 
 def _name(method: Any) -> str:

@@ -17,7 +17,7 @@ from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
 from lorank.evolution.egg import EggConfig
 from lorank.pretrained import positions_of
-from lorank.table import find
+from lorank.table import from_record
 from lorank.train.data import load_tokenizer
 from lorank.train.hub import OwnCode, read_config
 from lorank.train.methods import KEYS, Methods, methods_of
@@ -139,7 +139,7 @@ def build_model(recipe: Recipe, config: PretrainedConfig, saved: PretrainedConfi
     check_positions(model, recipe.sequence_length)
     if found.method.name != "dense":
         recorded = getattr(saved, "lorank", None)
-        method = found.method if recorded is None else find(recorded["method"]).from_dict(recorded["arguments"])
+        method = found.method if recorded is None else from_record(recorded)
         convert(model, method, targets=recipe.targets, exclude=recipe.exclude)
     elif (recipe.targets or recipe.exclude) and not hasattr(found.mover, "rank"):
         raise ValueError(f"{found.title} converts no layer and projects no gradient; leave out targets and exclude")
