@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.integrations.moe import _grouped_mm
 
-from lorank.layers import ACTIVATIONS, entry_std
+from lorank.layers import ACTIVATIONS, autocast_dtype, entry_std
 
 STACKED = ("gate_up_proj", "up_proj", "down_proj")
 """Parameters of a module of experts, each with a bias or without."""
@@ -24,8 +24,8 @@ STACKED = ("gate_up_proj", "up_proj", "down_proj")
 
 def grouped(x: Tensor, W: Tensor, ends: Tensor) -> Tensor:
     """Rows of x [S, d_in] times the matrix of their expert, W [E, d_out, d_in]; [S, d_out]."""
-    if torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type):
-        x, W = (t.to(torch.get_autocast_dtype(x.device.type)) for t in (x, W))
+    if (dtype := autocast_dtype(x)) is not None:
+        x, W = x.to(dtype), W.to(dtype)
     (_, d_out, d_in), aligned = W.shape, 16 // W.element_size()
     if d_in % aligned or d_out % aligned:  # rows must begin at 16 bytes
         columns, rows = -d_in % aligned, -d_out % aligned

@@ -111,6 +111,11 @@ def gated_delta_by_head(config: Any, rows: int) -> Fusion:
 
 EARLY = {"gpt2", "gpt_neox", "bloom", "mpt", "phi3", "glm", "glm4"}
 """The types that versions 0.1 and 0.2 knew, and only as the outermost model."""
+LATENT = (
+    "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash minicpm3 mistral4 "
+    "mistral_large4_text youtu"
+)
+"""The types with multi-head latent attention."""
 FUSED: tuple[tuple[str, Layout, str], ...] = (
     ("attn.c_attn", equal(*QKV), "gpt2 decision_transformer imagegpt openai-gpt"),
     ("attn.c_attn", gpt_bigcode, "gpt_bigcode"),
@@ -153,18 +158,8 @@ FUSED: tuple[tuple[str, Layout, str], ...] = (
     ("conv.in_proj", equal("B", "C", "x"), "lfm2 lfm2_moe lfm3 lfm3_vl_vision"),
     ("linear_attn.in_proj_qkv", gated_delta, "qwen3_5_text qwen3_5_moe_text qwen4_exp_text"),
     ("linear_attn.in_proj_qkvz", gated_delta_by_head, "qwen3_next"),
-    (
-        "kv_a_proj_with_mqa",
-        latent,
-        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash minicpm3 mistral4 "
-        "mistral_large4_text youtu",
-    ),
-    (
-        "kv_b_proj",
-        from_latent,
-        "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash minicpm3 mistral4 "
-        "mistral_large4_text youtu",
-    ),
+    ("kv_a_proj_with_mqa", latent, LATENT),
+    ("kv_b_proj", from_latent, LATENT),
 )
 """End of a module's name, its parts, and the types of the pretrained model around it (the innermost one)."""
 _LAYOUTS = {(model_type, end): layout for end, layout, types in FUSED for model_type in types.split()}

@@ -6,8 +6,8 @@ a method ``standalone()`` that gives the name of a class of `lorank.standalone` 
 its own classes are used, and nothing of the file is run.
 """
 
-import json
 import os
+import pprint
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,7 +56,7 @@ def _text(base: type, base_config: type, name: str, config: type[PretrainedConfi
 {_import(base)}
 {_import(base_config)}
 
-LAYERS = {_literal(layers)}
+LAYERS = {pprint.pformat(layers, width=110, compact=True, sort_dicts=False)}
 
 
 class {config.__name__}({base_config.__name__}):
@@ -76,14 +76,6 @@ class {name}({base.__name__}):
 def _import(kind: type) -> str:
     public = getattr(transformers, kind.__name__, None) is kind
     return f"from {'transformers' if public else kind.__module__} import {kind.__name__}"
-
-
-def _literal(value: Any) -> str:
-    """As Python; the same as JSON but for three words."""
-    text = json.dumps(value, indent=1)
-    return re.sub(
-        r"\b(null|true|false)\b", lambda word: {"null": "None", "true": "True", "false": "False"}[word[0]], text
-    )
 
 
 def _layers(model: nn.Module) -> dict[str, Any] | None:

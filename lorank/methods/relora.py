@@ -12,7 +12,7 @@ frozen and its optimizer state is dropped.
 
 Cost of a layer: r (d_in + d_out) trained parameters, d_in d_out frozen ones; for n tokens 2 n (d_in d_out + r (d_in +
 d_out)) operations forward; backward the first term once more and the second twice. Merged, it is a dense layer. If W has 16 bits,
-what rounding takes from merges is kept beside it (`lorank.rounding`), another 2 d_in d_out bytes.
+what rounding takes from merges is kept too (`lorank.rounding`), another 2 d_in d_out bytes.
 
 Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024, arXiv 2307.05695, and the
 authors' repository Guitaricet/relora.

@@ -15,7 +15,7 @@ Cost of one layer for n tokens: r (d_in + d_out) + m trained numbers, which alon
 m (d_in + d_out + 1) stored ones, up to twice the dense weight: SST saves optimizer state, not weights. Forward needs
 2 n m (d_in + d_out) floating-point operations, backward 2 n (m + r) (d_in + d_out): 4/3 of dense for a square matrix at
 small r. The input and V^T x [n, m] are kept for the backward pass. If the factors have 16 bits, what rounding takes from W
-at decompositions is kept beside them (`lorank.rounding`), another 2 d_in d_out bytes.
+at decompositions is kept too (`lorank.rounding`), another 2 d_in d_out bytes.
 
 Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML 2025,
 arXiv 2405.15481, as summaries report it; neither its full text nor the authors' code was at hand. Not confirmed are the

@@ -16,7 +16,7 @@ step s of T about r θ(s) / 40 vectors of each factor are exchanged, and θ fall
 Cost of a layer: r (d_in + d_out) trained parameters and d_in d_out frozen ones; pools of c (d_in + d_out) numbers, in
 host memory. For n tokens 2 n (d_in d_out + r (d_in + d_out)) operations forward; backward the first term once more,
 the second twice. Exchanging k vectors of a factor costs 2 k d_in d_out, once a step. Merged, it is dense, W + (1/r) B A.
-If W has 16 bits, what rounding takes at exchanges is kept beside it (`lorank.rounding`), another 2 d_in d_out bytes.
+If W has 16 bits, what rounding takes at exchanges is kept too (`lorank.rounding`), another 2 d_in d_out bytes.
 
 Source: "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank Information", arXiv 2406.06564; asfsdsf/SwitchLoRA.
 

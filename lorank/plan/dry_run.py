@@ -139,10 +139,11 @@ def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:
             parameters_before=earlier.parameters_before + before,
             parameters_after=earlier.parameters_after + count,
         )
+    taken = owners_of(experts)
     others = [
         Row(role, len(each), " × ".join(map(str, each[0].shape)), "stays dense", size, size)
         for role, each in other_matrices(dense).items()
-        if role.rpartition(".")[0] not in owners_of(experts)
+        if role.rpartition(".")[0] not in taken
         for size in [sum(parameter.numel() for parameter in each)]
     ]
     shared = [

@@ -48,7 +48,7 @@ class OwnCode(ValueError):
 
 
 def read_config(place: str) -> PretrainedConfig:
-    """The configuration in a folder, a file or on the hub. Code beside it is never run, and nobody is asked whether it may.
+    """The configuration in a folder, a file or on the hub. Code next to it is never run, and nobody is asked whether it may.
 
     Raises:
         OwnCode: transformers has no class for it.
