@@ -43,6 +43,19 @@ class ChainStart(nn.Module):
         return y
 
 
+class LowRankStart(LowRank):
+    """y = B A x + c, which the next block's layer adds to its own output."""
+
+    def __init__(self, chain: Any, **sizes: Any):
+        super().__init__(chain, **sizes)
+        self.chain = chain
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        self.chain["y"] = y
+        return y
+
+
 class ChainLink(LowRank):
     """y = b y_before + B A x + c with b = sign(beta) (|beta| + 1e-6), where y_before is the block's before."""
 
@@ -88,7 +101,8 @@ class Nothing(nn.Identity):
         super().__init__()
 
 
-KINDS: dict[str, Any] = {kind.__name__: kind for kind in (LowRank, ChainStart, ChainLink, Joined, Dense, Nothing)}
+_KINDS = LowRank, ChainStart, LowRankStart, ChainLink, Joined, Dense, Nothing
+KINDS: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
 
 
 def put_layers(model: nn.Module, layers: dict[str, Any]) -> None:

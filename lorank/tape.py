@@ -40,17 +40,19 @@ class Tape:
     Args:
         role: role of the projection, for messages.
         depths: number of layers.
+        dense_start: whether the first layer is dense, without a bottleneck that could be kept.
     """
 
-    def __init__(self, role: str, depths: int):
+    def __init__(self, role: str, depths: int, dense_start: bool = True):
         self.role = role
         self.depths = depths
+        self.dense_start = dense_start
         self.waiting: dict[int, tuple[Tensor, Slot]] = {}
         self.growth = 1.0
         """How much an error of the next output would grow until the first dropped output is rebuilt from it."""
 
     def __reduce__(self) -> Any:
-        return Tape, (self.role, self.depths)
+        return Tape, (self.role, self.depths, self.dense_start)
 
     def is_anchor(self, depth: int) -> bool:
         """Whether the output is stored even under `keep_recurrence`: every eighth one, with the last and without the first."""
@@ -195,7 +197,8 @@ class _First(_Run):
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        if self.rerun.rebuilds and not self.rerun.previous:  # the dense first block: it has no bottlenecks
+        dense = not self.rerun.previous and all(tape.dense_start for tape, _ in self.rerun.own)
+        if self.rerun.rebuilds and dense:  # a first block without bottlenecks
             self.rerun.kept.clear()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -22,7 +22,7 @@ METHODS = {
     ("llama", "cola"): lorank.CoLA(rank=8, nonlinearity="low-rank"),
     ("gpt2", "cola"): lorank.CoLAM(rank=8),
     ("llama", "crnet"): lorank.CRNet(rank=8, beta=0.7),
-    ("gpt2", "crnet"): lorank.CRNet(rank=8),
+    ("gpt2", "crnet"): lorank.CRNet(rank=8, first_block="low-rank"),
 }
 ELSEWHERE = """
 import json, sys, torch

@@ -278,12 +278,13 @@ def test_a_rank_for_the_dense_block_alone_decides_nothing(small: Callable[..., A
         convert(small("llama"), CRNet(rank={r"layers\.0\.": 4, ".*": 8}))
 
 
-def test_the_plan_says_that_the_first_block_stays_dense() -> None:
+@pytest.mark.parametrize(("first_block", "first"), [("dense", "CRNetDense()"), ("low-rank", "CRNetLowRank(rank=8)")])
+def test_the_plan_says_what_the_first_block_is(first_block: str, first: str) -> None:
     from lorank.plan.dry_run import plan
     from lorank.train.recipe import Recipe
 
-    becomes = {row.after for row in plan(Recipe(method="crnet", rank=8)).rows}
-    assert becomes == {"CRNetDense(), then CRNetLinear(rank=8)"}
+    becomes = {row.after for row in plan(Recipe(method="crnet", rank=8, options={"first_block": first_block})).rows}
+    assert becomes == {f"{first}, then CRNetLinear(rank=8)"}
 
 
 def test_it_cannot_be_merged(build: Callable[..., Any]) -> None:

@@ -1,12 +1,13 @@
 """CR-Net: its equation, initial values and parameter counts."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lorank import (
     CRNet,
@@ -22,7 +23,7 @@ from lorank.methods.crnet import (
     kept_numbers,
     recompute_flops,
 )
-from lorank.papers.formulas import crnet_parameters
+from lorank.papers.formulas import cola_parameters, crnet_parameters
 from tests.methods.crnet.conftest import D_FF, D, N, R, a_batch, chain, gradients, loss_of, numbers, tapes
 
 PROJECTIONS = [*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down"))]
@@ -130,6 +131,25 @@ def test_one_layer_is_a_dense_llama(small: Callable[..., Any]) -> None:
     assert all(not tape.waiting for tape in tapes(model))
 
 
+def test_a_low_rank_first_block_begins_the_recurrence(build: Callable[..., Any], tmp_path: Path) -> None:
+    model = build(3, torch.float64, first_block="low-rank", rank={r"layers\.0\.": 5, ".*": 7}).eval()
+    expected = gradients(model)
+    for projection in PROJECTIONS:
+        inputs, outputs = seen(model, projection)
+        y: Any = 0
+        for block, x, output in zip(model.model.layers, inputs, outputs, strict=True):
+            layer = block.get_submodule(projection)
+            y = x @ (layer.B.weight @ layer.A.weight).T + y * (getattr(layer, "beta", 0) + 1e-6)
+            torch.testing.assert_close(y, output, rtol=1e-10, atol=1e-12)
+        assert layer.A.out_features == 7 and model.model.layers[0].get_submodule(projection).A.out_features == 5
+    checkpoint(model, keep_recurrence)
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-8, atol=1e-12)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(loaded(a_batch()).logits, model.eval()(a_batch()).logits)
+
+
 @pytest.mark.parametrize("name", ["gpt2", "opt"])
 def test_a_bias_is_part_of_what_is_handed_on(name: str, small: Callable[..., Any]) -> None:
     model = convert(small(name, **{"n_layer" if name == "gpt2" else "num_hidden_layers": 3}), CRNet())
@@ -181,6 +201,8 @@ def test_the_1b_model_has_the_parameters_of_the_closed_form() -> None:
     )
     with torch.device("meta"):
         model = convert(LlamaForCausalLM(config), CRNet(rank=rank))
+        low = convert(LlamaForCausalLM(config), CRNet(rank=rank, first_block="low-rank"))
+    assert low.num_parameters() == cola_parameters(32_000, 2048, 5461, 24, rank) + 23 * 7, "the factors, and each β"
     assert crnet_parameters(32_000, 2048, 5461, 24, rank) == model.num_parameters() == 583_336_010
     norms = 2 * 2048
     for i, block in enumerate(model.model.layers):
@@ -196,7 +218,8 @@ def test_the_rank_may_differ_from_block_to_block(build: Callable[..., Any]) -> N
     assert all(grad.isfinite().all() for grad in gradients(model).values())
 
 
-def test_what_recomputation_costs_is_what_the_closed_forms_say() -> None:
+@pytest.mark.parametrize("first_block", ["dense", "low-rank"])
+def test_what_recomputation_costs_is_what_the_closed_forms_say(first_block: Any) -> None:
     def block_by_block(layers: int) -> tuple[int, float]:
         config = LlamaConfig(
             vocab_size=8,
@@ -207,13 +230,13 @@ def test_what_recomputation_costs_is_what_the_closed_forms_say() -> None:
             use_cache=False,
         )
         with torch.device("meta"):
-            model = convert(LlamaForCausalLM(config), CRNet(rank=R))
+            model = convert(LlamaForCausalLM(config), CRNet(rank=R, first_block=first_block))
         checkpoint(model, keep_recurrence)
         kept = measure_peak(model, batch=1, sequence_length=N).activations_bytes / 4
         return measure_flops(model, sequence_length=N).recompute, kept
 
     found = {layers: block_by_block(layers) for layers in (2, 10)}
     for layers, (flops, kept) in found.items():
-        assert flops == recompute_flops(D, D_FF, R, N, layers)
+        assert flops == recompute_flops(D, D_FF, R, N, layers, first_block)
         outside = kept - kept_numbers(D, D_FF, R, N, layers)
         assert outside == found[2][1] - kept_numbers(D, D_FF, R, N, 2), "embeddings, head and loss, whatever the depth"

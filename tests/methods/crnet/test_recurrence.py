@@ -120,6 +120,8 @@ def test_a_block_keeps_input_and_bottlenecks_every_eighth_more(
     build: Callable[..., Any],
 ) -> None:
     one, two, eight, nine, ten = (kept(build(layers), keep_recurrence) for layers in (1, 2, 8, 9, 10))
+    low = kept(build(2, first_block="low-rank"), keep_recurrence)
+    assert low - two == sizes(nr=7) and not two - low, "bottlenecks of a first block that has them"
     outputs = sizes(nd=5, nf=2)
     assert two - one == sizes(nd=1, nr=7) + outputs  # the last
     assert eight - two == sizes(nd=6, nr=42)
