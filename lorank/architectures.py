@@ -30,6 +30,8 @@ ROUTER_CLASS = re.compile(r"Router|TopK|M[Oo][Ee]\w*Gat(?:e|ing)$")
 """The same for classes: JetMoeTopKGating, HunYuanMoEV1Gate."""
 EXPERTS = re.compile(r"(?:^|_)experts?$")
 """Names of the module that holds a mixture's experts."""
+EXPERTS_CLASS = re.compile(r"Experts")
+"""Classes of modules with the weights of all experts: MixtralExperts, JetMoeParallelExperts, lorank's LowRankExperts."""
 
 
 def projection_type(name: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorank.architectures import as_linear, dense_layer, is_linear, routers
+from lorank.architectures import EXPERTS_CLASS, as_linear, dense_layer, is_linear, routers
 from lorank.experts import split
 from lorank.fields import compile_pattern
 from lorank.fusion import fusion_of
@@ -86,6 +86,21 @@ def sites_of(method: Method, model: nn.Module, *, experts: bool = True) -> list[
 def owners_of(sites: Sequence[Site]) -> set[str]:
     """Roles of the modules that hold these experts, with other matrices than the sites."""
     return {role for site in sites if site.experts for role in (site.role, site.role.rpartition(".")[0])}
+
+
+def expert_stacks(model: nn.Module) -> dict[nn.Parameter, Site]:
+    """The weights [E, m, n] of a mixture's experts as they are kept, each with a site: gate_up_proj and down_proj, or in a converted
+    model the factors of each projection. Parameters of other modules with three dimensions, such as kernels of convolutions,
+    are not among them."""
+    found = {}
+    for stack, depth, block in blocks(model):
+        for inner, module in block.named_modules():
+            if EXPERTS_CLASS.search(type(module).__name__):
+                for name, p in module.named_parameters(recurse=False):
+                    if p.ndim == 3 and 1 not in p.shape[1:]:
+                        at, linear = f"{inner}.{name}", nn.Linear(p.shape[2], p.shape[1], bias=False, device="meta")
+                        found[p] = Site(f"{stack}.{depth}.{at}", f"{stack}.*.{at}", depth, linear, experts=len(p))
+    return found
 
 
 def other_matrices(model: nn.Module) -> dict[str, list[nn.Parameter]]:

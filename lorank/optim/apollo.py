@@ -14,7 +14,7 @@
 Saves: optimizer state.
 
 State of a matrix: two moments of 2 r n numbers, a seed and a norm (Mini: 2 n + 2). Drawing P costs r m normal numbers a step
-on the host.
+on the host; the experts of a mixture share one P.
 
 The sketch has a fraction r/m of each column's squared length, so s is about √(r/m) of what full moments give. The paper
 leaves this factor to the learning rate, and so do we. D does not change if all gradients are multiplied by a constant, but
@@ -36,7 +36,7 @@ from torch import Tensor
 from lorank.fields import Bounds, Count, Positive, Rank, Whole
 from lorank.method import Published, seeded_generator
 from lorank.optim.driver import Projected
-from lorank.optim.stacks import Stack
+from lorank.optim.stacks import Stack, as_stack
 
 
 def state_elements(m: int, n: int, r: int) -> int:
@@ -114,29 +114,29 @@ class APOLLO(Projected):
         R_adam = -stack.ruled(R, lr=1.0).nan_to_num(nan=0.0)  # 0/0 where ε and all gradients were 0
         D = group["scale"] * scaled(G, R, R_adam, self.scaling == "column")
         if self.growth is not None:
-            before = torch.stack([state.get("norm", D.new_tensor(-1.0)).to(D) for state in stack.states])
-            D = limited(D, before, self.growth)
+            D = limited(D, stack.get("norm", or_else=-1.0).to(D), self.growth)
             stack.put("norm", D.norm(dim=(-2, -1)))
         return -group["lr"] * (D.mT if tall else D)
 
     def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         if group["rank"] is None:
             return super().state_shapes(shape, group)
-        moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), (min(group["rank"], *shape), max(shape)))
-        return {**moments, **({} if self.growth is None else {"norm": ()})}
+        *experts, m, n = shape
+        moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), (*experts, min(group["rank"], m, n), max(m, n)))
+        return {**moments, **({} if self.growth is None else {"norm": (*experts,)})}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """Moments in the weights' type, a seed of 8 bytes, and a norm of at least single precision."""
         if group.get("rank") is None:
             return super().state_bytes(p, group)
-        (m, n), norm = p.shape, 0 if self.growth is None else max(p.element_size(), 4)
-        return (state_elements(m, n, group["rank"]) - 2) * p.element_size() + 8 + norm
+        (k, m, n), norm = as_stack(p.shape), 0 if self.growth is None else max(p.element_size(), 4)
+        return k * ((state_elements(m, n, group["rank"]) - 2) * p.element_size() + norm) + 8
 
     def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
         """P G."""
         if group.get("rank") is None:
             return super().step_flops(p, group)
-        return 2 * min(group["rank"], *p.shape) * p.numel()
+        return 2 * min(group["rank"], *p.shape[-2:]) * p.numel()
 
 
 @dataclass(frozen=True, kw_only=True)

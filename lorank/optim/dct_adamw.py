@@ -43,7 +43,7 @@ from lorank.optim.dct import (
     vectors,
 )
 from lorank.optim.driver import Projected
-from lorank.optim.stacks import Product, Stack
+from lorank.optim.stacks import Product, Stack, as_stack
 
 
 def state_elements(m: int, n: int, r: int) -> int:
@@ -125,16 +125,19 @@ class DCTAdamW(Projected):
     def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         if group["rank"] is None:
             return super().state_shapes(shape, group)
-        moment = max(shape), min(group["rank"], *shape)
-        return {"exp_avg": moment, "exp_avg_sq": moment, "indices": moment[1:]}
+        *experts, m, n = shape
+        r = min(group["rank"], m, n)
+        moment = (*experts, max(m, n), r)
+        return {"exp_avg": moment, "exp_avg_sq": moment, "indices": (*experts, r)}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """Bytes of moments, indices and error feedback."""
         if group.get("rank") is None:
             return super().state_bytes(p, group)
-        (m, n), itemsize, rank = p.shape, p.element_size(), min(group["rank"], *p.shape)
+        (k, m, n), itemsize = as_stack(p.shape), p.element_size()
+        rank = min(group["rank"], m, n)
         error = {"none": 0, "full": m * n * itemsize, "8bit": m * n + 8 * max(m, n)}[self.error_feedback]
-        return 2 * max(m, n) * rank * itemsize + 4 * rank + error
+        return k * (2 * max(m, n) * rank * itemsize + 4 * rank + error)
 
     def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
         """A Qᵀ every T steps and A Q[I]ᵀ in the others, by an FFT without products; u Q[I], and for error feedback a Q[I].
@@ -147,9 +150,9 @@ class DCTAdamW(Projected):
         """
         if group.get("rank") is None:
             return super().step_flops(p, group)
-        m, n = p.shape
+        k, m, n = as_stack(p.shape)
         part, gap = 2 * m * n * min(group["rank"], m, n), self.settings(group)["update_gap"]
         chosen = transform_flops(max(m, n), min(m, n), self.transform)
         between = part if self.transform == "matmul" else 0
         into = chosen if gap == 1 else (chosen + (gap - 1) * between) / gap
-        return into + part * (1 if self.error_feedback == "none" else 2)
+        return k * (into + part * (1 if self.error_feedback == "none" else 2))

@@ -99,12 +99,16 @@ class ByGroups(Method):
 class Projected(ByGroups):
     """Base of the methods that move matrices in a subspace: a rank, and what `move` makes of a stack."""
 
+    once: ClassVar[Mapping[str, Any]] = {"expert_matrices": False}
+
     rank: Rank = 0.25
+    expert_matrices: bool = True
+    """Move the experts of a mixture, [E, m, n], as E matrices; False leaves them to AdamW."""
 
     def parameter_groups(
         self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns
     ) -> list[dict[str, Any]]:
-        return split(groups, ranks(model, self.rank, targets=targets, exclude=exclude))
+        return split(groups, ranks(model, self.rank, targets=targets, exclude=exclude, experts=self.expert_matrices))
 
 
 class LowRankOptimizer(Arriving):
@@ -183,14 +187,10 @@ class LowRankOptimizer(Arriving):
         if group.get("amsgrad"):
             raise ValueError(f"{self.method.name} has no amsgrad; leave it out of the group")
         for p in group["params"]:
-            if group["rank"] is not None and p.ndim != 2:
+            if p.ndim not in (2, 3) and (group["rank"] is not None or rule.matrices_only):
+                other = "without rank" if group["rank"] is not None else f"with another rule than {group['rule']!r}"
                 raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} is not a matrix; put it in a group without rank"
-                )
-            if rule.matrices_only and p.ndim != 2:
-                raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} is not a matrix; put it in a group with another rule than "
-                    f"{group['rule']!r}"
+                    f"a parameter of shape {tuple(p.shape)} is neither a matrix nor a stack of matrices; put it in a group {other}"
                 )
             _check_type(p)
         rule.check(group["params"])

@@ -129,10 +129,10 @@ class FactorLR(ByGroups):
         head = getattr(model, "get_output_embeddings", lambda: None)()
         found = {p: base / width for p in ([] if head is None else head.parameters()) if p.ndim > 1}
         for p in hidden_matrices(model):
-            found[p] = muon_multiplier(*p.shape, 1, base) if muon else base / width  # type: ignore[call-arg]
+            found[p] = muon_multiplier(*p.shape[-2:], 1, base) if muon else base / width  # type: ignore[call-arg]
         for pair in pairs(model):
             for W in (pair.A, pair.B):
-                m, n = W.shape
+                m, n = W.shape[-2:]
                 found[W] = muon_multiplier(m, n, 2, base) if muon else multiplier(pair.d_in, n, 2, base / width)
             if isinstance(values := getattr(pair.module, "values", None), nn.Parameter):
                 found[values] = base / width  # entries of a sparse matrix (SLTrain)

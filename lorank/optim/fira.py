@@ -36,7 +36,7 @@ from lorank.method import Published
 from lorank.optim import galore
 from lorank.optim.bases import sides
 from lorank.optim.galore import GaLore
-from lorank.optim.stacks import Product, Stack
+from lorank.optim.stacks import Product, Stack, as_stack
 
 GAMMA = 1.01
 """Largest growth of the residual's norm from one step to the next."""
@@ -99,7 +99,7 @@ class Fira(GaLore):
         "7b": {"rank": 64, "scale": 0.0625, "update_gap": 500},
     }
 
-    once: ClassVar[Mapping[str, Any]] = {"residual": "paper"}
+    once: ClassVar[Mapping[str, Any]] = {**GaLore.once, "residual": "paper"}
 
     projection: Literal["std", "reverse_std", "left", "right"] = "std"
     rule: Literal["adamw"] = "adamw"
@@ -123,7 +123,7 @@ class Fira(GaLore):
         (b1, b2), t = group["betas"], stack.steps + 1
         c = (1 - b2**t) ** 0.5 / (1 - b1**t) if repo else 1.0
         lengths, whole = self._lengths(stack, G, R, k / c, part, along)
-        before = torch.stack([state.get("norm", k.new_tensor(-1.0)).to(k) for state in stack.states])
+        before = stack.get("norm", or_else=-1.0).to(k)
         S = limited(lengths, before)
         after, unlimited = S.norm(dim=(-2, -1)), lengths.norm(dim=(-2, -1))
         nothing = unlimited <= 10 * torch.finfo(stack.parameters[0].dtype).eps * whole.norm(dim=(-2, -1))
@@ -145,8 +145,10 @@ class Fira(GaLore):
 
     def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         shapes = super().state_shapes(shape, group)
-        return shapes if shapes is None or group["rank"] is None else {**shapes, "norm": ()}
+        return shapes if shapes is None or group["rank"] is None else {**shapes, "norm": (*shape[:-2],)}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """GaLore's, and one number of at least single precision."""
-        return super().state_bytes(p, group) + (0 if group.get("rank") is None else max(p.element_size(), 4))
+        return super().state_bytes(p, group) + (
+            0 if group.get("rank") is None else as_stack(p.shape)[0] * max(p.element_size(), 4)
+        )

@@ -34,7 +34,7 @@ from lorank.method import Published
 from lorank.optim.bases import BASES, Projection, basis_flops, basis_shapes, inside_shape, sides
 from lorank.optim.driver import Projected
 from lorank.optim.rules import RULES, AdamW, Rule
-from lorank.optim.stacks import Product, Stack
+from lorank.optim.stacks import Product, Stack, as_stack
 
 WITH_ITS_EPS = {**RULES, "adamw": AdamW(eps_after_root=True)}
 
@@ -112,27 +112,29 @@ class GaLore(Projected):
     def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         if group["rank"] is None:
             return super().state_shapes(shape, group)
-        (m, n), rank, projection = shape, min(group["rank"], *shape), group["projection"]
-        moments = self.rules[group["rule"]].shapes(inside_shape(projection, m, n, rank))
-        return {**basis_shapes(projection, m, n, rank), **moments}
+        *experts, m, n = shape
+        rank, projection = min(group["rank"], m, n), group["projection"]
+        moments = self.rules[group["rule"]].shapes((*experts, *inside_shape(projection, m, n, rank)))
+        bases = basis_shapes(projection, m, n, rank)
+        return {**{name: (*experts, *basis) for name, basis in bases.items()}, **moments}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """Bytes of the rule's state on R, and of the basis."""
         if group.get("rank") is None:
             return super().state_bytes(p, group)
-        (m, n), group = p.shape, self.settings(group)
+        (k, m, n), group = as_stack(p.shape), self.settings(group)
         left, right = sides(group["projection"], m, n)
         rank = min(group["rank"], m, n)
         inside = inside_shape(group["projection"], m, n, rank)
-        basis = rank * (m * left + n * right) * p.element_size()
-        return self.rules[group["rule"]].bytes(inside, p.element_size()) + basis
+        basis = k * rank * (m * left + n * right) * p.element_size()
+        return self.rules[group["rule"]].bytes((*p.shape[:-2], *inside), p.element_size()) + basis
 
     def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
         """Into the subspace 2 m n r (with `in_backward` for each micro-batch), the rule's on R, back as much, and a refresh
         spread over T steps: what finds a basis is in `basis_flops`; that of a function of yours is left out."""
         if group.get("rank") is None:
             return super().step_flops(p, group)
-        (m, n), group = p.shape, self.settings(group)
+        (k, m, n), group = as_stack(p.shape), self.settings(group)
         rank, projection = min(group["rank"], m, n), group["projection"]
         left, right = sides(projection, m, n)
         across = 2 * rank * rank * n if projection == "full" else 0  # from [r, n] to R
@@ -142,10 +144,10 @@ class GaLore(Projected):
         if isinstance(self.basis, str):
             found = left * basis_flops(self.basis, m, n, rank) + right * basis_flops(self.basis, n, m, rank)
         inside = self.rules[group["rule"]].flops(inside_shape(projection, m, n, rank))
-        return into * (micro_batches if self.in_backward else 1) + inside + out + found / group["update_gap"]
+        return k * (into * (micro_batches if self.in_backward else 1) + inside + out + found / group["update_gap"])
 
     def kept_gradient(self, p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
         if group.get("rank") is None or not self.in_backward:
             return tuple(p.shape)
-        m, n = p.shape
-        return inside_shape(self.settings(group)["projection"], m, n, min(group["rank"], m, n))
+        *experts, m, n = p.shape
+        return (*experts, *inside_shape(self.settings(group)["projection"], m, n, min(group["rank"], m, n)))

@@ -1,5 +1,6 @@
 """Parameter groups of a language model: what decays, what is a hidden matrix, and what is projected at which rank."""
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -7,42 +8,50 @@ from torch import Tensor, nn
 
 from lorank.fields import Rank, check_value
 from lorank.method import Patterns, check_table, rank_at, rank_within
-from lorank.sites import choose_sites, linear_layers
+from lorank.sites import choose_sites, expert_stacks, linear_layers
 
 Decay = Literal["matrices", "all"]
 
 
 def plain_groups(model: nn.Module, weight_decay: float, decay: Decay = "matrices") -> list[dict[str, Any]]:
-    """The trained parameters of a model as ``{"params", "weight_decay"}``, hidden matrices first.
+    """The trained parameters of a model as ``{"params", "weight_decay"}``, matrices of the blocks first.
 
     With decay="matrices" hidden matrices and the head decay, while norms, biases and embeddings do not; with "all"
     everything does.
     """
-    hidden = hidden_matrices(model)
+    outside = _outside(model)
     embeddings = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     found: dict[tuple[bool, float], list[nn.Parameter]] = {}
     for p in model.parameters():
         if p.requires_grad:
             decays = decay == "all" or not (p.ndim < 2 or p in embeddings)
-            found.setdefault((p not in hidden, weight_decay if decays else 0.0), []).append(p)
-    order = sorted(found, key=lambda key: key[0])  # by hidden or not, else as the model has them
+            found.setdefault((p.ndim != 2 or p in outside, weight_decay if decays else 0.0), []).append(p)
+    order = sorted(found, key=lambda key: key[0])  # else as the model has them; saved states count on this order
     return [{"params": found[key], "weight_decay": key[1]} for key in order]
 
 
-def hidden_matrices(model: nn.Module) -> set[nn.Parameter]:
-    """The 2-D weights that are neither embedding nor head."""
+def hidden_matrices(model: nn.Module, *, experts: bool = True) -> set[nn.Parameter]:
+    """The weights [m, n] that are neither embedding nor head, and with `experts` the weights [E, m, n] of a mixture's experts.
+    Biases of experts, which are [E, m], are not among them."""
+    outside, biases = _outside(model), {p for name, p in model.named_parameters() if name.endswith("bias")}
+    matrices = {p for p in model.parameters() if p.ndim == 2} - outside - biases
+    return matrices | (expert_stacks(model).keys() if experts else set())
+
+
+def _outside(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of embeddings and head."""
     outside = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     for get in (getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)):
         if get is not None and (module := get()) is not None:
             outside |= set(module.parameters())  # may be one tensor
-    return {p for p in model.parameters() if p.ndim == 2 and p not in outside}
+    return outside
 
 
 def ranks(
-    model: nn.Module, rank: Rank, *, targets: Patterns = None, exclude: Patterns = None
+    model: nn.Module, rank: Rank, *, targets: Patterns = None, exclude: Patterns = None, experts: bool = True
 ) -> dict[nn.Parameter, int]:
-    """The rank of each matrix that is projected, at most its narrower side: the linear layers of the repeated blocks,
-    which in a converted model are its factors; never embeddings or the head.
+    """The rank of each weight that is projected, at most its narrower side: the linear layers of the repeated blocks and the
+    stacks of its experts, which in a converted model are their factors; never embeddings or the head.
 
     Raises:
         ValueError: the rank is not valid, there is no linear layer, or a pattern matches nothing.
@@ -50,11 +59,13 @@ def ranks(
     check_value("rank", rank, Rank)
     if not (layers := linear_layers(model)):
         raise ValueError("the model's blocks have no linear layer whose gradient could be projected; use adamw or muon")
-    chosen = choose_sites(layers, targets, exclude)
+    stacks = expert_stacks(model) if experts else {}
+    by_name = {site.name: p for p, site in stacks.items()}
+    chosen = choose_sites([*layers, *stacks.values()], targets, exclude)
     check_table(rank, chosen)
     found = {}
     for site in chosen:
-        parameter = model.get_submodule(site.name).weight
+        parameter = by_name[site.name] if site.name in by_name else model.get_submodule(site.name).weight
         if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
             found[parameter] = min(rank_at(rank, site), site.d_in, site.d_out)
     return found
@@ -80,6 +91,9 @@ def by_rank(group: dict[str, Any], rank: Rank | None) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: the rank is not valid, or a table, which needs the names that a group does not have.
+
+    Warns:
+        UserWarning: a parameter has three dimensions. It could be the experts of a mixture, and only a model says so.
     """
     if rank is None or says_rank(group) or not _of_group(group):
         return [group]
@@ -91,6 +105,14 @@ def by_rank(group: dict[str, Any], rank: Rank | None) -> list[dict[str, Any]]:
         p = given[1] if isinstance(given, tuple) else given  # torch takes (name, parameter) too
         matrix = isinstance(p, Tensor) and p.ndim == 2
         found.setdefault(rank_within(rank, min(p.shape)) if matrix else None, []).append(given)
+    tensors = [given[1] if isinstance(given, tuple) else given for given in found.get(None, [])]
+    if stacks := [[*p.shape] for p in tensors if p.ndim == 3 and 1 not in p.shape]:
+        listed = f"{stacks[0]}" + (f" and {len(stacks) - 1} more" if len(stacks) > 1 else "")
+        warnings.warn(
+            f"AdamW moves a parameter of shape {listed}; if it holds a mixture's experts, let "
+            "lorank.optim.low_rank_groups make the groups",
+            stacklevel=2,
+        )
     made = [{**group, "params": some, "rank": r} for r, some in found.items()]
     return sorted(made, key=lambda one: one["rank"] is None)
 

@@ -37,6 +37,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from lorank.experts import LowRankExperts
 from lorank.fields import Count, Positive, Whole
 from lorank.layers import LowRankLinear
 from lorank.method import Patterns, Published
@@ -44,6 +45,7 @@ from lorank.optim.driver import ByGroups
 from lorank.optim.pairs import PairRule, draw, pair_groups, pairs
 from lorank.optim.rules import RULES, AdamW, Forgetful, Group, Rule, State, forget
 from lorank.optim.schedules import jagged_cosine
+from lorank.optim.stacks import as_stack
 
 Direction = Literal["adam", "gradient"]
 Refresh = Literal["all", "factors", "none"]
@@ -120,7 +122,7 @@ class LORORule(PairRule):
         steps = torch.zeros((), dtype=torch.int64, device="cpu")
         return {**(AdamW().make(like) if self.direction == "adam" else {}), "steps": steps}
 
-    def move(self, W: list[Tensor], G: list[Tensor], states: list[list[State]], group: Group) -> None:
+    def move(self, W: list[Tensor], G: list[Tensor], states: list[State], group: Group) -> None:
         (A, B), lr, c = W, group["lr"], group["scaler"]
         for V in W:
             V.mul_(1 - lr * group["weight_decay"])
@@ -129,7 +131,7 @@ class LORORule(PairRule):
             cheap, lr = [c * d for d in D], lr * correction[0]
         else:
             D, cheap = tuple(G), list(preconditioned(A, B, *G))
-        done = int(states[0][0]["steps"]) + 1
+        done = int(states[0]["steps"]) + 1
         exact = self.every is not None and done % self.every == 0
         if exact:
             new_A, new_B, there = retracted(A, B, D[0], D[1], lr)
@@ -143,7 +145,7 @@ class LORORule(PairRule):
             new = [before - lr * step for before, step in zip(W, cheap, strict=True)]
         for V, after in zip(W, new, strict=True):
             V.copy_(after)
-        for state in (state for side in states for state in side):
+        for state in states:
             state["steps"] += 1
             if exact and self.refresh != "none":
                 forget(state)
@@ -154,26 +156,19 @@ class LORORule(PairRule):
     def flops(self, shape: Sequence[int]) -> int:
         """One factor's half of the products of an exact step, where d_in and d_out are at least 2 r; averaged over K steps. Of the
         other steps, and only with gradients: the Gram matrix, and the product with an inverse."""
-        r, n = min(shape), max(shape)
+        k, *sides = as_stack(shape)
+        r, n = min(sides), max(sides)
         every = 0 if self.every is None else self.every
         exact = (8 * r * r * n + 17 * r**3) // every if every and self.direction == "adam" else 0
-        return exact + (4 * r * r * n if self.direction == "gradient" else 0)
+        return k * (exact + (4 * r * r * n if self.direction == "gradient" else 0))
 
 
-def adam(G: Tensor, states: list[State], group: Group) -> tuple[Tensor, float]:
+def adam(G: Tensor, state: State, group: Group) -> tuple[Tensor, float]:
     """D of gradients [k, m, n], whose moments are brought up to date; and the bias correction of lr."""
-    b1, b2 = group["betas"]
-    moments = []
-    for name, value, beta in (("exp_avg", G, b1), ("exp_avg_sq", G * G, b2)):
-        old = torch.stack([state[name] for state in states]).to(G)
-        new = old.lerp(value, 1 - beta)
-        moments.append(new)
-        for state, one in zip(states, new, strict=True):
-            state[name] = one.to(state[name].dtype).clone()
-    for state in states:
-        state["step"] += 1
-    t = int(states[0]["step"])
-    return moments[0] / (moments[1].sqrt() + group["eps"]), (1 - b2**t) ** 0.5 / (1 - b1**t)
+    (b1, b2), t = group["betas"], int(state["step"]) + 1
+    M, V = state["exp_avg"].lerp(G, 1 - b1), state["exp_avg_sq"].lerp(G * G, 1 - b2)
+    state.update(step=state["step"] + 1, exp_avg=M, exp_avg_sq=V)
+    return M / (V.sqrt() + group["eps"]), (1 - b2**t) ** 0.5 / (1 - b1**t)
 
 
 @functools.lru_cache(maxsize=16)
@@ -222,7 +217,7 @@ class LORO(ByGroups):
     ) -> list[dict[str, Any]]:
         """One group for each c."""
         for pair in pairs(model):
-            if type(pair.module) is not LowRankLinear or pair.module.activation is not None:
+            if type(pair.module) not in (LowRankLinear, LowRankExperts) or pair.module.activation is not None:
                 kind = f"{type(pair.module).__name__}({pair.module.extra_repr()})"
                 raise ValueError(f"loro needs layers W = B A, which low-rank makes, but {pair.name} is a {kind}")
         width, found = getattr(getattr(model, "config", None), "hidden_size", None), []
@@ -232,7 +227,7 @@ class LORO(ByGroups):
                 continue
             by_scaler: dict[float, list[nn.Parameter]] = {}
             for A, B in zip(group["params"][::2], group["params"][1::2], strict=True):
-                c = self.scaler or (A.shape[0] / width if width else 1.0)
+                c = self.scaler or (A.shape[-2] / width if width else 1.0)
                 by_scaler.setdefault(c, []).extend((A, B))
             found += [{**group, "params": some, "scaler": c} for c, some in by_scaler.items()]
         return found

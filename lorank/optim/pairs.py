@@ -1,4 +1,5 @@
-"""The two factors of a low-rank map in a model: A [r, d_in] and B [d_out, r], of the product B A or of B σ(A x)."""
+"""The two factors of a low-rank map in a model: A [r, d_in] and B [d_out, r], of the product B A or of B σ(A x); those of a
+mixture's experts are A [E, r, d_in] and B [E, d_out, r]."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -10,7 +11,7 @@ from lorank.method import SHARED
 from lorank.optim.groups import hidden_matrices
 from lorank.optim.rules import Group, Rule, State
 from lorank.optim.stacks import STACKED
-from lorank.sites import linear_layers
+from lorank.sites import expert_stacks, linear_layers
 
 
 class Pair(NamedTuple):
@@ -24,24 +25,25 @@ class Pair(NamedTuple):
 
     @property
     def d_in(self) -> int:
-        return self.A.shape[1]
+        return self.A.shape[-1]
 
     @property
     def rank(self) -> int:
-        return self.A.shape[0]
+        return self.A.shape[-2]
 
     @property
     def d_out(self) -> int:
-        return self.B.shape[0]
+        return self.B.shape[-2]
 
 
 def pairs(model: nn.Module) -> Iterator[Pair]:
-    """The pairs of a model, in its order: modules with an A and a B as those of `lorank.layers`."""
+    """The pairs of a model, in its order: modules with an A and a B as those of `lorank.layers` and `lorank.experts`."""
     for name, module in model.named_modules():
-        A, B = (getattr(getattr(module, side, None), "weight", None) for side in ("A", "B"))
-        if not (isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter) and A.ndim == B.ndim == 2):
+        A, B = (getattr(module, side, None) for side in ("A", "B"))
+        A, B = (factor if isinstance(factor, nn.Parameter) else getattr(factor, "weight", None) for factor in (A, B))
+        if not (isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter) and A.ndim == B.ndim and A.ndim in (2, 3)):
             continue
-        if A.shape[0] == B.shape[1] and A.requires_grad and B.requires_grad:
+        if A.shape[-2] == B.shape[-1] and A.requires_grad and B.requires_grad:
             yield Pair(name, module, A, B)
 
 
@@ -60,7 +62,7 @@ def projections(model: nn.Module) -> set[nn.Parameter]:
     and what blocks share. Routers, heads and what is between embeddings and blocks are none."""
     linear = [model.get_submodule(site.name) for site in linear_layers(model) if site.router is None]
     converted = [module for module in model.modules() if hasattr(module, "stands_for_linear")]
-    inside = {p for module in (*linear, *converted) for p in module.parameters()}
+    inside = {p for module in (*linear, *converted) for p in module.parameters()} | expert_stacks(model).keys()
     shared = {p for name, p in model.named_parameters() if f".{SHARED}" in f".{name}"}
     return {p for p in hidden_matrices(model) if p in inside or p in shared}
 
@@ -109,7 +111,7 @@ class PairRule(Rule):
 
     def check(self, weights: Sequence[Tensor]) -> None:
         for A, B in zip(weights[::2], [*weights[1::2], None][: (len(weights) + 1) // 2], strict=True):
-            if B is None or A.shape[0] != B.shape[1]:
+            if B is None or A.ndim != B.ndim or A.shape[-2] != B.shape[-1]:
                 got = "no B" if B is None else f"{list(A.shape)} and {list(B.shape)}"
                 raise ValueError(f"a group of pairs must hold A [r, d_in], B [d_out, r], A, B, ... in order, got {got}")
 
@@ -122,19 +124,33 @@ class PairRule(Rule):
             )
             alike.setdefault((A.shape, B.shape, A.dtype, A.device, counts), []).append(i)
         for (a, b, dtype, device, _), indices in alike.items():
-            most = max(1, STACKED.get(device.type, 1 << 26) // (a.numel() + b.numel()))
+            most = 1 if len(a) == 3 else max(1, STACKED.get(device.type, 1 << 26) // (a.numel() + b.numel()))
             for start in range(0, len(indices), most):
                 sides = [[i + side for i in indices[start : start + most]] for side in range(2)]
                 wide = torch.promote_types(dtype, torch.float32)
                 W, G = (
-                    [torch.stack([given[i] for i in some]).to(wide) for some in sides] for given in (weights, gradients)
+                    [_together([given[i] for i in some], a).to(wide) for some in sides]
+                    for given in (weights, gradients)
                 )
-                self.move(W, G, [[states[i] for i in some] for some in sides], group)
-                for some, moved in zip(sides, W, strict=True):
-                    for i, value in zip(some, moved, strict=True):
-                        weights[i].copy_(value)
+                kept = [self._stacked([states[i] for i in some], a, wide) for some in sides]
+                self.move(W, G, kept, group)
+                for some, moved, its in zip(sides, W, kept, strict=True):
+                    for k, i in enumerate(some):
+                        weights[i].copy_(moved if len(a) == 3 else moved[k])
+                        for name, values in its.items():
+                            states[i][name].copy_(values[k] if len(a) == 2 and name in self.kept else values)
 
-    def move(self, W: list[Tensor], G: list[Tensor], states: list[list[State]], group: Group) -> None:
-        """One step in place of stacks of A [k, r, d_in] and of B [k, d_out, r] with these gradients and states; in single precision
-        or better."""
+    def _stacked(self, states: list[State], shape: Sequence[int], dtype: torch.dtype) -> State:
+        """One state for all: what is kept [k, ...] in this type, and the counters, which are equal."""
+        stacked = {n: _together([s[n] for s in states], shape).to(dtype) for n in self.kept if n in states[0]}
+        return {**stacked, **{n: states[0][n].clone() for n in ("step", "steps") if n in states[0]}}
+
+    def move(self, W: list[Tensor], G: list[Tensor], states: list[State], group: Group) -> None:
+        """One step in place of stacks of A [k, r, d_in] and of B [k, d_out, r] with these gradients, and of one state for each, which
+        keeps stacks too; in single precision or better."""
         raise NotImplementedError
+
+
+def _together(values: list[Tensor], shape: Sequence[int]) -> Tensor:
+    """[k, ...] of what belongs to factors of this shape; what belongs to [E, ...] is together already."""
+    return values[0] if len(shape) == 3 else torch.stack(values)

@@ -24,6 +24,7 @@ class Muon(ByGroups):
         scaling: length of an update of a matrix [m, n], in a low-rank model of each factor: "kimi" 0.2 √max(m, n), which is
             AdamW's; "kj" √max(1, m/n); "dion" √(m/n); or "none", 1. All but the first need another learning rate than AdamW.
         adamw_lr: learning rate of what AdamW moves; None: the same.
+        expert_matrices: move the experts of a mixture, [E, m, n], as E matrices; False leaves them to AdamW.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4, bias=False))
@@ -36,10 +37,12 @@ class Muon(ByGroups):
     """
 
     name: ClassVar[str] = "muon"
+    once: ClassVar[Mapping[str, Any]] = {"expert_matrices": False}
 
     momentum: Annotated[float, Bounds(least=0, below=1)] = 0.95
     scaling: Scale = "kimi"
     adamw_lr: NonNegative | None = None
+    expert_matrices: bool = True
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         if group.get("rule") == "muon":
@@ -49,7 +52,7 @@ class Muon(ByGroups):
     def parameter_groups(
         self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns
     ) -> list[dict[str, Any]]:
-        hidden, found = hidden_matrices(model), []
+        hidden, found = hidden_matrices(model, experts=self.expert_matrices), []
         for group in groups:
             for rule, wanted in (("muon", True), ("adamw", False)):
                 if some := [p for p in group["params"] if (p in hidden) == wanted]:

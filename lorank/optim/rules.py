@@ -212,7 +212,8 @@ def _bitsandbytes() -> Any:
 
 
 class Adafactor(Rule):
-    """torch's Adafactor, which has neither betas nor Adam's ε; its `eps` are two. A step goes by the size of the weights."""
+    """torch's Adafactor, which has neither betas nor Adam's ε; its `eps` are two. A step goes by the size of the weights, of
+    experts [E, m, n] by that of all."""
 
     kept = typed = ("row_var", "col_var", "variance")
     defaults: ClassVar[Mapping[str, Any]] = {"eps": (None, 1e-3), "d": 1.0, "beta2_decay": -0.8}
@@ -280,6 +281,8 @@ class Muon(Rule):
         return {"momentum_buffer": like.new_zeros(like.shape)}
 
     def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
+        buffers = [state["momentum_buffer"] for state in states]
+        weights, gradients, buffers = map(_matrices, (weights, gradients, buffers))
         alike: dict[torch.Size, list[int]] = {}
         for i, W in enumerate(weights):
             alike.setdefault(W.shape if group["scaling"] != "kimi" else torch.Size(), []).append(i)
@@ -288,7 +291,7 @@ class Muon(Rule):
             muon(
                 [weights[i] for i in some],
                 [gradients[i] for i in some],
-                [states[i]["momentum_buffer"] for i in some],
+                [buffers[i] for i in some],
                 lr=group["lr"] * longer,
                 weight_decay=group["weight_decay"] / longer,
                 momentum=group["momentum"],
@@ -304,7 +307,13 @@ class Muon(Rule):
         return math.prod(shape) * itemsize
 
     def flops(self, shape: Sequence[int]) -> int:
-        return newton_schulz_flops(*shape)
+        *k, m, n = shape
+        return math.prod(k) * newton_schulz_flops(m, n)
+
+
+def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Each matrix, and the matrices of each stack [k, m, n]."""
+    return [matrix for tensor in tensors for matrix in (tensor.unbind() if tensor.ndim == 3 else (tensor,))]
 
 
 def newton_schulz_flops(m: int, n: int, steps: int = 5) -> int:

@@ -111,18 +111,19 @@ def stand_in(p: Tensor) -> Tensor:
 
 
 def add_product(p: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
-    """p ← p + scale a b for a [m, r] and b [r, n], the same in all processes, without a matrix m x n in between."""
+    """p ← p + scale a b for a [..., m, r] and b [..., r, n], the same in all processes, without a matrix m x n in between."""
     if isinstance(p, DTensor):
         if all(type(placement) in (Shard, Replicate) for placement in p.placements):
-            rows = [placement if placement.is_shard(0) else Replicate() for placement in p.placements]
-            columns = [placement if placement.is_shard(1) else Replicate() for placement in p.placements]
+            last, placed = p.ndim - 1, p.placements
+            rows = [Replicate() if placement.is_shard(last) else placement for placement in placed]
+            columns = [Replicate() if placement.is_shard(last - 1) else placement for placement in placed]
             a = distribute_tensor(a, p.device_mesh, rows, src_data_rank=None).to_local()
             b = distribute_tensor(b, p.device_mesh, columns, src_data_rank=None).to_local()
         else:
             return local(p).add_(local(like(a @ b, p)), alpha=scale)  # type: ignore[return-value]
     part = local(p)
     if part.dtype == a.dtype:
-        part.addmm_(a, b, alpha=scale)
+        (part.addmm_ if part.ndim == 2 else part.baddbmm_)(a, b, alpha=scale)
     else:
         part.add_(a @ b, alpha=scale)  # in the type of a, rounded once
 

@@ -36,6 +36,7 @@ from lorank.method import Patterns
 from lorank.optim.driver import ByGroups
 from lorank.optim.pairs import PairRule, pair_groups
 from lorank.optim.rules import Group, Rule, State, newton_schulz_flops
+from lorank.optim.stacks import as_stack
 from lorank.optim.trion import newton_schulz
 
 LARGEST = 1.2024
@@ -85,27 +86,24 @@ class SpectronRule(PairRule):
     types: ClassVar[Mapping[str, Any]] = {"momentum": Fraction}
 
     def make(self, like: Tensor) -> State:
-        u = like.new_zeros(min(like.shape), dtype=torch.promote_types(like.dtype, torch.float32))
+        u = like.new_zeros(
+            (*like.shape[:-2], min(like.shape[-2:])), dtype=torch.promote_types(like.dtype, torch.float32)
+        )
         step = torch.zeros((), dtype=torch.float32, device="cpu")
         return {"step": step, "momentum_buffer": like.new_zeros(like.shape), "u": u}
 
-    def move(self, W: list[Tensor], G: list[Tensor], states: list[list[State]], group: Group) -> None:
+    def move(self, W: list[Tensor], G: list[Tensor], states: list[State], group: Group) -> None:
         sigmas, steps = [], []
-        for side in range(2):
-            M = torch.stack([state["momentum_buffer"] for state in states[side]]).to(G[side])
-            M = M.lerp(G[side], 1 - group["momentum"])
-            steps.append(self.orth(M))
-            begun = int(states[side][0]["step"]) > 0
-            u = torch.stack([state["u"] for state in states[side]]) if begun else leading(W[side])
-            sigma, u = iterated_norm(W[side], u)
+        for V, gradient, state in zip(W, G, states, strict=True):
+            M = state["momentum_buffer"].lerp(gradient, 1 - group["momentum"])
+            u = state["u"] if int(state["step"]) else leading(V)
+            sigma, u = iterated_norm(V, u)
             sigmas.append(sigma)
-            for state, momentum, vector in zip(states[side], M, u, strict=True):
-                state["step"] += 1
-                state["momentum_buffer"] = momentum.to(state["momentum_buffer"].dtype).clone()
-                state["u"] = vector.clone()
+            steps.append(self.orth(M))
+            state.update(step=state["step"] + 1, momentum_buffer=M, u=u)
         rho = radius(group["lr"], *sigmas)[:, None, None]
-        for side in range(2):
-            W[side].mul_(1 - group["lr"] * group["weight_decay"]).sub_(rho * steps[side])
+        for V, step in zip(W, steps, strict=True):
+            V.mul_(1 - group["lr"] * group["weight_decay"]).sub_(rho * step)
 
     def orth(self, M: Tensor) -> Tensor:
         """O of M [k, m, n]; 0 where M is."""
@@ -114,12 +112,13 @@ class SpectronRule(PairRule):
         return newton_schulz(M) / (LARGEST if self.bounded else 1.0)
 
     def bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        return shape[0] * shape[1] * itemsize + min(shape) * max(itemsize, 4)
+        k, m, n = as_stack(shape)
+        return k * (m * n * itemsize + min(m, n) * max(itemsize, 4))
 
     def flops(self, shape: Sequence[int]) -> int:
         """Newton-Schulz and two products with a vector; decompositions are not included."""
-        m, n = shape
-        return 4 * m * n + (0 if self.orthonormalise == "polar" else newton_schulz_flops(m, n))
+        k, m, n = as_stack(shape)
+        return k * (4 * m * n + (0 if self.orthonormalise == "polar" else newton_schulz_flops(m, n)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,7 @@
 """Matrices of equal shape as one stack [k, m, n], so that one product serves all of them, and the subspaces they move in.
 
+A parameter [E, m, n], as a mixture's experts are, is a stack by itself: k = E, and what is kept of it begins with E too.
+
     R = Pᵀ G        or  R = G Qᵀ        or  R = Pᵀ G Qᵀ           into the subspace
     W ← W + P D     or  W + D Q         or  W + P D Q             and back
 
@@ -8,7 +10,8 @@
 What is computed is computed in single precision at least, and stored in the type of the weights.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,7 +50,7 @@ class Product(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Parameters of one group that have equal shapes and have taken equally many steps."""
+    """Matrices of one group that have equal shapes and have taken equally many steps, or a parameter that is a stack already."""
 
     method: "ByGroups"
     parameters: list[nn.Parameter]
@@ -70,28 +73,39 @@ class Stack(NamedTuple):
 
     def gradients(self) -> Tensor:
         """[k, m, n]; their negatives where a group is to be maximised."""
-        G = stacked([whole(p.grad) for p in self.parameters]).to(self.dtype)  # type: ignore[arg-type]
+        G = self.stacked([whole(p.grad) for p in self.parameters]).to(self.dtype)  # type: ignore[arg-type]
         return -G if self.group.get("maximize") else G
 
-    def get(self, name: str) -> Tensor:
-        """An entry of all states [k, ...]."""
-        values = stacked([whole(state[name]) for state in self.states])
+    def stacked(self, values: list[Tensor]) -> Tensor:
+        """[k, ...] of one value for each parameter."""
+        return values[0] if self.parameters[0].ndim == 3 else stacked(values)
+
+    def each(self, values: Tensor) -> Sequence[Tensor]:
+        """The way back: one value for each parameter."""
+        return [values] if self.parameters[0].ndim == 3 else values.unbind()
+
+    def get(self, name: str, *, or_else: float | None = None) -> Tensor:
+        """An entry of all states [k, ...]; `or_else`, one number for each matrix, where it is not kept yet."""
+        if or_else is not None and any(name not in state for state in self.states):
+            missing = torch.full(self.parameters[0].shape[:-2], or_else, device=self.parameters[0].device)
+            return self.stacked([state.get(name, missing).to(self.dtype) for state in self.states])
+        values = self.stacked([whole(state[name]) for state in self.states])
         return values.to(self.dtype) if name in LIKE_PARAMETERS else values
 
     def put(self, name: str, values: Tensor) -> None:
         """Store an entry of all states; where the weights are sharded, matrices are too."""
         values = values.to(self.parameters[0].dtype) if name in LIKE_PARAMETERS else values
-        for p, state, value in zip(self.parameters, self.states, values, strict=True):
+        for p, state, value in zip(self.parameters, self.states, self.each(values), strict=True):
             kept = value.clone(memory_format=torch.contiguous_format)
             state[name] = sharded(kept, p)
 
     def add(self, moves: Tensor | Product) -> None:
         """W ← W + moves [k, m, n]."""
         if isinstance(moves, Product):
-            for p, a, b in zip(self.parameters, moves.a, moves.b, strict=True):
+            for p, a, b in zip(self.parameters, self.each(moves.a), self.each(moves.b), strict=True):
                 add_product(p, a, b, moves.scale)
         else:
-            for p, move in zip(self.parameters, moves, strict=True):
+            for p, move in zip(self.parameters, self.each(moves), strict=True):
                 local(p).add_(local(like(move, p)))
 
     # ---- a subspace of each matrix
@@ -144,14 +158,16 @@ class Stack(NamedTuple):
         """D [k, ...]: what the group's rule makes of weights that are 0 and have the gradients R. Of sharded state each process
         moves its part if the rule is elementwise."""
         rule, zeros = self.method.rules[self.group["rule"]], torch.zeros_like(R)
-        for state, one in zip(self.states, R, strict=True):
+        for state, one in zip(self.states, self.each(R), strict=True):
             if not rule.owns(state):
                 state.update(rule.make(one))
         names = (*rule.kept, "step")
         states = [{name: state[name] for name in names if name in state} for state in self.states]
         states = [{n: sharded(v, p) for n, v in s.items()} for p, s in zip(self.parameters, states, strict=True)]
         parts, take = (sharded, local) if rule.elementwise else (_same, whole)
-        moved, given = ([parts(X, p) for X, p in zip(stack, self.parameters, strict=True)] for stack in (zeros, R))
+        moved, given = (
+            [parts(X, p) for X, p in zip(self.each(stack), self.parameters, strict=True)] for stack in (zeros, R)
+        )
         its = [{n: take(v) if isinstance(v, Tensor) else v for n, v in state.items()} for state in states]
         for state in its:
             state.update({name: state[name].to(R.dtype) for name in rule.typed if name in state})
@@ -166,7 +182,7 @@ class Stack(NamedTuple):
                     ours[name] = before[name]
                 else:
                     ours[name] = sharded(new, p)
-        return stacked([whole(X) for X in moved]) if isinstance(self.parameters[0], DTensor) else zeros
+        return self.stacked([whole(X) for X in moved]) if isinstance(self.parameters[0], DTensor) else zeros
 
 
 def _same(values: Tensor, of: Tensor) -> Tensor:
@@ -175,6 +191,16 @@ def _same(values: Tensor, of: Tensor) -> Tensor:
 
 def stacked(tensors: list[Tensor]) -> Tensor:
     return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+
+
+def as_stack(shape: Sequence[int]) -> tuple[int, int, int]:
+    """(k, m, n) of a weight [m, n] or [k, m, n].
+
+    >>> as_stack((20, 10)), as_stack((8, 20, 10))
+    ((1, 20, 10), (8, 20, 10))
+    """
+    *k, m, n = shape
+    return math.prod(k), m, n
 
 
 @torch.compiler.disable
@@ -204,7 +230,7 @@ def _alike(
             steps = int(state[p].setdefault("steps", torch.zeros((), dtype=torch.int64, device="cpu")))
             alike.setdefault((p.shape, p.dtype, p.device, steps), []).append(p)
     for (shape, _, device, _), parameters in alike.items():
-        most = max(1, STACKED.get(device.type, 1 << 26) // shape.numel())
+        most = 1 if len(shape) == 3 else max(1, STACKED.get(device.type, 1 << 26) // shape.numel())
         for start in range(0, len(parameters), most):
             some = parameters[start : start + most]
             yield Stack(method, some, group, [state[p] for p in some], [phases.get(p, 0) for p in some], waiting)

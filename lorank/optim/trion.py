@@ -34,7 +34,7 @@ from lorank.method import Published
 from lorank.optim.dct import Transform, back, columns, select, transform, transform_flops, vectors
 from lorank.optim.driver import LowRankOptimizer, Projected
 from lorank.optim.rules import SCALES, Scale, newton_schulz_flops
-from lorank.optim.stacks import Product, Stack
+from lorank.optim.stacks import Product, Stack, as_stack
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -73,7 +73,7 @@ class Trion(Projected):
     name: ClassVar[str] = "trion"
     # the paper's comparison with Dion and Muon; 1b is its 1.3B, whose shape is not known to us
     published: ClassVar[Published] = {"350m": {"rank": 256}, "1b": {"rank": 256}}
-    once: ClassVar[Mapping[str, Any]] = {"adamw_lr": 3e-4}
+    once: ClassVar[Mapping[str, Any]] = {**Projected.once, "adamw_lr": 3e-4}
     per_group: ClassVar[tuple[str, ...]] = ("momentum",)
     tall: ClassVar[bool] = True
 
@@ -108,11 +108,14 @@ class Trion(Projected):
         stack.put("momentum", B - (1 - group["momentum"]) * back(b, chosen, n))
         products = getattr(torch, self.orthonormalise_in) if self.orthonormalise_in else b.dtype
         o = newton_schulz(b.to(products)).to(b.dtype)
-        length = group["lr"] * SCALES[self.scale](*stack.parameters[0].shape)
+        length = group["lr"] * SCALES[self.scale](*stack.parameters[0].shape[-2:])
         return Product(o, vectors(chosen, n, o.dtype), -length)
 
     def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-        return super().state_shapes(shape, group) if group["rank"] is None else {"momentum": (max(shape), min(shape))}
+        if group["rank"] is None:
+            return super().state_shapes(shape, group)
+        *experts, m, n = shape
+        return {"momentum": (*experts, max(m, n), min(m, n))}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """Bytes of the momentum."""
@@ -126,6 +129,6 @@ class Trion(Projected):
         """
         if group.get("rank") is None:
             return super().step_flops(p, group)
-        (m, n), rank = p.shape, min(group["rank"], *p.shape)
-        there = transform_flops(max(m, n), min(m, n), self.transform)
-        return there + 2 * 2 * m * n * rank + newton_schulz_flops(max(m, n), rank)
+        k, m, n = as_stack(p.shape)
+        rank, there = min(group["rank"], m, n), transform_flops(max(m, n), min(m, n), self.transform)
+        return k * (there + 2 * 2 * m * n * rank + newton_schulz_flops(max(m, n), rank))

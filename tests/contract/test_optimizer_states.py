@@ -248,12 +248,14 @@ def test_two_processes_do_what_one_does(found: dict[str, Any], method: Method) -
     assert result.get("saved", 0) < tolerance, (
         "saved whole with torch.distributed.checkpoint, and loaded by one process or two"
     )
-    most = 0.9 if method.name == "adafactor" else 0.6  # whose state is counters, a row and a column
-    assert result["bytes"] < most, "each process keeps half of the state, but for counters and scales"
+    most = 0.95 if method.name == "adafactor" else 0.6  # whose state is counters, a row and a column
+    assert result["bytes"] < most, (
+        "of three experts one process has two; else each keeps half, but for counters and scales"
+    )
 
 
 def test_each_process_finds_a_part_of_the_bases(found: dict[str, Any]) -> None:
-    assert found["bases"] == [2, 1]
+    assert found["bases"] == [5, 4]
 
 
 def test_a_pipeline_stage_steps_for_itself(found: dict[str, Any]) -> None:

@@ -21,19 +21,32 @@ from lorank.optim.shards import local, whole
 from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, RULED, named
 
 
+class Experts(nn.Module):
+    """A pair of factors for each of three experts, which two processes cannot share evenly; their outputs are added."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.A, self.B = nn.Parameter(torch.randn(3, 6, d) / d), nn.Parameter(torch.randn(3, d, 6) / 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (x @ self.A.mT @ self.B.mT).sum(0)
+
+
 def net(wide: bool) -> nn.Sequential:
     """If `wide`, then enough for moments of a byte."""
     torch.manual_seed(0)
     d = (80, 70) if wide else (20, 10)
-    layers = [nn.Linear(12, d[0]), nn.Tanh(), nn.Linear(*d), nn.Tanh(), nn.Linear(d[1], 8)]
+    layers = [nn.Linear(12, d[0]), nn.Tanh(), nn.Linear(*d), nn.Tanh(), Experts(d[1]), nn.Linear(d[1], 8)]
     return nn.Sequential(*layers).to(torch.float32 if wide else torch.float64)
 
 
 def groups(model: nn.Module, method: Method) -> list[dict[str, Any]]:
-    matrices, vectors = ([p for p in model.parameters() if p.ndim == ndim] for ndim in (2, 1))
+    matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
     chosen: dict[str, Any] = {"rank": 3} if hasattr(method, "rank") else {}
     chosen |= {"rule": RULED[method.name]} if method.name in RULED else {}
-    if getattr(method, "structure", None):  # two layers are a pair of factors, the third is not in one
+    if getattr(
+        method, "structure", None
+    ):  # two layers are a pair of factors, and the experts' are; the last layer is in none
         vectors.append(matrices.pop())
     return [{"params": matrices, "weight_decay": 0.1, **chosen}, {"params": vectors, "weight_decay": 0.1}]
 
@@ -41,7 +54,7 @@ def groups(model: nn.Module, method: Method) -> list[dict[str, Any]]:
 def shard(model: nn.Sequential) -> nn.Module:
     mesh = init_device_mesh("cpu", (2,))
     for layer in model:
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear | Experts):
             fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
@@ -108,7 +121,7 @@ def saved_whole(method: Method, half: Callable[[Tensor], Tensor]) -> float:
 
 
 def shared_out() -> list[int]:
-    """How many bases each process finds of the three that are due."""
+    """How many bases each process finds of those that are due: of three matrices and two stacks of three."""
     calls = [0]
 
     def basis(G: Tensor, rank: int) -> Tensor:

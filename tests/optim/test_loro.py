@@ -66,7 +66,7 @@ def test_gradients_make_it_invariant_and_adams_directions_do_not() -> None:
     A, B, G = drawn(20, 12, 4)
     C = torch.eye(4, dtype=torch.float64) + 0.3 * drawn(4, 4, 4, seed=1)[0]
     other = C @ A, torch.linalg.solve(C.T, B.T).T
-    sign = lambda g: adam(g[None], [fresh(g)], {"betas": (0.9, 0.999), "eps": 1e-6})[0][0]  # noqa: E731
+    sign = lambda g: adam(g[None], fresh(g[None]), {"betas": (0.9, 0.999), "eps": 1e-6})[0][0]  # noqa: E731
     found: dict[str, list[Tensor]] = {"gradient": [], "adam": [], "plain": [], "between": []}
     for a, b in ((A, B), other):
         g_A, g_B = b.T @ G, G @ a.T

@@ -139,12 +139,17 @@ def test_what_a_run_saves_has_no_shorthands() -> None:
 def test_a_run_names_settings_whose_defaults_have_changed() -> None:
     """A run that does not name them began with what they were once."""
     of = lambda recipe: methods_of(recipe).optimizer  # noqa: E731
-    for name, field, once in (("fira", "residual", "paper"), ("trion", "adamw_lr", 3e-4)):
-        recipe = Recipe(method=name, options={"rank": 8})
+    experts = {"expert_matrices": False}
+    for name, once in (
+        ("fira", {**experts, "residual": "paper"}),
+        ("trion", {**experts, "adamw_lr": 3e-4}),
+        ("muon", experts),
+    ):
+        recipe = Recipe(method=name)
         now = with_changed_defaults(recipe)
-        assert of(now) == of(recipe) and now.optimizer[name].keys() == {"rank", field}  # type: ignore[union-attr, index]
+        assert of(now) == of(recipe) and now.optimizer[name].keys() == once.keys()  # type: ignore[union-attr, index]
         assert with_changed_defaults(now, began=True) == now
-        assert of(with_changed_defaults(recipe, began=True)) == dataclasses.replace(of(recipe), **{field: once})
+        assert of(with_changed_defaults(recipe, began=True)) == dataclasses.replace(of(recipe), **once)
     assert with_changed_defaults(Recipe(method="cola"), began=True) == Recipe(method="cola")
 
 
