@@ -3,6 +3,7 @@
 W_l = Σ_s c_ls D_s        l = 1..L blocks, s = 1..S atoms        D [S, d_out, d_in]   C [L, S]
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor, nn
 
 from lorank.layers import like, loaded, wide
 
-WIDTH, HIDDEN, STD = 32, 64, 0.02
+STD = 0.02
+WIDTHS = 32, 64
+"""Of an embedding and of the two hidden layers of a coefficient network, unless others are asked for."""
 GELU_POWER = 0.4252
 """E[GELU(z)²] for z ~ N(0, 1), which keeps a GELU network's signal at unit variance from layer to layer."""
 
@@ -30,6 +33,18 @@ def depth_profile(blocks: int, atoms: int) -> Tensor:
     """Coefficients [L, S] with rows of unit length, in which each atom serves the blocks around its own share of the depth."""
     place = (torch.arange(blocks) + 0.5)[:, None] * atoms / blocks - (torch.arange(atoms) + 0.5)
     return F.normalize(torch.exp(-place.square() / 2), dim=1)
+
+
+def group_numbers(depths: Sequence[int], groups: int | Sequence[int]) -> list[int]:
+    """The group of each depth, from 0: of that many consecutive groups, as equal as can be, or of those that begin at these depths.
+
+    >>> group_numbers([0, 1, 2, 3, 4], 2), group_numbers([0, 1, 2, 3, 4], (0, 4))
+    ([0, 0, 0, 1, 1], [0, 0, 0, 0, 1])
+    """
+    if isinstance(groups, int):
+        order = sorted(set(depths))
+        return [order.index(depth) * groups // len(order) for depth in depths]
+    return [bisect_right(groups, depth) - 1 for depth in depths]
 
 
 def matrix_pca(weights: Tensor, atoms: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,20 +82,22 @@ class Affine(nn.Linear):
 
 
 class CoefficientNetwork(nn.Module):
-    """c_l [S] of a block as a function of its trainable embedding."""
+    """c_l [S] of a block as a function of its trainable embedding; `widths` e and w of the embedding and the hidden layers."""
 
-    def __init__(self, blocks: int, atoms: int, **options: Any):
+    def __init__(self, blocks: int, atoms: int, widths: tuple[int, int] = WIDTHS, **options: Any):
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(blocks, WIDTH, **options))
-        self.first = Affine(WIDTH, HIDDEN, **options)
-        self.second = Affine(HIDDEN, HIDDEN, **options)
-        self.last = Affine(HIDDEN, atoms, **options)
+        e, w = widths
+        self.embedding = nn.Parameter(torch.empty(blocks, e, **options))
+        self.first = Affine(e, w, **options)
+        self.second = Affine(w, w, **options)
+        self.last = Affine(w, atoms, **options)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.embedding)
-        power = HIDDEN * GELU_POWER  # expected squared length of the input of the second and the last layer
-        for layer, std in ((self.first, WIDTH**-0.5), (self.second, power**-0.5), (self.last, STD * power**-0.5)):
+        e, w = self.first.in_features, self.first.out_features
+        power = w * GELU_POWER  # expected squared length of the input of the second and the last layer
+        for layer, std in ((self.first, e**-0.5), (self.second, power**-0.5), (self.last, STD * power**-0.5)):
             nn.init.normal_(layer.weight, std=std)
             nn.init.constant_(layer.bias, layer.out_features**-0.5 if layer is self.last else 0.0)
 
@@ -106,14 +123,26 @@ class CoefficientTable(nn.Module):
 
 
 class Dictionary(nn.Module):
-    """Atoms [S, d_out, d_in] and coefficients of one projection type; called with a depth, it gives W_l."""
+    """Atoms [S, d_out, d_in] and coefficients of the matrices that share them; called with a matrix's number, it gives W_l."""
 
-    def __init__(self, key: str, blocks: int, shape: Sequence[int], atoms: int, coefficients: str, **options: Any):
+    def __init__(
+        self,
+        key: str,
+        blocks: int,
+        shape: Sequence[int],
+        atoms: int,
+        coefficients: str,
+        widths: tuple[int, int] = WIDTHS,
+        **options: Any,
+    ):
         super().__init__()
         self.key = key
         self.atoms = nn.Parameter(torch.empty(atoms, *shape, **options))
-        kind = CoefficientNetwork if coefficients == "network" else CoefficientTable
-        self.coefficients: nn.Module = kind(blocks, atoms, **options)
+        self.coefficients: nn.Module = (
+            CoefficientNetwork(blocks, atoms, widths, **options)
+            if coefficients == "network"
+            else CoefficientTable(blocks, atoms, **options)
+        )
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -127,12 +127,16 @@ class Method:
     def check(self, sites: Sequence[Site]) -> None:
         """Raise ValueError if the method cannot rewrite these sites (all that were chosen). Called before anything is changed."""
 
+    def stacks(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
+        """The sites that `build_stack` gets together: all depths of one projection."""
+        return [*by_role(sites).values()]
+
     def build(self, site: Site) -> nn.Module:
         """A module that maps [..., d_in] to [..., d_out] instead of `site.linear`."""
         raise NotImplementedError(f"{type(self).__name__} defines neither build nor build_stack")
 
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
-        """One module per site, for all depths of one projection in order of depth."""
+        """One module per site of one of the `stacks`, in order of depth."""
         return [self.build(site) for site in sites]
 
     def finish(self, model: nn.Module) -> None:

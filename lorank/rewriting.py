@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lorank.architectures import ACTIVATIONS
 from lorank.experts import with_parts
 from lorank.fusion import with_fused
-from lorank.method import Method, Site, by_role
+from lorank.method import Method, Site
 from lorank.sites import blocks
 
 
@@ -24,7 +24,7 @@ def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapp
     names = names or {}
     replacements: dict[str, nn.Module] = {}
     of_experts: dict[str, nn.Module] = {}
-    for stack in by_role(sites).values():
+    for stack in method.stacks(sites):
         probe = None if not method.keeps_outputs or stack[0].linear.weight.is_meta else _probe(stack[0].linear)
         built = method.build_stack(stack)
         if probe is not None:

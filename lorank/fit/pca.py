@@ -11,7 +11,7 @@ There are three steps. The first and the last run the model on some text, forwar
                R Rᵀ = X_lᵀ X_l / n and the SVD (W_l − Ŵ_l) R = U Σ Vᵀ,   B_l = U_r Σ_r^½,   A_l = Σ_r^½ V_rᵀ R⁻¹
 
 The cuts minimise the sum of the drifts within groups. The error of the residual on the data is then √(σ²_{r+1} + …), the
-least that rank r can have. A group with as many atoms as blocks is exact and has no residual. Memory in addition to the
+least that rank r can have. A dictionary with as many atoms as matrices is exact: no residual. Memory in addition to the
 model: one matrix [d_in, d_in] in float64 for each input of a projection (query, key and value have the same), and the weights
 until the end.
 
@@ -198,7 +198,7 @@ def fit_masa(
         data: batches of token ids [b, n] of text like that on which the model is used, for a number of groups above one and
             for residuals. A residual of d inputs needs many more than d tokens.
         targets, exclude: as in `lorank.convert`.
-        fields: as in `lorank.MASA`; coefficients are a table, and a group with as many atoms as blocks gets no residual.
+        fields: as in `lorank.MASA`; coefficients are a table, and where atoms are as many as matrices there is no residual.
 
     Raises:
         ValueError: as `lorank.convert` and `calibrate`, or data are missing or not needed. The model is then unchanged.
@@ -233,6 +233,7 @@ def _fit(model: nn.Module, dense: dict[str, nn.Linear], factors: dict[str, Tenso
         assert isinstance(layer, MASALinear)
         groups.setdefault(layer.dictionary, []).append((linear, layer, factors.get(name)))
     for dictionary, members in groups.items():
+        members.sort(key=lambda member: member[1].depth)  # number of the matrix in the dictionary
         assert isinstance(dictionary.coefficients, CoefficientTable)
         atoms, coefficients, _ = matrix_pca(
             torch.stack([linear.weight for linear, *_ in members]), len(dictionary.atoms)

@@ -6,19 +6,21 @@
 
 Saves: weights, gradients, optimizer state.
 
-In training c_l is not a free parameter: a small network reads an embedding of the block, c_l = MLP(e_l), e_l [32], widths
-32 → 64 → 64 → S with GELU. `freeze_coefficients` evaluates it once and keeps C alone. Query, key, value and output never
-share an atom; MLPs, norms and embeddings stay dense. `groups` cuts the stack of blocks into consecutive groups, each with
-its own dictionaries, and `residual_rank` gives each block its B_l A_l. The default is one group and no residual. A group
-with as many atoms as blocks has no residual, because its atoms already reach every weight. `lorank.fit_masa` finds all of
-this for a trained model without training: Matrix PCA, see `lorank.fit.pca`. Dictionaries are registered once at the root of
+In training c_l is not a free parameter: a small network reads an embedding of the block, c_l = MLP(e_l), e_l [e], widths
+e → w → w → S with GELU. `freeze_coefficients` evaluates it once and keeps C alone. Query, key, value and output share no
+atom, unless `common_dictionary` makes one dictionary of all L projections of a block and all blocks (L then counts
+matrices, each with its own e_l); MLPs, norms and embeddings stay dense. `groups` cuts the stack of blocks into
+consecutive groups, each with its own dictionaries, and `residual_rank` gives each block its B_l A_l. A dictionary with as
+many atoms as matrices has no residual, because its atoms already reach every weight. `lorank.fit_masa` finds all of this
+for a trained model without training: Matrix PCA, see `lorank.fit.pca`. Dictionaries are registered once at the root of
 the model's body, as `lorank_atoms`, and layers refer to them, so that each tensor is sharded, decayed and saved once.
 
 Cost of one projection type and group of L blocks: S d_in d_out + L S + L r (d_in + d_out) parameters, r = 0 if S = L,
-instead of L d_in d_out, and L 32 + 6,272 + 65 S instead of L S while the network is there. In addition to the dense layer's
-FLOPs, each call of a layer on n tokens spends 2 S d_in d_out on W_l and 2 n r (d_in + d_out) on the residual, and twice that
-backward. W_l is kept for the backward pass unless the block is checkpointed, so MASA saves weights, gradients and optimizer
-state, not activations. Decoding forms W_l for each token: use `lorank.merge` first where that matters.
+instead of L d_in d_out, and L e + w (e + w + 2) + S (w + 1) instead of L S while the network is there. In addition to the
+dense layer's FLOPs, each call of a layer on n tokens spends 2 S d_in d_out on W_l and 2 n r (d_in + d_out) on the
+residual, and twice that backward. W_l is kept for the backward pass unless the block is checkpointed, so MASA saves
+weights, gradients and optimizer state, not activations. Decoding forms W_l for each token: use `lorank.merge` first where
+that matters.
 
 Source: Zhussip et al., "Share Your Attention: Transformer Weight Sharing via Matrix-based Dictionary Learning", AAAI
 2026, arXiv 2508.04581. The paper trains one group without a residual; both are from its section on pretrained models.
@@ -30,7 +32,6 @@ parameters' own precision also under autocast.
 """
 
 import warnings
-from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorank.architectures import projection_type
-from lorank.dictionary import Dictionary
+from lorank.dictionary import WIDTHS, Dictionary, group_numbers
 from lorank.fields import Bounds, Count, Rank
 from lorank.layers import like, linear
 from lorank.method import Method, Site, by_role, check_table, rank_at
@@ -101,16 +102,22 @@ class MASA(Method):
     name: ClassVar[str] = "masa"
 
     atoms: Count | Annotated[float, Bounds(above=0, below=1)] = 1 / 3
-    """S of each group: a number, or a fraction of the group's blocks (the paper's L/3); at least one, at most one per block."""
+    """S of each dictionary: a number, or a fraction of the matrices that share it (the paper's L/3); at most one for each."""
     variant: Literal["qkv", "qkvo"] = "qkvo"
     """Which projections are shared; "qkv" leaves the output projection dense and costs the paper less accuracy."""
     coefficients: Literal["network", "table"] = "network"
     """Where c_l comes from: the network, or a trained table C with a depth-aware start."""
+    embedding_width: Count = WIDTHS[0]
+    """e, the width of a block's embedding in the network."""
+    mlp_width: Count = WIDTHS[1]
+    """w, the width of the network's two hidden layers."""
+    common_dictionary: bool = False
+    """Whether all projections share one dictionary (the paper's ablation) instead of one each. They must have the same shape."""
     groups: Count | Sequence[int] = 1
     """Consecutive blocks with their own atoms: the number of groups, as equal as can be, or the first block of each: (0, 4, 9)."""
     residual_rank: Rank | None = None
     """r, None for no residual: an integer or a fraction of the width, of which key and value get half; or a table {pattern:
-    either}, used as it is. It has no effect in groups with as many atoms as blocks."""
+    either}, used as it is. It has no effect where atoms are as many as the matrices."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -118,29 +125,28 @@ class MASA(Method):
             if tuple(self.groups) != tuple(sorted({0, *self.groups})) or self.groups[0] != 0:
                 raise ValueError(f"groups must ascend from 0, the first block of each group, got {self.groups!r}")
             object.__setattr__(self, "groups", tuple(self.groups))
+        if self.coefficients == "table" and (widths := (self.embedding_width, self.mlp_width)) != WIDTHS:
+            raise ValueError(
+                f"embedding_width and mlp_width must be left out with coefficients='table', which has no network, got {widths}"
+            )
 
-    def count(self, blocks: int) -> int:
-        """S of a group of that many blocks."""
-        return min(self.atoms, blocks) if isinstance(self.atoms, int) else max(1, round(self.atoms * blocks))
+    def count(self, matrices: int) -> int:
+        """S of a dictionary that so many matrices share."""
+        return min(self.atoms, matrices) if isinstance(self.atoms, int) else max(1, round(self.atoms * matrices))
 
-    def rank_of(self, site: Site, blocks: int) -> int:
-        """r at a site whose group has that many blocks: at most its narrower side, and 0 where atoms are enough."""
-        if self.residual_rank is None or self.count(blocks) >= blocks:
+    def rank_of(self, site: Site, matrices: int) -> int:
+        """r at a site whose dictionary so many matrices share: at most its narrower side, and 0 where atoms are enough."""
+        if self.residual_rank is None or self.count(matrices) >= matrices:
             return 0
         rank = min(rank_at(self.residual_rank, site), site.d_in, site.d_out)
         less = not isinstance(self.residual_rank, Mapping) and projection_type(site.name) in ("key", "value")
         return max(1, rank // 2) if less else rank
 
     def split(self, stack: Sequence[Site]) -> list[list[Site]]:
-        """All depths of one projection, in groups; ValueError if a group has no block."""
-        if isinstance(self.groups, int):
-            found: list[list[Site]] = [[] for _ in range(self.groups)]
-            for index, site in enumerate(stack):
-                found[index * self.groups // len(stack)].append(site)
-        else:
-            found = [[] for _ in self.groups]
-            for site in stack:
-                found[bisect_right(self.groups, site.depth) - 1].append(site)
+        """One of the `stacks` in groups, each with a dictionary; ValueError if a group has no block."""
+        found: list[list[Site]] = [[] for _ in (range(self.groups) if isinstance(self.groups, int) else self.groups)]
+        for site, number in zip(stack, group_numbers([site.depth for site in stack], self.groups), strict=True):
+            found[number].append(site)
         if not all(found):
             blocks = f"blocks {stack[0].depth} to {stack[-1].depth} of {stack[0].role}"
             raise ValueError(
@@ -151,40 +157,44 @@ class MASA(Method):
     def wants(self, site: Site) -> bool:
         return projection_type(site.name) in VARIANTS[self.variant]
 
+    def stacks(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
+        if not self.common_dictionary:
+            return super().stacks(sites)
+        found: dict[str, list[Site]] = {}
+        for site in sorted(sites, key=lambda site: site.depth):
+            found.setdefault(site.role.partition("*")[0], []).append(site)
+        return [*found.values()]
+
     def check(self, sites: Sequence[Site]) -> None:
-        stacks = by_role(sites)
         found = {projection_type(site.name) for site in sites}
         if lacking := [kind for kind in VARIANTS[self.variant] if kind not in found]:
             raise ValueError(
-                f"masa shares {', '.join(VARIANTS[self.variant])} but finds no {' or '.join(lacking)} among {', '.join(stacks)}; "
+                f"masa shares {', '.join(VARIANTS[self.variant])} but finds no {' or '.join(lacking)} among {', '.join(by_role(sites))}; "
                 "choose another variant, targets or architecture"
             )
         if self.residual_rank is not None:
             check_table(self.residual_rank, sites, "residual_rank")
-        for role, stack in stacks.items():
-            weights = [site.linear.weight for site in stack]
-            if len(kinds := {(*W.shape, W.dtype, W.device) for W in weights}) > 1:
-                raise ValueError(
-                    f"{role} must be the same in all blocks that share atoms, got {kinds}; exclude the others"
-                )
+        cure = "leave out common_dictionary" if self.common_dictionary else "exclude the others"
         large: dict[str, list[str]] = {}
-        for role, stack in stacks.items():
+        for stack in self.stacks(sites):
+            roles, weights = ", ".join(by_role(stack)), [site.linear.weight for site in stack]
+            if len(kinds := {(*W.shape, W.dtype, W.device) for W in weights}) > 1:
+                raise ValueError(f"{roles} must be the same in all blocks that share atoms, got {kinds}; {cure}")
             if (fault := self._fault(stack)) is not None:
-                large.setdefault(fault, []).append(role)
-        for fault, roles in large.items():
-            warnings.warn(f"masa saves no weights in {', '.join(roles)}: {fault}", stacklevel=2)
+                large.setdefault(fault, []).append(roles)
+        for fault, found_in in large.items():
+            warnings.warn(f"masa saves no weights in {', '.join(found_in)}: {fault}", stacklevel=2)
 
     def _fault(self, stack: Sequence[Site]) -> str | None:
-        """Why all depths of one projection have at least the weights of the dense layers, and what to change; None if fewer."""
+        """Why the layers of a stack have at least the weights of the dense ones, and what to change; None if they have fewer."""
         groups = self.split(stack)
         saved = len(stack) - sum(self.count(len(group)) for group in groups)  # in dense layers, as all that follows
         if not saved:  # then there are no residuals
-            if len(groups) < len(stack):
-                return "there are as many atoms as blocks; use fewer atoms"
-            single = len(stack) == 1
-            return (
-                "they are in one block alone; exclude them" if single else "each group is one block; use fewer groups"
-            )
+            if len(stack) == 1:
+                return "they are in one block alone; exclude them"
+            if len(groups) == len(stack):
+                return "each group is one block; use fewer groups"
+            return "there are as many atoms as matrices; use fewer atoms"
         ranks = [(self.rank_of(site, len(group)), site.break_even_rank) for group in groups for site in group]
         if sum(rank / even for rank, even in ranks) < saved:
             return None
@@ -194,9 +204,11 @@ class MASA(Method):
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
         groups, layers = self.split(sites), []
         for number, group in enumerate(groups):
-            weight, key = group[0].linear.weight, group[0].role.replace(".*.", ".").replace(".", "_")
+            weight, (place, _, rest) = group[0].linear.weight, group[0].role.partition("*.")
+            key = (place + ("common" if self.common_dictionary else rest)).replace(".", "_")
             kind = f"{key}_{number}" if len(groups) > 1 else key, len(group), weight.shape, self.count(len(group))
-            shared = Dictionary(*kind, self.coefficients, **like(weight))
+            network = self.coefficients, (self.embedding_width, self.mlp_width)
+            shared = Dictionary(*kind, *network, **like(weight))
             for depth, site in enumerate(group):
                 layers.append(MASALinear(shared, depth, site.linear.bias is not None, self.rank_of(site, len(group))))
         return layers
@@ -233,5 +245,5 @@ def freeze_coefficients(model: Model) -> Model:
         )
     for dictionary in body_of(model).lorank_atoms.values():
         dictionary.freeze()
-    recorded["arguments"]["coefficients"] = "table"
+    recorded["arguments"].update(coefficients="table", embedding_width=WIDTHS[0], mlp_width=WIDTHS[1])
     return model

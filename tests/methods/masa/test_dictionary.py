@@ -268,6 +268,11 @@ def test_cross_attention_stays_dense() -> None:
         ({"atoms": "4"}, "atoms must be .* got '4'"),
         ({"variant": "qk"}, "variant must be 'qkv' or 'qkvo', got 'qk'"),
         ({"coefficients": "mlp"}, "coefficients must be 'network' or 'table', got 'mlp'"),
+        ({"mlp_width": 0}, "mlp_width must be a positive integer, got 0"),
+        (
+            {"coefficients": "table", "embedding_width": 8},
+            r"embedding_width and mlp_width must be left out with .* got \(8, 64\)",
+        ),
         ({"groups": 0}, "groups must be a positive integer or a list .* got 0"),
         ({"groups": True}, "groups must be .* got True"),
         (

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BartConfig, BartModel, GPT2Config, GPT2LMHeadModel
 
 from lorank import MASA, convert, freeze_coefficients, merge
 from lorank.accounting import count_parameters
@@ -73,6 +73,9 @@ def test_without_the_output_projection_a_quarter_less_is_saved(small: Callable[.
 def test_parameters_of_the_coefficient_network(small: Callable[..., Any]) -> None:
     network: Any = next(iter(dictionaries(convert(deep(small), MASA())).values())).coefficients
     assert elements(network.parameters()) == 6 * 32 + 6272 + 65 * 2
+    other = convert(deep(small), MASA(embedding_width=5, mlp_width=7))
+    network = next(iter(dictionaries(other).values())).coefficients
+    assert [p.shape for p in network.parameters()] == [(6, 5), (7, 5), (7,), (7, 7), (7,), (2, 7), (2,)]
 
 
 def test_atoms_count_as_part_of_the_blocks(small: Callable[..., Any]) -> None:
@@ -100,7 +103,7 @@ def test_flops_of_a_layer() -> None:
 
 def test_one_atom_per_block_is_the_dense_model(small: Callable[..., Any], tokens: Tensor) -> None:
     dense = deep(small)
-    with pytest.warns(UserWarning, match="masa saves no weights in model.* as many atoms as blocks"):
+    with pytest.warns(UserWarning, match="masa saves no weights in model.* as many atoms as matrices"):
         model = convert(deep(small), MASA(atoms=6, **TABLE))
     for name, layer in layers(model).items():
         assert not torch.equal(layer.dictionary(layer.depth), dense.get_submodule(name).weight)
@@ -116,6 +119,82 @@ def test_a_single_atom_is_one_matrix_for_all_blocks(small: Callable[..., Any], t
         nn.init.ones_(layer.dictionary.coefficients.values)  # type: ignore[arg-type]
         dense.get_submodule(name).weight.data = layer.dictionary.atoms[0].detach()
     assert torch.equal(model(tokens).logits, dense(tokens).logits)
+
+
+# ---- one dictionary for all projections
+
+
+COMMON: dict[str, Any] = {"common_dictionary": True}
+SQUARE: dict[str, Any] = {"num_key_value_heads": 4}
+WHAT = {"layers": 3, "attention_heads": 4, "ffn_dim": 64}
+
+
+@pytest.mark.parametrize(("variant", "types"), [("qkvo", 4), ("qkv", 3)])
+@pytest.mark.parametrize("coefficients", ["network", "table"])
+def test_all_projections_mix_the_same_atoms(
+    small: Callable[..., Any], tokens: Tensor, tmp_path: Path, variant: Any, types: int, coefficients: Any
+) -> None:
+    widths = {"embedding_width": 5, "mlp_width": 7} if coefficients == "network" else {}
+    fields: dict[str, Any] = {"variant": variant, "coefficients": coefficients, **widths}
+    model = convert(deep(small, **SQUARE), MASA(**COMMON, **fields))
+    ((key, dictionary),) = dictionaries(model).items()
+    matrices, atoms = 6 * types, 2 * types  # a third, as with one dictionary for each
+    assert (key, dictionary.atoms.shape) == ("model_layers_common", (atoms, 32, 32))
+    each = layers(model)
+    assert sorted(layer.depth for layer in each.values()) == [*range(matrices)]
+    assert [name.split(".")[2] for name in sorted(each, key=lambda name: each[name].depth)] == [
+        str(block) for block in range(6) for _ in range(types)
+    ]
+    network = matrices * 5 + 7 * (5 + 7 + 2) + atoms * (7 + 1)
+    held = deep(small, **SQUARE).num_parameters() - (matrices - atoms) * 32 * 32
+    held += network if coefficients == "network" else matrices * atoms
+    assert model.num_parameters() == held
+
+    C = torch.stack([dictionary.coefficients(i) for i in range(matrices)]).detach()
+    for name, layer in each.items():
+        weight = torch.einsum("s,sio->io", C[layer.depth], dictionary.atoms.detach())
+        torch.testing.assert_close(merge(model).get_submodule(name).weight, weight)
+    loss_of(model.train(), tokens).backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in dictionary.parameters())
+
+    before = model.eval()(tokens).logits
+    model.save_pretrained(tmp_path / "whole")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "whole").eval()
+    assert torch.equal(loaded(tokens).logits, before)
+    assert len(dictionaries(loaded)) == 1
+    if coefficients == "network":
+        freeze_coefficients(loaded).save_pretrained(tmp_path / "frozen")
+        assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "frozen").eval()(tokens).logits, before)
+
+
+def test_a_plan_counts_a_common_dictionary_and_its_network() -> None:
+    options = {**COMMON, "embedding_width": 5, "mlp_width": 7, "atoms": 3}
+    found = plan(Recipe(method="masa", size="tiny", vocab_size=64, rank=None, options=options))
+    shown = {row.role: row.parameters_after for row in found.rows}
+    assert shown["model.lorank_atoms"] == 3 * 256**2 + 8 * 5 + 7 * (5 + 7 + 2) + 3 * 8
+
+
+def test_groups_of_a_common_dictionary_cut_between_blocks(small: Callable[..., Any]) -> None:
+    for groups, blocks in ((4, [2, 1, 2, 1]), ((0, 5), [5, 1])):
+        model = convert(deep(small, **SQUARE), MASA(**COMMON, groups=groups, residual_rank=2, **TABLE))
+        found = [d.coefficients.values.shape for d in dictionaries(model).values()]
+        assert found == [(4 * count, round(4 * count / 3)) for count in blocks]
+        numbers = {(name.split(".")[2], layer.dictionary.key) for name, layer in layers(model).items()}
+        assert len(numbers) == 6
+
+
+def test_projections_of_two_shapes_cannot_share_atoms(small: Callable[..., Any]) -> None:
+    model = deep(small)  # fewer key than query heads
+    with pytest.raises(ValueError, match=r"q_proj, .*k_proj.* must be the same .*; leave out common_dictionary"):
+        convert(model, MASA(**COMMON))
+    assert not layers(model)
+
+
+def test_an_encoder_and_a_decoder_have_a_dictionary_each() -> None:
+    shape: dict[str, Any] = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in WHAT.items()}
+    with torch.device("meta"):
+        model = convert(BartModel(BartConfig(vocab_size=96, d_model=32, **shape)), MASA(**COMMON))
+    assert [*dictionaries(model)] == ["encoder_layers_common", "decoder_layers_common"]
 
 
 # ---- groups and residuals
@@ -266,9 +345,9 @@ def test_residuals_that_save_nothing_are_a_warning(small: Callable[..., Any]) ->
 @pytest.mark.parametrize(
     ("blocks", "fields", "message", "better"),
     [
-        (6, {"atoms": 6}, "as many atoms as blocks; use fewer atoms", {"atoms": 5}),
-        (6, {"atoms": 6, "residual_rank": 1}, "as many atoms as blocks; use fewer atoms", {"atoms": 5, "residual_rank": 1}),
-        (6, {"atoms": 0.75, "groups": 3}, "as many atoms as blocks; use fewer atoms", {"atoms": 0.5, "groups": 3}),
+        (6, {"atoms": 6}, "as many atoms as matrices; use fewer atoms", {"atoms": 5}),
+        (6, {"atoms": 6, "residual_rank": 1}, "as many atoms as matrices; use fewer atoms", {"atoms": 5, "residual_rank": 1}),
+        (6, {"atoms": 0.75, "groups": 3}, "as many atoms as matrices; use fewer atoms", {"atoms": 0.5, "groups": 3}),
         (6, {"groups": 6}, "each group is one block; use fewer groups", {"groups": 5}),
         (2, {"groups": 2, "residual_rank": 4}, "each group is one block; use fewer groups", {"residual_rank": 4}),
         (1, {}, "in one block alone; exclude them", None),
