@@ -7,25 +7,23 @@ Saves: gradients, optimizer state.
 There is no dense weight W = U diag(S) V^T, and nothing is truncated. S learns at every step. Of the m pairs (u_i, v_i)
 only r = rank do, for `interval` steps (an iteration). Their gradients lack the factor S_i ("enhanced"), so that weak
 directions move too. After each step they are scaled back to length one, and S is clipped at 0. Then r pairs are drawn
-without replacement from p(i) = (1/m + S_i / sum S) / 2 and exchanged for the old ones, and the vectors' moments start
-from zero, under a short warm-up of the learning rate. After m/r iterations (a round) the SVD is computed again, because
-trained vectors do not stay orthogonal. Converting a dense model does not change what it computes.
+without replacement from p(i) = ε/m + (1 - ε) S_i / sum S, ε = 1/2, and exchanged for the old ones, and the vectors'
+moments start from zero, under a short warm-up of the learning rate. After m/r iterations (a round) the SVD is computed
+again, because trained vectors do not stay orthogonal. A converted model computes what it did.
 
 Cost of one layer for n tokens: r (d_in + d_out) + m trained numbers, which alone have gradients and moments, but
-m (d_in + d_out + 1) stored ones, up to twice the dense weight: SST saves optimizer state, not weights. Forward needs
-2 n m (d_in + d_out) floating-point operations, backward 2 n (m + r) (d_in + d_out): 4/3 of dense for a square matrix at
-small r. The input and V^T x [n, m] are kept for the backward pass. If the factors have 16 bits, what rounding takes from W
-at decompositions is kept too (`lorank.rounding`), another 2 d_in d_out bytes.
+m (d_in + d_out + 1) stored ones, up to twice the dense weight. Forward needs 2 n m (d_in + d_out) operations, backward
+2 n (m + r) (d_in + d_out): 4/3 of dense for a square matrix at small r. The input and V^T x [n, m] are kept for the backward
+pass. If the factors have 16 bits, 2 d_in d_out bytes more keep what rounding takes from W at SVDs (`lorank.rounding`).
 
 Source: Zhao et al., "Sparse Spectral Training and Inference on Euclidean and Hyperbolic Neural Networks", ICML 2025,
-arXiv 2405.15481, as summaries report it; neither its full text nor the authors' code was at hand. Not confirmed are the
+arXiv 2405.15481, as summaries report it; we had neither its full text nor the authors' code. Not confirmed are the
 Kaiming draw, 200 steps an iteration, m/r iterations a round and 20 steps of warm-up.
 
-Choices where the summaries are silent. The moments of S move with their values when pairs are exchanged and are reset with
-the SVD. Step counters are reset with the moments: under an old counter Adam's first step is three times too long. m/r is
-rounded up. The run's own warm-up serves the first iteration. SVDs are computed one by one, which costs LAPACK no time and
-saves memory. Weight decay of U and V acts on what is normalised next; W shrinks only if vectors (S) decay too. Any
-optimizer of whole parameters will do, not only Adam (`lorank.moments`).
+Choices where the summaries are silent. The moments of S move with their values when pairs are exchanged and are reset
+with the SVD. Step counters are reset with the moments: under an old counter Adam's first step is three times too long.
+The run's own warm-up serves the first iteration. Weight decay of U and V acts on what is normalised next; W shrinks only
+if vectors (S) decay too. Any optimizer of whole parameters will do (`lorank.moments`).
 """
 
 import math
@@ -37,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.fields import Count, Rank, Whole
+from lorank.fields import Count, Fraction, Rank, Whole
 from lorank.layers import SpectralLinear, autocast_dtype, exchange, loaded, wide
 from lorank.method import Method, Published, Site, StepHook, check_table, rank_at, seeded_generator, warmup_cosine
 from lorank.moments import moments, restart
@@ -78,15 +76,15 @@ class ActivePairs(torch.autograd.Function):
         return dz @ V.T, dU, dV, wide(p * z).sum(0).to(S.dtype), None
 
 
-def probabilities(S: Tensor) -> Tensor:
-    """p(i) = (1/m + S_i / sum S) / 2 for S [m] >= 0, in double precision; uniform if S is zero.
+def probabilities(S: Tensor, exploration: float = 0.5) -> Tensor:
+    """p(i) = ε/m + (1 - ε) S_i / sum S > 0 for S [m] >= 0, in double precision; uniform if S is zero.
 
     >>> probabilities(torch.tensor([3.0, 1.0]))
     tensor([0.6250, 0.3750], dtype=torch.float64)
     """
-    S = S.detach().double()
-    uniform = torch.full_like(S, 1 / len(S))
-    return (uniform + (S / S.sum() if S.sum() > 0 else uniform)) / 2
+    S = S.detach().double() if S.sum() > 0 else torch.ones_like(S, dtype=torch.float64)
+    p = exploration / len(S) + (1 - exploration) * (S / S.sum())
+    return p.clamp(min=1e-30)  # any number of pairs can be drawn
 
 
 # ---- the layer
@@ -96,10 +94,10 @@ class SSTLinear(SpectralLinear):
     """y = U diag(S) V^T x + b instead of a dense layer; `seed` and `key` (its name) decide which pairs learn first."""
 
     def __init__(
-        self, d_in: int, d_out: int, rank: int, *, enhanced: bool = True, seed: int = 0, key: str = "", **options: Any
+        self, *sizes: int, enhanced: bool = True, exploration: float = 0.5, seed: int = 0, key: str = "", **options: Any
     ):
-        super().__init__(d_in, d_out, rank, **options)
-        self.enhanced, self.seed, self.key = enhanced, seed, key
+        super().__init__(*sizes, **options)
+        self.enhanced, self.exploration, self.seed, self.key = enhanced, exploration, seed, key
         self.reset_parameters()
 
     @torch.no_grad()
@@ -120,7 +118,8 @@ class SSTLinear(SpectralLinear):
     def resample(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw the next active pairs and swap them in; returns the places exchanged, the arguments of `swap`."""
         drawn = torch.zeros(len(self.S), dtype=torch.bool)
-        drawn[torch.multinomial(probabilities(self.S.cpu()), self.rank, generator=generator)] = True
+        p = probabilities(self.S.cpu(), self.exploration)
+        drawn[torch.multinomial(p, self.rank, generator=generator)] = True
         leaving, entering = (~drawn[: self.rank]).nonzero()[:, 0], drawn[self.rank :].nonzero()[:, 0] + self.rank
         self.swap(leaving, entering)
         return leaving, entering
@@ -152,14 +151,19 @@ class SST(Method):
     soon: ClassVar[Mapping[str, Any]] = {"interval": 2, "restart_warmup_steps": 1}
 
     rank: Rank = 0.125
-    """Pairs that learn at a time: an integer, a fraction of the width (the paper: d/8 for widths up to 256, d/12 to d/32
-    for language models), or {pattern: either}."""
+    """Pairs that learn at a time: an integer, a fraction of the width (the paper: d/8 to d/32), or {pattern: either}."""
     interval: Count = 200
     """Steps of an iteration, after which other pairs are drawn (T3)."""
     restart_warmup_steps: Whole = 20
     """Steps in which the learning rate rises again at the start of an iteration; 0: none."""
+    iterations_per_round: Count | None = None
+    """Iterations after which the SVD is computed again (T2). None: m/r, rounded up."""
+    exploration: Fraction = 0.5
+    """ε, the part of the draws that is uniform; with 0 they are in proportion to the singular values alone."""
     enhanced: bool = True
     """Gradients of the vectors without the factor S_i; False: the true ones."""
+    normalise: bool = True
+    """Whether trained vectors are scaled back to length one after each step. S is clipped at 0 in either case."""
     seed: int = 0
     """Seed of the first draw, made with the layers; later draws follow the run's seed."""
 
@@ -181,9 +185,9 @@ class SST(Method):
 
     def build(self, site: Site) -> nn.Module:
         weight, bias = site.linear.weight, site.linear.bias
-        rank = rank_at(self.rank, site)
-        options: Any = {"bias": bias is not None, "enhanced": self.enhanced, "seed": self.seed, "key": site.name}
-        layer: Any = SSTLinear(site.d_in, site.d_out, rank, **options, device="meta", dtype=weight.dtype)
+        draws: Any = {"enhanced": self.enhanced, "exploration": self.exploration, "seed": self.seed, "key": site.name}
+        options: Any = {"bias": bias is not None, "device": "meta", "dtype": weight.dtype}
+        layer: Any = SSTLinear(site.d_in, site.d_out, rank_at(self.rank, site), **draws, **options)
         layer.to_empty(device=weight.device)  # nothing is drawn
         if not weight.is_meta:
             layer.start_from(weight)
@@ -196,8 +200,7 @@ class SST(Method):
         return module.weight().to(module.S.dtype), module.bias
 
     def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook:
-        layers = [module for module in model.modules() if isinstance(module, SSTLinear)]
-        return Resampling(optimizer, layers, self.interval, seed)
+        return Resampling(self, optimizer, [m for m in model.modules() if isinstance(m, SSTLinear)], seed)
 
     def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float]:
         """Cosine with warm-up, times a linear rise at the start of every iteration but the first."""
@@ -214,12 +217,11 @@ class SST(Method):
 
 
 class Resampling(StepHook):
-    """SST's loop. Draws come after a step, when no gradient is pending, and depend on seed, iteration and layer alone, so
-    that in addition to model and optimizer only the step count and what rounding took must be saved."""
+    """SST's loop. Draws come when no gradient is pending, and need not be saved: seed, iteration and layer decide them."""
 
-    def __init__(self, optimizer: Optimizer, layers: Sequence[SSTLinear], interval: int, seed: int):
+    def __init__(self, method: SST, optimizer: Optimizer, layers: Sequence[SSTLinear], seed: int):
         super().__init__(optimizer)
-        self.layers, self.interval, self.seed = layers, interval, seed
+        self.method, self.layers, self.seed = method, layers, seed
 
     def before_step(self) -> None:
         if any(hasattr(layer.S, "device_mesh") for layer in self.layers):  # sharding may come after the hook
@@ -228,15 +230,15 @@ class Resampling(StepHook):
     @torch.no_grad()
     def after_step(self) -> None:
         for layer in self.layers:
-            layer.normalise()
+            layer.normalise() if self.method.normalise else layer.S.clamp_(min=0)
             if self.step == 1:
                 moments(self.optimizer, layer.U_active)  # raises now rather than at the first exchange
-            if self.step % self.interval == 0:
-                self._begin(layer, self.step // self.interval)
+            if self.step % self.method.interval == 0:
+                self._begin(layer, self.step // self.method.interval)
 
     def _begin(self, layer: SSTLinear, iteration: int) -> None:
-        """The next iteration of a layer and, if the spectrum has been covered, its next round."""
-        if iteration % math.ceil(len(layer.S) / layer.rank) == 0:
+        """The next iteration of a layer and, if it is time, its next round."""
+        if iteration % (self.method.iterations_per_round or math.ceil(len(layer.S) / layer.rank)) == 0:
             exact = self.rests.exact(layer.key, layer.weight())
             layer.decompose(exact)
             self.rests.settle(layer.key, exact, layer.weight(), layer.S.dtype)

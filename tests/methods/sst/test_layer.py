@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM
 
+import lorank
 from lorank import SST, convert
 from lorank.methods.sst import SSTLinear
+from lorank.plan.dry_run import plan
 from lorank.sites import find_sites
+from lorank.train.recipe import Recipe
 from tests.methods.sst.conftest import (
     SHAPES,
     assert_orthonormal,
@@ -184,7 +187,7 @@ def test_under_autocast_gradients_agree_to_bfloat16() -> None:
 
 
 def test_with_all_pairs_active_a_step_of_sgd_is_exact() -> None:
-    """The limit: rank m, no hook; the dense layer's loss differentiated through its factors by autograd."""
+    """The limit: rank m, vectors of any length; the dense layer's loss differentiated through its factors by autograd."""
     weight = numbers(20, 12)
     layer = layer_of(12, 20, 12, weight, enhanced=False)
     assert layer.U_frozen.numel() == layer.V_frozen.numel() == 0
@@ -192,8 +195,28 @@ def test_with_all_pairs_active_a_step_of_sgd_is_exact() -> None:
     x, target = numbers(9, 12), numbers(9, 20, seed=1)
     F.mse_loss(F.linear(x, U @ S.diag() @ V.T), target).backward()
 
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    SST(normalise=False).hook(layer, optimizer, steps=8, seed=0)
     F.mse_loss(layer(x), target).backward()
     optimizer.step()
     for found, before in ((layer.U_active, U), (layer.S, S), (layer.V_active, V)):
-        torch.testing.assert_close(found, before - 0.1 * before.grad, rtol=1e-10, atol=1e-12)
+        after = before - 0.1 * before.grad
+        torch.testing.assert_close(found, after.clamp(min=0) if before is S else after, rtol=1e-10, atol=1e-12)
+    layer.S.data[0] = -1
+    F.mse_loss(layer(x), target).backward()
+    optimizer.step()
+    assert (layer.S >= 0).all() and (layer.U_active.norm(dim=0) - 1).abs().max() > 1e-3
+
+
+def test_its_settings_are_saved_with_the_model(small: Callable[..., Any], tokens: Tensor, tmp_path: Path) -> None:
+    fields: dict[str, Any] = {"exploration": 0.0, "iterations_per_round": 3, "normalise": False}
+    model, optimizer, _ = prepared(small, **fields)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    again = torch.optim.AdamW([p for p in loaded.parameters() if p.requires_grad], lr=1e-2)
+    lorank.step_hook(loaded, again, steps=8, seed=3)
+    for one, moving in ((model, optimizer), (loaded, again)):
+        train(one.eval(), moving, tokens, range(7))
+    assert all(map(torch.equal, model.state_dict().values(), loaded.state_dict().values()))
+    counted = [plan(Recipe(method="sst", rank=8, vocab_size=64, options=options)) for options in ({}, fields)]
+    assert counted[0].model == counted[1].model

@@ -123,6 +123,9 @@ def test_converted_trained_and_merged_the_model_says_the_same(small: Callable[..
     [
         ({"rank": 0}, "rank must be a positive integer, .* got 0"),
         ({"interval": 0}, "interval must be a positive integer, got 0"),
+        ({"exploration": 1.5}, "exploration must be a number from 0 to 1, got 1.5"),
+        ({"iterations_per_round": 0}, "iterations_per_round must be a positive integer.*, got 0"),
+        ({"normalise": "no"}, "normalise must be .* got 'no'"),
         ({"interval": 2.5}, "interval must be a positive integer, got 2.5"),
         ({"restart_warmup_steps": -1}, "restart_warmup_steps must be an integer of at least 0, got -1"),
         ({"interval": 10}, "restart_warmup_steps must be at most interval=10, .* got 20"),

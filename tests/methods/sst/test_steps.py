@@ -93,6 +93,17 @@ def test_probabilities_sum_to_one_and_are_at_least_half_uniform(m: int) -> None:
     assert probabilities(torch.eye(m)[0])[0].item() == pytest.approx((1 + 1 / m) / 2)
 
 
+@pytest.mark.parametrize("exploration", [0.0, 0.2, 1.0])
+def test_exploration_is_the_uniform_part_of_the_draws(exploration: float) -> None:
+    S = torch.tensor([3.0, 1.0, 0.0, 0.0])
+    expected = [exploration / 4 + (1 - exploration) * share for share in (0.75, 0.25, 0, 0)]
+    assert probabilities(S, exploration).tolist() == pytest.approx(expected, abs=1e-15)
+    layer = layer_of(4, 4, 3, S.diag().double(), exploration=exploration)
+    assert len(set(layer.index[:3].tolist())) == 3, "also where fewer values are above zero"
+    if not exploration:
+        assert {0, 1} <= set(layer.index[:3].tolist())
+
+
 def test_draws_follow_the_probabilities_and_are_distinct() -> None:
     weight = torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0, 1.0])).double()
     counts = torch.zeros(5, dtype=torch.float64)
@@ -236,6 +247,16 @@ def test_a_new_svd_keeps_the_function_and_resets_s(small: Callable[..., Any], to
         for parameter in (layer.S, layer.U_active, layer.V_active):
             assert all(not value.any() for value in optimizer.state[parameter].values())
     torch.testing.assert_close(model(tokens).logits, logits, rtol=1e-4, atol=1e-5)
+
+
+def test_the_iterations_of_a_round_can_be_given(small: Callable[..., Any], tokens: Tensor) -> None:
+    model, optimizer, _ = prepared(small, rank=8, interval=1, iterations_per_round=3)
+    fresh = []
+    for step in range(7):
+        train(model, optimizer, tokens, range(step, step + 1))
+        fresh.append([not optimizer.state[layer.S]["step"] for layer in layers_of(model)])
+    assert [step for step, reset in enumerate(fresh, 1) if all(reset)] == [3, 6]
+    assert not any(any(reset) for step, reset in enumerate(fresh, 1) if step % 3)
 
 
 def test_a_round_covers_the_spectrum_of_each_matrix(small: Callable[..., Any], tokens: Tensor) -> None:
