@@ -9,6 +9,7 @@ import pytest
 from lorank import accounting
 from lorank.plan import dry_run
 from lorank.table import METHODS, find
+from lorank.train.methods import schedule_of
 from lorank.train.recipe import Recipe
 
 FOLDER = Path(__file__).parents[1] / "recipes"
@@ -76,6 +77,41 @@ IN_PART: dict[str, dict[str, Any]] = {
     "low-rank-60m": {"rank": 128, "steps": 10_000, "warmup_steps": 1_000, "weight_decay": 0.0, "batch_size": 512},
     "crnet-60m": {"rank": 104, "steps": 10_000, "warmup_steps": 1_000, "batch_size": 512},
     "relora-60m": {"rank": 128, "options": {"alpha": 32, "dropout": 0.1}, "steps": 10_000, "weight_decay": 0.0},
+    "relora-250m": {
+        "rank": 128,
+        "options": {
+            "alpha": 32,
+            "dropout": 0.1,
+            "warm_start": 5_000,
+            "warm_start_lr_ratio": 0.5,
+            "cycle": 5_000,
+            "restart_warmup_steps": 100,
+        },
+        "lr": 1e-3,
+        "steps": 20_000,
+        "warmup_steps": 500,
+        "betas": [0.9, 0.999],
+        "weight_decay": 0.0,
+        "clip": 1.0,
+        "batch_size": 1_152,
+        "micro_batch_size": 24,
+        "sequence_length": 512,
+        "documents": "packed",
+    },
+    "sltrain-7b": {
+        "rank": 1024,
+        "options": {"alpha": 8, "density": 0.05},
+        "optimizer": "adamw-8bit",
+        "lr": 3e-3,
+        "steps": 150_000,
+        "warmup_steps": 15_000,
+        "weight_decay": 0.0,
+        "clip": 1.0,
+        "precision": "bf16-pure",
+        "batch_size": 512,
+        "micro_batch_size": 8,
+        "documents": "padded",
+    },
     "switchlora-60m": {"clip": 1.0, "weight_decay": 0.0, "warmup_steps": 100, "min_lr_ratio": 0.0, "seed": 0},
     "switchlora-350m": {
         "rank": 256,
@@ -137,8 +173,10 @@ COUNTS = {
     "sltrain-130m": (96_545_796, 96_545_796),
     "sltrain-350m": (194_293_544, 194_293_544),
     "sltrain-1b": (645_547_960, 645_547_960),
+    "sltrain-7b": (3_144_735_808, 3_144_735_808),
     "crnet-60m": (43_044_145, 43_044_145),
     "relora-60m": (None, 42_770_944),
+    "relora-250m": (296_915_712, 296_915_712),  # 49,545,216 in factors; in the warm start all are trained
     "switchlora-60m": (None, 42_770_944),
     "switchlora-350m": (None, 185_222_144),
     "sst-60m": (None, None),
@@ -186,6 +224,15 @@ def test_settings_that_are_published_in_part(name: str) -> None:
     assert "Unconfirmed" in comment(name)
 
 
+def test_reloras_warm_start_has_half_the_learning_rate_of_its_cycles() -> None:
+    recipe = read("relora-250m")
+    multiplier = schedule_of(recipe)
+    assert recipe.lr * max(map(multiplier, range(5_000))) == pytest.approx(5e-4)
+    assert recipe.lr * max(map(multiplier, range(5_000, 20_000))) == pytest.approx(1e-3)
+    assert [step for step in range(1, 20_000) if multiplier(step) == 0] == [5_000, 10_000, 15_000]
+    assert multiplier(10_100) == pytest.approx(0.794406, abs=1e-6)  # 5,100 steps into the second stage
+
+
 def comment(name: str) -> str:
     lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
     return " ".join(line[2:] for line in lines if line.startswith("# "))
@@ -194,7 +241,7 @@ def comment(name: str) -> str:
 @pytest.mark.parametrize("name", NAMES)
 def test_a_recipe_says_where_it_comes_from(name: str) -> None:
     r = read(name)
-    method = r.method if r.optimizer == "adamw" else r.optimizer
+    method = r.method if r.optimizer.startswith("adamw") else r.optimizer
     assert name.rpartition("-")[::2] == (method.removesuffix("-m"), r.size)
     assert (r.data, r.tokenizer, r.vocab_size) == ("allenai/c4:en", "google-t5/t5-base", 32_000)
     for part in ("arXiv 2", "erplexity", f"Run: lorank pretrain recipes/{name}.yaml"):

@@ -34,6 +34,13 @@ def test_the_ten_parameter_totals(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == cola
 
 
+def test_reloras_own_size_has_the_parameters_of_its_paper() -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(llama_config("250m"))
+    assert tuple(SIZES["250m"])[:4] == (768, 2560, 24, 16)
+    assert sum(p.numel() for p in model.parameters()) == 247_370_496
+
+
 def test_cola_60m_holds_9_994_240_numbers_in_its_factors() -> None:
     with torch.device("meta"):
         model = lorank.convert(AutoModelForCausalLM.from_config(llama_config("60m")), lorank.CoLA(rank=128))

@@ -58,7 +58,7 @@ class CoLA(Method):
 
     name: ClassVar[str] = "cola"
     experts: ClassVar[bool] = True
-    # the authors' configurations, 60m to 7b; tiny and 20m are ours
+    # the authors' configurations, 60m to 7b; tiny, 20m and 250m are ours
     published: ClassVar[Published] = {
         name: {"rank": size.rank, "nonlinearity": "low-rank" if name in ("350m", "1b", "7b") else "both"}
         for name, size in SIZES.items()

@@ -97,7 +97,7 @@ class ReLoRA(Method):
     name: ClassVar[str] = "relora"
     keeps_outputs: ClassVar[bool] = True
     # rank 128 everywhere; the paper ends at 1.3B, our 1b
-    published: ClassVar[Published] = {size: {"rank": 128} for size in ("60m", "130m", "350m", "1b")}
+    published: ClassVar[Published] = {size: {"rank": 128} for size in ("60m", "130m", "250m", "350m", "1b")}
     soon: ClassVar[Mapping[str, Any]] = {"cycle": 2, "restart_warmup_steps": 1}
 
     rank: Rank = 0.25

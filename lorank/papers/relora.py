@@ -1,13 +1,10 @@
 """Costs as the ReLoRA paper prints them."""
 
-from lorank.papers.formulas import VOCABULARY, Shape, cola_parameters, shape_of
+from lorank.papers.formulas import cola_parameters, shape_of
 from lorank.papers.table import Paper, PaperTable
 
 SHAPES = {
-    "60m": shape_of("60m"),
-    "130m": shape_of("130m"),
-    "250m": Shape(VOCABULARY, 768, 2560, 24),
-    "350m": shape_of("350m"),
+    **{size: shape_of(size) for size in ("60m", "130m", "250m", "350m")},
     "1.3b": shape_of("1b"),
 }
 

@@ -49,7 +49,9 @@ class Recipe:
     """Settings of one pre-training run; ValueError in one sentence if they do not make sense together."""
 
     # the model
-    size: str = _setting("tiny", "Llama of this size: tiny, 20m, 60m, 130m, 350m, 1b, 7b.", everyday=True, shared=True)
+    size: str = _setting(
+        "tiny", "Llama of this size: tiny, 20m, 60m, 130m, 250m, 350m, 1b, 7b.", everyday=True, shared=True
+    )
     model: str | None = _setting(
         None,
         "Instead of a size: a model type of transformers (gpt2), a folder, a config.json or a hub name.",
