@@ -1,10 +1,11 @@
 """What happens between two optimizer steps, in any training loop."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lorank.rounding import Rests
@@ -17,15 +18,18 @@ class StepHook:
     model change only in place; what must survive a restart and is in neither the model nor the optimizer's state
     belongs in `state_dict`.
 
+    Args:
+        edits: modules whose parameters the subclass changes; they must be whole in each process.
+
     Raises:
-        ValueError: the optimizer has a hook already; both would act.
+        ValueError: the optimizer has a hook already, both of which would act; or before a step, parameters of `edits` are sharded.
     """
 
-    def __init__(self, optimizer: Optimizer):
+    def __init__(self, optimizer: Optimizer, edits: Iterable[nn.Module] = ()):
         if getattr(optimizer, "lorank_hook", None) is not None:
             raise ValueError("optimizer must have one hook, but it has one already; use that or make another optimizer")
         optimizer.lorank_hook = self  # type: ignore[attr-defined]
-        self.optimizer = optimizer
+        self.optimizer, self.edits = optimizer, list(edits)
         self.step = 0
         """Optimizer steps done: 0 in the first call of `before_step`, 1 in the first of `after_step`."""
         self.rests = Rests()
@@ -41,6 +45,11 @@ class StepHook:
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A closure makes the gradients inside the step, so what comes before the step follows its first call."""
+        if any(isinstance(p, DTensor) for module in self.edits for p in module.parameters()):  # since the hook was made
+            raise ValueError(
+                f"{type(self).__name__} changes whole weights between steps, but they are sharded (FSDP2 or tensor parallelism); use DDP or one "
+                "device"
+            )
         given = (*args[1:], kwargs.get("closure"))[0]  # args[0] is the optimizer
         if given is None:
             return self.before_step()

@@ -12,7 +12,7 @@ from lorank.conversion import as_method, check_module, method_of
 from lorank.fields import Beta, Fraction, NonNegative, Whole, check_value
 from lorank.method import AdamW, Dense, Method, Patterns, StepHook, check_combination, warmup_cosine
 from lorank.optim.groups import Decay, plain_groups
-from lorank.rewriting import converted_with
+from lorank.rewriting import REWRITTEN, converted_with
 
 
 def optimizer(
@@ -89,18 +89,17 @@ def step_hook(model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int =
 
     Raises:
         ValueError: the method cannot work with this optimizer or with so few steps, the optimizer has a hook already, `model` is only a
-            part of a converted model, or it is dense and the optimizer moves none of its parameters.
+            part of a converted model, or the optimizer moves none of the model's parameters.
     """
     _check_steps(steps)
     check_value("seed", seed, Whole)
     inner, moving = converted_inside(model), _unwrapped(optimizer)
-    if inner is None:
-        own = {id(p) for p in model.parameters()}
-        if not any(id(p) in own for group in moving.param_groups for p in group["params"]):
-            raise ValueError(
-                f"optimizer must move parameters of the model, but it moves none of this {type(model).__name__}; give the model that was "
-                "converted, and make its optimizer after wrapping it"
-            )
+    own = {id(p) for p in model.parameters()}
+    if not any(id(p) in own for group in moving.param_groups for p in group["params"]):
+        raise ValueError(
+            f"optimizer must move parameters of the model, but it moves none of this {type(model).__name__}; give the model itself, not a "
+            "copy, and make its optimizer after wrapping it"
+        )
     for method in _methods(inner, moving):
         if "hook" not in method.answers():
             continue
@@ -144,8 +143,8 @@ def converted_inside(model: nn.Module) -> nn.Module | None:
     """The converted model that a module is or wraps; None for a dense one.
 
     Raises:
-        ValueError: it is no module, it has no parameters, it contains several converted models, or parts of one without what
-            `convert` recorded.
+        ValueError: it is no module, it has no parameters, it contains several converted models, or parts or parameters of one without
+            what `convert` recorded.
     """
     check_module(model)
     found = [
@@ -162,6 +161,12 @@ def converted_inside(model: nn.Module) -> nn.Module | None:
         "stands_for_linear" in vars(module) for module in model.modules()
     ):  # set by `rewrite`; EGG's class has it too
         raise ValueError(f"model must be the whole converted model, got only a {type(model).__name__} from it")
+    own = set(map(id, model.parameters()))
+    if any(converted_with(m) and not own.isdisjoint(map(id, m.parameters())) for m in list(REWRITTEN)):
+        raise ValueError(
+            f"model must be the converted model or a module around it, got a {type(model).__name__} that has its parameters but not its "
+            "modules"
+        )
     if next(model.parameters(), None) is None:
         raise ValueError(
             f"model must have parameters, got a {type(model).__name__} without any; give the model that was converted"

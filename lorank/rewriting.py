@@ -1,5 +1,6 @@
 """Replacing the projections of a model by other modules, and what was recorded about it."""
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from lorank.experts import with_parts
 from lorank.fusion import with_fused
 from lorank.method import Method, Site
 from lorank.sites import blocks
+
+REWRITTEN: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+"""Models that live and were rewritten, of which others may hold the parameters without the modules (an exported graph)."""
 
 
 def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapping[str, str] | None = None) -> None:
@@ -35,6 +39,7 @@ def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapp
             setattr(module, "stands_for_experts" if site.experts else "stands_for_linear", True)
 
     before = {module: dict(module._modules) for module in model.modules()}
+    REWRITTEN.add(model)
     try:
         for name, module in [*with_fused(model, replacements), *_with_experts(model, of_experts)]:
             put(model, name, module)
@@ -62,8 +67,8 @@ def _check_outputs(method: Method, site: Site, module: nn.Module, x: Tensor, exp
     error = ((found - expected).norm() / expected.norm().clamp(min=1e-30)).item()
     if not error <= max(1e-3, 16 * torch.finfo(x.dtype).eps):
         raise ValueError(
-            f"{method.name} must start as the dense model, but its layer for {site.name} differs by {error:.1%}; exclude it, or use "
-            "another architecture"
+            f"{method.name} must start as the dense model, but its layer for {site.name} differs by {error:.1%} in {x.dtype}; "
+            f"{'convert it in float32' if x.dtype.itemsize < 4 else 'exclude it'}, or use another architecture or other settings"
         )
 
 

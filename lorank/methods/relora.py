@@ -199,10 +199,10 @@ class ReLoRAHook(StepHook):
     """
 
     def __init__(self, method: ReLoRA, model: nn.Module, optimizer: Optimizer, cycle: int, seed: int):
-        super().__init__(optimizer)
         self.method, self.cycle, self.seed = method, cycle, seed
         self.merge_cycle = method.merge_cycle or cycle
         self.layers = {name: module for name, module in model.named_modules() if isinstance(module, ReLoRALinear)}
+        super().__init__(optimizer, self.layers.values())
         self.together = torch.distributed.is_initialized()
         for layer in self.layers.values() if method.warm_start else ():
             for factor in (layer.A.weight, layer.B.weight):

@@ -200,7 +200,7 @@ class SST(Method):
         return module.weight().to(module.S.dtype), module.bias
 
     def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook:
-        return Resampling(self, optimizer, [m for m in model.modules() if isinstance(m, SSTLinear)], seed)
+        return SSTHook(self, optimizer, [m for m in model.modules() if isinstance(m, SSTLinear)], seed)
 
     def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float]:
         """Cosine with warm-up, times a linear rise at the start of every iteration but the first."""
@@ -216,16 +216,12 @@ class SST(Method):
 # ---- between steps
 
 
-class Resampling(StepHook):
+class SSTHook(StepHook):
     """SST's loop. Draws come when no gradient is pending, and need not be saved: seed, iteration and layer decide them."""
 
     def __init__(self, method: SST, optimizer: Optimizer, layers: Sequence[SSTLinear], seed: int):
-        super().__init__(optimizer)
+        super().__init__(optimizer, layers)
         self.method, self.layers, self.seed = method, layers, seed
-
-    def before_step(self) -> None:
-        if any(hasattr(layer.S, "device_mesh") for layer in self.layers):  # sharding may come after the hook
-            raise ValueError("sst cannot exchange vectors that are sharded (FSDP2); train on one device or with DDP")
 
     @torch.no_grad()
     def after_step(self) -> None:

@@ -189,13 +189,13 @@ class SwitchLoRA(Method):
 
 class SwitchLoRAHook(StepHook):
     """Before each step: exchange vectors of A, then of B, and freeze those whose counterpart is new; ValueError for an
-    optimizer that is not a `VectorAdamW` or lacks the factors, and for sharded factors."""
+    optimizer that is not a `VectorAdamW` or lacks the factors."""
 
     def __init__(self, method: SwitchLoRA, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int):
         self.method, self.steps, self.seed = method, steps, seed
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SwitchLoRALinear)}
         check_factors(optimizer, {n: (layer.A.weight, layer.B.weight) for n, layer in layers.items()})
-        super().__init__(optimizer)
+        super().__init__(optimizer, layers.values())
         self.layers = {n: layer for n, layer in layers.items() if layer.A.out_features < min(layer.W.weight.shape)}
         self.pools = {name: self._pools(name, layer) for name, layer in self.layers.items()}
 

@@ -9,7 +9,7 @@ call the optimizer's ``zero_grad``, because the model's does not reach them. Par
 
 import logging
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,6 +31,7 @@ class Arriving(Optimizer):
 
     method: "ByGroups"
     in_backward: bool
+    _check_group: Callable[[dict[str, Any]], None]
     _watched: set[nn.Parameter]
     _staggered: int
 
@@ -54,6 +55,7 @@ class Arriving(Optimizer):
         group = next((group for group in self.param_groups if any(q is p for q in group["params"])), None)
         if group is None:
             return  # somebody has removed it
+        self._check_group({**group, "params": [p]})
         check_finite({p: p.grad})
         self._forget_misfits(group, [p])
         for stack in stacks(self.method, {**group, "params": [p]}, self.state, [p], self._phases()):

@@ -71,7 +71,6 @@ class DCTAdamW(Projected):
     name: ClassVar[str] = "dct-adamw"
     soon: ClassVar[Mapping[str, Any]] = {"update_gap": 2}
     per_group: ClassVar[tuple[str, ...]] = ("update_gap",)
-    may_keep: ClassVar[tuple[str, ...]] = ("error", "error_codes", "error_low", "error_step")
     tall: ClassVar[bool] = True
 
     update_gap: Count = 1
@@ -108,8 +107,8 @@ class DCTAdamW(Projected):
         return Product(u, vectors(now, n, u.dtype), -group["lr"])
 
     def _left_out(self, stack: Stack, G: Tensor) -> Tensor | float:
-        if self.error_feedback == "none" or not {"error", "error_codes"} & stack.states[0].keys():
-            return 0.0  # the latter where a state of a run without error feedback was loaded
+        if self.error_feedback == "none":
+            return 0.0
         if self.error_feedback == "full":
             return stack.get("error")
         return dequantise(*(stack.get(f"error_{part}") for part in ("codes", "low", "step"))).to(G.dtype)
@@ -127,8 +126,13 @@ class DCTAdamW(Projected):
             return super().state_shapes(shape, group)
         *experts, m, n = shape
         r = min(group["rank"], m, n)
-        moment = (*experts, max(m, n), r)
-        return {"exp_avg": moment, "exp_avg_sq": moment, "indices": (*experts, r)}
+        moment, all_of_it, row = (*experts, max(m, n), r), (*experts, max(m, n), min(m, n)), (*experts, max(m, n), 1)
+        error = {
+            "none": {},
+            "full": {"error": all_of_it},
+            "8bit": {"error_codes": all_of_it, "error_low": row, "error_step": row},
+        }
+        return {"exp_avg": moment, "exp_avg_sq": moment, "indices": (*experts, r), **error[self.error_feedback]}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """Bytes of moments, indices and error feedback."""

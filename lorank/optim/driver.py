@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from lorank.fields import Beta, Count, NonNegative, Rank, check_value, field_types, joined_by_or
 from lorank.method import Method, Patterns
 from lorank.optim.arriving import Arriving, check_alone
-from lorank.optim.groups import by_rank, ranks, says_rank, split
+from lorank.optim.groups import by_rank, listed, ranks, says_rank, split
 from lorank.optim.loading import load
 from lorank.optim.rules import RULES, Rule
 from lorank.optim.shards import Waiting, gathered, like, local, local_gradient, put_back, stand_in, whole
@@ -42,8 +42,6 @@ class ByGroups(Method):
     """Whether weight decay comes after a move: W ← W - lr λ W."""
     structure: ClassVar[str | None] = None
     """A method whose weights it needs, such as "low-rank"; None: it moves any model."""
-    may_keep: ClassVar[tuple[str, ...]] = ()
-    """Entries that a state has under some settings only."""
     tall: ClassVar[bool] = False
     """Whether `move` sees all gradients with their longer side first; wide matrices are then moved as their transposes."""
 
@@ -84,8 +82,8 @@ class ByGroups(Method):
         raise NotImplementedError(f"{self.name} moves no stacks; leave rank out of its groups")
 
     def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
-        """What is kept for a weight from its first step on, by name and without counters, so that a state of another rank or
-        method is noticed; `may_keep` names what may be there besides. None: the method does not say, and nothing is noticed."""
+        """What is kept for a weight from its first step on, by name and without `step`, so that a state of another rank or
+        method is noticed. None: the method does not say, and nothing is noticed."""
         return self.rules[group["rule"]].shapes(shape) if group["rank"] is None else None
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
@@ -141,7 +139,7 @@ class LowRankOptimizer(Arriving):
         maximize: bool = False,
         rank: Rank | None = None,
     ):
-        params = list(params)
+        params = listed(params)
         if rank is None and isinstance(method, Projected) and not any(says_rank(group) for group in params):
             rank = method.rank
         self.method, self.rank = method, rank
@@ -176,7 +174,10 @@ class LowRankOptimizer(Arriving):
 
     @torch.compiler.disable
     def _check_group(self, group: dict[str, Any]) -> None:
+        group.update(self.method.settings(group))  # what another rule needs, if somebody has changed it
         check_value("rank", group["rank"], Count | None)
+        check_value("maximize", group.get("maximize", False), bool)
+        check_value("betas", group["betas"], tuple[float, float])
         rule, types = self.method.rules[group["rule"]], field_types(type(self.method))  # type: ignore[arg-type]
         own = {name: types[name] for name in self.method.per_group if group["rank"] is not None}
         own |= {"lr_multiplier": NonNegative} if "lr_multiplier" in group else {}

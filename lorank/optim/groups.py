@@ -81,6 +81,13 @@ def split(groups: Iterable[dict[str, Any]], ranks: dict[nn.Parameter, int]) -> l
     return sorted(taken.values(), key=lambda group: group["rank"] is None)
 
 
+def listed(params: Iterable[Any]) -> list[Any]:
+    """Parameters or groups as a list; TypeError for a single tensor, which torch refuses too."""
+    if isinstance(params, Tensor):
+        raise TypeError("params must be a list of parameters or groups, got one tensor; give [tensor]")
+    return list(params)
+
+
 def says_rank(group: Any) -> bool:
     """Whether one of an optimizer's groups, or a bare parameter, says a rank or that it has none."""
     return isinstance(group, Mapping) and "rank" in group

@@ -100,8 +100,8 @@ def _check_same(optimizer: "LowRankOptimizer", index: int, ours: dict[str, Any],
 
 def misfit(state: Mapping[str, Any], method: "ByGroups", shape: Sequence[int], group: Mapping[str, Any]) -> str:
     """What a state has that the method would not keep for a weight of this shape, in a few words; "" if it fits."""
-    kept, shapes = state.keys() - IN_PASSING, method.state_shapes(shape, group)
-    if not kept or shapes is None:
+    shapes = method.state_shapes(shape, group)
+    if shapes is None or not (kept := state.keys() - (IN_PASSING - shapes.keys())):
         return ""
     begun = kept - BASES
     for name in sorted(shapes.keys() | kept):
@@ -109,9 +109,9 @@ def misfit(state: Mapping[str, Any], method: "ByGroups", shape: Sequence[int], g
             if begun:
                 return f"no {name!r}"
             continue
-        if name not in shapes and name not in method.may_keep:
+        if name not in shapes:
             return repr(name)
-        if name in shapes and tuple(state[name].shape) != shapes[name]:
+        if tuple(state[name].shape) != shapes[name]:
             return f"{name!r} of shape {tuple(state[name].shape)} where {shapes[name]} is needed"
     return ""
 

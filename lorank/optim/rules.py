@@ -64,7 +64,7 @@ class Rule:
         raise NotImplementedError
 
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Of the tensors that are kept for a weight, by their names; counters are not included."""
+        """Of the tensors that are kept for a weight, by their names; `step` is not included."""
         return dict(_shapes(self, tuple(shape)))
 
     def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
@@ -89,7 +89,7 @@ class Rule:
 @functools.lru_cache(maxsize=1024)
 def _shapes(rule: Rule, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
     made = rule.make(torch.empty(shape, device="meta"))
-    return tuple((name, tuple(value.shape)) for name, value in made.items() if name not in ("step", "steps"))
+    return tuple((name, tuple(value.shape)) for name, value in made.items() if name != "step")
 
 
 class AdamW(Rule):

@@ -14,7 +14,7 @@ from lorank.optim.dct_adamw import DCTAdamW as DCTAdamWMethod
 from lorank.optim.driver import ByGroups, LowRankOptimizer
 from lorank.optim.fira import Fira
 from lorank.optim.galore import GaLore
-from lorank.optim.groups import by_rank
+from lorank.optim.groups import by_rank, listed
 from lorank.optim.plain import Muon
 from lorank.optim.trion import Trion as TrionMethod
 
@@ -124,8 +124,8 @@ class MuonAdamW(TorchStyle):
     kind = Muon
 
     def __init__(self, params: Iterable[Any], *arguments: Any, **settings: Any):
-        groups = list(params)
-        if not any(isinstance(group, Mapping) and CHOSEN & group.keys() for group in groups):
+        groups = listed(params)
+        if groups and not any(isinstance(group, Mapping) and CHOSEN & group.keys() for group in groups):
             groups = groups if isinstance(groups[0], Mapping) else [{"params": groups}]
             groups = [part for group in groups for part in by_rank(dict(group), 1)]
         super().__init__(groups, *arguments, **settings)

@@ -10,7 +10,7 @@ import pytest
 from lorank.comparison import first_steps, repro
 from lorank.comparison.first_steps import RECORDED, STEPS, TOLERANCE, WIDER, WIDTH, Curve
 from lorank.methods.relora import ReLoRAHook
-from lorank.methods.sst import Resampling
+from lorank.methods.sst import SSTHook
 from lorank.methods.switchlora import SwitchLoRAHook
 from lorank.train import run
 from lorank.train.data import sources
@@ -58,7 +58,7 @@ def test_another_setting_is_noticed(name: str, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hook"), [("60m-relora", ReLoRAHook), ("60m-switchlora", SwitchLoRAHook), ("60m-sst", Resampling)]
+    ("name", "hook"), [("60m-relora", ReLoRAHook), ("60m-switchlora", SwitchLoRAHook), ("60m-sst", SSTHook)]
 )
 def test_a_method_that_never_acts_is_noticed(name: str, hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for act in ("before_step", "after_step"):

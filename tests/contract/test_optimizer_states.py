@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lorank import Method
+from lorank import LORO, DCTAdamW, Method, Spectron
 from lorank.optim.driver import Projected
 from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, equal, groups, make, named, net, train, weights
 
@@ -108,6 +108,28 @@ def test_another_optimizers_state_is_refused(method: Method) -> None:
     torch.testing.assert_close(now["state"], before["state"], rtol=0, atol=0)
     assert now["param_groups"] == before["param_groups"]
     train(model, made, range(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (LORO(), LORO(direction="gradient")),
+        (LORO(), Spectron()),
+        (DCTAdamW(error_feedback="full"), DCTAdamW(error_feedback="8bit")),
+        (DCTAdamW(error_feedback="full"), DCTAdamW()),
+    ],
+    ids=named,
+)
+def test_a_state_of_other_settings_is_refused(one: Method, other: Method) -> None:
+    for method, giver in ((one, other), (other, one)):
+        model, theirs = net(), net()
+        made, saved = make(method, model), make(giver, theirs)
+        train(theirs, saved, range(2))
+        with pytest.raises(ValueError, match="another optimizer than this"):
+            made.load_state_dict(saved.state_dict())
+        train(model, made, range(2))
+        with pytest.raises(ValueError, match="another optimizer than this"):
+            made.load_state_dict(saved.state_dict())
 
 
 @projecting

@@ -121,6 +121,9 @@ def test_a_refused_group_leaves_the_others_alone(method: Method) -> None:
         ({"weight_decay": "a"}, "weight_decay must be a number of at least 0, got 'a'"),
         ({"rule": "adamw", "eps": -1.0}, "eps must be a number of at least 0, got -1.0"),
         ({"betas": (1.0, 0.9)}, r"betas\[0\] must be a number in \[0, 1\), got 1.0"),
+        ({"betas": 0.9}, "betas must be 2 values, each a finite number, got 0.9"),
+        ({"betas": (0.9,)}, r"betas must be 2 values, each a finite number, got \(0.9,\)"),
+        ({"maximize": "no"}, "maximize must be true or false, got 'no'"),
         ({"amsgrad": True}, "has no amsgrad"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -132,6 +135,27 @@ def test_a_refused_group_leaves_the_others_alone(method: Method) -> None:
         ):
             made.add_param_group({"params": [vector], **settings})
     assert len(made.param_groups) == 2
+    train(model, made, range(1))
+
+
+@methods
+def test_a_group_that_is_changed_later_is_checked(method: Method) -> None:
+    """Another rule brings its own settings."""
+    model = net()
+    made = make(method, model)
+    train(model, made, range(1))
+    group = made.param_groups[-1]
+    for changes, words in (
+        ({"rule": "sgd"}, "rule must be .*, got 'sgd'"),
+        ({"betas": (0.9,)}, "betas must be 2 values"),
+    ):
+        before = {name: group[name] for name in changes}
+        group.update(changes)
+        with pytest.raises(ValueError, match=words):
+            train(model, made, range(1))
+        group.update(before)
+    if made.param_groups[0]["rule"] != "adafactor":  # which has another kind of eps
+        made.param_groups[0]["rule"] = "muon"
     train(model, made, range(1))
 
 

@@ -1,5 +1,6 @@
 """`step_hook` and `lr_schedule` on models and optimizers that are wrapped in something else."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -9,10 +10,12 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy, fully_shard
 
 import lorank
-from lorank import SST, CoLA, Method, ReLoRA, StepHook, convert, lr_schedule, step_hook
+from lorank import SST, CoLA, Method, ReLoRA, StepHook, SwitchLoRA, convert, lr_schedule, step_hook
+from lorank.optim.shards import whole
 
 RESTARTS = ReLoRA(rank=4, cycle=2, dropout=0.0)
 
@@ -91,6 +94,35 @@ def test_flattened_parameters_are_refused(small: Callable[..., Any], one_process
         ValueError, match="^relora cannot act on parameters that FullyShardedDataParallel has flattened"
     ):
         step_hook(model, torch.optim.AdamW(model.parameters()), steps=4)
+
+
+@pytest.mark.parametrize("method", [RESTARTS, SwitchLoRA(), SST(rank=4)], ids=lambda method: method.name)
+def test_sharded_weights_are_refused_before_a_step(
+    method: Method, small: Callable[..., Any], tokens: Tensor, one_process: None
+) -> None:
+    """However late they were sharded."""
+    model: Any = convert(small("llama"), method).train()
+    optimizer = lorank.optimizer(model, lr=0.01)
+    step_hook(model, optimizer, steps=400)
+    mesh = init_device_mesh("cpu", (1,))
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh)
+    before = whole(next(iter(model.model.layers.parameters()))).clone()
+    with pytest.raises(ValueError, match=r"Hook changes whole weights between steps, but they are sharded \(FSDP2"):
+        optimizer.step()
+    assert torch.equal(before, whole(next(iter(model.model.layers.parameters()))))
+
+
+def test_another_holder_of_the_parameters_is_refused(small: Callable[..., Any], tokens: Tensor) -> None:
+    """What has the parameters of a converted model, but not its modules, and a copy that the optimizer does not move."""
+    model: Any = convert(small("llama"), RESTARTS)
+    optimizer = torch.optim.AdamW(model.parameters())
+    held = nn.ParameterList(list(model.parameters()))
+    for ask in (lambda: step_hook(held, optimizer, steps=8), lambda: lr_schedule(held, steps=8)):
+        with pytest.raises(ValueError, match="got a ParameterList that has its parameters but not its modules"):
+            ask()
+    with pytest.raises(ValueError, match="it moves none of this Lorank.*; give the model itself, not a copy"):
+        step_hook(copy.deepcopy(model), optimizer, steps=8)
 
 
 def test_what_is_not_found_is_not_taken_for_not_needed(small: Callable[..., Any]) -> None:

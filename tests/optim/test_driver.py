@@ -65,6 +65,22 @@ def test_what_is_clipped_is_what_the_optimizer_sees() -> None:
     assert scaled.norm() == pytest.approx(0.01, rel=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"rank": 2.5}, "rank must be .*, got 2.5"),
+        ({"projection": "nope"}, "projection must be .*, got 'nope'"),
+        ({"update_gap": 0}, "update_gap must be .*, got 0"),
+    ],
+)
+def test_a_changed_group_is_checked_as_gradients_arrive(changes: dict[str, Any], words: str) -> None:
+    model = net()
+    optimizer = made(GaLore, groups(model), lr=0.01, in_backward=True)
+    optimizer.param_groups[0].update(changes)
+    with pytest.raises(ValueError, match=words):
+        train(model, optimizer, range(1))
+
+
 def test_a_gradient_that_is_no_number_stops_the_backward_pass() -> None:
     model = net()
     optimizer = made(GaLore, groups(model), lr=0.05, in_backward=True)

@@ -72,6 +72,13 @@ def test_arguments_of_torch_are_accepted_or_refused() -> None:
         GaLoreAdamW(ours, 0.1, update_gaps=3)
     with pytest.raises(ValueError, match="update_gap must be a positive integer, got 0"):
         GaLoreAdamW(ours, 0.1, update_gap=0)
+    for kind in (GaLoreAdamW, MuonAdamW):
+        with pytest.raises(
+            TypeError, match=r"params must be a list of parameters or groups, got one tensor; give \[tensor\]"
+        ):
+            kind(ours[0])
+        with pytest.raises(ValueError, match="empty parameter list"):
+            kind([])
 
 
 def test_muon_takes_the_groups_that_name_it_or_all_matrices() -> None:

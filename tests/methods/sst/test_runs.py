@@ -183,10 +183,3 @@ def test_any_optimizer_restarts_with_the_pairs(optimizer: str, small: Callable[.
 def test_projecting_optimizers_find_no_linear_layer(small: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match="no linear layer whose gradient could be projected"):
         lorank.optimizer(convert(small("llama"), SST()), "galore", lr=1e-2)
-
-
-def test_sharded_vectors_are_refused_before_the_first_step(small: Callable[..., Any], tokens: Tensor) -> None:
-    model, optimizer, _ = prepared(small)
-    layers_of(model)[0].S.device_mesh = "what a DTensor has"  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"sst cannot exchange vectors that are sharded \(FSDP2\)"):
-        train(model, optimizer, tokens, range(1))
