@@ -96,7 +96,7 @@ def test_a_trained_model_is_kept(small: Callable[..., Any], tokens: Tensor, tmp_
     assert all(0.015 < d.atoms.std() < 0.025 for d in fresh.base_model.lorank_atoms.values())
 
 
-def test_one_dictionary_for_all_projections_is_as_near_as_can_be(small: Callable[..., Any]) -> None:
+def test_one_dictionary_for_all_projections_is_the_nearest(small: Callable[..., Any]) -> None:
     dense = small("llama", num_hidden_layers=3, num_key_value_heads=4).double()
     model = fit_masa(copy.deepcopy(dense), atoms=5, common_dictionary=True)
     names = [f"model.layers.{i}.self_attn.{p}_proj" for i in range(3) for p in "qkvo"]

@@ -224,7 +224,7 @@ def test_settings_that_are_published_in_part(name: str) -> None:
     assert "Unconfirmed" in comment(name)
 
 
-def test_reloras_warm_start_has_half_the_learning_rate_of_its_cycles() -> None:
+def test_reloras_warm_start_has_half_its_learning_rate() -> None:
     recipe = read("relora-250m")
     multiplier = schedule_of(recipe)
     assert recipe.lr * max(map(multiplier, range(5_000))) == pytest.approx(5e-4)

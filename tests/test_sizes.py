@@ -34,7 +34,7 @@ def test_the_ten_parameter_totals(name: str) -> None:
     assert sum(p.numel() for p in model.parameters()) == cola
 
 
-def test_reloras_own_size_has_the_parameters_of_its_paper() -> None:
+def test_reloras_own_size_has_its_parameters() -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(llama_config("250m"))
     assert tuple(SIZES["250m"])[:4] == (768, 2560, 24, 16)
