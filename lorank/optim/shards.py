@@ -143,9 +143,14 @@ def gathered(state: dict[str, Any]) -> dict[str, Any]:
 
 @torch.compiler.disable
 def all_finite(norms: Tensor, parameters: Iterable[Tensor]) -> Tensor:
-    """Which of the norms of these parameters' gradients are finite in all processes that share some of the parameters."""
-    meshes = dict.fromkeys(p.device_mesh for p in parameters if isinstance(p, DTensor))
-    for mesh in meshes:
+    """Which of the norms of these parameters' gradients are finite in all processes that share the parameter."""
+    shared: dict[DeviceMesh, list[int]] = {}
+    for i, p in enumerate(parameters):
+        if isinstance(p, DTensor):
+            shared.setdefault(p.device_mesh, []).append(i)
+    for mesh, some in shared.items():  # other processes may have more parameters that are not of this mesh
+        sums = norms[some]
         for dim in range(mesh.ndim):
-            dist.all_reduce(norms, group=mesh.get_group(dim))  # a sum that is not finite where one is not
+            dist.all_reduce(sums, group=mesh.get_group(dim))  # not finite where one is not
+        norms[some] = sums
     return norms.isfinite()

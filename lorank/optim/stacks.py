@@ -267,10 +267,12 @@ def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
     if not watched:
         return
     finite = all_finite(torch.stack(_norms(list(watched.values()))), watched)
-    if not finite.all():  # or the sum of squares is too large, and each of them is not
-        finite = all_finite(torch.stack([_largest_square(G) for G in watched.values()]), watched)
-    if not finite.all():
-        p = next(p for p, is_finite in zip(watched, finite, strict=True) if not is_finite)
+    if finite.all():
+        return
+    doubtful = {p: G for (p, G), is_finite in zip(watched.items(), finite, strict=True) if not is_finite}
+    finite = all_finite(torch.stack([_largest_square(G) for G in doubtful.values()]), doubtful)
+    if not finite.all():  # else it was the sum of squares that is too large
+        p = next(p for p, is_finite in zip(doubtful, finite, strict=True) if not is_finite)
         raise FloatingPointError(
             f"the gradient of a parameter of shape {tuple(p.shape)} is not finite; lower lr or clip gradients"
         )

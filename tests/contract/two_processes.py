@@ -135,11 +135,16 @@ def shared_out() -> list[int]:
 
 
 def stages(rank: int) -> str:
-    """Each process is a pipeline stage of its own with another number of matrices; only the second sees what is not finite."""
-    mesh = [DeviceMesh("cpu", [0]), DeviceMesh("cpu", [1])][rank]
-    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(1 + rank)])
-    fully_shard(model, mesh=mesh)
-    optimizer = GaLore().optimizer(groups(model, GaLore()), lr=0.01)
+    """Each process is a pipeline stage of its own with another number of matrices, next to a layer that both share; only the second
+    sees what is not finite."""
+    meshes = [DeviceMesh("cpu", [0]), DeviceMesh("cpu", [1]), init_device_mesh("cpu", (2,))]
+    model, both = nn.Sequential(*[nn.Linear(4, 4) for _ in range(1 + rank)]), nn.Linear(4, 4)
+    fully_shard(model, mesh=meshes[rank])
+    fully_shard(both, mesh=meshes[2])
+    optimizer = GaLore().optimizer(groups(nn.ModuleList([model, both]), GaLore()), lr=0.01)
+    (model(torch.ones(2, 4)).sum() + both(torch.ones(2, 4)).sum()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
     model(torch.full((2, 4), float("nan") if rank else 1.0)).sum().backward()
     try:
         optimizer.step()
