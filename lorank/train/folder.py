@@ -24,9 +24,10 @@ STAGING = ".saving"
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file under a temporary name, then rename it, so that it is never half written."""
+    """Write a text file under a temporary name, then rename it, so that it is never half written. Names of files that are not
+    UTF-8 are written with escapes."""
     temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(temporary, path)
 
 
@@ -42,7 +43,14 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def prepare_folder(out: Path, resume: bool) -> None:
-    """Make a run's folder and check that it can be written to."""
+    """Make a run's folder and check that it can be written to, by libraries that need names in UTF-8 too."""
+    try:
+        str(out).encode()
+        os.fsencode(out)
+    except UnicodeEncodeError:
+        raise ValueError(
+            f"--out must be a name that is UTF-8 in this locale (LC_ALL, PYTHONUTF8), got {str(out)!a}; choose another name"
+        ) from None
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, got {out}, a file")
     if not resume and (out / "recipe.yaml").exists():

@@ -2,8 +2,8 @@
 
 import copy
 import dataclasses
-import difflib
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from lorank.train.data import load_tokenizer
 from lorank.train.hub import OwnCode, read_config
 from lorank.train.methods import KEYS, Methods, methods_of
 from lorank.train.recipe import Recipe
+from lorank.train.shape import described, reason_of, reset_leftovers, set_shape
 from lorank.train.vocabulary import set_vocabulary
 from lorank.trial import check_quantization
 
@@ -60,19 +61,11 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
         )
     check_quantization(config)
     vars(config).pop("auto_map", None)  # code of its own, which is not run
+    reset_leftovers(config)
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True  # BERT and its kin attend to later tokens unless told not to
     set_vocabulary(config, tokenizer, recipe.vocab_size)
-    for name, value in recipe.shape.items():
-        if not hasattr(config, name):
-            near = difflib.get_close_matches(str(name), config.to_dict(), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"shape: a configuration of type {config.model_type!r} has no entry {name!r}{hint}")
-        try:
-            setattr(config, name, value)
-        except Exception as error:  # configuration classes check their fields, each in its way
-            reason = str(error).strip().splitlines()[-1].strip()
-            raise ValueError(f"shape.{name} cannot be {value!r}: {reason}") from None
+    set_shape(config, recipe.shape)
     return config
 
 
@@ -174,14 +167,16 @@ def _dense_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attention)
     except Exception as error:  # whatever the modelling code raises for a shape that makes no sense
-        reason = _first_line(error)
+        reason = reason_of(error, config)
         if recipe.attention != "eager" and "does not support" in reason and "ttention" in reason:
             reason = f"transformers has no attention={recipe.attention} for it; use attention=eager"
-        raise ValueError(f"no causal language model of type {config.model_type!r} can be built: {reason}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        elif "adding_idx" in reason:  # positions whose table is shorter than the vocabulary
+            padding, rows = (getattr(config, name, None) for name in ("pad_token_id", "max_position_embeddings"))
+            reason = f"max_position_embeddings must be above the padding id {padding}, after which its positions begin, got {rows}"
+        given = f" with {described(recipe.shape)}" if recipe.shape else ""
+        raise ValueError(
+            f"no causal language model of type {config.model_type!r} can be built{given}: {reason}"
+        ) from None
 
 
 def check_positions(model: nn.Module, sequence_length: int) -> None:
@@ -191,9 +186,9 @@ def check_positions(model: nn.Module, sequence_length: int) -> None:
         raise ValueError(f"sequence_length={sequence_length} exceeds the model's {positions} positions")
 
 
-def check_causal(model: PreTrainedModel) -> None:
-    """Raises ValueError if a model cannot be run, or if what it says of a position depends on later ones: its perplexity
-    would mean nothing.
+def check_causal(model: PreTrainedModel, shape: Mapping[str, Any] | None = None) -> None:
+    """Raises ValueError if a model cannot be run, or if what it says of a position depends on later ones: its perplexity would
+    mean nothing. A model that will be trained is run in training mode too; it gets the recipe's `shape`, to name it.
 
     Where a mask hides the last token, the gradient of earlier outputs with respect to it is zero, and exactly so in any
     precision. What no gradient shows (a choice that depends on all tokens, a second table that reads their ids) shows when the
@@ -218,9 +213,13 @@ def check_causal(model: PreTrainedModel) -> None:
         hook.remove()
         with torch.no_grad():
             other = model(input_ids=ids.where(ids < 7, 3), use_cache=False).logits
+            if shape is not None:
+                with torch.random.fork_rng(devices=[]):
+                    model.train()(input_ids=ids, use_cache=False)  # dropout
     except Exception as error:  # whatever the modelling code makes of a shape that makes no sense
+        given = described(shape or {}) or "this configuration"
         raise ValueError(
-            f"a model of type {kind!r} with this configuration cannot be run: {_first_line(error)}"
+            f"a model of type {kind!r} with {given} cannot be run: {reason_of(error, model.config)}"
         ) from error
     finally:
         hook.remove()

@@ -10,12 +10,13 @@ RUN/summary.json, README.md                              its figures and its mod
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from lorank import accounting
 from lorank.conversion import method_of
@@ -38,8 +39,11 @@ from lorank.train.memory import PeakMemory
 from lorank.train.methods import resolved, title_of, with_changed_defaults
 from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.recipe import Recipe
-from lorank.train.saved import save_model
+from lorank.train.saved import rehearse_saving, save_model
+from lorank.train.shape import reason_of
 from lorank.train.vocabulary import keep_vocabulary
+
+logger = logging.getLogger(__name__)
 
 
 def pretrain(
@@ -83,10 +87,11 @@ def pretrain(
     with PeakMemory() as memory, StopOnSignal() as stop:
         set_seed(recipe.seed)
         model = build_model(recipe, config, saved)
-        check_causal(model)
+        check_causal(model, recipe.shape)
         trainer = build_trainer(
             recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop], on_cpu
         )
+        rehearse_saving(model, corpus.tokenizer, out)
         if trainer.is_world_process_zero() and not resume:
             write_whole(out / "run.json", json.dumps({**environment(corpus), "recipe": recipe.to_dict()}, indent=2))
             write_whole(out / "recipe.yaml", recipe.to_yaml())  # written last: it makes the folder a run
@@ -120,12 +125,22 @@ def pretrain(
         validation_perplexity=found.perplexity,
         validation_bits_per_byte=found.bits_per_byte,
         published_compatible_perplexity=found.published_compatible_perplexity,
-        sample=generate_text(model, corpus.tokenizer, max_new_tokens=60, seed=recipe.seed),
+        sample=sample_of(model, corpus.tokenizer, recipe.seed),
     )
     if trainer.is_world_process_zero():
         write_whole(out / "README.md", model_card(recipe, summary, corpus.description))
         write_whole(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2))
     return summary
+
+
+def sample_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:
+    """A text by a trained model. If it cannot write any, this is logged and the text is empty, because the model is trained and
+    saved nevertheless."""
+    try:
+        return generate_text(model, tokenizer, max_new_tokens=60, seed=seed)
+    except Exception as error:  # whatever the modelling code makes of a call that training does not need
+        logger.warning("the run has no sample of its text: %s", reason_of(error, model.config))
+        return ""
 
 
 def corpus_of(recipe: Recipe) -> data.Corpus:

@@ -1,14 +1,19 @@
 """A trained model on disk: written and loaded."""
 
+import contextlib
+import copy
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
@@ -19,21 +24,55 @@ from transformers import (
 
 from lorank.train.data import load_tokenizer
 from lorank.train.hub import OwnCode, asked_if_reachable, is_reachable, read_config
+from lorank.train.shape import last_line
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Save model and tokenizer in `out`. All files are written elsewhere first, then moved there."""
-    staging = Path(tempfile.mkdtemp(prefix=".model-", dir=out))
     try:
-        model.config.use_cache = True
-        model.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        for file in staging.iterdir():
-            os.replace(file, out / file.name)
+        with _staging(out) as staging:
+            model.config.use_cache = True
+            model.save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+            for file in staging.iterdir():
+                os.replace(file, out / file.name)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write the model to {out}: {str(error).splitlines()[0]}") from error
+
+
+def rehearse_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write to `out` what `save_model` will, but for the weights, read it back, and remove it: what fails here would lose a
+    run at its end.
+
+    Raises:
+        ValueError: the configuration or the tokenizer cannot be saved, or not be read again.
+    """
+    with _staging(out) as staging:
+        try:
+            what = "the model's configuration"
+            config: PretrainedConfig = copy.deepcopy(model.config)
+            config.use_cache = True
+            config.save_pretrained(staging)
+            AutoConfig.from_pretrained(staging)
+            if model.generation_config is not None:
+                what = "the model's settings of generation"
+                copy.deepcopy(model.generation_config).save_pretrained(staging)
+            what = "the tokenizer"
+            tokenizer.save_pretrained(staging)
+            what = "a file of weights"
+            save_file({"weight": torch.zeros(1)}, staging / "model.safetensors")
+        except Exception as error:  # each of these classes checks its settings in its own way
+            raise ValueError(f"{what} must be such that it can be saved in {out}: {last_line(error)}") from error
+
+
+@contextlib.contextmanager
+def _staging(out: Path) -> Iterator[Path]:
+    """A folder in `out` that is removed in the end."""
+    folder = Path(tempfile.mkdtemp(prefix=".model-", dir=out))
+    try:
+        yield folder
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def load_model(

@@ -1,0 +1,88 @@
+"""The entries of a model's configuration: which of them a recipe's `shape` may change, and what a file says besides the shape.
+
+A configuration also has settings of other places: what a call returns, how text was generated once, the type of the
+weights. In a file they are leftovers of another program, and get the defaults of their class. A recipe that gives them by
+`shape` is refused, because other keys of the recipe decide them.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import PretrainedConfig
+
+from lorank.train.vocabulary import SIZES, TOKENS
+
+RETURNED = ("output_attentions", "output_hidden_states", "return_dict")
+"""What a call returns. Training needs the logits, under their name."""
+DECIDED = {
+    **dict.fromkeys(("model_type", "architectures", "auto_map", "name_or_path"), "model"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "precision"),
+    "attn_implementation": "attention",
+    **dict.fromkeys(SIZES, "vocab_size"),
+    **dict.fromkeys((*TOKENS, "decoder_start_token_id"), "tokenizer"),
+    **dict.fromkeys((*RETURNED, "use_return_dict", "use_cache", "is_decoder", "is_encoder_decoder", "lorank")),
+}
+"""Entries that `shape` cannot change, and the key of the recipe that decides them; None: no key does."""
+
+
+def reset_leftovers(config: PretrainedConfig) -> None:
+    """Give a configuration from a file, and those inside it, the defaults of what is no part of its shape."""
+    for part in [config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))]:
+        part.output_attentions = part.output_hidden_states = False
+        part.return_dict = True
+        if part.is_encoder_decoder and not getattr(type(part), "is_encoder_decoder", False):
+            part.is_encoder_decoder = False  # a class with two halves knows it; of another one only one half is built
+
+
+def set_shape(config: PretrainedConfig, shape: Mapping[str, Any]) -> None:
+    """Change entries of a configuration.
+
+    Raises:
+        ValueError: an entry that does not exist, that another key decides, or a value that the class refuses.
+    """
+    for name, value in shape.items():
+        name = str(name)
+        if name in DECIDED:
+            instead = f"; use {DECIDED[name]}" if DECIDED[name] else ""
+            raise ValueError(
+                f"shape.{name} cannot be changed, because it is no part of a model's shape, got {value!r}{instead}"
+            )
+        if name.startswith("_") or not hasattr(config, name) or callable(getattr(type(config), name, None)):
+            near = difflib.get_close_matches(name, config.to_dict(), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"shape: a configuration of type {config.model_type!r} has no entry {name!r}{hint}")
+        try:
+            setattr(config, name, value)
+        except Exception as error:  # configuration classes check their fields, each in its way
+            raise ValueError(f"shape.{name} cannot be {value!r}: {last_line(error)}") from None
+    if shape:
+        try:
+            getattr(config, "validate", lambda: None)()  # entries against each other, as when the model is saved
+        except Exception as error:
+            raise ValueError(f"{described(shape)} cannot be: {last_line(error)}") from None
+
+
+def described(shape: Mapping[str, Any]) -> str:
+    """The entries of a recipe's shape, as a sentence names them.
+
+    >>> described({"hidden_size": 8, "hidden_act": "relu"})
+    "shape.hidden_size=8, shape.hidden_act='relu'"
+    """
+    return ", ".join(f"shape.{name}={value!r}" for name, value in shape.items())
+
+
+def reason_of(error: Exception, config: PretrainedConfig) -> str:
+    """What an error of modelling code says, on one line. Of a key that it does not know, the entry that has this value."""
+    if isinstance(error, KeyError) and error.args:
+        entry = next((name for name, value in config.to_dict().items() if value == error.args[0]), None)
+        return f"it has no {error.args[0]!r}" if entry is None else f"{entry} cannot be {error.args[0]!r}"
+    if isinstance(error, StrictDataclassError):
+        return last_line(error)
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error, in which configuration classes say what is wrong."""
+    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
