@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import os
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ from lorank.train.data import load_tokenizer
 from lorank.train.hub import OwnCode, read_config
 from lorank.train.methods import KEYS, Methods, methods_of
 from lorank.train.recipe import Recipe
-from lorank.train.shape import described, reason_of, reset_leftovers, set_shape
+from lorank.train.shape import described, reason_of, repeat_lists, reset_leftovers, set_shape
 from lorank.train.vocabulary import set_vocabulary
 from lorank.trial import check_quantization
 
@@ -92,10 +93,8 @@ def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
             f"the number of layers of a {config.model_type!r} model cannot be changed: it has no num_hidden_layers"
         )
     config = copy.deepcopy(config)
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == now:
-            setattr(config, name, (value * layers)[:layers])
     config.num_hidden_layers = layers
+    repeat_lists(config, now)
     return config
 
 
@@ -165,18 +164,32 @@ def _dense_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
         )
     dtype = torch.bfloat16 if recipe.precision == "bf16-pure" else torch.float32
     try:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=recipe.attention)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element")  # refused below
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=recipe.attention
+            )
+        _check_not_empty(model)
+        return model
     except Exception as error:  # whatever the modelling code raises for a shape that makes no sense
-        reason = reason_of(error, config)
+        reason, given = reason_of(error, config), f" with {described(recipe.shape)}" if recipe.shape else ""
         if recipe.attention != "eager" and "does not support" in reason and "ttention" in reason:
-            reason = f"transformers has no attention={recipe.attention} for it; use attention=eager"
+            reason, given = f"transformers has no attention={recipe.attention} for it; use attention=eager", ""
         elif "adding_idx" in reason:  # positions whose table is shorter than the vocabulary
             padding, rows = (getattr(config, name, None) for name in ("pad_token_id", "max_position_embeddings"))
             reason = f"max_position_embeddings must be above the padding id {padding}, after which its positions begin, got {rows}"
-        given = f" with {described(recipe.shape)}" if recipe.shape else ""
         raise ValueError(
             f"no causal language model of type {config.model_type!r} can be built{given}: {reason}"
         ) from None
+
+
+def _check_not_empty(model: PreTrainedModel) -> None:
+    """Raises ValueError for a model without blocks, or with a weight that has no entries."""
+    layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if isinstance(layers, int) and layers < 1:
+        raise ValueError(f"the number of layers must be at least 1, got {layers}")
+    if (empty := next((name for name, p in model.named_parameters() if not p.numel()), None)) is not None:
+        raise ValueError(f"its weight {empty} would have no entries")
 
 
 def check_positions(model: nn.Module, sequence_length: int) -> None:

@@ -6,7 +6,8 @@ weights. In a file they are leftovers of another program, and get the defaults o
 """
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Container, Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
@@ -23,6 +24,7 @@ DECIDED = {
     **dict.fromkeys(SIZES, "vocab_size"),
     **dict.fromkeys((*TOKENS, "decoder_start_token_id"), "tokenizer"),
     **dict.fromkeys((*RETURNED, "use_return_dict", "use_cache", "is_decoder", "is_encoder_decoder", "lorank")),
+    **dict.fromkeys(("problem_type", "num_labels", "id2label", "label2id", "transformers_version")),
 }
 """Entries that `shape` cannot change, and the key of the recipe that decides them; None: no key does."""
 
@@ -37,20 +39,22 @@ def reset_leftovers(config: PretrainedConfig) -> None:
 
 
 def set_shape(config: PretrainedConfig, shape: Mapping[str, Any]) -> None:
-    """Change entries of a configuration.
+    """Change entries of a configuration. Lists with an entry for each block follow the number of blocks.
 
     Raises:
         ValueError: an entry that does not exist, that another key decides, or a value that the class refuses.
     """
+    known, layers = config.to_dict(), getattr(config, "num_hidden_layers", None)
     for name, value in shape.items():
-        name = str(name)
         if name in DECIDED:
             instead = f"; use {DECIDED[name]}" if DECIDED[name] else ""
             raise ValueError(
                 f"shape.{name} cannot be changed, because it is no part of a model's shape, got {value!r}{instead}"
             )
-        if name.startswith("_") or not hasattr(config, name) or callable(getattr(type(config), name, None)):
-            near = difflib.get_close_matches(name, config.to_dict(), n=1)
+        if name.startswith("_") or not (
+            name in known or name in config.attribute_map or hasattr(getattr(type(config), name, None), "fset")
+        ):
+            near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"shape: a configuration of type {config.model_type!r} has no entry {name!r}{hint}")
         try:
@@ -58,10 +62,24 @@ def set_shape(config: PretrainedConfig, shape: Mapping[str, Any]) -> None:
         except Exception as error:  # configuration classes check their fields, each in its way
             raise ValueError(f"shape.{name} cannot be {value!r}: {last_line(error)}") from None
     if shape:
+        repeat_lists(config, layers, given=shape)
         try:
             getattr(config, "validate", lambda: None)()  # entries against each other, as when the model is saved
         except Exception as error:
-            raise ValueError(f"{described(shape)} cannot be: {last_line(error)}") from None
+            raise ValueError(
+                f"{described(shape)} does not suit model type {config.model_type!r}: {last_line(error)}"
+            ) from None
+
+
+def repeat_lists(config: PretrainedConfig, before: Any, given: Container[str] = ()) -> None:
+    """After the number of blocks has changed, repeat or cut what a configuration lists block by block, from its beginning. What is
+    `given` stays."""
+    layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(layers, int) or not isinstance(before, int) or layers in (before, 0):
+        return
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list) and len(value) == before and name not in given:
+            setattr(config, name, (value * layers)[:layers])
 
 
 def described(shape: Mapping[str, Any]) -> str:
@@ -76,8 +94,10 @@ def described(shape: Mapping[str, Any]) -> str:
 def reason_of(error: Exception, config: PretrainedConfig) -> str:
     """What an error of modelling code says, on one line. Of a key that it does not know, the entry that has this value."""
     if isinstance(error, KeyError) and error.args:
-        entry = next((name for name, value in config.to_dict().items() if value == error.args[0]), None)
-        return f"it has no {error.args[0]!r}" if entry is None else f"{entry} cannot be {error.args[0]!r}"
+        for name, value in config.to_dict().items():
+            if error.args[0] in (value, *(value.values() if isinstance(value, dict) else ())):
+                return f"{name} cannot be {value!r}"
+        return f"it has no {error.args[0]!r}"
     if isinstance(error, StrictDataclassError):
         return last_line(error)
     return (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -85,4 +105,4 @@ def reason_of(error: Exception, config: PretrainedConfig) -> str:
 
 def last_line(error: Exception) -> str:
     """The last line of an error, in which configuration classes say what is wrong."""
-    return (str(error).strip() or type(error).__name__).splitlines()[-1].strip()
+    return re.sub(r"^\w+Error: ", "", (str(error).strip() or type(error).__name__).splitlines()[-1].strip())

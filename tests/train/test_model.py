@@ -9,6 +9,7 @@ import torch
 from transformers import BertConfig, BertLMHeadModel, GPT2LMHeadModel, LlamaForCausalLM
 
 from lorank.layers import LowRankLinear
+from lorank.train.data import load_tokenizer
 from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.recipe import Recipe
 
@@ -30,6 +31,61 @@ def test_entries_of_the_configuration_can_be_changed() -> None:
         build(model="gpt2", shape={"layers": 2})
     with pytest.raises(ValueError, match="shape.hidden_size cannot be 'abc': .*int"):
         build(size="60m", shape={"hidden_size": "abc"})
+
+
+TINY = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("entry", "value", "words"),
+    [
+        ("attention_dropout", -0.5, "cannot be run"),  # which shows in training only
+        ("attention_dropout", 2, "cannot be run: dropout probability has to be between 0 and 1"),
+        ("hidden_act", "evil", "can be built with .*: hidden_act cannot be 'evil'"),
+        ("rope_parameters", {"rope_type": "evil"}, "can be built with .*: rope_parameters cannot be"),
+        ("num_attention_heads", 0, "does not suit model type 'llama'"),
+        ("num_attention_heads", 3, r"does not suit .* \(16\) is not a multiple of .* heads \(3\)"),
+        ("num_hidden_layers", 0, "the number of layers must be at least 1, got 0"),
+        ("intermediate_size", 0, "its weight model.layers.0.mlp.gate_proj.weight would have no entries"),
+        ("dtype", "evil", "shape.dtype cannot be changed, .* got 'evil'; use precision"),
+        ("model_type", "gpt2", "use model"),
+        ("eos_token_id", 99999, "shape.eos_token_id cannot be changed, .* got 99999; use tokenizer"),
+        ("return_dict", False, "shape.return_dict cannot be changed"),
+        ("to_dict", 3, "has no entry 'to_dict'"),
+        ("_attn_implementation", "eager", "has no entry '_attn_implementation'"),
+    ],
+)
+def test_a_value_that_suits_no_model_is_named(entry: str, value: Any, words: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **TINY}))
+    recipe = Recipe(model=str(tmp_path / "config.json"), method="dense", vocab_size=300, shape={entry: value})
+    with pytest.raises(ValueError, match=words) as refusal:
+        check_causal(build_model(recipe, build_config(recipe)), recipe.shape)
+    assert f"shape.{entry}" in str(refusal.value) or "no entry" in words
+    assert "\n" not in str(refusal.value)
+
+
+def test_lists_of_blocks_follow_their_number(tmp_path: Path) -> None:
+    """Else the configuration could not be saved at the end of the run."""
+    kinds = ["sliding_attention", "full_attention"]
+    for shape, found in (
+        ({"num_hidden_layers": 3}, ["sliding_attention"] * 3),
+        ({"num_hidden_layers": 2, "layer_types": kinds}, kinds),
+    ):
+        config = build_config(Recipe(model="gemma3_text", vocab_size=300, shape=shape))
+        assert config.layer_types == found
+        config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="shape.layer_types=.* does not suit model type 'gemma3_text'"):
+        build_config(Recipe(model="gemma3_text", shape={"layer_types": kinds}))
+
+
+def test_positions_that_begin_after_the_padding_id_are_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "roberta", "max_position_embeddings": 64, **TINY}))
+    recipe = Recipe(model=str(tmp_path / "config.json"), method="dense")
+    config = build_config(recipe, load_tokenizer("bytes"))
+    with pytest.raises(
+        ValueError, match=f"max_position_embeddings must be above the padding id {config.pad_token_id}, .* 64"
+    ):
+        build_model(recipe, config)
 
 
 def test_a_model_is_a_type_a_file_or_a_folder(tmp_path: Path) -> None:
