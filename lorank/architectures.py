@@ -15,7 +15,7 @@ from lorank.sizes import find_size
 ACTIVATIONS: tuple[Any, ...] = tuple(entry[0] if isinstance(entry, tuple) else entry for entry in ACT2CLS.values())
 """Classes of the non-linearity that a block has."""
 GATE = re.compile(
-    r"(gate_proj|(?:gate_up_proj|Wi|input_linear)\.gate|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|lin1|wi_0|wi|w1)$"
+    r"(gate_proj|(?:gate_up_proj|Wi|input_linear|fc1|fc1\.proj)\.gate|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|lin1|wi_0|wi|w1)$"
 )
 """Names of the projection whose output is the input of a block's own activation."""
 ATTENTION = re.compile(

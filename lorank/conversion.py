@@ -164,7 +164,7 @@ def _chosen_sites(model: nn.Module, method: Method, targets: Patterns, exclude: 
 def _warn_of_unknown_fusions(model: nn.Module, sites: list[Site]) -> None:
     """Names the matrices that seem to hold several projections and are rewritten as one."""
     single = [site for site in sites if not site.experts and module_name(model, site) == site.name]
-    if roles := dict.fromkeys(site.role for site in single if unknown_fusion(site.name, site.linear)):
+    if roles := dict.fromkeys(site.role for site in single if unknown_fusion(model, site.name)):
         warnings.warn(
             f"{', '.join(roles)}: each seems to hold several projections and becomes one layer, because lorank.fusion.FUSED does not "
             "have its parts; exclude it, or add it to the table",

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lorank.architectures import as_linear, copied, dense_layer
+from lorank.architectures import as_linear, copied, dense_layer, is_linear, projection_type
 from lorank.method import Method
 
 QKV = ("query", "key", "value")
+MODULATION = ("attn_shift", "attn_scale", "attn_gate", "mlp_shift", "mlp_scale", "mlp_gate")
 
 
 class Fusion(NamedTuple):
@@ -46,10 +47,11 @@ class Fusion(NamedTuple):
 # ---- layouts: from the configuration and the number of rows to the parts
 
 
-Layout = Callable[[Any, int], Fusion]
+Layout = Callable[[Any, int], Fusion | None]
+"""None: with that many rows it is a single projection, or the layout is not known."""
 
 
-def equal(*parts: str, by_head: bool = False) -> Layout:
+def equal(*parts: str, by_head: bool = False) -> Callable[[Any, int], Fusion]:
     """Parts of the same size, one after another, or all of them within each head."""
 
     def layout(config: Any, rows: int) -> Fusion:
@@ -81,6 +83,67 @@ def falcon(config: Any, rows: int) -> Fusion:
     return parts if config.multi_query else equal(*QKV, by_head=True)(config, rows)
 
 
+def dbrx(config: Any, rows: int) -> Fusion:
+    kv = config.attn_config.kv_n_heads * (config.d_model // config.n_heads)
+    return Fusion({"query": rows - 2 * kv, "key": kv, "value": kv})
+
+
+def query_and_gate(config: Any, rows: int) -> Fusion:
+    """A gate for each head's output after its query."""
+    query = getattr(config, "qk_head_dim", None) or rows // (2 * config.num_attention_heads)
+    query *= config.num_attention_heads
+    return Fusion({"query": query, "gate": rows - query}, config.num_attention_heads)
+
+
+def index_query_key(config: Any, rows: int) -> Fusion:
+    query = config.index_n_heads * config.index_head_dim
+    return Fusion({"query": query, "key": rows - query})
+
+
+def moonshine(config: Any, rows: int) -> Fusion | None:
+    """The decoder's MLP has a gate; the encoder's of the same name has none."""
+    return equal("up", "gate")(config, rows) if rows == 2 * config.intermediate_size else None
+
+
+def esmfold_attention(config: Any, rows: int) -> Fusion:
+    head = config.esmfold_config.trunk.sequence_head_width
+    return Fusion(dict.fromkeys(QKV, rows // 3), heads=rows // (3 * head))
+
+
+def levit(config: Any, rows: int) -> Fusion | None:
+    for heads, key, ratio in zip(config.num_attention_heads, config.key_dim, config.attention_ratio, strict=True):
+        if rows == heads * key * (2 + ratio):
+            return Fusion({"query": heads * key, "key": heads * key, "value": heads * key * ratio}, heads)
+    return None
+
+
+def levit_between_stages(config: Any, rows: int) -> Fusion | None:
+    for _, key, heads, ratio, *_ in config.down_ops:
+        if rows == heads * key * (1 + ratio):
+            return Fusion({"key": heads * key, "value": heads * key * ratio}, heads)
+    return None
+
+
+def focalnet(config: Any, rows: int) -> Fusion | None:
+    """Query and context as wide as the stage, and one gate for each level of focus."""
+    for stage, levels in enumerate(config.focal_levels):
+        width = config.embed_dim * 2**stage
+        if rows == 2 * width + levels + 1:
+            return Fusion({"query": width, "context": width, "gates": levels + 1})
+    return None
+
+
+def selective(config: Any, rows: int) -> Fusion:
+    """Mamba's step size, and what goes into its state and out of it."""
+    state = config.mamba_d_state
+    return Fusion({"dt": rows - 2 * state, "B": state, "C": state})
+
+
+def xlstm(config: Any, rows: int) -> Fusion:
+    query = config.qk_dim
+    return Fusion({"query": query, "key": query, "value": rows // 2 - query, "output": rows // 2 - query})
+
+
 def codegen(config: Any, rows: int) -> Fusion:
     return Fusion(dict.fromkeys(("query", "value", "key"), rows // 3), heads=4)  # it was trained on four devices
 
@@ -100,6 +163,10 @@ def gated_delta(config: Any, rows: int) -> Fusion:
     return Fusion({"query": key, "key": key, "value": rows - 2 * key})
 
 
+def gated_delta_pair(config: Any, rows: int) -> Fusion:
+    return Fusion({"b": rows // 2, "a": rows // 2}, heads=config.linear_num_key_heads)
+
+
 def gated_delta_by_head(config: Any, rows: int) -> Fusion:
     heads = config.linear_num_key_heads
     key = heads * config.linear_key_head_dim
@@ -112,8 +179,8 @@ def gated_delta_by_head(config: Any, rows: int) -> Fusion:
 EARLY = {"gpt2", "gpt_neox", "bloom", "mpt", "phi3", "glm", "glm4"}
 """The types that versions 0.1 and 0.2 knew, and only as the outermost model."""
 LATENT = (
-    "axk1 axk2 deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm_moe_dsa hy_v4 longcat_flash minicpm3 mistral4 "
-    "mistral_large4_text youtu"
+    "axk1 axk2 bailing_hybrid deepseek_v2 deepseek_v3 deepseek_v32 dots3_note_text glm4_moe_lite glm5_next_text glm_moe_dsa hy_v4 "
+    "kimi_linear longcat_flash minicpm3 mistral4 mistral_large4_text youtu"
 )
 """The types with multi-head latent attention."""
 FUSED: tuple[tuple[str, Layout, str], ...] = (
@@ -125,18 +192,29 @@ FUSED: tuple[tuple[str, Layout, str], ...] = (
     ("self_attention.query_key_value", falcon, "falcon"),
     ("self_attn.query_key_value", equal(*QKV, by_head=True), "persimmon fuyu"),
     ("attn.Wqkv", equal(*QKV), "mpt modernbert"),
+    ("attn.Wqkv", dbrx, "dbrx"),
+    ("self.qkv_linear", equal(*QKV), "layoutlmv2"),
+    ("seq_attention.proj", esmfold_attention, "esm"),
+    ("sequence_to_pair.proj", equal("query", "key"), "esm"),
     ("attn.qkv_proj", codegen, "codegen"),
     ("attn.att_proj", equal(*QKV), "bark semantic coarse_acoustics fine_acoustics"),
     ("self_attn.qkv_proj", grouped_query, "phi3 phi4_multimodal"),
+    ("self_attn.qkv_proj", equal(*QKV, by_head=True), "minimax"),
+    ("self_attn.q_proj", query_and_gate, "qwen3_next qwen3_5_text qwen3_5_moe_text qwen4_exp_text"),
+    ("self_attn.q_gate_proj", query_and_gate, "axk2"),
+    ("indexer.index_qk_proj", index_query_key, "qwen4_exp_text"),
     ("attn.qkv", grouped_query, "exaone4_5_vision"),
     (
         "attn.qkv",
         equal(*QKV),
-        "cohere_compass_vision florence_vision glm4v_moe_vision glm4v_vision glm5_next_vision glm_image_vision glm_ocr_vision "
-        "got_ocr2_vision kimi_k25_vision pp_chart2table_vision pp_formulanet_vision qwen2_5_vl_vision qwen2_vl_vision "
+        "cohere_compass_vision deepseek_ocr2_sam_vision_model dots3_note_vision_encoder ernie4_5_vl_moe_vision "
+        "glm4v_moe_vision glm4v_vision glm5_next_vision glm_image_vision glm_ocr_vision got_ocr2_vision hiera "
+        "pp_chart2table_vision pp_formulanet_vision qwen2_5_vl_vision qwen2_vl_vision "
         "qwen3_5_moe_vision qwen3_5_vision qwen3_omni_moe_vision_encoder qwen3_vl_moe_vision qwen3_vl_vision qwen4_exp_vision "
-        "sam2_hiera_det_model sam_hq_vision_model sam_vision_model unlimited_ocr_sam_vision_model",
+        "sam2_hiera_det_model sam_hq_vision_model slanext_vision sam_vision_model unlimited_ocr_sam_vision_model",
     ),
+    ("window_attn.qkv", equal(*QKV), "florence_vision"),
+    ("channel_attn.qkv", equal(*QKV), "florence_vision"),
     ("attention.qkv", equal(*QKV), "seggpt timesformer vitdet"),
     (
         "self_attn.qkv",
@@ -144,12 +222,23 @@ FUSED: tuple[tuple[str, Layout, str], ...] = (
         "blip_vision_model blip_2_vision_model instructblip_vision_model instructblipvideo_vision_model",
     ),
     ("self_attention.kv_proj", equal("key", "value"), "jetmoe"),
+    ("queries_keys_values.linear", levit, "levit"),
+    ("keys_values.linear", levit_between_stages, "levit"),
     ("attn.to_kv", equal("key", "value"), "granite_speech_encoder granite_speech_plus_encoder"),
+    ("to_kv", equal("key", "value"), "evolla"),
     (
         "mlp.gate_up_proj",
         equal("gate", "up"),
         "phi3 phi4_multimodal glm glm4 glm4v_text glm_image_text glm_ocr_text dia_encoder dia_decoder",
     ),
+    ("mlp.gate_up_proj", equal("gate", "up"), "dots3_note_audio_encoder"),
+    ("mlp.fc1", equal("gate", "up"), "moshi moshi_depth kyutai_speech_to_text"),
+    ("mlp.fc1", moonshine, "moonshine moonshine_streaming"),
+    ("fc1.proj", equal("up", "gate"), "clvp_encoder"),
+    ("ffn.proj_up_gate_z", equal("gate", "up"), "xlstm"),
+    ("lconv1d.linear_start", equal("up", "gate"), "gemma3n_audio"),
+    ("lconv1d.linear_start.linear", equal("up", "gate"), "gemma4_audio"),
+    ("conv.pointwise_lin1", equal("up", "gate"), "granite_speech5_encoder"),
     ("feed_forward_in.gate_up_proj", equal("up", "gate"), "phi4_multimodal_audio"),
     ("feed_forward_out.gate_up_proj", equal("up", "gate"), "phi4_multimodal_audio"),
     ("shared_experts.gate_up_proj", equal("gate", "up"), "minimax_m3_vl_text"),
@@ -158,6 +247,21 @@ FUSED: tuple[tuple[str, Layout, str], ...] = (
     ("conv.in_proj", equal("B", "C", "x"), "lfm2 lfm2_moe lfm3 lfm3_vl_vision"),
     ("linear_attn.in_proj_qkv", gated_delta, "qwen3_5_text qwen3_5_moe_text qwen4_exp_text"),
     ("linear_attn.in_proj_qkvz", gated_delta_by_head, "qwen3_next"),
+    ("linear_attn.in_proj_ba", gated_delta_pair, "qwen3_next"),
+    ("mamba.in_proj", equal("x", "gate"), "jamba"),
+    ("mamba.x_proj", selective, "jamba"),
+    ("mlstm_layer.qkv_opreact", xlstm, "xlstm"),
+    ("mlstm_layer.ifgate_preact", equal("input", "forget"), "xlstm"),
+    ("modulation.projection_in", focalnet, "focalnet"),
+    ("attention.gru_rel_pos_linear", equal("gate_a", "gate_b"), "wavlm"),
+    ("gateway.gate", equal("gate1", "gate2"), "d_fine deimv2"),
+    ("linear", equal("shift", "scale", "gate"), "vibevoice"),
+    ("adaln_proj", equal("shift", "scale", "gate"), "pocket_tts gradium_phonon_tts"),
+    ("attn_norm.linear", equal(*MODULATION), "qwen2_5_omni_dit"),
+    ("adaln_linear", equal(*MODULATION), "esmfold2"),
+    ("gate_up_proj", equal("gate", "up"), "esmfold2"),
+    ("proj_bundle", equal("left", "right", "left_gate", "right_gate"), "esmfold2"),
+    ("outer_product_mean.input_proj", equal("left", "right"), "esmfold2"),
     ("kv_a_proj_with_mqa", latent, LATENT),
     ("kv_b_proj", from_latent, LATENT),
 )
@@ -165,7 +269,8 @@ FUSED: tuple[tuple[str, Layout, str], ...] = (
 _LAYOUTS = {(model_type, end): layout for end, layout, types in FUSED for model_type in types.split()}
 _LAST = {end.rpartition(".")[2] for _, end in _LAYOUTS}
 SAYS_FUSED = re.compile(
-    r"(?:qkv|query_key_value|to_kv|gate_up|gate_and_up|c_attn|att_proj)[^.]*$|(?:mamba|mixer|attn|conv)\.in_proj$"
+    r"(?:qkv|query_key_value|queries_keys|keys_values|to_kv|kv_b_proj|kv_a_proj_with_mqa|gate_up|gate_and_up|c_attn|att_proj)[^.]*(?:\.linear)?$"
+    r"|(?:mamba|mixer|attn|conv)\.in_proj$|(?:mamba|mixer)\.x_proj$|adaln_[^.]*$"
 )
 """Names of matrices that usually hold several projections."""
 
@@ -179,7 +284,7 @@ def fusion_of(model: nn.Module, name: str) -> Fusion | None:
         return module.fusion
     if not isinstance(getattr(module, "weight", None), Tensor):
         return None
-    config = _nearest_config(model, name)
+    config, inner = _nearest_config(model, name)
     # a converted model's own type is "lorank_" + the architecture's
     model_type = getattr(config, "model_type", "").removeprefix("lorank_")
     if getattr(model, "early_fusions", False) and (
@@ -188,24 +293,43 @@ def fusion_of(model: nn.Module, name: str) -> Fusion | None:
         return None
     for (known, end), layout in _LAYOUTS.items():
         if known == model_type and f".{name}".endswith(f".{end}"):
-            return layout(config, as_linear(module).out_features)
+            return layout(_config_of_block(config, inner), as_linear(module).out_features)
     return None
 
 
-def _nearest_config(model: nn.Module, name: str) -> Any:
-    """The configuration of the innermost pretrained model around a module."""
-    while name:
-        name = name.rpartition(".")[0]
-        around = model.get_submodule(name)
+def _nearest_config(model: nn.Module, name: str) -> tuple[Any, str]:
+    """The configuration of the innermost pretrained model around a module, and the module's name in that model."""
+    outer = name
+    while outer:
+        outer = outer.rpartition(".")[0]
+        around = model.get_submodule(outer)
         if isinstance(around, PreTrainedModel):
-            return around.config
-    return None
+            return around.config, name.removeprefix(f"{outer}.")
+    return None, name
 
 
-def unknown_fusion(name: str, linear: nn.Linear) -> bool:
-    """Whether a projection looks as if it held several: by its name, or by an attention's shape [3 d, d]."""
-    thrice = linear.out_features == 3 * linear.in_features and re.search(r"att(?:n|ention)", name) is not None
-    return thrice or SAYS_FUSED.search(name) is not None
+def _config_of_block(config: Any, name: str) -> Any:
+    """The configuration of the block that a module is in, where blocks have different ones (dots3_note)."""
+    depth = re.search(r"\.(\d+)\.", name)
+    return config.per_layer_config[int(depth[1])] if depth and getattr(config, "is_heterogeneous", False) else config
+
+
+def unknown_fusion(model: nn.Module, name: str) -> bool:
+    """Whether a projection looks as if it held several: by its name, by an attention's shape [3 d, d], or because the layers after it
+    take half of what it gives, which no other layer gives them (a gate and what it multiplies)."""
+    linear = as_linear(model.get_submodule(name))
+    attention = re.search(r"att(?:n|ention)", name) is not None and projection_type(name) is None
+    thrice = attention and linear.out_features == 3 * linear.in_features
+    return thrice or SAYS_FUSED.search(name) is not None or _gives_twice(model, name, linear.out_features)
+
+
+def _gives_twice(model: nn.Module, name: str, rows: int) -> bool:
+    parent, _, own = name.rpartition(".")
+    beside = {n: as_linear(m) for n, m in model.get_submodule(parent).named_children() if is_linear(m)}
+    after = list(beside)[list(beside).index(own) + 1 :]
+    others = [linear for n, linear in beside.items() if n != own]
+    explained = any(2 * other.out_features == rows or other.in_features == rows for other in others)
+    return not explained and any(2 * beside[n].in_features == rows for n in after)
 
 
 class FusedProjections(nn.Module):

@@ -29,6 +29,14 @@ DEEPSEEK = {
 }
 
 
+LINEAR = {**MLP, "num_key_value_heads": 4, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+SPEECH = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "encoder_num_hidden_layers": 1, "decoder_num_hidden_layers": 1,
+    "encoder_num_attention_heads": 4, "decoder_num_attention_heads": 4,
+}  # fmt: skip
+
+
 def in_a_decoder() -> Any:
     vision = tf.ViTConfig(**{**MLP, "num_attention_heads": 2}, image_size=16, patch_size=8)
     both = tf.VisionEncoderDecoderConfig.from_encoder_decoder_configs(vision, tf.GPT2Config(**GPT2))
@@ -45,6 +53,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "persimmon": lambda: tf.PersimmonModel(tf.PersimmonConfig(**MLP)),
     "modernbert": lambda: tf.ModernBertModel(tf.ModernBertConfig(**MLP, pad_token_id=0)),
     "deepseek": lambda: tf.DeepseekV3Model(tf.DeepseekV3Config(**MLP, **DEEPSEEK)),
+    "kimi": lambda: tf.KimiLinearModel(tf.KimiLinearConfig(**LINEAR, **DEEPSEEK, layer_types=["full_attention"])),
+    "bailing": lambda: tf.BailingHybridModel(tf.BailingHybridConfig(**LINEAR, **DEEPSEEK, layer_types=["full_attention"])),
+    "moshi": lambda: tf.MoshiModel(tf.MoshiConfig(**WIDE, ffn_dim=64, head_dim=8, max_position_embeddings=64)),
+    "moonshine": lambda: tf.MoonshineModel(tf.MoonshineConfig(**SPEECH)),
     "gpt-2 in another model": lambda: in_a_decoder(),
 }  # fmt: skip
 SILENT = {"query": False, "key": False, "value": True, "gate": True, "up": True, "latent": True, "rope": False}
@@ -56,6 +68,8 @@ def test_parts_are_what_they_are_called(name: str, tokens: Tensor) -> None:
     torch.manual_seed(0)
     dense = MODELS[name]().double().eval()
     given = {"input_ids": tokens}
+    if name == "moonshine":
+        given = {"input_values": torch.randn(2, 2000, dtype=torch.float64), "decoder_input_ids": tokens}
     if name == "gpt-2 in another model":
         given = {"pixel_values": torch.randn(2, 3, 16, 16, dtype=torch.float64), "decoder_input_ids": tokens}
     model = convert(copy.deepcopy(dense), Verbatim()).eval()
@@ -65,7 +79,8 @@ def test_parts_are_what_they_are_called(name: str, tokens: Tensor) -> None:
     for place, module in fused.items():
         around = model.get_submodule(place.rpartition(".")[0])
         inputs: list[Tensor] = []
-        last = [child for child in around.children() if isinstance(child, nn.Linear)][-1]
+        linear = {name: child for name, child in around.named_children() if isinstance(child, nn.Linear)}
+        last = [child for name, child in linear.items() if name != "g_proj"][-1]  # Bailing's gate after attention
         hook = last.register_forward_pre_hook(lambda _, given, inputs=inputs: inputs.append(given[0]))
         for layer in module.children():
             kept = [p.detach().clone() for p in layer.parameters()]
@@ -81,12 +96,43 @@ def test_parts_are_what_they_are_called(name: str, tokens: Tensor) -> None:
             torch.testing.assert_close(without["query"], without["key"])
 
 
+def test_each_head_of_qwen_has_a_query_and_a_gate(tokens: Tensor) -> None:
+    """Without both, attention takes the mean of the values so far, and the gate lets half of it pass."""
+    torch.manual_seed(0)
+    shape = tf.Qwen3_5TextConfig(**LINEAR | {"num_key_value_heads": 2, "layer_types": ["full_attention"]})
+    model = convert(tf.Qwen3_5TextModel(shape).double().eval(), Verbatim()).eval()
+    attention = model.layers[0].self_attn
+    seen: dict[str, Tensor] = {}
+    attention.v_proj.register_forward_hook(lambda _, __, output: seen.update(value=output))
+    attention.o_proj.register_forward_pre_hook(lambda _, given: seen.update(output=given[0]))
+    model(input_ids=tokens)
+    whole = seen["output"]
+    nn.init.zeros_(attention.q_proj.gate.weight)
+    model(input_ids=tokens)
+    assert not torch.allclose(seen["output"], whole)
+    nn.init.zeros_(attention.q_proj.query.weight)
+    model(input_ids=tokens)
+    length = torch.arange(1, tokens.shape[1] + 1).view(-1, 1, 1)
+    mean = seen["value"].unflatten(-1, (2, 8)).cumsum(1) / length
+    torch.testing.assert_close(seen["output"], mean.repeat_interleave(2, dim=2).flatten(2) / 2)
+
+
+def test_a_name_that_is_fused_in_one_place_alone() -> None:
+    """Moonshine's decoder has a gate in the matrix that its encoder has without one."""
+    model = convert(MODELS["moonshine"](), Verbatim())
+    assert isinstance(model.encoder.layers[0].mlp.fc1, nn.Linear)
+    assert [name for name, _ in model.decoder.layers[0].mlp.fc1.named_children()] == ["up", "gate"]
+
+
 def test_a_matrix_that_may_be_fused_is_named(small: Callable[..., Any]) -> None:
     model = small("llama")
     for block in model.model.layers:
         block.mlp.qkv_proj = nn.Linear(32, 64)
         block.self_attn.mixed = nn.Linear(32, 96)
-    with pytest.warns(UserWarning, match=r"self_attn.mixed, .*mlp.qkv_proj: each seems to hold several projections"):
+        block.gated = nn.ModuleDict({"into": nn.Linear(32, 80), "out": nn.Linear(40, 32)})
+    with pytest.warns(
+        UserWarning, match=r"self_attn.mixed, .*mlp.qkv_proj, .*gated.into: each seems to hold several projections"
+    ):
         convert(model, CoLA(rank=4))
 
 
