@@ -56,6 +56,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "pools": "candidates for the vectors of a factor",
         "moments": "what an optimizer remembers about a parameter",
         "architectures": "what is known of models by name",
+        "kernels": "which code a configuration may name",
     },
     {
         "fields": "checks a dataclass by its annotations",

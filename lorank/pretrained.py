@@ -21,6 +21,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from lorank.auto import PREFIX
 from lorank.checkpointing import POLICIES, checkpoint, has_tapes, policy_is_on
+from lorank.kernels import check_kernels
 from lorank.portable import write_modelling_file
 from lorank.rewriting import rewrite
 from lorank.sites import base_prefix, choose_sites, sites_of, wanted_sites
@@ -42,7 +43,13 @@ def config_class(base_type: str) -> type[PretrainedConfig]:
             "register it with AutoConfig.register"
         )
     base = configuration_auto.CONFIG_MAPPING[base_type]
-    derived = _derive(base, {"model_type": PREFIX + base_type})
+
+    def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers', but a file that names code to download is refused."""
+        check_kernels(config_dict, "this config.json")
+        return base.from_dict.__func__(cls, config_dict, **kwargs)  # type: ignore[attr-defined]
+
+    derived = _derive(base, {"model_type": PREFIX + base_type, "from_dict": classmethod(from_dict)})
     configuration_auto.AutoConfig.register(derived.model_type, derived, exist_ok=True)
     for auto in _auto_classes():
         for model in _classes_of(auto, base):

@@ -1,10 +1,12 @@
 """The folder of a run: prepared, read back, and its checkpoints."""
 
+import contextlib
 import dataclasses
 import glob
 import json
 import logging
 import os
+import pickle
 import shutil
 import statistics
 import tempfile
@@ -13,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from transformers.trainer_pt_utils import safe_globals
 
 from lorank.train.methods import with_changed_defaults
 from lorank.train.recipe import Recipe
@@ -74,6 +78,30 @@ def last_whole_checkpoint(out: Path) -> Path | None:
         else:
             return path
     return None
+
+
+@contextlib.contextmanager
+def only_tensors(checkpoint: Path | None) -> Iterator[None]:
+    """Around reading a checkpoint: ValueError names the file that holds more than tensors and numbers, which torch does not load."""
+    try:
+        yield
+    except pickle.UnpicklingError:
+        if checkpoint is None:
+            raise
+        file = next((file for file in sorted(checkpoint.glob("*.pt*")) if not _is_tensors(file)), checkpoint)
+        raise ValueError(
+            f"{file} must hold tensors and numbers alone, but it may hold code, which lorank does not run; remove "
+            f"{checkpoint} to continue from an earlier checkpoint"
+        ) from None
+
+
+def _is_tensors(file: Path) -> bool:
+    try:
+        with safe_globals():
+            torch.load(file, map_location="meta", mmap=True, weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
 
 
 def step_of(checkpoint: Path) -> int:

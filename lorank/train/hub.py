@@ -11,6 +11,8 @@ from huggingface_hub import constants
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lorank.kernels import check_kernels
+
 PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
 
@@ -38,24 +40,30 @@ def asked_if_reachable() -> Iterator[None]:
         constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
 
 
-class OwnCode(ValueError):
-    """A model that transformers can only build with code from its folder."""
+class ForeignCode(ValueError):
+    """A model that transformers can only build, or would build, with code that its author chose."""
 
-    def __init__(self, place: str):
-        super().__init__(
-            f"{place} names code of its own (auto_map in config.json), which lorank never runs; use a model type that transformers has"
-        )
+
+def own_code(place: str) -> ForeignCode:
+    """The error for a model that transformers can only build with code from its folder."""
+    return ForeignCode(
+        f"{place} names code of its own (auto_map in config.json), which lorank never runs; use a model type that transformers has"
+    )
 
 
 def read_config(place: str) -> PretrainedConfig:
     """The configuration in a folder, a file or on the hub. Code next to it is never run, and nobody is asked whether it may.
 
     Raises:
-        OwnCode: transformers has no class for it.
+        ForeignCode: transformers has no class for it, or it names code that would be downloaded.
         OSError, ValueError, KeyError, TypeError, StrictDataclassError: it could not be read.
     """
     with asked_if_reachable():
         found, _ = PretrainedConfig.get_config_dict(place)
         if found.get("auto_map") and found.get("model_type") not in CONFIG_MAPPING:
-            raise OwnCode(place)
+            raise own_code(place)
+        try:
+            check_kernels(found, f"the configuration of {place}")
+        except ValueError as error:
+            raise ForeignCode(str(error)) from None
         return AutoConfig.from_pretrained(place, trust_remote_code=False)

@@ -17,10 +17,11 @@ from lorank.architectures import llama_config
 from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
 from lorank.evolution.egg import EggConfig
+from lorank.kernels import check_kernels, implementations
 from lorank.pretrained import positions_of
 from lorank.table import from_record
 from lorank.train.data import load_tokenizer
-from lorank.train.hub import OwnCode, read_config
+from lorank.train.hub import ForeignCode, read_config
 from lorank.train.methods import KEYS, Methods, methods_of
 from lorank.train.recipe import Recipe
 from lorank.train.shape import described, reason_of, repeat_lists, reset_leftovers, set_shape
@@ -47,8 +48,11 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
     because a model never trains the embedding of its padding id. The entries of `shape` come last.
 
     Raises:
-        ValueError: unknown size or entry, no such configuration, or one that is already converted.
+        ValueError: unknown size or entry, no such configuration, one that is already converted, or code that would be downloaded.
     """
+    if recipe.attention not in (known := implementations("attn_implementation")):
+        raise ValueError(f"attention must be one of {', '.join(known)}, which are installed, got {recipe.attention!r}")
+    check_kernels(recipe.shape, "shape")
     config: PretrainedConfig
     if recipe.model is None:
         config = llama_config(recipe.size, sequence_length=recipe.sequence_length)
@@ -106,7 +110,7 @@ def _read_config(name: str) -> PretrainedConfig:
         )
     try:
         return read_config(os.path.expanduser(name))
-    except OwnCode:
+    except ForeignCode:
         raise
     except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
         # a field that a configuration class refuses appears in the last line, all else in the first

@@ -28,6 +28,7 @@ from lorank.train.folder import (
     absolute,
     last_whole_checkpoint,
     logged_rate,
+    only_tensors,
     prepare_folder,
     read_json,
     step_of,
@@ -98,7 +99,8 @@ def pretrain(
         if start_from and step_of(start_from) >= recipe.steps:  # the run died after its last step
             trainer.restore(start_from)
         else:
-            trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
+            with only_tensors(start_from):
+                trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
         if stop.received is not None:
             return None
         if (method := method_of(model)) is not None:

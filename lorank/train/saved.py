@@ -1,8 +1,10 @@
-"""A trained model on disk: written and loaded."""
+"""A trained model on disk: written and loaded. Weights are read from safetensors alone; a pickle may hold code."""
 
 import contextlib
 import copy
+import json
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -23,7 +25,7 @@ from transformers import (
 )
 
 from lorank.train.data import load_tokenizer
-from lorank.train.hub import OwnCode, asked_if_reachable, is_reachable, read_config
+from lorank.train.hub import ForeignCode, asked_if_reachable, is_reachable, own_code, read_config
 from lorank.train.shape import last_line
 
 
@@ -86,7 +88,8 @@ def load_model(
             language model, or a body without a head.
 
     Raises:
-        ValueError: there is no model, it does not read text, or its weights are not finite.
+        ValueError: there is no model, its weights are not safetensors or not finite, it does not read text, or it names code that
+            would be downloaded.
     """
     if not folder.strip():
         raise ValueError("model must be a run, a folder with a config.json or a hub name, got an empty name")
@@ -101,14 +104,20 @@ def load_model(
             config = read_config(place)
             kind: Any = _kind_of(config, folder) if of_any_kind else AutoModelForCausalLM
             if getattr(config, "auto_map", None) and type(config) not in kind._model_mapping:
-                raise OwnCode(folder)
-            model = kind.from_pretrained(place, trust_remote_code=False)
-    except (_Unfit, OwnCode):
+                raise own_code(folder)
+            if looks_local:
+                _check_weights(path, config)
+            model = kind.from_pretrained(place, trust_remote_code=False, use_safetensors=True)
+    except (_Unfit, ForeignCode):
         raise
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not looks_local and not is_reachable():
             reason = "there is no such folder, and the hub cannot be reached"
+        elif isinstance(error, pickle.UnpicklingError) or "use_safetensors" in reason:
+            reason = "its weights must be safetensors, and lorank reads no others"
+        elif isinstance(error, KeyError):
+            reason = f"transformers does not know {reason}, which its config.json names"
         raise ValueError(f"no model could be loaded from {folder}: {reason}") from None
     check_finite(model, folder)
     return model.eval(), _tokenizer_of(place, folder, tokenizer)
@@ -116,6 +125,31 @@ def load_model(
 
 class _Unfit(ValueError):
     """A model that was found, but cannot be used here."""
+
+
+def _check_weights(folder: Path, config: PretrainedConfig) -> None:
+    """Raises _Unfit for weights in files that may hold code, and for an adapter, of which transformers may read another model's."""
+    if (folder / "adapter_config.json").exists():
+        raise _Unfit(
+            f"{folder} must have all weights of its model, got an adapter (adapter_config.json); merge it into its model"
+        )
+    named = getattr(config, "transformers_weights", None)
+    names = [str(named)] if named else ["model.safetensors", "model.safetensors.index.json"]
+    found = [folder / name for name in names if (folder / name).exists()][:1]
+    if found and found[0].suffix == ".json":
+        try:
+            found = [folder / name for name in json.loads(found[0].read_text(encoding="utf-8"))["weight_map"].values()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _Unfit(f"{found[0]} is no index of weights: {type(error).__name__}: {error}") from None
+    elif not found:
+        found = [
+            file for end in ("bin", "pt", "pth", "pkl", "ckpt", "h5", "msgpack") for file in folder.glob(f"*.{end}")
+        ]
+    if others := [file for file in found if file.suffix != ".safetensors" and file.name != "training_args.bin"]:
+        raise _Unfit(
+            f"the weights of {folder} must be safetensors, got {others[0].name}, which may hold code; have them saved with "
+            "save_pretrained where they are trusted"
+        )
 
 
 def _kind_of(config: PretrainedConfig, folder: str) -> Any:

@@ -203,3 +203,19 @@ def test_a_checkpoint_without_some_weights_is_refused(killed: Path) -> None:
         save_file(weights, killed / folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"must have all weights of the model, but it lacks model\.norm\.weight"):
         resume(killed)
+
+
+class Bomb:
+    def __reduce__(self) -> Any:
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "rng_state.pth"])
+def test_a_checkpoint_that_may_hold_code_is_refused(killed: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(killed)
+    torch.save({"state": {}, "param_groups": [], "x": Bomb()}, killed / "checkpoint-6" / name)
+    with pytest.raises(
+        ValueError, match=f"checkpoint-6/{name} must hold tensors and numbers alone, but it may hold code"
+    ):
+        resume(killed)
+    assert not (killed / "ran").exists()
