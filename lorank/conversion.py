@@ -7,7 +7,6 @@ It has three steps: find the projections of the repeated blocks (`lorank.sites.f
 
 import copy
 import warnings
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +26,7 @@ from lorank.sites import (
     blocks,
     check_callers,
     choose_sites,
+    left_out,
     listed,
     module_name,
     other_matrices,
@@ -70,9 +70,9 @@ def convert(
             unchanged.
 
     Warns:
-        UserWarning: a rank at which the factors are no smaller than the dense layer; or most of the blocks stays dense because no
-            linear layer applies it, such as the experts of a mixture; or a matrix that seems to hold several projections, whose
-            parts are not known.
+        UserWarning: a rank at which the factors are no smaller than the dense layer; or more than a tenth of the blocks stays dense
+            because no linear layer applies it, such as the experts of a mixture, though `targets` (if given) match it and `exclude`
+            does not; or a matrix that seems to hold several projections, whose parts are not known.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> shape = LlamaConfig(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -108,8 +108,7 @@ def convert(
 
     if isinstance(model, PreTrainedModel):
         try_on_shapes(model, method, lambda twin: apply(twin, _chosen_sites(twin, method, targets, exclude)))
-    if targets is None:
-        _warn_of_other_matrices(model, method, sites)
+    _warn_of_other_matrices(model, method, targets, exclude)
     _warn_of_unknown_fusions(model, sites)
     apply(model, sites)
     return model
@@ -172,20 +171,21 @@ def _warn_of_unknown_fusions(model: nn.Module, sites: list[Site]) -> None:
         )
 
 
-def _warn_of_other_matrices(model: nn.Module, method: Method, sites: Sequence[Site]) -> None:
-    """Names the matrices that no method reaches, if they are more than a tenth of the blocks."""
+def _warn_of_other_matrices(model: nn.Module, method: Method, targets: Patterns, exclude: Patterns) -> None:
+    """Names the matrices that the method cannot reach and the patterns do not leave out, if they are more than a tenth of the blocks."""
     total = sum(p.numel() for p in {p for _, _, block in blocks(model) for p in block.parameters()})
-    reached = owners_of(sites)
-    parts = {
-        role: sum(p.numel() for p in each) / total
+    reached = owners_of(wanted_sites(method, sites_of(method, model)))
+    left = {
+        role: [p for name, p in each.items() if not left_out(name, targets, exclude)]
         for role, each in other_matrices(model).items()
         if role.rpartition(".")[0] not in reached
     }
-    if (left := sum(parts.values())) > 0.1:
+    parts = {role: sum(p.numel() for p in each) / total for role, each in left.items() if each}
+    if (share := sum(parts.values())) > 0.1:
         what = "experts" if any("expert" in role for role in parts) else "matrices"
-        listed = ", ".join(f"{role} ({part * 100:.3g} %)" for role, part in parts.items())
+        names = ", ".join(f"{role} ({part * 100:.3g} %)" for role, part in parts.items())
         warnings.warn(
-            f"{method.name} leaves {left * 100:.3g} % of the blocks' parameters dense, {what} that no linear layer applies: {listed}",
+            f"{method.name} leaves {share * 100:.3g} % of the blocks' parameters dense, {what} that no linear layer applies: {names}",
             stacklevel=3,
         )
 

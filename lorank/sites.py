@@ -103,18 +103,18 @@ def expert_stacks(model: nn.Module) -> dict[nn.Parameter, Site]:
     return found
 
 
-def other_matrices(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Matrices of the blocks that no linear layer applies, such as Mixtral's experts: {role: one for each depth}. Routers are not
-    among them."""
-    found: dict[str, list[nn.Parameter]] = {}
-    for stack, _, block in blocks(model):
+def other_matrices(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
+    """Matrices of the blocks that no linear layer applies, such as Mixtral's experts: {role: {name: one for each depth}}. Routers are
+    not among them."""
+    found: dict[str, dict[str, nn.Parameter]] = {}
+    for stack, depth, block in blocks(model):
         known = set(routers(block))
         stands = ("stands_for_linear", "stands_for_experts")
         known |= {n for n, m in block.named_modules() if is_linear(m) or any(hasattr(m, name) for name in stands)}
         for name, parameter in block.named_parameters():
             inside = any(name.startswith(f"{module}.") for module in known)
             if not inside and sum(size > 1 for size in parameter.shape) > 1:
-                found.setdefault(f"{stack}.*.{name}", []).append(parameter)
+                found.setdefault(f"{stack}.*.{name}", {})[f"{stack}.{depth}.{name}"] = parameter
     return found
 
 
@@ -184,6 +184,12 @@ def choose_sites(sites: list[Site], targets: Patterns = None, exclude: Patterns 
             f"exclude must leave a linear layer to convert, got {exclude!r}; the blocks have: {', '.join(roles)}"
         )
     return chosen
+
+
+def left_out(name: str, targets: Patterns, exclude: Patterns) -> bool:
+    """Whether these patterns leave a matrix alone: one of `exclude` matches its name, or none of `targets` does."""
+    matched = [any(re.search(pattern, name) for pattern in listed(patterns)) for patterns in (targets, exclude)]
+    return matched[1] or (bool(listed(targets)) and not matched[0])
 
 
 def _names_router(pattern: re.Pattern[str], site: Site) -> bool:

@@ -141,10 +141,10 @@ def _rows(dense: nn.Module, model: nn.Module) -> list[Row]:
         )
     taken = owners_of(experts)
     others = [
-        Row(role, len(each), " × ".join(map(str, each[0].shape)), "stays dense", size, size)
+        Row(role, len(each), " × ".join(map(str, next(iter(each.values())).shape)), "stays dense", size, size)
         for role, each in other_matrices(dense).items()
         if role.rpartition(".")[0] not in taken
-        for size in [sum(parameter.numel() for parameter in each)]
+        for size in [sum(parameter.numel() for parameter in each.values())]
     ]
     shared = [
         Row(name, 1, "", "shared by the blocks", 0, _size(module)) for name, module in accounting.shared_modules(model)

@@ -228,7 +228,7 @@ def _forecast(recipe: Recipe, fleet: Fleet, tokens: int, is_default: bool, file:
         )
     model = built(recipe)
     others = other_matrices(model) if methods.method.answers() else {}
-    left = {role: sum(parameter.numel() for parameter in each) for role, each in others.items()}
+    left = {role: sum(parameter.numel() for parameter in each.values()) for role, each in others.items()}
     counts = count(recipe, model, devices=fleet.devices)
     return Forecast(recipe.model or recipe.size, recipe, counts, fleet, tokens, is_default, file, left)
 

@@ -100,8 +100,24 @@ def test_experts_that_stay_dense_are_named_with_their_share(tmp_path: Path) -> N
     said = rf"leaves {experts / block * 100:.3g} % of .* dense, experts .*gate_up_proj \({experts / block * 200 / 3:.3g} %\)"
     with pytest.warns(UserWarning, match=said):
         convert(mixture("mixtral", tmp_path), "relora")
-    with warnings.catch_warnings(action="error"):  # whoever chooses knows what is left
-        convert(mixture("mixtral", tmp_path), "relora", targets=".*")
+    for everything in (".*", ["self_attn", r"experts|q_proj"]):
+        with pytest.warns(UserWarning, match=said):
+            convert(mixture("mixtral", tmp_path), "relora", targets=everything)
+
+
+@pytest.mark.parametrize(
+    ("method", "chosen"),
+    [
+        ("relora", {"targets": "self_attn"}),
+        ("relora", {"targets": r"layers\.\d+\.self_attn\.[qkvo]_proj"}),
+        ("cola", {"exclude": "experts"}),
+        ("cola", {"exclude": r"experts\.(gate|up|down)_proj"}),
+        ("cola", {"targets": ".*"}),
+    ],
+)
+def test_what_the_user_leaves_out_is_not_reported(method: str, chosen: dict[str, str], tmp_path: Path) -> None:
+    with warnings.catch_warnings(action="error"):
+        convert(mixture("mixtral", tmp_path), method, **chosen)
 
 
 # ---- low-rank experts
