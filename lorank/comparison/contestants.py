@@ -85,7 +85,7 @@ def find_contestants(settings: ComparisonSettings) -> dict[str, tuple[Recipe, st
         elif method == "dense":
             add(name, dense, "dense")
         elif is_dense(recipe):  # muon, adafactor
-            add(name, dataclasses.replace(dense, optimizer=recipe.method), "dense")
+            add(name, dataclasses.replace(dense, optimizer=methods_of(recipe).optimizer.name), "dense")
         else:
             add(name, recipe, "method")
     if not (settings.only or "dense" in settings.methods or in_integers(settings.base)):

@@ -4,7 +4,7 @@
     optimizer: galore                             or  {galore: {rank: 64, update_gap: 100}}
     gradient: autograd
 
-Two shorthands are resolved here and nowhere else. Any key may name any method, or several joined by "+": ``method:
+Two shorthands are resolved here and nowhere else. `method` may name any method, or several joined by "+": ``method:
 galore`` and ``method: cola+galore`` mean the keys under which the table knows them. The recipe's `rank` and each of its
 `options` go to the first of the methods that has a field of that name.
 """
@@ -21,7 +21,7 @@ from lorank.accounting import rests_bytes
 from lorank.fields import field_types, fits
 from lorank.method import Method, check_combination, warmup_cosine
 from lorank.optim.groups import plain_groups
-from lorank.table import find, names_joined
+from lorank.table import find, method_names, names_joined
 from lorank.train.recipe import Recipe
 
 KEYS = ("method", "optimizer", "gradient")
@@ -189,6 +189,9 @@ def _named(recipe: Recipe) -> dict[str, dict[str, Any]]:
         for name, options in entries.items():
             if not isinstance(options, Mapping):
                 raise ValueError(f"{key}.{name} must be settings {{NAME: VALUE}}, got {options!r}")
+            own = find(str(name)).key
+            if key != "method" and own != key:
+                raise ValueError(f"{key} must be one of {', '.join(method_names(key))}, got {name!r}; use {own}={name}")
             found.setdefault(str(name), {}).update(options)
     return found
 

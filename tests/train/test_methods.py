@@ -47,7 +47,7 @@ def test_every_name_works_under_method(name: str) -> None:
 def test_names_go_where_they_belong() -> None:
     combined = ("cola", "galore", "autograd")
     assert names_of(Recipe(method="cola+galore")) == names_of(Recipe(optimizer="galore")) == combined
-    assert names_of(Recipe(method={"galore": {"rank": 4}}, optimizer="cola")) == combined
+    assert names_of(Recipe(method={"cola": {}, "galore": {"rank": 4}})) == combined
     assert names_of(Recipe(method="eggroll", optimizer="muon")) == ("dense", "muon", "eggroll")
     assert names_of(Recipe(method="low-rank+eggroll")) == ("low-rank", "adamw", "eggroll")
     for recipe, title in (
@@ -110,6 +110,10 @@ def test_written_out_it_means_the_same_at_any_size(name: str) -> None:
             {"method": "fira", "optimizer": "adafactor"},
             "adafactor and fira cannot be combined: both decide how the weights",
         ),
+        ({"optimizer": "dense"}, "optimizer must be one of adamw, .*, got 'dense'; use method=dense"),
+        ({"optimizer": {"cola": {"rank": 4}}}, "optimizer must be one of adamw, .*, got 'cola'; use method=cola"),
+        ({"optimizer": "galore+eggroll"}, "optimizer must be one of .*, got 'eggroll'; use gradient=eggroll"),
+        ({"gradient": "galore"}, "gradient must be one of autograd, .*, got 'galore'; use optimizer=galore"),
         ({"method": {}}, "method must name a method, got an empty mapping"),
         ({"method": "cola+muon+galore"}, "muon and galore cannot be combined: both decide how the weights move"),
         ({"rank": 4, "options": {"rank": 5}}, "rank is given twice, as rank=4 and among the options; give it once"),
