@@ -85,7 +85,8 @@ def find_contestants(settings: ComparisonSettings) -> dict[str, tuple[Recipe, st
         elif method == "dense":
             add(name, dense, "dense")
         elif is_dense(recipe):  # muon, adafactor
-            add(name, dataclasses.replace(dense, optimizer=methods_of(recipe).optimizer.name), "dense")
+            mover = methods_of(dataclasses.replace(dense, method=recipe.method, optimizer="adamw")).optimizer
+            add(name, dataclasses.replace(dense, optimizer=mover.name), "dense")
         else:
             add(name, recipe, "method")
     if not (settings.only or "dense" in settings.methods or in_integers(settings.base)):
