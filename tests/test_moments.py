@@ -1,6 +1,7 @@
 """What optimizers remember: moments are told from counters and bases, for every optimizer that a hook may meet."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,27 +9,68 @@ import torch
 from torch import Tensor, nn
 
 from lorank.layers import exchange
-from lorank.moments import moments, prune_, restart
+from lorank.moments import moments, prune, prune_, restart
+from lorank.optim.apollo import APOLLO
+from lorank.optim.dct_adamw import DCTAdamW
+from lorank.optim.fira import Fira
 from lorank.optim.galore import GaLore
 from lorank.optim.plain import Muon
+from lorank.optim.trion import Trion
+
+TORCH: dict[str, tuple[dict[str, Any], int]] = {
+    "Adadelta": ({}, 2),
+    "Adafactor": ({}, 2),
+    "Adagrad": ({"initial_accumulator_value": 0.5}, 1),
+    "Adam": ({}, 2),
+    "AdamW": ({"amsgrad": True}, 3),
+    "Adamax": ({}, 2),
+    "Muon": ({}, 1),
+    "NAdam": ({}, 2),
+    "RAdam": ({}, 2),
+    "RMSprop": ({"momentum": 0.5, "centered": True}, 3),
+    "Rprop": ({}, 2),
+    "SGD": ({"momentum": 0.9}, 1),
+}
+"""Optimizers of torch, with settings and how many moments they keep for a matrix."""
+REFUSED = {"ASGD", "LBFGS", "SparseAdam"}
+"""The last one moves sparse gradients alone."""
+BYTES_OR_NOT: dict[str, tuple[dict[str, Any], int]] = {
+    "AdEMAMix": ({}, 2),
+    "AdamW": ({}, 2),
+    "Adagrad": ({}, 1),
+    "LAMB": ({}, 2),
+    "LARS": ({"momentum": 0.9}, 1),
+    "Lion": ({}, 1),
+    "RMSprop": ({}, 1),
+}
+"""Likewise, of bitsandbytes."""
+
+
+def torchs(name: str, parameter: Tensor, **settings: Any) -> Any:
+    return getattr(torch.optim, name)([parameter], **{"lr": 0.1, **settings})
+
+
+def projected(method: Any, parameter: Tensor, rank: int = 2) -> Any:
+    return method.optimizer([{"params": [parameter], "rank": rank}], lr=0.1)
+
 
 OPTIMIZERS: dict[str, tuple[Callable[[Tensor], Any], int]] = {
-    "adamw": (lambda p: torch.optim.AdamW([p]), 2),
-    "amsgrad": (lambda p: torch.optim.AdamW([p], amsgrad=True), 3),
-    "muon of torch": (lambda p: torch.optim.Muon([p]), 1),
-    "adafactor": (lambda p: torch.optim.Adafactor([p]), 2),
-    "sgd": (lambda p: torch.optim.SGD([p], momentum=0.9), 1),
+    **{name: (partial(torchs, name, **given), count) for name, (given, count) in TORCH.items()},
     "plain sgd": (lambda p: torch.optim.SGD([p]), 0),
-    "rmsprop": (lambda p: torch.optim.RMSprop([p]), 1),
     "muon": (lambda p: Muon().optimizer([{"params": [p], "rule": "muon"}], lr=0.1), 1),
-    "galore": (lambda p: GaLore().optimizer([{"params": [p], "rank": 2}], lr=0.1), 2),
-    "galore, square basis": (lambda p: GaLore().optimizer([{"params": [p], "rank": 6}], lr=0.1), 2),
+    "galore": (partial(projected, GaLore()), 2),
+    "galore, square basis": (partial(projected, GaLore(), rank=6), 2),
+    "fira": (partial(projected, Fira()), 2),
+    "apollo": (partial(projected, APOLLO()), 2),
+    "dct-adamw, error": (partial(projected, DCTAdamW(error_feedback="full")), 3),
+    "dct-adamw, error in bytes": (partial(projected, DCTAdamW(error_feedback="8bit")), 4),
+    "trion": (partial(projected, Trion()), 1),
 }
 """How to make each, and how many moments it keeps for a matrix."""
 
 
-def a_step(parameter: nn.Parameter, optimizer: Any) -> None:
-    torch.manual_seed(0)
+def a_step(parameter: nn.Parameter, optimizer: Any, seed: int = 0) -> None:
+    torch.manual_seed(seed)
     parameter.grad = torch.randn_like(parameter)
     optimizer.step()
 
@@ -39,13 +81,13 @@ def test_moments_become_zero_and_the_rest_stays(name: str, shape: tuple[int, int
     make, count = OPTIMIZERS[name]
     parameter = nn.Parameter(torch.ones(shape))
     optimizer = make(parameter)
-    assert moments(optimizer, parameter) == []
+    assert moments(optimizer, parameter) == [] or name == "Adagrad"
     a_step(parameter, optimizer)
     found = moments(optimizer, parameter)
     assert len(found) == count
     assert all(moment.any() for moment in found)
     kept = {n: v.clone() for n, v in optimizer.state[parameter].items() if n in ("left", "right")}
-    assert len(kept) == name.startswith("galore")
+    assert len(kept) == name.startswith(("galore", "fira"))
     for moment in found:
         moment.zero_()
     state = optimizer.state[parameter]
@@ -58,13 +100,66 @@ def test_after_a_restart_the_next_step_is_a_first_one(name: str) -> None:
     make, _ = OPTIMIZERS[name]
     old, new = (nn.Parameter(torch.ones(6, 8)) for _ in range(2))
     optimizer = make(old)
-    a_step(old, optimizer)
+    for seed in (1, 2, 3):
+        a_step(old, optimizer, seed)
     restart(optimizer, old)
     with torch.no_grad():
         old.fill_(1)
-    a_step(old, optimizer)
-    a_step(new, make(new))
-    torch.testing.assert_close(old, new)
+    fresh = make(new)
+    for _ in range(2):
+        a_step(old, optimizer)
+        a_step(new, fresh)
+        torch.testing.assert_close(old, new)
+
+
+def test_every_optimizer_of_torch_is_examined_or_refused() -> None:
+    assert {name for name in torch.optim.__all__ if name[0].isupper()} - {"Optimizer"} == {*TORCH, *REFUSED}
+
+
+@pytest.mark.parametrize("name", ["ASGD", "LBFGS"])
+def test_a_memory_without_a_known_beginning_is_refused(name: str) -> None:
+    parameter = nn.Parameter(torch.ones(6, 8))
+    optimizer = getattr(torch.optim, name)([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step(lambda: parameter.sum())
+    with pytest.raises(
+        ValueError, match=f"{name} must keep .* it keeps 'ax'|remember each parameter by itself.*{name}"
+    ):
+        moments(optimizer, parameter)
+
+
+@pytest.mark.parametrize("name", BYTES_OR_NOT)
+def test_optimizers_of_bitsandbytes_begin_anew(name: str) -> None:
+    given, count = BYTES_OR_NOT[name]
+    made = getattr(pytest.importorskip("bitsandbytes").optim, name)
+    old, new = (nn.Parameter(torch.ones(16, 16)) for _ in range(2))
+    optimizer, fresh = (made([p], lr=0.1, **given) for p in (old, new))
+    for seed in (1, 2):
+        a_step(old, optimizer, seed)
+    assert len(moments(optimizer, old)) == count
+    restart(optimizer, old)
+    with torch.no_grad():
+        old.fill_(1)
+    for _ in range(2):
+        a_step(old, optimizer)
+        a_step(new, fresh)
+        torch.testing.assert_close(old, new)
+
+
+@pytest.mark.parametrize("how", ["zero", "random"])
+@pytest.mark.parametrize(("name", "entry", "start"), [("Rprop", "step_size", 0.1), ("Adagrad", "sum", 0.5)])
+def test_pruned_entries_go_back_to_their_start(name: str, entry: str, start: float, how: Any) -> None:
+    parameter = nn.Parameter(torch.ones(6, 8))
+    optimizer = torchs(name, parameter, **TORCH[name][0])
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0 if step < 2 else 0.0)  # the rate is 0 at a restart
+    for seed in (1, 2):
+        a_step(parameter, optimizer, seed)
+    optimizer.param_groups[0]["lr"] = 0.0
+    before = optimizer.state[parameter][entry].clone()
+    prune(optimizer, parameter, how, 0.5, torch.Generator().manual_seed(0))
+    after = optimizer.state[parameter][entry]
+    reset = after != before
+    assert (after[reset] == start).all() and reset.any() and (how == "random") == bool((~reset).any())
 
 
 def test_an_optimizer_of_another_kind_is_refused() -> None:

@@ -21,7 +21,7 @@ Departures from the authors' code. It sets 99.9 % of the moments to zero, each b
 moments survive where the second does not, so that an entry moves by lr m / eps; here all become zero or one mask serves
 both (`reset_masks="repo"` is theirs). There A and B both start at 0, so that until the first merge neither has a gradient and
 only embeddings, head, norms and biases learn; here A is drawn as at a restart (`start="repo"` is theirs). The warm start belongs to the
-run instead of a checkpoint. Our cosine counts from the end of the warm start. Any optimizer will do, not only Adam: its moments of the factors are reset (`lorank.moments`).
+run instead of a checkpoint. Our cosine counts from the end of the warm start. Other optimizers than Adam will do: `lorank.moments` says which.
 """
 
 import math
@@ -36,7 +36,7 @@ from torch.optim import Optimizer
 from lorank.fields import Bounds, Fraction, Positive, Rank, Whole
 from lorank.layers import FrozenPlusLowRank, scale_at
 from lorank.method import Method, Published, Site, StepHook, check_ranks, rank_at, seeded_generator, warmup_cosine
-from lorank.moments import Prune, check_prunable, moments, prune_
+from lorank.moments import Prune, check_prunable, prune
 from lorank.rounding import Rests
 
 Start = Literal["paper", "repo"]
@@ -225,7 +225,8 @@ class ReLoRAHook(StepHook):
         if updates == 0:
             self._freeze()
         for name, layer in self.layers.items() if updates == 1 or merges or resets else ():
-            check_prunable(self.optimizer, layer.B.weight, self.method.reset)  # at update 1 rather than at the restart
+            for factor in (layer.A.weight, layer.B.weight):  # at update 1 rather than at the restart
+                check_prunable(self.optimizer, factor, self.method.reset)
             generator = seeded_generator(self.seed, self.step, name)
             if merges:
                 layer.restart(generator, self.rests, name)
@@ -234,9 +235,8 @@ class ReLoRAHook(StepHook):
 
     def _prune(self, layer: ReLoRALinear, generator: torch.Generator) -> None:
         for factor in (layer.A.weight, layer.B.weight):
-            found = moments(self.optimizer, factor)
-            for together in [found] if self.method.reset_masks == "one" else [[moment] for moment in found]:
-                prune_(together, self.method.reset, self.method.reset_ratio, generator)
+            how, ratio = self.method.reset, self.method.reset_ratio
+            prune(self.optimizer, factor, how, ratio, generator, together=self.method.reset_masks == "one")
 
     def _freeze(self) -> None:
         for layer in self.layers.values():

@@ -228,7 +228,8 @@ class SSTHook(StepHook):
         for layer in self.layers:
             layer.normalise() if self.method.normalise else layer.S.clamp_(min=0)
             if self.step == 1:
-                moments(self.optimizer, layer.U_active)  # raises now rather than at the first exchange
+                for moved in (layer.S, layer.U_active, layer.V_active):
+                    moments(self.optimizer, moved)  # raises now rather than at the first exchange
             if self.step % self.method.interval == 0:
                 self._begin(layer, self.step // self.method.interval)
 
