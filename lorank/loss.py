@@ -102,8 +102,13 @@ def auxiliary_loss(model: nn.Module, output: Any, labels: Tensor, items: Tensor 
 
 def balances_experts(model: nn.Module) -> bool:
     """Whether a model adds a term that balances its experts over a batch. It is a product of means over the tokens of a batch, so
-    its mean over parts of a batch is another number."""
-    return bool(_setting(model, "output_router_logits") and _setting(model, *COEFFICIENTS))
+    its mean over parts of a batch is another number. A setting that asks for it may be that of a model without experts, so the model
+    is asked for the term on two tokens."""
+    if not (_setting(model, "output_router_logits") and _setting(model, *COEFFICIENTS)):
+        return False
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=next(model.parameters()).device)
+    with torch.no_grad(), torch.random.fork_rng(devices=[ids.device] if ids.is_cuda else []):
+        return isinstance(getattr(model(input_ids=ids, use_cache=False), "aux_loss", None), Tensor)
 
 
 def _setting(model: nn.Module, *names: str) -> Any:

@@ -23,13 +23,22 @@ SHAPES: dict[str, dict[str, Any]] = {
         "output_router_logits": True,
         "router_aux_loss_coef": 0.1,
     },
+    "doge": {
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "output_router_logits": True,
+    },
 }
 
 
-def model_of(kind: str) -> Any:
+def model_of(kind: str, **changes: Any) -> Any:
     torch.manual_seed(0)
     tokens = {"vocab_size": 32, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **tokens, **SHAPES[kind])).eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **tokens, **SHAPES[kind], **changes)).eval()
 
 
 def batch() -> dict[str, Tensor]:
@@ -55,6 +64,7 @@ def test_the_balance_of_experts_is_apart_with_its_weight() -> None:
     assert loss.auxiliary is not None and loss.auxiliary > 0
     assert loss.total.item() == pytest.approx(model(**given).loss.item(), rel=1e-5)
     assert balances_experts(model) and not balances_experts(model_of("gpt2"))
+    assert balances_experts(model_of("doge", is_moe=True)) and not balances_experts(model_of("doge"))
 
 
 def test_a_balance_of_unknown_weight_is_refused() -> None:

@@ -1,5 +1,6 @@
 """A recipe as a trainer."""
 
+import logging
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -18,6 +19,8 @@ from lorank.train.callbacks import StopOnNonFinite
 from lorank.train.methods import build_optimizer, methods_of, schedule_of
 from lorank.train.recipe import Recipe
 from lorank.train.trainer import PretrainTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def build_trainer(
@@ -88,15 +91,24 @@ def build_trainer(
         estimator=estimator,
         tokens_per_step=recipe.batch_size * recipe.sequence_length * corpus.fill,
         fill=corpus.fill,
-        flops_per_token=accounting.flops_per_token(model, recipe.sequence_length, batch=micro)
-        if estimator is None
-        else estimator.flops_per_token,
+        flops_per_token=_flops_per_token(recipe, model, estimator, micro),
         peak_flops=(peak * devices, source),
         eval_tokens=recipe.eval_tokens,
         bytes_per_token=corpus.validation_bytes_per_token,
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _flops_per_token(recipe: Recipe, model: PreTrainedModel, estimator: Gradient | None, batch: int) -> float | None:
+    """FLOPs of training on one token; None, with a warning, for a model that can be trained but not be counted."""
+    try:
+        if estimator is not None:
+            return estimator.flops_per_token
+        return accounting.flops_per_token(model, recipe.sequence_length, batch=batch)
+    except ValueError as error:
+        logger.warning("this run logs no FLOPs: %s", error)
+        return None
 
 
 def build_estimator(recipe: Recipe, model: PreTrainedModel) -> Gradient | None:

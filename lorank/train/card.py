@@ -22,7 +22,8 @@ class Summary:
     method: str
     parameters: int
     block_parameters: int
-    flops_per_token: float
+    flops_per_token: float | None
+    """None: the model cannot be counted."""
     steps: int
     tokens: int
     tokens_per_second: float | None
@@ -60,7 +61,7 @@ def environment(corpus: Corpus) -> dict[str, Any]:
 
 def model_card(recipe: Recipe, summary: Summary, corpus: str) -> str:
     """README.md of a trained model."""
-    bits = summary.validation_bits_per_byte
+    bits, flops = summary.validation_bits_per_byte, summary.flops_per_token
     return f"""---
 library_name: transformers
 tags: [lorank, {summary.method}]
@@ -78,7 +79,7 @@ model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
 | | |
 |---|---|
 | parameters (in blocks) | {summary.parameters:,} ({summary.block_parameters:,}) |
-| training FLOPs per token | {summary.flops_per_token:,.0f} |
+| training FLOPs per token | {"unknown" if flops is None else f"{flops:,.0f}"} |
 | tokens | {summary.tokens:,} in {summary.steps:,} steps |
 | validation perplexity (unbiased) | {summary.validation_perplexity:.2f} |
 | bits per byte | {"unknown" if bits is None else f"{bits:.3f}"} |

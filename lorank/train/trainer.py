@@ -37,7 +37,7 @@ class PretrainTrainer(Trainer):
         schedule: multiplier of the learning rate by steps done.
         tokens_per_step: mean tokens of one optimizer step, over all devices and without padding.
         fill: share of positions with tokens instead of padding.
-        flops_per_token: of training this model, without recomputation (MFU, arXiv 2204.02311).
+        flops_per_token: of training this model, without recomputation (MFU, arXiv 2204.02311). None: not known, and no MFU is logged.
         peak_flops: the most FLOP/s of all devices together, and where that number comes from.
         eval_tokens: predicted tokens after which an evaluation during training stops.
         bytes_per_token: of the validation text.
@@ -51,7 +51,7 @@ class PretrainTrainer(Trainer):
         estimator: Gradient | None = None,
         tokens_per_step: float,
         fill: float = 1.0,
-        flops_per_token: float,
+        flops_per_token: float | None,
         peak_flops: tuple[float, str],
         eval_tokens: int,
         bytes_per_token: float,
@@ -217,9 +217,11 @@ class PretrainTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def mfu(self, tokens_per_second: float) -> float:
-        """Model FLOPs utilisation. Padding is computed and counts. A rate above the measured peak raises the peak, which was
-        measured while the machine was busy."""
+    def mfu(self, tokens_per_second: float) -> float | None:
+        """Model FLOPs utilisation; None if the model's FLOPs are not known. Padding is computed and counts. A rate above the measured
+        peak raises the peak, which was measured while the machine was busy."""
+        if self.flops_per_token is None:
+            return None
         reached = tokens_per_second / self.fill * self.flops_per_token
         self.peak_flops = max(self.peak_flops, reached)
         return reached / self.peak_flops
@@ -227,7 +229,8 @@ class PretrainTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and (rate := self.throughput.tokens_per_second()) is not None:
             logs["tokens_per_second"] = rate
-            logs["mfu"] = self.mfu(rate)
+            if (mfu := self.mfu(rate)) is not None:
+                logs["mfu"] = mfu
         if "loss" in logs and self._auxiliary:
             logs["auxiliary_loss"] = torch.stack(self._auxiliary).mean().item()
             self._auxiliary.clear()

@@ -1,4 +1,4 @@
-"""No run is lost at its end: what would fail there is refused before the first step, or does no harm."""
+"""No run is lost for what its training does not need: that is refused before the first step, or does no harm."""
 
 import json
 import logging
@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from lorank.plan.dry_run import plan
 from lorank.train import run
 from lorank.train.data import load_tokenizer
+from lorank.train.folder import history
 from lorank.train.run import pretrain, sample_of
 from lorank.train.saved import rehearse_saving
 
@@ -69,3 +71,21 @@ def test_a_sample_that_fails_costs_nothing(monkeypatch: pytest.MonkeyPatch, capl
     with caplog.at_level(logging.WARNING):
         assert sample_of(small(), load_tokenizer("bytes"), 0) == ""
     assert "the run has no sample of its text: it has no 'past_key_values'" in caplog.text
+
+
+def test_a_model_that_cannot_be_counted_is_trained(recipe: Any, tmp_path: Path, caplog: Any) -> None:
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_local_experts": 2,
+        "kv_channels": 4,
+    }
+    given = recipe(model="jetmoe", method="dense", shape={**shape, "num_key_value_heads": 2}, steps=3, eval_every=0)
+    summary = pretrain(given, tmp_path / "run", on_cpu=True)
+    assert summary is not None and summary.flops_per_token is summary.mfu is None and summary.tokens_per_second > 0
+    assert "this run logs no FLOPs: the model cannot be counted without its data" in caplog.text
+    assert not any("mfu" in record for record in history(tmp_path / "run"))
+    assert "| training FLOPs per token | unknown |" in (tmp_path / "run/README.md").read_text()
+    with pytest.raises(ValueError, match="the model cannot be counted"):
+        plan(given)
