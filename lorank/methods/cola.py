@@ -31,13 +31,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lorank.architectures import GATE
 from lorank.checkpointing import checkpoint, keep_bottlenecks
 from lorank.experts import LowRankExperts
-from lorank.fields import Rank
+from lorank.fields import NonNegative, Rank
 from lorank.layers import LowRankLinear, like
-from lorank.method import Method, Published, Site, check_ranks, rank_at
+from lorank.method import Method, Published, Site, StepHook, check_ranks, rank_at
+from lorank.methods.dlr import DecayToReuse, Reusing
 from lorank.rewriting import drop_activations
 from lorank.sizes import SIZES
 
@@ -47,6 +49,14 @@ class CoLALinear(LowRankLinear):
 
     def __init__(self, d_in: int, d_out: int, rank: int, *, activation: str | None = "silu", **options: Any):
         super().__init__(d_in, d_out, rank, activation=activation, **options)
+
+
+class ReusingLinear(Reusing, CoLALinear):
+    """With DLR's initial B."""
+
+
+class ReusingExperts(Reusing, LowRankExperts):
+    """The same for the experts of a mixture."""
 
 
 # ---- the method
@@ -73,6 +83,17 @@ class CoLA(Method):
     factorisation is linear."""
     activation: Literal["silu", "gelu", "relu"] = "silu"
     """σ."""
+    init: Literal["cola", "dlr", "dlr-random"] = "cola"
+    """Initial B: CoLA's, or with numbers of the bottleneck added to the outputs, in order or at random; see methods/dlr.py."""
+    reuse_scale: NonNegative = 1.0
+    """DLR's α."""
+    decay_to: Literal["zero", "reuse"] = "zero"
+    """Where weight decay pulls B: to 0, or to what DLR has added."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decay_to == "reuse" and self.init == "cola":
+            raise ValueError("init must be 'dlr' or 'dlr-random' with decay_to='reuse', got 'cola'")
 
     @property
     def _drops_original(self) -> bool:
@@ -98,12 +119,19 @@ class CoLA(Method):
             "activation": self._inside(site),
             **like(site.linear.weight),
         }
-        return LowRankExperts(site.experts, *sizes, **settings) if site.experts else CoLALinear(*sizes, **settings)
+        if self.init == "cola":
+            return LowRankExperts(site.experts, *sizes, **settings) if site.experts else CoLALinear(*sizes, **settings)
+        layer = ReusingExperts(site.experts, *sizes, **settings) if site.experts else ReusingLinear(*sizes, **settings)
+        return layer.start(self.reuse_scale, site.name if self.init == "dlr-random" else None)
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"{self.name} cannot be merged: with the non-linearity between A and B, no layer equals a dense one"
         )
+
+    def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook | None:
+        layers = (module for module in model.modules() if isinstance(module, Reusing))
+        return DecayToReuse(optimizer, layers) if self.decay_to == "reuse" else None
 
     def finish(self, model: nn.Module) -> None:
         if self._drops_original:
