@@ -1,15 +1,16 @@
 """`import lorank` is cheap, and its promises to the Auto classes are kept whatever is imported first."""
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, LlamaModel
 from transformers.models.auto import configuration_auto
 
-from lorank import CoLA, convert
+from lorank import CoLA, SLTrain, convert
 from lorank.pretrained import config_class, model_class
 
 
@@ -23,7 +24,7 @@ def test_import_order_and_repetition_do_not_matter(fresh_python: Callable[..., s
         assert not {"torch", "transformers", "numpy"} & set(sys.modules)
         assert not any(name.startswith("transformers") for name in set(sys.modules) - before)
         assert importlib.util.find_spec("transformers.models.auto.configuration_auto")  # a look, not an import
-        from transformers import AutoConfig
+        from transformers import AutoConfig, PreTrainedModel
         print(type(AutoConfig.for_model("lorank_llama", lorank=None)).__name__)
         finders = [type(finder).__module__ for finder in sys.meta_path if not isinstance(finder, type)]
         print("lorank.auto" in finders)
@@ -73,3 +74,44 @@ def test_a_dense_class_does_not_read_a_converted_model(small: Callable[..., Any]
         ):
             build(config=AutoConfig.from_pretrained(tmp_path))
     assert type(type(model).from_pretrained(tmp_path)) is type(AutoModelForCausalLM.from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("door", ["class", "auto", "body", "folder", "other method", "dense weights"])
+def test_a_configuration_of_another_model_is_refused(door: str, small: Callable[..., Any], tmp_path: Path) -> None:
+    """Layers whose weights have other names would be drawn at random, with a warning."""
+    dense = small("llama")
+    dense.save_pretrained(tmp_path / "dense")
+    other = convert(small("llama"), SLTrain(rank=4)).config
+    convert(small("llama"), CoLA(rank=4)).save_pretrained(tmp_path / "cola")
+    kind: Any = {"class": LlamaForCausalLM, "body": LlamaModel, "folder": LlamaForCausalLM}.get(
+        door, AutoModelForCausalLM
+    )
+    config: Any = {"folder": str(tmp_path / "dense"), "other method": other, "dense weights": other}.get(
+        door, dense.config
+    )
+    saved = "'llama', got" if door == "dense weights" else r"'lorank_llama' \(method 'cola'\), got"
+    with pytest.raises(
+        ValueError, match=f"must get the configuration of the weights in .* is of type {saved} one of type"
+    ):
+        kind.from_pretrained(tmp_path / ("dense" if door == "dense weights" else "cola"), config=config)
+    same = copy.deepcopy(AutoConfig.from_pretrained(tmp_path / "cola"))
+    same._name_or_path = ""
+    AutoModelForCausalLM.from_pretrained(tmp_path / "cola", config=same)
+    LlamaForCausalLM.from_pretrained(tmp_path / "dense", config=dense.config)
+
+
+def test_import_lorank_suffices_to_refuse_another_configuration(
+    small: Callable[..., Any], tmp_path: Path, fresh_python: Callable[..., str]
+) -> None:
+    convert(small("llama"), CoLA(rank=4)).save_pretrained(tmp_path)
+    said = fresh_python(
+        f"""
+        import lorank
+        from transformers import LlamaConfig, LlamaForCausalLM
+        try:
+            LlamaForCausalLM.from_pretrained({str(tmp_path)!r}, config=LlamaConfig())
+        except ValueError as error:
+            print(error)
+        """
+    )
+    assert said.startswith("LlamaForCausalLM must get the configuration of the weights")
