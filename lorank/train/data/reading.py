@@ -2,8 +2,8 @@
 
 Only the column that was asked for is read: a string in it is text, whatever it looks like, and other columns may hold
 anything. Left out and counted are documents without text, and lines of JSON that cannot be read if they are at most one in
-a hundred; beyond that the file is refused. A byte-order mark is no text. UTF-16, UTF-32 and binary data are refused:
-text has no NUL bytes.
+a hundred; beyond that the file is refused. A byte-order mark is no text. Refused are UTF-16, UTF-32 and binary data, known by
+NUL bytes or by many other control characters, and ISO-2022, known by the escape sequence before its two-byte characters.
 """
 
 import bz2
@@ -31,12 +31,19 @@ SUFFIXES = f"{', '.join(KINDS)} (or these with {', '.join(COMPRESSED)})"
 BLOCK = 1 << 22  # characters of a block
 BUFFER = 1 << 20  # bytes read at once
 INVALID_SHARE = 0.01
+CONTROLS = bytes(code for code in (*range(32), 127) if code not in b"\t\n\r\f\b\x1b")
+"""Control characters that are rare in text. Terminals write escapes, and a backspace to print bold; form feeds divide pages."""
+CONTROL_SHARE = 0.01
+"""The largest share of them in a file, besides one. Of UTF-16 they are half in scripts whose high byte is one, and in Indian scripts a twentieth."""
+ISO_2022 = b"\x1b$"
+"""What comes before two-byte characters in ISO-2022-JP, -KR and -CN; terminals use no such sequence."""
 SPACE = re.compile(r"[\s,]*")
 BROKEN = (pa.ArrowException, EOFError, OSError, RecursionError, ValueError, zlib.error, lzma.LZMAError)
 """What the readers of a damaged file raise."""
 JSON = json.JSONDecoder(
     parse_int=float
 )  # Python's integers have a limit of digits, in columns that nobody asked for too
+PAIRS = json.JSONDecoder(parse_int=float, object_pairs_hook=tuple)
 NAMES = {bool: "true or false", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -131,6 +138,21 @@ def _refuse_other_encodings(file: Path, data: bytes) -> None:
         )
 
 
+def _refuse_control_characters(file: Path, data: bytes) -> None:
+    """Refuse what can be decoded as UTF-8 by chance."""
+    if ISO_2022 in data:
+        raise UnreadableError(
+            f"{file} is not UTF-8 text: byte {data.index(ISO_2022)} begins an escape sequence of ISO-2022; convert it to UTF-8 or leave it out"
+        )
+    data = data.rstrip(b"\x1a")  # the end of a file in DOS
+    count = len(data) - len(data.translate(None, CONTROLS))
+    if count > 1 + CONTROL_SHARE * len(data):
+        raise UnreadableError(
+            f"{file} is not UTF-8 text: {100 * count / len(data):.0f} % of it are control characters, as in UTF-16 or in binary data; "
+            "convert it to UTF-8 or leave it out"
+        )
+
+
 def _text(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa.Array]:
     """The whole file, with ends of lines as "\\n"."""
     data = stream.read()
@@ -140,6 +162,7 @@ def _text(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[p
             f"{file} must be smaller than 2 GiB, because a file of text is one document, got {len(data):,} bytes; split it"
         )
     text = data.decode()
+    _refuse_control_characters(file, data)
     yield pa.array([text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text], pa.string())
 
 
@@ -151,11 +174,13 @@ def _parquet(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterato
             return
         if column not in schema.names:
             raise _no_column(file, column, schema.names)
+        if schema.names.count(column) > 1:
+            raise _several_columns(file, column)
         kind = schema.field(column).type
         if not _holds_text(kind):
             raise UnreadableError(f"column {column!r} of {file} must contain text, got {kind}; set another text_column")
         for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            block = batch.column(0)
+            block = batch.column(batch.schema.get_field_index(column))  # a.b also selects b inside a
             if isinstance(block, pa.ExtensionArray):
                 block = block.storage
             if isinstance(block, pa.DictionaryArray):
@@ -179,7 +204,7 @@ def _json(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[p
     _refuse_other_encodings(file, head)
     start = head.removeprefix(codecs.BOM_UTF8).lstrip()
     by_line = not start.startswith(b"[") and (_suffix(file) != ".json" or _is_json(start.partition(b"\n")[0]))
-    rows = _lines(file, stream, tally) if by_line else _values(stream)
+    rows = _lines(file, stream, column, tally) if by_line else _values(stream, column)
     texts: list[str | None] = []
     size, found, names = 0, False, None
     for number, row in rows:
@@ -210,6 +235,10 @@ def _no_column(file: Path, column: str, names: list[str]) -> UnreadableError:
     return UnreadableError(f"{file} has no column {column!r}; set text_column to one of {names}")
 
 
+def _several_columns(file: Path, column: str) -> UnreadableError:
+    return UnreadableError(f"{file} must have one column {column!r}, got several of that name; rename them")
+
+
 def _is_json(line: bytes) -> bool:
     try:
         JSON.decode(line.decode())
@@ -218,7 +247,15 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
-def _lines(file: Path, stream: Iterable[bytes], tally: Tally) -> Iterator[tuple[int, Any]]:
+def _check_once(row: str, column: str) -> None:
+    """Raises ValueError for an object that has a column several times, of which JSON would give the last."""
+    if row.count(json.dumps(column)) + row.count(f'"{column}"') > 1:
+        pairs = PAIRS.decode(row)
+        if isinstance(pairs, tuple) and [name for name, _ in pairs].count(column) > 1:
+            raise ValueError(f"an object has several entries {column!r}")
+
+
+def _lines(file: Path, stream: Iterable[bytes], column: str, tally: Tally) -> Iterator[tuple[int, Any]]:
     """A row for each line that is not empty. Few lines that are no object are left out."""
     count = invalid = 0
     first = ""
@@ -228,9 +265,10 @@ def _lines(file: Path, stream: Iterable[bytes], tally: Tally) -> Iterator[tuple[
             continue
         count += 1
         try:
-            row = JSON.decode(line.decode())
+            row = JSON.decode(text := line.decode())
             if not isinstance(row, dict):
                 raise ValueError("it is not an object")
+            _check_once(text, column)
         except (ValueError, RecursionError) as error:
             _refuse_other_encodings(file, line)
             invalid += 1
@@ -246,7 +284,7 @@ def _lines(file: Path, stream: Iterable[bytes], tally: Tally) -> Iterator[tuple[
         logger.warning("%s: left out %d of %d lines, which are not JSON (%s)", file, invalid, count, first)
 
 
-def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
+def _values(stream: BinaryIO, column: str) -> Iterator[tuple[int, Any]]:
     """JSON values one after another, or the elements of a list, without keeping all of them."""
     reader = codecs.getreader("utf-8-sig")(stream)
     text = reader.read(BUFFER)
@@ -267,6 +305,7 @@ def _values(stream: BinaryIO) -> Iterator[tuple[int, Any]]:
                     raise
             else:
                 number += 1
+                _check_once(text[at:end], column)
                 yield number, value
                 at, amount = end, BUFFER
                 continue

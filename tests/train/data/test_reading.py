@@ -126,6 +126,57 @@ def test_utf_16_and_32_are_refused(read, name, text, encoding):
         read(name, text.encode(encoding))
 
 
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [
+        ("привет" * 5, "utf-16-be"),
+        ("привет" * 5, "utf-16-le"),
+        ("एकराजाकाराज्यबहुतबडाथा", "utf-16-be"),
+        ("سلامكيف" * 3, "utf-16-le"),
+        ("日本語の文章です。", "iso-2022-jp"),
+        ("한국어 문장입니다", "iso-2022-kr"),
+    ],
+)
+def test_other_encodings_without_a_nul_byte_are_refused(read, text, encoding):
+    data = text.encode(encoding)
+    assert b"\0" not in data and data.decode()
+    with pytest.raises(ValueError, match="a.txt is not UTF-8 text: .*; convert it to UTF-8 or leave it out$"):
+        read("a.txt", data)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "page one\fpage two",
+        "\x1b[1m\x1b[32mINFO\x1b(B\x1b[m started\n" * 9,
+        "N\bNA\bAM\bME\bE\n",
+        "the end\n\x1a",
+        "it\x92s a page that was read as Latin-1",
+        "a bell \x07",
+    ],
+)
+def test_control_characters_that_texts_have_are_text(read, text):
+    assert read("a.txt", text) == ([text], (0, 0))
+
+
+@pytest.mark.parametrize("names", [["text", "text"], ["n", "text", "text"]])
+def test_a_column_that_is_there_twice_is_refused(read, tmp_path, names):
+    pq.write_table(pa.table([["a"]] * len(names), names=names), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a.parquet must have one column 'text', got several of that name"):
+        read("a.parquet", None)
+    twice = '{"text": "one", "text": "two"}'
+    for name, data in (("a.jsonl", twice), ("a.json", f"[{twice}]"), ("a.json", twice.replace(",", ",\n"))):
+        with pytest.raises(ValueError, match=r"not readable as json \(.*several entries 'text'"):
+            read(name, data)
+
+
+def test_other_columns_may_be_there_twice(read, tmp_path):
+    nested = pa.array([{"b": "nested"}])
+    pq.write_table(pa.table([nested, ["a"], ["x"], ["y"]], names=["a", "a.b", "n", "n"]), tmp_path / "a.parquet")
+    assert read("a.parquet", None, "a.b")[0] == ["a"]
+    assert read("a.jsonl", '{"n": 1, "n": 2, "text": "one", "m": {"text": "b", "text": "text"}}')[0] == ["one"]
+
+
 def test_a_few_broken_lines_are_left_out_and_said(read, caplog):
     assert read("a.jsonl", ROWS * 100 + '{"text": "cut o')[1] == (0, 1)
     assert "a.jsonl: left out 1 of 201 lines, which are not JSON (line 201: Unterminated" in caplog.text
