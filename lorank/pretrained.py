@@ -88,6 +88,7 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         names = {then(site.name): site.name for site in own}
         chosen = choose_sites(wanted_sites(method, sites), recorded["targets"], recorded["exclude"])
         rewrite(self, method, chosen, names)
+        _mark_method(self, method.name)
         _mark_drawn(self)
         self._frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
 
@@ -103,30 +104,6 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         for name in getattr(self, "_frozen", ()):
             self.get_parameter(name).requires_grad_(False)  # transformers makes all that it loads trainable
 
-    def activation_checkpointing_enable(
-        self: Any, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
-    ) -> None:
-        """As Trainer's ``gradient_checkpointing=True`` calls it: a policy that is on stays, and the method's own comes before that of
-        transformers, which keeps a block's input alone.
-
-        Raises:
-            ValueError: ``use_reentrant=True`` or `offload`, which know no policies.
-        """
-        given = dict(activation_checkpointing_kwargs or {})
-        method = find(self.config.lorank["method"])
-        policy = POLICIES[method.policy or ("blocks" if has_tapes(self) else "none")]
-        is_on = policy_is_on(self)
-        if "context_fn" in given or (policy is None and not is_on):
-            base.activation_checkpointing_enable(self, activation_checkpointing_kwargs, every_n_layers, offload)
-            return
-        if given.get("use_reentrant") or offload:
-            raise ValueError(
-                f"activation checkpointing of a {method.name} model must follow a policy of lorank.checkpoint, got "
-                f"{'offload' if offload else 'use_reentrant'}=True, which would replace it; leave it out"
-            )
-        if not is_on:
-            checkpoint(self, policy, every=every_n_layers)
-
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("is_main_process", True):
             autos = [
@@ -135,7 +112,7 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
             write_modelling_file(self, save_directory, autos)
         return base.save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[arg-type]
 
-    own = (__init__, initialize_weights, activation_checkpointing_enable, save_pretrained)
+    own = (__init__, initialize_weights, save_pretrained)
     return _derive(base, {"config_class": config, **{function.__name__: function for function in own}})
 
 
@@ -152,6 +129,7 @@ def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
     config.lorank = {**recorded, "names": OWN_NAMES}
     model.__dict__.pop("_weight_conversions", None)  # of the file that the dense model came from
     _keep_names(model)
+    _mark_method(model, recorded["method"])
     model.__class__ = model_class(type(model), derived)  # type: ignore[arg-type]
     _mark_drawn(model)
     for module in model.modules():
@@ -178,6 +156,47 @@ def _refuse_dense_classes() -> None:
 _refuse_dense_classes()
 
 
+def _mark_method(model: PreTrainedModel, name: str) -> None:
+    """Let every pretrained model in a converted one, such as its body, know the method."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module._lorank_method = name  # type: ignore[assignment]
+
+
+def _keep_policies() -> None:
+    """Let converted models and their bodies keep the policy of their method under ``activation_checkpointing_enable``, which Trainer's
+    ``gradient_checkpointing=True`` calls: one that is on stays, and the method's own comes before that of transformers, which keeps
+    a block's input alone.
+
+    The function raises ValueError for ``use_reentrant=True`` and `offload`, which know no policies.
+    """
+    enable = PreTrainedModel.activation_checkpointing_enable
+
+    @functools.wraps(enable)
+    def activation_checkpointing_enable(
+        self: Any, activation_checkpointing_kwargs: Any = None, every_n_layers: int = 1, offload: bool = False
+    ) -> None:
+        given = dict(activation_checkpointing_kwargs or {})
+        name = getattr(self, "_lorank_method", None)
+        policy = POLICIES[(name and find(name).policy) or ("blocks" if has_tapes(self) else "none")]
+        is_on = name is not None and policy_is_on(self)
+        if "context_fn" in given or (policy is None and not is_on):
+            enable(self, activation_checkpointing_kwargs, every_n_layers, offload)
+            return
+        if given.get("use_reentrant") or offload:
+            raise ValueError(
+                f"activation checkpointing of a {name} model must follow a policy of lorank.checkpoint, got "
+                f"{'offload' if offload else 'use_reentrant'}=True, which would replace it; leave it out"
+            )
+        if not is_on:
+            checkpoint(self, policy, every=every_n_layers)
+
+    PreTrainedModel.activation_checkpointing_enable = activation_checkpointing_enable  # type: ignore[method-assign]
+
+
+_keep_policies()
+
+
 def forget(model: PreTrainedModel) -> None:
     """The opposite of `record`: the classes of transformers again, and a configuration without lorank."""
     configs = {
@@ -190,6 +209,7 @@ def forget(model: PreTrainedModel) -> None:
         config.__dict__.pop("auto_map", None)
     for module in model.modules():
         module.__dict__.pop("is_custom_code", None)
+        module.__dict__.pop("_lorank_method", None)
         if type(module).__module__ == __name__:
             module.__class__ = type(module).__bases__[0]
 

@@ -5,6 +5,7 @@ loss is held. It sees what autograd saves, what selective checkpointing caches, 
 The difference between a model of four blocks and one of three is what one block keeps.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -17,9 +18,26 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    Trainer,
+    TrainingArguments,
+)
 
-from lorank import CoLA, CoLAM, CRNet, LowRank, checkpoint, convert, keep_bottlenecks, keep_bottlenecks_and_attention
+from lorank import (
+    CoLA,
+    CoLAM,
+    CRNet,
+    LowRank,
+    checkpoint,
+    convert,
+    keep_bottlenecks,
+    keep_bottlenecks_and_attention,
+    merge,
+)
 from lorank.checkpointing import POLICIES, keep_nothing
 
 D, D_FF, HEADS, N, R = 48, 112, 4, 20, 9
@@ -364,6 +382,43 @@ def test_trainers_switch_keeps_the_policy_of_the_method(small: Any, tokens: Tens
     assert function_of(model).args == (keep_bottlenecks,)
     with pytest.raises(ValueError, match="^activation checkpointing of a cola-m model must follow a policy"):
         model.activation_checkpointing_enable({"use_reentrant": True})
+
+
+@pytest.mark.parametrize("door", ["model", "body", "in a wrapper", "decoder of a pair"])
+def test_every_door_to_the_switch_keeps_the_policy(door: str, small: Any, tmp_path: Path) -> None:
+    model = convert(small("llama"), CoLAM(rank=4))
+    model.save_pretrained(tmp_path)
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    both = BertConfig(**shape), BertConfig(**shape, is_decoder=True, add_cross_attention=True)
+    pair = EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*both))
+    inner: dict[str, Callable[[Any], Any]] = {
+        "model": lambda model: model,
+        "body": lambda model: model.model,
+        "in a wrapper": lambda model: nn.ModuleDict({"base_model": model}).base_model.base_model,
+        "decoder of a pair": lambda model: model.decoder,
+    }
+    converted = (
+        [convert(pair, CoLAM(rank=4))] if "pair" in door else [model, AutoModelForCausalLM.from_pretrained(tmp_path)]
+    )
+    for whole in [*converted, copy.deepcopy(converted[0])]:
+        for off in (False, True):
+            part = inner[door](whole)
+            if off:
+                part.activation_checkpointing_disable()
+            with pytest.warns(FutureWarning):  # the older name of the switch
+                part.gradient_checkpointing_enable()
+            functions = {
+                m._gradient_checkpointing_func for m in part.modules() if getattr(m, "gradient_checkpointing", False)
+            }
+            assert [function.keywords["context_fn"].args for function in functions] == [(keep_bottlenecks,)]
+            with pytest.raises(ValueError, match="^activation checkpointing of a cola-m model must follow a policy"):
+                part.activation_checkpointing_enable({"use_reentrant": True})
+
+
+def test_the_body_of_a_merged_model_is_checkpointed_as_any(small: Any) -> None:
+    merged = merge(convert(small("llama"), "relora"))
+    merged.model.activation_checkpointing_enable({"use_reentrant": True})
+    assert function_of(merged) is None and merged.model.layers[-1].gradient_checkpointing
 
 
 def test_the_switch_respects_what_was_chosen_and_what_is_needed(small: Any, tokens: Tensor) -> None:
