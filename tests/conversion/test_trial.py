@@ -26,7 +26,7 @@ from transformers import (
     ViTModel,
 )
 
-from lorank import MASA, SST, CoLA, CRNet, Method, Site, SLTrain, convert
+from lorank import MASA, SST, CoLA, CRNet, Method, Site, SLTrain, SwitchLoRA, convert
 from lorank.methods.crnet import next_output, previous_output
 from lorank.trial import _working_inputs
 
@@ -123,10 +123,21 @@ def test_a_layer_that_does_not_start_as_the_dense_one_is_refused(small: Callable
         keeps_outputs: ClassVar[bool] = True
 
         def build(self, site: Site) -> nn.Module:
-            return nn.Linear(site.d_in, site.d_out, device=site.linear.weight.device)
+            return nn.Linear(site.d_in, site.d_out, device=site.linear.weight.device, dtype=site.linear.weight.dtype)
 
-    with pytest.raises(ValueError, match="wrong must start as the dense model, but its layer for model.layers.0"):
-        convert(small("llama"), Wrong())
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(
+            ValueError, match="wrong must start as the dense model, but its layer for model.layers.0.* exclude it"
+        ):
+            convert(small("llama").to(dtype), Wrong())
+
+
+def test_what_rounding_takes_from_the_start_is_told(small: Callable[..., Any]) -> None:
+    """W - (α/r) B A in 16 bits keeps little of a W that is much smaller."""
+    with pytest.raises(ValueError, match=r"in torch.bfloat16; 16 bits round away .* in float32 or lower alpha$"):
+        convert(small("llama").bfloat16(), SwitchLoRA(rank=8, alpha=32.0))
+    convert(small("llama"), SwitchLoRA(rank=8, alpha=32.0))
+    convert(small("llama").bfloat16(), SwitchLoRA(rank=8, alpha=1.0))
 
 
 def test_a_quantised_configuration_is_refused(small: Callable[..., Any]) -> None:
