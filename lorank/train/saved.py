@@ -48,6 +48,7 @@ def rehearse_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
     Raises:
         ValueError: the configuration or the tokenizer cannot be saved, or not be read again.
+        OSError: the disk is full, or the like.
     """
     with _staging(out) as staging:
         try:
@@ -64,6 +65,8 @@ def rehearse_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
             what = "a file of weights"
             save_file({"weight": torch.zeros(1)}, staging / "model.safetensors")
         except Exception as error:  # each of these classes checks its settings in its own way
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # of the disk
             raise ValueError(f"{what} must be such that it can be saved in {out}: {last_line(error)}") from error
 
 
