@@ -48,6 +48,10 @@ def _with_starts(optimizer: Optimizer, parameter: Tensor) -> list[tuple[Tensor, 
         raise ValueError(f"the optimizer must remember each parameter by itself, so that it can begin anew, got {kind}")
     state: Mapping[str, Any] = optimizer.state.get(parameter, {})
     found = []
+    if state and (dampening := _group_of(optimizer, parameter).get("dampening")):
+        raise ValueError(
+            f"dampening must be 0, so that moments can begin anew (a first step has none), got {dampening} in {kind}"
+        )
     for name, value in sorted(state.items()):
         if not isinstance(value, Tensor) or not value.is_floating_point() or name in (*COUNTERS, *BASES):
             continue
@@ -68,9 +72,13 @@ def _with_starts(optimizer: Optimizer, parameter: Tensor) -> list[tuple[Tensor, 
     return found
 
 
+def _group_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any]:
+    return next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+
+
 def _setting(optimizer: Optimizer, parameter: Tensor, name: str) -> float:
     """A setting of a parameter's group. Of the learning rate the peak, which a scheduler notes: the present one may be 0."""
-    group = next(group for group in optimizer.param_groups if any(p is parameter for p in group["params"]))
+    group = _group_of(optimizer, parameter)
     return float(group.get("initial_lr", group["lr"]) if name == "lr" else group[name])
 
 

@@ -128,6 +128,14 @@ def test_a_memory_without_a_known_beginning_is_refused(name: str) -> None:
         moments(optimizer, parameter)
 
 
+def test_a_first_step_without_dampening_is_refused() -> None:
+    parameter = nn.Parameter(torch.ones(6, 8))
+    optimizer = torchs("SGD", parameter, momentum=0.9, dampening=0.5)
+    a_step(parameter, optimizer)
+    with pytest.raises(ValueError, match="^dampening must be 0, .* got 0.5 in SGD$"):
+        restart(optimizer, parameter)
+
+
 @pytest.mark.parametrize("name", BYTES_OR_NOT)
 def test_optimizers_of_bitsandbytes_begin_anew(name: str) -> None:
     given, count = BYTES_OR_NOT[name]
