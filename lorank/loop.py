@@ -101,7 +101,7 @@ def step_hook(model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int =
             "copy, and make its optimizer after wrapping it"
         )
     for method in _methods(inner, moving):
-        if "hook" not in method.answers():
+        if not method.has_hook:
             continue
         if any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
             raise ValueError(

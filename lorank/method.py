@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.fields import Rank, check_fields
+from lorank.fields import RANK_TABLES, Rank, check_fields
 from lorank.hooks import StepHook as StepHook
 
 Published = Mapping[str, Mapping[str, Any]]
@@ -195,6 +195,11 @@ class Method:
 
     # ---- what happens between steps?
 
+    @property
+    def has_hook(self) -> bool:
+        """Whether something does with these settings."""
+        return "hook" in self.answers()
+
     def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook | None:
         """What happens to `model` and the state of `optimizer` between the `steps` steps of a run; None: nothing.
 
@@ -325,7 +330,7 @@ def seeded_generator(*seeds: int | str) -> torch.Generator:
 
 def check_table(rank: Rank, sites: Sequence[Site], option: str = "rank") -> None:
     """Raises ValueError for a table of ranks without a pattern for a site, or with one that decides nothing."""
-    if isinstance(rank, Mapping):
+    if isinstance(rank, Mapping):  # those with a name suit any part of a model
         for site in sites:
             rank_at(rank, site)
         used = {next((pattern for pattern in rank if re.search(pattern, site.name)), None) for site in sites}
@@ -362,6 +367,8 @@ def rank_at(rank: Rank, site: Site) -> int:
     >>> rank_at(0.25, Site("layers.0.k_proj", "layers.*.k_proj", 0, nn.Linear(512, 128, device="meta")))
     32
     """
+    if isinstance(rank, str):
+        rank = RANK_TABLES[rank]
     if isinstance(rank, Mapping):
         for pattern, value in rank.items():
             if re.search(pattern, site.name):

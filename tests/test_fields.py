@@ -46,7 +46,7 @@ HALF_OPEN = Annotated[float, Bounds(least=0, below=1)]
         (Annotated[int, Bounds(least=2)] | None, [2, None], [1], "an integer of at least 2 or None"),
         (Literal["a", "b"], ["a"], ["c", 1], "'a' or 'b'"),
         (Literal["a", 8, None], ["a", 8, None], ["8", True], "'a', 8 or None"),
-        (Rank, [1, 0.5, 1.0], [0, 1.5, True, "1", None, [4]], "a positive integer, a fraction of the width in (0, 1] or a table {pattern: either}"),
+        (Rank, [1, 0.5, 1.0, "mlp-rich"], [0, 1.5, True, "1", None, [4]], "a positive integer, a fraction of the width in (0, 1], a table {pattern: either}, 'attention-rich' or 'mlp-rich'"),
         (tuple[float, float], [(1, 2), [0.5, 0.5]], [(1,), (1, "2"), 1], "2 values, each a finite number"),
         (list[str], [[], ["a"]], ["a", [1], ("a",)], "a list of which each item is a string"),
         (Count | Sequence[int], [3, (0, 4), [0]], ["34", (0, 1.5), 0], "a positive integer or a list of which each item is an integer"),

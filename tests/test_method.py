@@ -6,10 +6,13 @@ import warnings
 from typing import ClassVar
 
 import pytest
+import torch
 from torch import nn
+from transformers import LlamaForCausalLM
 
-from lorank import CoLA, CoLAM, LowRank, Method, ReLoRA, Site, SwitchLoRA
-from lorank.fields import Rank, check_value
+from lorank import CoLA, CoLAM, LowRank, Method, ReLoRA, Site, SwitchLoRA, convert
+from lorank.architectures import llama_config
+from lorank.fields import RANK_TABLES, Rank, check_value
 from lorank.method import AdamW, Dense, by_role, check_combination, check_ranks, rank_at
 from lorank.table import find, method_names
 
@@ -91,6 +94,20 @@ def test_a_table_gives_its_first_pattern_that_matches() -> None:
     assert rank_at({".*": 7, "q_proj": 4}, site("q_proj", 32, 32)) == 7
 
 
+@pytest.mark.parametrize("size", ["60m", "130m", "1b"])
+def test_tables_with_a_name_cost_what_a_quarter_does(size: str) -> None:
+    def parameters(rank: Rank) -> int:
+        with torch.device("meta"):
+            model = convert(LlamaForCausalLM(llama_config(size)), LowRank(rank=rank))
+        return sum(p.numel() for p in model.model.layers.parameters() if p.ndim == 2)
+
+    for name in RANK_TABLES:
+        assert parameters(name) == pytest.approx(parameters(0.25), rel=0.01)
+    assert rank_at("attention-rich", site("model.layers.0.self_attn.q_proj", 64, 64)) == 24
+    assert rank_at("attention-rich", site("model.layers.0.mlp.up_proj", 64, 172)) == 10
+    assert rank_at("mlp-rich", site("transformer.h.0.attn.c_attn.query", 64, 64)) == 8
+
+
 def test_a_table_without_a_pattern_names_the_module() -> None:
     with pytest.raises(ValueError, match=r"must have a pattern for layers\.0\.fc1, got \['q_proj'\]"):
         rank_at({"q_proj": 4}, site("fc1", 32, 32))
@@ -162,8 +179,9 @@ def test_a_pattern_that_decides_nothing_is_refused(table: Rank) -> None:
 
 def test_dense_answers_no_question() -> None:
     assert Dense.answers() == frozenset()
-    assert CoLA.answers() == {"method"}
-    assert CoLAM.answers() == {"method", "memory"}
+    assert LowRank.answers() == {"method"}
+    assert CoLAM.answers() == {"method", "memory", "hook"}
+    assert not CoLA().has_hook and CoLA(init="dlr", decay_to="reuse").has_hook
     assert ReLoRA.answers() == {"method", "hook"}
     assert SwitchLoRA.answers() == {"method", "optimizer", "hook"}
 

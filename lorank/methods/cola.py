@@ -129,9 +129,12 @@ class CoLA(Method):
             f"{self.name} cannot be merged: with the non-linearity between A and B, no layer equals a dense one"
         )
 
+    @property
+    def has_hook(self) -> bool:
+        return self.decay_to == "reuse"
+
     def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook | None:
-        layers = (module for module in model.modules() if isinstance(module, Reusing))
-        return DecayToReuse(optimizer, layers) if self.decay_to == "reuse" else None
+        return DecayToReuse(optimizer, (module for module in model.modules() if isinstance(module, Reusing)))
 
     def finish(self, model: nn.Module) -> None:
         if self._drops_original:

@@ -105,7 +105,7 @@ def by_rank(group: dict[str, Any], rank: Rank | None) -> list[dict[str, Any]]:
     if rank is None or says_rank(group) or not _of_group(group):
         return [group]
     check_value("rank", rank, Rank)
-    if isinstance(rank, Mapping):
+    if isinstance(rank, Mapping | str):
         raise ValueError("rank must be a number here, because a table needs names; use lorank.optim.low_rank_groups")
     found: dict[int | None, list[Any]] = {}
     for given in _of_group(group):

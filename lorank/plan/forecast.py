@@ -88,7 +88,7 @@ class Forecast:
     @property
     def moves_between_steps(self) -> bool:
         """Whether a method does something between steps, which no figure here includes."""
-        return any("hook" in method.answers() for method in methods_of(self.recipe))
+        return any(method.has_hook for method in methods_of(self.recipe))
 
     @property
     def all_reduce_bytes(self) -> float:

@@ -144,7 +144,8 @@ def _settings(found: "Sequence[Forecast]") -> Group:
     """Where recipes differ that no other table says."""
     table = _table("method", "rank", "a step", "at a time", "precision", "optimizer")
     for name, f in zip(_names(found), found, strict=True):
-        r, rank = f.recipe, "-" if f.rank is None else "table" if isinstance(f.rank, dict) else f"{f.rank:g}"
+        r, rank = f.recipe, "-" if f.rank is None else f"{f.rank:g}" if isinstance(f.rank, int | float) else f.rank
+        rank = rank if isinstance(rank, str) else "table"
         step = f"{r.batch_size} × {r.sequence_length}"
         table.add_row(name, f.title, rank, step, str(r.micro_batch_size), r.precision, f.rule)
     return _under("Recipes, in sequences × tokens", table)
