@@ -268,7 +268,7 @@ def test_a_plain_module_with_a_list_of_blocks_converts_too(tokens: Tensor) -> No
     assert type(model) is Plain
     assert converted_with(model) == {
         "method": "cola",
-        "arguments": {"rank": 4, "nonlinearity": "both", "activation": "silu"},
+        "arguments": CoLA(rank=4).to_dict(),
         "targets": None,
         "exclude": [r"2\.fc2"],
     }
