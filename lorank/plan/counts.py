@@ -20,6 +20,7 @@ from lorank.train.methods import (
     step_flops,
 )
 from lorank.train.recipe import Recipe
+from lorank.train.shape import described
 
 OPAQUE = {"adamw-8bit": AdamW()}
 """Rules whose kernels cannot be followed, and the rule that takes the same steps: theirs have the same temporary tensors,
@@ -59,9 +60,13 @@ def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts
         tokens = recipe.batch_size * recipe.sequence_length
         return Counts(accounting.count_parameters(model), flops, tokens, held, accounting.Step(moments, moments), 0)
     batch, step = recipe.micro_batch_size or recipe.batch_size, optimizer_step(recipe, model)
+    try:
+        flops = accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length)
+    except ValueError as error:
+        raise ValueError(f"{error} (with {described(recipe.shape)})" if recipe.shape else str(error)) from error
     return Counts(
         accounting.count_parameters(model),
-        accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length),
+        flops,
         batch * recipe.sequence_length,
         memory(recipe, model, batch, devices=devices, step=step),
         step,
