@@ -188,12 +188,17 @@ def test_a_run_may_resume_from_another_folder(
     assert resume(tmp_path / "run") is not None
 
 
-def test_a_text_file_is_never_half_written(tmp_path: Path) -> None:
+def test_a_text_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
-    write_whole(path, "one")
-    with pytest.raises(UnicodeEncodeError):
-        write_whole(path, "two \ud800")  # fails after the temporary file was opened
-    assert path.read_text() == "one"
+    write_whole(path, "one \udce9")
+    with pytest.raises(OSError), monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)  # fails after the text was written
+        write_whole(path, "two")
+    assert path.read_text() == r"one \udce9", "a name that is not UTF-8 is no reason to lose a file"
+
+
+def full(*_: Any) -> None:
+    raise OSError("the disk is full")
 
 
 def test_a_checkpoint_without_some_weights_is_refused(killed: Path) -> None:
