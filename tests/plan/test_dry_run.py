@@ -9,6 +9,8 @@ from lorank.papers import formulas
 from lorank.plan.dry_run import dense_twin, plan
 from lorank.train.recipe import Recipe
 
+TINY: dict[str, Any] = {"size": "tiny", "vocab_size": 300, "sequence_length": 32}
+
 
 def test_the_published_60m_row() -> None:
     found = plan(Recipe(size="60m", vocab_size=32_000, batch_size=1))
@@ -30,12 +32,12 @@ def test_rows_add_up_to_the_blocks() -> None:
 
 
 def test_what_is_left_out_is_shown_as_dense() -> None:
-    found = plan(Recipe(vocab_size=300, exclude=["mlp"]))
+    found = plan(Recipe(**TINY, exclude=["mlp"]))
     assert [row.after == "stays dense" for row in found.rows] == [False] * 4 + [True] * 3
 
 
 def test_recomputation_is_counted_and_said() -> None:
-    whole, saving = (plan(Recipe(vocab_size=300, method=method)) for method in ("cola", "cola-m"))
+    whole, saving = (plan(Recipe(**TINY, method=method)) for method in ("cola", "cola-m"))
     assert saving.checkpoint and saving.model.flops_per_token > whole.model.flops_per_token
     assert saving.model.memory.activations_bytes < whole.model.memory.activations_bytes
     assert saving.model.parameters == whole.model.parameters
@@ -43,14 +45,13 @@ def test_recomputation_is_counted_and_said() -> None:
 
 @pytest.mark.parametrize(("batch", "micro", "expected"), [(8, None, 8), (8, 2, 2)])
 def test_activations_are_those_of_one_micro_batch(batch: int, micro: int | None, expected: int) -> None:
-    settings: dict[str, Any] = {"vocab_size": 300, "sequence_length": 32}
-    found = plan(Recipe(batch_size=batch, micro_batch_size=micro, **settings)).model.memory.activations_bytes
-    assert found == plan(Recipe(batch_size=expected, **settings)).model.memory.activations_bytes
+    found = plan(Recipe(batch_size=batch, micro_batch_size=micro, **TINY)).model.memory.activations_bytes
+    assert found == plan(Recipe(batch_size=expected, **TINY)).model.memory.activations_bytes
     assert 0 < found < math.inf
 
 
 def test_autocast_needs_no_more_activations_than_fp32() -> None:
-    fp32, bf16 = (plan(Recipe(vocab_size=300, precision=p)).model.memory for p in ("fp32", "bf16"))
+    fp32, bf16 = (plan(Recipe(**TINY, precision=p)).model.memory for p in ("fp32", "bf16"))
     assert bf16.activations_bytes <= fp32.activations_bytes
     assert bf16.weights_bytes == fp32.weights_bytes, "autocast keeps fp32 weights"
 
