@@ -34,6 +34,9 @@ def write_modelling_file(model: PreTrainedModel, folder: str | Path, autos: list
     if (
         layers is None
         or not autos
+        or any(
+            kind.__name__.startswith("Generic") for kind in base.__mro__
+        )  # their body is an AutoModel, by a type that is lorank's
         or not all(one.__module__.startswith("transformers.") for one in (base, base_config))
     ):
         config.__dict__.pop("auto_map", None)
@@ -79,7 +82,9 @@ def _import(kind: type) -> str:
 
 
 def _layers(model: nn.Module) -> dict[str, Any] | None:
-    """{name with * for the depth: [[depths, [class, arguments]], ...]}; None if a layer cannot be written."""
+    """{name with * for the depth: [[depths, [class, arguments]], ...]}; None if a layer cannot be written, as experts cannot."""
+    if any(hasattr(module, "stands_for_experts") for module in model.modules()):
+        return None
     found: dict[str, list[Any]] = {}
     for name, module in _replaced(model):
         said = _said(module)

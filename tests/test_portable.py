@@ -9,7 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import lorank
 from lorank import standalone
@@ -63,9 +70,18 @@ def test_a_process_without_lorank_computes_the_same(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def test_layers_that_cannot_be_written_are_not(tmp_path: Path) -> None:
+@pytest.mark.parametrize("case", ["sltrain", "experts", "a head that builds its body by type"])
+def test_layers_that_cannot_be_written_are_not(case: str, tmp_path: Path) -> None:
     """SLTrain merges to a dense model instead. What another method left in a configuration goes."""
-    model = converted("llama", lorank.SLTrain(rank=8))
+    if case == "sltrain":
+        model = converted("llama", lorank.SLTrain(rank=8))
+    elif case == "experts":
+        shape = {**SHAPES["llama"], "num_local_experts": 2, "num_experts_per_tok": 1}
+        model = lorank.convert(MixtralForCausalLM(MixtralConfig(**shape, vocab_size=96)), lorank.CoLA(rank=8))
+    else:
+        model = lorank.convert(
+            LlamaForSequenceClassification(LlamaConfig(**SHAPES["llama"], vocab_size=96)), lorank.CoLA(rank=8)
+        )
     model.config.auto_map = {"AutoConfig": "modeling_lorank.Old"}
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "modeling_lorank.py").exists()

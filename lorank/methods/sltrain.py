@@ -185,7 +185,8 @@ class SLTrainExperts(LowRankExperts):
 
     def weight(self) -> Tensor:
         """s B A + S, [E, d_out, d_in]."""
-        return dense_weight(self.B, self.scale * self.A, self.values, self.support)
+        dtype = autocast_dtype(self.A) or self.A.dtype
+        return dense_weight(self.B.to(dtype), self.scale * self.A.to(dtype), self.values.to(dtype), self.support)
 
     def forward(self, x: Tensor, ends: Tensor, owners: Tensor) -> Tensor:
         y = checkpoint(lambda x: grouped(x, self.weight(), ends), x, use_reentrant=False)

@@ -36,7 +36,7 @@ from torch import nn
 from lorank.fields import Count, Positive
 from lorank.method import Patterns
 from lorank.optim.driver import ByGroups
-from lorank.optim.groups import hidden_matrices
+from lorank.optim.groups import hidden_matrices, transposed
 from lorank.optim.pairs import draw, pairs
 
 
@@ -128,8 +128,10 @@ class FactorLR(ByGroups):
         base = self.base_width or width
         head = getattr(model, "get_output_embeddings", lambda: None)()
         found = {p: base / width for p in ([] if head is None else head.parameters()) if p.ndim > 1}
+        turned = transposed(model)
         for p in hidden_matrices(model):
-            found[p] = muon_multiplier(*p.shape[-2:], 1, base) if muon else base / width  # type: ignore[call-arg]
+            m, n = p.shape[:-3:-1] if p in turned else p.shape[-2:]
+            found[p] = muon_multiplier(m, n, 1, base) if muon else base / width
         for pair in pairs(model):
             for W in (pair.A, pair.B):
                 m, n = W.shape[-2:]

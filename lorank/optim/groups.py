@@ -1,10 +1,11 @@
 """Parameter groups of a language model: what decays, what is a hidden matrix, and what is projected at which rank."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from lorank.fields import Rank, check_value
 from lorank.method import Patterns, check_table, rank_at, rank_within
@@ -36,6 +37,34 @@ def hidden_matrices(model: nn.Module, *, experts: bool = True) -> set[nn.Paramet
     outside, biases = _outside(model), {p for name, p in model.named_parameters() if name.endswith("bias")}
     matrices = {p for p in model.parameters() if p.ndim == 2} - outside - biases
     return matrices | (expert_stacks(model).keys() if experts else set())
+
+
+def transposed(model: nn.Module) -> set[nn.Parameter]:
+    """Weights that are kept as [d_in, d_out]: GPT-2's, and experts' of some architectures."""
+    layers = {module.weight for module in model.modules() if isinstance(module, Conv1D)}
+    kinds = [
+        m for m in model.modules() if getattr(m, "is_transposed", False) or type(m).__name__ == "Llama4TextExperts"
+    ]
+    return layers | {p for module in kinds for p in module.parameters(recurse=False) if p.ndim == 3}
+
+
+def with_lengths(
+    model: nn.Module, groups: Sequence[dict[str, Any]], length: Callable[[int, int], float]
+) -> list[dict[str, Any]]:
+    """The groups, those of matrices split so that an update has the length of d_out and d_in where a weight is kept transposed.
+
+    Such a group has an ``lr_multiplier``, by which its weight decay is divided: a step takes as much of all weights.
+    """
+    turned, found = transposed(model), []
+    for group in groups:
+        by_times: dict[float, list[nn.Parameter]] = {}
+        for p in group["params"]:
+            m, n = p.shape[-2:] if p in turned else (1, 1)
+            by_times.setdefault(length(n, m) / length(m, n), []).append(p)
+        for times, some in by_times.items():
+            scaled = {} if times == 1 else {"lr_multiplier": times, "weight_decay": group["weight_decay"] / times}
+            found.append({**group, "params": some, **scaled})
+    return found
 
 
 def _outside(model: nn.Module) -> set[nn.Parameter]:

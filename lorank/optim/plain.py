@@ -9,8 +9,8 @@ from torch import nn
 from lorank.fields import Bounds, NonNegative
 from lorank.method import Patterns
 from lorank.optim.driver import ByGroups
-from lorank.optim.groups import hidden_matrices
-from lorank.optim.rules import Scale
+from lorank.optim.groups import hidden_matrices, with_lengths
+from lorank.optim.rules import SCALES, Scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,8 @@ class Muon(ByGroups):
         for group in groups:
             for rule, wanted in (("muon", True), ("adamw", False)):
                 if some := [p for p in group["params"] if (p in hidden) == wanted]:
-                    found.append({**group, "params": some, "rule": rule})
+                    made = [{**group, "params": some, "rule": rule}]
+                    found += with_lengths(model, made, SCALES[self.scaling]) if wanted else made
         return found
 
 

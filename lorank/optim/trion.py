@@ -27,12 +27,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lorank.fields import Fraction, NonNegative, Positive
-from lorank.method import Published
+from lorank.method import Patterns, Published
 from lorank.optim.dct import Transform, back, columns, select, transform, transform_flops, vectors
 from lorank.optim.driver import LowRankOptimizer, Projected
+from lorank.optim.groups import with_lengths
 from lorank.optim.rules import SCALES, Scale, newton_schulz_flops
 from lorank.optim.stacks import Product, Stack, as_stack
 
@@ -94,6 +95,16 @@ class Trion(Projected):
     ) -> LowRankOptimizer:
         """As every method's; betas and eps are those of AdamW, for the groups without rank."""
         return super().optimizer(groups, lr=lr, betas=betas, eps=eps)
+
+    def parameter_groups(
+        self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns
+    ) -> list[dict[str, Any]]:
+        made = super().parameter_groups(model, groups, targets, exclude)
+        return [
+            one
+            for group in made
+            for one in ([group] if group["rank"] is None else with_lengths(model, [group], SCALES[self.scale]))
+        ]
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         own = {"lr": self.adamw_lr} if group.get("rank") is None and self.adamw_lr is not None else {}

@@ -91,6 +91,11 @@ class Forecast:
         return any(method.has_hook for method in methods_of(self.recipe))
 
     @property
+    def starts_dense(self) -> bool:
+        """Whether the first steps train more weights than the later ones, as which all are counted."""
+        return bool(getattr(methods_of(self.recipe).method, "warm_start", 0))
+
+    @property
     def all_reduce_bytes(self) -> float:
         """Sent by each device in a step of data-parallel training."""
         return accounting.all_reduce_bytes(self.counts.memory.gradients_bytes, self.fleet.devices)

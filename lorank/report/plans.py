@@ -274,6 +274,10 @@ def _assumptions(found: "Sequence[Forecast]") -> list[str]:
         )
     if moving := list(dict.fromkeys(f.title for f in found if f.moves_between_steps)):
         lines.append(f"Not counted: what happens between the steps of {', '.join(moving)}.")
+    if starting := list(dict.fromkeys(f.title for f in found if f.starts_dense)):
+        lines.append(
+            f"Every step of {', '.join(starting)} is counted as one of its warm start, in which all weights are trained."
+        )
     if fleet.devices > 1:
         lines.append(f"Sent per step: 2 (p - 1) / p of the gradients' bytes, p = {fleet.devices} devices in a ring.")
     lines += [

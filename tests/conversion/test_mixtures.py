@@ -166,6 +166,17 @@ def test_parameters_of_experts_are_counted_and_saved(method: str, tmp_path: Path
     assert all(torch.equal(loaded.state_dict()[name], value) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("method", ["low-rank", "cola", "sltrain"])
+def test_experts_compute_under_autocast(method: str, tmp_path: Path) -> None:
+    model, tokens = convert(mixture("mixtral", tmp_path), with_rank(method)).train(), torch.arange(24).view(2, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    expected = model(tokens, labels=tokens).loss
+    torch.testing.assert_close(loss.float(), expected, rtol=2e-2, atol=2e-2)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.model.layers[0].mlp.experts.parameters())
+
+
 def test_one_projection_of_the_experts_can_be_chosen(tmp_path: Path) -> None:
     model = convert(mixture("mixtral", tmp_path), LowRank(rank=6), targets=r"experts\.up_proj")
     found = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LowRankExperts)}

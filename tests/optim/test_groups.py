@@ -3,10 +3,13 @@
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import lorank
+from lorank import FactorLR, GaLore, Muon, Trion
 from lorank.optim import low_rank_groups
 from lorank.optim.adamw import VectorAdamW
 
@@ -67,3 +70,47 @@ def test_a_structure_with_its_own_optimizer_may_be_named() -> None:
     model = lorank.convert(llama(), lorank.SwitchLoRA(rank=2))
     named, unnamed = (lorank.optimizer(model, method, lr=1e-3) for method in ("switchlora", None))
     assert type(named) is type(unnamed) is VectorAdamW
+
+
+# ---- weights that are kept transposed
+
+
+class Blocks(nn.Module):
+    """One layer [16 -> 64] in a block, as nn.Linear or as GPT-2's Conv1D, with the same weights."""
+
+    def __init__(self, transposed: bool):
+        super().__init__()
+        layer: Any = Conv1D(64, 16) if transposed else nn.Linear(16, 64)
+        self.h = nn.ModuleList([nn.ModuleDict({"fc": layer})])
+        W = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+        self.weight: nn.Parameter = layer.weight
+        self.weight.data.copy_(W.T if transposed else W)
+
+
+@pytest.mark.parametrize(
+    "method", [Trion(rank=4), Muon(scaling="dion"), Muon(scaling="kj"), Muon(), GaLore(rank=4)], ids=str
+)
+def test_a_transposed_weight_moves_as_the_map_that_it_is(method: Any) -> None:
+    moved = []
+    for turned in (False, True):
+        model = Blocks(turned)
+        optimizer = lorank.optimizer(model, method, lr=0.1, weight_decay=0.1)
+        for step in range(3):
+            G = torch.randn(64, 16, generator=torch.Generator().manual_seed(step + 1))
+            model.weight.grad = G.T.clone() if turned else G
+            optimizer.step()
+        moved.append(model.weight.detach().T if turned else model.weight.detach())
+    torch.testing.assert_close(*moved, rtol=2e-2, atol=2e-3)  # Newton-Schulz in bfloat16
+
+
+def test_structure_aware_rates_know_transposed_weights() -> None:
+    found = [
+        FactorLR(rule="muon", base_width=8).multipliers(model)[model.weight] for model in map(with_width, (False, True))
+    ]
+    assert found[0] == found[1]
+
+
+def with_width(transposed: bool) -> Any:
+    model: Any = Blocks(transposed)
+    model.get_input_embeddings = lambda: nn.Embedding(4, 16)
+    return model
