@@ -2,7 +2,8 @@
 
 transformers reads a name such as "owner/kernel" as a repository of the hub. Where the package `kernels` is installed it downloads
 that repository and runs what is in it, and it does the same for its own names "flash_attention_2", "sonicmoe" and the like if
-their package is missing. A configuration comes from somebody else, so it may name only what is installed already.
+their package is missing. A configuration comes from somebody else, so it may name only what is installed already. One of transformers'
+own names without its package is forgotten: the model runs with what there is.
 """
 
 from collections.abc import Iterator, Mapping
@@ -40,6 +41,24 @@ def check_kernels(settings: Mapping[str, Any], where: str) -> None:
                 f"{path} in {where} must be one of {', '.join(known)}, got {value!r}, which is no part of the installed "
                 "packages; lorank downloads no code"
             )
+
+
+def without_missing(settings: Any) -> Any:
+    """A copy of settings without the names of transformers' own code whose package is missing: what remains of another machine."""
+    if not isinstance(settings, Mapping):
+        return [without_missing(one) for one in settings] if isinstance(settings, list | tuple) else settings
+    return {
+        name: _installed(KEYS[name], value) if name in KEYS else without_missing(value)
+        for name, value in settings.items()
+    }
+
+
+def _installed(key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {part: _installed(key, name) for part, name in value.items()}
+    own = ALL_EXPERTS_FUNCTIONS if key == "experts_implementation" else ALL_ATTENTION_FUNCTIONS
+    missing = "/" not in str(value) and value in own.valid_keys() and value not in implementations(key)
+    return None if missing else value
 
 
 def implementations(key: str) -> list[str]:

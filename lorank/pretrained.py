@@ -21,7 +21,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 
 from lorank.auto import PREFIX
 from lorank.checkpointing import POLICIES, checkpoint, has_tapes, policy_is_on
-from lorank.kernels import check_kernels
+from lorank.kernels import check_kernels, without_missing
 from lorank.portable import write_modelling_file
 from lorank.rewriting import rewrite
 from lorank.sites import base_prefix, choose_sites, sites_of, wanted_sites
@@ -46,7 +46,7 @@ def config_class(base_type: str) -> type[PretrainedConfig]:
 
     def from_dict(cls: Any, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers', but a file that names code to download is refused."""
-        check_kernels(config_dict, "this config.json")
+        check_kernels(config_dict := without_missing(config_dict), "this config.json")
         return base.from_dict.__func__(cls, config_dict, **kwargs)  # type: ignore[attr-defined]
 
     derived = _derive(base, {"model_type": PREFIX + base_type, "from_dict": classmethod(from_dict)})

@@ -1,9 +1,12 @@
 """The hub of models and data sets, which is asked only if there is a network."""
 
 import contextlib
+import json
 import os
 import socket
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import datasets
@@ -11,7 +14,8 @@ from huggingface_hub import constants
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from lorank.kernels import check_kernels
+from lorank.kernels import check_kernels, without_missing
+from lorank.train.entries import as_classes_take
 
 PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
@@ -52,7 +56,8 @@ def own_code(place: str) -> ForeignCode:
 
 
 def read_config(place: str) -> PretrainedConfig:
-    """The configuration in a folder, a file or on the hub. Code next to it is never run, and nobody is asked whether it may.
+    """The configuration in a folder, a file or on the hub, its entries as their class takes them. Code next to it is never run, and
+    nobody is asked whether it may.
 
     Raises:
         ForeignCode: transformers has no class for it, or it names code that would be downloaded.
@@ -62,8 +67,15 @@ def read_config(place: str) -> PretrainedConfig:
         found, _ = PretrainedConfig.get_config_dict(place)
         if found.get("auto_map") and found.get("model_type") not in CONFIG_MAPPING:
             raise own_code(place)
+        wanted = as_classes_take(without_missing(found))
         try:
-            check_kernels(found, f"the configuration of {place}")
+            check_kernels(wanted, f"the configuration of {place}")
         except ValueError as error:
             raise ForeignCode(str(error)) from None
-        return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        if json.dumps(wanted) == json.dumps(found):
+            return AutoConfig.from_pretrained(place, trust_remote_code=False)
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "config.json").write_text(json.dumps(wanted), encoding="utf-8")
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config.name_or_path = place
+        return config

@@ -110,7 +110,7 @@ def load_model(
                 raise own_code(folder)
             if looks_local:
                 _check_weights(path, config)
-            model = kind.from_pretrained(place, trust_remote_code=False, use_safetensors=True)
+            model = kind.from_pretrained(place, config=config, trust_remote_code=False, use_safetensors=True)
     except (_Unfit, ForeignCode):
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError, pickle.UnpicklingError) as error:

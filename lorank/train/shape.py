@@ -13,6 +13,7 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
+from lorank.train.entries import as_number, set_rotary
 from lorank.train.vocabulary import SIZES, TOKENS
 
 RETURNED = ("output_attentions", "output_hidden_states", "return_dict")
@@ -51,6 +52,8 @@ def set_shape(config: PretrainedConfig, shape: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"shape.{name} cannot be changed, because it is no part of a model's shape, got {value!r}{instead}"
             )
+        if set_rotary(config, name, value):
+            continue
         if name.startswith("_") or not (
             name in known or name in config.attribute_map or hasattr(getattr(type(config), name, None), "fset")
         ):
@@ -58,7 +61,7 @@ def set_shape(config: PretrainedConfig, shape: Mapping[str, Any]) -> None:
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"shape: a configuration of type {config.model_type!r} has no entry {name!r}{hint}")
         try:
-            setattr(config, name, value)
+            setattr(config, name, as_number(type(config), name, value))
         except Exception as error:  # configuration classes check their fields, each in its way
             raise ValueError(f"shape.{name} cannot be {value!r}: {last_line(error)}") from None
     if shape:

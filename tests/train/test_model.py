@@ -184,3 +184,39 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
         check_causal(model.train())
     assert model.training
     check_causal(BertLMHeadModel(BertConfig(**shape, is_decoder=True)))
+
+
+def test_an_integer_is_a_number_too(tmp_path: Path) -> None:
+    entries = {"router_aux_loss_coef": 0, "initializer_range": 0, "rms_norm_eps": 1}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mixtral", **entries}))
+    by_file = build_config(Recipe(model=str(tmp_path)))
+    for config in (by_file, build_config(Recipe(model="mixtral", shape=entries))):
+        for name, value in entries.items():
+            assert getattr(config, name) == value and isinstance(getattr(config, name), float)
+    with pytest.raises(ValueError, match="shape.router_aux_loss_coef cannot be True"):
+        build_config(Recipe(model="mixtral", shape={"router_aux_loss_coef": True}))
+
+
+def test_what_a_class_computes_is_a_leftover(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "use_return_dict": False}))
+    assert build_config(Recipe(model=str(tmp_path))).return_dict is True
+
+
+def test_entries_of_rotary_positions_keep_the_others() -> None:
+    def table(model: str, **shape: Any) -> Any:
+        return build_config(Recipe(model=model, shape=shape)).rope_parameters
+
+    assert table("llama", rope_theta=500000) == {"rope_type": "default", "rope_theta": 500000.0}
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 500000.0}
+    assert table("llama", rope_theta=500000, rope_scaling={"rope_type": "linear", "factor": 2}) == scaled
+    assert table("llama", rope_scaling={"rope_type": "linear", "factor": 2}, rope_theta=500000) == scaled
+    half = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    assert table("gpt_neox", rotary_pct=0.5) == table("gpt_neox", partial_rotary_factor=0.5) == half
+    with pytest.raises(ValueError, match="^shape.rope_theta must be a positive number, got 'high'$"):
+        table("llama", rope_theta="high")
+    with pytest.raises(
+        ValueError, match="^shape.rope_theta has one value for .* set shape.rope_parameters, which is {"
+    ):
+        table("gemma3_text", rope_theta=500000)
+    with pytest.raises(ValueError, match="has no entry 'rope_theta'"):
+        table("gpt2", rope_theta=500000)

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaFor
 from transformers.integrations import hub_kernels
 
 import lorank
-from lorank.kernels import check_kernels
+from lorank.kernels import check_kernels, implementations
 from lorank.train.data import byte_tokenizer
 from lorank.train.generation import generate_text
 from lorank.train.model import build_config, build_model
@@ -154,3 +154,17 @@ def test_an_adapter_is_refused(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "evil/model"}))
     with pytest.raises(ValueError, match="must have all weights of its model, got an adapter"):
         load_model(str(tmp_path))
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_code_of_another_machine_is_forgotten(tmp_path: Path, converted: bool) -> None:
+    missing = {"flash_attention_2", "flash_attention_3"} - {*implementations("attn_implementation")}
+    saved(tmp_path, (lambda model: lorank.convert(model, lorank.CoLA(rank=4))) if converted else lambda model: None)
+    edit(tmp_path / "config.json", _attn_implementation=min(missing, default=None), _experts_implementation="sonicmoe")
+    model, tokenizer = load_model(str(tmp_path))
+    assert model.config._attn_implementation in ("sdpa", "eager")
+    assert generate_text(model, tokenizer, "abc", max_new_tokens=1, seed=0).startswith("abc")
+    if not converted:
+        assert build_config(Recipe(model=str(tmp_path)))._attn_implementation is None
+    if converted:
+        assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is type(model)
