@@ -124,10 +124,9 @@ def _settings(
     **flags: Any,
 ) -> Any:
     """What `lorank compare` was asked for."""
-    import yaml
-
     from lorank.comparison.settings import ComparisonSettings, parse_values
     from lorank.train.recipe import recipe_path
+    from lorank.train.yamls import load
 
     base = recipe_of(recipe, flags, own=OWN)
     if not all(re.fullmatch(r"\s*[0-9]+\s*", seed) for seed in seeds.split(",")):
@@ -135,7 +134,7 @@ def _settings(
     settings: dict[str, list[Any]] = {}
     for name, values in map(parse_values, sweep):
         settings.setdefault(name, []).extend(values)
-    rate_given = "lr" in changes_of(flags) or (recipe and "lr" in yaml.safe_load(recipe_path(recipe).read_text()))
+    rate_given = "lr" in changes_of(flags) or (recipe and "lr" in load(recipe_path(recipe).read_text()))
     each: dict[str, dict[str, list[Any]]] = {}
     for contestant, text in own:
         name, values = parse_values(text)

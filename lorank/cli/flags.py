@@ -1,7 +1,6 @@
 """Flags made from the fields of `Recipe`: one source of names, types and help."""
 
 import dataclasses
-import re
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
@@ -11,6 +10,7 @@ import yaml
 
 from lorank.fields import alternatives_of, field_types
 from lorank.train.recipe import Recipe, settings_with
+from lorank.train.yamls import load
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 SEED = click.IntRange(min=0, max=2**32 - 1)
@@ -21,15 +21,6 @@ SHORTHAND = "options"
 # ---- values
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as it is since YAML 1.2."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def value_of(text: str) -> Any:
     """A value as YAML.
 
@@ -37,7 +28,7 @@ def value_of(text: str) -> Any:
     (0.001, [0.9, 0.95], 'low-rank', None)
     """
     try:
-        return yaml.load(text, _Loader)
+        return load(text)
     except yaml.YAMLError:
         raise ValueError(f"a value must be valid YAML, got {text!r}") from None
 

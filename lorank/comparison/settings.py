@@ -11,6 +11,7 @@ import yaml
 
 from lorank.comparison.matching import Match
 from lorank.train.recipe import Recipe, settings_with
+from lorank.train.yamls import load
 
 MATCHES = ("tokens", "flops", "time", "params", "memory")
 STRUCTURAL = ("params", "memory")
@@ -109,7 +110,7 @@ def parse_values(text: str) -> tuple[str, list[Any]]:
 
 def _value(text: str) -> Any:
     try:
-        value = yaml.safe_load(text)
+        value = load(text)
         return float(value) if isinstance(value, str) else value  # YAML's floats need a dot, 1e-3 has none
     except yaml.YAMLError:
         raise ValueError(f"a value must be a number or a word, got {text!r}") from None

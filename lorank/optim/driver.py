@@ -148,7 +148,7 @@ class LowRankOptimizer(Arriving):
             check_alone()
         self._watched: set[nn.Parameter] = set()
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": None, "rule": None}
-        super().__init__(params, {**defaults, **({"maximize": True} if maximize else {})})
+        super().__init__(params, {**defaults, **({"maximize": maximize} if maximize else {})})
         if rank is not None and not self._projected():
             raise ValueError(
                 f"{method.name} must have a matrix to project, got none; give it groups with a rank, as "
@@ -176,6 +176,10 @@ class LowRankOptimizer(Arriving):
     def _check_group(self, group: dict[str, Any]) -> None:
         group.update(self.method.settings(group))  # what another rule needs, if somebody has changed it
         check_value("rank", group["rank"], Count | None)
+        if group["rank"] is not None and type(self.method).move is ByGroups.move:
+            raise ValueError(
+                f"{self.method.name} projects nothing; leave rank out of its groups, got {group['rank']!r}"
+            )
         check_value("maximize", group.get("maximize", False), bool)
         check_value("betas", group["betas"], tuple[float, float])
         rule, types = self.method.rules[group["rule"]], field_types(type(self.method))  # type: ignore[arg-type]

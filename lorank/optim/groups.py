@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorank.fields import Rank, check_value
-from lorank.method import Patterns, check_table, rank_at, rank_within
-from lorank.sites import choose_sites, expert_stacks, linear_layers
+from lorank.method import Patterns, Site, check_table, rank_at, rank_within
+from lorank.sites import blocks, choose_sites, expert_stacks, linear_layers, other_matrices
 
 Decay = Literal["matrices", "all"]
 
@@ -89,6 +89,8 @@ def ranks(
     if not (layers := linear_layers(model)):
         raise ValueError("the model's blocks have no linear layer whose gradient could be projected; use adamw or muon")
     stacks = expert_stacks(model) if experts else {}
+    if experts and targets is None and exclude is None:
+        _warn_of_others(model, stacks)
     by_name = {site.name: p for p, site in stacks.items()}
     chosen = choose_sites([*layers, *stacks.values()], targets, exclude)
     check_table(rank, chosen)
@@ -98,6 +100,19 @@ def ranks(
         if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
             found[parameter] = min(rank_at(rank, site), site.d_in, site.d_out)
     return found
+
+
+def _warn_of_others(model: nn.Module, stacks: Mapping[nn.Parameter, Site]) -> None:
+    """A UserWarning if matrices of the blocks that no linear layer applies, and are no known experts, are left to AdamW."""
+    size = lambda parts: sum(p.numel() for p in parts if p not in stacks)  # noqa: E731
+    found = {role: size(parts.values()) for role, parts in other_matrices(model).items()}
+    share = sum(found.values()) / max(1, sum(p.numel() for _, _, block in blocks(model) for p in block.parameters()))
+    if share > 0.02:
+        roles = ", ".join(role for role, numbers in found.items() if numbers)
+        warnings.warn(
+            f"AdamW moves {share:.1%} of the blocks' parameters, in matrices that no linear layer applies: {roles}",
+            stacklevel=4,
+        )
 
 
 def split(groups: Iterable[dict[str, Any]], ranks: dict[nn.Parameter, int]) -> list[dict[str, Any]]:

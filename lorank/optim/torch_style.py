@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from lorank.fields import Rank, check_value, unknown
+from lorank.fields import Count, Rank, check_value, unknown
 from lorank.optim.dct_adamw import DCTAdamW as DCTAdamWMethod
 from lorank.optim.driver import ByGroups, LowRankOptimizer
 from lorank.optim.fira import Fira
@@ -132,6 +132,8 @@ class MuonAdamW(TorchStyle):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = dict(param_group)
-        if group.pop("rank", None) is not None or "momentum" in group:
+        rank = group.pop("rank", None)
+        check_value("rank", rank, Count | None)
+        if rank is not None or "momentum" in group:
             group.setdefault("rule", "muon")
         super().add_param_group(group)

@@ -2,9 +2,11 @@
 
 import copy
 import dataclasses
+import logging
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +29,8 @@ from lorank.train.recipe import Recipe
 from lorank.train.shape import described, reason_of, repeat_lists, reset_leftovers, set_shape
 from lorank.train.vocabulary import set_vocabulary
 from lorank.trial import check_quantization
+
+logger = logging.getLogger(__name__)
 
 INTEGERS = {
     "weight_decay": 0.0,
@@ -170,9 +174,8 @@ def _dense_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Initializing zero-element")  # refused below
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=recipe.attention
-            )
+            make = partial(AutoModelForCausalLM.from_config, config, dtype=dtype)
+            model: PreTrainedModel = _with_attention(make, recipe.attention)
         _check_not_empty(model)
         return model
     except Exception as error:  # whatever the modelling code raises for a shape that makes no sense
@@ -185,6 +188,17 @@ def _dense_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:
         raise ValueError(
             f"no causal language model of type {config.model_type!r} can be built{given}: {reason}"
         ) from None
+
+
+def _with_attention(make: Callable[..., PreTrainedModel], attention: str) -> PreTrainedModel:
+    """The model; where transformers has no "sdpa" for its type, which is the default, with "eager"."""
+    try:
+        return make(attn_implementation=attention)
+    except ValueError as error:
+        if attention != "sdpa" or "does not support" not in str(error) or "scaled_dot_product" not in str(error):
+            raise
+        logger.info("transformers has no sdpa attention for this type of model; it gets its own, eager")
+        return make(attn_implementation="eager")
 
 
 def _check_not_empty(model: PreTrainedModel) -> None:

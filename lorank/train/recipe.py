@@ -25,6 +25,7 @@ from lorank.fields import (
     field_types,
 )
 from lorank.table import METHODS, names_joined
+from lorank.train.yamls import load
 
 Seed = Annotated[int, Bounds(least=0, below=2**32)]
 KEYS = ("method", "optimizer", "gradient")
@@ -89,7 +90,7 @@ class Recipe:
         None, "What blocks keep for the backward pass. Default: bottlenecks for cola-m, else none.", everyday=True
     )
     checkpoint_every: Count = _setting(1, "Checkpoint each n-th block only.")
-    attention: str = _setting("sdpa", "Attention implementation of transformers.")
+    attention: str = _setting("sdpa", "Attention implementation of transformers; eager for models without sdpa.")
     precision: Literal["fp32", "bf16", "bf16-pure"] = _setting(
         "fp32",
         "bf16: fp32 weights under autocast; bf16-pure: weights, gradients and moments in bf16 (as in the papers).",
@@ -229,7 +230,7 @@ class Recipe:
             ValueError: there is no such file, it is not valid YAML, or its settings are wrong; the message names it.
         """
         try:
-            settings = yaml.safe_load(recipe_path(path).read_text(encoding="utf-8"))
+            settings = load(recipe_path(path).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise ValueError(
                 f"recipe {path} does not exist; name a YAML file or one of {', '.join(recipe_names())}"
@@ -286,7 +287,7 @@ def published_lr(method: str, size: str) -> float | None:
     """The learning rate that the recipe of a method at a size names; None if there is no recipe, or it leaves the rate
     open because no source is known for it."""
     path = recipe_file(method, size)
-    found = yaml.safe_load(path.read_text(encoding="utf-8")).get("lr") if path.is_file() else None
+    found = load(path.read_text(encoding="utf-8")).get("lr") if path.is_file() else None
     return None if found is None else float(found)
 
 

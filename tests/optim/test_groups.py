@@ -114,3 +114,11 @@ def with_width(transposed: bool) -> Any:
     model: Any = Blocks(transposed)
     model.get_input_embeddings = lambda: nn.Embedding(4, 16)
     return model
+
+
+def test_matrices_that_nobody_knows_are_reported() -> None:
+    model: Any = Blocks(False)
+    model.h[0].flat = nn.Parameter(torch.randn(40, 16))  # as DBRX keeps its experts
+    with pytest.warns(UserWarning, match=r"AdamW moves 37.0% of the blocks' parameters, .*: h.\*.flat"):
+        lorank.optimizer(model, GaLore(rank=4), lr=0.1)
+    lorank.optimizer(model, GaLore(rank=4, expert_matrices=False), lr=0.1)

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import Trainer
 
 import lorank
-from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, MuonAdamW, Trion, low_rank_groups
+from lorank import Muon
+from lorank.optim import DCTAdamW, FiraAdamW, GaLoreAdamW, MuonAdamW, Trion, VectorAdamW, low_rank_groups
 from tests.conftest import ARCHITECTURES
 from tests.optim.conftest import groups, matrices, net, run, train
 
@@ -90,6 +91,18 @@ def test_muon_takes_the_groups_that_name_it_or_all_matrices() -> None:
     optimizer = MuonAdamW(mine, lr=0.1)
     assert rules(optimizer) == [("muon", 1), ("adamw", 1)] and optimizer.param_groups[0]["momentum"] == 0.9
     assert all(loss < 10 for loss in train(model, optimizer, range(2)))
+
+
+@pytest.mark.parametrize("rank", ["x", 1.5, True, [4], 0])
+def test_what_is_no_rank_does_not_choose_muon(rank: Any) -> None:
+    with pytest.raises(ValueError, match="rank must be a positive integer or None"):
+        MuonAdamW([{"params": matrices((12, 20)), "rank": rank}])
+
+
+def test_what_projects_nothing_has_no_rank() -> None:
+    for make in (lambda groups: VectorAdamW(groups), lambda groups: Muon().optimizer(groups, lr=0.1)):
+        with pytest.raises(ValueError, match="projects nothing; leave rank out of its groups, got 4"):
+            make([{"params": matrices((12, 20)), "rank": 4}])
 
 
 def test_transformers_makes_it_from_class_and_arguments(tmp_path: Any) -> None:

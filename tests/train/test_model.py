@@ -114,10 +114,10 @@ def test_a_senseless_configuration_is_one_sentence(shape: dict[str, Any], words:
 
 def test_attention_that_a_model_lacks_is_refused() -> None:
     """transformers' own sentence names a speech model and an argument that we do not have."""
-    for attention in ("sdpa", "flex_attention"):
-        with pytest.raises(ValueError, match=f"no attention={attention} for it; use attention=eager$"):
-            build(model="gptj", method="dense", attention=attention)
-    assert build(model="gptj", method="dense", attention="eager").config.model_type == "gptj"
+    with pytest.raises(ValueError, match="no attention=flex_attention for it; use attention=eager$"):
+        build(model="gptj", method="dense", attention="flex_attention")
+    for attention in ("sdpa", "eager"):  # the first is the default, and means: where there is one
+        assert build(model="gptj", method="dense", attention=attention).config._attn_implementation == "eager"
 
 
 def test_precision_decides_the_type_of_the_weights() -> None:
