@@ -129,10 +129,11 @@ def test_a_refused_group_leaves_the_others_alone(method: Method) -> None:
         with pytest.raises(ValueError, match=words):
             made.add_param_group({"params": [matrix()], **settings})
     vector = nn.Parameter(torch.ones(3))
-    for settings, words in (({"rank": 2}, "group without rank"), ({"rule": "muon"}, "another rule than 'muon'")):
-        with pytest.raises(
-            ValueError, match=rf"shape \(3,\) is neither a matrix nor a stack of matrices; put it in a .*{words}"
-        ):
+    for settings, words in (
+        ({"rank": 2}, "group without rank|leave rank out"),
+        ({"rule": "muon"}, "another rule than 'muon'"),
+    ):
+        with pytest.raises(ValueError, match=words):
             made.add_param_group({"params": [vector], **settings})
     assert len(made.param_groups) == 2
     train(model, made, range(1))
