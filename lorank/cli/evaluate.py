@@ -11,7 +11,13 @@ from lorank.cli.flags import SETTINGS, of_saved_model
 @click.command(context_settings=SETTINGS)
 @click.argument("model")
 @click.option("--data", default="embedded", help="As in pretrain. Of embedded and hub data, the held-out part is used.")
-@click.option("--sequence-length", type=click.IntRange(min=2), default=256, help="Tokens per sequence.")
+@click.option(
+    "--sequence-length",
+    type=click.IntRange(min=2),
+    default=None,
+    help="Tokens per sequence.",
+    show_default="256, or the model's positions if they are fewer",
+)
 @click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain.")
 @click.option("--text-column", default="text", help="As in pretrain.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Sequences per batch.")

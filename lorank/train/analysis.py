@@ -17,7 +17,7 @@ from lorank.method import Site
 from lorank.rewriting import converted_with
 from lorank.sites import base_prefix, find_sites, weight_reader
 from lorank.train.data import collate
-from lorank.train.evaluation import text_for
+from lorank.train.evaluation import text_for, usual_length
 from lorank.train.folder import absolute, write_whole
 from lorank.train.methods import methods_of, written_out
 from lorank.train.model import empty_model
@@ -30,7 +30,7 @@ def analyze_folder(
     out: Path,
     *,
     data: str = "embedded",
-    sequence_length: int = 256,
+    sequence_length: int | None = None,
     documents: Literal["packed", "padded"] = "packed",
     text_column: str = "text",
     batch_size: int = 16,
@@ -49,6 +49,7 @@ def analyze_folder(
     gradients are those of predicting the masked tokens; or a body without a head, which has no loss and so no gradients.
 
     Args:
+        sequence_length: as `evaluate_folder`'s.
         memory: GiB for sums over activations; default: half of what is free.
         tokenizer: another than the model's own.
 
@@ -72,6 +73,7 @@ def analyze_folder(
     say("loading the model and the text")
     form: dict[str, Any] = {"documents": documents, "text_column": text_column, "seed": seed}
     loaded, words = load_model(model, tokenizer=tokenizer, of_any_kind=True)
+    sequence_length = sequence_length or usual_length(loaded)
     if words.eos_token_id is None and words.sep_token is not None:
         words.eos_token = words.sep_token  # ends a text for BERT and its kin
     batches, _ = text_for(

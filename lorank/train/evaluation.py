@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lorank.loss import next_token_loss, predicted_tokens
+from lorank.pretrained import positions_of
 from lorank.train.data import collate, load_evaluation
 from lorank.train.model import check_causal, check_positions
 from lorank.train.saved import load_model
@@ -110,7 +111,7 @@ def evaluate_folder(
     model: str,
     *,
     data: str = "embedded",
-    sequence_length: int = 256,
+    sequence_length: int | None = None,
     documents: Literal["packed", "padded"] = "packed",
     text_column: str = "text",
     batch_size: int = 16,
@@ -120,7 +121,8 @@ def evaluate_folder(
 ) -> Evaluation:
     """`evaluate` for a saved model (run folder, model folder or hub name) on any source of text that training accepts.
 
-    `seed` decides which text is held out: give the run's. `tokenizer` replaces the model's own.
+    `seed` decides which text is held out: give the run's. `tokenizer` replaces the model's own. Sequences have by default 256
+    tokens, or as many as the model has positions, if those are fewer.
 
     Raises:
         ValueError: there is no model or no text; the model sees the tokens it predicts, or has weights that are not finite;
@@ -132,7 +134,7 @@ def evaluate_folder(
         loaded,
         own,
         data=data,
-        sequence_length=sequence_length,
+        sequence_length=sequence_length or usual_length(loaded),
         documents=documents,
         text_column=text_column,
         batch_size=batch_size,
@@ -140,6 +142,11 @@ def evaluate_folder(
         seed=seed,
     )
     return evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)
+
+
+def usual_length(model: nn.Module) -> int:
+    """Tokens per sequence where nobody says how many: 256, or the model's positions if they are fewer."""
+    return min(256, positions_of(model) or 256)
 
 
 def text_for(

@@ -20,6 +20,7 @@ from lorank.analysis import analyze
 from lorank.methods.cola import CoLALinear
 from lorank.train import analysis, run
 from lorank.train.analysis import analyze_folder
+from lorank.train.evaluation import evaluate_folder
 from lorank.train.methods import methods_of, title_of
 from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
@@ -225,3 +226,13 @@ def test_the_command_prints_a_table_and_names_the_recipe(
     _, said, _ = in_this_process("analyze", saved / "dense", *flags)
     assert "gate_proj" in said and "lorank pretrain runs/analyze-dense/suggested.yaml" in said and "block 1" in said
     assert (tmp_path / "runs/analyze-dense/analysis.html").read_text().startswith("<!doctype html>")
+
+
+def test_text_is_as_long_as_the_model_can_read(saved: Path, tmp_path: Path) -> None:
+    given = {"data": str(saved / "fox.txt")}
+    results = analyze_folder(str(saved / "dense"), tmp_path, tokens=100, gradient_batches=0, **given)
+    assert results["sequence_length"] == 64  # its positions
+    found, wanted = (
+        evaluate_folder(str(saved / "dense"), max_tokens=100, **given, **more) for more in ({}, {"sequence_length": 64})
+    )
+    assert found == wanted

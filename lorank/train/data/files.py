@@ -30,7 +30,7 @@ from datasets import Dataset
 from lorank.train.data.reading import BUFFER, SUFFIXES, Tally, blocks, kind_of
 
 logger = logging.getLogger(__name__)
-VERSION = 2  # part of every cache key; raise it when the same file must give other documents
+VERSION = 3  # part of every cache key; raise it when the same file must give other documents
 GROUP = 256 << 20  # bytes of files whose documents are cached together
 NOT_EMBEDDED = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 SCHEMA = pa.schema({"text": pa.string()})

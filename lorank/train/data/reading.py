@@ -207,7 +207,9 @@ def _json(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[p
     rows = _lines(file, stream, column, tally) if by_line else _values(stream, column)
     texts: list[str | None] = []
     size, found, names = 0, False, None
+    count, before = 0, tally.invalid
     for number, row in rows:
+        count += 1
         if isinstance(row, str):
             row = {column: row}
         elif not isinstance(row, dict):
@@ -229,10 +231,15 @@ def _json(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[p
     if names is not None and not found:
         raise _no_column(file, column, names)
     yield _string_array(texts, tally)
+    if not by_line and tally.invalid - before > INVALID_SHARE * count:
+        raise UnreadableError(
+            f"{file} is not readable as json (in {tally.invalid - before} of {count} rows, {column!r} has half a character, which is "
+            "no UTF-8); repair it or leave it out"
+        )
 
 
 def _no_column(file: Path, column: str, names: list[str]) -> UnreadableError:
-    return UnreadableError(f"{file} has no column {column!r}; set text_column to one of {names}")
+    return UnreadableError(f"{file} has no column {column!r}; set text_column to one of {names} or leave the file out")
 
 
 def _several_columns(file: Path, column: str) -> UnreadableError:
@@ -269,6 +276,8 @@ def _lines(file: Path, stream: Iterable[bytes], column: str, tally: Tally) -> It
             if not isinstance(row, dict):
                 raise ValueError("it is not an object")
             _check_once(text, column)
+            if "\\u" in text and not _is_utf8(row.get(column)):
+                raise ValueError(f"{column!r} has half a character, which is no UTF-8")
         except (ValueError, RecursionError) as error:
             _refuse_other_encodings(file, line)
             invalid += 1
@@ -281,7 +290,7 @@ def _lines(file: Path, stream: Iterable[bytes], column: str, tally: Tally) -> It
         raise UnreadableError(f"{file} is not readable as json ({first}); repair it or leave it out")
     if invalid:
         tally.invalid += invalid
-        logger.warning("%s: left out %d of %d lines, which are not JSON (%s)", file, invalid, count, first)
+        logger.warning("%s: left out %d of %d lines, which cannot be read (%s)", file, invalid, count, first)
 
 
 def _values(stream: BinaryIO, column: str) -> Iterator[tuple[int, Any]]:
@@ -322,14 +331,15 @@ def _string_array(texts: list[str | None], tally: Tally) -> pa.Array:
     try:
         return pa.array(texts, pa.string())
     except (UnicodeEncodeError, pa.ArrowException):
-        kept = [text for text in texts if text is None or _is_utf8(text)]
+        kept = [text for text in texts if _is_utf8(text)]
         tally.invalid += len(texts) - len(kept)
         return pa.array(kept, pa.string())
 
 
-def _is_utf8(text: str) -> bool:
+def _is_utf8(text: Any) -> bool:
+    """Whether a text can be encoded. What is no text is another's concern."""
     try:
-        text.encode()
+        _ = isinstance(text, str) and text.encode()
     except UnicodeEncodeError:
         return False
     return True

@@ -179,8 +179,16 @@ def test_other_columns_may_be_there_twice(read, tmp_path):
 
 def test_a_few_broken_lines_are_left_out_and_said(read, caplog):
     assert read("a.jsonl", ROWS * 100 + '{"text": "cut o')[1] == (0, 1)
-    assert "a.jsonl: left out 1 of 201 lines, which are not JSON (line 201: Unterminated" in caplog.text
-    assert read("a.jsonl", '{"text": "\\ud800"}\n{"text": "\\ud83d\\ude00"}') == (["😀"], (0, 1)), "half a character"
+    assert "a.jsonl: left out 1 of 201 lines, which cannot be read (line 201: Unterminated" in caplog.text
+
+
+def test_rows_with_half_a_character_are_unreadable_lines(read):
+    half, whole = '{"text": "\\ud800"}', '{"text": "\\ud83d\\ude00"}'
+    for name, data in (("a.jsonl", "\n".join), ("a.json", lambda rows: f"[{','.join(rows)}]")):
+        assert read(name, data([half] + [whole] * 99)) == (["😀"] * 99, (0, 1))
+        for rows in ([half], [half] * 2 + [whole] * 99):
+            with pytest.raises(ValueError, match=f"{name} is not readable as json .*'text' has half a character"):
+                read(name, data(rows))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +204,7 @@ def test_a_few_broken_lines_are_left_out_and_said(read, caplog):
         ("a.json", "[1, 2]", "must have objects as rows, got a number in row 1"),
         ("a.json", '{"text": ["a", "b"]}', "column 'text' of .* must contain text, got a list in row 1"),
         ("a.jsonl", '{"text": "a"}\n{"text": true}', "must contain text, got true or false in row 2"),
-        ("a.jsonl", '{"a": 1, "b": 2}', r"has no column 'text'; set text_column to one of \['a', 'b'\]"),
+        ("a.jsonl", '{"a": 1, "b": 2}', r"has no column 'text'; set text_column to one of \['a', 'b'\] or leave the file"),
         ("a.parquet", "PAR1", "not readable as parquet"),
     ],
 )  # fmt: skip
