@@ -24,6 +24,12 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "proxies", "revision"
 """Options that say where files are."""
 
 
+def type_of(config: Any) -> str:
+    """The model type of a configuration, converted or not, as a message names it: "llama"."""
+    kind: str = config.model_type
+    return kind if kind == EGG else kind.removeprefix(PREFIX)
+
+
 class PromisedConfig:
     """Stands in transformers' table of configurations until the real class is asked for."""
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from lorank.auto import type_of
 from lorank.loss import next_token_loss, predicted_tokens
 from lorank.pretrained import positions_of
 from lorank.train.data import collate, load_evaluation
@@ -164,7 +165,7 @@ def text_for(
     `make_batch` makes a batch from rows, by default `lorank.train.data.collate`."""
     embeddings = getattr(model.get_input_embeddings(), "weight", None)
     if model.main_input_name != "input_ids" or embeddings is None:
-        raise ValueError(f"the model must read tokens, got type {model.config.model_type!r}; use a language model")
+        raise ValueError(f"the model must read tokens, got type {type_of(model.config)!r}; use a language model")
     check_positions(model, sequence_length)
     rows, bytes_per_token = load_evaluation(
         data, tokenizer, sequence_length=sequence_length, validation_tokens=max_tokens, **form

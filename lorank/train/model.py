@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorank.architectures import llama_config
+from lorank.auto import type_of
 from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
 from lorank.evolution.egg import EggConfig
@@ -233,7 +234,7 @@ def check_causal(model: PreTrainedModel, shape: Mapping[str, Any] | None = None)
         found.append(output.detach().requires_grad_())
         return found[-1].clone()  # which CTRL changes in place
 
-    kind, training = model.config.model_type, model.training
+    kind, training = type_of(model.config), model.training
     hook = model.get_input_embeddings().register_forward_hook(cut)
     try:
         with torch.enable_grad():

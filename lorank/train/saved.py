@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lorank.auto import type_of
 from lorank.train.data import load_tokenizer
 from lorank.train.hub import ForeignCode, asked_if_reachable, is_reachable, own_code, read_config
 from lorank.train.shape import last_line
@@ -158,7 +159,7 @@ def _check_weights(folder: Path, config: PretrainedConfig) -> None:
 def _kind_of(config: PretrainedConfig, folder: str) -> Any:
     """The Auto class of the architecture that a configuration names, else that of the body."""
     if config.is_encoder_decoder:
-        raise _Unfit(f"{folder} must be a model that reads one text, got an encoder-decoder ({config.model_type})")
+        raise _Unfit(f"{folder} must be a model that reads one text, got an encoder-decoder ({type_of(config)})")
     named, autos = (config.architectures or [""])[0], (AutoModelForCausalLM, AutoModelForMaskedLM, AutoModel)
     fitting = [auto for auto in autos if type(config) in auto._model_mapping]
     for auto in fitting:

@@ -220,3 +220,11 @@ def test_entries_of_rotary_positions_keep_the_others() -> None:
         table("gemma3_text", rope_theta=500000)
     with pytest.raises(ValueError, match="has no entry 'rope_theta'"):
         table("gpt2", rope_theta=500000)
+
+
+def test_messages_name_the_architecture_of_a_converted_model() -> None:
+    model = build_model(recipe := Recipe(vocab_size=300, size="tiny", rank=4), build_config(recipe))
+    assert model.config.model_type == "lorank_llama"
+    model.get_input_embeddings().weight.data.fill_(float("inf"))
+    with pytest.raises(ValueError, match="^a model of type 'llama' gives numbers that are not finite"):
+        check_causal(model)
