@@ -166,18 +166,6 @@ ARCHITECTURES = {
 }
 
 
-ONCE = {"found", "peaks", "finished"}
-"""Fixtures that take half a minute. With ``--dist loadgroup`` all tests that use one go to the same worker."""
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for name, defined in getattr(getattr(item, "_fixtureinfo", None), "name2fixturedefs", {}).items():
-            if name in ONCE:
-                item.add_marker(pytest.mark.xdist_group(f"{name} of {defined[-1].baseid}"))
-
-
 @pytest.fixture(scope="session")
 def architectures() -> dict[str, Architecture]:
     return ARCHITECTURES

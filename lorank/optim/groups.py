@@ -105,7 +105,8 @@ def ranks(
 def _warn_of_others(model: nn.Module, stacks: Mapping[nn.Parameter, Site]) -> None:
     """A UserWarning if matrices of the blocks that no linear layer applies, and are no known experts, are left to AdamW."""
     size = lambda parts: sum(p.numel() for p in parts if p not in stacks)  # noqa: E731
-    found = {role: size(parts.values()) for role, parts in other_matrices(model).items()}
+    others = {role: parts for role, parts in other_matrices(model).items() if not role.endswith("bias")}
+    found = {role: size(parts.values()) for role, parts in others.items()}
     share = sum(found.values()) / max(1, sum(p.numel() for _, _, block in blocks(model) for p in block.parameters()))
     if share > 0.02:
         roles = ", ".join(role for role, numbers in found.items() if numbers)
