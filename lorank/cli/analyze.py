@@ -10,17 +10,7 @@ from lorank.cli.flags import SETTINGS, of_saved_model
 
 @click.command(context_settings=SETTINGS)
 @click.argument("model")
-@click.option("--data", default="embedded", help="As in pretrain. Of embedded and hub data, the held-out part is used.")
-@click.option(
-    "--sequence-length",
-    type=click.IntRange(min=2),
-    default=None,
-    help="Tokens per sequence.",
-    show_default="256, or the model's positions if they are fewer",
-)
-@click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain.")
-@click.option("--text-column", default="text", help="As in pretrain.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Sequences per batch.")
+@of_saved_model
 @click.option("--tokens", type=click.IntRange(min=1), default=50_000, help="Stop after this many tokens.")
 @click.option(
     "--gradient-batches",
@@ -43,7 +33,6 @@ from lorank.cli.flags import SETTINGS, of_saved_model
     metavar="N",
     help="Suggest ranks for this budget: a number of parameters such as 10M, or a part of the dense ones such as 0.5.",
 )
-@of_saved_model
 @click.option("--out", default=None, help="Folder of the results.", show_default="runs/analyze-MODEL")
 def analyze(model: str, out: str | None, **settings: Any) -> None:
     """Measure how many dimensions a model uses.

@@ -10,21 +10,10 @@ from lorank.cli.flags import SETTINGS, of_saved_model
 
 @click.command(context_settings=SETTINGS)
 @click.argument("model")
-@click.option("--data", default="embedded", help="As in pretrain. Of embedded and hub data, the held-out part is used.")
-@click.option(
-    "--sequence-length",
-    type=click.IntRange(min=2),
-    default=None,
-    help="Tokens per sequence.",
-    show_default="256, or the model's positions if they are fewer",
-)
-@click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain.")
-@click.option("--text-column", default="text", help="As in pretrain.")
-@click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Sequences per batch.")
+@of_saved_model
 @click.option(
     "--max-tokens", type=click.IntRange(min=1), default=10_000_000, help="Stop after this many predicted tokens."
 )
-@of_saved_model
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """Compute the perplexity of a model, and its bits per byte.

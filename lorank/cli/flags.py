@@ -138,10 +138,35 @@ def _bare(kind: Any) -> Any:
 
 def of_saved_model(command: Any) -> Any:
     """Flags for reading a text with a model that was trained on another part of it."""
-    seed = "The run's data_seed, or its seed if it has none. It decides which text was held out."
-    tokenizer = {"metavar": "NAME", "help": "Folder or hub name, or bytes.", "show_default": "the model's"}
-    command = click.option("--tokenizer", default=None, **tokenizer)(command)  # type: ignore[arg-type]
-    return click.option("--seed", type=SEED, default=42, help=seed)(command)
+    for option in reversed(_OF_SAVED_MODEL):
+        command = option(command)
+    return command
+
+
+_OF_SAVED_MODEL = (
+    click.option(
+        "--data", default="embedded", help="As in pretrain. Of embedded and hub data, the held-out part is used."
+    ),
+    click.option(
+        "--sequence-length",
+        type=click.IntRange(min=2),
+        default=None,
+        help="Tokens per sequence.",
+        show_default="256, or the model's positions if they are fewer",
+    ),
+    click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain."),
+    click.option("--text-column", default="text", help="As in pretrain."),
+    click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Sequences per batch."),
+    click.option(
+        "--seed",
+        type=SEED,
+        default=42,
+        help="The run's data_seed, or its seed if it has none. It decides which text was held out.",
+    ),
+    click.option(
+        "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
+    ),
+)
 
 
 # ---- from flags to a recipe
