@@ -23,7 +23,6 @@ from lorank.pretrained import config_class, forget, record
 from lorank.rewriting import converted_with, put, rewrite
 from lorank.sites import (
     base_prefix,
-    blocks,
     check_callers,
     choose_sites,
     left_out,
@@ -31,6 +30,7 @@ from lorank.sites import (
     module_name,
     other_matrices,
     owners_of,
+    shares,
     sites_of,
     wanted_sites,
 )
@@ -173,14 +173,13 @@ def _warn_of_unknown_fusions(model: nn.Module, sites: list[Site]) -> None:
 
 def _warn_of_other_matrices(model: nn.Module, method: Method, targets: Patterns, exclude: Patterns) -> None:
     """Names the matrices that the method cannot reach and the patterns do not leave out, if they are more than a tenth of the blocks."""
-    total = sum(p.numel() for p in {p for _, _, block in blocks(model) for p in block.parameters()})
     reached = owners_of(wanted_sites(method, sites_of(method, model)))
     left = {
         role: [p for name, p in each.items() if not left_out(name, targets, exclude)]
         for role, each in other_matrices(model).items()
         if role.rpartition(".")[0] not in reached
     }
-    parts = {role: sum(p.numel() for p in each) / total for role, each in left.items() if each}
+    parts = shares(model, left)
     if (share := sum(parts.values())) > 0.1:
         what = "experts" if any("expert" in role for role in parts) else "matrices"
         names = ", ".join(f"{role} ({part * 100:.3g} %)" for role, part in parts.items())

@@ -189,6 +189,13 @@ class SpectralLinear(nn.Module):
         return f"d_in={self.d_in}, d_out={self.d_out}, rank={self.rank} of {len(self.S)}"
 
 
+def factor(layer: nn.Module, side: str) -> nn.Parameter | None:
+    """The "A" or "B" of a layer, which keeps it itself, as experts do, or in a linear layer of that name; None if it has none."""
+    held = getattr(layer, side, None)
+    found = held if isinstance(held, nn.Parameter) else getattr(held, "weight", None)
+    return found if isinstance(found, nn.Parameter) else None
+
+
 # ---- dense layers
 
 

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -116,6 +116,12 @@ def other_matrices(model: nn.Module) -> dict[str, dict[str, nn.Parameter]]:
             if not inside and sum(size > 1 for size in parameter.shape) > 1:
                 found.setdefault(f"{stack}.*.{name}", {})[f"{stack}.{depth}.{name}"] = parameter
     return found
+
+
+def shares(model: nn.Module, parameters: Mapping[str, Collection[nn.Parameter]]) -> dict[str, float]:
+    """What part of all parameters of the blocks each entry is; entries without parameters are left out."""
+    total = sum(p.numel() for p in {p for _, _, block in blocks(model) for p in block.parameters()})
+    return {role: sum(p.numel() for p in some) / total for role, some in parameters.items() if some}
 
 
 def derived_layers(model: nn.Module) -> list[str]:

@@ -20,7 +20,7 @@ published; CoLA's hold.
 Departures. α is not trained. Optimizers whose step goes by the size of the weights (Spectron, Adafactor) see B*, not B.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorank.hooks import StepHook
-from lorank.layers import loaded
+from lorank.layers import factor, loaded
 from lorank.method import seeded_generator
+from lorank.optim.groups import rate
 from lorank.optim.shards import like, local
 
 
@@ -44,10 +45,10 @@ def reused(d_out: int, rank: int, drawn_for: str | None = None) -> Tensor:
     return (torch.arange(d_out) // -(-d_out // rank)).clamp(max=rank - 1)
 
 
-def reuse(d_out: int, rank: int, alpha: float = 1.0, drawn_for: str | None = None) -> Tensor:
-    """(α/√K) E [d_out, r], in double precision."""
-    E = nn.functional.one_hot(reused(d_out, rank, drawn_for), rank).double()
-    return alpha * (-(-d_out // rank)) ** -0.5 * E
+def reuse(d_out: int, rank: int, alpha: float = 1.0, drawn_for: str | None = None, **options: Any) -> Tensor:
+    """(α/√K) E [d_out, r], with these options of a new tensor."""
+    columns = reused(d_out, rank, drawn_for)[:, None].to(options.get("device"))
+    return torch.zeros(d_out, rank, **options).scatter_(1, columns, alpha * (-(-d_out // rank)) ** -0.5)
 
 
 class Reusing(nn.Module):
@@ -68,13 +69,14 @@ class Reusing(nn.Module):
 
     def B_star(self) -> nn.Parameter:
         """B* [..., d_out, r]."""
-        B: Any = self.B
-        return B if isinstance(B, nn.Parameter) else B.weight
+        B = factor(self, "B")
+        assert B is not None
+        return B
 
     def reuse(self) -> Tensor:
         """(α/√K) E, in B's type and where it is."""
         d_out, rank = (B := self.B_star()).shape[-2:]
-        return reuse(d_out, rank, self.alpha, self.drawn_for).to(B)
+        return reuse(d_out, rank, self.alpha, self.drawn_for, dtype=B.dtype, device=B.device)
 
 
 class DecayToReuse(StepHook):
@@ -86,13 +88,8 @@ class DecayToReuse(StepHook):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        rates = {p: rate(group) for group in self.optimizer.param_groups for p in group["params"]}
+        rates = {p: rate(g) * g["weight_decay"] for g in self.optimizer.param_groups for p in g["params"]}  # lr λ
         for layer in self.layers:
             B = layer.B_star()
             if B.grad is not None and rates.get(B):
                 local(B).add_(local(like(layer.reuse().expand(B.shape), B)), alpha=rates[B])
-
-
-def rate(group: Mapping[str, Any]) -> float:
-    """lr λ of a group."""
-    return float(group["lr"]) * group.get("lr_multiplier", 1.0) * group["weight_decay"]

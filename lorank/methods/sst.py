@@ -226,7 +226,10 @@ class SSTHook(StepHook):
     @torch.no_grad()
     def after_step(self) -> None:
         for layer in self.layers:
-            layer.normalise() if self.method.normalise else layer.S.clamp_(min=0)
+            if self.method.normalise:
+                layer.normalise()
+            else:
+                layer.S.clamp_(min=0)
             if self.step == 1:
                 for moved in (layer.S, layer.U_active, layer.V_active):
                     moments(self.optimizer, moved)  # raises now rather than at the first exchange

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from lorank.fields import Beta, Count, NonNegative, Rank, check_value, field_types, joined_by_or
 from lorank.method import Method, Patterns
 from lorank.optim.arriving import Arriving, check_alone
-from lorank.optim.groups import by_rank, listed, ranks, says_rank, split
+from lorank.optim.groups import by_rank, listed, ranks, rate, says_rank, split
 from lorank.optim.loading import load
 from lorank.optim.rules import RULES, Rule
 from lorank.optim.shards import Waiting, gathered, like, local, local_gradient, put_back, stand_in, whole
@@ -79,7 +79,7 @@ class ByGroups(Method):
 
     def move(self, stack: Stack, G: Tensor, group: dict[str, Any]) -> Tensor | Product:
         """What is added to the weights of a stack with the gradients G, both [k, m, n]."""
-        raise NotImplementedError(f"{self.name} moves no stacks; leave rank out of its groups")
+        raise NotImplementedError
 
     def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         """What is kept for a weight from its first step on, by name and without `step`, so that a state of another rank or
@@ -217,10 +217,7 @@ class LowRankOptimizer(Arriving):
         seen = {p: self._seen(p).grad for p in parameters}
         moved = [p for p, G in seen.items() if G is not None]
         check_finite({p: seen[p] for p in moved})
-        rates = [
-            float(group["lr"]) * group.get("lr_multiplier", 1.0) for group in self.param_groups
-        ]  # lr: may be a tensor
-        groups = [{**group, "lr": lr} for group, lr in zip(self.param_groups, rates, strict=True)]
+        groups = [{**group, "lr": rate(group)} for group in self.param_groups]
         phases, waiting = self._phases(), Waiting()
         found = [
             stacks(self.method, group, self.state, moved, phases, waiting) if group["rank"] is not None else []

@@ -130,7 +130,8 @@ class FactorLR(ByGroups):
         found = {p: base / width for p in ([] if head is None else head.parameters()) if p.ndim > 1}
         turned = transposed(model)
         for p in hidden_matrices(model):
-            m, n = p.shape[:-3:-1] if p in turned else p.shape[-2:]
+            m, n = p.shape[-2:]
+            m, n = (n, m) if p in turned else (m, n)
             found[p] = muon_multiplier(m, n, 1, base) if muon else base / width
         for pair in pairs(model):
             for W in (pair.A, pair.B):

@@ -9,7 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lorank.fields import Rank, check_value
 from lorank.method import Patterns, Site, check_table, rank_at, rank_within
-from lorank.sites import blocks, choose_sites, expert_stacks, linear_layers, other_matrices
+from lorank.sites import choose_sites, expert_stacks, linear_layers, other_matrices, shares
 
 Decay = Literal["matrices", "all"]
 
@@ -104,14 +104,11 @@ def ranks(
 
 def _warn_of_others(model: nn.Module, stacks: Mapping[nn.Parameter, Site]) -> None:
     """A UserWarning if matrices of the blocks that no linear layer applies, and are no known experts, are left to AdamW."""
-    size = lambda parts: sum(p.numel() for p in parts if p not in stacks)  # noqa: E731
-    others = {role: parts for role, parts in other_matrices(model).items() if not role.endswith("bias")}
-    found = {role: size(parts.values()) for role, parts in others.items()}
-    share = sum(found.values()) / max(1, sum(p.numel() for _, _, block in blocks(model) for p in block.parameters()))
-    if share > 0.02:
-        roles = ", ".join(role for role, numbers in found.items() if numbers)
+    others = {role: each for role, each in other_matrices(model).items() if not role.endswith("bias")}
+    found = shares(model, {role: [p for p in each.values() if p not in stacks] for role, each in others.items()})
+    if (share := sum(found.values())) > 0.02:
         warnings.warn(
-            f"AdamW moves {share:.1%} of the blocks' parameters, in matrices that no linear layer applies: {roles}",
+            f"AdamW moves {share:.1%} of the blocks' parameters, in matrices that no linear layer applies: {', '.join(found)}",
             stacklevel=4,
         )
 
@@ -124,6 +121,11 @@ def split(groups: Iterable[dict[str, Any]], ranks: dict[nn.Parameter, int]) -> l
             key = (index, ranks.get(p))
             taken.setdefault(key, {**group, "params": [], "rank": key[1]})["params"].append(p)
     return sorted(taken.values(), key=lambda group: group["rank"] is None)
+
+
+def rate(group: Mapping[str, Any]) -> float:
+    """The learning rate of a group, whose lr may be a tensor, times its multiplier."""
+    return float(group["lr"]) * group.get("lr_multiplier", 1.0)
 
 
 def listed(params: Iterable[Any]) -> list[Any]:
@@ -153,15 +155,17 @@ def by_rank(group: dict[str, Any], rank: Rank | None) -> list[dict[str, Any]]:
     if isinstance(rank, Mapping | str):
         raise ValueError("rank must be a number here, because a table needs names; use lorank.optim.low_rank_groups")
     found: dict[int | None, list[Any]] = {}
+    stacks = []
     for given in _of_group(group):
         p = given[1] if isinstance(given, tuple) else given  # torch takes (name, parameter) too
-        matrix = isinstance(p, Tensor) and p.ndim == 2
-        found.setdefault(rank_within(rank, min(p.shape)) if matrix else None, []).append(given)
-    tensors = [given[1] if isinstance(given, tuple) else given for given in found.get(None, [])]
-    if stacks := [[*p.shape] for p in tensors if p.ndim == 3 and 1 not in p.shape]:
-        listed = f"{stacks[0]}" + (f" and {len(stacks) - 1} more" if len(stacks) > 1 else "")
+        shape = [*p.shape] if isinstance(p, Tensor) else []
+        found.setdefault(rank_within(rank, min(shape)) if len(shape) == 2 else None, []).append(given)
+        if len(shape) == 3 and 1 not in shape:
+            stacks.append(shape)
+    if stacks:
+        more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
         warnings.warn(
-            f"AdamW moves a parameter of shape {listed}; if it holds a mixture's experts, let "
+            f"AdamW moves a parameter of shape {stacks[0]}{more}; if it holds a mixture's experts, let "
             "lorank.optim.low_rank_groups make the groups",
             stacklevel=2,
         )

@@ -7,10 +7,11 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from lorank.layers import factor
 from lorank.method import SHARED
 from lorank.optim.groups import hidden_matrices
 from lorank.optim.rules import Group, Rule, State
-from lorank.optim.stacks import STACKED
+from lorank.optim.stacks import STACKED, each, stacked
 from lorank.sites import expert_stacks, linear_layers
 
 
@@ -39,9 +40,8 @@ class Pair(NamedTuple):
 def pairs(model: nn.Module) -> Iterator[Pair]:
     """The pairs of a model, in its order: modules with an A and a B as those of `lorank.layers` and `lorank.experts`."""
     for name, module in model.named_modules():
-        A, B = (getattr(module, side, None) for side in ("A", "B"))
-        A, B = (factor if isinstance(factor, nn.Parameter) else getattr(factor, "weight", None) for factor in (A, B))
-        if not (isinstance(A, nn.Parameter) and isinstance(B, nn.Parameter) and A.ndim == B.ndim and A.ndim in (2, 3)):
+        A, B = factor(module, "A"), factor(module, "B")
+        if A is None or B is None or A.ndim != B.ndim or A.ndim not in (2, 3):
             continue
         if A.shape[-2] == B.shape[-1] and A.requires_grad and B.requires_grad:
             yield Pair(name, module, A, B)
@@ -128,29 +128,24 @@ class PairRule(Rule):
             for start in range(0, len(indices), most):
                 sides = [[i + side for i in indices[start : start + most]] for side in range(2)]
                 wide = torch.promote_types(dtype, torch.float32)
-                W, G = (
-                    [_together([given[i] for i in some], a).to(wide) for some in sides]
-                    for given in (weights, gradients)
-                )
-                kept = [self._stacked([states[i] for i in some], a, wide) for some in sides]
+                W = [stacked([weights[i] for i in some], len(a)).to(wide, copy=True) for some in sides]
+                G = [stacked([gradients[i] for i in some], len(a)).to(wide) for some in sides]
+                kept = [self._stacked([states[i] for i in some], len(a), wide) for some in sides]
                 self.move(W, G, kept, group)
                 for some, moved, its in zip(sides, W, kept, strict=True):
-                    for k, i in enumerate(some):
-                        weights[i].copy_(moved if len(a) == 3 else moved[k])
-                        for name, values in its.items():
-                            states[i][name].copy_(values[k] if len(a) == 2 and name in self.kept else values)
+                    for i, value in zip(some, each(moved, len(a)), strict=True):
+                        weights[i].copy_(value)
+                    for name, values in its.items():
+                        own = each(values, len(a)) if name in self.kept else [values] * len(some)
+                        for i, value in zip(some, own, strict=True):
+                            states[i][name].copy_(value)
 
-    def _stacked(self, states: list[State], shape: Sequence[int], dtype: torch.dtype) -> State:
+    def _stacked(self, states: list[State], ndim: int, dtype: torch.dtype) -> State:
         """One state for all: what is kept [k, ...] in this type, and the counters, which are equal."""
-        stacked = {n: _together([s[n] for s in states], shape).to(dtype) for n in self.kept if n in states[0]}
-        return {**stacked, **{n: states[0][n].clone() for n in ("step", "steps") if n in states[0]}}
+        kept = {name: stacked([s[name] for s in states], ndim).to(dtype) for name in self.kept if name in states[0]}
+        return {**kept, **{name: states[0][name].clone() for name in ("step", "steps") if name in states[0]}}
 
     def move(self, W: list[Tensor], G: list[Tensor], states: list[State], group: Group) -> None:
         """One step in place of stacks of A [k, r, d_in] and of B [k, d_out, r] with these gradients, and of one state for each, which
         keeps stacks too; in single precision or better."""
         raise NotImplementedError
-
-
-def _together(values: list[Tensor], shape: Sequence[int]) -> Tensor:
-    """[k, ...] of what belongs to factors of this shape; what belongs to [E, ...] is together already."""
-    return values[0] if len(shape) == 3 else torch.stack(values)

@@ -67,45 +67,42 @@ class Stack(NamedTuple):
         return torch.promote_types(self.parameters[0].dtype, torch.float32)
 
     @property
+    def ndim(self) -> int:
+        """Of each parameter: 2, or 3 for one that is a stack already."""
+        return self.parameters[0].ndim
+
+    @property
     def steps(self) -> int:
         """Steps done."""
         return int(self.states[0]["steps"])
 
     def gradients(self) -> Tensor:
         """[k, m, n]; their negatives where a group is to be maximised."""
-        G = self.stacked([whole(p.grad) for p in self.parameters]).to(self.dtype)  # type: ignore[arg-type]
+        G = stacked([whole(p.grad) for p in self.parameters], self.ndim).to(self.dtype)  # type: ignore[arg-type]
         return -G if self.group.get("maximize") else G
-
-    def stacked(self, values: list[Tensor]) -> Tensor:
-        """[k, ...] of one value for each parameter."""
-        return values[0] if self.parameters[0].ndim == 3 else stacked(values)
-
-    def each(self, values: Tensor) -> Sequence[Tensor]:
-        """The way back: one value for each parameter."""
-        return [values] if self.parameters[0].ndim == 3 else values.unbind()
 
     def get(self, name: str, *, or_else: float | None = None) -> Tensor:
         """An entry of all states [k, ...]; `or_else`, one number for each matrix, where it is not kept yet."""
         if or_else is not None and any(name not in state for state in self.states):
             missing = torch.full(self.parameters[0].shape[:-2], or_else, device=self.parameters[0].device)
-            return self.stacked([state.get(name, missing).to(self.dtype) for state in self.states])
-        values = self.stacked([whole(state[name]) for state in self.states])
+            return stacked([state.get(name, missing).to(self.dtype) for state in self.states], self.ndim)
+        values = stacked([whole(state[name]) for state in self.states], self.ndim)
         return values.to(self.dtype) if name in LIKE_PARAMETERS else values
 
     def put(self, name: str, values: Tensor) -> None:
         """Store an entry of all states; where the weights are sharded, matrices are too."""
         values = values.to(self.parameters[0].dtype) if name in LIKE_PARAMETERS else values
-        for p, state, value in zip(self.parameters, self.states, self.each(values), strict=True):
+        for p, state, value in zip(self.parameters, self.states, each(values, self.ndim), strict=True):
             kept = value.clone(memory_format=torch.contiguous_format)
             state[name] = sharded(kept, p)
 
     def add(self, moves: Tensor | Product) -> None:
         """W ← W + moves [k, m, n]."""
         if isinstance(moves, Product):
-            for p, a, b in zip(self.parameters, self.each(moves.a), self.each(moves.b), strict=True):
+            for p, a, b in zip(self.parameters, each(moves.a, self.ndim), each(moves.b, self.ndim), strict=True):
                 add_product(p, a, b, moves.scale)
         else:
-            for p, move in zip(self.parameters, self.each(moves), strict=True):
+            for p, move in zip(self.parameters, each(moves, self.ndim), strict=True):
                 local(p).add_(local(like(move, p)))
 
     # ---- a subspace of each matrix
@@ -158,7 +155,7 @@ class Stack(NamedTuple):
         """D [k, ...]: what the group's rule makes of weights that are 0 and have the gradients R. Of sharded state each process
         moves its part if the rule is elementwise."""
         rule, zeros = self.method.rules[self.group["rule"]], torch.zeros_like(R)
-        for state, one in zip(self.states, self.each(R), strict=True):
+        for state, one in zip(self.states, each(R, self.ndim), strict=True):
             if not rule.owns(state):
                 state.update(rule.make(one))
         names = (*rule.kept, "step")
@@ -166,7 +163,7 @@ class Stack(NamedTuple):
         states = [{n: sharded(v, p) for n, v in s.items()} for p, s in zip(self.parameters, states, strict=True)]
         parts, take = (sharded, local) if rule.elementwise else (_same, whole)
         moved, given = (
-            [parts(X, p) for X, p in zip(self.each(stack), self.parameters, strict=True)] for stack in (zeros, R)
+            [parts(X, p) for X, p in zip(each(stack, self.ndim), self.parameters, strict=True)] for stack in (zeros, R)
         )
         its = [{n: take(v) if isinstance(v, Tensor) else v for n, v in state.items()} for state in states]
         for state in its:
@@ -182,15 +179,24 @@ class Stack(NamedTuple):
                     ours[name] = before[name]
                 else:
                     ours[name] = sharded(new, p)
-        return self.stacked([whole(X) for X in moved]) if isinstance(self.parameters[0], DTensor) else zeros
+        return stacked([whole(X) for X in moved], self.ndim) if isinstance(self.parameters[0], DTensor) else zeros
 
 
 def _same(values: Tensor, of: Tensor) -> Tensor:
     return values
 
 
-def stacked(tensors: list[Tensor]) -> Tensor:
-    return tensors[0][None] if len(tensors) == 1 else torch.stack(tensors)
+def stacked(values: list[Tensor], ndim: int) -> Tensor:
+    """[k, ...] of one value for each parameter of so many dimensions; that of a parameter [E, m, n] is together already. May share
+    the memory of the value."""
+    if ndim == 3:
+        return values[0]
+    return values[0][None] if len(values) == 1 else torch.stack(values)
+
+
+def each(values: Tensor, ndim: int) -> Sequence[Tensor]:
+    """The way back: one value for each parameter."""
+    return [values] if ndim == 3 else values.unbind()
 
 
 def as_stack(shape: Sequence[int]) -> tuple[int, int, int]:

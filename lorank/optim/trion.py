@@ -100,11 +100,8 @@ class Trion(Projected):
         self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns
     ) -> list[dict[str, Any]]:
         made = super().parameter_groups(model, groups, targets, exclude)
-        return [
-            one
-            for group in made
-            for one in ([group] if group["rank"] is None else with_lengths(model, [group], SCALES[self.scale]))
-        ]
+        projected, rest = ([g for g in made if (g["rank"] is None) == plain] for plain in (False, True))
+        return [*with_lengths(model, projected, SCALES[self.scale]), *rest]
 
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         own = {"lr": self.adamw_lr} if group.get("rank") is None and self.adamw_lr is not None else {}
