@@ -36,7 +36,7 @@ def write_modelling_file(model: PreTrainedModel, folder: str | Path, autos: list
         or not autos
         or any(
             kind.__name__.startswith("Generic") for kind in base.__mro__
-        )  # their body is an AutoModel, by a type that is lorank's
+        )  # whose body is AutoModel's, of lorank's type
         or not all(one.__module__.startswith("transformers.") for one in (base, base_config))
     ):
         config.__dict__.pop("auto_map", None)

@@ -110,12 +110,9 @@ def parse_values(text: str) -> tuple[str, list[Any]]:
 
 def _value(text: str) -> Any:
     try:
-        value = load(text)
-        return float(value) if isinstance(value, str) else value  # YAML's floats need a dot, 1e-3 has none
+        return load(text)
     except yaml.YAMLError:
         raise ValueError(f"a value must be a number or a word, got {text!r}") from None
-    except ValueError:
-        return value
 
 
 def slug(settings: Mapping[str, Any]) -> str:

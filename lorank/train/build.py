@@ -38,7 +38,7 @@ def build_trainer(
         raise ValueError(
             f"batch_size must be a multiple of micro_batch_size={micro} times {devices} processes, got {recipe.batch_size}"
         )
-    if balances_experts(model) and recipe.batch_size != micro:
+    if recipe.batch_size != micro and balances_experts(model):  # which runs the model
         raise ValueError(
             f"batch_size must be one batch of one process ({micro}) for a model that balances its experts over the batch, got "
             f"{recipe.batch_size}; leave out micro_batch_size, or set shape.output_router_logits=false"

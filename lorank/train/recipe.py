@@ -326,8 +326,8 @@ _EGG_HAD = (("method", "eggroll"), ("optimizer", "adamw"))
 
 
 def _coerce(value: Any, kind: Any) -> Any:
-    """YAML reads 6e-3 as a string (its floats need a dot) and one pattern where a list is meant; both are clear
-    enough."""
+    """Readers of YAML 1.1 give 6e-3 as a string (its floats need a dot), and people one pattern where a list is meant; both are
+    clear enough."""
     bare = [typing.get_args(one)[0] if hasattr(one, "__metadata__") else one for one in alternatives_of(kind)]
     if isinstance(value, str) and float in bare:
         try:
