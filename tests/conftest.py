@@ -20,7 +20,7 @@ os.environ.update(
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ import transformers
 from torch import Tensor
 
 import lorank
+from lorank import table
 from lorank.cli import main
 
 transformers.logging.set_verbosity_error()
@@ -164,6 +165,15 @@ ARCHITECTURES = {
         ),
     )
 }
+
+
+@pytest.fixture(autouse=True)
+def _registered_here_only() -> Iterator[None]:
+    """`convert` registers a method that the table does not know; other tests must not find it there."""
+    before = dict(table._registered)
+    yield
+    table._registered.clear()
+    table._registered.update(before)
 
 
 @pytest.fixture(scope="session")
