@@ -107,7 +107,7 @@ def convert(
             model._lorank = recorded
 
     if isinstance(model, PreTrainedModel):
-        try_on_shapes(model, method, lambda twin: apply(twin, _chosen_sites(twin, method, targets, exclude)))
+        try_on_shapes(model, method, sites, lambda twin: apply(twin, _chosen_sites(twin, method, targets, exclude)))
     _warn_of_other_matrices(model, method, targets, exclude)
     _warn_of_unknown_fusions(model, sites)
     apply(model, sites)

@@ -7,6 +7,7 @@ that transformers would change when it loads them. A type whose dense twin canno
 inputs, is not tried.
 """
 
+import collections
 import copy
 import inspect
 import warnings
@@ -56,11 +57,25 @@ def check_shared(model: nn.Module, sites: Sequence[Site]) -> None:
             )
 
 
-def try_on_shapes(model: PreTrainedModel, method: Method, apply: Callable[[PreTrainedModel], Any]) -> None:
-    """Raises ValueError if the model would not work, or not be loaded as it was saved, once `apply` has converted it.
+_passed: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=100)
+"""The trials that raised nothing, latest first: a plan, a comparison or a test converts one shape again and again."""
 
-    Neither the model nor the global random generator changes.
+
+def try_on_shapes(
+    model: PreTrainedModel, method: Method, sites: Sequence[Site], apply: Callable[[PreTrainedModel], Any]
+) -> None:
+    """Raises ValueError if the model would not work, or not be loaded as it was saved, once `apply` has converted its `sites`.
+
+    Neither the model nor the global random generator changes. What has passed once in this process is not tried again.
     """
+    asked = type(model), method, [site.name for site in sites], _shapes(model), model.config
+    if asked not in _passed:
+        asked = *asked[:-1], copy.deepcopy(model.config)
+        _try(model, method, apply)
+        _passed.appendleft(asked)
+
+
+def _try(model: PreTrainedModel, method: Method, apply: Callable[[PreTrainedModel], Any]) -> None:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), no_init_weights():
         warnings.simplefilter("ignore")
         twin = _twin(model)

@@ -87,6 +87,15 @@ def test_blocks_are_chained_where_none_is_skipped(tokens: Tensor) -> None:
     assert model(input_ids=tokens % 50).logits.isfinite().all()
 
 
+def test_what_has_passed_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But another configuration is, even of equal shapes."""
+    convert(opt(0.0), CRNet(rank=3))
+    with pytest.raises(ValueError, match="layerdrop is 0.1"):
+        convert(opt(0.1), CRNet(rank=3))
+    monkeypatch.setattr("lorank.trial._twin", lambda model: pytest.fail("tried again"))
+    convert(opt(0.0), CRNet(rank=3))
+
+
 def test_a_shared_weight_is_refused(small: Callable[..., Any]) -> None:
     model = small("llama")
     first, second = model.model.layers[:2]
