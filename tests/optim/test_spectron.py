@@ -67,7 +67,7 @@ def test_the_product_moves_by_lr_at_most() -> None:
             worst[name] = max(worst[name], norm(pair[1] @ pair[0] - before) / 0.3)
     assert 0.5 < worst["polar"] <= 1 + 1e-9 and worst["newton-schulz"] <= 1
     values = torch.logspace(-4, 0, 4001, dtype=torch.float64)
-    assert newton_schulz(torch.diag(values / values.norm())[None]).abs().max() <= LARGEST
+    assert newton_schulz(torch.diag(values[::10] / values[::10].norm())[None]).abs().max() <= LARGEST
     x, y, z = 3.4445, -4.7750, 2.0315
     for _ in range(5):
         values = x * values + y * values**3 + z * values**5
