@@ -135,7 +135,7 @@ def plan_contestants(
             chosen, (recipes, rate) = "as it is", candidates_of(settings, name, recipe)
             if by and target is not None:
                 first, chosen = match_structure(recipes[0][1], costs, target, by, folder / name)
-                shape: dict[str, Any] = {"rank": first.rank, "model": first.model}
+                shape: dict[str, Any] = {"rank": first.rank, "model": first.model, "shape": first.shape}
                 recipes = [(values, dataclasses.replace(written_out(one), **shape)) for values, one in recipes]
             elif by:
                 target = costs.of(by, recipes[0][1])

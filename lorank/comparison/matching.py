@@ -246,7 +246,9 @@ def narrow_to_match(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
     config.save_pretrained(folder)
     mlp = getattr(config, _widths(config)[1])
     shape = f"hidden size {config.hidden_size}, MLP {mlp}, {config.num_hidden_layers} blocks"
-    return dataclasses.replace(written_out(recipe), model=str(folder)), shape
+    return dataclasses.replace(
+        written_out(recipe), model=str(folder), shape={}
+    ), shape  # the file has the shape's entries
 
 
 def _parameter_names(recipe: Recipe, config: PretrainedConfig) -> list[str]:

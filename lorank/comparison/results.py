@@ -30,10 +30,10 @@ def gather(comparison: Comparison) -> dict[str, Any]:
     failures = comparison.failures()
     rows = [_row(comparison, contestant, failures) for contestant in comparison.contestants]
     baseline = min(rows, key=_baseline_rank)
-    target = baseline["loss"]["mean"] if baseline["loss"] else None
+    targets = {run["seed"]: run["curve"]["loss"][-1] for run in baseline["runs"] if run.get("curve", {}).get("loss")}
     for row in rows:
         row["difference"] = _difference(row, baseline)
-        row["reach"] = None if target is None else _reach(row, target)
+        row["reach"] = _reach(row, targets)
     finished = sum(run["status"] == "finished" for row in rows for run in _all_runs(row))
     results = {
         "format": FORMAT,
@@ -123,7 +123,7 @@ def _run(comparison: Comparison, run: Run, failures: Mapping[str, str]) -> dict[
         records = list(history(folder))
         clock = _clock(records, found["tokens"], rate)
         found["curve"], found["training"] = _curves(records, run.candidate, clock)
-        if found["curve"]["step"][-1:] != [found["steps"]]:
+        if found["curve"]["step"][-1:] != [found["steps"]] and _of_whole_text(records, run.candidate):
             end = {"step": found["steps"], "tokens": found["tokens"], "loss": found["loss"]}
             end |= {"flops": run.candidate.flops, "seconds": clock(found["tokens"])}
             for name, value in end.items():
@@ -170,6 +170,12 @@ def _curves(
     return found[0], found[1]
 
 
+def _of_whole_text(records: Sequence[Mapping[str, Any]], candidate: Candidate) -> bool:
+    """Whether evaluations in training are on the same text as the final one. On less text the loss is another."""
+    limit = candidate.recipe.eval_tokens
+    return all(record["eval_tokens"] < limit for record in records if "eval_perplexity" in record)
+
+
 def _edges(candidates: Sequence[Candidate], best: Candidate | None) -> list[str]:
     """Swept numbers whose best value is the smallest or largest one tried: a better one may lie beyond."""
     edges = []
@@ -195,13 +201,18 @@ def _winner(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"name": done[0]["name"], "next": done[1]["name"], "difference": _difference(done[0], done[1])}
 
 
-def _reach(row: Mapping[str, Any], target: float) -> dict[str, float] | None:
-    """Tokens, FLOPs and seconds until the validation loss is `target` for the first time, between two evaluations on a
-    straight line; means over the seeds, None if one of them never gets there."""
+def _reach(row: Mapping[str, Any], targets: Mapping[int, float]) -> dict[str, float] | None:
+    """Tokens, FLOPs and seconds until a run has its seed's target for the first time, between two evaluations on a straight
+    line; means over the seeds, None if one of them never gets there.
+
+    Args:
+        targets: seed -> the baseline's last loss in training, which like the curves may be on less text than the final one.
+    """
     found: dict[str, list[float]] = {name: [] for name in ("tokens", "flops", "seconds")}
-    runs = [run for run in row["runs"] if "curve" in run]
-    for run in runs:
-        losses = run["curve"]["loss"]
+    for run in row["runs"]:
+        if "curve" not in run or run["seed"] not in targets:
+            continue
+        losses, target = run["curve"]["loss"], targets[run["seed"]]
         last = next((place for place, loss in enumerate(losses) if loss <= target), None)
         if last is None:
             return None
@@ -212,7 +223,7 @@ def _reach(row: Mapping[str, Any], target: float) -> dict[str, float] | None:
             else:
                 part = (losses[last - 1] - target) / (losses[last - 1] - losses[last])
                 values.append(x[last - 1] + part * (x[last] - x[last - 1]))
-    return {name: statistics.fmean(values) for name, values in found.items()} if runs else None
+    return {name: statistics.fmean(values) for name, values in found.items()} if found["flops"] else None
 
 
 def _match(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

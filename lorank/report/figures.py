@@ -97,7 +97,7 @@ def reach(results: Mapping[str, Any], rows: Sequence[Row], style: Mapping[str, s
     return section(
         f"Compute to reach the final loss of {base['name']}",
         f"As a share of what {base['name']} used. The learning rate has not fallen yet where a curve crosses the loss, so a run "
-        "that was planned to end there would need less.",
+        "that was planned to end there would need less. All losses here are of evaluations in training.",
         table(["", "tokens", "training FLOPs", "time"], lines, stacks=True),
     )
 

@@ -91,7 +91,8 @@ def test_a_comparison_without_a_control_says_why(of_type: Callable[..., Recipe],
 def test_without_saved_compute_the_control_has_what_is_saved(
     base: Recipe, costs: Costs, tmp_path: Path, methods: list[str], match: Any, figure: Any
 ) -> None:
-    recipe = dataclasses.replace(base, rank=None if methods == ["masa"] else 8)
+    shape = {"hidden_size": 48} if match == "params" else {}  # which the file of the narrower model replaces
+    recipe = dataclasses.replace(base, rank=None if methods == ["masa"] else 8, shape=shape)
     found, missing = plan_contestants(ComparisonSettings(base=recipe, methods=methods, match=match), costs, tmp_path)
     control = next(one for one in found if one.name == "dense-small")
     assert missing == {}, missing

@@ -44,6 +44,14 @@ def test_curves_are_in_order_and_end_with_the_run(finished, rows: list[dict[str,
             assert run["curve"]["flops"][-1] == pytest.approx(row["training_flops"])
 
 
+def test_the_baseline_reaches_its_own_loss_at_its_last_evaluation(finished, rows: list[dict[str, Any]]) -> None:
+    """Evaluations in training stop after 60 tokens, so their losses are not those of the whole text."""
+    base = next(row for row in rows if row["name"] == finished.results["baseline"])
+    curves = [run["curve"] for run in base["runs"]]
+    assert all(curve["loss"][-1] != run["loss"] for curve, run in zip(curves, base["runs"], strict=True))
+    assert base["reach"]["flops"] <= base["training_flops"] * (1 + 1e-12)
+
+
 def test_all_seeds_share_text_and_tokenizer(finished, rows: list[dict[str, Any]]) -> None:
     hashes, texts, words = set(), set(), set()
     for run in [run for row in rows for run in row["runs"]]:
@@ -124,15 +132,20 @@ def test_the_baseline_is_the_first_dense_row_with_a_result() -> None:
 
 
 def test_reach_is_where_the_curve_first_has_the_baselines_loss() -> None:
-    def run(losses: list[float]) -> dict[str, Any]:
+    def run(losses: list[float], seed: int = 1) -> dict[str, Any]:
         tokens = [10.0, 20.0, 40.0]
-        return {"curve": {"tokens": tokens, "flops": [3 * x for x in tokens], "seconds": tokens, "loss": losses}}
+        return {
+            "seed": seed,
+            "curve": {"tokens": tokens, "flops": [3 * x for x in tokens], "seconds": tokens, "loss": losses},
+        }
 
-    assert _reach({"runs": [run([4.0, 3.0, 2.0])]}, 2.5) == {"tokens": 30.0, "flops": 90.0, "seconds": 30.0}
-    several = {"runs": [run([4.0, 3.0, 2.0]), run([2.5, 3.0, 2.0])]}
-    assert _reach(several, 2.5) == {"tokens": 20.0, "flops": 60.0, "seconds": 20.0}
-    assert _reach({"runs": [run([4.0, 3.0, 2.0]), run([4.0, 3.0, 2.6])]}, 2.5) is None
-    assert _reach({"runs": [{"status": "failed"}]}, 2.5) is None
+    assert _reach({"runs": [run([4.0, 3.0, 2.0])]}, {1: 2.5}) == {"tokens": 30.0, "flops": 90.0, "seconds": 30.0}
+    several = {"runs": [run([4.0, 3.0, 2.0]), run([2.5, 3.0, 2.0], seed=2)]}
+    assert _reach(several, {1: 2.5, 2: 2.5}) == {"tokens": 20.0, "flops": 60.0, "seconds": 20.0}
+    assert _reach(several, {1: 3.0, 2: 2.5}) == {"tokens": 15.0, "flops": 45.0, "seconds": 15.0}
+    assert _reach(several, {2: 2.5}) == {"tokens": 10.0, "flops": 30.0, "seconds": 10.0}
+    assert _reach(several, {1: 2.5, 2: 1.9}) is None
+    assert _reach({"runs": [{"status": "failed", "seed": 1}]}, {1: 2.5}) is None
 
 
 def test_the_winner_is_compared_with_the_next_by_seed(finished) -> None:
