@@ -61,7 +61,7 @@ def keep_recurrence(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointP
     those of every eighth block are, and more where β is small (`lorank.tape`). The rest follow from the recurrence run
     backwards, Y_prev = (Y - B z) / b. `keep_bottlenecks` computes this B product again anyway, so it costs nothing. Gradients
     agree up to rounding: to 1e-6 in fp32, and in bf16 within about 3 % as a whole. That of a single β is small and a
-    difference of large sums, so its error may be as large as itself. In a model whose layers pass nothing on, this policy is
+    difference of large sums, so its error may be as large as itself. In other models, also those with `carry`, this policy is
     `keep_bottlenecks`.
     """
     return keep_bottlenecks(ctx, op, *args, **kwargs)
@@ -86,7 +86,7 @@ def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> No
     """Train the model's blocks under a checkpoint policy; None turns checkpointing off.
 
     Only memory and time change, not losses and gradients (on a CPU and without dropout they stay the same bit for bit,
-    except with `keep_recurrence`). It may be called again to switch. CR-Net's blocks must be checkpointed by this function.
+    except with `keep_recurrence`). It may be called again to switch. CR-Net's blocks and those with `carry` must be checkpointed by this function.
 
     Args:
         model: a transformers model, dense or converted.
@@ -122,7 +122,7 @@ def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> No
 
 
 def has_tapes(model: nn.Module) -> bool:
-    """Whether layers read the outputs of the block before (CR-Net)."""
+    """Whether layers read what the block before left for them (CR-Net, LaX)."""
     return any(isinstance(getattr(module, "tape", None), Tape) for module in model.modules())
 
 

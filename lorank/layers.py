@@ -82,6 +82,14 @@ class LowRankLinear(nn.Module):
         return sizes if self.activation is None else f"{sizes}, activation={self.activation}"
 
 
+class Gate(nn.Module):
+    """A small map inside a layer, from its bottleneck to itself. Its matrices are no projections: AdamW moves them under every rule."""
+
+    def draw(self) -> None:
+        """Set the parameters to initial values."""
+        raise NotImplementedError
+
+
 class FrozenPlusLowRank(nn.Module):
     """y = W x + s B A dropout(x) + b: a dense layer, which becomes the frozen W, and trained factors.
 

@@ -6,6 +6,7 @@
 It needs torch and transformers. Licence: Apache-2.0. The end of the file has the model's own classes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -73,6 +74,38 @@ class ChainLink(LowRank):
         return y
 
 
+class TensorGate(nn.Module):
+    """(G1 x G2) z, a Kronecker product of [a, a] and [b, b]."""
+
+    def __init__(self, rank: int):
+        super().__init__()
+        a = next(a for a in range(math.isqrt(rank), 0, -1) if rank % a == 0)
+        self.G1 = nn.Parameter(torch.empty(a, a))
+        self.G2 = nn.Parameter(torch.empty(rank // a, rank // a))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return (self.G1 @ F.linear(z.unflatten(-1, (len(self.G1), len(self.G2))), self.G2)).flatten(-2)
+
+
+class Latent(LowRank):
+    """y = B z + b with z = s(norm(A x + gate(z_before))), where z_before is the block's before; the first block has no gate."""
+
+    def __init__(self, chain: Any, rank: int, gate: str | None, norm: bool, **sizes: Any):
+        super().__init__(chain, rank=rank, **sizes)
+        self.chain, self.later = chain, gate is not None
+        gates: dict[Any, Any] = {"tensor": TensorGate, "linear": lambda r: nn.Linear(r, r)}
+        self.gate = gates.get(gate, lambda r: nn.Identity())(rank)
+        self.norm = nn.LayerNorm(rank, eps=1e-6) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.A(x)
+        if self.later:
+            h = self.norm(h + self.gate(self.chain["z"])).to(h.dtype)
+        self.chain["z"] = ACTIVATIONS[self.activation](h)
+        y: Tensor = self.B(self.chain["z"])
+        return y
+
+
 class Joined(nn.Module):
     """Several projections whose outputs the architecture expects in one tensor."""
 
@@ -101,7 +134,7 @@ class Nothing(nn.Identity):
         super().__init__()
 
 
-_KINDS = LowRank, ChainStart, LowRankStart, ChainLink, Joined, Dense, Nothing
+_KINDS = LowRank, ChainStart, LowRankStart, ChainLink, Latent, Joined, Dense, Nothing
 KINDS: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
 
 

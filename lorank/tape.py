@@ -10,8 +10,9 @@ or, if these were dropped, the way to compute them backwards from the block's ow
 another `Rerun`, so several forward passes may wait for their backward passes.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import SAC_IGNORED_OPS, CheckpointPolicy, SelectiveCheckpointContext
+
+from lorank.method import Site
 
 ANCHORS = 8
 """If outputs are dropped and rebuilt, every eighth is stored."""
@@ -84,10 +87,14 @@ class Tape:
             slot.value = y.detach()
 
     def take(
-        self, depth: int, shape: torch.Size, invert: Callable[[Tensor], Tensor], slope: Callable[[], float]
+        self,
+        depth: int,
+        shape: torch.Size,
+        invert: Callable[[Tensor], Tensor] | None = None,
+        slope: Callable[[], float] = float,
     ) -> Tensor:
         """The output of this shape that the depth before `depth` left. `invert` computes it from the output of `depth`, which
-        changes by `slope` if it changes by 1.
+        changes by `slope` if it changes by 1; without it the output is never dropped.
 
         Raises:
             RuntimeError: there is none, because blocks run twice, are skipped or out of order, or run again under an
@@ -107,7 +114,8 @@ class Tape:
                 f"{self.role}: depth {depth - 1} left an output {[*y.shape]} for depth {depth}, which needs {[*shape]}; all blocks "
                 "must see the same tokens"
             )
-        drop = rerun is not None and rerun.rebuilds and self.may_drop(depth - 1, y.dtype, slope)
+        rebuilds = rerun is not None and rerun.rebuilds and invert is not None
+        drop = rebuilds and self.may_drop(depth - 1, y.dtype, slope)
         slot.value = None if drop else y.detach()
         if rerun is not None:
             rerun.previous[self, depth] = Previous(slot, y.dtype, y.requires_grad)
@@ -139,7 +147,7 @@ class Rerun:
         self.own: dict[tuple[Tape, int], Slot] = {}
         self.previous: dict[tuple[Tape, int], Previous] = {}
 
-    def taken_again(self, tape: Tape, depth: int, invert: Callable[[Tensor], Tensor]) -> Tensor:
+    def taken_again(self, tape: Tape, depth: int, invert: Callable[[Tensor], Tensor] | None) -> Tensor:
         """The result of `Tape.take` in the first run, up to rounding if it has been dropped."""
         slot, dtype, requires_grad = self.previous[tape, depth]
         output = self.own[tape, depth].value
@@ -152,6 +160,7 @@ class Rerun:
         with torch.no_grad():
             if slot.value is None:
                 assert output is not None
+                assert invert is not None
                 slot.value = invert(output)
             y = slot.value.detach().to(dtype)
         self.aside = False
@@ -234,3 +243,13 @@ def contexts(policy: Callable[..., CheckpointPolicy | bool], rebuilds: bool) -> 
     """
     rerun = Rerun(rebuilds)
     return _First(rerun, policy), _Again(rerun)
+
+
+def check_neighbours(stack: Sequence[Site], who: str) -> None:
+    """Raises ValueError unless the sites of a projection are in neighbouring blocks."""
+    for one, other in itertools.pairwise(stack):
+        if other.depth != one.depth + 1:
+            raise ValueError(
+                f"{who} chains {one.role} from block to block, but depth {other.depth} was chosen without depth "
+                f"{other.depth - 1}; choose neighbouring blocks or exclude {one.role}"
+            )

@@ -29,6 +29,8 @@ METHODS = {
     ("llama", "cola"): lorank.CoLA(rank=8, nonlinearity="low-rank"),
     ("gpt2", "cola"): lorank.CoLAM(rank=8),
     ("llama", "crnet"): lorank.CRNet(rank=8, beta=0.7),
+    ("llama", "lax"): lorank.CoLA(rank=8, carry="tensor"),
+    ("gpt2", "lax"): lorank.LowRank(rank=8, carry="linear", carry_norm=False),
     ("gpt2", "crnet"): lorank.CRNet(rank=8, first_block="low-rank"),
 }
 ELSEWHERE = """

@@ -40,6 +40,7 @@ from lorank.fields import NonNegative, Rank
 from lorank.layers import LowRankLinear, like
 from lorank.method import Method, Published, Site, StepHook, check_ranks, rank_at
 from lorank.methods.dlr import DecayToReuse, Reusing
+from lorank.methods.lax import Carry, LaXLinear, chain, check_chains, check_settings
 from lorank.rewriting import drop_activations
 from lorank.sizes import SIZES
 
@@ -53,6 +54,10 @@ class CoLALinear(LowRankLinear):
 
 class ReusingLinear(Reusing, CoLALinear):
     """With DLR's initial B."""
+
+
+class ReusingLaX(Reusing, LaXLinear):
+    """The same in a chain over the blocks."""
 
 
 class ReusingExperts(Reusing, LowRankExperts):
@@ -89,11 +94,17 @@ class CoLA(Method):
     """DLR's α."""
     decay_to: Literal["zero", "reuse"] = "zero"
     """Where weight decay pulls B: to 0, or to what DLR has added."""
+    carry: Carry = "none"
+    """What the bottleneck of the same projection in the block before goes through on its way into this one: a gate, which may be the
+    identity; see methods/lax.py."""
+    carry_norm: bool = True
+    """Whether the sum of the two is normalised."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.decay_to == "reuse" and self.init == "cola":
             raise ValueError("init must be 'dlr' or 'dlr-random' with decay_to='reuse', got 'cola'")
+        check_settings(self.carry, self.carry_norm)
 
     @property
     def _drops_original(self) -> bool:
@@ -101,6 +112,7 @@ class CoLA(Method):
 
     def check(self, sites: Sequence[Site]) -> None:
         check_ranks(self.rank, sites)
+        check_chains(self.carry, self.rank, sites)
         if self._drops_original and not any(GATE.search(site.name) for site in sites):
             raise ValueError(
                 f"nonlinearity={self.nonlinearity!r} moves the block's activation into the projection before it, but no converted "
@@ -112,17 +124,25 @@ class CoLA(Method):
         inside = {"both": True, "low-rank": True, "reduced": GATE.search(site.name) is not None, "original": False}
         return self.activation if inside[self.nonlinearity] else None
 
-    def build(self, site: Site) -> nn.Module:
-        sizes = (site.d_in, site.d_out, rank_at(self.rank, site))
+    def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
+        links = chain(sites, self.carry, self.carry_norm)
+        return [self.build(site, **link) for site, link in zip(sites, links, strict=True)]
+
+    def build(self, site: Site, **link: Any) -> nn.Module:
+        sizes: tuple[int, ...] = (site.d_in, site.d_out, rank_at(self.rank, site))
         settings: dict[str, Any] = {
             "bias": site.linear.bias is not None,
             "activation": self._inside(site),
             **like(site.linear.weight),
+            **link,
         }
+        kinds: tuple[Any, Any] = (LaXLinear, ReusingLaX) if link else (CoLALinear, ReusingLinear)
+        if site.experts:
+            kinds, sizes = (LowRankExperts, ReusingExperts), (site.experts, *sizes)
         if self.init == "cola":
-            return LowRankExperts(site.experts, *sizes, **settings) if site.experts else CoLALinear(*sizes, **settings)
-        layer = ReusingExperts(site.experts, *sizes, **settings) if site.experts else ReusingLinear(*sizes, **settings)
-        return layer.start(self.reuse_scale, site.name if self.init == "dlr-random" else None)
+            return kinds[0](*sizes, **settings)  # type: ignore[no-any-return]
+        layer = kinds[1](*sizes, **settings)
+        return layer.start(self.reuse_scale, site.name if self.init == "dlr-random" else None)  # type: ignore[no-any-return]
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
@@ -138,7 +158,7 @@ class CoLA(Method):
 
     def finish(self, model: nn.Module) -> None:
         if self._drops_original:
-            ours = (CoLALinear, LowRankExperts)
+            ours = (LowRankLinear, LowRankExperts)
             drop_activations(model, lambda name, module: isinstance(module, ours) and bool(GATE.search(name)))
 
 

@@ -39,7 +39,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lorank.fields import Rank
 from lorank.layers import LowRankLinear, like, linear
 from lorank.method import Method, Published, Site, by_role, check_ranks, rank_at
-from lorank.tape import ANCHORS, Tape
+from lorank.tape import ANCHORS, Tape, check_neighbours
 
 EPS = 1e-6
 DENSE_STD = 0.02
@@ -213,8 +213,9 @@ class CRNet(Method):
     def check(self, sites: Sequence[Site]) -> None:
         stacks = by_role(sites).values()
         for stack in stacks:
+            check_neighbours(stack, self.name)
             for one, other in itertools.pairwise(stack):
-                _check_neighbours(one, other)
+                _check_widths(one, other)
         check_ranks(self.rank, [site for stack in stacks for site in stack[self.first_block == "dense" :]])
 
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
@@ -236,13 +237,8 @@ class CRNet(Method):
         )
 
 
-def _check_neighbours(one: Site, other: Site) -> None:
+def _check_widths(one: Site, other: Site) -> None:
     """Raise ValueError unless the second can add the first one's output to its own."""
-    if other.depth != one.depth + 1:
-        raise ValueError(
-            f"crnet chains {one.role} from block to block, but depth {other.depth} was chosen without depth {other.depth - 1}; "
-            f"choose neighbouring blocks or exclude {one.role}"
-        )
     if other.d_out != one.d_out:
         raise ValueError(
             f"crnet chains {one.role} from block to block, but it is {one.d_out} wide at depth {one.depth} and {other.d_out} wide "

@@ -22,6 +22,7 @@ from lorank.experts import LowRankExperts
 from lorank.fields import Rank
 from lorank.layers import LowRankLinear, like
 from lorank.method import Method, Published, Site, check_ranks, rank_at
+from lorank.methods.lax import Carry, LaXLinear, chain, check_chains, check_settings, refuse_to_merge
 from lorank.sizes import SIZES
 
 
@@ -36,17 +37,34 @@ class LowRank(Method):
 
     rank: Rank = 0.25
     """Width of the bottlenecks: an integer, a fraction of the width, or {pattern: either}."""
+    carry: Carry = "none"
+    """What the bottleneck of the same projection in the block before goes through on its way into this one: a gate, which may be the
+    identity; see methods/lax.py."""
+    carry_norm: bool = True
+    """Whether the sum of the two is normalised."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_settings(self.carry, self.carry_norm)
 
     def check(self, sites: Sequence[Site]) -> None:
         check_ranks(self.rank, sites)
+        check_chains(self.carry, self.rank, sites)
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        refuse_to_merge(self.name, self.carry)
         if isinstance(module, LowRankExperts):
             return module.B @ module.A, module.bias  # [E, d_out, d_in]
         assert isinstance(module, LowRankLinear)
         return module.B.weight @ module.A.weight, module.B.bias
 
-    def build(self, site: Site) -> nn.Module:
+    def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
+        links = chain(sites, self.carry, self.carry_norm)
+        return [self.build(site, **link) for site, link in zip(sites, links, strict=True)]
+
+    def build(self, site: Site, **link: Any) -> nn.Module:
         sizes = (site.d_in, site.d_out, rank_at(self.rank, site))
-        settings: dict[str, Any] = {"bias": site.linear.bias is not None, **like(site.linear.weight)}
-        return LowRankExperts(site.experts, *sizes, **settings) if site.experts else LowRankLinear(*sizes, **settings)
+        settings: dict[str, Any] = {"bias": site.linear.bias is not None, **like(site.linear.weight), **link}
+        if site.experts:
+            return LowRankExperts(site.experts, *sizes, **settings)
+        return (LaXLinear if link else LowRankLinear)(*sizes, **settings)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lorank.fields import Rank, check_value
+from lorank.layers import Gate
 from lorank.method import Patterns, Site, check_table, rank_at, rank_within
 from lorank.sites import choose_sites, expert_stacks, linear_layers, other_matrices, shares
 
@@ -33,9 +34,10 @@ def plain_groups(model: nn.Module, weight_decay: float, decay: Decay = "matrices
 
 def hidden_matrices(model: nn.Module, *, experts: bool = True) -> set[nn.Parameter]:
     """The weights [m, n] that are neither embedding nor head, and with `experts` the weights [E, m, n] of a mixture's experts.
-    Biases of experts, which are [E, m], are not among them."""
+    Biases of experts, which are [E, m], and gates inside layers are not among them."""
     outside, biases = _outside(model), {p for name, p in model.named_parameters() if name.endswith("bias")}
-    matrices = {p for p in model.parameters() if p.ndim == 2} - outside - biases
+    gates = {p for module in model.modules() if isinstance(module, Gate) for p in module.parameters()}
+    matrices = {p for p in model.parameters() if p.ndim == 2} - outside - biases - gates
     return matrices | (expert_stacks(model).keys() if experts else set())
 
 
