@@ -18,7 +18,7 @@ from lorank.cli.flags import SETTINGS, of_saved_model
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """Compute the perplexity of a model, and its bits per byte.
 
-    MODEL is a run, a folder or a hub name. The perplexity is given twice: unbiased, and as the published tables compute it.
+    MODEL is a run, a folder or a hub name. A run is evaluated on the text that it held out, cut as in training. The perplexity is given twice: unbiased, and as the published tables compute it.
     """
     from lorank.cli.console import results_console
     from lorank.report.tables import evaluation_table
@@ -27,6 +27,6 @@ def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     console = results_console()
     found = evaluate_folder(model, **settings)
     if as_json:
-        click.echo(json.dumps(found.to_dict(), indent=2))
+        click.echo(json.dumps({"text": found.text, **found.to_dict()}, indent=2))
     else:
         console.print(evaluation_table(found), highlight=False)

@@ -137,7 +137,7 @@ def _bare(kind: Any) -> Any:
 
 
 def of_saved_model(command: Any) -> Any:
-    """Flags for reading a text with a model that was trained on another part of it."""
+    """Flags for the text that a saved model is read on."""
     for option in reversed(_OF_SAVED_MODEL):
         command = option(command)
     return command
@@ -145,23 +145,39 @@ def of_saved_model(command: Any) -> Any:
 
 _OF_SAVED_MODEL = (
     click.option(
-        "--data", default="embedded", help="As in pretrain. Of embedded and hub data, the held-out part is used."
+        "--data",
+        default=None,
+        help="Another text, as in pretrain. Of embedded and hub data, the held-out part is read.",
+        show_default="what the run held out, else embedded",
     ),
     click.option(
         "--sequence-length",
         type=click.IntRange(min=2),
         default=None,
         help="Tokens per sequence.",
-        show_default="256, or the model's positions if they are fewer",
+        show_default="the run's, else 256 or the model's positions",
     ),
-    click.option("--documents", type=click.Choice(["packed", "padded"]), default="packed", help="As in pretrain."),
-    click.option("--text-column", default="text", help="As in pretrain."),
-    click.option("--batch-size", type=click.IntRange(min=1), default=16, help="Sequences per batch."),
+    click.option(
+        "--documents",
+        type=click.Choice(["packed", "padded"]),
+        default=None,
+        help="As in pretrain.",
+        show_default="the run's, else packed",
+    ),
+    click.option("--text-column", default=None, help="As in pretrain.", show_default="the run's, else text"),
+    click.option(
+        "--batch-size",
+        type=click.IntRange(min=1),
+        default=None,
+        help="Sequences per batch.",
+        show_default="the run's, else 16",
+    ),
     click.option(
         "--seed",
         type=SEED,
-        default=42,
-        help="The run's data_seed, or its seed if it has none. It decides which text was held out.",
+        default=None,
+        help="Decides which text was held out.",
+        show_default="the run's data_seed or seed, else 42",
     ),
     click.option(
         "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"

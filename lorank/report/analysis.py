@@ -49,7 +49,7 @@ def _head(results: Results, found: Mapping[str, Quantity], names: Mapping[str, s
         "architecture": results["model_type"].removeprefix("lorank_"),
         "method": results["method"],
         "parameters": quantity(results["parameters"]),
-        "text": results["data"],
+        "text": results["text"],
         "tokens": f"{results['tokens']:,}",
         "of them for gradients": f"{results['gradient_tokens']:,}",
     }

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -56,4 +57,6 @@ def evaluation_table(found: "Evaluation") -> Table:
         f"{found.published_compatible_perplexity:.3f}   (sum of N batch losses / (N + 1), N = {found.batches}: biased low)",
     )
     table.add_row("predicted tokens", f"{found.tokens:,}")
+    if found.text is not None:
+        table.add_row("text", escape(found.text))
     return table

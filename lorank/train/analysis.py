@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -17,41 +17,38 @@ from lorank.method import Site
 from lorank.rewriting import converted_with
 from lorank.sites import base_prefix, find_sites, weight_reader
 from lorank.train.data import collate
-from lorank.train.evaluation import text_for, usual_length
+from lorank.train.evaluation import text_for, with_length
 from lorank.train.folder import absolute, write_whole
 from lorank.train.methods import methods_of, written_out
 from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model
+from lorank.train.text import Text, recipe_of_run, text_of
 
 
 def analyze_folder(
     model: str,
     out: Path,
     *,
-    data: str = "embedded",
-    sequence_length: int | None = None,
-    documents: Literal["packed", "padded"] = "packed",
-    text_column: str = "text",
-    batch_size: int = 16,
     tokens: int = 50_000,
     gradient_batches: int = 1,
     alpha: float = 0.95,
     budget: str | None = None,
-    seed: int = 42,
     tokenizer: str | None = None,
     memory: float | None = None,
     say: Callable[[str], None] = lambda line: None,
+    **text: Any,
 ) -> dict[str, Any]:
-    """`lorank.analysis.analyze` for a run folder, model folder or hub name, on any source of text that training reads.
+    """`lorank.analysis.analyze` for a run folder, model folder or hub name: of a run on the text that it held out, or on any
+    source of text that training reads.
 
     Works for any transformers model that reads one text: causal; masked, whose text is masked as in training and whose
     gradients are those of predicting the masked tokens; or a body without a head, which has no loss and so no gradients.
 
     Args:
-        sequence_length: as `evaluate_folder`'s.
         memory: GiB for sums over activations; default: half of what is free.
         tokenizer: another than the model's own.
+        text: as `evaluate_folder`'s.
 
     Returns:
         The content of out/results.json. With a budget there is also suggested.yaml; if `lorank pretrain` cannot train
@@ -71,25 +68,15 @@ def analyze_folder(
     if budget is not None:
         read_budget(budget, 0)  # an error here comes before the work
     say("loading the model and the text")
-    form: dict[str, Any] = {"documents": documents, "text_column": text_column, "seed": seed}
+    chosen = text_of(model, **text)
     loaded, words = load_model(model, tokenizer=tokenizer, of_any_kind=True)
-    sequence_length = sequence_length or usual_length(loaded)
     if words.eos_token_id is None and words.sep_token is not None:
         words.eos_token = words.sep_token  # ends a text for BERT and its kin
-    batches, _ = text_for(
-        loaded,
-        words,
-        data=data,
-        sequence_length=sequence_length,
-        batch_size=batch_size,
-        max_tokens=tokens,
-        make_batch=_batches_for(loaded, words, seed),
-        **form,
-    )
+    make = _batches_for(loaded, words, chosen.seed)
+    chosen = with_length(chosen, loaded)
+    batches, _ = text_for(loaded, words, chosen, max_tokens=tokens, make_batch=make)
     if budget is not None:
-        base = _recipe_for(
-            model, loaded.config, out, data=data, sequence_length=sequence_length, tokenizer=tokenizer, **form
-        )
+        base = _recipe_for(model, loaded.config, out, chosen, tokenizer)
         target, refused = _target(base)
         sites = target.sites.values() if target else () if converted_with(loaded) else find_sites(loaded)
         if sites:
@@ -108,8 +95,9 @@ def analyze_folder(
         "model_type": loaded.config.model_type,
         "method": method["method"] if method else "dense",
         "parameters": sum(parameter.numel() for parameter in loaded.parameters()),
-        "data": data,
-        "sequence_length": sequence_length,
+        "data": chosen.data,
+        "text": str(chosen),
+        "sequence_length": chosen.sequence_length,
         "suggestion": None,
         **found.to_dict(alpha),
     }
@@ -167,12 +155,10 @@ class Target(NamedTuple):
     others: list[Site]
 
 
-def _recipe_for(model: str, config: Any, out: Path, *, tokenizer: str | None, **form: Any) -> Recipe:
+def _recipe_for(model: str, config: Any, out: Path, text: Text, tokenizer: str | None) -> Recipe:
     """CoLA, still without ranks. For a run: its own recipe with the methods replaced. For any other model: its shape and
     attention, and the tokenizer and text of the analysis."""
-    written = Path(model).expanduser() / "recipe.yaml"
-    if written.exists():
-        run = Recipe.read(written)
+    if (run := recipe_of_run(model)) is not None:
         methods = {
             "method": "cola",
             "optimizer": _plain_optimizer(run),
@@ -187,6 +173,7 @@ def _recipe_for(model: str, config: Any, out: Path, *, tokenizer: str | None, **
         settings = {name: value for name, value in config.to_dict().items() if name not in ("lorank", "model_type")}
         AutoConfig.for_model(config.model_type.removeprefix("lorank_"), **settings).save_pretrained(shape)
     attention = {"attention": kind} if (kind := config._attn_implementation) else {}
+    form = {name: getattr(text, name) for name in ("data", "sequence_length", "documents", "text_column", "seed")}
     recipe = Recipe(
         model=shape, method="cola", tokenizer=tokenizer or model, vocab_size=config.vocab_size, **form, **attention
     )

@@ -1,9 +1,10 @@
 """The quality of a language model on held-out text: perplexity, published-compatible perplexity, and bits per byte."""
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from lorank.pretrained import positions_of
 from lorank.train.data import collate, load_evaluation
 from lorank.train.model import check_causal, check_positions
 from lorank.train.saved import load_model
+from lorank.train.text import Text, text_of
 
 
 class Evaluation(NamedTuple):
@@ -30,6 +32,8 @@ class Evaluation(NamedTuple):
     """Sum over batches of each batch's mean loss, in nats per token."""
     bytes_per_token: float | None = None
     """UTF-8 bytes of text per predicted token."""
+    text: str | None = None
+    """Which text it was, in words; None: not known."""
 
     @property
     def loss(self) -> float:
@@ -109,66 +113,58 @@ def evaluate(
 
 
 def evaluate_folder(
-    model: str,
-    *,
-    data: str = "embedded",
-    sequence_length: int | None = None,
-    documents: Literal["packed", "padded"] = "packed",
-    text_column: str = "text",
-    batch_size: int = 16,
-    max_tokens: int = 10_000_000,
-    seed: int = 42,
-    tokenizer: str | None = None,
+    model: str, *, tokenizer: str | None = None, max_tokens: int = 10_000_000, **text: Any
 ) -> Evaluation:
-    """`evaluate` for a saved model (run folder, model folder or hub name) on any source of text that training accepts.
+    """`evaluate` for a saved model (run folder, model folder or hub name): of a run on the text that it held out, or on any
+    source of text that training accepts.
 
-    `seed` decides which text is held out: give the run's. `tokenizer` replaces the model's own. Sequences have by default 256
-    tokens, or as many as the model has positions, if those are fewer.
+    Args:
+        tokenizer: another than the model's own.
+        max_tokens: predicted tokens after which it stops.
+        text: fields of `lorank.train.text.Text`, from `data` to `batch_size`.
 
     Raises:
-        ValueError: there is no model or no text; the model sees the tokens it predicts, or has weights that are not finite;
-            or sequences are longer than its positions.
+        ValueError: there is no model or no text; the seed holds out what the run was trained on; the model sees the tokens it
+            predicts, or has weights that are not finite; or sequences are longer than its positions.
     """
+    chosen = text_of(model, **text)
     loaded, own = load_model(model, tokenizer=tokenizer)
     check_causal(loaded)
-    batches, bytes_per_token = text_for(
-        loaded,
-        own,
-        data=data,
-        sequence_length=sequence_length or usual_length(loaded),
-        documents=documents,
-        text_column=text_column,
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        seed=seed,
-    )
-    return evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)
+    chosen = with_length(chosen, loaded)
+    batches, bytes_per_token = text_for(loaded, own, chosen, max_tokens=max_tokens)
+    found = evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)
+    return found._replace(text=str(chosen))
 
 
-def usual_length(model: nn.Module) -> int:
-    """Tokens per sequence where nobody says how many: 256, or the model's positions if they are fewer."""
-    return min(256, positions_of(model) or 256)
+def with_length(text: Text, model: nn.Module) -> Text:
+    """The text with a length of sequences: its own, else 256 tokens, or the model's positions if they are fewer."""
+    return dataclasses.replace(text, sequence_length=text.sequence_length or min(256, positions_of(model) or 256))
 
 
 def text_for(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
+    text: Text,
     *,
-    data: str,
-    sequence_length: int,
-    batch_size: int,
     max_tokens: int,
     make_batch: Callable[..., dict[str, Any]] | None = None,
-    **form: Any,
 ) -> tuple[DataLoader, float]:
-    """Held-out text for a model in batches, and its bytes per token. Arguments and errors are `evaluate_folder`'s.
-    `make_batch` makes a batch from rows, by default `lorank.train.data.collate`."""
+    """A text for a model in batches, and its bytes per token. Errors are `evaluate_folder`'s. `make_batch` makes a batch from
+    rows, by default `lorank.train.data.collate`."""
     embeddings = getattr(model.get_input_embeddings(), "weight", None)
     if model.main_input_name != "input_ids" or embeddings is None:
         raise ValueError(f"the model must read tokens, got type {type_of(model.config)!r}; use a language model")
-    check_positions(model, sequence_length)
+    assert text.sequence_length is not None
+    check_positions(model, text.sequence_length)
     rows, bytes_per_token = load_evaluation(
-        data, tokenizer, sequence_length=sequence_length, validation_tokens=max_tokens, **form
+        text.data,
+        tokenizer,
+        sequence_length=text.sequence_length,
+        documents=text.documents,
+        text_column=text.text_column,
+        seed=text.seed,
+        held_out=text.held_out,
+        validation_tokens=max_tokens,
     )
     make = make_batch or partial(collate, vocab_size=embeddings.shape[0])
-    return DataLoader(rows, batch_size=batch_size, collate_fn=make), bytes_per_token  # type: ignore[arg-type]
+    return DataLoader(rows, batch_size=text.batch_size, collate_fn=make), bytes_per_token  # type: ignore[arg-type]

@@ -23,7 +23,14 @@ def results_of(name: str, method: str | None = None, gradient_batches: int = 1, 
         lorank.convert(model, method)
     drawn = torch.randint(3, VOCABULARY, (8, 60), generator=torch.Generator().manual_seed(3))
     found = analyze(model, [{"input_ids": drawn}], gradient_batches=gradient_batches).to_dict()
-    about = {"lorank": "0", "model": f"runs/{name}", "model_type": name, "method": method or "dense", "data": "a.txt"}
+    about = {
+        "lorank": "0",
+        "model": f"runs/{name}",
+        "model_type": name,
+        "method": method or "dense",
+        "data": "a.txt",
+        "text": "a.txt",
+    }
     suggestion = {"budget": "0.5", **suggest_ranks(found["projections"], "0.5")._asdict(), "no_recipe": None}
     return {**about, "parameters": 1234567, "sequence_length": 60, "suggestion": suggestion, **found}
 

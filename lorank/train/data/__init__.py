@@ -9,7 +9,7 @@ No document is on both sides of the split. Packing loses only the tokens that do
 
 from lorank.train.data.corpus import Corpus, load_corpus, load_evaluation
 from lorank.train.data.sequences import check_ids, collate
-from lorank.train.data.sources import cache_folder
+from lorank.train.data.sources import cache_folder, files_of
 from lorank.train.data.specials import padding_id, rows_of
 from lorank.train.data.tokenizers import byte_tokenizer, load_tokenizer
 
@@ -19,6 +19,7 @@ __all__ = [
     "cache_folder",
     "check_ids",
     "collate",
+    "files_of",
     "load_corpus",
     "load_evaluation",
     "load_tokenizer",

@@ -128,16 +128,18 @@ def load_evaluation(
     documents: Literal["packed", "padded"] = "packed",
     text_column: str = "text",
     seed: int = 42,
+    held_out: bool = False,
     validation_tokens: int = 10_000_000,
     cache_dir: Path | None = None,
 ) -> tuple[Dataset, float]:
-    """Rows to evaluate on and their bytes per token: all of local files, the validation part of embedded and hub data.
+    """Rows to evaluate on and their bytes per token: the validation part of embedded and hub data; of local files all, or
+    if `held_out` the part that `load_corpus` holds out with the same seed.
 
     Arguments and errors are those of `load_corpus`.
     """
     check_form(documents, sequence_length)
     cache = cache_folder(cache_dir)
-    held_out = open_for_evaluation(data, text_column, seed, cache)
+    held_out = open_for_evaluation(data, text_column, seed, cache, held_out)
     form = Form(tokenizer, sequence_length, documents)
     rows = make_sequences(held_out, form, f"the text of {data}", cache, validation_tokens)
     return rows, bytes_per_token_of(held_out, form)

@@ -61,11 +61,22 @@ def local_files(source: str) -> tuple[list[Path], int]:
         ValueError: there is none to read.
         OSError: there is no such file, or a folder cannot be searched.
     """
+    files, left = found_files(source)
+    if left:
+        path = Path(source).expanduser()
+        names = ", ".join(_name(file, path) for file in left[:3])
+        others = f" and {len(left) - 3} more" if len(left) > 3 else ""
+        logger.warning("%s: left out %s%s; looked for %s", source, names, others, SUFFIXES)
+    return files, len(left)
+
+
+def found_files(source: str) -> tuple[list[Path], list[Path]]:
+    """The files to read of a source, and the others; errors are those of `local_files`."""
     path = Path(source).expanduser()
     if path.is_file():
         if not kind_of(path):
             raise ValueError(f"data files must end in {SUFFIXES}, got {source}")
-        return [path], 0
+        return [path], []
     if path.is_dir():
         found = list(_walk(path))
     elif set("*?[") & set(source):
@@ -76,12 +87,7 @@ def local_files(source: str) -> tuple[list[Path], int]:
     if not files:
         raise ValueError(f"{source} contains no readable file; looked for {SUFFIXES}")
     read = {*files, *(folder for file in files for folder in file.parents)}
-    left = [file for file in found if file not in read and not (kind_of(file) and file.is_file())]
-    if left:
-        names = ", ".join(_name(file, path) for file in left[:3])
-        others = f" and {len(left) - 3} more" if len(left) > 3 else ""
-        logger.warning("%s: left out %s%s; looked for %s", source, names, others, SUFFIXES)
-    return files, len(left)
+    return files, [file for file in found if file not in read and not (kind_of(file) and file.is_file())]
 
 
 def _glob(pattern: Path) -> Iterator[Path]:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow.compute
 from datasets import Dataset, IterableDataset
 
-from lorank.train.data.files import embedded_files, local_files, read_documents
+from lorank.train.data.files import embedded_files, found_files, local_files, read_documents
 from lorank.train.data.reading import Tally, kind_of
 from lorank.train.hub import asked_if_reachable
 
@@ -66,10 +66,20 @@ def _counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def open_for_evaluation(source: str, text_column: str, seed: int, cache: Path) -> Documents:
-    """Documents to evaluate on: the validation part of embedded and hub data, all of local files."""
+def open_for_evaluation(source: str, text_column: str, seed: int, cache: Path, held_out: bool = False) -> Documents:
+    """Documents to evaluate on: the validation part of embedded and hub data; of local files too if `held_out`, else all."""
     opened = open_source(source, text_column, seed, cache)
-    return opened.validation if source == "embedded" or _is_hub(source) else opened.whole
+    return opened.validation if held_out or source == "embedded" or _is_hub(source) else opened.whole
+
+
+def files_of(source: str) -> set[Path]:
+    """The files of a source, links followed; none of a data set of the hub, or of what does not exist."""
+    if _is_hub(source):
+        return set()
+    with contextlib.suppress(OSError, ValueError):
+        found = embedded_files() if source == "embedded" else found_files(source)[0]
+        return {file.resolve() for file in found}
+    return set()
 
 
 def _split(documents: Dataset, sizes: np.ndarray) -> tuple[Dataset, Dataset]:

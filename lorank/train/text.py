@@ -1,0 +1,98 @@
+"""Which text a saved model is read on. A run is read on the text that it held out, cut as in training, unless the user asks
+for another one."""
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from lorank.train.data import files_of
+from lorank.train.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Text:
+    """A source, which part of it is read, and how it is cut into batches."""
+
+    data: str = "embedded"
+    """As in a recipe. Of embedded and hub data, the part that training holds out is read."""
+    held_out: bool = False
+    """Whether also of local files only that part is read."""
+    seed: int = 42
+    """Decides which part is held out: the run's data_seed, or its seed if it has none."""
+    sequence_length: int | None = None
+    """Tokens; None: as many as suit the model."""
+    documents: Literal["packed", "padded"] = "packed"
+    text_column: str = "text"
+    batch_size: int = 16
+    run: str | None = None
+    """The run whose recipe says this; None: not a run, or another text than its own."""
+    trained_on: int = 0
+    """How many of its files the run was trained on."""
+
+    def __str__(self) -> str:
+        part = "held-out part of " if self.held_out or self.data == "embedded" else ""
+        said = f"{part}{self.data}" + (", as in the run's recipe" if self.run else "")
+        if self.sequence_length:
+            said += f", in sequences of {self.sequence_length} tokens"
+        if self.trained_on:
+            said += f" (the run was trained on most of {self.trained_on} of its files, so these figures are too good)"
+        return said
+
+
+def recipe_of_run(model: str) -> Recipe | None:
+    """The recipe of a run's folder, or of the run that a checkpoint's folder is in; None for any other model."""
+    folder = Path(model).expanduser()
+    if folder.name.startswith("checkpoint-") and not (folder / "recipe.yaml").exists():
+        folder = folder.parent
+    written = folder / "recipe.yaml"
+    return Recipe.read(written) if written.exists() else None
+
+
+def text_of(model: str, **asked: Any) -> Text:
+    """The text for a saved model: what is asked for, by default the run's held-out text; or embedded, if there is no run.
+
+    Args:
+        asked: fields of `Text`; those that are None are not asked for.
+
+    Raises:
+        ValueError: the seed would hold out another part of the run's text than training did.
+    """
+    asked = {name: value for name, value in asked.items() if value is not None}
+    recipe = recipe_of_run(model)
+    if recipe is None:
+        return Text(**asked)
+    own = _of_run(recipe, model)
+    source = asked.get("data")
+    if source is not None and not any(_same(source, one) for one in (own.data, recipe.data)):
+        found = dataclasses.replace(own, data=source, held_out=False, run=None)
+        return dataclasses.replace(found, trained_on=len(files_of(source) & files_of(recipe.data)), **asked)
+    if source is not None and _same(source, recipe.data):
+        own = dataclasses.replace(own, data=recipe.data, held_out=True)
+    seed = asked.get("seed", own.seed)
+    if seed != own.seed:
+        raise ValueError(
+            f"--seed must be {own.seed}, with which {model} held out part of data={recipe.data!r}, got {seed}: the run was trained "
+            "on the part that this seed holds out; leave --seed out"
+        )
+    return dataclasses.replace(own, **{**asked, "data": own.data})
+
+
+def _of_run(recipe: Recipe, model: str) -> Text:
+    """The text on which training evaluated."""
+    other = recipe.validation is not None and not _same(recipe.validation, recipe.data)
+    return Text(
+        data=recipe.validation if other else recipe.data,  # type: ignore[arg-type]
+        held_out=not other,
+        seed=recipe.split_seed,
+        sequence_length=recipe.sequence_length,
+        documents=recipe.documents,
+        text_column=recipe.text_column,
+        batch_size=recipe.micro_batch_size or recipe.batch_size,
+        run=model,
+    )
+
+
+def _same(one: str, other: str) -> bool:
+    """Whether two sources are the same; names of files may be relative."""
+    return one == other or os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))

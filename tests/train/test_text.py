@@ -1,0 +1,83 @@
+"""A saved run is read on the text that it held out; text that it was trained on is refused or said."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lorank.train.analysis import analyze_folder
+from lorank.train.evaluation import evaluate_folder
+from lorank.train.recipe import Recipe
+from lorank.train.run import pretrain
+from lorank.train.text import recipe_of_run, text_of
+
+pytestmark = pytest.mark.usefixtures("quick")
+ROWS = [{"body": f"row {i} says {i * i} in {'abc'[i % 3]} and {i % 7}"} for i in range(300)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two files of rows, and another."""
+    folder = tmp_path_factory.mktemp("rows")
+    (folder / "data").mkdir()
+    for name, rows in (("data/a", ROWS[:150]), ("data/b", ROWS[150:]), ("other", ROWS[:40])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, recipe: Callable[..., Recipe]) -> Path:
+    """A run whose recipe differs from all defaults."""
+    changes = {"data": str(folder / "data"), "text_column": "body", "documents": "padded", "seed": 7, "steps": 2}
+    pretrain(recipe(**changes, warmup_steps=1, save_every=1, eval_every=0, sequence_length=24), folder / "run")
+    return folder / "run"
+
+
+def test_evaluate_repeats_the_figures_of_the_run(run: Path) -> None:
+    summary, found = json.loads((run / "summary.json").read_text()), evaluate_folder(str(run))
+    assert found.loss == summary["validation_loss_nats_per_token"]
+    assert found.published_compatible_perplexity == summary["published_compatible_perplexity"]
+    assert found.text == f"held-out part of {run.parent / 'data'}, as in the run's recipe, in sequences of 24 tokens"
+    assert found.tokens < 0.1 * 24 * len(ROWS)  # not all of the text
+    last = evaluate_folder(str(run / "checkpoint-2"))
+    assert (last.loss, last.tokens) == (found.loss, found.tokens)
+
+
+def test_analyze_reads_the_same_text(run: Path, tmp_path: Path) -> None:
+    found = analyze_folder(str(run), tmp_path / "analysis", gradient_batches=0)
+    assert found["text"] == evaluate_folder(str(run)).text and found["sequence_length"] == 24
+    assert found["data"] == str(run.parent / "data")
+
+
+def test_what_is_asked_for_replaces_the_recipe(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = text_of(str(run))
+    assert (own.seed, own.documents, own.text_column, own.batch_size, own.held_out) == (7, "padded", "body", 4, True)
+    assert text_of(str(run), sequence_length=8, seed=None) == dataclasses.replace(own, sequence_length=8)
+    monkeypatch.chdir(run.parent)
+    assert text_of("run", data="data") == dataclasses.replace(own, run="run")  # the same text under another name
+    other = text_of("run", data="other.jsonl", seed=3)
+    assert (other.held_out, other.seed, other.run, other.trained_on) == (False, 3, None, 0)
+    assert text_of("nowhere").data == "embedded" and recipe_of_run("nowhere/checkpoint-1") is None
+
+
+def test_text_that_was_trained_on_is_refused_or_said(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"--seed must be 7, .* got 8: .*trained"):
+        text_of(str(run), seed=8)
+    part = text_of(str(run), data=str(run.parent / "data/b.jsonl"))
+    assert part.trained_on == 1 and "trained on most of 1 of its files" in str(part)
+    assert text_of(str(run), data=str(run.parent / "*.jsonl")).trained_on == 0
+
+
+@pytest.mark.parametrize(
+    ("recipe_says", "data", "held_out"),
+    [({"validation": "v.txt"}, "v.txt", False), ({"validation": "t.txt"}, "t.txt", True), ({}, "t.txt", True)],
+)
+def test_validation_text_of_its_own_is_read_whole(
+    tmp_path: Path, recipe_says: dict[str, Any], data: str, held_out: bool
+) -> None:
+    (tmp_path / "recipe.yaml").write_text(Recipe(data="t.txt", data_seed=5, **recipe_says).to_yaml())
+    found = text_of(str(tmp_path))
+    assert (found.data, found.held_out, found.seed) == (data, held_out, 5)
