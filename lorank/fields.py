@@ -10,8 +10,9 @@ A value that does not fit is a ValueError of one form: "density must be a number
 import dataclasses
 import difflib
 import functools
-import math
+import os
 import re
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -87,9 +88,27 @@ def _field_types(kind: Any) -> dict[str, Any]:
 
 
 def check_fields(instance: Any) -> None:
-    """Raises ValueError for the first field of a dataclass whose value does not fit its annotation."""
+    """Make the values of a dataclass plain; ValueError for the first one that does not fit its annotation."""
     for name, kind in field_types(type(instance)).items():
-        check_value(name, getattr(instance, name), kind)
+        value = plain(getattr(instance, name))
+        object.__setattr__(instance, name, value)  # it may be frozen
+        check_value(name, value, kind)
+
+
+def plain(value: Any) -> Any:
+    """A value as YAML and JSON have it: numbers of numpy and torch become Python's, and paths become strings, at any depth.
+
+    >>> from pathlib import Path
+    >>> plain({"data": Path("a") / "b", "betas": (0.9, 0.95)})
+    {'data': 'a/b', 'betas': (0.9, 0.95)}
+    """
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        return value.item()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if type(value) is dict:
+        return {plain(key): plain(one) for key, one in value.items()}
+    return type(value)(map(plain, value)) if type(value) in (list, tuple) else value
 
 
 def check_value(name: str, value: Any, kind: Any) -> None:
@@ -125,9 +144,9 @@ def fits(value: Any, kind: Any) -> bool:
             and all(fits(item, one) for item, one in zip(value, arguments, strict=True))
         )
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
     if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
     return isinstance(value, origin or kind)
 
 

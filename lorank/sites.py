@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -205,6 +205,8 @@ def _names_router(pattern: re.Pattern[str], site: Site) -> bool:
 
 
 def listed(patterns: Patterns) -> list[str]:
+    if not isinstance(patterns, str | re.Pattern | Iterable | None):
+        raise ValueError(f"patterns must be a string or several strings, got {patterns!r}")
     listed = [patterns] if isinstance(patterns, str | re.Pattern) else list(patterns or [])
     if odd := next((pattern for pattern in listed if not isinstance(pattern, str)), None):
         raise ValueError(f"patterns must be strings, because they are saved with the model, got {odd!r}")

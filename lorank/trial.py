@@ -43,14 +43,13 @@ def check_quantization(config: PretrainedConfig) -> None:
 
 def check_shared(model: nn.Module, sites: Sequence[Site]) -> None:
     """Raises ValueError for a projection whose weight also serves elsewhere, because its replacement would serve here alone."""
-    homes: dict[int, set[tuple[int, str]]] = {}
-    for parent in model.modules():
-        for name, child in parent._modules.items():
-            for parameter in () if child is None else child._parameters.values():
-                homes.setdefault(id(parameter), set()).add((id(parent), name))
+    homes: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):  # a whole block may stand in two places
+        for parameter in module._parameters.values():
+            homes.setdefault(id(parameter), []).append(name)
     for site in (site for site in sites if not site.experts):
-        module: Any = model.get_submodule(module_name(model, site))
-        if len(homes[id(module.weight)]) > 1:
+        layer: Any = model.get_submodule(module_name(model, site))
+        if len(homes[id(layer.weight)]) > 1:
             raise ValueError(
                 f"{site.role} cannot be replaced, because it shares its weight with another layer; exclude it, or use another "
                 "architecture"

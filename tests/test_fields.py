@@ -3,8 +3,10 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import pytest
 
 from lorank.fields import (
@@ -29,8 +31,8 @@ HALF_OPEN = Annotated[float, Bounds(least=0, below=1)]
 @pytest.mark.parametrize(
     ("kind", "good", "bad", "words"),
     [
-        (float, [0, 1.5, -3], [math.nan, math.inf, True, "1", None], "a finite number"),
-        (int, [0, -2], [1.0, True, "1"], "an integer"),
+        (float, [0, 1.5, -3], [math.nan, math.inf, True, "1", None, 10**400], "a finite number"),
+        (int, [0, -2], [1.0, True, "1", 10**400], "an integer"),
         (bool, [True, False], [0, 1, "yes"], "true or false"),
         (str, ["x"], [1, None], "a string"),
         (Positive, [1, 0.1], [0, -1, math.nan, math.inf, True], "a positive number"),
@@ -98,3 +100,16 @@ def test_a_pattern_is_compiled_or_refused() -> None:
     assert compile_pattern("q_proj$", "targets").search("layers.0.q_proj")
     with pytest.raises(ValueError, match=r"targets must hold regular expressions as strings, got '\['"):
         compile_pattern("[", "targets")
+
+
+def test_values_of_numpy_and_paths_become_plain() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        rate: float
+        count: int
+        name: str
+        rates: Sequence[float]
+
+    found = Settings(np.float32(0.5), np.int64(3), Path("a/b"), [np.float64(1), 2])  # type: ignore[arg-type]
+    check_fields(found)
+    assert repr(found).endswith("Settings(rate=0.5, count=3, name='a/b', rates=[1.0, 2])")

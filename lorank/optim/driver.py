@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from lorank.fields import Beta, Count, NonNegative, Rank, check_value, field_types, joined_by_or
+from lorank.fields import Beta, Count, NonNegative, Rank, check_value, field_types, joined_by_or, plain
 from lorank.method import Method, Patterns
 from lorank.optim.arriving import Arriving, check_alone
 from lorank.optim.groups import by_rank, listed, ranks, rate, says_rank, split
@@ -186,7 +186,7 @@ class LowRankOptimizer(Arriving):
         own = {name: types[name] for name in self.method.per_group if group["rank"] is not None}
         own |= {"lr_multiplier": NonNegative} if "lr_multiplier" in group else {}
         for name, kind in {"lr": NonNegative, "weight_decay": NonNegative, **rule.types, **own}.items():
-            check_value(name, group[name].item() if isinstance(group[name], Tensor) else group[name], kind)
+            check_value(name, plain(group[name]), kind)
         for i, beta in enumerate(group["betas"]):
             check_value(f"betas[{i}]", beta, Beta)
         if group.get("amsgrad"):

@@ -62,6 +62,7 @@ class TerminalProgress(TrainerCallback):
             self.text["loss"] = f"loss {logs['loss']:.3f}"
         if "tokens_per_second" in logs:
             self.text["rate"] = f"{logs['tokens_per_second']:,.0f} tok/s"
+        if "mfu" in logs:
             self.text["mfu"] = f"MFU {logs['mfu']:.0%}"
         if "eval_perplexity" in logs:
             self.text["eval"] = f"val ppl {logs['eval_perplexity']:.2f}"

@@ -21,7 +21,7 @@ from lorank.fields import (
     Rank,
     Whole,
     alternatives_of,
-    check_value,
+    check_fields,
     field_types,
 )
 from lorank.table import METHODS, names_joined
@@ -172,9 +172,9 @@ class Recipe:
     )
 
     def __post_init__(self) -> None:
-        for name, kind in field_types(type(self)).items():
+        check_fields(self)
+        for name in field_types(type(self)):
             value = getattr(self, name)
-            check_value(name, value, kind)
             if isinstance(value, int) and abs(value) >= 2**32:
                 raise ValueError(f"{name} must be below 2**32, got {value}")
             if value == "":

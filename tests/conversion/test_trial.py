@@ -105,6 +105,10 @@ def test_a_shared_weight_is_refused(small: Callable[..., Any]) -> None:
     ):
         convert(model, CoLA(rank=4))
     convert(model, CoLA(rank=4), exclude="up_proj")
+    model = small("llama")
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(ValueError, match=r"q_proj cannot be replaced, because it shares its weight"):
+        convert(model, CoLA(rank=4))
     assert second.mlp.up_proj.weight is first.mlp.up_proj.weight
 
 

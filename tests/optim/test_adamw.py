@@ -157,6 +157,8 @@ def test_a_parameter_without_gradient_is_left_alone() -> None:
         ({"eps": float("nan")}, "eps must be a number of at least 0, got nan"),
         ({"weight_decay": -1}, "weight_decay must be a number of at least 0, got -1"),
         ({"lr": "0.1"}, "lr must be a number of at least 0, got '0.1'"),
+        ({"lr": torch.tensor([1.0, 2.0])}, "lr must be a number of at least 0, got tensor"),
+        ({"weight_decay": 10**400}, "weight_decay must be a number of at least 0, got 1000"),
         ({"lr": True}, "lr must be a number of at least 0, got True"),
         ({"betas": (0.9, 1.0)}, r"betas\[1\] must be a number in \[0, 1\), got 1.0"),
     ],

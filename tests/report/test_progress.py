@@ -39,6 +39,7 @@ def test_progress_without_a_terminal_is_a_line_now_and_then(tmp_path: Path) -> N
     arguments, state, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl()
     state.max_steps, state.is_world_process_zero = 100, True
     progress.on_train_begin(arguments, state, control)
+    progress.on_log(arguments, state, control, logs={"loss": 5.0, "tokens_per_second": 1.0})  # FLOPs are not known
     for step in range(1, 101):
         state.global_step = step
         logs = {"loss": 5.0, "tokens_per_second": 1000.0, "mfu": 0.5}

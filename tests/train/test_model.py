@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, GPT2LMHeadModel, LlamaForCausalLM
+from transformers import BertConfig, BertLMHeadModel, GPT2LMHeadModel, LlamaForCausalLM, XLMConfig, XLMWithLMHeadModel
 
 from lorank.layers import LowRankLinear
 from lorank.train.data import load_tokenizer
@@ -184,6 +184,10 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
         check_causal(model.train())
     assert model.training
     check_causal(BertLMHeadModel(BertConfig(**shape, is_decoder=True)))
+    small = {"vocab_size": 64, "emb_dim": 32, "n_layers": 2, "n_heads": 4}  # its padding, id 2, is hidden by the mask
+    check_causal(XLMWithLMHeadModel(XLMConfig(**small, causal=True)))
+    with pytest.raises(ValueError, match="'xlm' sees the tokens it should predict"):
+        check_causal(XLMWithLMHeadModel(XLMConfig(**small, causal=False)))
 
 
 def test_an_integer_is_a_number_too(tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """YAML of recipe files and flags: numbers as people write them, and no key twice."""
 
+import math
 from pathlib import Path
 
 import pytest
+import yaml
 
 from lorank.train.methods import methods_of
 from lorank.train.recipe import Recipe
+from lorank.train.yamls import load
 
 
 def test_numbers_of_a_recipe_are_numbers_at_every_depth(tmp_path: Path) -> None:
@@ -25,3 +28,15 @@ def test_a_key_given_twice_is_refused(tmp_path: Path) -> None:
     file.write_text("lr: 6e-3\nmethod: cola\nlr: 1e-3\n")
     with pytest.raises(ValueError, match=r"recipe .*recipe.yaml, line 3 is not valid YAML: lr is given twice"):
         Recipe.read(file)
+
+
+def test_numbers_are_those_of_yaml_1_2() -> None:
+    """In 1.1, which PyYAML reads, the first three are 90, 16 and 8."""
+    assert [load(text) for text in ("1:30", "0x10", "010")] == ["1:30", "0x10", "010"]
+    assert [load(text) for text in ("1_000", "-3", ".5", "5.", "-.inf")] == [1000, -3, 0.5, 5.0, -math.inf]
+
+
+def test_a_value_inside_itself_is_refused() -> None:
+    with pytest.raises(yaml.YAMLError, match="must not contain itself"):
+        load("shape: &a {x: [*a]}")
+    assert load("[&a {x: 1}, *a]") == [{"x": 1}, {"x": 1}]
