@@ -1,8 +1,12 @@
-"""What the study trains: sizes, texts, rows and learning rates."""
+"""What the study trains: sizes, texts, rows and learning rates.
+
+Beside the study there is one published figure, `nano shakespeare published`: nanoGPT's setting for two cores (its readme:
+validation loss 1.88). Each byte is a token, which for this text is what each character is there; 65 bytes are 64 predictions.
+"""
 
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lorank.comparison.settings import ComparisonSettings
 from lorank.train.recipe import Recipe
@@ -24,6 +28,24 @@ SIZES = {
     },
 }
 """Name -> changes of a recipe. All have the demo's vocabulary of 4,096; 40m is 20m with a width of 384."""
+NANO = {
+    "model": "gpt2",
+    "tokenizer": "bytes",
+    "sequence_length": 65,
+    "batch_size": 12,
+    "steps": 2000,
+    "warmup_steps": 100,
+    "lr": 1e-3,
+    "min_lr_ratio": 0.1,
+    "betas": [0.9, 0.99],
+    "weight_decay": 0.1,
+    "clip": 1.0,
+    "eval_every": 250,
+    "eval_tokens": 1_000_000,
+    **{f"shape.{name}": size for name, size in {"n_layer": 4, "n_head": 4, "n_embd": 128, "n_positions": 65}.items()},
+    **{f"shape.{name}_pdrop": 0.0 for name in ("embd", "attn", "resid")},
+}
+"""nanoGPT's, for its `train_shakespeare_char.py` on a CPU."""
 
 
 class Text(NamedTuple):
@@ -42,6 +64,10 @@ TEXTS = {
     "war-and-peace": Text(
         "GITenberg/War-and-Peace_2600: 2600-0.txt", "6cbcc5ca5e590fb9ace161a5b93e4ecf280d7118104be0d63b686c004cfa70ae"
     ),
+    "shakespeare": Text(
+        "karpathy/char-rnn: data/tinyshakespeare/input.txt",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+    ),
 }
 
 STAGES = {
@@ -51,12 +77,19 @@ STAGES = {
         "methods": ["low-rank", "low-rank+muon", "low-rank+spectron", "crnet", "crnet+muon", "sltrain", "sltrain+muon"],
         "only": True,
     },
+    "published": {
+        "methods": ["dense", "dense-tuned=dense", "cola", "low-rank", "crnet"],
+        "only": True,
+        "match": "flops",
+    },
 }
 """Rows that are trained together; dense-small costs what the rows of its stage cost."""
 
 RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2)
 """Tried with the first seed. A best rate at an edge extends the sweep, twice at most."""
 SPECTRON_RATES = (0.0125, 0.025, 0.05, 0.1)
+NANO_RATES = (1e-3, 2e-3, 4e-3)
+NANO_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
 
 
 def settings_of(size: str, text: str, stage: str, texts: Path) -> ComparisonSettings:
@@ -65,11 +98,28 @@ def settings_of(size: str, text: str, stage: str, texts: Path) -> ComparisonSett
     Raises:
         ValueError: the text is not there, or it is another one.
     """
-    common = {"steps": STEPS, "eval_every": 50, "eval_tokens": 65_000, "save_every": 0, "data": data_of(text, texts)}
+    chosen, data = STAGES[stage], data_of(text, texts)
+    if (size == "nano") != (stage == "published"):
+        raise ValueError(f"the size nano is for the stage published alone, got {size} and {stage}")
+    if size == "nano":
+        base = Recipe().but({**NANO, **split(data), "save_every": 0})
+        rates: dict[str, Any] = {"sweep": {"lr": NANO_RATES}, "own": {"dense": {"lr": [1e-3]}}}
+        return ComparisonSettings(base=base, seeds=NANO_SEEDS, tuned="all", **rates, **chosen)
+    common = {"steps": STEPS, "eval_every": 50, "eval_tokens": 65_000, "save_every": 0, "data": data}
     base = Recipe().but({**common, **SIZES[size]})
-    chosen = STAGES[stage]
     own = {name: {"lr": SPECTRON_RATES} for name in chosen["methods"] if name.endswith("+spectron")}
     return ComparisonSettings(base=base, seeds=SEEDS, sweep={"lr": RATES}, own=own, tuned="all", **chosen)
+
+
+def split(file: str) -> dict[str, str]:
+    """The first nine tenths of a text to train on, the rest to validate on, as files beside it."""
+    text, parts = Path(file).read_text(encoding="utf-8"), {}
+    cut = int(0.9 * len(text))
+    for key, part in (("data", text[:cut]), ("validation", text[cut:])):
+        path = Path(file).with_suffix(f".{key}.txt")
+        path.write_text(part, encoding="utf-8")
+        parts[key] = str(path)
+    return parts
 
 
 def data_of(text: str, texts: Path) -> str:

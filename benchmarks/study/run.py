@@ -72,7 +72,7 @@ def line_of(comparison: Comparison, run: Run) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("size", choices=SIZES)
+    parser.add_argument("size", choices=[*SIZES, "nano"])
     parser.add_argument("text", choices=TEXTS)
     parser.add_argument("stage", choices=STAGES)
     parser.add_argument("--texts", type=Path, default=Path("texts"), help="folder of the texts that are not committed")
