@@ -33,7 +33,7 @@ def gather(comparison: Comparison) -> dict[str, Any]:
     targets = {run["seed"]: run["curve"]["loss"][-1] for run in baseline["runs"] if run.get("curve", {}).get("loss")}
     for row in rows:
         row["difference"] = _difference(row, baseline)
-        row["reach"] = _reach(row, targets)
+        row["reach"] = compute_to_reach(row, targets)
     finished = sum(run["status"] == "finished" for row in rows for run in _all_runs(row))
     results = {
         "format": FORMAT,
@@ -201,7 +201,7 @@ def _winner(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     return {"name": done[0]["name"], "next": done[1]["name"], "difference": _difference(done[0], done[1])}
 
 
-def _reach(row: Mapping[str, Any], targets: Mapping[int, float]) -> dict[str, float] | None:
+def compute_to_reach(row: Mapping[str, Any], targets: Mapping[int, float]) -> dict[str, float] | None:
     """Tokens, FLOPs and seconds until a run has its seed's target for the first time, between two evaluations on a straight
     line; means over the seeds, None if one of them never gets there.
 

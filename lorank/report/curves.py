@@ -30,6 +30,11 @@ def curves_svg(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -
         series.append(Series(f"{name} {points[-1][1]:.3f}", style, points, faint=train if valid else ()))
     about: dict[str, Any] = {"x_title": "tokens", "y_title": "loss, nats per token", "what": title}
     chart = line_chart(series, size=SIZE, x_format=quantity, y_format="{:.3f}".format, **about)
+    return framed(chart, title=title, note="Lines with dots: validation. Faint lines: training.")
+
+
+def framed(chart: str, *, title: str, note: str) -> str:
+    """A chart of `SIZE` as a file of its own, between a title and a note."""
     width, height = WIDTH + 2 * MARGIN, HEIGHT + 3 * MARGIN
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">\n'
@@ -38,7 +43,7 @@ def curves_svg(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -
         f'<text class="heading" x="{MARGIN}" y="{MARGIN}">{html.escape(title)}</text>\n'
         f'<svg x="{MARGIN}" y="{1.6 * MARGIN:g}" width="{WIDTH}" height="{HEIGHT}"'
         f"{chart.removeprefix('<svg')}\n"
-        f'<text x="{MARGIN}" y="{height - MARGIN / 2:g}">Lines with dots: validation. Faint lines: training.</text>\n'
+        f'<text x="{MARGIN}" y="{height - MARGIN / 2:g}">{html.escape(note)}</text>\n'
         "</svg>\n"
     )
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lorank.comparison.results import _baseline_rank, _clock, _mismatches, _reach, write_results
+from lorank.comparison.results import _baseline_rank, _clock, _mismatches, compute_to_reach, write_results
 from lorank.comparison.runner import Comparison
 from lorank.comparison.settings import ComparisonSettings
 from lorank.report.comparison import comparison_page, comparison_table
@@ -139,13 +139,17 @@ def test_reach_is_where_the_curve_first_has_the_baselines_loss() -> None:
             "curve": {"tokens": tokens, "flops": [3 * x for x in tokens], "seconds": tokens, "loss": losses},
         }
 
-    assert _reach({"runs": [run([4.0, 3.0, 2.0])]}, {1: 2.5}) == {"tokens": 30.0, "flops": 90.0, "seconds": 30.0}
+    assert compute_to_reach({"runs": [run([4.0, 3.0, 2.0])]}, {1: 2.5}) == {
+        "tokens": 30.0,
+        "flops": 90.0,
+        "seconds": 30.0,
+    }
     several = {"runs": [run([4.0, 3.0, 2.0]), run([2.5, 3.0, 2.0], seed=2)]}
-    assert _reach(several, {1: 2.5, 2: 2.5}) == {"tokens": 20.0, "flops": 60.0, "seconds": 20.0}
-    assert _reach(several, {1: 3.0, 2: 2.5}) == {"tokens": 15.0, "flops": 45.0, "seconds": 15.0}
-    assert _reach(several, {2: 2.5}) == {"tokens": 10.0, "flops": 30.0, "seconds": 10.0}
-    assert _reach(several, {1: 2.5, 2: 1.9}) is None
-    assert _reach({"runs": [{"status": "failed", "seed": 1}]}, {1: 2.5}) is None
+    assert compute_to_reach(several, {1: 2.5, 2: 2.5}) == {"tokens": 20.0, "flops": 60.0, "seconds": 20.0}
+    assert compute_to_reach(several, {1: 3.0, 2: 2.5}) == {"tokens": 15.0, "flops": 45.0, "seconds": 15.0}
+    assert compute_to_reach(several, {2: 2.5}) == {"tokens": 10.0, "flops": 30.0, "seconds": 10.0}
+    assert compute_to_reach(several, {1: 2.5, 2: 1.9}) is None
+    assert compute_to_reach({"runs": [{"status": "failed", "seed": 1}]}, {1: 2.5}) is None
 
 
 def test_the_winner_is_compared_with_the_next_by_seed(finished) -> None:

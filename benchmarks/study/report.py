@@ -1,0 +1,168 @@
+"""What the study found so far: docs/study.md and its pictures, made from results/*.jsonl alone.
+
+python benchmarks/study/report.py
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from grid import SEEDS, SIZES, TEXTS
+from run import RESULTS, lines_of
+
+from lorank.comparison.results import compute_to_reach
+from lorank.comparison.statistics import Interval, mean_interval
+from lorank.report.charts import Series, line_chart
+from lorank.report.curves import SIZE, framed
+from lorank.report.tables import quantity
+from lorank.train.folder import write_whole
+
+DOCS = Path(__file__).parents[2] / "docs"
+Line = Mapping[str, Any]
+
+
+class Row(NamedTuple):
+    """A row with its best learning rate: that of the lowest loss with the first seed."""
+
+    name: str
+    rate: float
+    rates: list[float]
+    """All that were tried."""
+    runs: dict[int, Line]
+    """Seed -> run at the best rate."""
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {seed: run["validation_loss_nats_per_token"] for seed, run in self.runs.items()}
+
+    @property
+    def flops(self) -> float:
+        return next(iter(self.runs.values()))["training_flops"]
+
+    @property
+    def inside(self) -> bool:
+        return min(self.rates) < self.rate < max(self.rates)
+
+    def curves(self) -> dict[str, Any]:
+        """As `compute_to_reach` reads them."""
+        runs = []
+        for seed, run in self.runs.items():
+            steps = [*map(int, run["curve"])]
+            share = [step / run["steps"] for step in steps]
+            costs = {"tokens": run["tokens"], "flops": run["training_flops"], "seconds": math.nan}
+            curve = {name: [whole * part for part in share] for name, whole in costs.items()}
+            runs.append({"seed": seed, "curve": {**curve, "loss": [*run["curve"].values()]}})
+        return {"runs": runs}
+
+
+def rows_of(lines: Sequence[Line]) -> dict[str, Row]:
+    """Name -> row, best first."""
+    found = {}
+    for name in dict.fromkeys(line["row"] for line in lines):
+        runs = [line for line in lines if line["row"] == name]
+        first = {run["settings"]["lr"]: run for run in runs if run["seed"] == SEEDS[0]}
+        if first:
+            rate = min(first, key=lambda lr: first[lr]["validation_loss_nats_per_token"])
+            best = {run["seed"]: run for run in runs if run["settings"]["lr"] == rate}
+            found[name] = Row(name, rate, sorted(first), dict(sorted(best.items())))
+    return dict(sorted(found.items(), key=lambda item: statistics.fmean(item[1].losses.values())))
+
+
+def difference(row: Row, other: Row) -> Interval | None:
+    """Loss of `row` minus that of `other`, paired by seed."""
+    pairs = [row.losses[seed] - other.losses[seed] for seed in row.losses if seed in other.losses]
+    return mean_interval(pairs) if pairs else None
+
+
+def reach(row: Row, other: Row) -> float | None:
+    """FLOPs until `row` has the last loss of `other`, as a share of the FLOPs of `other`."""
+    targets = {run["seed"]: run["curve"]["loss"][-1] for run in other.curves()["runs"]}
+    found = compute_to_reach(row.curves(), targets)
+    return None if found is None else found["flops"] / other.flops
+
+
+def table(rows: Mapping[str, Row]) -> str:
+    """Rows of a size and a text as Markdown."""
+    titles = ["row", "in blocks", "FLOPs", "rate", "seeds", "perplexity", "against dense-muon", "FLOPs to dense's loss"]
+    lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
+    muon, dense = rows.get("dense-muon"), rows.get("dense")
+    for row in rows.values():
+        run, loss = next(iter(row.runs.values())), statistics.fmean(row.losses.values())
+        gap = difference(row, muon) if muon and row is not muon else None
+        share = reach(row, dense) if dense else None
+        cells = [
+            row.name,
+            f"{run['block_parameters']:,}",
+            quantity(row.flops),
+            f"{row.rate:g}" + ("" if row.inside else " (edge)"),
+            str(len(row.runs)),
+            f"{math.exp(loss):.2f}",
+            "" if gap is None else said(gap),
+            "not reached" if share is None else f"{share:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def said(gap: Interval) -> str:
+    """A difference of losses as one of perplexities in percent, with its interval."""
+    mean, low, high = (100 * math.expm1(x) for x in (gap.mean, gap.low, gap.high))
+    return f"{mean:+.1f} %" + ("" if math.isnan(low) else f" ({low:+.1f} to {high:+.1f})")
+
+
+def picture(rows: Mapping[str, Row], title: str) -> str:
+    """Validation loss against training FLOPs, means over seeds."""
+    colours, series = iter(f"s{k}" for k in range(8)), []
+    for name, row in list(rows.items())[:8]:
+        runs = [run["curve"] for run in row.curves()["runs"]]
+        points = [
+            (x, statistics.fmean(losses))
+            for x, *losses in zip(runs[0]["flops"], *(run["loss"] for run in runs), strict=True)
+        ]
+        style = {"dense": "g0"}.get(name) or next(colours)
+        series.append(Series(f"{name} {points[-1][1]:.3f}", style, points))
+    chart = line_chart(
+        series,
+        size=SIZE,
+        x_title="training FLOPs",
+        y_title="validation loss, nats per token",
+        x_format=quantity,
+        y_format="{:.3f}".format,
+        what=title,
+    )
+    return framed(chart, title=title, note="Evaluations in training, on the first 65,000 tokens of the held-out text.")
+
+
+def verdict(rows: Mapping[str, Row]) -> list[str]:
+    """What a size and a text say, in sentences."""
+    if not {"cola+muon", "dense-muon"} <= rows.keys():
+        return []
+    cola, found = rows["cola+muon"], []
+    for name, words in (("dense-muon", "equal tokens"), ("dense-small-muon", "equal tokens and FLOPs")):
+        if name in rows and (gap := difference(cola, rows[name])) is not None:
+            better = gap.high < 0 if len(cola.runs) > 1 else gap.mean < 0
+            worse = gap.low > 0 if len(cola.runs) > 1 else gap.mean > 0
+            judged = "better than" if better else "worse than" if worse else "not distinguishable from"
+            found.append(f"At {words} cola+muon is {judged} {name}: {said(gap)} perplexity.")
+    if "dense" in rows and (share := reach(cola, rows["dense"])) is not None:
+        found.append(f"It reaches the last loss of the tuned AdamW dense model with {share:.2f} of that model's FLOPs.")
+    return found
+
+
+def page() -> str:
+    """docs/study.md."""
+    parts = [(Path(__file__).with_name("page.md")).read_text(encoding="utf-8")]
+    for size in SIZES:
+        for text in TEXTS:
+            if rows := rows_of([*lines_of(RESULTS / f"{size}-{text}.jsonl").values()]):
+                name = f"study-{size}-{text}.svg"
+                write_whole(DOCS / name, picture(rows, f"{size}, {text}: validation loss against training FLOPs"))
+                parts.append(f"## {size}, {text}\n\n![Loss against FLOPs]({name})\n\n{table(rows)}\n")
+                parts += [" ".join(verdict(rows)) + "\n"] if verdict(rows) else []
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    write_whole(DOCS / "study.md", page())
