@@ -1,4 +1,4 @@
-"""The sweep behind `lorank demo`: CoLA and its dense twin get the same grid of learning rates, and each keeps its best.
+"""The sweep behind `lorank demo`: CoLA and its dense twin with AdamW get the same grid of learning rates, and each keeps its best.
 
     python benchmarks/demo_sweep.py [--rates 8e-4 1.3e-3 2e-3 3e-3 5e-3 8e-3] [--out runs/demo-sweep]
 

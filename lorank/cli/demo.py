@@ -1,4 +1,4 @@
-"""lorank demo: CoLA and its dense twin on Python's standard library."""
+"""lorank demo: CoLA with Muon against its dense twin on Python's standard library."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from lorank.cli.flags import SETTINGS
 
 
 @click.command(context_settings=SETTINGS)
-@click.option("--out", default="runs/demo", help="Folder of the two runs and the picture.")
+@click.option("--out", default="runs/demo", help="Folder of the three runs and the picture.")
 @click.option(
     "--steps",
     type=click.IntRange(min=10),
@@ -17,7 +17,7 @@ from lorank.cli.flags import SETTINGS
     show_default="the recipe's",
 )
 def demo(out: str, steps: int | None) -> None:
-    """Pre-train CoLA and its dense twin on Python's standard library, and compare them."""
+    """Pre-train CoLA with Muon, and its dense twin with AdamW and with Muon, on Python's standard library, and compare them."""
     from lorank.cli.console import results_console
     from lorank.comparison.demo import run_demo
     from lorank.report.curves import curves_svg
@@ -29,12 +29,13 @@ def demo(out: str, steps: int | None) -> None:
     console = results_console()
     found = run_demo(Path(out), steps, ComparisonProgress(console))
     title = "CoLA and its dense twin on Python's standard library"
-    write_whole(Path(out) / "loss.svg", curves_svg(found["curves"], title=title))
-    rates = "its best learning rate of one sweep" + (" (of the full demo, not of this short one)" if steps else "")
+    flops = {row: summary["training_flops"] for row, summary in found["summaries"].items()}
+    write_whole(Path(out) / "loss.svg", curves_svg(found["curves"], title=title, flops=flops))
+    rates = "its best learning rate of a sweep" + (" (of the full demo, not of this short one)" if steps else "")
     console.rule(f"CoLA and its dense twin: same tokens, each at {rates}")
     console.print(runs_table(found["summaries"]))
     for method, summary in found["summaries"].items():
         console.rule(f"{method} writes", align="left")
         console.print(visible(summary["sample"]), markup=False, highlight=False)
     console.rule()
-    console.print(f"runs and curves: [bold]{out}/dense[/bold], [bold]{out}/cola[/bold], [bold]{out}/loss.svg[/bold]")
+    console.print(f"runs and curves: {', '.join(f'[bold]{out}/{name}[/bold]' for name in (*flops, 'loss.svg'))}")

@@ -1,7 +1,7 @@
-"""The demonstration: a small comparison of CoLA with its dense twin on the embedded corpus.
+"""The demonstration: CoLA with Muon against its dense twin with AdamW and with Muon, on the embedded corpus.
 
-Both run at their best learning rate of one grid, which benchmarks/demo_sweep.py tries again; its output is
-benchmarks/results/demo_sweep.txt.
+Each has its best learning rate: with AdamW of the six that benchmarks/demo_sweep.py tries, with Muon of the study's
+(benchmarks/study).
 """
 
 import json
@@ -10,27 +10,34 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from lorank.comparison.matching import Costs, flops_of
 from lorank.comparison.process import PretrainProcess, begun, stop_on_signal
 from lorank.comparison.runner import Watcher
+from lorank.train.data import load_tokenizer
 from lorank.train.folder import history
 from lorank.train.recipe import Recipe
 
-LEARNING_RATES = {"dense": 1.3e-3, "cola": 5e-3}
+ROWS: dict[str, dict[str, Any]] = {
+    "dense": {"method": "dense", "lr": 1.3e-3},
+    "dense-muon": {"method": "dense", "optimizer": "muon", "lr": 5e-3},
+    "cola-muon": {"method": "cola", "optimizer": "muon", "lr": 5e-3},
+}
 
 
-def demo_recipe(method: str, steps: int | None = None) -> Recipe:
-    """The recipe of a method of `LEARNING_RATES`: that rate, and the defaults of `Recipe` for everything else."""
+def demo_recipe(row: str, steps: int | None = None) -> Recipe:
+    """The recipe of one of `ROWS`, with the defaults of `Recipe` for everything else."""
     changes: dict[str, Any] = {} if steps is None else {"steps": steps, "warmup_steps": max(1, steps // 5)}
-    return Recipe(method=method, lr=LEARNING_RATES[method], **changes)
+    return Recipe(**ROWS[row], **changes)
 
 
 def run_demo(out: Path, steps: int | None, watcher: Watcher) -> dict[str, Any]:
-    """Train both in processes like those of a user, so that their peaks of memory can be compared.
+    """Train all rows in processes like those of a user, so that their peaks of memory can be compared.
 
-    `out` gets one run folder per method.
+    `out` gets one run folder per row.
 
     Returns:
-        summaries: {method: summary, with the learning rate}, and curves: {method: records of metrics.jsonl}.
+        summaries: {row: summary, with the learning rate and the training FLOPs, those of the optimizer included}, and
+        curves: {row: records of metrics.jsonl}.
 
     Raises:
         ValueError: `out` is a file, or already holds a demo.
@@ -39,32 +46,37 @@ def run_demo(out: Path, steps: int | None, watcher: Watcher) -> dict[str, Any]:
     """
     if out.is_file():
         raise ValueError(f"{out} is a file; give --out a folder")
-    taken = [out / method for method in LEARNING_RATES if (out / method / "recipe.yaml").exists()]
+    taken = [out / row for row in ROWS if (out / row / "recipe.yaml").exists()]
     if taken:
         raise ValueError(f"{taken[0]} already holds a run; choose another --out or remove it")
-    recipes = {method: demo_recipe(method, steps) for method in LEARNING_RATES}
+    recipes = {row: demo_recipe(row, steps) for row in ROWS}
     summaries, left = {}, float(sum(recipe.steps for recipe in recipes.values()))
     with stop_on_signal():
         try:
-            for number, (method, recipe) in enumerate(recipes.items(), start=1):
-                watcher.say(f"$ {command(recipe, out / method, steps is not None)}")
-                watcher.start(method, recipe.steps, float(recipe.steps), number, len(recipes), left)
-                with begun(partial(PretrainProcess.start, recipe, out / method)) as process:
+            for number, (row, recipe) in enumerate(recipes.items(), start=1):
+                watcher.say(f"$ {command(recipe, out / row, steps is not None)}")
+                watcher.start(row, recipe.steps, float(recipe.steps), number, len(recipes), left)
+                with begun(partial(PretrainProcess.start, recipe, out / row)) as process:
                     process.wait(watcher.update)
-                path = out / method / "summary.json"
+                path = out / row / "summary.json"
                 if not path.exists():
-                    raise OSError(f"the demo's {method} run failed: {process.last_words()}")
-                summaries[method] = {**json.loads(path.read_text()), "lr": recipe.lr}
-                watcher.end(f"validation perplexity {summaries[method]['validation_perplexity']:.2f}")
+                    raise OSError(f"the demo's {row} run failed: {process.last_words()}")
+                summaries[row] = {**json.loads(path.read_text()), "lr": recipe.lr}
+                watcher.end(f"validation perplexity {summaries[row]['validation_perplexity']:.2f}")
                 left -= recipe.steps
         finally:
             watcher.close()
-    return {"summaries": summaries, "curves": {method: list(history(out / method)) for method in summaries}}
+    costs = Costs(load_tokenizer(str(out / "dense")))
+    for row, summary in summaries.items():
+        summary["training_flops"] = flops_of(recipes[row], costs)
+    return {"summaries": summaries, "curves": {row: list(history(out / row)) for row in summaries}}
 
 
 def command(recipe: Recipe, out: Path, shortened: bool) -> str:
     """What a user would type for the same run."""
-    parts = ["lorank", "pretrain", "--method", str(recipe.method), "--lr", f"{recipe.lr:g}"]
+    parts = ["lorank", "pretrain", "--method", str(recipe.method)]
+    parts += ["--optimizer", str(recipe.optimizer)] if recipe.optimizer != "adamw" else []
+    parts += ["--lr", f"{recipe.lr:g}"]
     if shortened:
         parts += ["--steps", str(recipe.steps), "--warmup-steps", str(recipe.warmup_steps)]
     return shlex.join([*parts, "--out", str(out)])

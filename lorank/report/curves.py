@@ -14,21 +14,31 @@ MARGIN = 40
 """Around the chart; the title is above it, the note below."""
 
 
-def curves_svg(runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str) -> str:
+def curves_svg(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], *, title: str, flops: Mapping[str, float] | None = None
+) -> str:
     """Training loss (faint) and validation loss (dots) against tokens, one colour per run; "dense" is grey.
 
     Args:
         runs: name -> records of metrics.jsonl.
+        flops: name -> training FLOPs of the whole run; with them, losses are drawn against FLOPs.
     """
     colours = iter(f"s{k}" for k in range(8))
     series = []
     for name, records in runs.items():
-        train = [(r["tokens"], r["loss_nats_per_token"]) for r in records if "loss_nats_per_token" in r]
-        valid = [(r["tokens"], r["eval_loss_nats_per_token"]) for r in records if "eval_loss_nats_per_token" in r]
+        cost = 1.0 if flops is None else flops[name] / records[-1]["tokens"]
+        train, valid = (
+            [(cost * r["tokens"], r[loss]) for r in records if loss in r]
+            for loss in ("loss_nats_per_token", "eval_loss_nats_per_token")
+        )
         points = valid or train
         style = "g0" if name == "dense" else next(colours)
         series.append(Series(f"{name} {points[-1][1]:.3f}", style, points, faint=train if valid else ()))
-    about: dict[str, Any] = {"x_title": "tokens", "y_title": "loss, nats per token", "what": title}
+    about: dict[str, Any] = {
+        "x_title": "training FLOPs" if flops else "tokens",
+        "y_title": "loss, nats per token",
+        "what": title,
+    }
     chart = line_chart(series, size=SIZE, x_format=quantity, y_format="{:.3f}".format, **about)
     return framed(chart, title=title, note="Lines with dots: validation. Faint lines: training.")
 

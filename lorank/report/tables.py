@@ -28,6 +28,7 @@ def runs_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
         "parameters": lambda s: f"{s['parameters']:,}",
         "  in the blocks": lambda s: f"{s['block_parameters']:,}",
         "training FLOPs / token": lambda s: "-" if s["flops_per_token"] is None else quantity(s["flops_per_token"]),
+        "training FLOPs, optimizer's too": lambda s: quantity(s["training_flops"]) if "training_flops" in s else "-",
         "peak memory": lambda s: f"{s['peak_memory_gib'] * 1024:,.0f} MiB",
         "tokens / s": lambda s: "-" if s["tokens_per_second"] is None else f"{s['tokens_per_second']:,.0f}",
         "MFU": lambda s: "-" if s["mfu"] is None else f"{s['mfu']:.0%}",
