@@ -105,11 +105,11 @@ def pretrain(
             return None
         if (method := method_of(model)) is not None:
             method.finalize(model)
+        if trainer.is_world_process_zero():
+            save_model(model, corpus.tokenizer, out)  # before anything that may fail
         found = trainer.evaluation(max_tokens=None)
     if not math.isfinite(found.loss):
         raise FloatingPointError(f"the validation loss became {found.loss}; lower lr={recipe.lr} or warm up longer")
-    if trainer.is_world_process_zero():
-        save_model(model, corpus.tokenizer, out)
     rate = trainer.throughput.typical_tokens_per_second() or logged_rate(out)
     counts = accounting.count_parameters(model)
     summary = Summary(

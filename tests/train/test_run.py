@@ -19,6 +19,7 @@ from lorank.train.methods import resolved
 from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
+from lorank.train.trainer import PretrainTrainer
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +155,20 @@ def test_pure_bf16_keeps_six_bytes_per_parameter(recipe: Any, tmp_path: Path) ->
 def test_a_loss_that_is_not_finite_ends_the_run(recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="lower lr"):
         pretrain(recipe(lr=1e20, clip=0.0, warmup_steps=0), tmp_path / "run")
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_failing_last_evaluation_costs_no_model(recipe: Any, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    asked = recipe(steps=2, warmup_steps=1, save_every=2, eval_every=0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PretrainTrainer, "evaluation", lambda *_, **__: pytest.fail("out of memory"))
+        with pytest.raises(pytest.fail.Exception):
+            pretrain(asked, out)
+    weights = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert pretrain(read_run(out), out, resume=True) is not None and (out / "summary.json").exists()
+    again = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 def test_a_batch_larger_than_the_corpus_is_refused(recipe: Any, tmp_path: Path) -> None:
