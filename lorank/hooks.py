@@ -1,6 +1,7 @@
 """What happens between two optimizer steps, in any training loop."""
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -42,6 +43,11 @@ class StepHook:
 
     def after_step(self) -> None:
         """Called after each optimizer step."""
+
+    def aside(self) -> Mapping[str, AbstractContextManager[None]]:
+        """Other models that this one contains, such as that at which a run will end: by name, a context in which it computes
+        the same. Evaluations during training report them too."""
+        return {}
 
     def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A closure makes the gradients inside the step, so what comes before the step follows its first call."""

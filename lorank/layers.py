@@ -90,6 +90,15 @@ class Gate(nn.Module):
         raise NotImplementedError
 
 
+class PartTime(nn.Module):
+    """A layer with a part that runs in some steps of a run and not in others. Costs are means over the run; memory is the most."""
+
+    passes: float = 1.0
+    """In which share of the steps."""
+    runs: bool = True
+    """Whether in the next one."""
+
+
 class FrozenPlusLowRank(nn.Module):
     """y = W x + s B A dropout(x) + b: a dense layer, which becomes the frozen W, and trained factors.
 

@@ -102,6 +102,8 @@ class Method:
     """Settings with which the method acts within a few steps; tests and recorded first steps use them."""
     once: ClassVar[Mapping[str, Any]] = {}
     """Defaults that have changed, as they were. Runs name these settings; one that does not began with the old."""
+    progress: ClassVar[tuple[str, ...]] = ()
+    """Fields that the method changes in a model's record as training goes on. A resumed run has them as it began."""
     experts: ClassVar[bool] = False
     """Whether `build` also answers for the experts of a mixture, with one layer of `lorank.experts` for all of a block."""
 

@@ -122,7 +122,10 @@ def _said(module: nn.Module) -> list[Any] | None:
     runs = [place for place, kind in enumerate(lines) if "forward" in vars(kind)]
     if not says or says[0] > runs[0]:
         return None
-    kind, arguments = module.standalone()  # type: ignore[operator]
+    said = module.standalone()  # type: ignore[operator]
+    if said is None:
+        return None
+    kind, arguments = said
     if "parts" in arguments:
         arguments = {**arguments, "parts": {name: _said(part) for name, part in arguments["parts"].items()}}
         if None in arguments["parts"].values():

@@ -22,6 +22,7 @@ METHODS = {
     "cola": "lorank.methods.cola:CoLA",
     "cola-m": "lorank.methods.cola:CoLAM",
     "low-rank": "lorank.methods.low_rank:LowRank",
+    "self-guided": "lorank.methods.self_guided:SelfGuided",
     "sltrain": "lorank.methods.sltrain:SLTrain",
     "crnet": "lorank.methods.crnet:CRNet",
     "relora": "lorank.methods.relora:ReLoRA",

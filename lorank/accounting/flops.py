@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lorank.accelerators import ACCELERATORS
 from lorank.accounting.twin import example, twin_of, without_data
+from lorank.layers import PartTime
 from lorank.loss import next_token_loss
 
 
@@ -52,11 +53,24 @@ def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 25
     """Count the FLOPs of a causal language model's training call on [batch, sequence_length] tokens, head and loss
     included.
 
-    Runs a data-free twin under PyTorch's counter; recomputation is what checkpointing adds to the backward pass.
+    Runs a data-free twin under PyTorch's counter; recomputation is what checkpointing adds to the backward pass. Parts of layers
+    that run in some steps only (`lorank.layers.PartTime`) count by their share.
 
     Raises:
         ValueError: modelling code that reads the data, or a shape it cannot run.
     """
+    found = _counted(model, batch, sequence_length, parts=True)
+    share = max(
+        (m.passes for m in model.modules() if isinstance(m, PartTime)), default=1.0
+    )  # one method's, so all equal
+    if share in (0.0, 1.0):
+        return found
+    without = _counted(model, batch, sequence_length, parts=False)
+    return Flops(*(round(w + share * (f - w)) for f, w in zip(found, without, strict=True)))
+
+
+def _counted(model: nn.Module, batch: int, sequence_length: int, *, parts: bool) -> Flops:
+    """Of a step with the parts that run in some steps only, or without."""
 
     def count(model: nn.Module) -> tuple[int, int]:
         with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
@@ -67,6 +81,9 @@ def measure_flops(model: nn.Module, *, batch: int = 1, sequence_length: int = 25
 
     with without_data("counted"):
         twin = twin_of(model)
+        for module in twin.modules():
+            if isinstance(module, PartTime):
+                module.runs = parts
         forward, backward = count(twin)
         recompute = 0
         if getattr(twin, "is_activation_checkpointing", False):

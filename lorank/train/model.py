@@ -141,6 +141,7 @@ def build_model(recipe: Recipe, config: PretrainedConfig, saved: PretrainedConfi
     if found.method.name != "dense":
         recorded = getattr(saved, "lorank", None)
         method = found.method if recorded is None else from_record(recorded)
+        method = dataclasses.replace(method, **{name: getattr(found.method, name) for name in method.progress})
         convert(model, method, targets=recipe.targets, exclude=recipe.exclude)
     elif (recipe.targets or recipe.exclude) and not hasattr(found.mover, "rank"):
         raise ValueError(f"{found.title} converts no layer and projects no gradient; leave out targets and exclude")

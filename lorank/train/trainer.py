@@ -213,6 +213,10 @@ class PretrainTrainer(Trainer):
         found = self.evaluation(self.eval_tokens)
         metrics = {f"eval_{name}": value for name, value in found.to_dict().items() if value is not None}
         metrics["eval_loss"] = found.loss  # the name that Trainer and its trackers expect
+        for name, view in (self.hook.aside() if self.hook else {}).items():
+            with view:
+                other = self.evaluation(self.eval_tokens)
+            metrics |= {f"eval_{name}_{key}": value for key, value in other.to_dict().items() if value is not None}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics

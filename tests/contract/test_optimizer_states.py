@@ -276,6 +276,11 @@ def test_two_processes_do_what_one_does(found: dict[str, Any], method: Method) -
     )
 
 
+def test_two_processes_share_a_fading_guide(found: dict[str, Any]) -> None:
+    error, alike = found["self-guided"]
+    assert error < 1e-12 and alike
+
+
 def test_each_process_finds_a_part_of_the_bases(found: dict[str, Any]) -> None:
     assert found["bases"] == [5, 4]
 

@@ -63,7 +63,7 @@ def train(model: Any, found: Methods) -> str:
     hook = lorank.step_hook(model, optimizer, steps=STEPS)
     tokens = torch.randint(0, 24, (4, 8), generator=torch.Generator().manual_seed(0))
     estimate = found.gradient.gradient(model, batch_size=4, sequence_length=8, seed=0)
-    before = [p.detach().clone() for p in model.parameters()]
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
     for step in range(STEPS):
         if estimate is None:
             loss = model(input_ids=tokens, labels=tokens).loss
@@ -75,7 +75,7 @@ def train(model: Any, found: Methods) -> str:
         assert loss.isfinite(), "a pair that trains has finite losses"
     assert hook is None or hook.step == STEPS
     assert all(p.isfinite().all() for p in model.parameters())
-    moved = [not torch.equal(p, was) for p, was in zip(model.parameters(), before, strict=True) if p.requires_grad]
+    moved = [not torch.equal(p, before[name]) for name, p in model.named_parameters() if p.requires_grad]
     assert sum(moved) > len(moved) / 2, "training moves most parameters"
     return ""
 

@@ -15,7 +15,8 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
-from lorank import GaLore, Method
+from lorank import GaLore, Method, SelfGuided
+from lorank.methods.self_guided import FadingGuide, GuidedLinear
 from lorank.optim.bases import singular_basis
 from lorank.optim.shards import local, whole
 from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, RULED, named
@@ -158,6 +159,26 @@ def parallel(model: nn.Module) -> nn.Module:
     return parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
 
 
+def self_guided(half: Callable[[Tensor], Tensor]) -> tuple[float, bool]:
+    """How far eight steps are off those of one process, of which four have a guide, and whether both processes draw alike."""
+    ends, drawn = [], []
+    for wrap, part in ((lambda model: model, lambda x: x), (DistributedDataParallel, half)):
+        torch.manual_seed(0)
+        model = nn.Sequential(*(GuidedLinear(12, 12, 4, passes=0.25, dtype=torch.float64) for _ in range(4)))
+        outer, optimizer = wrap(model), torch.optim.AdamW(model.parameters(), lr=0.01)
+        FadingGuide(SelfGuided(), model, optimizer, until=4, seed=0)
+        for seed in range(8):
+            drawn.append([layer.runs for layer in model])
+            x = part(torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))
+            (outer(x) - x.sin()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append([p.detach() for p in model.parameters()])
+    both = [torch.zeros(8, 4) for _ in range(2)]
+    dist.all_gather(both, torch.tensor(drawn[8:]).float())
+    return max((a - b).norm().item() for a, b in zip(*ends, strict=True)), bool((both[0] == both[1]).all())
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank, found = dist.get_rank(), dict[str, Any]()
@@ -184,7 +205,7 @@ def main() -> None:
         if not wide:
             found[named(method)]["parallel"] = error(train(parallel(net(False)), method, lambda x: x))
             found[named(method)]["saved"] = saved_whole(method, half)
-    found["bases"], found["stage"] = shared_out(), stages(rank)
+    found["bases"], found["stage"], found["self-guided"] = shared_out(), stages(rank), self_guided(half)
     try:
         GaLore(in_backward=True).optimizer(groups(net(False), GaLore()), lr=0.01)
     except ValueError as refusal:
