@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,7 @@ def test_a_plan_that_is_ended_leaves_nothing_behind(
     while probe is None:
         assert planner.poll() is None, planner.stderr.read()
         probe = PretrainProcess.find(out / "probes/dense")
+        time.sleep(0.05)
     with pytest.raises(ValueError, match="is in use by another process"):
         Comparison.plan(ComparisonSettings(base=long, methods=["dense"]), out, watcher)
     planner.send_signal(end)

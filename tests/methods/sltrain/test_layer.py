@@ -175,9 +175,8 @@ def test_the_support_depends_on_seed_and_name_alone(small: Callable[..., Any]) -
     assert torch.equal(torch.rand(1), before)
 
 
-def test_the_seed_of_a_site_is_the_same_in_another_process(fresh_python: Callable[..., str]) -> None:
-    program = "from lorank.methods.sltrain import site_seed; print(site_seed(3, 'model.layers.7.mlp.up_proj'))"
-    assert int(fresh_python(program)) == site_seed(3, "model.layers.7.mlp.up_proj")
+def test_the_seed_of_a_site_is_the_same_in_every_process() -> None:
+    assert site_seed(3, "model.layers.7.mlp.up_proj") == 47717697354888833
 
 
 def test_training_and_resetting_leave_the_support_as_it_is() -> None:

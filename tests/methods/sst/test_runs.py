@@ -2,21 +2,17 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, TrainerCallback, get_cosine_with_min_lr_schedule_with_warmup
+from transformers import get_cosine_with_min_lr_schedule_with_warmup
 
 import lorank
 from lorank import SST, Site, convert, merge, step_hook
 from lorank.moments import moments
-from lorank.train import run
-from lorank.train.folder import history, read_run
-from lorank.train.recipe import Recipe
 from tests.methods.sst.conftest import SHAPES, SHORT, layers_of, numbers, prepared, product, train
 
 # ---- schedule
@@ -46,43 +42,6 @@ def test_draws_follow_the_runs_seed_the_first_the_methods(small: Callable[..., A
     model = convert(small("llama"), SST(**SHORT, seed=1))
     assert [layer.index.tolist() for layer in layers_of(model)] != after(0)
     assert after(3) == after(3) != after(3, seed=4)
-
-
-@pytest.mark.parametrize("killed_at", [2, 3, 4])
-def test_a_killed_run_goes_on_bit_for_bit_around_a_swap(killed_at: int, tmp_path: Path) -> None:
-    """Swaps after steps 2, 4 and 6, a new SVD after 4; model, optimizer, scheduler and hook come back from files."""
-
-    class Kill(TrainerCallback):
-        def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == killed_at:
-                raise MemoryError("killed by the test")
-
-    text = tmp_path / "text.txt"
-    text.write_text("".join(f"line {i}: the quick brown fox counts {i * i} lazy dogs\n" for i in range(800)))
-    recipe = Recipe(
-        data=str(text),
-        method="sst",
-        rank=0.5,
-        options={"interval": 2, "restart_warmup_steps": 1},
-        vocab_size=300,
-        sequence_length=16,
-        batch_size=4,
-        micro_batch_size=2,
-        steps=6,
-        warmup_steps=1,
-        log_every=1,
-        save_every=1,
-        eval_every=0,
-        lr=1e-2,
-    )
-    run.pretrain(recipe, tmp_path / "whole")
-    with pytest.raises(MemoryError):
-        run.pretrain(recipe, tmp_path / "killed", callbacks=[Kill()])
-    run.pretrain(read_run(tmp_path / "killed"), tmp_path / "killed", resume=True)
-    expected, found = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "killed"))
-    assert all(map(torch.equal, expected.state_dict().values(), found.state_dict().values()))
-    losses = [[r.get("loss_nats_per_token") for r in history(tmp_path / name)] for name in ("whole", "killed")]
-    assert losses[0] == losses[1]
 
 
 def test_in_bfloat16_vectors_keep_their_length(small: Callable[..., Any], tokens: Tensor) -> None:
