@@ -8,17 +8,21 @@ import pytest
 PLAN = ["plan", "--size", "tiny", "--set", "vocab_size=300", "--sequence-length", "32", "--method", "dense,cola-m"]
 
 
-def test_plan_prints_tables_narrow_enough_for_a_terminal(lorank) -> None:
-    code, out, err = lorank(
-        *PLAN[:-1], "cola-m", "--fits", 0.1, "--tokens", "1B", "--accelerator", "l4", "--devices", 1
-    )
+def test_plan_prints_tables_narrow_enough_for_a_terminal(
+    lorank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorank.plan.fits.SIZES", ["tiny"])
+    shape = {"model_type": "llama", "hidden_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    flags = ["--model", tmp_path / "config.json", *PLAN[3:], "--fits", 0.2, "--tokens", "1B", "--accelerator", "l4"]
+    code, out, err = lorank("plan", *flags, "--devices", 1)
     assert code == 0, err
     for word in (
         "cola-m",
         "in the blocks",
         "peak",
         "A run of 1 G tokens on L4",
-        "What fits in 0.1 GiB",
+        "What fits in 0.2 GiB",
         "Assumed",
         "$0.60",
     ):
