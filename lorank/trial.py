@@ -59,6 +59,9 @@ def check_shared(model: nn.Module, sites: Sequence[Site]) -> None:
 _passed: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=100)
 """The trials that raised nothing, latest first: a plan, a comparison or a test converts one shape again and again."""
 
+_known: collections.deque[tuple[Any, ...]] = collections.deque(maxlen=20)
+"""Types and configurations, and with which inputs their dense twins work: methods are tried on one after another."""
+
 
 def try_on_shapes(
     model: PreTrainedModel, method: Method, sites: Sequence[Site], apply: Callable[[PreTrainedModel], Any]
@@ -80,7 +83,7 @@ def _try(model: PreTrainedModel, method: Method, apply: Callable[[PreTrainedMode
         twin = _twin(model)
         if twin is None:
             return
-        inputs = [_working_inputs(twin, training) for training in (False, True)]
+        inputs = _inputs_of_both_modes(twin)
         try:
             apply(twin)
         except ValueError:
@@ -121,6 +124,15 @@ def _twin(model: PreTrainedModel) -> PreTrainedModel | None:
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _inputs_of_both_modes(twin: PreTrainedModel) -> list[tuple[Shapes, dict[str, Any]] | None]:
+    """What `_working_inputs` finds in evaluation and in training, looked for once."""
+    for kind, config, found in _known:
+        if (kind, config) == (type(twin), twin.config):
+            return found
+    _known.appendleft((type(twin), copy.deepcopy(twin.config), [_working_inputs(twin, mode) for mode in (False, True)]))
+    return _known[0][-1]
 
 
 def _working_inputs(twin: PreTrainedModel, training: bool) -> tuple[Shapes, dict[str, Any]] | None:
