@@ -3,12 +3,6 @@
 import copy
 import importlib.util
 import io
-import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -234,65 +228,3 @@ def test_the_kept_gradient_has_the_shape_it_waits_in(method: Any) -> None:
     for p, one in zip((p for group in made.param_groups for p in group["params"]), seen, strict=True):
         group = next(group for group in made.param_groups if any(q is p for q in group["params"]))
         assert method.kept_gradient(p, group) == tuple(one.grad.shape)
-
-
-# ---- several processes
-
-PROGRAM = Path(__file__).parent / "two_processes.py"
-
-
-@pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `two_processes.py` says in each of two processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    shared["PYTHONPATH"] = str(Path(__file__).parents[2])
-    both = [
-        subprocess.Popen([sys.executable, PROGRAM], env={**shared, "RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for r in "01"
-    ]  # fmt: skip
-    (said, error), (other, _) = (process.communicate(timeout=240) for process in both)
-    assert both[0].returncode == 0, error
-    return {**json.loads(said), "other": other.strip()}
-
-
-@pytest.mark.parametrize("method", METHODS + OPTIONS[3:], ids=named)
-def test_two_processes_do_what_one_does(found: dict[str, Any], method: Method) -> None:
-    """Replicated (DDP), and sharded (FSDP2), where state as large as the weights is sharded too."""
-    result = found[named(method)]
-    tolerance = 1e-3 if named(method) in NEED_BITSANDBYTES else 1e-12  # a code may be rounded the other way
-    assert result["ddp"] < tolerance and result["fsdp"] < tolerance
-    assert result["same"], "both processes have the same weights"
-    assert result["resumed"], "a sharded run goes on from its saved state bit by bit"
-    assert result.get("parallel", 0) < tolerance, "tensor parallel"
-    assert result.get("saved", 0) < tolerance, (
-        "saved whole with torch.distributed.checkpoint, and loaded by one process or two"
-    )
-    most = 0.95 if method.name == "adafactor" else 0.6  # whose state is counters, a row and a column
-    assert result["bytes"] < most, (
-        "of three experts one process has two; else each keeps half, but for counters and scales"
-    )
-
-
-def test_two_processes_share_a_fading_guide(found: dict[str, Any]) -> None:
-    error, alike = found["self-guided"]
-    assert error < 1e-12 and alike
-
-
-def test_each_process_finds_a_part_of_the_bases(found: dict[str, Any]) -> None:
-    assert found["bases"] == [5, 4]
-
-
-def test_a_pipeline_stage_steps_for_itself(found: dict[str, Any]) -> None:
-    assert (found["stage"], found["other"].partition(";")[0]) == ("stepped", "stopped")
-
-
-def test_gradients_of_one_process_only_are_refused(found: dict[str, Any]) -> None:
-    assert "in_backward must be False in distributed runs" in found["refusal"]
-
-
-def test_one_part_that_is_not_finite_stops_all_processes(found: dict[str, Any]) -> None:
-    said = "the gradient of a parameter of shape (20, 12) is not finite; lower lr or clip gradients"
-    assert found["nan"] == found["other"].partition("; ")[2] == said

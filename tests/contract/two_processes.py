@@ -1,4 +1,4 @@
-"""Run twice at a time by test_optimizer_states.py: every optimizer in two processes, as in one; says what it found as JSON."""
+"""Run twice at a time by test_processes.py: every optimizer in two processes, as in one, and others; says what it found as JSON."""
 
 import importlib.util
 import json
@@ -14,8 +14,13 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorank import GaLore, Method, SelfGuided
+from lorank import MASA, GaLore, Method, SelfGuided, convert
+from lorank.evolution.egg import EggConfig, EggForCausalLM
+from lorank.evolution.eggroll import Eggroll
+from lorank.evolution.integers import IntegerEggroll
+from lorank.evolution.votes import VoteOptimizer
 from lorank.methods.self_guided import FadingGuide, GuidedLinear
 from lorank.optim.bases import singular_basis
 from lorank.optim.shards import local, whole
@@ -179,6 +184,89 @@ def self_guided(half: Callable[[Tensor], Tensor]) -> tuple[float, bool]:
     return max((a - b).norm().item() for a, b in zip(*ends, strict=True)), bool((both[0] == both[1]).all())
 
 
+def masa(half: Callable[[Tensor], Tensor]) -> float:
+    """How far MASA under FSDP2 is from one process: its atoms are at the root, its residuals in the blocks."""
+
+    def converted() -> Any:
+        torch.manual_seed(0)
+        shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4}
+        model = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).double()
+        return convert(model, MASA(groups=2, residual_rank=6))
+
+    def trained(model: Any, part: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+        for step in range(3):
+            ids = part(torch.randint(0, 64, (4, 10), generator=torch.Generator().manual_seed(step)))
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return [whole(p).detach() for p in model.parameters()]
+
+    alone, sharded, mesh = trained(converted(), lambda ids: ids), converted(), init_device_mesh("cpu", (2,))
+    for block in sharded.model.layers:
+        fully_shard(block, mesh=mesh)
+    ends = zip(alone, trained(fully_shard(sharded, mesh=mesh), half), strict=True)
+    return max(((a - b).norm() / a.norm()).item() for a, b in ends)
+
+
+def evolved(part: Callable[[Tensor], Tensor]) -> Tensor:
+    """Weights after three steps of EGGROLL, in which each process judges its part of a batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 10), nn.Tanh(), nn.Linear(10, 8)).double()
+    estimate, optimizer = Eggroll(model, population=16, sigma=0.1, seed=1), torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(3):
+        x = part(torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(step)))
+
+        def fitness(members: Any, x: Tensor = x) -> Tensor:
+            error = model(x.repeat(len(members), 1)) - x[:, :8].sin().repeat(len(members), 1)
+            return -error.square().view(len(members), -1).mean(1)
+
+        estimate(fitness)
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def voted(part: Callable[[Tensor], Tensor]) -> Tensor:
+    """Weights after three steps of votes on integers."""
+    torch.manual_seed(0)
+    model = EggForCausalLM(EggConfig(hidden_size=16, num_hidden_layers=1))
+    estimate = IntegerEggroll(model, population=64, group_size=0, seed=1)
+    optimizer = VoteOptimizer(model.parameters(), lr=0.3, pairs=32)
+    for step in range(3):
+        estimate(part(torch.randint(1, 256, (4, 12), generator=torch.Generator().manual_seed(step))))
+        optimizer.step()
+    return torch.cat([p.detach().flatten() for p in model.parameters()])
+
+
+def evolution(half: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """Whether both processes hold the same weights, how far they are from those of one, and how sharded matrices are refused."""
+    found: dict[str, Any] = {}
+    for name, train_with in (("eggroll", evolved), ("egg", voted)):
+        mine = train_with(half)
+        both = [torch.empty_like(mine) for _ in range(2)]
+        dist.all_gather(both, mine)
+        found[name] = {"same": torch.equal(*both)}
+        world, dist.get_world_size = dist.get_world_size, lambda *_: 1  # which sees the joint batch
+        alone = train_with(lambda x: x)
+        dist.get_world_size = world
+        found[name]["ddp"] = (
+            torch.equal(alone, mine) if name == "egg" else ((alone - mine).norm() / alone.norm()).item()
+        )
+    integers = fully_shard(
+        EggForCausalLM(EggConfig(hidden_size=16, num_hidden_layers=1)), mesh=init_device_mesh("cpu", (2,))
+    )
+    refused: dict[str, Callable[[], Any]] = {
+        "eggroll-fsdp": lambda: Eggroll(shard(net(False)), population=4, sigma=0.1),
+        "egg-fsdp": lambda: IntegerEggroll(integers, population=4),
+    }
+    for name, make in refused.items():
+        try:
+            make()
+        except ValueError as refusal:
+            found[name] = str(refusal)
+    return found
+
+
 def main() -> None:
     dist.init_process_group("gloo")
     rank, found = dist.get_rank(), dict[str, Any]()
@@ -206,6 +294,7 @@ def main() -> None:
             found[named(method)]["parallel"] = error(train(parallel(net(False)), method, lambda x: x))
             found[named(method)]["saved"] = saved_whole(method, half)
     found["bases"], found["stage"], found["self-guided"] = shared_out(), stages(rank), self_guided(half)
+    found |= {"masa": masa(half), **evolution(half)}
     try:
         GaLore(in_backward=True).optimizer(groups(net(False), GaLore()), lr=0.01)
     except ValueError as refusal:

@@ -1,10 +1,6 @@
 """MASA: its sizes and limits, groups of blocks and residuals."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -365,51 +361,3 @@ def test_a_warning_names_the_setting_to_change(
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             convert(small("llama", num_hidden_layers=blocks), MASA(**better))
-
-
-SHARDED = r"""
-import torch, torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from transformers import LlamaConfig, LlamaForCausalLM
-from lorank import MASA, convert
-
-def net():
-    torch.manual_seed(0)
-    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 4}
-    return convert(LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).double(), MASA(groups=2, residual_rank=6))
-
-def train(model, part):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(3):
-        ids = part(torch.randint(0, 64, (4, 10), generator=torch.Generator().manual_seed(step)))
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in model.parameters()]
-
-dist.init_process_group("gloo")
-alone, sharded, mesh = train(net(), lambda ids: ids), net(), init_device_mesh("cpu", (2,))
-for block in sharded.model.layers:
-    fully_shard(block, mesh=mesh)
-whole = train(fully_shard(sharded, mesh=mesh), lambda ids: ids.chunk(2)[dist.get_rank()])
-print(max(((a - b).norm() / a.norm()).item() for a, b in zip(alone, whole, strict=True)), flush=True)
-dist.destroy_process_group()
-"""
-
-
-def test_sharded_over_two_processes_it_trains_as_in_one() -> None:
-    """FSDP2: atoms at the root, residuals in the blocks."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared["PYTHONPATH"] = str(Path(__file__).parents[3])
-    both = [
-        subprocess.Popen([sys.executable, "-c", SHARDED], env={**shared, "RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for r in "01"
-    ]  # fmt: skip
-    for process in both:
-        said, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error
-        assert float(said) < 1e-9
