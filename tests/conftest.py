@@ -5,6 +5,7 @@ One thread: at these sizes a second one does nothing but wait, and on busy cores
 All models have width 32, two blocks, four heads, MLP width 80 and no dropout, so that results can be compared bit by bit.
 """
 
+import gc
 import os
 
 os.environ.update(
@@ -165,6 +166,13 @@ ARCHITECTURES = {
         ),
     )
 }
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _what_was_imported_stays() -> None:
+    """Trainer and measurements collect garbage, which takes long with all of PyTorch and transformers to look through."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

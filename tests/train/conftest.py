@@ -1,6 +1,5 @@
 """A text, a shape and a recipe that train in a second, and callbacks that end a run early."""
 
-import gc
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,13 +12,6 @@ from lorank import accounting
 from lorank.train import run
 from lorank.train.folder import history
 from lorank.train.recipe import Recipe
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _what_was_imported_stays() -> None:
-    """The Trainer collects garbage at the end of each run, which takes long with all of PyTorch to look through."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session")
