@@ -50,6 +50,7 @@ def peak(recipe: Recipe) -> int:
 
 
 def main() -> None:
+    gc.freeze()  # what was imported need not be looked through
     recipes = [Recipe.from_dict(settings) for settings in json.loads(sys.argv[1])]
     for recipe in {
         (recipe.method, recipe.optimizer, recipe.model, recipe.precision): recipe for recipe in recipes
