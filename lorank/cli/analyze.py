@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, of_saved_model
+from lorank.cli.flags import SETTINGS, Folder, of_saved_model
 
 
 @click.command(context_settings=SETTINGS)
@@ -33,7 +33,7 @@ from lorank.cli.flags import SETTINGS, of_saved_model
     metavar="N",
     help="Suggest ranks for this budget: a number of parameters such as 10M, or a part of the dense ones such as 0.5.",
 )
-@click.option("--out", default=None, help="Folder of the results.", show_default="runs/analyze-MODEL")
+@click.option("--out", type=Folder(), default=None, help="Folder of the results.", show_default="runs/analyze-MODEL")
 def analyze(model: str, out: str | None, **settings: Any) -> None:
     """Measure how many dimensions a model uses.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, changes_of, recipe_flags, recipe_of
+from lorank.cli.flags import SETTINGS, Folder, changes_of, recipe_flags, recipe_of
 
 OWN = {"method": "--method", "seed": "--seeds"}
 
@@ -46,8 +46,10 @@ OWN = {"method": "--method", "seed": "--seeds"}
     metavar="TASK,TASK...",
     help="Tasks of lm-evaluation-harness (needs lorank[eval]), or YAML files in its format.",
 )
-@click.option("--out", default="runs/compare", help="Folder of the runs, results.json and report.html.")
-@click.option("--resume", metavar="FOLDER", default=None, help="Continue this comparison exactly as it began.")
+@click.option("--out", type=Folder(), default="runs/compare", help="Folder of the runs, results.json and report.html.")
+@click.option(
+    "--resume", type=Folder(), metavar="FOLDER", default=None, help="Continue this comparison exactly as it began."
+)
 @recipe_flags(own=OWN)
 def compare(out: str, resume: str | None, **asked: Any) -> None:
     """Train several methods on the same tokens in the same order, and write a report.

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import click
 
-from lorank.cli.flags import SETTINGS
+from lorank.cli.flags import SETTINGS, Folder
 
 
 @click.command(context_settings=SETTINGS)
-@click.option("--out", default="runs/demo", help="Folder of the three runs and the picture.")
+@click.option("--out", type=Folder(), default="runs/demo", help="Folder of the three runs and the picture.")
 @click.option(
     "--steps",
     type=click.IntRange(min=10),

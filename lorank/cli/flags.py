@@ -1,6 +1,7 @@
 """Flags made from the fields of `Recipe`: one source of names, types and help."""
 
 import dataclasses
+import os
 import typing
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
@@ -51,6 +52,15 @@ class Value(click.ParamType):
 
     def convert(self, value: Any, param: Any, ctx: Any) -> Any:
         return value_of(value) if isinstance(value, str) else value
+
+
+class Folder(click.ParamType):
+    """A folder's name; "~" is the user's home, also where the shell leaves it, as in --out=~/run."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> Any:
+        return os.path.expanduser(value)
 
 
 # ---- flags

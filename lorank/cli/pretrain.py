@@ -7,15 +7,19 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, changes_of, recipe_flags, recipe_of
+from lorank.cli.flags import SETTINGS, Folder, changes_of, recipe_flags, recipe_of
 
 
 @click.command(context_settings=SETTINGS)
 @click.argument("recipe", required=False)
 @recipe_flags()
-@click.option("--out", default=None, help="Folder of the run.", show_default="runs/METHOD-SIZE")
+@click.option("--out", type=Folder(), default=None, help="Folder of the run.", show_default="runs/METHOD-SIZE")
 @click.option(
-    "--resume", metavar="RUN", default=None, help="Continue this run from its newest checkpoint, exactly as it began."
+    "--resume",
+    type=Folder(),
+    metavar="RUN",
+    default=None,
+    help="Continue this run from its newest checkpoint, exactly as it began.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what each layer becomes, parameters, FLOPs and memory, and stop.")
 def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: bool, **flags: Any) -> None:

@@ -5,13 +5,14 @@ from typing import Any, NoReturn
 
 import click
 
-from lorank.cli.flags import SETTINGS
+from lorank.cli.flags import SETTINGS, Folder
 
 
 @click.command(context_settings=SETTINGS)
 @click.argument("name", required=False)
 @click.option(
     "--out",
+    type=Folder(),
     metavar="DIR",
     default=None,
     help="Do the whole run in this folder, or continue it there, then compare its perplexity with the paper's.",

@@ -95,8 +95,9 @@ class Comparison:
     @classmethod
     def open(cls, out: str | Path) -> "Comparison":
         """The comparison in a folder; ValueError if there is none."""
+        out = Path(out).expanduser()
         try:
-            found = json.loads((Path(out) / "comparison.json").read_text())
+            found = json.loads((out / "comparison.json").read_text())
             contestants = [
                 Contestant(**{**one, "candidates": list(map(_candidate, one["candidates"]))})
                 for one in found["contestants"]
@@ -105,7 +106,7 @@ class Comparison:
             facts = dict(found["facts"])
             if isinstance(why := facts.get("no_control"), str):  # by lorank 0.1
                 facts["no_control"] = {CONTROL: why} if why else {}
-            return cls(Path(out).resolve(), settings, contestants, facts)
+            return cls(out.resolve(), settings, contestants, facts)
         except FileNotFoundError:
             raise ValueError(f"{out} holds no comparison to continue: it has no comparison.json") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -122,7 +123,7 @@ class Comparison:
             ValueError: something in the settings does not exist, does not fit or cannot be matched, or the folder holds
                 something else.
         """
-        out = Path(out).resolve()
+        out = Path(out).expanduser().resolve()
         tasks = [os.path.abspath(task) if is_file(task) else task for task in settings.tasks]
         base = absolute(settings.base)
         settings = dataclasses.replace(settings, base=base, tasks=tasks)

@@ -144,11 +144,12 @@ def _damaged_file(checkpoint: Path) -> Path | None:
 
 def read_run(folder: str | Path) -> Recipe:
     """The recipe of a run on disk; ValueError if there is none, or if it was changed since the run began."""
-    path = Path(folder) / "recipe.yaml"
+    folder = Path(folder).expanduser()
+    path = folder / "recipe.yaml"
     if not path.exists():
         raise ValueError(f"{folder} contains no run to resume: {path} does not exist")
     recipe = Recipe.read(path)
-    saved = read_json(Path(folder) / "run.json").get("recipe")
+    saved = read_json(folder / "run.json").get("recipe")
     if saved:
         began, now = Recipe.from_dict(saved).to_dict(), recipe.to_dict()
         if changed := [name for name in now if began[name] != now[name]]:

@@ -66,7 +66,7 @@ def pretrain(
         OSError: a file could not be read or written.
         FloatingPointError: the loss or a gradient is no longer finite.
     """
-    out, recipe = Path(out), absolute(recipe if resume else with_changed_defaults(resolved(recipe)))
+    out, recipe = Path(out).expanduser(), absolute(recipe if resume else with_changed_defaults(resolved(recipe)))
     if resume and (out / "summary.json").exists():
         raise ValueError(f"{out} is finished, so there is nothing to resume; start another run with --out")
     prepare_folder(out, resume)

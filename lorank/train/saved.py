@@ -175,7 +175,10 @@ def _tokenizer_of(place: str, folder: str, other: str | None) -> PreTrainedToken
     except OSError as error:
         if other is not None:
             raise ValueError(str(error)) from None
-        raise ValueError(f"{folder} has a model but no readable tokenizer; give one with --tokenizer") from None
+        reason = str(error).partition(": ")[2]
+        raise ValueError(
+            f"{folder} has a model but no readable tokenizer: {reason}; give one with --tokenizer"
+        ) from None
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:

@@ -33,6 +33,19 @@ def test_a_recipe_file_and_flags_have_the_same_names(lorank, text: Path, tmp_pat
     assert (config["lorank"]["method"], config["lorank"]["arguments"]["rank"]) == ("low-rank", 0.2)
 
 
+def test_a_run_may_be_at_home(lorank, text: Path, quick: list[str], tmp_path: Path, monkeypatch) -> None:
+    """In --out=~/run the shell leaves the ~ as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    flags = [*quick, "--steps", 2, "--warmup-steps", 1, "--save-every", 1]
+    code, _, err = lorank("pretrain", "--data", text, *flags, "--out=~/run")
+    assert code == 0, err
+    assert {"recipe.yaml", "model.safetensors", "checkpoint-1"} <= {
+        one.name for one in (tmp_path / "home/run").iterdir()
+    }
+    code, _, err = lorank("pretrain", "--resume=~/run")
+    assert code == 2 and "is finished" in err
+
+
 def test_dry_run_shows_what_becomes_what_and_writes_nothing(lorank, tmp_path: Path) -> None:
     code, out, _ = lorank("pretrain", "--size", "60m", "--set", "vocab_size=32000", "--dry-run")
     assert code == 0 and not list(tmp_path.iterdir())

@@ -51,7 +51,12 @@ def load_tokenizer(
             with asked_if_reachable():
                 found = AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), trust_remote_code=False)
         except Exception as error:  # the hub, a file or its parser
-            raise OSError(f"{name_or_path}: no tokenizer could be loaded ({first_line(error)})") from error
+            reason = (
+                "it names code of its own, which lorank never runs"
+                if "trust_remote_code" in str(error)
+                else first_line(error)
+            )
+            raise OSError(f"{name_or_path}: no tokenizer could be loaded ({reason})") from error
         if found.get_vocab().keys() <= found.get_added_vocab().keys():  # some types load without files
             raise OSError(f"{name_or_path}: no tokenizer could be loaded (its vocabulary is empty)")
         return found
