@@ -78,7 +78,7 @@ def line_chart(
 ) -> str:
     """Curves over a common x, each with its name at its end."""
     width, height = size
-    room = (max((len(one.name) for one in series), default=0) * 7.2 + 16) if label_lines else 14
+    room = (max((len(one.name) for one in series), default=0) * 7.8 + 16) if label_lines else 14
     ends = [x for one in series for x, _ in one.points]
     if not ends:
         return ""
