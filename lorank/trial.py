@@ -44,7 +44,8 @@ def check_quantization(config: PretrainedConfig) -> None:
 def check_shared(model: nn.Module, sites: Sequence[Site]) -> None:
     """Raises ValueError for a projection whose weight also serves elsewhere, because its replacement would serve here alone."""
     homes: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):  # a whole block may stand in two places
+    twice = isinstance(model, PreTrainedModel)  # which cannot be saved with a block in two places
+    for name, module in model.named_modules(remove_duplicate=not twice):
         for parameter in module._parameters.values():
             homes.setdefault(id(parameter), []).append(name)
     for site in (site for site in sites if not site.experts):

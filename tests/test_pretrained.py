@@ -143,6 +143,8 @@ def test_config_json_records_the_method(saved: Path) -> None:
             "init": "cola",
             "reuse_scale": 1.0,
             "decay_to": "zero",
+            "carry": "none",
+            "carry_norm": True,
         },
         "targets": None,
         "exclude": None,

@@ -195,8 +195,9 @@ def read(name: str) -> Recipe:
     return Recipe.read(FOLDER / f"{name}.yaml")
 
 
-WITHOUT = ("cola-m", "adamw", "adamw-8bit", "adafactor", "muon", "votes")
-"""CoLA-M has CoLA's recipe; rules that every optimizer library has need none; votes train EGG, whose recipe is egg."""
+WITHOUT = ("cola-m", "adamw", "adamw-8bit", "adafactor", "muon", "votes", "self-guided")
+"""CoLA-M has CoLA's recipe; rules that every optimizer library has need none; votes train EGG, whose recipe is egg; of self-guided
+training no run of a Llama is published."""
 
 
 def test_every_paper_has_a_recipe_at_60m() -> None:

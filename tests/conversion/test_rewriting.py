@@ -86,7 +86,7 @@ def test_training_mode_device_and_dtype_are_kept(small: Callable[..., Any]) -> N
 
 
 def test_a_method_may_be_called_by_name(small: Callable[..., Any]) -> None:
-    assert convert(small("llama"), "low-rank").config.lorank["arguments"] == {"rank": 0.25}
+    assert convert(small("llama"), "low-rank").config.lorank["arguments"]["rank"] == 0.25
     with pytest.raises(ValueError, match=r"unknown method 'colla'; did you mean 'cola'\? The methods are: dense, cola"):
         convert(small("llama"), "colla")
 
