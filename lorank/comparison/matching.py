@@ -138,20 +138,24 @@ def nearest(value: Callable[[int], float], target: float, low: int, high: int) -
     >>> nearest(lambda n: 3.0 * n + 1, 30, 1, 100), nearest(lambda n: float(n**3), 60, 1, 100)
     (10, 4)
     """
-    at_low, at_high = value(low), value(high)
-    if target <= at_low or at_low == at_high:
+    below, above = value(low) - target, value(high) - target
+    if below >= 0 or below == above:
         return low
-    if target >= at_high:
+    if above <= 0:
         return high
+    left, right, last = below, above, 0.0  # an end that stays twice counts half, as in the Illinois method
     while high - low > 1:
-        guess = low + int((target - at_low) / (at_high - at_low) * (high - low))
-        guess = min(max(guess, low + max(1, (high - low) // 50)), high - max(1, (high - low) // 50))
-        at_guess = value(guess)
-        if at_guess <= target:
-            low, at_low = guess, at_guess
+        guess = low + int(left / (left - right) * (high - low))
+        guess = min(max(guess, low + 1), high - 1)
+        at_guess = value(guess) - target
+        if at_guess <= 0:
+            low, below, left = guess, at_guess, at_guess
+            right = right / 2 if last < 0 else above
         else:
-            high, at_high = guess, at_guess
-    return low if target - at_low <= at_high - target else high
+            high, above, right = guess, at_guess, at_guess
+            left = left / 2 if last > 0 else below
+        last = -1.0 if at_guess <= 0 else 1.0
+    return low if -below <= above else high
 
 
 # ---------------------------------------------------------------------------------------------------------------------
