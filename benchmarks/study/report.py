@@ -145,7 +145,8 @@ def verdict(rows: Mapping[str, Row]) -> list[str]:
             better = gap.high < 0 if len(cola.runs) > 1 else gap.mean < 0
             worse = gap.low > 0 if len(cola.runs) > 1 else gap.mean > 0
             judged = "better than" if better else "worse than" if worse else "not distinguishable from"
-            found.append(f"At {words} cola+muon is {judged} {name}: {said(gap)} perplexity.")
+            seeds = "" if len(cola.runs) > 1 else " (one seed)"
+            found.append(f"At {words} cola+muon is {judged} {name}: {said(gap)} perplexity{seeds}.")
     if "dense" in rows and (share := reach(cola, rows["dense"])) is not None:
         found.append(f"It reaches the last loss of the tuned AdamW dense model with {share:.2f} of that model's FLOPs.")
     return found
