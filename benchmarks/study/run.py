@@ -41,13 +41,13 @@ def restore(comparison: Comparison, path: Path) -> None:
 
 def collect(comparison: Comparison, path: Path) -> None:
     """Add to the results what has finished, and remove its weights."""
-    for run in comparison.runs():
-        folder = comparison.folder(run)
-        if comparison.summary(run) is not None and (folder / "metrics.jsonl").exists():
-            found = {**lines_of(path), run.key: line_of(comparison, run)}
-            write_whole(path, "".join(json.dumps(found[key]) + "\n" for key in sorted(found)))
-            for kept in folder.glob("*.safetensors"):
-                kept.unlink()
+    here = [run for run in comparison.runs() if (comparison.folder(run) / "metrics.jsonl").exists()]
+    done = [run for run in here if comparison.summary(run) is not None]
+    found = {**lines_of(path), **{run.key: line_of(comparison, run) for run in done}}
+    write_whole(path, "".join(json.dumps(found[key]) + "\n" for key in sorted(found)))
+    for run in done:
+        for kept in comparison.folder(run).glob("*.safetensors"):
+            kept.unlink()
 
 
 def line_of(comparison: Comparison, run: Run) -> dict[str, Any]:

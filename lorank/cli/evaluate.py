@@ -18,7 +18,8 @@ from lorank.cli.flags import SETTINGS, of_saved_model
 def evaluate(model: str, as_json: bool, **settings: Any) -> None:
     """Compute the perplexity of a model, and its bits per byte.
 
-    MODEL is a run, a folder or a hub name. A run is evaluated on the text that it held out, cut as in training. The perplexity is given twice: unbiased, and as the published tables compute it.
+    MODEL is a run, a folder or a hub name. A run is evaluated on the text that it held out, cut as in training. The perplexity
+    is given twice: unbiased, and as the published tables compute it.
     """
     from lorank.cli.console import results_console
     from lorank.report.tables import evaluation_table

@@ -42,14 +42,15 @@ def load(text: str) -> Any:
     ({'lr': 0.001}, [0.9, 0.95], 'low-rank')
     """
     found = yaml.load(text, Loader)
-    _check_finite(found, ())
+    _check_finite(found, (), set())
     return found
 
 
-def _check_finite(value: Any, inside: tuple[int, ...]) -> None:
-    """Raises YAMLError if a value, by its aliases, is one of those that it is inside of."""
+def _check_finite(value: Any, inside: tuple[int, ...], seen: set[int]) -> None:
+    """Raises YAMLError if a value, by its aliases, is one of those that it is inside of. What many aliases name is looked at once."""
     if id(value) in inside:
         raise yaml.YAMLError("a value must not contain itself")
-    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for part in parts:
-        _check_finite(part, (*inside, id(value)))
+    if isinstance(value, dict | list) and id(value) not in seen:
+        seen.add(id(value))
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_finite(part, (*inside, id(value)), seen)
