@@ -52,7 +52,7 @@ def bare(recipe: Recipe, model: torch.nn.Module, corpus) -> tuple[list[float], l
     schedule = get_scheduler(
         "cosine_with_min_lr",
         optimizer,
-        recipe.warmup_steps,
+        recipe.warmup,
         recipe.steps,
         scheduler_specific_kwargs={"min_lr_rate": 0.1},
     )

@@ -74,6 +74,8 @@ Fraction = Annotated[float, Bounds(least=0, most=1)]
 Count = Annotated[int, Bounds(least=1)]
 Whole = Annotated[int, Bounds(least=0)]
 Beta = Annotated[float, Bounds(least=0, below=1)]
+Share = Whole | Annotated[float, Bounds(least=0, below=1)]
+"""A number of steps: whole, or as a fraction of a run's steps; see `whole_steps`."""
 
 
 def field_types(kind: Any) -> dict[str, Any]:
@@ -85,6 +87,15 @@ def field_types(kind: Any) -> dict[str, Any]:
 def _field_types(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind, include_extras=True)
     return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+
+
+def whole_steps(share: float, steps: int) -> int:
+    """A `Share` in steps, for a run of so many.
+
+    >>> whole_steps(80, 400), whole_steps(0.2, 400), whole_steps(0.99, 10)
+    (80, 80, 9)
+    """
+    return share if isinstance(share, int) else min(round(share * steps), steps - 1)
 
 
 def check_fields(instance: Any) -> None:

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lorank.conversion import as_method, check_module, method_of
-from lorank.fields import Beta, Fraction, NonNegative, Whole, check_value
+from lorank.fields import Beta, Fraction, NonNegative, Share, Whole, check_value, whole_steps
 from lorank.method import AdamW, Dense, Method, Patterns, StepHook, check_combination, warmup_cosine
 from lorank.optim.groups import Decay, plain_groups
 from lorank.rewriting import REWRITTEN, converted_with
@@ -116,7 +116,7 @@ def lr_schedule(
     model: nn.Module,
     *,
     steps: int,
-    warmup_steps: int = 0,
+    warmup_steps: float = 0,
     min_lr_ratio: float = 0.1,
     optimizer: Optimizer | None = None,
 ) -> Callable[[int], float]:
@@ -125,18 +125,20 @@ def lr_schedule(
 
     Args:
         model: the converted model, also inside DDP, ``torch.compile`` or another module.
+        warmup_steps: whole steps, or a fraction of `steps`.
         optimizer: one of `lorank.optimizer`, whose method may need a schedule too.
 
     Raises:
         ValueError: there are no steps, the method's cycles do not fit into them, or `model` is only a part of a converted model.
     """
     _check_steps(steps)
-    check_value("warmup_steps", warmup_steps, Whole)
+    check_value("warmup_steps", warmup_steps, Share)
     check_value("min_lr_ratio", min_lr_ratio, Fraction)
+    warmup = whole_steps(warmup_steps, steps)
     for method in _methods(converted_inside(model), optimizer and _unwrapped(optimizer)):
-        if (own := method.schedule(steps, warmup_steps, min_lr_ratio)) is not None:
+        if (own := method.schedule(steps, warmup, min_lr_ratio)) is not None:
             return own
-    return lambda step: warmup_cosine(step, steps, warmup_steps, min_lr_ratio)
+    return lambda step: warmup_cosine(step, steps, warmup, min_lr_ratio)
 
 
 def converted_inside(model: nn.Module) -> nn.Module | None:

@@ -26,7 +26,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 def demo_recipe(row: str, steps: int | None = None) -> Recipe:
     """The recipe of one of `ROWS`, with the defaults of `Recipe` for everything else."""
-    changes: dict[str, Any] = {} if steps is None else {"steps": steps, "warmup_steps": max(1, steps // 5)}
+    changes: dict[str, Any] = {} if steps is None else {"steps": steps}
     return Recipe(**ROWS[row], **changes)
 
 
@@ -78,5 +78,5 @@ def command(recipe: Recipe, out: Path, shortened: bool) -> str:
     parts += ["--optimizer", str(recipe.optimizer)] if recipe.optimizer != "adamw" else []
     parts += ["--lr", f"{recipe.lr:g}"]
     if shortened:
-        parts += ["--steps", str(recipe.steps), "--warmup-steps", str(recipe.warmup_steps)]
+        parts += ["--steps", str(recipe.steps)]
     return shlex.join([*parts, "--out", str(out)])

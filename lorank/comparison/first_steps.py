@@ -99,7 +99,7 @@ def miniature(recipe: Recipe, folder: Path) -> Recipe:
         batch_size=8,
         micro_batch_size=8,
         steps=STEPS,
-        warmup_steps=max(1, round(full.warmup_steps * STEPS / full.steps)),
+        warmup_steps=max(1, round(full.warmup * STEPS / full.steps)),
         log_every=1,
         eval_every=0,
         save_every=0,

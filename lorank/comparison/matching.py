@@ -294,10 +294,11 @@ def with_steps(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with another number of steps; warm-up and evaluations keep their share of it."""
     steps = max(1, steps)
     scaled = steps / recipe.steps
+    warmup = recipe.warmup_steps
     return dataclasses.replace(
         recipe,
         steps=steps,
-        warmup_steps=min(round(recipe.warmup_steps * scaled), steps - 1),
+        warmup_steps=min(round(warmup * scaled), steps - 1) if isinstance(warmup, int) else warmup,
         eval_every=max(1, round(recipe.eval_every * scaled)) if recipe.eval_every else 0,
     )
 

@@ -57,7 +57,7 @@ def build_trainer(
         learning_rate=recipe.lr,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.min_lr_ratio},
-        warmup_steps=recipe.warmup_steps,
+        warmup_steps=recipe.warmup,
         max_grad_norm=recipe.clip,
         bf16=recipe.precision == "bf16",
         use_cpu=on_cpu or torch.accelerator.current_accelerator() is None,

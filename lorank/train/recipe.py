@@ -19,10 +19,12 @@ from lorank.fields import (
     NonNegative,
     Positive,
     Rank,
+    Share,
     Whole,
     alternatives_of,
     check_fields,
     field_types,
+    whole_steps,
 )
 from lorank.table import METHODS, names_joined
 from lorank.train.yamls import load
@@ -137,7 +139,12 @@ class Recipe:
     eps: NonNegative = _setting(1e-8, "Adam's epsilon.", free=True)
     clip: NonNegative = _setting(0.5, "Largest global gradient norm; 0 turns clipping off.", free=True)
     steps: Count = _setting(400, "Optimizer steps.", everyday=True, shared=True, free=True)
-    warmup_steps: Whole = _setting(80, "Steps of linear warm-up from 0; a cosine follows.", everyday=True, free=True)
+    warmup_steps: Share = _setting(
+        0.2,
+        "Linear warm-up from 0: a number of steps, or a fraction of the run's steps; a cosine follows.",
+        everyday=True,
+        free=True,
+    )
     min_lr_ratio: Fraction = _setting(0.1, "Learning rate at the end, as a part of the peak.", free=True)
     batch_size: Count = _setting(8, "Sequences per optimizer step, over all devices.", everyday=True, shared=True)
     micro_batch_size: Count | None = _setting(
@@ -181,8 +188,10 @@ class Recipe:
                 raise ValueError(f"{name} must not be empty; name something or leave it out")
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        if self.warmup_steps >= self.steps:
-            raise ValueError(f"warmup_steps must be below steps={self.steps}, got {self.warmup_steps}")
+        if self.warmup >= self.steps:
+            raise ValueError(
+                f"warmup_steps must be below steps={self.steps}, got {self.warmup_steps}; give fewer, or a fraction such as 0.2"
+            )
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise ValueError(f"micro_batch_size must divide batch_size={self.batch_size}, got {self.micro_batch_size}")
 
@@ -250,6 +259,11 @@ class Recipe:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @property
+    def warmup(self) -> int:
+        """Steps of warm-up: `warmup_steps`, whether it is a number of steps or a fraction."""
+        return whole_steps(self.warmup_steps, self.steps)
 
     @property
     def split_seed(self) -> int:

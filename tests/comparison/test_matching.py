@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lorank.comparison.contestants import plan_contestants
-from lorank.comparison.matching import CLOSE, Costs, narrow_to_match
+from lorank.comparison.matching import CLOSE, Costs, narrow_to_match, with_steps
 from lorank.comparison.results import gather
 from lorank.comparison.runner import Comparison
 from lorank.comparison.settings import ComparisonSettings
@@ -85,3 +85,4 @@ def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tm
     found, _ = plan_contestants(asked, costs, tmp_path, seconds)
     assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 4, 3, 12, 6]
     assert found[-2].candidates[0].recipe.warmup_steps == 4 and found[-2].candidates[0].recipe.eval_every == 4
+    assert with_steps(dataclasses.replace(base, warmup_steps=0.25), 40).warmup == 10

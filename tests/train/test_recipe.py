@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
+from lorank.train.methods import schedule_of
 from lorank.train.recipe import Recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("cola-*.yaml"))
@@ -23,6 +25,23 @@ def test_changes_win_over_the_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, 80),
+        ({"steps": 50}, 10),
+        ({"steps": 1}, 0),
+        ({"steps": 2, "warmup_steps": 0.9}, 1),
+        ({"warmup_steps": 80}, 80),
+    ],
+)
+def test_warm_up_is_steps_or_a_share_of_them(settings: dict, steps: int) -> None:
+    recipe = Recipe(**settings)
+    assert recipe.warmup == steps
+    assert schedule_of(recipe)(steps) == 1 and (steps == 0 or schedule_of(recipe)(steps - 1) == (steps - 1) / steps)
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+@pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"learning_rates": 1}, "unknown setting 'learning_rates'"),
@@ -37,7 +56,8 @@ def test_changes_win_over_the_file(tmp_path: Path) -> None:
         ({"precision": "fp64"}, "precision must be 'fp32', 'bf16' or 'bf16-pure', got 'fp64'"),
         ({"betas": [0.9]}, "betas must be two numbers in [0, 1), got [0.9]"),
         ({"betas": [0.9, 1.0]}, "betas must be"),
-        ({"warmup_steps": 400}, "warmup_steps must be below steps=400, got 400"),
+        ({"warmup_steps": 400}, "warmup_steps must be below steps=400, got 400; give fewer, or a fraction such as 0.2"),
+        ({"warmup_steps": 1.5}, "warmup_steps must be an integer of at least 0 or a number in [0, 1), got 1.5"),
         ({"micro_batch_size": 3}, "micro_batch_size must divide batch_size=8, got 3"),
         ({"micro_batch_size": 32}, "micro_batch_size must divide batch_size=8, got 32"),
         ({"sequence_length": 1}, "sequence_length must be an integer of at least 2, got 1"),
