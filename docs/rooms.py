@@ -25,6 +25,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "federated": "means of low-rank updates",
         "analysis": "how many of its dimensions a matrix uses",
         "distributed": "models larger than one device",
+        "testing": "what every method must satisfy",
     },
     {"loop": "optimizer, step_hook, lr_schedule: what a training loop asks for"},
     {"conversion": "convert, merge"},

@@ -33,12 +33,13 @@ from torch import Tensor
 import lorank
 from lorank import table
 from lorank.cli import main
+from lorank.testing.structure import SMALL, TOKENS, VOCABULARY
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 torch.set_num_threads(1)
 
-VOCABULARY, D, D_FF, HEADS, KV, LAYERS = 96, 32, 80, 4, 16, 2
+D, D_FF, HEADS, KV, LAYERS = 32, 80, 4, 16, 2
 """KV is the width of two key (or value) heads under grouped-query attention."""
 
 LLAMA_BLOCK = {
@@ -85,9 +86,7 @@ class Architecture(NamedTuple):
 
 
 _llama = {"hidden_size": D, "intermediate_size": D_FF, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS}
-_grouped = {**_llama, "num_key_value_heads": 2, "max_position_embeddings": 64}
-_no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-_gpt2 = {"n_embd": D, "n_inner": D_FF, "n_layer": LAYERS, "n_head": HEADS, "n_positions": 64}
+_grouped, _gpt2, _bert = (dict(small.settings) for small in SMALL)
 
 ARCHITECTURES = {
     architecture.name: architecture
@@ -98,7 +97,7 @@ ARCHITECTURES = {
         Architecture(
             "gpt2",
             "GPT2Config",
-            {**_gpt2, "bos_token_id": 0, "eos_token_id": 0, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
+            _gpt2,
             "transformer.h",
             {
                 "attn.c_attn.query": (D, D),
@@ -160,10 +159,8 @@ ARCHITECTURES = {
                 "mlp.down_proj": (D_FF, D),
             },
         ),
-        Architecture("bert", "BertConfig", {**_llama, **_no_dropout}, "bert.encoder.layer", BERT_BLOCK, causal=False),
-        Architecture(
-            "roberta", "RobertaConfig", {**_llama, **_no_dropout}, "roberta.encoder.layer", BERT_BLOCK, causal=False
-        ),
+        Architecture("bert", "BertConfig", _bert, "bert.encoder.layer", BERT_BLOCK, causal=False),
+        Architecture("roberta", "RobertaConfig", _bert, "roberta.encoder.layer", BERT_BLOCK, causal=False),
     )
 }
 
@@ -207,7 +204,7 @@ def small() -> Callable[..., Any]:
 @pytest.fixture
 def tokens() -> Tensor:
     """Two sequences of twelve tokens, none of them a special one."""
-    return torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(1))
+    return TOKENS.clone()
 
 
 @pytest.fixture(scope="session")

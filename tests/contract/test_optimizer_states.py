@@ -2,38 +2,25 @@
 
 import copy
 import importlib.util
-import io
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from lorank import LORO, DCTAdamW, Method, Spectron
 from lorank.optim.driver import Projected
-from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, equal, groups, make, named, net, train, weights
+from lorank.testing import driven
+from lorank.testing.movement import net, train
+from lorank.testing.saying import equal_models
+from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, groups, make, mover, named
 
 methods = pytest.mark.parametrize("method", METHODS, ids=named)
 projecting = pytest.mark.parametrize("method", [m for m in METHODS if isinstance(m, Projected)], ids=named)
 
 
 # ---- states
-
-
-@methods
-def test_resumed_at_any_step_it_goes_on_bit_by_bit(method: Method) -> None:
-    for stop in range(5):
-        whole, broken = net(), net()
-        train(whole, make(method, whole), range(5))
-        first, second = make(method, broken), make(method, broken)
-        train(broken, first, range(stop))
-        file = io.BytesIO()
-        torch.save(first.state_dict(), file)
-        file.seek(0)
-        second.load_state_dict(torch.load(file, weights_only=True))
-        train(broken, second, range(stop, 5))
-        assert equal(whole, broken), stop
 
 
 @methods
@@ -53,19 +40,6 @@ def test_a_loaded_state_has_the_types_it_was_saved_with(method: Method) -> None:
             loaded = second.state[p][name]
             same = torch.equal(loaded, value) if isinstance(value, Tensor) else loaded == value
             assert same and getattr(loaded, "dtype", None) == getattr(value, "dtype", None), name
-
-
-@methods
-def test_loading_an_earlier_state_forgets_the_later(method: Method) -> None:
-    model = net()
-    made = make(method, model)
-    start, ends = copy.deepcopy((model.state_dict(), made.state_dict())), []
-    for _ in range(2):
-        model.load_state_dict(start[0])
-        made.load_state_dict(copy.deepcopy(start[1]))
-        train(model, made, range(3))
-        ends.append(weights(model))
-    assert all(map(torch.equal, *ends))
 
 
 @methods
@@ -161,70 +135,29 @@ def test_a_cleared_state_begins_anew(method: Method) -> None:
     made.state.clear()
     fresh.load_state_dict(model.state_dict())
     assert train(model, made, range(2)) == train(fresh, make(method, fresh), range(2))
-    assert equal(model, fresh)
+    equal_models(model, fresh)
 
 
 # ---- what it costs
 
 
-def kept(state: Any) -> int:
-    """Bytes of tensors, counters left out."""
-    return sum(
-        v.numel() * v.element_size() for k, v in state.items() if isinstance(v, Tensor) and k not in ("step", "steps")
-    )
+@pytest.mark.parametrize("method", OPTIONS, ids=named)
+@pytest.mark.parametrize(
+    "claim",
+    [
+        driven.bytes_are_those_that_are_kept,
+        driven.operations_of_a_step_are_those_of_the_counter,
+        driven.the_kept_gradient_has_the_shape_it_waits_in,
+    ],
+)
+def test_costs_follow_the_settings(method: Method, claim: Callable[[Any], None]) -> None:
+    claim(mover(method))
 
 
-@pytest.mark.parametrize("method", METHODS + OPTIONS, ids=named)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_bytes_are_those_that_are_kept(method: Method, dtype: torch.dtype) -> None:
-    model = net(dtype)
-    made = make(method, model)
-    train(model, made, range(2))
-    for group in made.param_groups:
-        for p in group["params"]:
-            given = {name: group[name] for name in ("rank", "rule", "weight_decay")}
-            assert method.state_bytes(p, given) == kept(made.state[p]), (p.shape, given)
-
-
-def in_place(out: Any, *shapes: Any, out_shape: Any = None, **_: Any) -> int:
-    """FLOPs of W.addmm_(a, b), which PyTorch's counter does not know."""
-    (m, r), (_, n) = shapes
-    return 2 * m * r * n
-
-
-@pytest.mark.parametrize("method", METHODS + OPTIONS, ids=named)
-def test_operations_of_a_step_are_those_of_the_counter(method: Any) -> None:
-    """To the number, over the steps from one refresh to the next, with two micro-batches each."""
-    if method.name == "loro":
-        pytest.skip(
-            "this pair has no smaller rank than its map, so it takes no exact step; counted in tests/optim/test_loro.py"
-        )
-    model, gap = net(), getattr(method, "update_gap", 1)
-    made = make(method, model)
-    drawn = [(p, torch.randn_like(p)) for p in model.parameters()]
-
-    def steps() -> None:
-        for _ in range(gap):
-            for _ in range(2):
-                torch.stack([(p * gradient).sum() for p, gradient in drawn]).sum().backward()
-            made.step()
-            made.zero_grad()
-
-    steps()  # DCT-AdamW has one choice of columns more in these
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: in_place}) as counter:
-        steps()
-    found = sum(method.step_flops(p, group, micro_batches=2) for group in made.param_groups for p in group["params"])
-    assert counter.get_total_flops() == pytest.approx(gap * found, rel=1e-12)
-    assert (found > 0) == (method.name not in ("adamw-8bit", "factor-lr")), "elementwise rules have no products"
-
-
-@pytest.mark.parametrize("method", METHODS + OPTIONS, ids=named)
-def test_the_kept_gradient_has_the_shape_it_waits_in(method: Any) -> None:
+@methods
+def test_only_elementwise_rules_have_no_products(method: Method) -> None:
+    """So that the counter of operations has something to count."""
     model = net()
     made = make(method, model)
-    for p in model.parameters():
-        (p * torch.ones_like(p)).sum().backward()
-    seen = made.seen_parameters()
-    for p, one in zip((p for group in made.param_groups for p in group["params"]), seen, strict=True):
-        group = next(group for group in made.param_groups if any(q is p for q in group["params"]))
-        assert method.kept_gradient(p, group) == tuple(one.grad.shape)
+    flops = [method.step_flops(p, group) for group in made.param_groups for p in group["params"]]
+    assert (sum(flops) > 0) == (method.name not in ("adamw-8bit", "factor-lr"))

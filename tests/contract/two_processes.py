@@ -24,7 +24,7 @@ from lorank.evolution.votes import VoteOptimizer
 from lorank.methods.self_guided import FadingGuide, GuidedLinear
 from lorank.optim.bases import singular_basis
 from lorank.optim.shards import local, whole
-from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, RULED, named
+from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, mover, named
 
 
 class Experts(nn.Module):
@@ -48,8 +48,7 @@ def net(wide: bool) -> nn.Sequential:
 
 def groups(model: nn.Module, method: Method) -> list[dict[str, Any]]:
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
-    chosen: dict[str, Any] = {"rank": 3} if hasattr(method, "rank") else {}
-    chosen |= {"rule": RULED[method.name]} if method.name in RULED else {}
+    chosen = mover(method).chosen(rank=3)
     if getattr(
         method, "structure", None
     ):  # two layers are a pair of factors, and the experts' are; the last layer is in none
