@@ -203,15 +203,23 @@ def forget(model: PreTrainedModel) -> None:
         id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None and hasattr(c, "lorank")
     }
     for config in configs.values():
-        config.__class__ = type(config).__bases__[0]
-        config.__dict__.pop("model_type", None)  # from a file; the class has its own
-        del config.lorank
-        config.__dict__.pop("auto_map", None)
+        dense_config(config)
     for module in model.modules():
         module.__dict__.pop("is_custom_code", None)
         module.__dict__.pop("_lorank_method", None)
         if type(module).__module__ == __name__:
             module.__class__ = type(module).__bases__[0]
+
+
+def dense_config(config: Any) -> Any:
+    """Turn a converted model's configuration, in place, into that of the architecture. A dense one stays as it is."""
+    if hasattr(config, "lorank"):
+        config.__class__ = type(config).__bases__[0]
+        config.__dict__.pop("model_type", None)  # from a file; the class has its own
+        del config.lorank
+        config.__dict__.pop("auto_map", None)
+        config.architectures = [one.removeprefix("Lorank") for one in config.architectures or []] or None
+    return config
 
 
 def _keep_names(model: PreTrainedModel) -> None:

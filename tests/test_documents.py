@@ -227,6 +227,7 @@ RUN_WITH = {
     "pretrain --resume": "",
     "evaluate": "--data held_out.txt",
     "generate": "",
+    "export": "",
     "analyze": "--data held_out.txt --sequence-length 32",
 }
 """What is added to the commands of the quick start to make them short."""

@@ -11,7 +11,7 @@ from typing import Any
 import click
 
 import lorank
-from lorank.cli import analyze, compare, demo, errors, evaluate, generate, papers, plan, pretrain, repro
+from lorank.cli import analyze, compare, demo, errors, evaluate, export, generate, papers, plan, pretrain, repro
 from lorank.cli.flags import SETTINGS
 
 COMMANDS = (
@@ -19,6 +19,7 @@ COMMANDS = (
     compare.compare,
     demo.demo,
     evaluate.evaluate,
+    export.export,
     generate.generate,
     papers.papers,
     plan.plan,

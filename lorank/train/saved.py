@@ -30,13 +30,25 @@ from lorank.train.hub import ForeignCode, asked_if_reachable, is_reachable, own_
 from lorank.train.shape import last_line
 
 
-def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Save model and tokenizer in `out`. All files are written elsewhere first, then moved there."""
+def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> list[str]:
+    """Save model and tokenizer in `out`, and return the names of the files."""
+    with whole_files(out) as staging:
+        model.config.use_cache = True
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        return sorted(file.name for file in staging.iterdir())
+
+
+@contextlib.contextmanager
+def whole_files(out: Path) -> Iterator[Path]:
+    """A folder for the files of a model, which are moved to `out` when all of them are written.
+
+    Raises:
+        OSError: a file could not be written, or not be moved.
+    """
     try:
         with _staging(out) as staging:
-            model.config.use_cache = True
-            model.save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
+            yield staging
             for file in staging.iterdir():
                 os.replace(file, out / file.name)
     except (OSError, SafetensorError) as error:

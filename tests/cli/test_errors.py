@@ -96,6 +96,13 @@ BAD = {
         "temperature must be 0 (greedy) or from 0.001 to 1000, got -1.0",
     ),
     "generate nothing": (["generate", "{trained}", "--max-new-tokens", "0"], "max-new-tokens"),
+    "export what no dense model equals": (
+        ["export", "{trained}", "--out", "{folder}/x"],
+        "export the layers as they are with --format trained",
+    ),
+    "export to its own folder": (["export", "{trained}", "--out", "{trained}"], "must be another folder"),
+    "export to a file": (["export", "{trained}", "--out", "{text}"], "must be a folder, got"),
+    "export nothing": (["export", "{folder}"], "has no config.json"),
     "a folder as recipe": (["pretrain", "{folder}"], "is a folder; give a YAML file"),
     "a file as folder": (["pretrain", "--data", "{text}", "{quick}", "--out", "{text}"], "--out must be a folder"),
     "a rate without end": (["pretrain", "--lr", "inf"], "lr must be a positive number, got inf"),

@@ -1,0 +1,57 @@
+"""lorank export: a trained model in a form that other people's tools load."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from lorank.cli.flags import SETTINGS, Folder
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("model")
+@click.option("--out", type=Folder(), default=None, help="Folder of the result.", show_default="runs/export-MODEL")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["dense", "trained", "onnx"]),
+    default="dense",
+    help="dense: merged into dense layers, for plain transformers and what reads its models. trained: the layers as they are. "
+    "onnx: a graph with a key-value cache (needs lorank[onnx]).",
+)
+@click.option(
+    "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
+)
+def export(model: str, out: str | None, form: str, tokenizer: str | None) -> None:
+    """Write a trained model for people who do not have lorank.
+
+    MODEL is a run, a folder or a hub name. A method whose layers equal dense ones (low-rank, relora, switchlora, sst, sltrain,
+    masa, self-guided) is merged, with the same outputs. The others (cola, crnet) keep their layers: --format trained writes
+    them next to a file from which transformers loads them with trust_remote_code=True.
+    """
+    from lorank.cli.console import errors_console, results_console
+    from lorank.train.export import as_dense, as_trained, check_folder
+    from lorank.train.export import export as write
+
+    console = results_console()
+    folder = Path(out or f"runs/export-{model.rstrip('/').split('/')[-1]}")
+    check_folder(model, folder)  # before anything that takes seconds to import
+    writers = {"dense": as_dense, "trained": as_trained}
+    if form == "onnx":
+        writers["onnx"] = _as_onnx()
+    with errors_console().status("exporting"):
+        write(model, folder, writers[form], tokenizer=tokenizer)
+    console.print(f"the model is in [bold]{folder}[/bold]", highlight=False, soft_wrap=True)
+
+
+def _as_onnx() -> Any:
+    try:
+        import onnx  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise ValueError(
+            "--format onnx needs onnx and onnxscript; install them with: pip install 'lorank[onnx]'"
+        ) from None
+    from lorank.train.onnx import as_onnx
+
+    return as_onnx

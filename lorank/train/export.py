@@ -1,0 +1,78 @@
+"""A trained model for people who do not have lorank, in a folder of its own.
+
+dense     every layer merged into the dense layer that it equals: plain transformers loads the model, and so does all else
+          that reads such models
+trained   the layers as they were trained, next to a modelling file if they can be written to one (`lorank.portable`)
+onnx      one graph with a key-value cache (`lorank.train.onnx`)
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from lorank.auto import type_of
+from lorank.conversion import merge, method_of
+from lorank.train.folder import prepare_folder
+from lorank.train.saved import load_model, whole_files
+
+Write = Callable[[PreTrainedModel, Path], None]
+"""Writes a model to a folder, in one of the formats."""
+
+
+def export(model: str, out: Path, write: Write, *, tokenizer: str | None = None) -> list[str]:
+    """Write a saved model, a run or a folder or a hub name, to the folder `out` with its tokenizer.
+
+    Returns:
+        The names of the files.
+
+    Raises:
+        ValueError: `out` contains a model, there is none to export, or it has not that format.
+        OSError: a file could not be written.
+    """
+    check_folder(model, out)
+    loaded, reader = load_model(model, tokenizer=tokenizer, of_any_kind=True)
+    prepare_folder(out, resume=True)
+    try:
+        with whole_files(out) as staging:
+            loaded.config.use_cache = True
+            write(loaded, staging)
+            reader.save_pretrained(staging)
+            return sorted(file.name for file in staging.iterdir())
+    finally:
+        if not any(out.iterdir()):
+            out.rmdir()
+
+
+def check_folder(model: str, out: Path) -> None:
+    """Raises ValueError if an export to `out` would replace a model."""
+    if os.path.realpath(out) == os.path.realpath(os.path.expanduser(model)):
+        raise ValueError(f"--out must be another folder than the model's, got {out}")
+    for name in ("config.json", "recipe.yaml"):
+        if (out / name).exists():
+            raise ValueError(
+                f"--out must be a folder without a model, got {out}, which has a {name}; choose another one"
+            )
+
+
+def as_dense(model: PreTrainedModel, folder: Path) -> None:
+    """A model of transformers with the same outputs.
+
+    Raises:
+        ValueError: there is none.
+    """
+    instead = "export the layers as they are with --format trained, or as a graph with --format onnx"
+    if method_of(model) is not None:
+        try:
+            model = merge(model)
+        except ValueError as error:
+            raise ValueError(f"{error}; {instead}") from None
+    elif not type(model).__module__.startswith("transformers."):
+        raise ValueError(f"transformers has no model of type {type_of(model.config)}; {instead}")
+    model.save_pretrained(folder)
+
+
+def as_trained(model: PreTrainedModel, folder: Path) -> None:
+    """The layers as they are."""
+    model.save_pretrained(folder)
