@@ -113,6 +113,11 @@ class Method:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Modules whose docstrings name the papers that these settings follow."""
+        return (type(self).__module__,)
+
     @classmethod
     def answers(cls) -> frozenset[str]:
         """The questions that the method answers; see `QUESTIONS`."""

@@ -22,7 +22,8 @@ from lorank.cli.flags import SETTINGS, Folder
 @click.option(
     "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
 )
-def export(model: str, out: str | None, form: str, tokenizer: str | None) -> None:
+@click.option("--license", default=None, metavar="ID", help="As in pretrain.", show_default="the run's, else none")
+def export(model: str, out: str | None, form: str, **settings: Any) -> None:
     """Write a trained model for people who do not have lorank.
 
     MODEL is a run, a folder or a hub name. A method whose layers equal dense ones (low-rank, relora, switchlora, sst, sltrain,
@@ -40,7 +41,7 @@ def export(model: str, out: str | None, form: str, tokenizer: str | None) -> Non
     if form == "onnx":
         writers["onnx"] = _as_onnx()
     with errors_console().status("exporting"):
-        write(model, folder, writers[form], tokenizer=tokenizer)
+        write(model, folder, writers[form], **settings)
     console.print(f"the model is in [bold]{folder}[/bold]", highlight=False, soft_wrap=True)
 
 

@@ -50,6 +50,10 @@ class EGGROLL(Method):
         super().__post_init__()
         check_population(self.population, self.group_size, self.chunk)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("lorank.evolution.eggroll",)
+
     def gradient(
         self, model: nn.Module, *, batch_size: int, sequence_length: int, seed: int, compile: bool = False
     ) -> LanguageModelEggroll | EggEggroll:

@@ -144,6 +144,14 @@ class CoLA(Method):
         layer = kinds[1](*sizes, **settings)
         return layer.start(self.reuse_scale, site.name if self.init == "dlr-random" else None)  # type: ignore[no-any-return]
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return (
+            super().sources
+            + (() if self.carry == "none" else ("lorank.methods.lax",))
+            + (("lorank.methods.dlr",) if self.init == "dlr" else ())
+        )
+
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise ValueError(
             f"{self.name} cannot be merged: with the non-linearity between A and B, no layer equals a dense one"

@@ -51,6 +51,10 @@ class LowRank(Method):
         check_ranks(self.rank, sites)
         check_chains(self.carry, self.rank, sites)
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return super().sources + (() if self.carry == "none" else ("lorank.methods.lax",))
+
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         refuse_to_merge(self.name, self.carry)
         if isinstance(module, LowRankExperts):

@@ -1,89 +1,265 @@
-"""What is written about a run: its environment, its summary and its model card."""
+"""The model card: README.md beside the weights. It says what is known of the model, and nothing else.
 
-import contextlib
+Its metadata is huggingface_hub's `ModelCardData`. A comment at the end has a hash of the text, so that a card which somebody
+has written or changed is known, and kept.
+"""
+
 import dataclasses
-import platform
-import subprocess
-from importlib.metadata import version
+import json
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-import torch
+import xxhash
+from huggingface_hub import ModelCardData
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedModel
 
 import lorank
-from lorank.train.data import Corpus
+from lorank import accounting
+from lorank.conversion import method_of
+from lorank.method import Method
+from lorank.portable import FILE
+from lorank.train.folder import write_whole
+from lorank.train.methods import DEFAULTS, methods_of
 from lorank.train.recipe import Recipe
+from lorank.train.text import recipe_of_run
+
+logger = logging.getLogger(__name__)
+NAME = "README.md"
+MARK = re.compile(r"\n<!-- lorank wrote this card \((\w+)\).*-->\n$")
+LOADED = {
+    "dense": """```sh
+pip install torch transformers
+```
+
+```python
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```""",
+    "portable": f"""```sh
+pip install torch transformers
+```
+
+```python
+from transformers import {{auto}}, AutoTokenizer
+
+model = {{auto}}.from_pretrained("{{place}}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{{place}}")
+```
+
+`trust_remote_code=True` lets transformers run `{FILE}`, which has the model's layers. After `import lorank` it is not needed.""",
+    "lorank": """The model needs lorank (version {version} made it), torch and transformers.
+
+```python
+import lorank  # lets transformers know the model's layers
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```""",
+    "onnx": """```sh
+pip install onnxruntime transformers
+```
+
+```python
+import numpy as np
+import onnxruntime
+from transformers import AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+session = onnxruntime.InferenceSession("{place}/model.onnx")
+ids = np.array([tokenizer("a text")["input_ids"]])
+empty = {{one.name: [1, int(one.shape[1]), 0, int(one.shape[3])] for one in session.get_inputs() if "past" in one.name}}
+cache = {{name: np.zeros(shape, np.float32) for name, shape in empty.items()}}
+logits, *cache = session.run(None, {{"input_ids": ids, "position_ids": np.arange(ids.shape[1])[None], **cache}})
+```
+
+The graph reads the tokens that follow those of the cache. It has no attention mask.""",
+}
+"""How a model is loaded, by its form."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Summary:
-    """The figures of a finished run, as in summary.json."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+    """What is known of a saved model."""
 
-    method: str
+    form: str
+    """One of `LOADED`."""
+    auto: str
+    """The Auto class that loads it."""
     parameters: int
     block_parameters: int
-    flops_per_token: float | None
-    """None: the model cannot be counted."""
-    steps: int
-    tokens: int
-    tokens_per_second: float | None
-    """By the median step; None if no step was timed. The first step never is."""
-    mfu: float | None
-    peak_flops_source: str
-    peak_memory_gib: float
-    validation_loss_nats_per_token: float
-    validation_perplexity: float
-    validation_bits_per_byte: float | None
-    published_compatible_perplexity: float
-    sample: str
+    methods: tuple[Method, ...]
+    """Those it was trained with, as far as it is known; without what is PyTorch's own."""
+    merged: bool = False
+    license: str | None = None
+    recipe: Recipe | None = None
+    """Of a run."""
+    summary: dict[str, Any] | None = None
+    """Of a finished run."""
+    corpus: str = ""
+    place: str = "path/to/this/folder"
+    """Where the reader has it from: a folder, or a name on the hub."""
+
+    @classmethod
+    def of(
+        cls,
+        model: PreTrainedModel,
+        files: Sequence[str],
+        *,
+        run: str | Path,
+        method: Method | None,
+        license: str | None = None,
+    ) -> Self:
+        """The card of a model that was written to those files.
+
+        Args:
+            run: the folder or name that it comes from, which may be a run.
+            method: the one that it was converted with; `model` may be merged.
+        """
+        recipe, folder = recipe_of_run(str(run)), Path(run).expanduser()
+        own = (method,) if method is not None else ()
+        counts = accounting.count_parameters(model)
+        form = "onnx" if "model.onnx" in files else "portable" if FILE in files else "lorank"
+        return cls(
+            form="dense" if form == "lorank" and type(model).__module__.startswith("transformers.") else form,
+            auto=_auto_of(model),
+            parameters=counts.total,
+            block_parameters=counts.blocks,
+            methods=own if recipe is None else tuple(m for m in methods_of(recipe) if m.name not in DEFAULTS),
+            merged=method is not None and method_of(model) is None,
+            license=license or (recipe.license if recipe else None),
+            recipe=recipe,
+            summary=_json(folder / "summary.json"),
+            corpus=(_json(folder / "run.json") or {}).get("corpus", "") if recipe else "",
+        )
+
+    @property
+    def title(self) -> str:
+        return "+".join(method.name for method in self.methods) or "dense"
 
 
-def environment(corpus: Corpus) -> dict[str, Any]:
-    """What a repetition needs besides the recipe: data, versions, device and commit."""
-    packages = ("torch", "transformers", "accelerate", "datasets", "tokenizers")
-    commit = None
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        commit = subprocess.check_output(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL
-        ).strip()
+def write_card(folder: Path, card: Card) -> None:
+    """Write README.md, unless somebody else wrote the one that is there, or changed it."""
+    there = folder / NAME
+    if there.exists() and not is_ours(there.read_text(encoding="utf-8", errors="replace")):
+        logger.warning("%s is not lorank's, so it stays as it is", there)
+        return
+    write_whole(there, marked(card_text(card)))
+
+
+def marked(text: str) -> str:
+    return f"{text}\n<!-- lorank wrote this card ({_hash(text)}). It keeps one that was changed. -->\n"
+
+
+def is_ours(text: str) -> bool:
+    """Whether a card is as lorank wrote it."""
+    found = MARK.search(text)
+    return found is not None and found[1] == _hash(text[: found.start()])
+
+
+def _hash(text: str) -> str:
+    return xxhash.xxh64(text.encode("utf-8", "backslashreplace")).hexdigest()
+
+
+def card_text(card: Card) -> str:
+    """README.md of a model, without the mark."""
+    data = ModelCardData(
+        library_name="onnx" if card.form == "onnx" else "transformers",
+        license=card.license,
+        pipeline_tag=PIPELINES.get(card.auto),
+        datasets=_datasets(card.recipe) or None,
+        tags=["lorank", *(method.name for method in card.methods)],
+    )
+    parts = [f"---\n{data.to_yaml()}\n---\n# {card.title}, {card.parameters:,} parameters"]
+    if card.corpus:
+        parts.append(f"Pre-trained from scratch with lorank on {_without_folders(card.corpus, card.recipe)}.")
+    parts += [f"## Use\n\n{LOADED[card.form].format(auto=card.auto, place=card.place, version=lorank.__version__)}"]
+    rows = {name: value for name, value in _rows(card).items() if value}
+    parts += ["## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())]
+    if cited := citations(card.methods):
+        parts += ["## Citation\n\nPlease cite the source of each method:\n\n" + "\n".join(f"- {one}" for one in cited)]
+    return "\n\n".join(parts) + "\n"
+
+
+PIPELINES = {"AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask"}
+
+
+def _auto_of(model: PreTrainedModel) -> str:
+    for auto in (AutoModelForCausalLM, AutoModelForMaskedLM):
+        classes: Any = auto._model_mapping.get(type(model.config), ())
+        if isinstance(model, classes):
+            return auto.__name__
+    return "AutoModel"
+
+
+def _rows(card: Card) -> dict[str, str]:
+    summary = card.summary or {}
+    known = lambda name, form: "unknown" if summary.get(name) is None else format(summary[name], form)  # noqa: E731
+    figures = {
+        "training FLOPs per token": known("flops_per_token", ",.0f"),
+        "tokens": f"{known('tokens', ',')} in {known('steps', ',')} steps",
+        "validation perplexity (unbiased)": known("validation_perplexity", ".2f"),
+        "bits per byte": known("validation_bits_per_byte", ".3f"),
+        "published-compatible perplexity, N/(N+1)": known("published_compatible_perplexity", ".2f"),
+    }
     return {
-        "corpus": corpus.description,
-        "data_hash": corpus.hash,
-        "python": platform.python_version(),
-        "packages": {"lorank": lorank.__version__, **{name: version(name) for name in packages}},
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "commit": commit,
+        "method": ", ".join(map(_named, card.methods)) + (", merged into dense layers" if card.merged else ""),
+        "parameters (in blocks)": f"{card.parameters:,} ({card.block_parameters:,})",
+        **(figures if summary else {}),
     }
 
 
-def model_card(recipe: Recipe, summary: Summary, corpus: str) -> str:
-    """README.md of a trained model."""
-    bits, flops = summary.validation_bits_per_byte, summary.flops_per_token
-    return f"""---
-library_name: transformers
-tags: [lorank, {summary.method}]
----
-# {summary.method}, {summary.parameters:,} parameters
+def _named(method: Method) -> str:
+    rank = getattr(method, "rank", None)
+    return f"{method.name}, rank {rank}" if rank is not None else method.name
 
-Pre-trained from scratch with lorank on {corpus}.
 
-```python
-import lorank  # registers the architecture
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-```
+def _datasets(recipe: Recipe | None) -> list[str]:
+    """The data sets of the hub that a run was trained on."""
+    local = lambda name: name == "embedded" or os.path.isabs(name)  # noqa: E731 - a run has whole paths
+    return [name.partition(":")[0] for name in _sources(recipe) if not local(name)]
 
-| | |
-|---|---|
-| parameters (in blocks) | {summary.parameters:,} ({summary.block_parameters:,}) |
-| training FLOPs per token | {"unknown" if flops is None else f"{flops:,.0f}"} |
-| tokens | {summary.tokens:,} in {summary.steps:,} steps |
-| validation perplexity (unbiased) | {summary.validation_perplexity:.2f} |
-| bits per byte | {"unknown" if bits is None else f"{bits:.3f}"} |
-| published-compatible perplexity, N/(N+1) | {summary.published_compatible_perplexity:.2f} |
 
-The recipe is in `recipe.yaml`, versions and device in `run.json`, the loss curve in `metrics.jsonl`.
-"""
+def _sources(recipe: Recipe | None) -> list[str]:
+    if recipe is None:
+        return []
+    return [recipe.data] if isinstance(recipe.data, str) else list(recipe.data)
+
+
+def _without_folders(corpus: str, recipe: Recipe | None) -> str:
+    """A description of data without the places where they are on this machine."""
+    for name in _sources(recipe):
+        if os.path.isabs(name):
+            corpus = corpus.replace(name, os.path.basename(name.rstrip("/")))
+    return corpus
+
+
+def citations(methods: Sequence[Method]) -> list[str]:
+    """The papers of some methods, as their files name them.
+
+    >>> from lorank.methods.low_rank import LowRank
+    >>> citations([LowRank()])
+    ['Kamalakara et al., "Exploring Low Rank Training of Deep Neural Networks", [arXiv 2209.13569](https://arxiv.org/abs/2209.13569)']
+    """
+    modules = dict.fromkeys(module for method in methods for module in method.sources)
+    found = (
+        re.search(r"^Source: (.+?(arXiv\s\d{4}\.\d{5}|(?=[.;]\s|\n\n|\Z)))", _docstring(m), re.M | re.S)
+        for m in modules
+    )
+    texts = (re.sub(r"\s+", " ", one[1]).strip().rstrip(".") for one in found if one)
+    return [re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text) for text in texts]
+
+
+def _docstring(module: str) -> str:
+    return (sys.modules[module].__doc__ if module in sys.modules else None) or ""
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

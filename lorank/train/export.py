@@ -14,15 +14,19 @@ from transformers import PreTrainedModel
 
 from lorank.auto import type_of
 from lorank.conversion import merge, method_of
+from lorank.train.card import NAME, Card, write_card
 from lorank.train.folder import prepare_folder
+from lorank.train.recipe import check_license
 from lorank.train.saved import load_model, whole_files
 
-Write = Callable[[PreTrainedModel, Path], None]
-"""Writes a model to a folder, in one of the formats."""
+Write = Callable[[PreTrainedModel, Path], PreTrainedModel]
+"""Writes a model to a folder in one of the formats, and returns what it wrote."""
 
 
-def export(model: str, out: Path, write: Write, *, tokenizer: str | None = None) -> list[str]:
-    """Write a saved model, a run or a folder or a hub name, to the folder `out` with its tokenizer.
+def export(
+    model: str, out: Path, write: Write, *, tokenizer: str | None = None, license: str | None = None
+) -> list[str]:
+    """Write a saved model, a run or a folder or a hub name, to the folder `out` with its tokenizer and a model card.
 
     Returns:
         The names of the files.
@@ -31,15 +35,19 @@ def export(model: str, out: Path, write: Write, *, tokenizer: str | None = None)
         ValueError: `out` contains a model, there is none to export, or it has not that format.
         OSError: a file could not be written.
     """
+    check_license(license)
     check_folder(model, out)
     loaded, reader = load_model(model, tokenizer=tokenizer, of_any_kind=True)
     prepare_folder(out, resume=True)
     try:
         with whole_files(out) as staging:
             loaded.config.use_cache = True
-            write(loaded, staging)
+            method = method_of(loaded)
+            written = write(loaded, staging)
             reader.save_pretrained(staging)
-            return sorted(file.name for file in staging.iterdir())
+            names = sorted(file.name for file in staging.iterdir())
+        write_card(out, Card.of(written, names, run=model, method=method, license=license))
+        return [*names, NAME]
     finally:
         if not any(out.iterdir()):
             out.rmdir()
@@ -56,7 +64,7 @@ def check_folder(model: str, out: Path) -> None:
             )
 
 
-def as_dense(model: PreTrainedModel, folder: Path) -> None:
+def as_dense(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """A model of transformers with the same outputs.
 
     Raises:
@@ -71,8 +79,10 @@ def as_dense(model: PreTrainedModel, folder: Path) -> None:
     elif not type(model).__module__.startswith("transformers."):
         raise ValueError(f"transformers has no model of type {type_of(model.config)}; {instead}")
     model.save_pretrained(folder)
+    return model
 
 
-def as_trained(model: PreTrainedModel, folder: Path) -> None:
+def as_trained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The layers as they are."""
     model.save_pretrained(folder)
+    return model

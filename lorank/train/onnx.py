@@ -22,7 +22,7 @@ from lorank.pretrained import dense_config
 from lorank.train.shape import last_line
 
 
-def as_onnx(model: PreTrainedModel, folder: Path) -> None:
+def as_onnx(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """Write ``model.onnx`` with its weights in ``model.onnx.data``, a configuration, and what the exporter notes for itself.
 
     Raises:
@@ -45,6 +45,7 @@ def as_onnx(model: PreTrainedModel, folder: Path) -> None:
     exported.config = dense_config(copy.deepcopy(model.config))  # the layers are in the graph
     exported.generation_config = model.generation_config
     exported.save_pretrained(folder)
+    return model
 
 
 @contextlib.contextmanager

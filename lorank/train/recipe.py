@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import functools
 import math
+import re
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -163,6 +164,13 @@ class Recipe:
         200, "Steps between checkpoints; 0 keeps the final model only.", everyday=True, shared=True
     )
     keep: Count = _setting(2, "Checkpoints to keep.", shared=True)
+    license: str | None = _setting(
+        None,
+        "Licence of the model for its card, as the hub writes it: apache-2.0, mit, cc-by-4.0, ...",
+        everyday=True,
+        shared=True,
+        free=True,
+    )
     report_to: list[str] = _setting([], "Trackers that transformers reports to: tensorboard, wandb, ...", shared=True)
     seed: Seed = _setting(
         42,
@@ -186,6 +194,7 @@ class Recipe:
                 raise ValueError(f"{name} must be below 2**32, got {value}")
             if value == "":
                 raise ValueError(f"{name} must not be empty; name something or leave it out")
+        check_license(self.license)
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.warmup >= self.steps:
@@ -272,6 +281,12 @@ class Recipe:
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+def check_license(name: str | None) -> None:
+    """Raises ValueError for what cannot be the hub's name of a licence."""
+    if name is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name):
+        raise ValueError(f"license must be an identifier such as apache-2.0, mit or cc-by-4.0, got {name!r}")
 
 
 def recipes_folder() -> Path:

@@ -23,7 +23,7 @@ from lorank.conversion import method_of
 from lorank.train import data
 from lorank.train.build import build_trainer
 from lorank.train.callbacks import MetricsFile, StopOnSignal
-from lorank.train.card import Summary, environment, model_card
+from lorank.train.card import Card, write_card
 from lorank.train.folder import (
     absolute,
     last_whole_checkpoint,
@@ -42,6 +42,7 @@ from lorank.train.model import build_config, build_model, check_causal
 from lorank.train.recipe import Recipe
 from lorank.train.saved import rehearse_saving, save_model
 from lorank.train.shape import reason_of
+from lorank.train.summary import Summary, environment
 from lorank.train.vocabulary import keep_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def pretrain(
         if (method := method_of(model)) is not None:
             method.finalize(model)
         if trainer.is_world_process_zero():
-            save_model(model, corpus.tokenizer, out)  # before anything that may fail
+            names = save_model(model, corpus.tokenizer, out)  # before anything that may fail
         found = trainer.evaluation(max_tokens=None)
     if not math.isfinite(found.loss):
         raise FloatingPointError(f"the validation loss became {found.loss}; lower lr={recipe.lr} or warm up longer")
@@ -130,7 +131,8 @@ def pretrain(
         sample=sample_of(model, corpus.tokenizer, recipe.seed),
     )
     if trainer.is_world_process_zero():
-        write_whole(out / "README.md", model_card(recipe, summary, corpus.description))
+        card = Card.of(model, names, run=out, method=method)
+        write_card(out, dataclasses.replace(card, summary=dataclasses.asdict(summary)))
         write_whole(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2))
     return summary
 

@@ -102,6 +102,7 @@ BAD = {
     ),
     "export to its own folder": (["export", "{trained}", "--out", "{trained}"], "must be another folder"),
     "export to a file": (["export", "{trained}", "--out", "{text}"], "must be a folder, got"),
+    "a licence in words": (["export", "{trained}", "--license", "Apache 2"], "license must be an identifier such as"),
     "export nothing": (["export", "{folder}"], "has no config.json"),
     "a folder as recipe": (["pretrain", "{folder}"], "is a folder; give a YAML file"),
     "a file as folder": (["pretrain", "--data", "{text}", "{quick}", "--out", "{text}"], "--out must be a folder"),
