@@ -71,7 +71,19 @@ ROWS: tuple[dict[str, str], ...] = (
 """From the top down, each room with what it is for. A room may import rooms of lower rows, and rooms of its own row if no
 circle of rooms comes of it. A room is a folder or a file of lorank/."""
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}
-COMMANDS = ("analyze", "compare", "demo", "evaluate", "export", "generate", "papers", "plan", "pretrain", "repro")
+COMMANDS = (
+    "analyze",
+    "bench",
+    "compare",
+    "demo",
+    "evaluate",
+    "export",
+    "generate",
+    "papers",
+    "plan",
+    "pretrain",
+    "repro",
+)
 """Each is one file of lorank/cli/."""
 LAZY = ("cli", "auto")
 """Rooms whose functions may import: `lorank --help` and `import lorank` answer at once."""

@@ -17,6 +17,7 @@ from lorank.accounting.memory import (
     measure_step,
     memory_estimate,
     rests_bytes,
+    saved_by,
 )
 from lorank.accounting.meter import Meter
 from lorank.accounting.parameters import Parameters, count_parameters, shared_modules
@@ -41,5 +42,6 @@ __all__ = [
     "measure_step",
     "memory_estimate",
     "rests_bytes",
+    "saved_by",
     "shared_modules",
 ]

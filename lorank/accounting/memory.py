@@ -1,7 +1,7 @@
 """Bytes of training: what is kept for backward, the peak of a step, and the optimizer's state."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
@@ -53,7 +53,13 @@ def measure_saved(model: nn.Module, inputs: dict[str, Tensor], *, autocast: bool
     before (the inputs of checkpointed blocks, the cache of selective checkpointing). Each storage counts once.
     Parameters, buffers and inputs do not count.
     """
-    known = {storage_of(t) for t in [*model.parameters(), *model.buffers(), *inputs.values()]}
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):  # its cache of weights ends with it
+        return saved_by(model, lambda: next_token_loss(model, inputs).total, inputs.values())
+
+
+def saved_by(model: nn.Module, forward: Callable[[], Tensor], inputs: Iterable[Tensor] = ()) -> Saved:
+    """As `measure_saved`, of any forward pass of a model."""
+    known = {storage_of(t) for t in [*model.parameters(), *model.buffers(), *inputs]}
     known |= {storage_of(t) for t in tensors_alive()}
     found: dict[int, tuple[int, tuple[int, ...]]] = {}
 
@@ -65,9 +71,8 @@ def measure_saved(model: nn.Module, inputs: dict[str, Tensor], *, autocast: bool
         note(tensor)
         return tensor.detach()  # a node that held its own output would never be freed
 
-    bf16 = torch.autocast("cpu", torch.bfloat16, enabled=autocast)  # its cache of weights ends with it
-    with saved_tensors_hooks(pack, lambda tensor: tensor), bf16:
-        loss = next_token_loss(model, inputs).total  # noqa: F841 (keeps the graph alive)
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward()  # noqa: F841 (keeps the graph alive)
     for tensor in tensors_alive():
         note(tensor)
     return Saved(sum(size for size, _ in found.values()), [shape for _, shape in found.values()])

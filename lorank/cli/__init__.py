@@ -11,11 +11,12 @@ from typing import Any
 import click
 
 import lorank
-from lorank.cli import analyze, compare, demo, errors, evaluate, export, generate, papers, plan, pretrain, repro
+from lorank.cli import analyze, bench, compare, demo, errors, evaluate, export, generate, papers, plan, pretrain, repro
 from lorank.cli.flags import SETTINGS
 
 COMMANDS = (
     analyze.analyze,
+    bench.bench,
     compare.compare,
     demo.demo,
     evaluate.evaluate,
