@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, Folder, changes_of, recipe_flags, recipe_of
+from lorank.cli.flags import SETTINGS, Folder, changes_of, recipe_flags, recipe_of, split_budget
 
 OWN = {"method": "--method", "seed": "--seeds"}
 
@@ -64,10 +64,12 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
     it and three times it. If the best value of a sweep is its smallest or largest, the sweep is extended by one step, at most
     twice.
 
+    --tokens-per-parameter counts the parameters of the first contestant; all train on as many tokens.
+
     The same command again, or --resume, continues a comparison that was stopped.
     """
     from lorank.cli.console import results_console
-    from lorank.comparison.runner import Comparison
+    from lorank.comparison.runner import Comparison, with_budget
     from lorank.report.comparison import comparison_table
     from lorank.report.progress import ComparisonProgress
 
@@ -81,7 +83,12 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
             raise ValueError("--resume continues a comparison exactly as it began; leave out all other arguments")
         comparison = Comparison.open(resume)
     else:
-        comparison = Comparison.plan(_settings(**asked), out, watcher)
+        budget, asked = split_budget(asked)
+        settings = _settings(**asked)
+        if budget is not None:
+            watcher.say("reading the data for the number of steps")
+            settings = with_budget(settings, budget)
+        comparison = Comparison.plan(settings, out, watcher)
     try:
         comparison.run(watcher, after_each=partial(_report, whole=False))
         watcher.say("computing singular values and writing the report")

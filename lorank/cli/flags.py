@@ -4,7 +4,7 @@ import dataclasses
 import os
 import typing
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 import yaml
@@ -12,6 +12,9 @@ import yaml
 from lorank.fields import alternatives_of, field_types
 from lorank.train.recipe import Recipe, settings_with
 from lorank.train.yamls import load
+
+if TYPE_CHECKING:
+    from lorank.train.budget import Budget
 
 SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110, "show_default": True}
 SEED = click.IntRange(min=0, max=2**32 - 1)
@@ -66,6 +69,25 @@ class Folder(click.ParamType):
 # ---- flags
 
 
+BUDGETS = {
+    "tokens": "Instead of --steps: training tokens, such as 2.6B, 300M or 50k, padding not included.",
+    "epochs": "Instead of --steps: passes over the training data, such as 1.5.",
+    "tokens_per_parameter": "Instead of --steps: tokens for each parameter of the trained model, of which all count; 20, for example.",
+}
+"""Flags that say in other units how long a run is."""
+
+
+def budget_flags(command: Any) -> Any:
+    """Give a command `BUDGETS`; see `split_budget`."""
+    for name, words in reversed(BUDGETS.items()):
+        kind: Any = str if name == "tokens" else float
+        metavar = "N" if name == "tokens" else "X"
+        command = click.option(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, default=None, help=words)(
+            command
+        )
+    return command
+
+
 class Assignments(click.Option):
     """--set NAME=VALUE: every setting of a recipe by its key in YAML."""
 
@@ -112,6 +134,8 @@ def recipe_flags(
             if field.name not in taken and (field.name not in everyday or field.name not in (only or everyday)):
                 command = _flag(field, hidden=True)(command)
         for name in reversed([name for name in everyday if only is None or name in only]):
+            if name == "steps":
+                command = budget_flags(command)
             command = _flag(fields[name], (only or {}).get(name))(command)
         return command
 
@@ -216,6 +240,29 @@ def changes_of(flags: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} is given twice, by {by[name]} and by --set; give it once")
         given[name], by[name] = value, "--set"
     return given
+
+
+def split_budget(flags: Mapping[str, Any]) -> tuple["Budget | None", dict[str, Any]]:
+    """The budget that flags give in place of steps, if any, and the other flags, with steps that any warm-up fits into.
+
+    Raises:
+        ValueError: two of them are given, or one is given and so are steps; or it is not a positive amount.
+    """
+    rest = {name: value for name, value in flags.items() if name not in BUDGETS}
+    given = {name: flags[name] for name in BUDGETS if flags.get(name) is not None}
+    named = [*given, *(["steps"] if given and "steps" in changes_of(rest) else [])]
+    if len(named) > 1:
+        both = " and ".join(f"--{name.replace('_', '-')}" for name in named[:2])
+        raise ValueError(f"{both} both say how long the run is; give one of them")
+    if not given:
+        return None, rest
+    from lorank.train.budget import Budget
+
+    return Budget.read(**given), {**rest, "steps": LONGEST}
+
+
+LONGEST = 2**32 - 1
+"""Steps of a recipe until its budget has been turned into steps."""
 
 
 def recipe_of(

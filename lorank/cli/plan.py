@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, recipe_flags, recipe_of
+from lorank.cli.flags import SETTINGS, budget_flags, changes_of, recipe_flags, recipe_of, split_budget
 from lorank.sizes import find_size
 from lorank.train.recipe import Recipe
 
@@ -47,12 +47,13 @@ OWN = {"size": "--size", "model": "--model", "method": "--method"}
 )
 @recipe_flags(own=OWN, only=PLANNED)
 @click.option(
-    "--tokens",
+    "--steps",
+    type=click.IntRange(min=1),
     default=None,
-    metavar="N",
-    help="Training tokens, such as 1.1B.",
-    show_default="20 per dense parameter, or the recipe's steps",
+    help="Optimizer steps.",
+    show_default="the recipe's, else 20 tokens per parameter of the dense model",
 )
+@budget_flags
 @click.option(
     "--accelerator", default="h100", metavar="NAME", help="Device to plan for, for example a100, h200 or rtx-4090."
 )
@@ -81,7 +82,7 @@ def plan(
     sizes: tuple[str, ...],
     models: tuple[str, ...],
     methods: tuple[str, ...],
-    tokens: str | None,
+    steps: int | None,
     accelerator: str,
     devices: int | None,
     utilisation: float,
@@ -98,7 +99,8 @@ def plan(
     The tables have parameters, FLOPs, memory, time, energy and price. Each RECIPE, a YAML file or the name of one that comes
     with lorank, gives one row: the cost of `lorank pretrain RECIPE`. Flags override the recipe as they do there. Without
     recipes there is a row for each method at each size or model, and --option applies to the methods that have the setting.
-    Nothing is trained and no weights are allocated; a row needs a few seconds.
+    Nothing is trained and no weights are allocated; a row needs a few seconds. Only --epochs reads the data. Padding counts as
+    tokens, and --tokens-per-parameter means those of each row's own model.
     """
     if as_json and as_csv:
         raise ValueError("give --json or --csv, not both")
@@ -113,26 +115,29 @@ def plan(
     given: dict[str, Any] = {"flops": flops, "tf32_flops": flops, "watts": watts, "dollars_per_hour": price}
     device = find_accelerator(accelerator)._replace(**{k: value for k, value in given.items() if value is not None})
     fleet = Fleet(accelerator=device, devices=devices or (1 if recipes else 8), utilisation=utilisation)
+    budget, flags = split_budget(flags if steps is None else {**flags, "steps": steps})
     from lorank.cli.console import errors_console, results_console
     from lorank.plan import forecast
     from lorank.plan.fits import check_budget, fit_all
     from lorank.report import plans
+    from lorank.train.budget import Budget
 
     console = results_console()
-    budget = None if tokens is None else forecast.read_tokens(tokens)
     with errors_console().status("counting") as status:
         say = lambda line: status.update(f"counting {line}")  # noqa: E731
         if recipes:
             files = {path: recipe_of(path, flags) for path in recipes}
             if fits is not None:
                 check_budget(files.values(), fits)
-            found = forecast.forecast_recipes(files, fleet=fleet, tokens=budget, say=say)
+            found = forecast.forecast_recipes(files, fleet=fleet, budget=budget, say=say)
         else:
             asked = _shapes(forecast.split_names(sizes) or list(sizes), models, flags)
+            if budget is None and "steps" in changes_of(flags):
+                budget = Budget(tokens=asked[0].steps * asked[0].batch_size * asked[0].sequence_length)
             names = forecast.split_names(methods) if methods else list(forecast.METHODS)
             if fits is not None:
                 check_budget((forecast.with_method(shape, name) for shape in asked for name in names), fits)
-            found = forecast.forecast_all(asked, names, fleet=fleet, tokens=budget, say=say)
+            found = forecast.forecast_all(asked, names, fleet=fleet, budget=budget, say=say)
         fit = fit_all(found, fits, say=say) if fits is not None else None
     if as_json:
         click.echo(plans.forecasts_json(found, fit))

@@ -2,12 +2,13 @@
 
 import dataclasses
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, Folder, changes_of, recipe_flags, recipe_of
+from lorank.cli.flags import SETTINGS, Folder, changes_of, recipe_flags, recipe_of, split_budget
 
 
 @click.command(context_settings=SETTINGS)
@@ -35,6 +36,7 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     if resume and (recipe or out or changes or dry_run):
         other = recipe or ("--out" if out else "--dry-run" if dry_run else f"--{next(iter(changes)).replace('_', '-')}")
         raise ValueError(f"--resume continues a run exactly as it began; leave out {other}")
+    budget, flags = split_budget(flags)
     settings = None if resume else recipe_of(recipe, flags)
     from lorank.cli.console import results_console
 
@@ -57,7 +59,14 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     folder = Path(resume or out or f"runs/{title}-{shape}")
     progress = TerminalProgress(f"{title} {shape}", console)
     try:
-        summary = run.pretrain(settings, folder, resume=resume is not None, callbacks=[progress])
+        summary = run.pretrain(
+            settings,
+            folder,
+            budget=budget,
+            resume=resume is not None,
+            say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
+            callbacks=[progress],
+        )
     finally:
         progress.close()
     if summary is None:

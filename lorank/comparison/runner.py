@@ -29,6 +29,7 @@ from lorank.comparison.contestants import (
     Candidate,
     Contestant,
     beyond,
+    candidates_of,
     find_contestants,
     plan_contestants,
 )
@@ -38,6 +39,7 @@ from lorank.comparison.process import PretrainProcess, begun, stop_on_signal
 from lorank.comparison.settings import ComparisonSettings, slug
 from lorank.comparison.tasks import check_tasks, is_file
 from lorank.train import data
+from lorank.train.budget import Budget
 from lorank.train.folder import absolute, write_whole
 from lorank.train.model import build_config
 from lorank.train.recipe import Recipe
@@ -257,6 +259,20 @@ class Comparison:
         if found is None:
             return f"failed: {failures[run.key]}"
         return f"validation perplexity {found['validation_perplexity']:.2f}"
+
+
+def with_budget(settings: ComparisonSettings, budget: Budget) -> ComparisonSettings:
+    """What is asked for, with the steps that spend a budget; parameters are those of the first contestant.
+
+    Raises:
+        ValueError: the data or the first contestant cannot be used, or epochs are those of a stream.
+    """
+    base = absolute(settings.base)
+    corpus = corpus_of(dataclasses.replace(base, seed=settings.seeds[0]))
+    name, (recipe, _) = next(iter(find_contestants(dataclasses.replace(settings, base=base)).items()))
+    [(_, first), *_], _ = candidates_of(settings, name, recipe)
+    steps = budget.steps_of(first, corpus, round(Costs(corpus.tokenizer).of("parameters", first)))
+    return dataclasses.replace(settings, base=dataclasses.replace(settings.base, steps=steps))
 
 
 def _corpus(base: Recipe) -> data.Corpus:

@@ -7,7 +7,6 @@ tensors); time, energy and price follow from them by the fleet's assumptions.
 import dataclasses
 import difflib
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -18,9 +17,11 @@ from lorank.accelerators import Fleet, Run
 from lorank.plan.counts import Counts, count
 from lorank.sites import other_matrices
 from lorank.table import find, names_joined
+from lorank.train.budget import Budget, saved_parameters
 from lorank.train.methods import methods_of, rank_of, schedule_of, settings_of, title_of
 from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
+from lorank.train.run import corpus_of
 
 METHODS = ("dense", "low-rank", "cola", "cola-m", "crnet", "sltrain", "relora", "masa")
 """Planned for unless the user names others."""
@@ -154,7 +155,7 @@ def forecast_all(
     methods: Sequence[str],
     *,
     fleet: Fleet,
-    tokens: int | None = None,
+    budget: Budget | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> list[Forecast]:
     """Every method at every shape.
@@ -162,7 +163,8 @@ def forecast_all(
     Args:
         shapes: recipes whose `method` does not matter; a `rank` goes to the methods that have one.
         methods: names, or names joined by "+"; "dense" is one.
-        tokens: of the run; None: `TOKENS_PER_PARAMETER` for each parameter of the dense model.
+        budget: of each run, where parameters are those of its own model; None: `TOKENS_PER_PARAMETER` for each
+            parameter of the dense model.
         say: called with what is counted next.
 
     Raises:
@@ -175,14 +177,14 @@ def forecast_all(
     _check_used(shapes[0], methods)
     found = []
     for shape in shapes:
-        budget = tokens
-        if budget is None:
+        given = budget
+        if given is None:
             plain: dict[str, Any] = {"optimizer": "adamw", "gradient": "autograd"}
             dense = empty_model(with_method(dataclasses.replace(shape, **plain), "dense"))
-            budget = TOKENS_PER_PARAMETER * accounting.count_parameters(dense).total
+            given = Budget(tokens=TOKENS_PER_PARAMETER * accounting.count_parameters(dense).total)
         for method in methods:
             say(f"{method} {shape.model or shape.size}")
-            found.append(_forecast(with_method(shape, method), fleet, budget, tokens is None))
+            found.append(_forecast(with_method(shape, method), fleet, given, budget is None))
     return found
 
 
@@ -190,13 +192,13 @@ def forecast_recipes(
     recipes: Mapping[str, Recipe],
     *,
     fleet: Fleet,
-    tokens: int | None = None,
+    budget: Budget | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> list[Forecast]:
     """Every recipe as it is, by the name of its file.
 
     Args:
-        tokens: of each run; None: the recipe's steps.
+        budget: of each run; None: the recipe's steps.
 
     Raises:
         ValueError: as training would before its first step, or a budget below one step.
@@ -204,16 +206,16 @@ def forecast_recipes(
     found = []
     for file, recipe in recipes.items():
         say(file)
-        budget = recipe.steps * recipe.batch_size * recipe.sequence_length if tokens is None else tokens
+        given = budget or Budget(tokens=recipe.steps * recipe.batch_size * recipe.sequence_length)
         try:
-            schedule_of(recipe)
-            found.append(_forecast(recipe, fleet, budget, tokens is None, file))
+            found.append(_forecast(recipe, fleet, given, budget is None, file))
+            schedule_of(dataclasses.replace(recipe, steps=found[-1].steps))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
     return found
 
 
-def _forecast(recipe: Recipe, fleet: Fleet, tokens: int, is_default: bool, file: str | None = None) -> Forecast:
+def _forecast(recipe: Recipe, fleet: Fleet, budget: Budget, is_default: bool, file: str | None = None) -> Forecast:
     methods = methods_of(recipe)
     if fleet.devices > 1 and methods.gradient.answers():
         raise ValueError(
@@ -226,16 +228,24 @@ def _forecast(recipe: Recipe, fleet: Fleet, tokens: int, is_default: bool, file:
     micro = recipe.micro_batch_size or max(1, recipe.batch_size // fleet.devices)
     recipe = dataclasses.replace(recipe, micro_batch_size=micro)
     _check_batch(recipe, fleet.devices)
+    model = built(recipe)
+    others = other_matrices(model) if methods.method.answers() else {}
+    left = {role: sum(parameter.numel() for parameter in each.values()) for role, each in others.items()}
+    tokens = _tokens_of(recipe, model, budget)
     if tokens < (least := recipe.batch_size * recipe.sequence_length):
         raise ValueError(
             f"tokens must be at least one step's {least:,} ({recipe.batch_size} sequences of {recipe.sequence_length}), got "
             f"{tokens:,}; give more, or a smaller --batch-size"
         )
-    model = built(recipe)
-    others = other_matrices(model) if methods.method.answers() else {}
-    left = {role: sum(parameter.numel() for parameter in each.values()) for role, each in others.items()}
     counts = count(recipe, model, devices=fleet.devices)
     return Forecast(recipe.model or recipe.size, recipe, counts, fleet, tokens, is_default, file, left)
+
+
+def _tokens_of(recipe: Recipe, model: PreTrainedModel, budget: Budget) -> int:
+    """What a budget comes to, padding included where the data are read, which is for epochs alone."""
+    if budget.epochs is None:
+        return budget.tokens_of(saved_parameters(model))
+    return budget.steps_of(recipe, corpus_of(recipe), 1) * recipe.batch_size * recipe.sequence_length
 
 
 def with_method(shape: Recipe, method: str) -> Recipe:
@@ -300,26 +310,6 @@ def _check_batch(recipe: Recipe, devices: int) -> None:
 
 
 # ---- what a user writes
-
-
-def read_tokens(text: str) -> int:
-    """A number of tokens, with k, M, B or T if wanted.
-
-    >>> read_tokens("1.1B"), read_tokens("819200")
-    (1100000000, 819200)
-    """
-    found = re.fullmatch(r"(\d+(?:[._]?\d+)*(?:e\d+)?)\s*([kMBT]?)", text.strip())
-    try:
-        number = (
-            float(found[1].replace("_", "")) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]
-            if found
-            else 0
-        )
-    except ValueError:  # 1.2.3
-        number = 0
-    if number < 1 or math.isinf(number):
-        raise ValueError(f"tokens must be a number of tokens such as 1.1B or 819200, got {text!r}")
-    return round(number)
 
 
 def split_names(given: Iterable[str]) -> list[str]:

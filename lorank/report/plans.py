@@ -289,7 +289,7 @@ def _assumptions(found: "Sequence[Forecast]") -> list[str]:
     if found[0].budget_is_default:
         each = f"{found[0].tokens_per_parameter} for each parameter of the dense model"
         each = "those of each recipe's steps, padding included" if found[0].file else each
-        lines.append(f"Tokens: {each}, unless --tokens says otherwise.")
+        lines.append(f"Tokens: {each}, unless --tokens, --steps or the like say otherwise.")
     return lines
 
 

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 from lorank import accounting
 from lorank.conversion import method_of
 from lorank.train import data
+from lorank.train.budget import Budget, extent_of, saved_parameters
 from lorank.train.build import build_trainer
 from lorank.train.callbacks import MetricsFile, StopOnSignal
 from lorank.train.card import Card, write_card
@@ -52,12 +53,18 @@ def pretrain(
     recipe: Recipe,
     out: str | Path,
     *,
+    budget: Budget | None = None,
     resume: bool = False,
+    say: Callable[[str], object] = logger.info,
     callbacks: Sequence[TrainerCallback] = (),
     on_cpu: bool = False,
 ) -> Summary | None:
     """Train a model by a recipe and save it, its checkpoints and its history in the folder `out`. `on_cpu` ignores
     accelerators.
+
+    Args:
+        budget: how long the run is, in place of the recipe's steps.
+        say: called once with how long the run is, in one line.
 
     Returns:
         The summary, or None if a signal stopped the run after a checkpoint.
@@ -90,6 +97,10 @@ def pretrain(
         set_seed(recipe.seed)
         model = build_model(recipe, config, saved)
         check_causal(model, recipe.shape)
+        parameters = saved_parameters(model)
+        if budget is not None:
+            recipe = dataclasses.replace(recipe, steps=budget.steps_of(recipe, corpus, parameters))
+        say(str(extent_of(recipe, corpus, parameters)))
         trainer = build_trainer(
             recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop], on_cpu
         )

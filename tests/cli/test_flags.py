@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from lorank.cli import PACKAGES, cli
-from lorank.cli.flags import changes_of, recipe_of, value_of
+from lorank.cli.flags import BUDGETS, changes_of, recipe_of, value_of
 from lorank.train.recipe import Recipe, settings_with
 
 OTHERS: dict[str, Any] = {
@@ -53,7 +53,7 @@ def test_every_setting_is_reached_by_set(field: "dataclasses.Field[Any]") -> Non
 
 def test_the_help_lists_the_everyday_flags() -> None:
     options = [option for option in cli.commands["pretrain"].params if not getattr(option, "hidden", False)]
-    flags = {option.name for option in options} - {"recipe", "out", "resume", "dry_run"}
+    flags = {option.name for option in options} - {"recipe", "out", "resume", "dry_run", *BUDGETS}
     assert flags == {*settings_with("everyday"), "assignments"} and 18 <= len(flags) <= 25
 
 
@@ -74,7 +74,7 @@ def test_hidden_flags_mean_what_set_means() -> None:
     words = "--betas 0.8 0.99 --compile --weight-decay 0.5 --documents padded --micro-batch-size 2 --report-to wandb"
     context = cli.commands["pretrain"].make_context("pretrain", [*words.split(), "--batch-size", "4"])
     recipe = recipe_of(
-        None, {n: v for n, v in context.params.items() if n not in ("recipe", "out", "resume", "dry_run")}
+        None, {n: v for n, v in context.params.items() if n not in ("recipe", "out", "resume", "dry_run", *BUDGETS)}
     )
     found = (
         recipe.betas,

@@ -66,3 +66,20 @@ def test_plan_of_recipes(lorank, tmp_path: Path) -> None:
     assert (record["recipe"], record["steps"], record["batch_size"]) == (str(files[1]), 40, 8)
     code, out, err = lorank("plan", files[0], "--size", "1b")
     assert code == 2 and "a recipe has its own model and method" in err
+
+
+@pytest.mark.parametrize("unit", ["steps", "tokens", "tokens-per-parameter", "epochs"])
+def test_a_plan_has_the_length_that_is_asked_for(lorank, unit: str, text: Path) -> None:
+    """Parameters are those of each row's model; 30 epochs are counted on the text."""
+    flags = ["--batch-size", 8, "--micro-batch-size", 1, "--set", "tokenizer=bytes", "--data", text, "--json"]
+    amount = {"steps": 7, "tokens": 7 * 8 * 32, "tokens-per-parameter": 2, "epochs": 30}[unit]
+    code, out, err = lorank(*PLAN, *flags, f"--{unit}", amount)
+    assert code == 0, err
+    rows = json.loads(out)["forecasts"]
+    if unit == "epochs":
+        whole = text.stat().st_size * 0.95 // 32 // 8
+        assert all(row["steps"] == pytest.approx(30 * whole, rel=0.1) and row["steps"] % 30 == 0 for row in rows)
+    elif unit == "tokens-per-parameter":
+        assert [row["tokens"] for row in rows] == [2 * row["parameters"] for row in rows]
+    else:
+        assert [(row["steps"], row["tokens"]) for row in rows] == 2 * [(7, 7 * 8 * 32)]

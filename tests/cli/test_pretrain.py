@@ -46,6 +46,33 @@ def test_a_run_may_be_at_home(lorank, text: Path, quick: list[str], tmp_path: Pa
     assert code == 2 and "is finished" in err
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--tokens 1k --steps 3", "--tokens and --steps both say how long the run is; give one of them"),
+        ("--epochs 1 --set steps=3", "--epochs and --steps both say"),
+        ("--epochs 1 --tokens-per-parameter 20", "--epochs and --tokens-per-parameter both say"),
+        ("--tokens many", "tokens must be a number of tokens such as 1.1B or 819200, got 'many'"),
+        ("--epochs nan", "epochs must be a positive number, got nan"),
+    ],
+)
+def test_one_budget_is_given(lorank, flags: str, said: str) -> None:
+    for command in (["pretrain"], ["compare", "--method", "cola"], ["plan"]):
+        code, _, err = lorank(*command, *flags.split())
+        assert code == 2 and said in err and len(err.splitlines()) == 1
+
+
+def test_a_budget_may_be_longer_than_the_recipe(lorank, text: Path, tmp_path: Path) -> None:
+    """The warm-up is longer than 400 steps, which a recipe has unless it says otherwise."""
+    tiny = ["model=gpt2", "shape={n_embd: 8, n_layer: 1, n_head: 1}", "vocab_size=300", "method=dense", "eval_every=0"]
+    flags = ["--data", text, "--sequence-length", 8, "--batch-size", 1]
+    for setting in tiny:
+        flags += ["--set", setting]
+    code, out, err = lorank("pretrain", *flags, "--warmup-steps", 401, "--tokens", 402 * 8, "--out", "run")
+    assert code == 0, err
+    assert "402 steps: 3.2 k tokens, " in out and "\nsteps: 402\n" in (tmp_path / "run/recipe.yaml").read_text()
+
+
 def test_dry_run_shows_what_becomes_what_and_writes_nothing(lorank, tmp_path: Path) -> None:
     code, out, _ = lorank("pretrain", "--size", "60m", "--set", "vocab_size=32000", "--dry-run")
     assert code == 0 and not list(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """A comparison keeps what is finished, whoever stops or kills it, and all its runs see the same text."""
 
 import dataclasses
+import math
 import os
 import signal
 import subprocess
@@ -17,9 +18,10 @@ from lorank.comparison import runner as module
 from lorank.comparison.contestants import plan_contestants
 from lorank.comparison.matching import Costs
 from lorank.comparison.process import PretrainProcess
-from lorank.comparison.runner import LOCK, Comparison
+from lorank.comparison.runner import LOCK, Comparison, with_budget
 from lorank.comparison.settings import ComparisonSettings
 from lorank.train import data
+from lorank.train.budget import Budget
 from lorank.train.folder import history
 from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
@@ -46,6 +48,26 @@ def test_the_same_command_again_runs_only_what_failed(finished, watcher) -> None
     assert finished.untouched
     Comparison.open(finished.comparison.out).run(watcher, after_each=lambda comparison: None)
     assert watcher.started == []
+
+
+def test_a_budget_is_spent_by_all_on_the_first_contestants_terms(base: Recipe, costs: Costs) -> None:
+    asked = ComparisonSettings(base=base, methods=["cola", "dense"])
+    dense = dataclasses.replace(base, method="dense", rank=None)
+    small, large = costs.of("parameters", base), costs.of("parameters", dense)
+    for methods, parameters in ((["cola", "dense"], small), (["dense", "cola"], large)):
+        one = with_budget(dataclasses.replace(asked, methods=methods), Budget(tokens_per_parameter=0.1))
+        assert one.base.steps == math.ceil(0.1 * parameters / (4 * 32))
+    assert with_budget(asked, Budget(tokens=1_000)).base == dataclasses.replace(base, steps=8)
+
+
+def test_a_fraction_of_warm_up_is_the_steps_that_it_means(base: Recipe, tmp_path: Path, watcher) -> None:
+    """The same command as before the default was a fraction continues its comparison."""
+    asked = ComparisonSettings(base=base, methods=["cola"], only=True)
+    share = dataclasses.replace(asked, base=dataclasses.replace(base, warmup_steps=1 / 3))
+    Comparison.plan(asked, tmp_path, watcher)
+    assert Comparison.plan(share, tmp_path, watcher).settings.base.warmup_steps == 2
+    with pytest.raises(ValueError, match="warmup_steps was 2, is 0.1"):
+        Comparison.plan(dataclasses.replace(asked, base=dataclasses.replace(base, warmup_steps=0.1)), tmp_path, watcher)
 
 
 def test_a_seed_changes_the_order_but_not_the_text(

@@ -8,6 +8,7 @@ import pytest
 from lorank.accelerators import Fleet, find_accelerator
 from lorank.plan.fits import fit_all
 from lorank.plan.forecast import forecast_all
+from lorank.train.budget import Budget
 from lorank.train.recipe import Recipe
 
 FLEET = Fleet(accelerator=find_accelerator("h100"), devices=1)
@@ -15,7 +16,7 @@ SHAPE = Recipe(size="20m", batch_size=4, micro_batch_size=2, sequence_length=32)
 
 
 def test_a_forecast_counts_every_member() -> None:
-    dense, eggroll = forecast_all([SHAPE], ["dense", "eggroll"], fleet=FLEET, tokens=10_000)
+    dense, eggroll = forecast_all([SHAPE], ["dense", "eggroll"], fleet=FLEET, budget=Budget(tokens=10_000))
     assert eggroll.counts.flops.forward / 4 > 64 * dense.counts.flops.forward / 2, "64 members, each on the whole batch"
     assert eggroll.counts.memory.activations_bytes == 0 and eggroll.checkpoint == "none"
     assert eggroll.to_dict()["flops_per_token"] == eggroll.counts.flops_per_token
@@ -25,7 +26,7 @@ def test_a_forecast_counts_every_member() -> None:
 
 def test_what_cannot_be_planned() -> None:
     with pytest.raises(ValueError, match="eggroll runs in one process, .* use --devices 1"):
-        forecast_all([SHAPE], ["eggroll"], fleet=dataclasses.replace(FLEET, devices=2), tokens=10_000)
+        forecast_all([SHAPE], ["eggroll"], fleet=dataclasses.replace(FLEET, devices=2), budget=Budget(tokens=10_000))
 
 
 def test_a_table_of_one_device(in_this_process: Any) -> None:

@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from lorank.accelerators import Fleet, find_accelerator
 from lorank.plan import forecast
+from lorank.train.budget import Budget
 from lorank.train.recipe import Recipe
 
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -36,7 +37,7 @@ def tiny() -> list[forecast.Forecast]:
     """Of dense, cola and cola-m on eight devices, counted once."""
     shape = Recipe(vocab_size=300, sequence_length=32, batch_size=16, micro_batch_size=2)
     fleet = Fleet(accelerator=find_accelerator("h100"), devices=8)
-    return forecast.forecast_all([shape], ["dense", "cola", "cola-m"], fleet=fleet, tokens=10_000_000)
+    return forecast.forecast_all([shape], ["dense", "cola", "cola-m"], fleet=fleet, budget=Budget(tokens=10_000_000))
 
 
 @pytest.fixture

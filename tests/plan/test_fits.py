@@ -13,6 +13,7 @@ from lorank import accounting
 from lorank.accelerators import Fleet, find_accelerator
 from lorank.plan import fits, forecast
 from lorank.plan.counts import memory
+from lorank.train.budget import Budget
 from lorank.train.model import empty_model, with_layers
 from lorank.train.recipe import Recipe
 
@@ -27,7 +28,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(monkeypatch: pytest.
     monkeypatch.setattr(fits, "SIZES", ["tiny", "20m", "60m"])
     monkeypatch.setattr(fits, "deepest", lambda *_: None)  # examined below
     shape, gib = Recipe(**{**TINY, "batch_size": 8 * 64}), 0.05
-    (found,) = forecast.forecast_all([shape], ["cola"], fleet=FLEET, tokens=10**6)
+    (found,) = forecast.forecast_all([shape], ["cola"], fleet=FLEET, budget=Budget(tokens=10**6))
     [fit] = fits.fit_all([found], gib).rows
     b = fit.micro_batch
     peaks = [planned(found, x).counts.memory.peak_bytes for x in (b, 2 * b)]
@@ -43,7 +44,7 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not(monkeypatch: pytest.
 def planned(found: forecast.Forecast, micro: int) -> forecast.Forecast:
     """The plan for another micro-batch; ValueError if it refuses that one."""
     recipe = dataclasses.replace(found.recipe, micro_batch_size=micro)
-    (again,) = forecast.forecast_recipes({"r.yaml": recipe}, fleet=found.fleet, tokens=10**6)
+    (again,) = forecast.forecast_recipes({"r.yaml": recipe}, fleet=found.fleet, budget=Budget(tokens=10**6))
     return again
 
 
@@ -51,7 +52,7 @@ def planned(found: forecast.Forecast, micro: int) -> forecast.Forecast:
 def test_what_fits_is_what_the_plan_says_and_takes(devices: int) -> None:
     """Where one micro-batch does for a whole step nothing is accumulated, and it may take less than a part of it."""
     shape, fleet = Recipe(**{**TINY, "batch_size": 6 * devices}), dataclasses.replace(FLEET, devices=devices)
-    (found,) = forecast.forecast_all([shape], ["dense"], fleet=fleet, tokens=10**6)
+    (found,) = forecast.forecast_all([shape], ["dense"], fleet=fleet, budget=Budget(tokens=10**6))
     peaks = {b: planned(found, b).counts.memory.peak_bytes for b in (1, 2, 3, 6)}
     measured = fits._Peaks(found.recipe, devices)
     for b, peak in peaks.items():
@@ -139,8 +140,10 @@ def test_optimizers_with_little_state_get_larger_sizes(monkeypatch: pytest.Monke
     monkeypatch.setattr(fits, "SIZES", ["tiny", "20m"])
     monkeypatch.setattr(fits, "deepest", lambda *_: None)
     shape = Recipe(**{**TINY, "vocab_size": 8000}, optimizer="adafactor")
-    alone = forecast.forecast_all([shape], ["dense"], fleet=FLEET, tokens=10**6)
-    both = forecast.forecast_all([shape, dataclasses.replace(shape, size="20m")], ["dense"], fleet=FLEET, tokens=10**6)
+    alone = forecast.forecast_all([shape], ["dense"], fleet=FLEET, budget=Budget(tokens=10**6))
+    both = forecast.forecast_all(
+        [shape, dataclasses.replace(shape, size="20m")], ["dense"], fleet=FLEET, budget=Budget(tokens=10**6)
+    )
     peak = fits._Peaks(both[1].recipe, 8).at(1)
     assert peak < 16 * both[1].counts.parameters.total
     assert {fit.size for fit in fits.fit_all(alone + both, peak / 2**30).rows} == {"20m"}
@@ -148,7 +151,7 @@ def test_optimizers_with_little_state_get_larger_sizes(monkeypatch: pytest.Monke
 
 def test_what_fits_of_a_mixture_of_experts(tmp_path: Path, save_mixture: Callable[..., dict[str, Any]]) -> None:
     shape = Recipe.from_dict({**TINY, **save_mixture("mixtral", tmp_path, num_hidden_layers=1), "vocab_size": 300})
-    (found,) = forecast.forecast_all([shape], ["dense"], fleet=FLEET, tokens=10**6)
+    (found,) = forecast.forecast_all([shape], ["dense"], fleet=FLEET, budget=Budget(tokens=10**6))
     peak = fits._Peaks(found.recipe, FLEET.devices).at
     [fit] = fits.fit_all([found], peak(2) / 2**30).rows
     assert peak(1) < peak(2) < peak(4) and fit.micro_batch == 2

@@ -13,6 +13,7 @@ from lorank.accelerators import ACCELERATORS, Fleet, find_accelerator
 from lorank.plan import fits, forecast
 from lorank.report import plans
 from lorank.sizes import SIZES
+from lorank.train.budget import Budget
 from lorank.train.methods import methods_of
 from lorank.train.recipe import Recipe
 
@@ -56,7 +57,7 @@ def test_the_budget_is_the_dense_models(tiny: list[forecast.Forecast]) -> None:
 
 def test_the_optimizers_products_are_part_of_the_run() -> None:
     methods = ["dense", "galore", "trion", "relora"]
-    found = forecast.forecast_all([Recipe(**TINY, rank=16)], methods, fleet=FLEET, tokens=10_000_000)
+    found = forecast.forecast_all([Recipe(**TINY, rank=16)], methods, fleet=FLEET, budget=Budget(tokens=10_000_000))
     dense, galore, trion, _ = found
     d, f, layers, _, _ = SIZES["tiny"]
     numbers = layers * (4 * d * d + 3 * d * f)
@@ -81,7 +82,7 @@ def test_gradients_wait_for_other_micro_batches_or_devices() -> None:
             [dataclasses.replace(recipe, batch_size=batch)],
             ["dense"],
             fleet=dataclasses.replace(FLEET, devices=devices),
-            tokens=10**6,
+            budget=Budget(tokens=10**6),
         )[0].counts.memory
         for batch, devices in ((1, 1), (2, 1), (8, 8))
     )
@@ -141,7 +142,7 @@ def test_a_recipe_is_the_run_that_it_makes() -> None:
     whole = 2 * 4 * a.counts.parameters.total
     fewer = 4 * layers * 3 * (2 * d * f - 2 * 16 * f - 16 * d)  # two moments [16, f] and a basis [d, 16] instead
     assert a.counts.memory.optimizer_bytes == whole - fewer, "the options, rank and targets are the recipe's"
-    assert forecast.forecast_recipes(recipes, fleet=alone, tokens=10**6)[0].tokens == 10**6
+    assert forecast.forecast_recipes(recipes, fleet=alone, budget=Budget(tokens=10**6))[0].tokens == 10**6
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,151 @@
+"""How much a run trains on, in units that people think in: tokens, epochs of the data, tokens per parameter.
+
+A recipe knows steps alone. A budget becomes steps once the data and the model are known, and the run records these.
+"""
+
+import dataclasses
+import math
+import os
+import re
+from typing import Any, NamedTuple, Self
+
+from datasets import IterableDataset
+from torch import nn
+
+from lorank import accounting
+from lorank.accounting.twin import twin_of, without_data
+from lorank.conversion import method_of
+from lorank.fields import Count, Positive, check_value
+from lorank.method import Method
+from lorank.train.data import Corpus
+from lorank.train.data.sources import quantity
+from lorank.train.recipe import Recipe
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Budget:
+    """One of these; ValueError unless it is positive.
+
+    >>> Budget(epochs=1.5).given, Budget.read(tokens="2.6B").given
+    (('epochs', 1.5), ('tokens', 2600000000))
+    """
+
+    tokens: int | None = None
+    """As many, padding not included."""
+    epochs: float | None = None
+    """Passes over the training data."""
+    tokens_per_parameter: float | None = None
+    """Tokens for each parameter of the model that is saved, embeddings and head included."""
+
+    def __post_init__(self) -> None:
+        name, amount = self.given
+        check_value(name, amount, Count if name == "tokens" else Positive)
+
+    @property
+    def given(self) -> tuple[str, Any]:
+        """Name and amount of the one that is given."""
+        given = [(name, amount) for name, amount in dataclasses.asdict(self).items() if amount is not None]
+        if len(given) != 1:
+            raise ValueError(f"a budget must be tokens, epochs or tokens_per_parameter, got {len(given)} of them")
+        return given[0]
+
+    @classmethod
+    def read(cls, *, tokens: str | None = None, **others: float | None) -> Self:
+        """With the tokens as a user writes them."""
+        return cls(tokens=None if tokens is None else read_tokens(tokens), **others)  # type: ignore[arg-type]
+
+    def tokens_of(self, parameters: int) -> int:
+        """Tokens of a model with so many parameters; ValueError for epochs, whose length is that of the data."""
+        name, amount = self.given
+        if name == "epochs":
+            raise ValueError("epochs have no number of tokens without the data; give tokens or tokens_per_parameter")
+        return amount if name == "tokens" else math.ceil(amount * parameters)
+
+    def steps_of(self, recipe: Recipe, corpus: Corpus, parameters: int) -> int:
+        """The least number of optimizer steps that spends it, and of epochs the whole steps in them.
+
+        Raises:
+            ValueError: epochs of a stream.
+        """
+        if self.epochs is None:
+            return math.ceil(self.tokens_of(parameters) / tokens_per_step(recipe, corpus))
+        each = steps_per_epoch(recipe, corpus)
+        if each is None:
+            raise ValueError(
+                f"data={recipe.data!r} is a stream, whose length is not known, so epochs of it cannot be counted; give --tokens"
+            )
+        return max(1, math.floor(self.epochs * each + 1e-9))
+
+
+class Extent(NamedTuple):
+    """How much a run trains on, in all units."""
+
+    steps: int
+    tokens: int
+    """Without padding."""
+    epochs: float | None
+    """None: the data are a stream."""
+    parameters: int
+    """Of the model that is saved."""
+
+    def __str__(self) -> str:
+        """In one line."""
+        epochs = "" if self.epochs is None else f"{_short(self.epochs)} epochs of the data, "
+        each, all_of_them = _short(self.tokens / self.parameters), quantity(self.parameters, "").strip()
+        return f"{self.steps:,} steps: {quantity(self.tokens, 'tokens')}, {epochs}{each} per parameter ({all_of_them})"
+
+
+def extent_of(recipe: Recipe, corpus: Corpus, parameters: int) -> Extent:
+    """What a recipe's steps amount to."""
+    each = steps_per_epoch(recipe, corpus)
+    tokens = round(recipe.steps * tokens_per_step(recipe, corpus))
+    return Extent(recipe.steps, tokens, None if each is None else recipe.steps / each, parameters)
+
+
+def tokens_per_step(recipe: Recipe, corpus: Corpus) -> float:
+    """The mean, without padding."""
+    return recipe.batch_size * recipe.sequence_length * corpus.fill
+
+
+def steps_per_epoch(recipe: Recipe, corpus: Corpus) -> int | None:
+    """Optimizer steps of a pass over the data, of which micro-batches that are not full are left out; None for a stream."""
+    if isinstance(corpus.train, IterableDataset):
+        return None
+    devices = int(os.environ.get("WORLD_SIZE", "1"))
+    together = min(recipe.batch_size, (recipe.micro_batch_size or recipe.batch_size) * devices)
+    return max(1, math.ceil(len(corpus.train) // together / (recipe.batch_size // together)))
+
+
+def saved_parameters(model: nn.Module) -> int:
+    """Parameters of a model as it is saved after training, without those that its method drops then."""
+    method = method_of(model)
+    if method is None or type(method).finalize is Method.finalize:
+        return accounting.count_parameters(model).total
+    with without_data("counted"):
+        twin = twin_of(model)
+        method.finalize(twin)
+        return accounting.count_parameters(twin).total
+
+
+def read_tokens(text: str) -> int:
+    """A number of tokens, with k, M, B or T if wanted.
+
+    >>> read_tokens("1.1B"), read_tokens("300M"), read_tokens("50k"), read_tokens("819200")
+    (1100000000, 300000000, 50000, 819200)
+    """
+    found = re.fullmatch(r"(\d+(?:[._]?\d+)*(?:e\d+)?)\s*([kMBT]?)", text.strip())
+    try:
+        number = (
+            float(found[1].replace("_", "")) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]
+            if found
+            else 0
+        )
+    except ValueError:  # 1.2.3
+        number = 0
+    if number < 1 or math.isinf(number):
+        raise ValueError(f"tokens must be a number of tokens such as 1.1B or 819200, got {text!r}")
+    return round(number)
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}" if number < 1000 else f"{number:,.0f}"
