@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from lorank.optim.adamw import VectorAdamW
-    from lorank.optim.driver import LowRankOptimizer
     from lorank.optim.groups import low_rank_groups
+    from lorank.optim.step import LowRankOptimizer
     from lorank.optim.torch_style import DCTAdamW, FiraAdamW, GaLoreAdamW, MuonAdamW, Trion
 
 _HOME = {
-    "LowRankOptimizer": "driver",
+    "LowRankOptimizer": "step",
     "VectorAdamW": "adamw",
     "low_rank_groups": "groups",
     "GaLoreAdamW": "torch_style",

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lorank.optim.driver import ByGroups, LowRankOptimizer
-from lorank.optim.rules import Group, Rule, State
+from lorank.optim.driver import ByGroups
+from lorank.optim.rule import Group, Rule, State
+from lorank.optim.step import LowRankOptimizer
 
 
 class VectorRule(Rule):

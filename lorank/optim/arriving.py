@@ -7,33 +7,37 @@ gradient; a norm to clip is that of `seen_parameters`, which is what the optimiz
 call the optimizer's ``zero_grad``, because the model's does not reach them. Parameters without rank keep their gradients.
 """
 
-import logging
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from lorank.optim.loading import misfit
-from lorank.optim.shards import processes
-from lorank.optim.stacks import check_finite, stacks
+from lorank.optim.finite import check_finite
+from lorank.optim.grouped import Grouped
+from lorank.optim.shards import Waiting, processes
+from lorank.optim.stacks import stacks
 
 if TYPE_CHECKING:
     from lorank.optim.driver import ByGroups
 
-logger = logging.getLogger(__name__)
 
+class Arriving(Grouped):
+    """What `LowRankOptimizer` does before its step: see gradients, and project them early if it must."""
 
-class Arriving(Optimizer):
-    """What `LowRankOptimizer` does before its step: see gradients, project them early if it must, look after states."""
+    def __init__(self, params: Iterable[Any], method: "ByGroups", **settings: Any):
+        self.in_backward: bool = getattr(method, "in_backward", False)
+        if self.in_backward:
+            check_alone()
+        self._watched: set[nn.Parameter] = set()
+        super().__init__(params, method, **settings)
+        self._staggered = len(self._projected()) if getattr(method, "stagger", False) else 0
+        self._watch()
 
-    method: "ByGroups"
-    in_backward: bool
-    _check_group: Callable[[dict[str, Any]], None]
-    _watched: set[nn.Parameter]
-    _staggered: int
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._watch()
 
     def _watch(self) -> None:
         """With `in_backward`: see gradients as they arrive, for as long as this optimizer lives."""
@@ -58,7 +62,7 @@ class Arriving(Optimizer):
         self._check_group({**group, "params": [p]})
         check_finite({p: p.grad})
         self._forget_misfits(group, [p])
-        for stack in stacks(self.method, {**group, "params": [p]}, self.state, [p], self._phases()):
+        for stack in stacks(self.method, {**group, "params": [p]}, self.state, [p], self._phases(), Waiting()):
             self.method.prepare(stack)
             R, before = stack._replace(states=[self._without_arrived(p)]).project(stack.gradients()), self.state[p]
             stack.put("arrived", R + stack.get("arrived") if "arrived" in before else R)
@@ -102,20 +106,16 @@ class Arriving(Optimizer):
                 self._arrive(p)
         self._watch()
 
-    # ---- groups and states
-
-    def _projected(self) -> list[nn.Parameter]:
-        return [p for group in self.param_groups if group["rank"] is not None for p in group["params"]]
-
-    @torch.compiler.disable
-    def _forget_misfits(self, group: dict[str, Any], parameters: Iterable[nn.Parameter]) -> None:
-        """Where somebody changed the rank, projection or rule of a group, basis and moments begin anew."""
-        for p in parameters:
-            if (state := self.state.get(p)) and misfit(state, self.method, p.shape, group):
-                logger.info(
-                    "the state of a parameter of shape %s begins anew, as its group was changed", tuple(p.shape)
-                )
-                state.clear()
+    def _checked(self) -> list[nn.Parameter]:
+        """The parameters that a step moves; their groups, states and gradients are as they must be."""
+        for group in self.param_groups:
+            self._check_group(group)  # which users may change
+            self._forget_misfits(group, group["params"])
+        if self.in_backward:
+            self._collect()
+        seen = {p: self._seen(p).grad for group in self.param_groups for p in group["params"]}
+        check_finite(seen)
+        return [p for p, G in seen.items() if G is not None]
 
     def _phases(self) -> dict[nn.Parameter, int]:
         """By how many steps the refreshes of a matrix come earlier, by its place in the groups: wrappers swap parameters."""
@@ -123,6 +123,18 @@ class Arriving(Optimizer):
             return {}
         places = [(p, group["update_gap"]) for group in self.param_groups if group["rank"] for p in group["params"]]
         return {p: i * gap // self._staggered for i, (p, gap) in enumerate(places[: self._staggered])}
+
+    # ---- copies
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without hooks, and without the `step` that a scheduler sets, which is the original's."""
+        return {n: v for n, v in self.__dict__.items() if "hook" not in n and n not in ("step", "_watched")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "method" in state:
+            self._watched = set()
+            self._watch()
 
 
 def check_alone() -> None:

@@ -24,6 +24,7 @@ decomposed.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -33,19 +34,11 @@ from lorank.fields import Count, Positive
 from lorank.method import Published
 from lorank.optim.bases import BASES, Projection, basis_flops, basis_shapes, inside_shape, sides
 from lorank.optim.driver import Projected
-from lorank.optim.rules import RULES, AdamW, Rule
+from lorank.optim.rule import AdamW, Rule
+from lorank.optim.rules import RULES
 from lorank.optim.stacks import Product, Stack, as_stack
 
 WITH_ITS_EPS = {**RULES, "adamw": AdamW(eps_after_root=True)}
-
-
-def state_elements(m: int, n: int, r: int) -> int:
-    """Numbers kept for a matrix [m, n]: two moments [r, max(m, n)] and the basis [r, min(m, n)].
-
-    >>> state_elements(1376, 512, 128)
-    417792
-    """
-    return 2 * r * max(m, n) + r * min(m, n)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +53,7 @@ class GaLore(Projected):
             right), "reverse_std" the other way round, "left", "right", or "full" from both sides.
         basis: "singular", "svd", "randomised", or a function of yours; see lorank/optim/bases.py.
         stagger: refresh the bases of a k-th of the matrices at a time instead of all in one long step.
-        in_backward: project each gradient when it arrives; see lorank/optim/driver.py.
+        in_backward: project each gradient when it arrives; see lorank/optim/arriving.py.
         rule: what works inside; parameters without rank follow it too, under "muon" they follow AdamW.
 
     >>> from torch import nn, ones
@@ -94,6 +87,8 @@ class GaLore(Projected):
     in_backward: bool = False
     rule: Literal["adamw", "adamw-8bit", "adafactor", "muon"] = "adamw"
 
+    # ---- one step, called in lorank/optim/step.py; what a stack does is in lorank/optim/stacks.py
+
     def prepare(self, stack: Stack) -> None:
         stack.refresh(BASES[self.basis] if isinstance(self.basis, str) else self.basis)  # every T steps
 
@@ -109,13 +104,14 @@ class GaLore(Projected):
     def rule_for(self, group: Mapping[str, Any]) -> str:
         return "adamw" if self.rule == "muon" and group.get("rank") is None else self.rule
 
+    # ---- what it costs
+
     def state_shapes(self, shape: Sequence[int], group: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
         if group["rank"] is None:
             return super().state_shapes(shape, group)
         *experts, m, n = shape
-        rank, projection = min(group["rank"], m, n), group["projection"]
-        moments = self.rules[group["rule"]].shapes((*experts, *inside_shape(projection, m, n, rank)))
-        bases = basis_shapes(projection, m, n, rank)
+        bases = basis_shapes(group["projection"], m, n, min(group["rank"], m, n))
+        moments = self.rules[group["rule"]].shapes(_inside(shape, group))
         return {**{name: (*experts, *basis) for name, basis in bases.items()}, **moments}
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
@@ -123,11 +119,9 @@ class GaLore(Projected):
         if group.get("rank") is None:
             return super().state_bytes(p, group)
         (k, m, n), group = as_stack(p.shape), self.settings(group)
-        left, right = sides(group["projection"], m, n)
-        rank = min(group["rank"], m, n)
-        inside = inside_shape(group["projection"], m, n, rank)
-        basis = k * rank * (m * left + n * right) * p.element_size()
-        return self.rules[group["rule"]].bytes((*p.shape[:-2], *inside), p.element_size()) + basis
+        bases = basis_shapes(group["projection"], m, n, min(group["rank"], m, n)).values()
+        inside = self.rules[group["rule"]].bytes(_inside(p.shape, group), p.element_size())
+        return inside + k * sum(map(math.prod, bases)) * p.element_size()
 
     def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
         """Into the subspace 2 m n r (with `in_backward` for each micro-batch), the rule's on R, back as much, and a refresh
@@ -135,19 +129,31 @@ class GaLore(Projected):
         if group.get("rank") is None:
             return super().step_flops(p, group)
         (k, m, n), group = as_stack(p.shape), self.settings(group)
-        rank, projection = min(group["rank"], m, n), group["projection"]
-        left, right = sides(projection, m, n)
-        across = 2 * rank * rank * n if projection == "full" else 0  # from [r, n] to R
-        again = 2 * m * rank * rank if projection == "full" else 0  # from D to [m, r]
-        into, out = 2 * m * n * rank + across, 2 * m * n * rank + again
+        rank, (left, right) = min(group["rank"], m, n), sides(group["projection"], m, n)
+        both = left and right
+        into = 2 * m * n * rank + (2 * rank * rank * n if both else 0)  # the second from [r, n] to R
+        out = 2 * m * n * rank + (2 * m * rank * rank if both else 0)  # from D to [m, r]
         found = 0
         if isinstance(self.basis, str):
             found = left * basis_flops(self.basis, m, n, rank) + right * basis_flops(self.basis, n, m, rank)
-        inside = self.rules[group["rule"]].flops(inside_shape(projection, m, n, rank))
+        inside = self.rules[group["rule"]].flops(inside_shape(group["projection"], m, n, rank))
         return k * (into * (micro_batches if self.in_backward else 1) + inside + out + found / group["update_gap"])
 
     def kept_gradient(self, p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
-        if group.get("rank") is None or not self.in_backward:
-            return tuple(p.shape)
-        *experts, m, n = p.shape
-        return (*experts, *inside_shape(self.settings(group)["projection"], m, n, min(group["rank"], m, n)))
+        projected = group.get("rank") is not None and self.in_backward
+        return _inside(p.shape, self.settings(group)) if projected else tuple(p.shape)
+
+
+def state_elements(m: int, n: int, r: int) -> int:
+    """Numbers kept for a matrix [m, n]: two moments [r, max(m, n)] and the basis [r, min(m, n)].
+
+    >>> state_elements(1376, 512, 128)
+    417792
+    """
+    return 2 * r * max(m, n) + r * min(m, n)
+
+
+def _inside(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, ...]:
+    """Of R, for a gradient [m, n] or [k, m, n]."""
+    *experts, m, n = shape
+    return (*experts, *inside_shape(group["projection"], m, n, min(group["rank"], m, n)))

@@ -10,7 +10,8 @@ from torch.optim import Optimizer
 from lorank.optim.stacks import LIKE_PARAMETERS
 
 if TYPE_CHECKING:
-    from lorank.optim.driver import ByGroups, LowRankOptimizer
+    from lorank.optim.driver import ByGroups
+    from lorank.optim.grouped import Grouped
 
 COUNTERS = ("step", "steps", "seed")
 """They stay on the host, where reading them waits for nothing."""
@@ -24,7 +25,7 @@ OF_MUON = "ns_steps"
 """A setting that groups of torch's Muon have."""
 
 
-def load(optimizer: "LowRankOptimizer", state_dict: dict[str, Any]) -> None:
+def load(optimizer: "Grouped", state_dict: dict[str, Any]) -> None:
     """``Optimizer.load_state_dict``, after which state has the types it was saved with: torch casts all of it to the parameters'
     type, in which indices and counters may not be exact. Moments and bases stay in the parameters' type.
 
@@ -57,7 +58,7 @@ def load(optimizer: "LowRankOptimizer", state_dict: dict[str, Any]) -> None:
             optimizer.state[p] = saved
 
 
-def translated(optimizer: "LowRankOptimizer", given: Mapping[str, Any]) -> dict[str, Any]:
+def translated(optimizer: "Grouped", given: Mapping[str, Any]) -> dict[str, Any]:
     """A saved state in today's layout: flat, and with a rule in each group."""
     groups = list(given["param_groups"])
     for index, (ours, group) in enumerate(zip(optimizer.param_groups, groups, strict=False)):
@@ -78,7 +79,7 @@ def flat(state: Any) -> Any:
     return plain
 
 
-def _check_same(optimizer: "LowRankOptimizer", index: int, ours: dict[str, Any], saved: dict[str, Any]) -> None:
+def _check_same(optimizer: "Grouped", index: int, ours: dict[str, Any], saved: dict[str, Any]) -> None:
     missing = sorted(ours.keys() - saved.keys())
     what = ""
     if missing:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lorank.layers import factor
 from lorank.method import SHARED
 from lorank.optim.groups import hidden_matrices
-from lorank.optim.rules import Group, Rule, State
+from lorank.optim.rule import Group, Rule, State
 from lorank.optim.stacks import STACKED, each, stacked
 from lorank.sites import expert_stacks, linear_layers
 

@@ -1,13 +1,10 @@
-"""How a weight moves by its gradient: torch's and bitsandbytes' optimizers as functions on lists of tensors.
+"""The rules besides AdamW: torch's and bitsandbytes' optimizers as functions on lists of tensors.
 
-    adamw        two moments, decoupled weight decay                       Loshchilov and Hutter, arXiv 1711.05101
-    adamw-8bit   the same, moments of tensors from 4,096 numbers on        Dettmers et al., arXiv 2110.02861
-                 in a byte each, with a scale per 256
-    adafactor    the second moment as a column times a row                 Shazeer and Stern, arXiv 1804.04235
-    muon         orthonormalised momentum, times one of `SCALES`; "kimi"   Jordan et al.; Liu et al., arXiv 2502.16982
-                 has AdamW's root mean square, so that one lr serves both
-
-A rule keeps nothing itself: the state of a parameter is a dictionary, with the names that torch and bitsandbytes use.
+adamw-8bit   AdamW, moments of tensors from 4,096 numbers on           Dettmers et al., arXiv 2110.02861
+             in a byte each, with a scale per 256
+adafactor    the second moment as a column times a row                 Shazeer and Stern, arXiv 1804.04235
+muon         orthonormalised momentum, times one of `SCALES`; "kimi"   Jordan et al.; Liu et al., arXiv 2502.16982
+             has AdamW's root mean square, so that one lr serves both
 """
 
 import functools
@@ -22,6 +19,7 @@ from torch.optim._adafactor import adafactor
 from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, muon
 
 from lorank.fields import Bounds, NonNegative, Positive
+from lorank.optim.rule import AdamW, Group, Rule, State
 from lorank.optim.shards import whole
 
 Scale = Literal["dion", "kj", "kimi", "none"]
@@ -32,106 +30,6 @@ SCALES: dict[str, Callable[[int, int], float]] = {
     "none": lambda m, n: 1.0,
 }
 """Length of an orthonormal update by m = d_out and n = d_in."""
-State = dict[str, Any]
-Group = Mapping[str, Any]
-
-
-class Rule:
-    """One way to move. Weights, gradients and states are lists of whole tensors, or of parts of them if the rule is
-    `elementwise`."""
-
-    kept: ClassVar[tuple[str, ...]]
-    """Entries of a state, counters (`step`) left out; a state that has one of them is this rule's."""
-    typed: ClassVar[tuple[str, ...]] = ()
-    """Those that have the weights' type."""
-    defaults: ClassVar[Mapping[str, Any]] = {}
-    """Settings of a group that are not those of every optimizer."""
-    types: ClassVar[Mapping[str, Any]] = {"eps": NonNegative}
-    """What settings must be, as the annotation of a field."""
-    elementwise: ClassVar[bool] = False
-    matrices_only: ClassVar[bool] = False
-    at_once: ClassVar[int] = 1
-    """How many parameters of a group, one after another, move together: 2 for pairs of factors."""
-
-    def check(self, weights: Sequence[Tensor]) -> None:
-        """Raise ValueError if these parameters of a group cannot move together."""
-
-    def owns(self, state: Mapping[str, Any]) -> bool:
-        return any(name in state for name in self.kept)
-
-    def make(self, like: Tensor) -> State:
-        """The state before the first step of a weight of this shape, type and device."""
-        raise NotImplementedError
-
-    def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Of the tensors that are kept for a weight, by their names; `step` is not included."""
-        return dict(_shapes(self, tuple(shape)))
-
-    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
-        """One step in place, with the group's lr and weight_decay."""
-        raise NotImplementedError
-
-    def inside(
-        self, zeros: list[Tensor], R: list[Tensor], states: list[State], group: Group, weights: Sequence[Tensor]
-    ) -> None:
-        """A step of zeros that stand for `weights` in a subspace, where their gradients are R."""
-        self.step(zeros, R, states, group)
-
-    def bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        """Bytes that are kept for a weight; counters are not included."""
-        raise NotImplementedError
-
-    def flops(self, shape: Sequence[int]) -> int:
-        """FLOPs of the matrix products in a step."""
-        return 0
-
-
-@functools.lru_cache(maxsize=1024)
-def _shapes(rule: Rule, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    made = rule.make(torch.empty(shape, device="meta"))
-    return tuple((name, tuple(value.shape)) for name, value in made.items() if name != "step")
-
-
-class AdamW(Rule):
-    """torch's fused AdamW. With `eps_after_root`, ε is added to √V as in GaLore; torch adds it to √(V / (1 - β₂ᵗ)), where
-    it must be larger by that root. Counters stay on the host, and parameters that have taken equally many steps move together."""
-
-    kept = typed = ("exp_avg", "exp_avg_sq")
-    elementwise = True
-
-    def __init__(self, *, eps_after_root: bool = False):
-        self.eps_after_root = eps_after_root
-
-    def make(self, like: Tensor) -> State:
-        moments = {name: torch.zeros_like(like, memory_format=torch.contiguous_format) for name in self.typed}
-        return {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **moments}
-
-    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
-        alike: dict[Any, list[int]] = {}
-        for i, (W, state) in enumerate(zip(weights, states, strict=True)):
-            state["step"] += 1
-            alike.setdefault((int(state["step"]), W.device, W.dtype), []).append(i)
-        beta1, beta2 = group["betas"]
-        for (t, device, _), some in alike.items():
-            count = torch.full((), t, dtype=torch.float32, device=device)
-            torch._fused_adamw_(
-                [weights[i] for i in some],
-                [gradients[i] for i in some],
-                [states[i]["exp_avg"] for i in some],
-                [states[i]["exp_avg_sq"] for i in some],
-                [],
-                [count] * len(some),
-                lr=group["lr"],
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=group["weight_decay"],
-                eps=group["eps"] / (1 - beta2**t) ** 0.5 if self.eps_after_root else group["eps"],
-                amsgrad=False,
-                maximize=False,
-            )
-
-    def bytes(self, shape: Sequence[int], itemsize: int) -> int:
-        return 2 * math.prod(shape) * itemsize
 
 
 class Forgetful(AdamW):

@@ -81,14 +81,19 @@ class Shared(NamedTuple):
 
 
 class Waiting:
-    """Bases to find together."""
+    """Bases that processes of a sharded run find together."""
 
     def __init__(self) -> None:
         self.shared: list[Shared] = []
         self.count = 0
 
-    def share(self, G: Tensor, rank: int, of: DTensor, basis: Any, store: Callable[[Tensor], None]) -> None:
-        """Of gradients [k, m, n] keep those whose basis this process finds, by how many there were before."""
+    def find(
+        self, basis: Callable[[Tensor, int], Tensor], G: Tensor, rank: int, of: Tensor, store: Callable[[Tensor], None]
+    ) -> None:
+        """Store the bases of gradients [k, m, n] of parameters like `of`, at once if they are not sharded. Else keep the gradients
+        whose basis this process finds, by how many there were before."""
+        if not isinstance(of, DTensor):
+            return store(basis(G, rank))
         flat = of.device_mesh.mesh.flatten().tolist()
         me, w = flat.index(dist.get_rank()), len(flat)
         mine = [i for i in range(len(G)) if (self.count + i) % w == me]
@@ -105,9 +110,9 @@ class Waiting:
         self.shared.clear()
 
 
-def stand_in(p: Tensor) -> Tensor:
-    """A whole tensor of the shape, type and device of `p` that uses no memory."""
-    return local(p).new_empty(()).expand(p.shape)
+def stand_in(p: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """A whole tensor of the shape, device and, unless another is given, type of `p` that uses no memory."""
+    return local(p).new_empty((), dtype=dtype).expand(p.shape)
 
 
 def add_product(p: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
@@ -126,19 +131,6 @@ def add_product(p: Tensor, a: Tensor, b: Tensor, scale: float) -> None:
         (part.addmm_ if part.ndim == 2 else part.baddbmm_)(a, b, alpha=scale)
     else:
         part.add_(a @ b, alpha=scale)  # in the type of a, rounded once
-
-
-def put_back(values: dict[str, Any], into: dict[str, Any]) -> None:
-    """Store a state that was gathered by `gathered`, and has been changed since."""
-    for name, value in values.items():
-        if isinstance(into[name], DTensor):
-            local(into[name]).copy_(local(like(value, into[name])))
-        else:
-            into[name] = value
-
-
-def gathered(state: dict[str, Any]) -> dict[str, Any]:
-    return {name: whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 @torch.compiler.disable

@@ -11,16 +11,15 @@ What is computed is computed in single precision at least, and stored in the typ
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from lorank.optim.applying import step_inside
 from lorank.optim.bases import Basis, sides
-from lorank.optim.shards import Waiting, add_product, all_finite, like, local, sharded, whole
+from lorank.optim.shards import Waiting, add_product, like, local, sharded, whole
 
 if TYPE_CHECKING:
     from lorank.optim.driver import ByGroups
@@ -59,7 +58,6 @@ class Stack(NamedTuple):
     phases: list[int]
     """By how many steps the refresh of each basis is earlier than others'."""
     waiting: Waiting
-    """Bases that processes of a sharded run find together."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,41 +94,32 @@ class Stack(NamedTuple):
             kept = value.clone(memory_format=torch.contiguous_format)
             state[name] = sharded(kept, p)
 
-    def add(self, moves: Tensor | Product) -> None:
-        """W ← W + moves [k, m, n]."""
+    def add(self, moves: Tensor | Product, to: Sequence[Tensor]) -> None:
+        """W ← W + moves [k, m, n], for the parameters or their copies."""
         if isinstance(moves, Product):
-            for p, a, b in zip(self.parameters, each(moves.a, self.ndim), each(moves.b, self.ndim), strict=True):
-                add_product(p, a, b, moves.scale)
+            for W, a, b in zip(to, each(moves.a, self.ndim), each(moves.b, self.ndim), strict=True):
+                add_product(W, a, b, moves.scale)
         else:
-            for p, move in zip(self.parameters, each(moves, self.ndim), strict=True):
-                local(p).add_(local(like(move, p)))
+            for W, move in zip(to, each(moves, self.ndim), strict=True):
+                local(W).add_(local(like(move, W)))
 
     # ---- a subspace of each matrix
 
     def refresh(self, basis: Basis) -> None:
         """Find the bases that are due every `update_gap` steps, unless a gradient has been projected for this step."""
-        gap, steps = self.group["update_gap"], self.steps
-        due = [
-            i
-            for i, (state, phase) in enumerate(zip(self.states, self.phases, strict=True))
-            if not ("left" in state or "right" in state) or (steps + phase) % gap == 0
-        ]
+        begun = ["left" in state or "right" in state for state in self.states]
+        late = [(self.steps + phase) % self.group["update_gap"] == 0 for phase in self.phases]
+        due = [i for i in range(len(begun)) if late[i] or not begun[i]]
         if not due or "arrived" in self.states[0]:
             return
         some = self._replace(parameters=[self.parameters[i] for i in due], states=[self.states[i] for i in due])
-        G, of = some.gradients(), some.parameters[0]
+        G = some.gradients()
         rank = min(self.group["rank"], *G.shape[1:])
-        asked = sides(self.group["projection"], *G.shape[1:])
-        for side, is_asked, given in zip(("left", "right"), asked, (G, G.mT), strict=True):
-            if is_asked:
-                store = partial(some._put_basis, side)
-                if isinstance(of, DTensor):
-                    self.waiting.share(given, rank, of, basis, store)
-                else:
-                    store(basis(given, rank))
-
-    def _put_basis(self, side: str, P: Tensor) -> None:
-        self.put(side, P if side == "left" else P.mT)
+        left, right = sides(self.group["projection"], *G.shape[1:])
+        if left:
+            self.waiting.find(basis, G, rank, some.parameters[0], lambda P: some.put("left", P))
+        if right:
+            self.waiting.find(basis, G.mT, rank, some.parameters[0], lambda P: some.put("right", P.mT))
 
     def project(self, G: Tensor) -> Tensor:
         """R of gradients [k, m, n]; of those that were projected as they arrived, R is there already."""
@@ -139,6 +128,13 @@ class Stack(NamedTuple):
         left, right = self._bases()
         R = G if left is None else left.mT @ G
         return R if right is None else R @ right.mT
+
+    def ruled(self, R: Tensor, **changes: Any) -> Tensor:
+        """D [k, ...]: what the group's rule makes of weights that are 0 and have the gradients R."""
+        D, group = torch.zeros_like(R), {**self.group, "weight_decay": 0.0, **changes}
+        rule = self.method.rules[group["rule"]]
+        step_inside(rule, each(D, self.ndim), each(R, self.ndim), self.parameters, self.states, group)
+        return D
 
     def lift(self, D: Tensor, scale: float = 1.0) -> Product:
         """The way back: scale · P D, D Q or P D Q."""
@@ -150,40 +146,6 @@ class Stack(NamedTuple):
     def _bases(self) -> tuple[Tensor | None, Tensor | None]:
         left, right = (self.get(side) if side in self.states[0] else None for side in ("left", "right"))
         return left, right
-
-    def ruled(self, R: Tensor, **changes: Any) -> Tensor:
-        """D [k, ...]: what the group's rule makes of weights that are 0 and have the gradients R. Of sharded state each process
-        moves its part if the rule is elementwise."""
-        rule, zeros = self.method.rules[self.group["rule"]], torch.zeros_like(R)
-        for state, one in zip(self.states, each(R, self.ndim), strict=True):
-            if not rule.owns(state):
-                state.update(rule.make(one))
-        names = (*rule.kept, "step")
-        states = [{name: state[name] for name in names if name in state} for state in self.states]
-        states = [{n: sharded(v, p) for n, v in s.items()} for p, s in zip(self.parameters, states, strict=True)]
-        parts, take = (sharded, local) if rule.elementwise else (_same, whole)
-        moved, given = (
-            [parts(X, p) for X, p in zip(each(stack, self.ndim), self.parameters, strict=True)] for stack in (zeros, R)
-        )
-        its = [{n: take(v) if isinstance(v, Tensor) else v for n, v in state.items()} for state in states]
-        for state in its:
-            state.update({name: state[name].to(R.dtype) for name in rule.typed if name in state})
-        settings = {**self.group, "weight_decay": 0.0, **changes}
-        rule.inside([take(X) for X in moved], [take(X) for X in given], its, settings, self.parameters)
-        stored = self.parameters[0].dtype
-        for p, ours, before, after in zip(self.parameters, self.states, states, its, strict=True):
-            for name, value in after.items():
-                new = value.to(stored) if name in rule.typed else value
-                if rule.elementwise and isinstance(before[name], DTensor):
-                    local(before[name]).copy_(new)
-                    ours[name] = before[name]
-                else:
-                    ours[name] = sharded(new, p)
-        return stacked([whole(X) for X in moved], self.ndim) if isinstance(self.parameters[0], DTensor) else zeros
-
-
-def _same(values: Tensor, of: Tensor) -> Tensor:
-    return values
 
 
 def stacked(values: list[Tensor], ndim: int) -> Tensor:
@@ -216,20 +178,10 @@ def stacks(
     state: Mapping[Any, dict[str, Any]],
     moved: Iterable[nn.Parameter],
     phases: Mapping[nn.Parameter, int],
-    waiting: Waiting | None = None,
+    waiting: Waiting,
 ) -> list[Stack]:
     """The matrices of a group that are among `moved`; their states count `steps`."""
-    return list(_alike(method, group, state, set(moved), phases, Waiting() if waiting is None else waiting))
-
-
-def _alike(
-    method: "ByGroups",
-    group: dict[str, Any],
-    state: Mapping[Any, dict[str, Any]],
-    wanted: set[nn.Parameter],
-    phases: Mapping[nn.Parameter, int],
-    waiting: Waiting,
-) -> Iterator[Stack]:
+    wanted, found = set(moved), []
     alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for p in group["params"]:
         if p in wanted and p.numel():
@@ -237,48 +189,8 @@ def _alike(
             alike.setdefault((p.shape, p.dtype, p.device, steps), []).append(p)
     for (shape, _, device, _), parameters in alike.items():
         most = 1 if len(shape) == 3 else max(1, STACKED.get(device.type, 1 << 26) // shape.numel())
-        for start in range(0, len(parameters), most):
-            some = parameters[start : start + most]
-            yield Stack(method, some, group, [state[p] for p in some], [phases.get(p, 0) for p in some], waiting)
-
-
-def _norms(gradients: list[Tensor]) -> list[Tensor]:
-    """In single precision, squared or not."""
-    if all(G.device.type == "cpu" and G.dtype == torch.float32 and G.is_contiguous() for G in gradients):
-        return [torch.dot(G.view(-1), G.view(-1)) for G in gradients]  # the fastest there
-    return [norm.float() for norm in torch._foreach_norm(gradients)]
-
-
-def _largest_square(G: Tensor) -> Tensor:
-    """In single precision at least, or not finite; as small as one can be, so that processes may add theirs."""
-    if not G.numel():
-        return torch.zeros((), dtype=torch.float64, device=G.device)
-    largest = G.to(torch.promote_types(G.dtype, torch.float32)).abs().max()
-    return torch.where(largest.square().isfinite(), torch.zeros_like(largest), largest.square()).double()
-
-
-@torch.compiler.disable
-def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
-    """Look at gradients before anything is done with them.
-
-    Raises:
-        FloatingPointError: an entry of one or its square is not finite, in all processes of a sharded run, whoever's part it is.
-        ValueError: one is sparse.
-    """
-    watched = {p: local(G) for p, G in gradients.items() if G is not None}
-    if any(G.is_sparse for G in watched.values()):
-        raise ValueError(
-            "gradients must be dense with low-rank optimizers, got a sparse one; use nn.Embedding(sparse=False)"
-        )
-    if not watched:
-        return
-    finite = all_finite(torch.stack(_norms(list(watched.values()))), watched)
-    if finite.all():
-        return
-    doubtful = {p: G for (p, G), is_finite in zip(watched.items(), finite, strict=True) if not is_finite}
-    finite = all_finite(torch.stack([_largest_square(G) for G in doubtful.values()]), doubtful)
-    if not finite.all():  # else it was the sum of squares that is too large
-        p = next(p for p, is_finite in zip(doubtful, finite, strict=True) if not is_finite)
-        raise FloatingPointError(
-            f"the gradient of a parameter of shape {tuple(p.shape)} is not finite; lower lr or clip gradients"
-        )
+        for some in (parameters[start : start + most] for start in range(0, len(parameters), most)):
+            found.append(
+                Stack(method, some, group, [state[p] for p in some], [phases.get(p, 0) for p in some], waiting)
+            )
+    return found

@@ -11,11 +11,12 @@ from typing import Any, ClassVar
 
 from lorank.fields import Count, Rank, check_value, unknown
 from lorank.optim.dct_adamw import DCTAdamW as DCTAdamWMethod
-from lorank.optim.driver import ByGroups, LowRankOptimizer
+from lorank.optim.driver import ByGroups
 from lorank.optim.fira import Fira
 from lorank.optim.galore import GaLore
 from lorank.optim.groups import by_rank, listed
 from lorank.optim.plain import Muon
+from lorank.optim.step import LowRankOptimizer
 from lorank.optim.trion import Trion as TrionMethod
 
 WITHOUT_EFFECT = ("fused", "foreach")

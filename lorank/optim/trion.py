@@ -32,10 +32,11 @@ from torch import Tensor, nn
 from lorank.fields import Fraction, NonNegative, Positive
 from lorank.method import Patterns, Published
 from lorank.optim.dct import Transform, back, columns, select, transform, transform_flops, vectors
-from lorank.optim.driver import LowRankOptimizer, Projected
+from lorank.optim.driver import Projected
 from lorank.optim.groups import with_lengths
 from lorank.optim.rules import SCALES, Scale, newton_schulz_flops
 from lorank.optim.stacks import Product, Stack, as_stack
+from lorank.optim.step import LowRankOptimizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 

@@ -60,6 +60,10 @@ def test_each_process_finds_a_part_of_the_bases(found: dict[str, Any]) -> None:
     assert found["bases"] == [5, 4]
 
 
+def test_moments_of_sharded_weights_have_their_type(found: dict[str, Any]) -> None:
+    assert found["kept in"] == ["torch.bfloat16"]
+
+
 def test_a_pipeline_stage_steps_for_itself(found: dict[str, Any]) -> None:
     assert (found["stage"], found["other"].partition(";")[0]) == ("stepped", "stopped")
 

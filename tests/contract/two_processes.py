@@ -157,6 +157,16 @@ def stages(rank: int) -> str:
     return "stepped"
 
 
+def kept_in() -> list[str]:
+    """Types of what GaLore keeps of a matrix in bfloat16, its counters left out."""
+    model = shard(nn.Sequential(nn.Linear(12, 20, bias=False, dtype=torch.bfloat16)))
+    optimizer = GaLore().optimizer([{"params": model.parameters(), "rank": 3}], lr=0.01)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return sorted({str(value.dtype) for state in optimizer.state.values() for value in state.values() if value.ndim})
+
+
 def parallel(model: nn.Module) -> nn.Module:
     """Biases are sharded next to others that are whole."""
     plan = {"0": ColwiseParallel(output_layouts=Replicate()), "2": RowwiseParallel(input_layouts=Replicate())}
@@ -293,7 +303,7 @@ def main() -> None:
             found[named(method)]["parallel"] = error(train(parallel(net(False)), method, lambda x: x))
             found[named(method)]["saved"] = saved_whole(method, half)
     found["bases"], found["stage"], found["self-guided"] = shared_out(), stages(rank), self_guided(half)
-    found |= {"masa": masa(half), **evolution(half)}
+    found |= {"masa": masa(half), "kept in": kept_in(), **evolution(half)}
     try:
         GaLore(in_backward=True).optimizer(groups(net(False), GaLore()), lr=0.01)
     except ValueError as refusal:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lorank.optim.driver import ByGroups, LowRankOptimizer
+from lorank.optim.driver import ByGroups
+from lorank.optim.step import LowRankOptimizer
 
 
 def matrices(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:

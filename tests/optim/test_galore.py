@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lorank import DCTAdamW, Fira, GaLore, Trion
 from lorank.optim import low_rank_groups
 from lorank.optim.bases import randomised_basis, sides, singular_basis, svd_basis
-from lorank.optim.driver import LowRankOptimizer
+from lorank.optim.step import LowRankOptimizer
 from tests.optim.conftest import gradients, made, matrices, run
 
 SHAPES = [(12, 20), (20, 12), (16, 16)]

@@ -1,0 +1,121 @@
+"""How a weight moves by its gradient: a function on lists of tensors, and AdamW, which most weights follow.
+
+    M ← β₁ M + (1 - β₁) G         V ← β₂ V + (1 - β₂) G²
+    W ← (1 - lr λ) W - lr / (1 - β₁ᵗ) · M / (√(V / (1 - β₂ᵗ)) + ε)
+
+A rule keeps nothing itself: the state of a parameter is a dictionary, with torch's names. The other rules are in
+lorank/optim/rules.py.
+
+Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lorank.fields import NonNegative
+
+State = dict[str, Any]
+Group = Mapping[str, Any]
+
+
+class Rule:
+    """One way to move. Weights, gradients and states are lists of whole tensors, or of parts of them if the rule is
+    `elementwise`."""
+
+    kept: ClassVar[tuple[str, ...]]
+    """Entries of a state, counters (`step`) left out; a state that has one of them is this rule's."""
+    typed: ClassVar[tuple[str, ...]] = ()
+    """Those that have the weights' type."""
+    defaults: ClassVar[Mapping[str, Any]] = {}
+    """Settings of a group that are not those of every optimizer."""
+    types: ClassVar[Mapping[str, Any]] = {"eps": NonNegative}
+    """What settings must be, as the annotation of a field."""
+    elementwise: ClassVar[bool] = False
+    matrices_only: ClassVar[bool] = False
+    at_once: ClassVar[int] = 1
+    """How many parameters of a group, one after another, move together: 2 for pairs of factors."""
+
+    def check(self, weights: Sequence[Tensor]) -> None:
+        """Raise ValueError if these parameters of a group cannot move together."""
+
+    def owns(self, state: Mapping[str, Any]) -> bool:
+        return any(name in state for name in self.kept)
+
+    def make(self, like: Tensor) -> State:
+        """The state before the first step of a weight of this shape, type and device."""
+        raise NotImplementedError
+
+    def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that are kept for a weight, by their names; `step` is not included."""
+        return dict(_shapes(self, tuple(shape)))
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
+        """One step in place, with the group's lr and weight_decay."""
+        raise NotImplementedError
+
+    def inside(
+        self, zeros: list[Tensor], R: list[Tensor], states: list[State], group: Group, weights: Sequence[Tensor]
+    ) -> None:
+        """A step of zeros that stand for `weights` in a subspace, where their gradients are R."""
+        self.step(zeros, R, states, group)
+
+    def bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        """Bytes that are kept for a weight; counters are not included."""
+        raise NotImplementedError
+
+    def flops(self, shape: Sequence[int]) -> int:
+        """FLOPs of the matrix products in a step."""
+        return 0
+
+
+@functools.lru_cache(maxsize=1024)
+def _shapes(rule: Rule, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    made = rule.make(torch.empty(shape, device="meta"))
+    return tuple((name, tuple(value.shape)) for name, value in made.items() if name != "step")
+
+
+class AdamW(Rule):
+    """torch's fused AdamW. With `eps_after_root`, ε is added to √V as in GaLore; torch adds it to √(V / (1 - β₂ᵗ)), where
+    it must be larger by that root. Counters stay on the host, and parameters that have taken equally many steps move together."""
+
+    kept = typed = ("exp_avg", "exp_avg_sq")
+    elementwise = True
+
+    def __init__(self, *, eps_after_root: bool = False):
+        self.eps_after_root = eps_after_root
+
+    def make(self, like: Tensor) -> State:
+        moments = {name: torch.zeros_like(like, memory_format=torch.contiguous_format) for name in self.typed}
+        return {"step": torch.zeros((), dtype=torch.float32, device="cpu"), **moments}
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
+        alike: dict[Any, list[int]] = {}
+        for i, (W, state) in enumerate(zip(weights, states, strict=True)):
+            state["step"] += 1
+            alike.setdefault((int(state["step"]), W.device, W.dtype), []).append(i)
+        beta1, beta2 = group["betas"]
+        for (t, device, _), some in alike.items():
+            count = torch.full((), t, dtype=torch.float32, device=device)
+            torch._fused_adamw_(
+                [weights[i] for i in some],
+                [gradients[i] for i in some],
+                [states[i]["exp_avg"] for i in some],
+                [states[i]["exp_avg_sq"] for i in some],
+                [],
+                [count] * len(some),
+                lr=group["lr"],
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=group["weight_decay"],
+                eps=group["eps"] / (1 - beta2**t) ** 0.5 if self.eps_after_root else group["eps"],
+                amsgrad=False,
+                maximize=False,
+            )
+
+    def bytes(self, shape: Sequence[int], itemsize: int) -> int:
+        return 2 * math.prod(shape) * itemsize
