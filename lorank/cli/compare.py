@@ -9,7 +9,7 @@ import click
 
 from lorank.cli.flags import SETTINGS, Folder, changes_of, recipe_flags, recipe_of, split_budget
 
-OWN = {"method": "--method", "seed": "--seeds"}
+OWN = {"method": "--method", "seed": "--seeds", "push_to_hub": "lorank export RUN --push-to-hub NAME"}
 
 
 @click.command(context_settings=SETTINGS)

@@ -23,6 +23,12 @@ from lorank.cli.flags import SETTINGS, Folder
     "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
 )
 @click.option("--license", default=None, metavar="ID", help="As in pretrain.", show_default="the run's, else none")
+@click.option(
+    "--push-to-hub",
+    default=None,
+    metavar="NAME",
+    help="Also push it to this name on the hub, such as me/my-model; a new one is private.",
+)
 def export(model: str, out: str | None, form: str, **settings: Any) -> None:
     """Write a trained model for people who do not have lorank.
 
@@ -41,7 +47,9 @@ def export(model: str, out: str | None, form: str, **settings: Any) -> None:
     if form == "onnx":
         writers["onnx"] = _as_onnx()
     with errors_console().status("exporting"):
-        write(model, folder, writers[form], **settings)
+        place = write(model, folder, writers[form], **settings)
+    if place is not None:
+        console.print(f"pushed to [bold]{place}[/bold]", highlight=False, soft_wrap=True)
     console.print(f"the model is in [bold]{folder}[/bold]", highlight=False, soft_wrap=True)
 
 

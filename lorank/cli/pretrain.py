@@ -75,4 +75,6 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     console.print(runs_table({title: {**dataclasses.asdict(summary), "lr": settings.lr}}))
     console.print(f"\n{visible(summary.sample)}\n", markup=False, highlight=False)
     console.print(f"text: {visible(read_json(folder / 'run.json')['corpus'])}", markup=False, highlight=False)
+    if settings.push_to_hub is not None:
+        console.print(f"pushed to [bold]{settings.push_to_hub}[/bold]", highlight=False)
     console.print(f"model, metrics and model card are in [bold]{folder}[/bold]", highlight=False)

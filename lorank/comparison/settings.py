@@ -52,6 +52,11 @@ class ComparisonSettings:
         for seed in self.seeds:
             if not 0 <= seed < 2**32:
                 raise ValueError(f"seeds must be from 0 to 2**32 - 1, got {seed}")
+        if self.base.push_to_hub is not None:
+            raise ValueError(
+                "push_to_hub must be left out of a comparison, whose models would all go to one place; push one of them with: "
+                "lorank export RUN --push-to-hub NAME"
+            )
         if self.match not in MATCHES:
             raise ValueError(f"match must be one of {', '.join(MATCHES)}, got {self.match!r}")
         for settings in (self.sweep, *self.own.values()):

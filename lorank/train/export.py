@@ -6,7 +6,9 @@ trained   the layers as they were trained, next to a modelling file if they can 
 onnx      one graph with a key-value cache (`lorank.train.onnx`)
 """
 
+import dataclasses
 import os
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from lorank.auto import type_of
 from lorank.conversion import merge, method_of
 from lorank.train.card import NAME, Card, write_card
 from lorank.train.folder import prepare_folder
+from lorank.train.push import check_push, push
 from lorank.train.recipe import check_license
 from lorank.train.saved import load_model, whole_files
 
@@ -24,19 +27,26 @@ Write = Callable[[PreTrainedModel, Path], PreTrainedModel]
 
 
 def export(
-    model: str, out: Path, write: Write, *, tokenizer: str | None = None, license: str | None = None
-) -> list[str]:
+    model: str,
+    out: Path,
+    write: Write,
+    *,
+    tokenizer: str | None = None,
+    license: str | None = None,
+    push_to_hub: str | None = None,
+) -> str | None:
     """Write a saved model, a run or a folder or a hub name, to the folder `out` with its tokenizer and a model card.
 
     Returns:
-        The names of the files.
+        Where it is on the hub, if it was pushed to `push_to_hub`.
 
     Raises:
-        ValueError: `out` contains a model, there is none to export, or it has not that format.
-        OSError: a file could not be written.
+        ValueError: `out` contains a model, there is none to export, it has not that format, or nothing can be pushed.
+        OSError: a file could not be written, or not be pushed.
     """
     check_license(license)
     check_folder(model, out)
+    place = None if push_to_hub is None else check_push(push_to_hub)
     loaded, reader = load_model(model, tokenizer=tokenizer, of_any_kind=True)
     prepare_folder(out, resume=True)
     try:
@@ -46,11 +56,14 @@ def export(
             written = write(loaded, staging)
             reader.save_pretrained(staging)
             names = sorted(file.name for file in staging.iterdir())
-        write_card(out, Card.of(written, names, run=model, method=method, license=license))
-        return [*names, NAME]
+        card = Card.of(written, names, run=model, method=method, license=license)
+        write_card(out, dataclasses.replace(card, place=place or card.place))
     finally:
         if not any(out.iterdir()):
             out.rmdir()
+    if place is None:
+        return None
+    return push(out, [*names, NAME], place, again=f"hf upload {place} {shlex.quote(str(out))} . --private")
 
 
 def check_folder(model: str, out: Path) -> None:

@@ -171,6 +171,13 @@ class Recipe:
         shared=True,
         free=True,
     )
+    push_to_hub: str | None = _setting(
+        None,
+        "Name on the hub, such as me/my-model, to which the finished model is pushed; a new one is private.",
+        everyday=True,
+        shared=True,
+        free=True,
+    )
     report_to: list[str] = _setting([], "Trackers that transformers reports to: tensorboard, wandb, ...", shared=True)
     seed: Seed = _setting(
         42,

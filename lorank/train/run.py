@@ -12,6 +12,8 @@ import dataclasses
 import json
 import logging
 import math
+import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from lorank.train import data
 from lorank.train.budget import Budget, extent_of, saved_parameters
 from lorank.train.build import build_trainer
 from lorank.train.callbacks import MetricsFile, StopOnSignal
-from lorank.train.card import Card, write_card
+from lorank.train.card import NAME, Card, write_card
 from lorank.train.folder import (
     absolute,
     last_whole_checkpoint,
@@ -40,6 +42,7 @@ from lorank.train.hub import read_config
 from lorank.train.memory import PeakMemory
 from lorank.train.methods import resolved, title_of, with_changed_defaults
 from lorank.train.model import build_config, build_model, check_causal
+from lorank.train.push import check_push, push
 from lorank.train.recipe import Recipe
 from lorank.train.saved import rehearse_saving, save_model
 from lorank.train.shape import reason_of
@@ -71,12 +74,14 @@ def pretrain(
 
     Raises:
         ValueError: something in the recipe or the data is wrong, or `out` already contains a run and `resume` is False.
-        OSError: a file could not be read or written.
+        OSError: a file could not be read or written, or the finished model could not be pushed.
         FloatingPointError: the loss or a gradient is no longer finite.
     """
     out, recipe = Path(out).expanduser(), absolute(recipe if resume else with_changed_defaults(resolved(recipe)))
     if resume and (out / "summary.json").exists():
         raise ValueError(f"{out} is finished, so there is nothing to resume; start another run with --out")
+    first = os.environ.get("RANK", "0") == "0"
+    place = check_push(recipe.push_to_hub) if recipe.push_to_hub is not None and first else None
     prepare_folder(out, resume)
     start_from = last_whole_checkpoint(out) if resume else None
     torch.set_float32_matmul_precision("high")
@@ -143,8 +148,15 @@ def pretrain(
     )
     if trainer.is_world_process_zero():
         card = Card.of(model, names, run=out, method=method)
-        write_card(out, dataclasses.replace(card, summary=dataclasses.asdict(summary)))
+        write_card(out, dataclasses.replace(card, summary=dataclasses.asdict(summary), place=place or card.place))
         write_whole(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2))
+        if place is not None:
+            push(
+                out,
+                [*names, NAME],
+                place,
+                again=f"lorank export {shlex.quote(str(out))} --format trained --push-to-hub {place}",
+            )
     return summary
 
 
