@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.evolution.votes import Votes
     from lorank.fit.pca import fit_masa
     from lorank.loop import lr_schedule, optimizer, step_hook
-    from lorank.method import AdamW, Autograd, Dense, Method, Site, StepHook
+    from lorank.method import Autograd, Dense, Method, Site, StepHook
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.crnet import CRNet
     from lorank.methods.low_rank import LowRank
@@ -39,7 +39,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.optim.fira import Fira
     from lorank.optim.galore import GaLore
     from lorank.optim.loro import LORO
-    from lorank.optim.plain import Adafactor, AdamW8bit, Muon
+    from lorank.optim.plain import Adafactor, AdamW, AdamW8bit, Muon
     from lorank.optim.spectron import Spectron
     from lorank.optim.trion import Trion
 

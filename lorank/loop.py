@@ -10,8 +10,9 @@ from transformers import PreTrainedModel
 
 from lorank.conversion import as_method, check_module, method_of
 from lorank.fields import Beta, Fraction, NonNegative, Share, Whole, check_value, whole_steps
-from lorank.method import AdamW, Dense, Method, Patterns, StepHook, check_combination, warmup_cosine
+from lorank.method import Dense, Method, Patterns, StepHook, check_combination, warmup_cosine
 from lorank.optim.groups import Decay, plain_groups
+from lorank.optim.plain import AdamW
 from lorank.rewriting import REWRITTEN, converted_with
 
 

@@ -257,14 +257,6 @@ class Dense(Method):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdamW(Method):
-    """The optimizer of every method that does not bring its own."""
-
-    name: ClassVar[str] = "adamw"
-    key: ClassVar[str] = "optimizer"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Autograd(Method):
     """The gradient of every method that does not bring its own."""
 

@@ -30,7 +30,7 @@ METHODS = {
     "sst": "lorank.methods.sst:SST",
     "masa": "lorank.methods.masa:MASA",
     # how they move
-    "adamw": "lorank.method:AdamW",
+    "adamw": "lorank.optim.plain:AdamW",
     "adamw-8bit": "lorank.optim.plain:AdamW8bit",
     "adafactor": "lorank.optim.plain:Adafactor",
     "muon": "lorank.optim.plain:Muon",

@@ -13,7 +13,8 @@ from transformers import LlamaForCausalLM
 from lorank import CoLA, CoLAM, LowRank, Method, ReLoRA, Site, SwitchLoRA, convert
 from lorank.architectures import llama_config
 from lorank.fields import RANK_TABLES, Rank, check_value
-from lorank.method import AdamW, Dense, by_role, check_combination, check_ranks, rank_at
+from lorank.method import Dense, by_role, check_combination, check_ranks, rank_at
+from lorank.optim.plain import AdamW
 from lorank.table import find, method_names
 
 

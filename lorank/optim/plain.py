@@ -1,9 +1,10 @@
 """The optimizers without a subspace: each is a rule of lorank/optim/rules.py for some of the parameters or all of them."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar
 
+import torch
 from torch import nn
 
 from lorank.fields import Bounds, NonNegative
@@ -11,6 +12,30 @@ from lorank.method import Patterns
 from lorank.optim.driver import ByGroups
 from lorank.optim.groups import hidden_matrices, with_lengths
 from lorank.optim.rules import SCALES, Scale
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdamW(ByGroups):
+    """The optimizer of every method that does not bring its own: torch's, unless weights are rounded by chance."""
+
+    name: ClassVar[str] = "adamw"
+
+    @classmethod
+    def answers(cls) -> frozenset[str]:
+        """None: a method that brings its own optimizer takes this one's place."""
+        return frozenset()
+
+    def optimizer(
+        self,
+        groups: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+    ) -> Any:
+        if self.stochastic_rounding:
+            return super().optimizer(groups, lr=lr, betas=betas, eps=eps)
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,8 +8,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorank import accounting
-from lorank.method import AdamW
 from lorank.optim.dct import forget_matrices
+from lorank.optim.plain import AdamW
 from lorank.train.build import build_estimator
 from lorank.train.methods import (
     Methods,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lorank.method import Method
-from lorank.optim.driver import ByGroups
+from lorank.optim.driver import LowRankOptimizer
 from lorank.testing import driven, movement, structure
 
 __all__ = ["Check", "check_method", "checks"]
@@ -51,9 +51,10 @@ def checks(method: Method | type[Method], *, fp32: str | None = None, lr: float 
         llama, *others = (structure.Subject(method, small, fp32) for small in structure.SMALL)
         found += [Check(claim, subject) for subject in (llama, *others) for claim in structure.EVERYWHERE]
         found += [Check(claim, llama) for claim in structure.ONCE]
-    elif "optimizer" in answers:
-        claims = movement.ANY + (driven.DRIVEN if isinstance(method, ByGroups) else ())
-        found += [Check(claim, movement.Mover(method, lr)) for claim in claims]
+    elif "optimizer" in answers or method.key == "optimizer":
+        mover = movement.Mover(method, lr)
+        by_the_driver = isinstance(mover.make(movement.net()), LowRankOptimizer)
+        found += [Check(claim, mover) for claim in movement.ANY + (driven.DRIVEN if by_the_driver else ())]
     if not found:
         raise ValueError(
             f"method must decide what the weights are or how they move, got {method!r}, which does neither"

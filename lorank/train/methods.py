@@ -68,7 +68,12 @@ def methods_of(recipe: Recipe) -> Methods:
         except ValueError as error:
             raise ValueError(f"{kind.name}: {error}") from None
     check_combination(built)
-    return Methods(*sorted(built, key=lambda method: KEYS.index(method.key)))
+    found = Methods(*sorted(built, key=lambda method: KEYS.index(method.key)))
+    if found.mover is not found.optimizer and found.optimizer != type(found.optimizer)():
+        raise ValueError(
+            f"{found.mover.name} brings its own optimizer; leave out the settings of {found.optimizer.name}"
+        )
+    return found
 
 
 def title_of(recipe: Recipe) -> str:
@@ -234,8 +239,7 @@ def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
         owner = next((kind for kind in kinds if name in _fields(kind)), None)
         if owner is None:
             fields = dict.fromkeys(f for kind in kinds for f in _fields(kind))
-            known = f"its settings are: {', '.join(fields)}" if fields else "it has no settings"
-            raise ValueError(f"{title_of(recipe)} has no setting {name!r}; {known}")
+            raise ValueError(f"{title_of(recipe)} has no setting {name!r}; its settings are: {', '.join(fields)}")
         kinds[owner][name] = value
     for kind, given in kinds.items():
         for name in given:

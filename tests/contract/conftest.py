@@ -10,8 +10,8 @@ from lorank.optim.driver import ByGroups
 from lorank.table import find, method_names
 from lorank.testing.movement import Mover
 
-NAMES = [name for name in method_names("optimizer") if issubclass(find(name), ByGroups)]
-"""All but AdamW, which is torch's."""
+NAMES = [name for name in method_names("optimizer") if issubclass(find(name), ByGroups) and name != "adamw"]
+"""All but AdamW, which is torch's unless it rounds by chance."""
 LR = {"trion": 0.02, "adafactor": 0.02, "spectron": 0.1}
 RULES = [GaLore(rule=rule, update_gap=2) for rule in ("adamw-8bit", "adafactor", "muon")]
 """GaLore with another rule inside is examined with the methods."""
@@ -31,7 +31,9 @@ def named(method: Method) -> str:
     return "-".join([method.name, *map(str, changed.values())])
 
 
-METHODS: list[Any] = [find(name)(**find(name).soon) for name in NAMES] + RULES
+METHODS: list[Any] = (
+    [find(name)(**find(name).soon) for name in NAMES] + RULES + [find("adamw")(stochastic_rounding=True)]
+)
 NEED_BITSANDBYTES = {"adamw-8bit", "galore-adamw-8bit"}
 
 

@@ -329,6 +329,13 @@ def test_the_randomised_basis_keeps_nearly_as_much() -> None:
     assert 0.99 * exact < quick <= exact * (1 + 1e-5)
 
 
+def test_a_randomised_basis_does_not_depend_on_the_stack() -> None:
+    """So that processes that share out the matrices find what one process finds."""
+    stack = torch.randn(3, 12, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for G, P in zip(stack, randomised_basis(stack, 4), strict=True):
+        torch.testing.assert_close(randomised_basis(G, 4), P, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
 def test_the_singular_basis_is_closer_than_an_svd_in_fp32(shape: tuple[int, int]) -> None:
     G = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)) ** 3

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorank import DCTAdamW, Fira, GaLore, Muon, Trion
+from lorank import AdamW, DCTAdamW, Fira, GaLore, Muon, Trion
 from lorank.optim.stochastic import rounded
 
 
@@ -49,7 +49,7 @@ def decayed(method: Any, steps: int = 60) -> list[float]:
     return [p.detach().float().mean().item() for p in params]
 
 
-@pytest.mark.parametrize("kind", [GaLore, Fira, DCTAdamW, Trion, Muon])
+@pytest.mark.parametrize("kind", [GaLore, Fira, DCTAdamW, Trion, Muon, AdamW])
 def test_small_steps_add_up(kind: Any) -> None:
     assert decayed(kind()) == [1.0, 1.0], "rounded to the nearest they are lost"
     assert decayed(kind(stochastic_rounding=True)) == pytest.approx([0.999**60] * 2, abs=2e-3)

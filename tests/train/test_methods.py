@@ -99,7 +99,7 @@ def test_written_out_it_means_the_same_at_any_size(name: str) -> None:
     ("settings", "words"),
     [
         ({"method": "colo"}, r"^unknown method 'colo'; did you mean 'cola'\? The methods are: dense, cola, .*eggroll"),
-        ({"method": "dense", "rank": 3}, "dense has no setting 'rank'; it has no settings"),
+        ({"method": "dense", "rank": 3}, "dense has no setting 'rank'; its settings are: stochastic_rounding"),
         ({"options": {"sigma": 1}}, "cola has no setting 'sigma'; its settings are: rank, nonlinearity, activation"),
         ({"method": {"cola": {"sigma": 1}}}, "cola has no setting 'sigma'; its settings are: rank"),
         ({"method": {"cola": 3}}, r"method.cola must be settings \{NAME: VALUE\}, got 3"),
@@ -118,6 +118,10 @@ def test_written_out_it_means_the_same_at_any_size(name: str) -> None:
         ({"method": "cola+muon+galore"}, "muon and galore cannot be combined: both decide how the weights move"),
         ({"rank": 4, "options": {"rank": 5}}, "rank is given twice, as rank=4 and among the options; give it once"),
         ({"method": "galore+fira"}, "galore and fira cannot be combined: both decide how the weights move"),
+        (
+            {"method": "switchlora", "options": {"stochastic_rounding": True}},
+            "switchlora brings its own optimizer; leave out the settings of adamw",
+        ),
         ({"method": "switchlora+galore"}, "switchlora and galore cannot be combined: both decide how the weights move"),
     ],
 )
