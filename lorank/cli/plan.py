@@ -133,7 +133,7 @@ def plan(
         else:
             asked = _shapes(forecast.split_names(sizes) or list(sizes), models, flags)
             if budget is None and "steps" in changes_of(flags):
-                budget = Budget(tokens=asked[0].steps * asked[0].batch_size * asked[0].sequence_length)
+                budget = Budget(steps=asked[0].steps)
             names = forecast.split_names(methods) if methods else list(forecast.METHODS)
             if fits is not None:
                 check_budget((forecast.with_method(shape, name) for shape in asked for name in names), fits)

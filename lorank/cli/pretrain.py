@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, Folder, changes_of, recipe_flags, recipe_of, split_budget
+from lorank.cli.flags import BUDGETS, SETTINGS, Folder, changes_of, recipe_flags, recipe_of, split_budget
 
 
 @click.command(context_settings=SETTINGS)
@@ -20,7 +20,7 @@ from lorank.cli.flags import SETTINGS, Folder, changes_of, recipe_flags, recipe_
     type=Folder(),
     metavar="RUN",
     default=None,
-    help="Continue this run from its newest checkpoint, exactly as it began.",
+    help="Continue this run from its newest checkpoint, exactly as it began; or with --steps or the like, train it for more.",
 )
 @click.option("--dry-run", is_flag=True, help="Print what each layer becomes, parameters, FLOPs and memory, and stop.")
 def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: bool, **flags: Any) -> None:
@@ -33,10 +33,15 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     Without any argument a tiny CoLA model learns Python's standard library in a few minutes on a CPU.
     """
     changes = changes_of(flags)
-    if resume and (recipe or out or changes or dry_run):
-        other = recipe or ("--out" if out else "--dry-run" if dry_run else f"--{next(iter(changes)).replace('_', '-')}")
-        raise ValueError(f"--resume continues a run exactly as it began; leave out {other}")
+    others = [name for name in changes if name not in ("steps", *BUDGETS)]
+    if resume and (recipe or out or others or dry_run):
+        other = recipe or ("--out" if out else "--dry-run" if dry_run else f"--{others[0].replace('_', '-')}")
+        raise ValueError(f"--resume continues a run exactly as it began, or to more steps; leave out {other}")
     budget, flags = split_budget(flags)
+    if resume and budget is None and "steps" in changes:
+        from lorank.train.budget import Budget
+
+        budget = Budget(steps=changes["steps"])
     settings = None if resume else recipe_of(recipe, flags)
     from lorank.cli.console import results_console
 

@@ -293,12 +293,13 @@ def match_structure(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
 def with_steps(recipe: Recipe, steps: int) -> Recipe:
     """The recipe with another number of steps; warm-up and evaluations keep their share of it."""
     steps = max(1, steps)
-    scaled = steps / recipe.steps
-    warmup = recipe.warmup_steps
+    scaled, warmup = steps / recipe.steps, recipe.warmup_steps
+    scheduled = steps if recipe.schedule_steps is None else max(1, round(recipe.schedule_steps * scaled))
     return dataclasses.replace(
         recipe,
         steps=steps,
-        warmup_steps=min(round(warmup * scaled), steps - 1) if isinstance(warmup, int) else warmup,
+        schedule_steps=None if recipe.schedule_steps is None else scheduled,
+        warmup_steps=min(round(warmup * scaled), scheduled - 1) if isinstance(warmup, int) else warmup,
         eval_every=max(1, round(recipe.eval_every * scaled)) if recipe.eval_every else 0,
     )
 

@@ -17,7 +17,7 @@ def jagged_cosine(
     [0.1, 0.534, 0.0, 0.539, 1.0, 0.127]
     """
     rest = max(1, steps - warmup)
-    cosine = lambda at: 0.5 * (1 + math.cos(math.pi * (at - warmup) / rest))  # noqa: E731
+    cosine = lambda at: 0.5 * (1 + math.cos(math.pi * min(1, (at - warmup) / rest)))  # noqa: E731
     if step < warmup:
         at, top = step, 0.5 * (1 + math.cos(math.pi * late / rest))
         height = lambda at: min_lr_ratio + (top - min_lr_ratio) * at / warmup  # noqa: E731

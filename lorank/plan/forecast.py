@@ -206,7 +206,7 @@ def forecast_recipes(
     found = []
     for file, recipe in recipes.items():
         say(file)
-        given = budget or Budget(tokens=recipe.steps * recipe.batch_size * recipe.sequence_length)
+        given = budget or Budget(steps=recipe.steps)
         try:
             found.append(_forecast(recipe, fleet, given, budget is None, file))
             schedule_of(dataclasses.replace(recipe, steps=found[-1].steps))
@@ -242,10 +242,13 @@ def _forecast(recipe: Recipe, fleet: Fleet, budget: Budget, is_default: bool, fi
 
 
 def _tokens_of(recipe: Recipe, model: PreTrainedModel, budget: Budget) -> int:
-    """What a budget comes to, padding included where the data are read, which is for epochs alone."""
-    if budget.epochs is None:
-        return budget.tokens_of(saved_parameters(model))
-    return budget.steps_of(recipe, corpus_of(recipe), 1) * recipe.batch_size * recipe.sequence_length
+    """What a budget comes to, where steps and epochs count padding too."""
+    if budget.tokens is not None:
+        return budget.tokens
+    if budget.tokens_per_parameter is not None:
+        return math.ceil(budget.tokens_per_parameter * saved_parameters(model))
+    steps = budget.steps or budget.steps_of(recipe, corpus_of(recipe), 1)
+    return steps * recipe.batch_size * recipe.sequence_length
 
 
 def with_method(shape: Recipe, method: str) -> Recipe:

@@ -30,6 +30,8 @@ class Budget:
     (('epochs', 1.5), ('tokens', 2600000000))
     """
 
+    steps: int | None = None
+    """Optimizer steps."""
     tokens: int | None = None
     """As many, padding not included."""
     epochs: float | None = None
@@ -39,14 +41,14 @@ class Budget:
 
     def __post_init__(self) -> None:
         name, amount = self.given
-        check_value(name, amount, Count if name == "tokens" else Positive)
+        check_value(name, amount, Count if name in ("steps", "tokens") else Positive)
 
     @property
     def given(self) -> tuple[str, Any]:
         """Name and amount of the one that is given."""
         given = [(name, amount) for name, amount in dataclasses.asdict(self).items() if amount is not None]
         if len(given) != 1:
-            raise ValueError(f"a budget must be tokens, epochs or tokens_per_parameter, got {len(given)} of them")
+            raise ValueError(f"a budget must be one of {', '.join(dataclasses.asdict(self))}, got {len(given)} of them")
         return given[0]
 
     @classmethod
@@ -54,21 +56,17 @@ class Budget:
         """With the tokens as a user writes them."""
         return cls(tokens=None if tokens is None else read_tokens(tokens), **others)  # type: ignore[arg-type]
 
-    def tokens_of(self, parameters: int) -> int:
-        """Tokens of a model with so many parameters; ValueError for epochs, whose length is that of the data."""
-        name, amount = self.given
-        if name == "epochs":
-            raise ValueError("epochs have no number of tokens without the data; give tokens or tokens_per_parameter")
-        return amount if name == "tokens" else math.ceil(amount * parameters)
-
     def steps_of(self, recipe: Recipe, corpus: Corpus, parameters: int) -> int:
         """The least number of optimizer steps that spends it, and of epochs the whole steps in them.
 
         Raises:
             ValueError: epochs of a stream.
         """
+        if self.steps is not None:
+            return self.steps
         if self.epochs is None:
-            return math.ceil(self.tokens_of(parameters) / tokens_per_step(recipe, corpus))
+            tokens = (self.tokens_per_parameter or 0) * parameters if self.tokens is None else self.tokens
+            return math.ceil(tokens / tokens_per_step(recipe, corpus))
         each = steps_per_epoch(recipe, corpus)
         if each is None:
             raise ValueError(

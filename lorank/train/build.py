@@ -88,6 +88,7 @@ def build_trainer(
         callbacks=[*callbacks, StopOnNonFinite()],
         make_optimizer=partial(build_optimizer, recipe),
         schedule=schedule_of(recipe),
+        schedule_steps=recipe.scheduled,
         estimator=estimator,
         tokens_per_step=recipe.batch_size * recipe.sequence_length * corpus.fill,
         fill=corpus.fill,

@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
-from lorank.train.methods import with_changed_defaults
+from lorank.train.methods import schedule_of, with_changed_defaults
 from lorank.train.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -151,12 +151,32 @@ def read_run(folder: str | Path) -> Recipe:
     recipe = Recipe.read(path)
     saved = read_json(folder / "run.json").get("recipe")
     if saved:
-        began, now = Recipe.from_dict(saved).to_dict(), recipe.to_dict()
-        if changed := [name for name in now if began[name] != now[name]]:
+        first = Recipe.from_dict(saved)
+        began, now = first.to_dict(), recipe.to_dict()
+        changed = [name for name in now if began[name] != now[name]]
+        if changed and not (recipe.steps > first.steps and recipe == longer(first, recipe.steps)):
             raise ValueError(
                 f"{path}: {changed[0]} was {began[changed[0]]!r} when the run began; restore it, or start another run with --out"
             )
     return with_changed_defaults(recipe, began=True)
+
+
+def longer(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe of a run that goes on to more steps. Its schedule stays as it is, so that no step that has been done changes; after its
+    end the learning rate stays where it has ended.
+
+    Raises:
+        ValueError: `steps` are not more, or the learning rate is 0 in all of them.
+    """
+    if steps <= recipe.steps:
+        raise ValueError(f"steps must be above {recipe.steps}, which the run has already, got {steps}")
+    found = dataclasses.replace(recipe, steps=steps, schedule_steps=recipe.scheduled)
+    schedule = schedule_of(found)
+    if all(schedule(step) < 1e-5 for step in range(recipe.steps, steps)):  # some begin a cycle with nearly 0
+        raise ValueError(
+            f"min_lr_ratio must be above 0 to train a run longer, because its learning rate stays as it is after step {recipe.scheduled}, got 0"
+        )
+    return found
 
 
 def history(folder: str | Path) -> Iterator[dict[str, Any]]:

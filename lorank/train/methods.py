@@ -131,7 +131,7 @@ def schedule_of(recipe: Recipe) -> Callable[[int], float]:
     Raises:
         ValueError: the recipe has too few steps for the method's schedule.
     """
-    given = (recipe.steps, recipe.warmup, recipe.min_lr_ratio)
+    given = (recipe.scheduled, recipe.warmup, recipe.min_lr_ratio)
     own = [schedule for method in methods_of(recipe) if (schedule := method.schedule(*given)) is not None]
     return own[0] if own else lambda step: warmup_cosine(step, *given)
 

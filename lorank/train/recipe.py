@@ -146,6 +146,12 @@ class Recipe:
         everyday=True,
         free=True,
     )
+    schedule_steps: Count | None = _setting(
+        None,
+        "Steps over which warm-up and cosine run; at later ones the learning rate stays as it is then. Default: steps.",
+        shared=True,
+        free=True,
+    )
     min_lr_ratio: Fraction = _setting(0.1, "Learning rate at the end, as a part of the peak.", free=True)
     batch_size: Count = _setting(8, "Sequences per optimizer step, over all devices.", everyday=True, shared=True)
     micro_batch_size: Count | None = _setting(
@@ -204,9 +210,10 @@ class Recipe:
         check_license(self.license)
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
-        if self.warmup >= self.steps:
+        if self.warmup >= self.scheduled:
+            name = "steps" if self.schedule_steps is None else "schedule_steps"
             raise ValueError(
-                f"warmup_steps must be below steps={self.steps}, got {self.warmup_steps}; give fewer, or a fraction such as 0.2"
+                f"warmup_steps must be below {name}={self.scheduled}, got {self.warmup_steps}; give fewer, or a fraction such as 0.2"
             )
         if self.batch_size % (self.micro_batch_size or self.batch_size):
             raise ValueError(f"micro_batch_size must divide batch_size={self.batch_size}, got {self.micro_batch_size}")
@@ -279,7 +286,12 @@ class Recipe:
     @property
     def warmup(self) -> int:
         """Steps of warm-up: `warmup_steps`, whether it is a number of steps or a fraction."""
-        return whole_steps(self.warmup_steps, self.steps)
+        return whole_steps(self.warmup_steps, self.scheduled)
+
+    @property
+    def scheduled(self) -> int:
+        """The steps for which schedules of learning rate and methods are made."""
+        return self.steps if self.schedule_steps is None else self.schedule_steps
 
     @property
     def split_seed(self) -> int:

@@ -31,6 +31,7 @@ from lorank.train.folder import (
     absolute,
     last_whole_checkpoint,
     logged_rate,
+    longer,
     only_tensors,
     prepare_folder,
     read_json,
@@ -66,7 +67,8 @@ def pretrain(
     accelerators.
 
     Args:
-        budget: how long the run is, in place of the recipe's steps.
+        budget: how long the run is, in place of the recipe's steps. A run that resumes may be longer than it was; its schedule
+            stays that of the steps with which it began, and after these the learning rate stays where it has ended.
         say: called once with how long the run is, in one line.
 
     Returns:
@@ -78,12 +80,19 @@ def pretrain(
         FloatingPointError: the loss or a gradient is no longer finite.
     """
     out, recipe = Path(out).expanduser(), absolute(recipe if resume else with_changed_defaults(resolved(recipe)))
-    if resume and (out / "summary.json").exists():
-        raise ValueError(f"{out} is finished, so there is nothing to resume; start another run with --out")
+    finished = resume and (out / "summary.json").exists() and read_json(out / "summary.json")["steps"] >= recipe.steps
+    if finished and budget is None:
+        raise ValueError(
+            f"{out} is finished, so there is nothing to resume; train it longer with --steps, or start another run with --out"
+        )
     first = os.environ.get("RANK", "0") == "0"
     place = check_push(recipe.push_to_hub) if recipe.push_to_hub is not None and first else None
     prepare_folder(out, resume)
     start_from = last_whole_checkpoint(out) if resume else None
+    if finished and start_from is None:
+        raise ValueError(
+            f"{out} has no checkpoint, from which it could be trained longer; save_every must not be 0 for that"
+        )
     torch.set_float32_matmul_precision("high")
 
     corpus = corpus_of(recipe)
@@ -104,8 +113,11 @@ def pretrain(
         check_causal(model, recipe.shape)
         parameters = saved_parameters(model)
         if budget is not None:
-            recipe = dataclasses.replace(recipe, steps=budget.steps_of(recipe, corpus, parameters))
+            steps = budget.steps_of(recipe, corpus, parameters)
+            recipe = longer(recipe, steps) if resume else dataclasses.replace(recipe, steps=steps)
         say(str(extent_of(recipe, corpus, parameters)))
+        if recipe.scheduled < recipe.steps:
+            say(f"the learning rate stays where its schedule ends, at step {recipe.scheduled:,}")
         trainer = build_trainer(
             recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop], on_cpu
         )
@@ -113,6 +125,8 @@ def pretrain(
         if trainer.is_world_process_zero() and not resume:
             write_whole(out / "run.json", json.dumps({**environment(corpus), "recipe": recipe.to_dict()}, indent=2))
             write_whole(out / "recipe.yaml", recipe.to_yaml())  # written last: it makes the folder a run
+        if trainer.is_world_process_zero() and resume and budget is not None:  # run.json keeps how it began
+            write_whole(out / "recipe.yaml", longer(Recipe.read(out / "recipe.yaml"), recipe.steps).to_yaml())
         if start_from and step_of(start_from) >= recipe.steps:  # the run died after its last step
             trainer.restore(start_from)
         else:

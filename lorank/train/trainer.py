@@ -35,6 +35,7 @@ class PretrainTrainer(Trainer):
         estimator: fills `.grad` instead of autograd. Batch and step determine what it draws.
         make_optimizer: called with the model when training begins.
         schedule: multiplier of the learning rate by steps done.
+        schedule_steps: the run's steps for what happens between them; it may be longer.
         tokens_per_step: mean tokens of one optimizer step, over all devices and without padding.
         fill: share of positions with tokens instead of padding.
         flops_per_token: of training this model, without recomputation (MFU, arXiv 2204.02311). None: not known, and no MFU is logged.
@@ -48,6 +49,7 @@ class PretrainTrainer(Trainer):
         *args: Any,
         make_optimizer: Callable[[torch.nn.Module], torch.optim.Optimizer],
         schedule: Callable[[int], float],
+        schedule_steps: int,
         estimator: Gradient | None = None,
         tokens_per_step: float,
         fill: float = 1.0,
@@ -68,6 +70,7 @@ class PretrainTrainer(Trainer):
         self._cross_entropy = torch.compile(cross_entropy) if self.args.torch_compile else cross_entropy
         self.make_optimizer = make_optimizer
         self.schedule = schedule
+        self.schedule_steps = schedule_steps
         self.estimator = estimator
         self.hook: StepHook | None = None
         self.flops_per_token = flops_per_token
@@ -82,7 +85,7 @@ class PretrainTrainer(Trainer):
             trained = self.model if model is None else model
             assert trained is not None
             self.optimizer = self.make_optimizer(trained)
-            self.hook = step_hook(trained, self.optimizer, steps=self.args.max_steps, seed=self.args.seed)
+            self.hook = step_hook(trained, self.optimizer, steps=self.schedule_steps, seed=self.args.seed)
         return self.optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:

@@ -17,6 +17,7 @@ from lorank.cli.flags import BUDGETS, changes_of, recipe_of, value_of
 from lorank.train.recipe import Recipe, settings_with
 
 OTHERS: dict[str, Any] = {
+    "schedule_steps": 500,
     "model": "gpt2",
     "method": "low-rank",
     "optimizer": "muon",

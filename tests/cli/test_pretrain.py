@@ -44,6 +44,12 @@ def test_a_run_may_be_at_home(lorank, text: Path, quick: list[str], tmp_path: Pa
     }
     code, _, err = lorank("pretrain", "--resume=~/run")
     assert code == 2 and "is finished" in err
+    code, out, err = lorank("pretrain", "--resume=~/run", "--tokens", "0.3k")
+    assert code == 0, err
+    assert "3 steps: 0.4 k tokens" in out and "the learning rate stays where its schedule ends, at step 2" in out
+    for flags, said in ((["--steps", 2], "steps must be above 3"), (["--steps", 9, "--lr", 1], "leave out --lr")):
+        code, _, err = lorank("pretrain", "--resume=~/run", *flags)
+        assert code == 2 and said in err
 
 
 @pytest.mark.parametrize(

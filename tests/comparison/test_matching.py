@@ -86,3 +86,5 @@ def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tm
     assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 4, 3, 12, 6]
     assert found[-2].candidates[0].recipe.warmup_steps == 4 and found[-2].candidates[0].recipe.eval_every == 4
     assert with_steps(dataclasses.replace(base, warmup_steps=0.25), 40).warmup == 10
+    tight = dataclasses.replace(base, steps=40, schedule_steps=4, warmup_steps=3)
+    assert (with_steps(tight, 9).schedule_steps, with_steps(tight, 9).warmup_steps) == (1, 0)
