@@ -150,10 +150,6 @@ class ReLoRA(Method):
             frozen=self.warm_start == 0,
         )
 
-    def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        assert isinstance(module, ReLoRALinear)
-        return module.merged()
-
     def period(self, steps: int) -> int:
         """K in a run of that many steps; ValueError if the steps after the warm start are not whole cycles."""
         low_rank = steps - self.warm_start
@@ -161,6 +157,8 @@ class ReLoRA(Method):
             raise ValueError(
                 f"steps must be at least 3 more than warm_start={self.warm_start} with relora, got {steps}"
             )
+        if self.merge_cycle is not None and self.merge_cycle >= low_rank:
+            raise ValueError(f"merge_cycle must be less than the {low_rank} low-rank steps, got {self.merge_cycle}")
         if self.cycle is None:
             return max(2, math.ceil(low_rank / 4))  # the last one may be shorter
         if low_rank < 2 * self.cycle or low_rank % self.cycle:

@@ -140,7 +140,9 @@ class SwitchLoRA(Method):
     rank: Rank = 0.25
     """Vectors of each factor: an integer, a fraction of the width (the paper's d/4), or {pattern: either}."""
     alpha: Positive = 1.0
-    """The low-rank term is multiplied by α/r; to keep a setting over ranks and widths, choose α in proportion to r."""
+    """The low-rank term is multiplied by α/r."""
+    scale: Positive | None = None
+    """Its multiplier in place of α/r, so that one setting suits all ranks and widths."""
     dropout: Annotated[float, Bounds(least=0, below=1)] = 0.0
     """Dropout of the factors' input in training."""
     start: Start = "paper"
@@ -167,12 +169,9 @@ class SwitchLoRA(Method):
         check_ranks(self.rank, sites)
 
     def build(self, site: Site) -> nn.Module:
-        options: Any = {"alpha": self.alpha, "dropout": self.dropout, "start": self.start}
-        return SwitchLoRALinear(site.linear, rank_at(self.rank, site), **options)
-
-    def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        assert isinstance(module, SwitchLoRALinear)
-        return module.merged()
+        rank = rank_at(self.rank, site)
+        alpha = self.alpha if self.scale is None else self.scale * rank
+        return SwitchLoRALinear(site.linear, rank, alpha=alpha, dropout=self.dropout, start=self.start)
 
     def optimizer(
         self, groups: Sequence[dict[str, Any]], *, lr: float, betas: tuple[float, float], eps: float
@@ -213,10 +212,11 @@ class SwitchLoRAHook(StepHook):
         draw = seeded_generator(self.seed, self.step)
         for name, (a, b) in self.pools.items():
             if count := self._count(a, b, draw):
-                W = self.rests.exact(name, self.layers[name].W.weight)
-                self._exchange(W, a, b, count, draw)
-                self._exchange(W.T, b, a, count, draw)
-                self.rests.store_(name, W, self.layers[name].W.weight)
+                layer = self.layers[name]
+                W = self.rests.exact(name, layer.W.weight)
+                self._exchange(W, a, b, layer.alpha, count, draw)
+                self._exchange(W.T, b, a, layer.alpha, count, draw)
+                self.rests.store_(name, W, layer.W.weight)
             a.hold()
             b.hold()
 
@@ -232,11 +232,11 @@ class SwitchLoRAHook(StepHook):
         count = math.floor(mean + torch.rand((), generator=draw).item())
         return min(count, room(a, b)) if self.method.mode == "continuous" else min(count, room(a, b), c - r)
 
-    def _exchange(self, W: Tensor, pool: Pool, partner: Pool, count: int, draw: torch.Generator) -> None:
+    def _exchange(self, W: Tensor, pool: Pool, partner: Pool, alpha: float, count: int, draw: torch.Generator) -> None:
         rows = (pool.pointer + torch.arange(count)) % len(pool.selected)
         here = rows.to(W.device)
         new = pool.swap(rows, pool.vectors[here], draw if self.method.mode == "discontinuous" else None)
-        exchange_(W, pool.vectors, partner.vectors, here, new, self.method.alpha)
+        exchange_(W, pool.vectors, partner.vectors, here, new, alpha)
         partner.frozen[rows] = self.method.freeze_steps
         reset_vectors(self.optimizer, partner.weight, partner.dim, here)
 

@@ -334,6 +334,8 @@ def test_merges_may_have_another_period_than_resets(small: Any, tokens: Tensor) 
         merged += [step] * (not torch.equal(W, before))
         reset += [step] * (not optimizer.state[B]["exp_avg_sq"].any())
     assert (merged, reset) == ([3, 5, 7, 9, 11], [7])
+    with pytest.raises(ValueError, match="^merge_cycle must be less than the 12 low-rank steps, got 12"):
+        ReLoRA(rank=4, merge_cycle=12).period(12)
 
 
 @pytest.mark.parametrize("view", [False, True])

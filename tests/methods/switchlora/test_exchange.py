@@ -272,8 +272,9 @@ def test_a_rank_that_uses_the_whole_pool_exchanges_nothing() -> None:
 # ---- alpha, dropout and the LoRA start
 
 
-def test_alpha_scales_the_term_and_exchanges_keep_the_function() -> None:
-    bench = Bench(12, 10, rank=4, interval=1, freeze_steps=0, alpha=3.0, **ALWAYS).attach()
+@pytest.mark.parametrize("settings", [{"alpha": 3.0}, {"scale": 0.75}], ids=str)
+def test_alpha_scales_the_term_and_exchanges_keep_the_function(settings: dict[str, float]) -> None:
+    bench = Bench(12, 10, rank=4, interval=1, freeze_steps=0, **settings, **ALWAYS).attach()
     whole = lambda: (bench.W + 3 * bench.B @ bench.A / 4).detach()  # noqa: E731
     start, A = whole(), bench.A.detach().clone()
     x = numbers(5, 12)
