@@ -21,8 +21,8 @@ from unittest import mock
 from transformers.utils import logging
 
 from lorank.comparison import first_steps, repro
-from lorank.comparison.contestants import dense_twin
 from lorank.comparison.matching import is_dense
+from lorank.comparison.rows import dense_twin
 from lorank.methods.relora import ReLoRAHook
 from lorank.methods.sst import Resampling
 from lorank.methods.switchlora import SwitchLoRAHook

@@ -58,8 +58,8 @@ def line_of(comparison: Comparison, run: Run) -> dict[str, Any]:
     losses = {one["step"]: one.get("eval_loss_nats_per_token") for one in history(folder) if "eval_perplexity" in one}
     return {
         "run": run.key,
-        "row": run.contestant.name,
-        "shape": run.contestant.chosen,
+        "row": run.row.name,
+        "shape": run.row.chosen,
         "settings": run.candidate.settings,
         "seed": run.seed,
         **{name: summary[name] for name in KEPT},

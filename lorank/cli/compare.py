@@ -19,25 +19,23 @@ OWN = {"method": "--method", "seed": "--seeds", "push_to_hub": "lorank export RU
     "methods",
     multiple=True,
     metavar="METHOD",
-    help="A contestant: METHOD, several joined by + such as cola+galore, or NAME=METHOD; may be repeated.",
+    help="A row of the report: METHOD, several joined by + such as cola+galore, or NAME=METHOD; may be repeated.",
 )
 @click.option(
     "--seeds",
     default="42",
     metavar="N,N...",
-    help="Seeds for initial values and the order of data: each contestant runs once per seed. Several give intervals.",
+    help="Seeds for initial values and the order of data: each row runs once per seed. Several give intervals.",
 )
 @click.option(
-    "--sweep", multiple=True, metavar="NAME=V,V...", help="Values to try for a setting; each contestant uses its best."
+    "--sweep", multiple=True, metavar="NAME=V,V...", help="Values to try for a setting; each row uses its best."
 )
-@click.option(
-    "--for", "own", nargs=2, multiple=True, metavar="CONTESTANT NAME=V,V...", help="A contestant's own value or values."
-)
+@click.option("--for", "own", nargs=2, multiple=True, metavar="ROW NAME=V,V...", help="A row's own value or values.")
 @click.option(
     "--match",
     type=click.Choice(["tokens", "flops", "time", "params", "memory"]),
     default="tokens",
-    help="What is made equal to the first contestant's. flops and time change steps, params and memory change rank or width.",
+    help="What is made equal to the first row's. flops and time change steps, params and memory change rank or width.",
 )
 @click.option("--only", is_flag=True, help="Compare the named methods alone; add no dense models.")
 @click.option(
@@ -54,7 +52,7 @@ OWN = {"method": "--method", "seed": "--seeds", "push_to_hub": "lorank export RU
 def compare(out: str, resume: str | None, **asked: Any) -> None:
     """Train several methods on the same tokens in the same order, and write a report.
 
-    RECIPE and the flags of `lorank pretrain` hold for all contestants. Four dense models are added: one trained by AdamW, one
+    RECIPE and the flags of `lorank pretrain` hold for all rows. Four dense models are added: one trained by AdamW, one
     trained by Muon, and for each of these optimizers a narrower one of the same architecture (dense-small). dense-small has the
     FLOPs per token of the cheapest method or, if no method saves those, its parameters or memory. If none of these can be
     matched, there is no dense-small, and the report explains why. With --only, the named methods are compared alone.
@@ -64,7 +62,7 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
     it and three times it. If the best value of a sweep is its smallest or largest, the sweep is extended by one step, at most
     twice.
 
-    --tokens-per-parameter counts the parameters of the first contestant; all train on as many tokens.
+    --tokens-per-parameter counts the parameters of the first row; all train on as many tokens.
 
     The same command again, or --resume, continues a comparison that was stopped.
     """
@@ -102,9 +100,9 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
     for note in results["notes"]:
         console.print(f"· {note}", markup=False, highlight=False)
     console.print(f"report: [bold]{comparison.out}/report.html[/bold]", highlight=False, soft_wrap=True)
-    rows = [row for row in results["contestants"] if row["kind"] == "method"] or results["contestants"]
+    rows = [row for row in results["rows"] if row["kind"] == "method"] or results["rows"]
     if not any(row["loss"] for row in rows):
-        which = "run" if len(rows) == len(results["contestants"]) else "run of a method"
+        which = "run" if len(rows) == len(results["rows"]) else "run of a method"
         raise ValueError(
             f"every {which} failed; the last line of each is above, the whole output in {comparison.out}/runs"
         )
@@ -145,9 +143,9 @@ def _settings(
         settings.setdefault(name, []).extend(values)
     rate_given = "lr" in changes_of(flags) or (recipe and "lr" in load(recipe_path(recipe).read_text()))
     each: dict[str, dict[str, list[Any]]] = {}
-    for contestant, text in own:
+    for row, text in own:
         name, values = parse_values(text)
-        each.setdefault(contestant, {}).setdefault(name, []).extend(values)
+        each.setdefault(row, {}).setdefault(name, []).extend(values)
     return ComparisonSettings(
         base=base,
         methods=methods,

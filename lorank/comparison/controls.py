@@ -55,7 +55,7 @@ def find_controls(
         methods: name and recipe of each candidate of a low-rank method. A control costs what the cheapest of those with its
             optimizer costs, or of all if none has it.
         dense: the full dense models.
-        matched: what is already equal for all contestants, which nobody saves.
+        matched: what is already equal for all rows, which nobody saves.
         folder: where the shapes are written.
     """
     rivals = [(name, recipe) for name, recipe in methods if not estimates_gradient(recipe)]

@@ -1,11 +1,11 @@
-"""A fair comparison: what each contestant costs, and what is changed so that all spend the same.
+"""A fair comparison: what each row costs, and what is changed so that all spend the same.
 
 Costs are counted on a model without weights, so that a comparison is planned before anything is trained. What may be
 matched:
 
 tokens   nothing is changed
 flops    steps, so that steps × tokens per step × FLOPs per token (with recomputation and the optimizer's products) are
-         those of the first contestant
+         those of the first row
 time     steps, by the throughput measured in a short run
 params   the rank, or if no rank changes it, the width of the model; what a method drops after training does not count
 memory   the same, by the estimate of weights, gradients, optimizer state and activations

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 import lorank
-from lorank.comparison.contestants import Candidate, Contestant
+from lorank.comparison.rows import Candidate, Row
 from lorank.comparison.runner import PROBE_STEPS, Comparison, Run
 from lorank.comparison.settings import STRUCTURAL
 from lorank.comparison.spectra import learned_spectra
@@ -20,15 +20,15 @@ from lorank.train.folder import history, write_whole
 
 CLOSE_ENOUGH = 0.03
 """How far from 1 the ratio of what was matched may be without a note."""
-FORMAT = 1
-"""Of results.json; raised when a key changes its meaning."""
+FORMAT = 2
+"""Of results.json; raised when a key changes its name or meaning."""
 
 
 def gather(comparison: Comparison) -> dict[str, Any]:
     """All results so far. Losses in nats per token, times in seconds of training without evaluations."""
     seeds = comparison.settings.seeds
     failures = comparison.failures()
-    rows = [_row(comparison, contestant, failures) for contestant in comparison.contestants]
+    rows = [_row(comparison, row, failures) for row in comparison.rows]
     baseline = min(rows, key=_baseline_rank)
     targets = {run["seed"]: run["curve"]["loss"][-1] for run in baseline["runs"] if run.get("curve", {}).get("loss")}
     for row in rows:
@@ -48,7 +48,7 @@ def gather(comparison: Comparison) -> dict[str, Any]:
         "planned_runs": comparison.count(),
         "failures": failures,
         "match": _match(comparison, rows),
-        "contestants": rows,
+        "rows": rows,
         "environment": _environment(comparison),
     }
     results["notes"] = _notes(comparison, results)
@@ -60,11 +60,11 @@ def _baseline_rank(row: Mapping[str, Any]) -> tuple[bool, int]:
     return row["loss"] is None, 0 if row["name"] == "dense" else {"dense": 1, "control": 2}.get(row["kind"], 3)
 
 
-def _row(comparison: Comparison, contestant: Contestant, failures: Mapping[str, str]) -> dict[str, Any]:
-    first, best = comparison.settings.seeds[0], comparison.best(contestant)
+def _row(comparison: Comparison, row: Row, failures: Mapping[str, str]) -> dict[str, Any]:
+    first, best = comparison.settings.seeds[0], comparison.best(row)
     tried = []
-    for candidate in comparison.candidates(contestant):
-        run = Run(contestant, candidate, first)
+    for candidate in comparison.candidates(row):
+        run = Run(row, candidate, first)
         summary = comparison.summary(run)
         tried.append(
             {
@@ -74,19 +74,19 @@ def _row(comparison: Comparison, contestant: Contestant, failures: Mapping[str, 
             }
         )
     seeds = comparison.settings.seeds if best else [first]
-    runs = [_run(comparison, Run(contestant, best or contestant.candidates[0], seed), failures) for seed in seeds]
+    runs = [_run(comparison, Run(row, best or row.candidates[0], seed), failures) for seed in seeds]
     done = [run for run in runs if run["status"] == "finished"]
-    row: dict[str, Any] = {
-        "name": contestant.name,
-        "method": contestant.method,
-        "kind": contestant.kind,
-        "chosen": contestant.chosen,
-        "like": contestant.like,
-        "rate": contestant.rate,
-        "lr": (best or contestant.candidates[0]).recipe.lr,
+    shown: dict[str, Any] = {
+        "name": row.name,
+        "method": row.method,
+        "kind": row.kind,
+        "chosen": row.chosen,
+        "like": row.like,
+        "rate": row.rate,
+        "lr": (best or row.candidates[0]).recipe.lr,
         "settings": best.settings if best else None,
-        "edge": _edges(comparison.candidates(contestant), best),
-        "extended": len(tried) - len(contestant.candidates),
+        "edge": _edges(comparison.candidates(row), best),
+        "extended": len(tried) - len(row.candidates),
         "tried": tried,
         "runs": runs,
         "loss": None,
@@ -94,18 +94,18 @@ def _row(comparison: Comparison, contestant: Contestant, failures: Mapping[str, 
     }
     if best and done:
         loss = mean_interval([run["loss"] for run in done])
-        row["loss"] = _numbers(loss._asdict())
-        row["perplexity"] = _numbers(
+        shown["loss"] = _numbers(loss._asdict())
+        shown["perplexity"] = _numbers(
             {"mean": math.exp(loss.mean), "low": math.exp(loss.low), "high": math.exp(loss.high)}
         )
-        row["training_flops"] = best.flops
-        row["memory_estimate_bytes"] = _number(best.memory_bytes)
+        shown["training_flops"] = best.flops
+        shown["memory_estimate_bytes"] = _number(best.memory_bytes)
         for name in ("tokens", "seconds", "parameters", "block_parameters", "tokens_per_second", "peak_memory_gib"):
             known = [run[name] for run in done if run[name] is not None]
-            row[name] = statistics.fmean(known) if known else None
-        row["flops_per_token"] = best.flops / row["tokens"]
-        row["sample"] = done[0]["sample"]
-    return row
+            shown[name] = statistics.fmean(known) if known else None
+        shown["flops_per_token"] = best.flops / shown["tokens"]
+        shown["sample"] = done[0]["sample"]
+    return shown
 
 
 def _run(comparison: Comparison, run: Run, failures: Mapping[str, str]) -> dict[str, Any]:
@@ -187,7 +187,7 @@ def _edges(candidates: Sequence[Candidate], best: Candidate | None) -> list[str]
 
 
 def _difference(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Loss minus the baseline's, paired by seed, because a seed fixes the order of the data for all contestants."""
+    """Loss minus the baseline's, paired by seed, because a seed fixes the order of the data for all rows."""
     ours, theirs = ({run["seed"]: run["loss"] for run in one["runs"] if "loss" in run} for one in (row, baseline))
     pairs = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
     return _numbers(mean_interval(pairs)._asdict()) if pairs and row is not baseline else None
@@ -227,7 +227,7 @@ def compute_to_reach(row: Mapping[str, Any], targets: Mapping[int, float]) -> di
 
 
 def _match(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was made equal, and how equal it came out: each contestant's figure over the first one's."""
+    """What was made equal, and how equal it came out: each row's figure over the first one's."""
     by = comparison.settings.match
     figure = {
         "tokens": "tokens",
@@ -243,7 +243,7 @@ def _match(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> dict[st
 
 def _notes(comparison: Comparison, results: Mapping[str, Any]) -> list[str]:
     """What a reader must know to judge the table."""
-    notes, rows, seeds = [], results["contestants"], results["seeds"]
+    notes, rows, seeds = [], results["rows"], results["seeds"]
     if results["finished_runs"] < results["planned_runs"]:
         notes.append(f"{results['finished_runs']} of {results['planned_runs']} runs are finished.")
     for key, reason in results["failures"].items():
@@ -267,9 +267,7 @@ def _notes(comparison: Comparison, results: Mapping[str, Any]) -> list[str]:
     for rate in dict.fromkeys(row["rate"] for row in rows):
         here = [f"{row['name']} {row['lr']:g}" for row in rows if row["rate"] == rate]
         if "not tuned" in rate:
-            notes.append(
-                f"Learning rate {rate}, so it may suit some contestants better than others: {', '.join(here)}."
-            )
+            notes.append(f"Learning rate {rate}, so it may suit some rows better than others: {', '.join(here)}.")
     if len({run["data_hash"] for row in rows for run in row["runs"] if "data_hash" in run}) > 1:
         notes.append("The runs did not see the same data (their hashes differ), so this comparison is not valid.")
     for name, why in (comparison.facts.get("no_control") or {}).items():
@@ -291,12 +289,12 @@ def _mismatches(results: Mapping[str, Any]) -> list[str]:
             f"Times are matched by the speed of {PROBE_STEPS} steps before the runs. The ratios are those of the finished runs; on "
             "a machine that does other work they differ."
         )
-    controls = [row["name"] for row in results["contestants"] if row["kind"] == "control" and by in STRUCTURAL]
+    controls = [row["name"] for row in results["rows"] if row["kind"] == "control" and by in STRUCTURAL]
     for name, ratio in results["match"]["ratios"].items():
         if abs(ratio - 1) > CLOSE_ENOUGH and name not in controls:
             notes.append(
                 f"{name} is not matched: its {results['match']['figure'].replace('_', ' ')} came out as {ratio:.3g} times those of "
-                f"{results['contestants'][0]['name']}."
+                f"{results['rows'][0]['name']}."
             )
     return notes
 
@@ -330,11 +328,11 @@ def write_results(comparison: Comparison, *, whole: bool = True) -> dict[str, An
             next to the model.
     """
     results = gather(comparison)
-    for row, contestant in zip(results["contestants"], comparison.contestants, strict=True):
-        best = comparison.best(contestant)
+    for shown, row in zip(results["rows"], comparison.rows, strict=True):
+        best = comparison.best(row)
         if whole and best is not None:
-            folder = comparison.folder(Run(contestant, best, comparison.settings.seeds[0]))
-            _examine(row, folder, comparison.settings.tasks, results["notes"])
+            folder = comparison.folder(Run(row, best, comparison.settings.seeds[0]))
+            _examine(shown, folder, comparison.settings.tasks, results["notes"])
     write_whole(comparison.out / "results.json", json.dumps(results, indent=1, allow_nan=False))
     return results
 

@@ -1,13 +1,13 @@
 """A comparison in its folder: the same tokens in the same order, the same evaluation, each run in a separate process.
 
-OUT/comparison.json        what was asked for, and the plan: contestants, candidates, what was matched
+OUT/comparison.json        what was asked for, and the plan: rows, candidates, what was matched
 OUT/runs/NAME/SETTINGS/seed-N/   a run of `lorank pretrain` each; see `lorank.comparison.process`
 OUT/models/NAME/           shapes of the narrower dense models
 OUT/.lock                  held by the process that plans or runs the comparison
 OUT/failed.json            run -> why it failed; tried again when the comparison is continued
 OUT/results.json           what came out, written again after every run; report.html shows it
 
-Every contestant runs each of its candidates with the first seed. While the best is at the edge of a sweep, the sweep is
+Every row runs each of its candidates with the first seed. While the best is at the edge of a sweep, the sweep is
 extended by a step, at most twice. The candidate with the lowest validation loss then runs with the other seeds. A seed changes initial values and the order of the training data; tokenizer and held-out text are those
 of the first seed in all runs, so that all losses are on the same text. A finished run is never repeated, so starting a
 comparison a second time continues it.
@@ -24,18 +24,18 @@ from typing import Any, NamedTuple, Protocol
 
 from filelock import FileLock, Timeout
 
-from lorank.comparison.contestants import (
-    EXTENSIONS,
-    Candidate,
-    Contestant,
-    beyond,
-    candidates_of,
-    find_contestants,
-    plan_contestants,
-)
 from lorank.comparison.controls import CONTROL
 from lorank.comparison.matching import Costs
 from lorank.comparison.process import PretrainProcess, begun, stop_on_signal
+from lorank.comparison.rows import (
+    EXTENSIONS,
+    Candidate,
+    Row,
+    beyond,
+    candidates_of,
+    find_rows,
+    plan_rows,
+)
 from lorank.comparison.settings import ComparisonSettings, slug
 from lorank.comparison.tasks import check_tasks, is_file
 from lorank.train import data
@@ -53,13 +53,13 @@ PROBE_TEXT = "Enough text for one evaluation: the speed of a step does not depen
 class Run(NamedTuple):
     """One training run of a comparison."""
 
-    contestant: Contestant
+    row: Row
     candidate: Candidate
     seed: int
 
     @property
     def key(self) -> str:
-        return f"{self.contestant.name}/{slug(self.candidate.settings)}/seed-{self.seed}"
+        return f"{self.row.name}/{slug(self.candidate.settings)}/seed-{self.seed}"
 
     @property
     def title(self) -> str:
@@ -67,7 +67,7 @@ class Run(NamedTuple):
             f"{name}={value:.10g}" if isinstance(value, float) else f"{name}={value}"
             for name, value in self.candidate.settings.items()
         )
-        return " ".join(filter(None, (self.contestant.name, settings, f"seed {self.seed}")))
+        return " ".join(filter(None, (self.row.name, settings, f"seed {self.seed}")))
 
     @property
     def recipe(self) -> Recipe:
@@ -89,10 +89,8 @@ class Watcher(Protocol):
 class Comparison:
     """A comparison in its folder: planned once, then run and continued as often as necessary."""
 
-    def __init__(
-        self, out: Path, settings: ComparisonSettings, contestants: list[Contestant], facts: Mapping[str, Any]
-    ):
-        self.out, self.settings, self.contestants, self.facts = out, settings, contestants, facts
+    def __init__(self, out: Path, settings: ComparisonSettings, rows: list[Row], facts: Mapping[str, Any]):
+        self.out, self.settings, self.rows, self.facts = out, settings, rows, facts
 
     @classmethod
     def open(cls, out: str | Path) -> "Comparison":
@@ -100,15 +98,15 @@ class Comparison:
         out = Path(out).expanduser()
         try:
             found = json.loads((out / "comparison.json").read_text())
-            contestants = [
-                Contestant(**{**one, "candidates": list(map(_candidate, one["candidates"]))})
-                for one in found["contestants"]
+            rows = [
+                Row(**{**one, "candidates": list(map(_candidate, one["candidates"]))})
+                for one in found["rows" if "rows" in found else "contestants"]  # as lorank 0.2 wrote
             ]
             settings = ComparisonSettings.from_dict(found["comparison"])
             facts = dict(found["facts"])
             if isinstance(why := facts.get("no_control"), str):  # by lorank 0.1
                 facts["no_control"] = {CONTROL: why} if why else {}
-            return cls(out.resolve(), settings, contestants, facts)
+            return cls(out.resolve(), settings, rows, facts)
         except FileNotFoundError:
             raise ValueError(f"{out} holds no comparison to continue: it has no comparison.json") from None
         except (json.JSONDecodeError, KeyError, TypeError) as error:
@@ -132,7 +130,7 @@ class Comparison:
         if (out / "comparison.json").exists():
             return _same(cls.open(out), settings)
         _check_free(out)
-        find_contestants(settings)
+        find_rows(settings)
         if settings.tasks:
             check_tasks(settings.tasks)
         watcher.say("reading the data and counting the models")
@@ -146,12 +144,12 @@ class Comparison:
         with _locked(out), stop_on_signal():
             try:
                 _clear(out)  # what a killed plan left
-                contestants, facts = _plan(planned, Costs(corpus.tokenizer), out, watcher)
+                rows, facts = _plan(planned, Costs(corpus.tokenizer), out, watcher)
                 facts = {"corpus": corpus.description, **facts}
                 plan = {
                     "comparison": settings.to_dict(),
                     "facts": facts,
-                    "contestants": [dataclasses.asdict(contestant) for contestant in contestants],
+                    "rows": [dataclasses.asdict(row) for row in rows],
                 }
                 write_whole(out / "comparison.json", json.dumps(plan, indent=2))
             except BaseException:
@@ -160,27 +158,27 @@ class Comparison:
                 if made and not any(out.iterdir()):
                     out.rmdir()
                 raise
-        return cls(out, settings, contestants, facts)
+        return cls(out, settings, rows, facts)
 
     def runs(self) -> Iterator[Run]:
-        """All runs in their order. Those with further seeds come when the best candidate is known; a contestant whose
+        """All runs in their order. Those with further seeds come when the best candidate is known; a row whose
         candidates have all failed has none."""
-        for contestant in self.contestants:
+        for row in self.rows:
             place = 0
-            while place < len(candidates := self.candidates(contestant)):  # which may have become more
-                yield Run(contestant, candidates[place], self.settings.seeds[0])
+            while place < len(candidates := self.candidates(row)):  # which may have become more
+                yield Run(row, candidates[place], self.settings.seeds[0])
                 place += 1
-        for contestant in self.contestants:
-            best = self.best(contestant)
+        for row in self.rows:
+            best = self.best(row)
             for seed in self.settings.seeds[1:] if best else ():
-                yield Run(contestant, best, seed)  # type: ignore[arg-type]
+                yield Run(row, best, seed)  # type: ignore[arg-type]
 
-    def candidates(self, contestant: Contestant) -> list[Candidate]:
+    def candidates(self, row: Row) -> list[Candidate]:
         """Those that were planned, and those by which a sweep has been extended because its best value was at an edge."""
-        found = list(contestant.candidates)
+        found = list(row.candidates)
         failures = self.failures()
         for _ in range(EXTENSIONS):
-            runs = [Run(contestant, candidate, self.settings.seeds[0]) for candidate in found]
+            runs = [Run(row, candidate, self.settings.seeds[0]) for candidate in found]
             losses = [self._loss(run) for run in runs]
             if any(loss is None and run.key not in failures for run, loss in zip(runs, losses, strict=True)):
                 break  # not all have ended
@@ -190,10 +188,10 @@ class Comparison:
             found.append(further)
         return found
 
-    def best(self, contestant: Contestant) -> Candidate | None:
+    def best(self, row: Row) -> Candidate | None:
         """The candidate whose first run has the lowest validation loss; None if no run has finished."""
-        found = self.candidates(contestant)
-        losses = [self._loss(Run(contestant, candidate, self.settings.seeds[0])) for candidate in found]
+        found = self.candidates(row)
+        losses = [self._loss(Run(row, candidate, self.settings.seeds[0])) for candidate in found]
         done = [(loss, place) for place, loss in enumerate(losses) if loss is not None]
         return found[min(done)[1]] if done else None
 
@@ -216,12 +214,12 @@ class Comparison:
 
     def count(self) -> int:
         """Runs of the whole comparison, as far as is known, if no run fails."""
-        return sum(len(self.candidates(one)) + len(self.settings.seeds) - 1 for one in self.contestants)
+        return sum(len(self.candidates(one)) + len(self.settings.seeds) - 1 for one in self.rows)
 
     def work(self) -> float:
         """FLOPs that are left, as far as is known, if the best candidates cost what the first ones do."""
         left, (first, *others) = 0.0, self.settings.seeds
-        for one in self.contestants:
+        for one in self.rows:
             left += sum(c.flops for c in self.candidates(one) if self.summary(Run(one, c, first)) is None)
             best = self.best(one) or one.candidates[0]
             left += sum(best.flops for seed in others if self.summary(Run(one, best, seed)) is None)
@@ -262,14 +260,14 @@ class Comparison:
 
 
 def with_budget(settings: ComparisonSettings, budget: Budget) -> ComparisonSettings:
-    """What is asked for, with the steps that spend a budget; parameters are those of the first contestant.
+    """What is asked for, with the steps that spend a budget; parameters are those of the first row.
 
     Raises:
-        ValueError: the data or the first contestant cannot be used, or epochs are those of a stream.
+        ValueError: the data or the first row cannot be used, or epochs are those of a stream.
     """
     base = absolute(settings.base)
     corpus = corpus_of(dataclasses.replace(base, seed=settings.seeds[0]))
-    name, (recipe, _) = next(iter(find_contestants(dataclasses.replace(settings, base=base)).items()))
+    name, (recipe, _) = next(iter(find_rows(dataclasses.replace(settings, base=base)).items()))
     [(_, first), *_], _ = candidates_of(settings, name, recipe)
     steps = budget.steps_of(first, corpus, round(Costs(corpus.tokenizer).of("parameters", first)))
     return dataclasses.replace(settings, base=dataclasses.replace(settings.base, steps=steps))
@@ -282,39 +280,37 @@ def _corpus(base: Recipe) -> data.Corpus:
     return corpus
 
 
-def _plan(
-    settings: ComparisonSettings, costs: Costs, out: Path, watcher: Watcher
-) -> tuple[list[Contestant], dict[str, Any]]:
-    """The contestants, timed if that is what is matched, and what the plan found out."""
+def _plan(settings: ComparisonSettings, costs: Costs, out: Path, watcher: Watcher) -> tuple[list[Row], dict[str, Any]]:
+    """The rows, timed if that is what is matched, and what the plan found out."""
     seconds: dict[str, float] = {}
     if settings.match == "time":
         untimed = dataclasses.replace(settings, match="tokens")
-        for contestant in plan_contestants(untimed, costs, out / "models")[0]:
-            seconds[contestant.name] = _seconds_per_step(contestant, out / "probes", watcher)
-    contestants, no_control = plan_contestants(settings, costs, out / "models", seconds)
-    return contestants, {"seconds_per_step": seconds, "no_control": no_control}
+        for row in plan_rows(untimed, costs, out / "models")[0]:
+            seconds[row.name] = _seconds_per_step(row, out / "probes", watcher)
+    rows, no_control = plan_rows(settings, costs, out / "models", seconds)
+    return rows, {"seconds_per_step": seconds, "no_control": no_control}
 
 
-def _seconds_per_step(contestant: Contestant, probes: Path, watcher: Watcher) -> float:
-    """The median over a few steps of the contestant's first candidate, in a separate process.
+def _seconds_per_step(row: Row, probes: Path, watcher: Watcher) -> float:
+    """The median over a few steps of the row's first candidate, in a separate process.
 
     Raises:
         ValueError: the short run failed.
         KeyboardInterrupt: a signal came; the short run has ended.
     """
-    watcher.say(f"measuring how fast {contestant.name} trains")
+    watcher.say(f"measuring how fast {row.name} trains")
     probes.mkdir(exist_ok=True)
-    recipe = contestant.candidates[0].recipe
+    recipe = row.candidates[0].recipe
     text = probes / "validation.txt"
     text.write_text(PROBE_TEXT * (2 + recipe.sequence_length // 4))
     short = {"steps": PROBE_STEPS, "warmup_steps": 1, "eval_every": 0, "save_every": 0, "report_to": []}
     probe = recipe.but({**short, "validation": str(text)})
-    with begun(lambda: PretrainProcess.start(probe, probes / contestant.name)) as process:
+    with begun(lambda: PretrainProcess.start(probe, probes / row.name)) as process:
         process.wait(lambda records: None)
     try:
-        found = json.loads((probes / contestant.name / "summary.json").read_text())
+        found = json.loads((probes / row.name / "summary.json").read_text())
     except FileNotFoundError:
-        raise ValueError(f"{contestant.name} cannot be timed: {process.last_words()}") from None
+        raise ValueError(f"{row.name} cannot be timed: {process.last_words()}") from None
     return found["tokens"] / found["steps"] / found["tokens_per_second"]
 
 

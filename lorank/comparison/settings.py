@@ -26,18 +26,18 @@ class ComparisonSettings:
     """What the user asks for; ValueError in one sentence if it makes no sense."""
 
     base: Recipe
-    """What all contestants have in common."""
+    """What all rows have in common."""
     methods: Sequence[str]
     """Each METHOD or NAME=METHOD, where METHOD may be several joined by "+"."""
     seeds: Sequence[int] = (42,)
     sweep: Mapping[str, Sequence[Any]] = dataclasses.field(default_factory=dict)
-    """Setting -> the values among which each contestant's best is chosen."""
+    """Setting -> the values among which each row's best is chosen."""
     own: Mapping[str, Mapping[str, Sequence[Any]]] = dataclasses.field(default_factory=dict)
-    """Contestant -> setting -> its own values instead."""
+    """Row -> setting -> its own values instead."""
     tuned: Literal["none", "dense", "all"] = "none"
     """Whose learning rate is chosen where `sweep` and `own` do not say. "none": all train at the base's. "dense": dense
     rows use the best around the base's. "all": a method uses the one that its recipe of the size names; dense rows, and
-    methods without such a recipe, use the best of `lorank.comparison.contestants.RATES`."""
+    methods without such a recipe, use the best of `lorank.comparison.rows.RATES`."""
     match: Match = "tokens"
     tasks: Sequence[str] = ()
     """Of lm-evaluation-harness."""
@@ -66,11 +66,11 @@ class ComparisonSettings:
     def _check(self, name: str, values: Sequence[Any]) -> None:
         head = full_name(name).partition(".")[0]
         if full_name(name) in settings_with("shared") or head == "shape":
-            raise ValueError(f"{name} is the same for all contestants; give it as a flag or in the recipe")
+            raise ValueError(f"{name} is the same for all rows; give it as a flag or in the recipe")
         if self.match in STRUCTURAL and name.rpartition(".")[2] == "rank":
             raise ValueError(f"--match {self.match} chooses the rank; leave out {name}")
         if self.match in (*STRUCTURAL, "time") and head in OF_COST and len(values) > 1:
-            raise ValueError(f"--match {self.match} fixes the cost of each contestant, so {name} cannot be swept")
+            raise ValueError(f"--match {self.match} fixes the cost of each row, so {name} cannot be swept")
         if not values:
             raise ValueError(f"{name} needs at least one value, for example lr=1e-3,3e-3")
         tried = [with_setting(self.base, name, value) for value in values]

@@ -40,15 +40,15 @@ MATCHED = {
 
 def comparison_page(results: Mapping[str, Any]) -> str:
     """report.html, which refers to nothing outside itself."""
-    rows = [row for row in results["contestants"] if row["loss"]]
-    style = styles(results["contestants"])
+    rows = [row for row in results["rows"] if row["loss"]]
+    style = styles(results["rows"])
     sections = [
         _head(results, rows),
         _table(results, style),
         figures.curves(results, rows, style),
         figures.reach(results, rows, style),
         figures.pareto(rows, style),
-        figures.tuning(results["contestants"], style),
+        figures.tuning(results["rows"], style),
         figures.spectra(rows, style),
         _tasks(rows, style),
         _samples(rows, style),
@@ -58,7 +58,7 @@ def comparison_page(results: Mapping[str, Any]) -> str:
 
 
 def styles(rows: Sequence[Row]) -> dict[str, str]:
-    """Contestant -> classes of its line: methods in colour, dense rows grey, each with other dashes."""
+    """Row -> classes of its line: methods in colour, dense rows grey, each with other dashes."""
     found, grey, colour = {}, 0, 0
     for row in rows:
         if row["kind"] == "method":
@@ -69,7 +69,7 @@ def styles(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _title(results: Mapping[str, Any]) -> str:
-    names = [row["name"] for row in results["contestants"] if row["kind"] == "method"]
+    names = [row["name"] for row in results["rows"] if row["kind"] == "method"]
     if not names:
         return "Dense models compared"
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
@@ -82,9 +82,7 @@ def _head(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
     facts = {
         "model": Path(base["model"]).name if base["model"] else f"Llama {base['size']}",
         "data": results["corpus"],
-        "tokens per run": tokens
-        if by not in ("flops", "time")
-        else f"{tokens} for {results['contestants'][0]['name']}",
+        "tokens per run": tokens if by not in ("flops", "time") else f"{tokens} for {results['rows'][0]['name']}",
         "equal for all": MATCHED[by],
         "seeds": ", ".join(map(str, results["seeds"])),
         "device": str(results["environment"].get("device", "unknown")),
@@ -176,7 +174,7 @@ def _surely(gap: Mapping[str, Any] | None) -> str:
 
 
 def _table(results: Mapping[str, Any], style: Mapping[str, str]) -> str:
-    rows, by, seeds = results["contestants"], results["match"]["by"], len(results["seeds"])
+    rows, by, seeds = results["rows"], results["match"]["by"], len(results["seeds"])
     lowest = min((row["loss"]["mean"] for row in rows if row["loss"]), default=0)
     ratio = [f"{MATCHED[by]}, ratio"] if by != "tokens" else []
     titles = ["", "perplexity", f"loss − {results['baseline']}, nats", *ratio, "parameters", "training FLOPs"]
@@ -252,7 +250,7 @@ def _samples(rows: Sequence[Row], style: Mapping[str, str]) -> str:
 def _reproduce(results: Mapping[str, Any]) -> str:
     about = yaml.safe_dump(results["environment"], sort_keys=False, allow_unicode=True)
     asked = yaml.safe_dump(results["settings"], sort_keys=False, allow_unicode=True)
-    runs = [f"{run['folder']}  {run['status']}" for row in results["contestants"] for run in row["runs"]]
+    runs = [f"{run['folder']}  {run['status']}" for row in results["rows"] for run in row["runs"]]
     blocks = {
         "Settings of the comparison": asked,
         "Environment": about,
@@ -265,7 +263,7 @@ def _reproduce(results: Mapping[str, Any]) -> str:
 
 
 def comparison_table(results: Mapping[str, Any]) -> Table:
-    """One line per contestant, the best first; narrow enough for 80 columns."""
+    """One line per row, the best first; narrow enough for 80 columns."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold")
     several, by = len(results["seeds"]) > 1, results["match"]["by"]
     titles = ["", "ppl", *(["95 % CI"] if several else []), f"Δ nats\n{results['baseline']}", "params", "FLOPs\n/token"]
@@ -273,7 +271,7 @@ def comparison_table(results: Mapping[str, Any]) -> Table:
     for title in titles:
         free = title in ("", "settings")
         table.add_column(title, justify="left" if free else "right", no_wrap=not free, vertical="top", overflow="fold")
-    rows = sorted(results["contestants"], key=lambda row: row["loss"]["mean"] if row["loss"] else math.inf)
+    rows = sorted(results["rows"], key=lambda row: row["loss"]["mean"] if row["loss"] else math.inf)
     for row in rows:
         if not row["loss"]:
             table.add_row(

@@ -57,7 +57,7 @@ def curves(results: Mapping[str, Any], rows: Sequence[Row], style: Mapping[str, 
 
 
 def _averaged(row: Row, key: str, style: str) -> Series:
-    """A contestant's curve: the mean over its seeds, at the steps that all of them have."""
+    """A row's curve: the mean over its seeds, at the steps that all of them have."""
     done = [run for run in row["runs"] if run["status"] == "finished"]
     found = [
         dict(zip(run["curve"]["step"], zip(run["curve"][key], run["curve"]["loss"], strict=True), strict=True))
@@ -123,7 +123,7 @@ def pareto(rows: Sequence[Row], style: Mapping[str, str]) -> str:
     intervals = " Bars are 95 % intervals." if any(row["perplexity"]["low"] is not None for row in rows) else ""
     return section(
         "Perplexity against cost",
-        f"Further left is cheaper, lower is better. No contestant is both cheaper and better than those on the dotted line.{intervals}",
+        f"Further left is cheaper, lower is better. No row is both cheaper and better than those on the dotted line.{intervals}",
         f'<div class="two">{"".join(figures)}</div>',
     )
 

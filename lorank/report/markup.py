@@ -51,7 +51,7 @@ def bar_cell(share: float, text: str, small: str, style: str) -> str:
 
 
 def name_cell(name: str, style: str) -> str:
-    """The cell that begins a contestant's row, with the line it has in the charts."""
+    """The cell that begins a row, with the line it has in the charts."""
     return f'<th scope="row"><i class="key {style}"></i>{escape(name)}</th>'
 
 

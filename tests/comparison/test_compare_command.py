@@ -19,7 +19,7 @@ BAD = {
     "no values": (["--method", "cola", "--sweep", "lr"], "a sweep must be NAME=VALUE,VALUE"),
     "bad value": (["--method", "cola", "--sweep", "lr=1e-3,-1"], "lr must be a positive number, got -1.0"),
     "shared setting": (["--method", "cola", "--sweep", "steps=5,9"], "steps is the same for all"),
-    "own of nobody": (["--method", "cola", "--for", "sparse", "lr=1e-3"], "--for sparse: no such contestant; the contestants are cola, dense"),
+    "own of nobody": (["--method", "cola", "--for", "sparse", "lr=1e-3"], "--for sparse: no such row; the rows are cola, dense"),
     "twice": (["--method", "cola", "--method", "cola"], "the name 'cola' is taken"),
     "the control's name": (["--method", "dense-small=dense"], "the name 'dense-small' is taken"),
     "a value twice": (["--method", "cola", "--sweep", "lr=1e-3,0.001"], "lr=0.001 is given twice"),

@@ -1,4 +1,4 @@
-"""What contestants cost, and how ranks, widths and steps are chosen so that all spend the same."""
+"""What rows cost, and how ranks, widths and steps are chosen so that all spend the same."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from lorank.comparison.contestants import plan_contestants
 from lorank.comparison.matching import CLOSE, Costs, narrow_to_match, with_steps
 from lorank.comparison.results import gather
+from lorank.comparison.rows import plan_rows
 from lorank.comparison.runner import Comparison
 from lorank.comparison.settings import ComparisonSettings
 from lorank.train.model import build_config, build_model, check_causal
@@ -59,7 +59,7 @@ def test_a_narrower_model_is_of_the_same_architecture(
 def test_rank_or_width_make_costs_equal(base: Recipe, costs: Costs, tmp_path: Path, match: Any, figure: Any) -> None:
     base = dataclasses.replace(base, rank=6)
     names = ["cola", "sltrain", "d=dense"] if match == "params" else ["cola", "sltrain"]
-    found, _ = plan_contestants(ComparisonSettings(base=base, methods=names, match=match), costs, tmp_path)
+    found, _ = plan_rows(ComparisonSettings(base=base, methods=names, match=match), costs, tmp_path)
     target = costs.of(figure, found[0].candidates[0].recipe)
     for one in found[1 : len(names)]:
         assert costs.of(figure, one.candidates[0].recipe) == pytest.approx(target, rel=0.02)
@@ -72,7 +72,7 @@ def test_what_is_dropped_after_training_is_not_matched(
     """MASA has a network for its coefficients while it trains, half as large as a small model."""
     short = dataclasses.replace(base, rank=None, steps=2, warmup_steps=1, eval_every=0, save_every=0)
     asked = ComparisonSettings(base=short, methods=["cola", "masa"], match="params")
-    comparison = Comparison(tmp_path, asked, plan_contestants(asked, costs, tmp_path / "models")[0][:2], {"corpus": ""})
+    comparison = Comparison(tmp_path, asked, plan_rows(asked, costs, tmp_path / "models")[0][:2], {"corpus": ""})
     comparison.run(watcher, after_each=lambda comparison: None)
     results = gather(comparison)
     assert results["match"]["ratios"]["masa"] == pytest.approx(1, abs=0.02)
@@ -82,7 +82,7 @@ def test_what_is_dropped_after_training_is_not_matched(
 def test_equal_time_means_steps_by_measured_speed(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     asked = ComparisonSettings(base=base, methods=["cola", "d=dense"], match="time")
     seconds = {"cola": 0.1, "d": 0.3, "dense": 0.15, "dense-muon": 0.2, "dense-small": 0.05, "dense-small-muon": 0.1}
-    found, _ = plan_contestants(asked, costs, tmp_path, seconds)
+    found, _ = plan_rows(asked, costs, tmp_path, seconds)
     assert [one.candidates[0].recipe.steps for one in found] == [6, 2, 4, 3, 12, 6]
     assert found[-2].candidates[0].recipe.warmup_steps == 4 and found[-2].candidates[0].recipe.eval_every == 4
     assert with_steps(dataclasses.replace(base, warmup_steps=0.25), 40).warmup == 10

@@ -16,13 +16,13 @@ from lorank.train.recipe import Recipe
 
 @pytest.fixture
 def rows(finished) -> list[dict[str, Any]]:
-    return finished.results["contestants"]
+    return finished.results["rows"]
 
 
 def test_results_are_whole_and_kept_as_json(finished, rows: list[dict[str, Any]]) -> None:
     results, out = finished.results, finished.comparison.out
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    assert results["format"] == 1 and results["failures"] == {}
+    assert results["format"] == 2 and results["failures"] == {}
     assert results["finished_runs"] == results["planned_runs"] == 13
     assert [row["name"] for row in rows] == ["cola", "dense", "dense-muon", "dense-small", "dense-small-muon"]
     assert [row["kind"] for row in rows] == ["method", "dense", "dense", "control", "control"]
@@ -78,8 +78,8 @@ def test_differences_are_paired_by_seed(finished, rows: list[dict[str, Any]]) ->
     assert half == pytest.approx(12.7062 * abs(gaps[0] - gaps[1]) / 2, rel=1e-4)
 
 
-def test_a_failed_contestant_has_its_row_and_a_note(finished) -> None:
-    muon = next(row for row in finished.failed["contestants"] if row["name"] == "dense-muon")
+def test_what_failed_has_its_row_and_a_note(finished) -> None:
+    muon = next(row for row in finished.failed["rows"] if row["name"] == "dense-muon")
     assert muon["loss"] is None and muon["tried"][0]["status"] == "failed"
     assert any("dense-muon" in note and "became nan" in note for note in finished.failed["notes"])
     assert "failed" in comparison_page(finished.failed)
@@ -90,13 +90,13 @@ def test_a_note_says_what_is_not_equal() -> None:
         {"name": name, "kind": kind} for name, kind in (("cola", "method"), ("d", "dense"), ("dense-small", "control"))
     ]
     match = {"by": "time", "figure": "seconds", "ratios": {"cola": 1.0, "d": 1.02, "dense-small": 1.44}}
-    probed, told = _mismatches({"match": match, "contestants": rows})
+    probed, told = _mismatches({"match": match, "rows": rows})
     assert (
         "speed of 12 steps" in probed
         and told == "dense-small is not matched: its seconds came out as 1.44 times those of cola."
     )
     match = {"by": "params", "figure": "parameters", "ratios": {"cola": 1.0, "d": 0.78, "dense-small": 0.9}}
-    [told] = _mismatches({"match": match, "contestants": rows})
+    [told] = _mismatches({"match": match, "rows": rows})
     assert told.startswith("d is not matched: its parameters came out as 0.78 times")
 
 
@@ -115,7 +115,7 @@ def test_what_was_not_timed_is_not_shown(base: Recipe, quick, watcher, tmp_path:
     comparison = Comparison.plan(ComparisonSettings(base=one, methods=["dense"]), tmp_path / "out", watcher)
     comparison.run(watcher, after_each=lambda comparison: None)
     results = write_results(comparison, whole=False)
-    assert all(row["loss"] and row["tokens_per_second"] is row["seconds"] is None for row in results["contestants"])
+    assert all(row["loss"] and row["tokens_per_second"] is row["seconds"] is None for row in results["rows"])
     speeds = next(column for column in comparison_table(results).columns if "tokens" in str(column.header))
     assert list(speeds.cells) == ["-", "-"]
     page = comparison_page(results)
@@ -153,7 +153,7 @@ def test_reach_is_where_the_curve_first_has_the_baselines_loss() -> None:
 
 
 def test_the_winner_is_compared_with_the_next_by_seed(finished) -> None:
-    first, second = sorted(finished.results["contestants"], key=lambda row: row["loss"]["mean"])[:2]
+    first, second = sorted(finished.results["rows"], key=lambda row: row["loss"]["mean"])[:2]
     found = finished.results["winner"]
     assert (found["name"], found["next"]) == (first["name"], second["name"])
     gaps = [ours["loss"] - theirs["loss"] for ours, theirs in zip(first["runs"], second["runs"], strict=True)]

@@ -1,6 +1,7 @@
 """A comparison keeps what is finished, whoever stops or kills it, and all its runs see the same text."""
 
 import dataclasses
+import json
 import math
 import os
 import signal
@@ -15,9 +16,9 @@ import pytest
 import torch
 
 from lorank.comparison import runner as module
-from lorank.comparison.contestants import plan_contestants
 from lorank.comparison.matching import Costs
 from lorank.comparison.process import PretrainProcess
+from lorank.comparison.rows import plan_rows
 from lorank.comparison.runner import LOCK, Comparison, with_budget
 from lorank.comparison.settings import ComparisonSettings
 from lorank.train import data
@@ -28,7 +29,7 @@ from lorank.train.run import pretrain
 
 
 def test_equal_flops_are_planned(finished) -> None:
-    candidates = [candidate for one in finished.comparison.contestants for candidate in one.candidates]
+    candidates = [candidate for one in finished.comparison.rows for candidate in one.candidates]
     first = candidates[0].flops
     assert all(abs(one.flops - first) * one.recipe.steps / one.flops <= 1 for one in candidates), "to a step"
 
@@ -43,6 +44,12 @@ def test_further_seeds_come_last_and_only_for_the_best(finished) -> None:
     assert "failed: the loss became nan" in finished.watchers[0].outcomes[5]
 
 
+def test_a_folder_of_lorank_0_2_is_continued(finished, tmp_path: Path) -> None:
+    plan = json.loads((finished.comparison.out / "comparison.json").read_text())
+    (tmp_path / "comparison.json").write_text(json.dumps({**plan, "contestants": plan.pop("rows")}))
+    assert Comparison.open(tmp_path).rows == Comparison.open(finished.comparison.out).rows
+
+
 def test_the_same_command_again_runs_only_what_failed(finished, watcher) -> None:
     assert finished.watchers[1].started == ["dense-muon lr=0.01 seed 1", "dense-muon lr=0.01 seed 2"]
     assert finished.untouched
@@ -50,7 +57,7 @@ def test_the_same_command_again_runs_only_what_failed(finished, watcher) -> None
     assert watcher.started == []
 
 
-def test_a_budget_is_spent_by_all_on_the_first_contestants_terms(base: Recipe, costs: Costs) -> None:
+def test_a_budget_is_spent_by_all_on_the_first_rows_terms(base: Recipe, costs: Costs) -> None:
     asked = ComparisonSettings(base=base, methods=["cola", "dense"])
     dense = dataclasses.replace(base, method="dense", rank=None)
     small, large = costs.of("parameters", base), costs.of("parameters", dense)
@@ -101,7 +108,7 @@ def test_all_methods_see_the_same_tokens_in_the_same_order(
     settings = ComparisonSettings(
         base=dataclasses.replace(base, steps=8, eval_every=0, save_every=0), methods=["cola", "dense"], match="flops"
     )  # dense rows take fewer steps; fewest with Muon, whose products cost much for so few tokens
-    for one in plan_contestants(settings, costs, tmp_path / "models")[0]:
+    for one in plan_rows(settings, costs, tmp_path / "models")[0]:
         batches: list[torch.Tensor] = []
 
         def remember(rows: Any, vocab_size: int | None = None, batches: list[torch.Tensor] = batches) -> Any:
@@ -160,7 +167,7 @@ def test_stopped_then_killed_and_nothing_is_lost(
 def test_a_plan_that_is_ended_leaves_nothing_behind(
     base: Recipe, flags: list[str], watcher, tmp_path: Path, end: int
 ) -> None:
-    """While it measures how fast a contestant is: no folder that is refused, no process that continues."""
+    """While it measures how fast a row is: no folder that is refused, no process that continues."""
     long, out = dataclasses.replace(base, batch_size=64, sequence_length=64), tmp_path / "out"
     more = ["--batch-size", "64", "--sequence-length", "64", "--match", "time", "--out", str(out)]
     command = [sys.executable, "-m", "lorank", "compare", "--method", "dense", *flags, *more]

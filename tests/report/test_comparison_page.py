@@ -18,7 +18,7 @@ NASTY = '</pre><script src="http://evil.example/x.js">alert(1)</script><img src=
 
 
 def row(name: str, kind: str, loss: float, *, seeds: int = 3, flops: float = 1e12) -> dict[str, Any]:
-    """A contestant as results.json has it."""
+    """A row as results.json has it."""
     steps = list(range(1, 41))
     curve = {
         "step": steps,
@@ -76,14 +76,14 @@ def results() -> dict[str, Any]:
         one["difference"]["mean"] = one["loss"]["mean"] - 4.1
     rows[2]["difference"] = None
     return {
-        "format": 1,
+        "format": 2,
         "lorank": "0.1.0",
         "settings": {"base": {"model": None, "size": "tiny", "steps": 40, "batch_size": 8, "sequence_length": 256}},
         "corpus": f"text: {NASTY}",
         "seeds": [0, 1, 2],
         "baseline": "dense",
         "match": {"by": "tokens", "ratios": {one["name"]: 1.0 for one in rows}},
-        "contestants": rows,
+        "rows": rows,
         "environment": {"device": "x86_64", "url": "see https://example.org"},
         "notes": [f"dense failed: {NASTY}."],
     }
@@ -125,7 +125,7 @@ def test_every_chart_is_well_formed_and_knows_its_points(results: dict[str, Any]
 
 
 def test_the_verdict_is_careful(results: dict[str, Any]) -> None:
-    rows = results["contestants"]
+    rows = results["rows"]
     said = verdict(results, rows)
     assert "10.5 % above dense (60.34)" in said and "60 % of its training FLOPs" in said
     assert "Over 3 seeds the difference in loss is +0.100 nats" in said and "more than chance" in said
@@ -146,7 +146,7 @@ def test_the_verdict_is_careful(results: dict[str, Any]) -> None:
 
 
 def test_what_failed_or_has_not_run_yet_has_its_row(results: dict[str, Any]) -> None:
-    for one, status in zip(results["contestants"][1:3], ("failed", "not started"), strict=True):
+    for one, status in zip(results["rows"][1:3], ("failed", "not started"), strict=True):
         one.update(loss=None, perplexity=None, settings=None, difference=None, edge=[])
         one["tried"] = [{"settings": {"lr": 3e-3}, "status": status, "loss": None}]
         one["runs"] = [{"seed": 0, "folder": "runs/x", "status": status}]
@@ -154,8 +154,8 @@ def test_what_failed_or_has_not_run_yet_has_its_row(results: dict[str, Any]) -> 
     assert "failed, see the notes above" in page and ">not finished<" in page
     assert len(comparison_table(results).columns[0]._cells) == 5
     nothing = copy.deepcopy(results)
-    for one in nothing["contestants"]:
-        one.update(results["contestants"][2] | {"name": one["name"], "kind": one["kind"]})
+    for one in nothing["rows"]:
+        one.update(results["rows"][2] | {"name": one["name"], "kind": one["kind"]})
     assert "No run has finished." in comparison_page(nothing)
 
 
@@ -167,7 +167,7 @@ def test_what_was_matched_is_shown_with_how_well(results: dict[str, Any]) -> Non
 
 
 def test_control_characters_are_seen_and_do_nothing(results: dict[str, Any]) -> None:
-    results["contestants"][0]["sample"] = "a\x00b\x1b[31m\x7f\x9b\rtab\there\nnext"
+    results["rows"][0]["sample"] = "a\x00b\x1b[31m\x7f\x9b\rtab\there\nnext"
     page = comparison_page(results)
     assert "a␀b␛[31m␡\\x9b␍tab\there\nnext" in page
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
@@ -192,7 +192,7 @@ def test_the_terminal_has_80_columns(results: dict[str, Any]) -> None:
 
 
 def test_dense_rows_are_grey_and_methods_coloured(results: dict[str, Any]) -> None:
-    found = styles(results["contestants"])
+    found = styles(results["rows"])
     assert found == {"cola": "s0", "<b>low</b>": "s1", "dense": "g0", "dense-muon": "g1", "dense-small": "g2"}
 
 
@@ -205,7 +205,7 @@ def test_what_was_tried_may_be_words_or_both() -> None:
 
 
 def test_what_it_takes_to_reach_the_baseline_has_bars(results: dict[str, Any]) -> None:
-    rows = results["contestants"]
+    rows = results["rows"]
     rows[0]["reach"] = {"tokens": 2e4, "flops": 3e11, "seconds": 9.0}
     shown = figures.reach(results, rows, styles(rows))
     assert "Compute to reach the final loss of dense" in shown and "not reached" in shown

@@ -1,9 +1,9 @@
-"""Who takes part in a comparison, with which settings: from what the user asks for to the recipe of every run.
+"""The rows of a comparison: from what the user asks for to the recipe of every run.
 
 Next to the methods that the user names there are dense models: one trained by AdamW, one by Muon, and for each optimizer a
 `dense-small`, made narrower until it costs what the cheapest method costs in FLOPs per token, or if no method saves those,
 in parameters or memory (`lorank.comparison.controls`). There is none if no method saves any of them, or if the architecture
-cannot be made narrower; and none of these rows if the user wants the named contestants only.
+cannot be made narrower; and none of these if the user wants the named rows only.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ GIVEN = "as given, not tuned"
 
 @dataclasses.dataclass
 class Candidate:
-    """A contestant with one choice of the swept settings; its recipe is complete but for the seed."""
+    """A row with one choice of the swept settings; its recipe is complete but for the seed."""
 
     settings: dict[str, Any]
     recipe: Recipe
@@ -44,7 +44,7 @@ class Candidate:
 
 
 @dataclasses.dataclass
-class Contestant:
+class Row:
     """One row of the comparison."""
 
     name: str
@@ -60,8 +60,8 @@ class Contestant:
     """For dense-small: what it has in common with which method, in words."""
 
 
-def find_contestants(settings: ComparisonSettings) -> dict[str, tuple[Recipe, str]]:
-    """Name -> (recipe, kind) of all contestants but the narrower dense models, in the user's order."""
+def find_rows(settings: ComparisonSettings) -> dict[str, tuple[Recipe, str]]:
+    """Name -> (recipe, kind) of all rows but the narrower dense models, in the user's order."""
     found: dict[str, tuple[Recipe, str]] = {}
     dense = dense_twin(settings.base)
     rule = methods_of(dense).optimizer.name
@@ -94,18 +94,18 @@ def find_contestants(settings: ComparisonSettings) -> dict[str, tuple[Recipe, st
     names = [*found, *([] if settings.only else control_names(found))]
     for name in settings.own:
         if name not in names:
-            raise ValueError(f"--for {name}: no such contestant; the contestants are {', '.join(names)}")
+            raise ValueError(f"--for {name}: no such row; the rows are {', '.join(names)}")
     return found
 
 
 def _check_name(name: str, recipe: Recipe, found: Mapping[str, Any]) -> None:
     taken = name.casefold() in map(str.casefold, found)  # one folder where case does not count
     if taken or name.casefold().startswith(CONTROL):
-        raise ValueError(f"the name {name!r} is taken; rename the contestant, as in --method my-{name}={recipe.method}")
+        raise ValueError(f"the name {name!r} is taken; rename the row, as in --method my-{name}={recipe.method}")
     is_folder = re.fullmatch(r"\w[\w.+-]{0,63}", name) and not name.endswith(".")
     if not is_folder or name.partition(".")[0].lower() in DEVICES:
         raise ValueError(
-            "a contestant's name is also a folder's: it must be up to 64 letters, digits, '.', '+', '-' and '_', begin with a "
+            "a row's name is also a folder's: it must be up to 64 letters, digits, '.', '+', '-' and '_', begin with a "
             f"letter or digit and not end with '.', got {name!r}"
         )
 
@@ -115,22 +115,22 @@ def in_integers(recipe: Recipe) -> bool:
     return recipe.model == EggConfig.model_type
 
 
-def plan_contestants(
+def plan_rows(
     settings: ComparisonSettings, costs: Costs, folder: Path, seconds_per_step: Mapping[str, float] | None = None
-) -> tuple[list[Contestant], dict[str, str]]:
-    """Every contestant with the recipes of its candidates, matched to the first one as the settings say; and the dense-small
+) -> tuple[list[Row], dict[str, str]]:
+    """Every row with the recipes of its candidates, matched to the first one as the settings say; and the dense-small
     that are missing, with the reason.
 
     Args:
         folder: where the shapes of narrower models are written.
-        seconds_per_step: contestant -> measured, for match="time".
+        seconds_per_step: row -> measured, for match="time".
 
     Raises:
         ValueError: a method or setting that does not exist or does not fit, or costs that cannot be matched.
     """
-    contestants: list[Contestant] = []
+    rows: list[Row] = []
     by, target = STRUCTURE.get(settings.match), None
-    for name, (recipe, kind) in find_contestants(settings).items():
+    for name, (recipe, kind) in find_rows(settings).items():
         try:
             chosen, (recipes, rate) = "as it is", candidates_of(settings, name, recipe)
             if by and target is not None:
@@ -139,22 +139,22 @@ def plan_contestants(
                 recipes = [(values, dataclasses.replace(written_out(one), **shape)) for values, one in recipes]
             elif by:
                 target = costs.of(by, recipes[0][1])
-            contestants.append(_contestant(settings, name, kind, chosen, recipes, rate, costs))
+            rows.append(_row(settings, name, kind, chosen, recipes, rate, costs))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
-    controls, missing = _controls(settings, contestants, costs, folder)
-    contestants += controls
-    for contestant in contestants:
-        for candidate in contestant.candidates:
-            steps = _matched_steps(settings, contestants[0], contestant, candidate, seconds_per_step or {})
-            matched = _at_steps(contestant.name, settings.match, candidate.recipe, steps)
+    controls, missing = _controls(settings, rows, costs, folder)
+    rows += controls
+    for row in rows:
+        for candidate in row.candidates:
+            steps = _matched_steps(settings, rows[0], row, candidate, seconds_per_step or {})
+            matched = _at_steps(row.name, settings.match, candidate.recipe, steps)
             candidate.flops *= matched.steps / candidate.recipe.steps
             candidate.recipe = matched
             try:  # better now than when its turn comes
                 costs.check(candidate.recipe)
             except (ValueError, ImportError) as error:
-                raise ValueError(f"{contestant.name}: {error}") from None
-    return contestants, missing
+                raise ValueError(f"{row.name}: {error}") from None
+    return rows, missing
 
 
 def _at_steps(name: str, match: str, recipe: Recipe, steps: int) -> Recipe:
@@ -179,7 +179,7 @@ def _at_steps(name: str, match: str, recipe: Recipe, steps: int) -> Recipe:
 def candidates_of(
     settings: ComparisonSettings, name: str, recipe: Recipe
 ) -> tuple[list[tuple[dict[str, Any], Recipe]], str]:
-    """The contestant's recipe with every combination of values, and where its learning rate comes from. What a dense model
+    """The row's recipe with every combination of values, and where its learning rate comes from. What a dense model
     does not have is not swept."""
     values, rate = {**settings.sweep, **settings.own.get(name, {})}, GIVEN
     if "lr" not in values:
@@ -206,7 +206,7 @@ def _is_low_rank(setting: str) -> bool:
 
 
 def _rates(settings: ComparisonSettings, recipe: Recipe) -> tuple[list[float], str]:
-    """The learning rates that a contestant tries if the user gives none for it, and where they come from."""
+    """The learning rates that a row tries if the user gives none for it, and where they come from."""
     if settings.tuned == "none" or (settings.tuned == "dense" and not is_dense(recipe)):
         return [], GIVEN
     if in_integers(recipe):
@@ -217,7 +217,7 @@ def _rates(settings: ComparisonSettings, recipe: Recipe) -> tuple[list[float], s
     return list(RATES if published is None else [published]), f"from its {recipe.size} recipe, not tuned here"
 
 
-def _contestant(
+def _row(
     settings: ComparisonSettings,
     name: str,
     kind: str,
@@ -225,29 +225,29 @@ def _contestant(
     recipes: Sequence[tuple[dict[str, Any], Recipe]],
     rate: str,
     costs: Costs,
-) -> Contestant:
+) -> Row:
     candidates = []
     for values, recipe in recipes:
         memory = costs.of("memory_bytes", recipe) if settings.match == "memory" else None
         candidates.append(Candidate(values, recipe, flops_of(recipe, costs), memory))
-    return Contestant(name, title_of(recipes[0][1]), kind, chosen, candidates, rate)
+    return Row(name, title_of(recipes[0][1]), kind, chosen, candidates, rate)
 
 
 def _controls(
-    settings: ComparisonSettings, contestants: Sequence[Contestant], costs: Costs, folder: Path
-) -> tuple[list[Contestant], dict[str, str]]:
+    settings: ComparisonSettings, rows: Sequence[Row], costs: Costs, folder: Path
+) -> tuple[list[Row], dict[str, str]]:
     """The narrower dense models, and why there is none, by name."""
     if settings.only:
         return [], {}
     if in_integers(settings.base):
         return [], {CONTROL: "EGG has no dense twin in floating point"}
-    methods = [(row.name, one.recipe) for row in contestants if row.kind == "method" for one in row.candidates]
-    dense = [row.candidates[0].recipe for row in contestants if row.kind == "dense"]
+    methods = [(row.name, one.recipe) for row in rows if row.kind == "method" for one in row.candidates]
+    dense = [row.candidates[0].recipe for row in rows if row.kind == "dense"]
     found, missing = find_controls(settings.base, methods, dense, costs, STRUCTURE.get(settings.match), folder)
     made = []
     for name, recipe, chosen, like in found:
         recipes, rate = candidates_of(settings, name, recipe)
-        control = _contestant(settings, name, "control", chosen, recipes, rate, costs)
+        control = _row(settings, name, "control", chosen, recipes, rate, costs)
         made.append(dataclasses.replace(control, like=like))
     return made, missing
 
@@ -280,8 +280,8 @@ def beyond(candidates: Sequence[Candidate], losses: Sequence[float | None]) -> C
 
 def _matched_steps(
     settings: ComparisonSettings,
-    first: Contestant,
-    contestant: Contestant,
+    first: Row,
+    row: Row,
     candidate: Candidate,
     seconds_per_step: Mapping[str, float],
 ) -> int:
@@ -289,7 +289,7 @@ def _matched_steps(
     if settings.match == "flops":
         return max(1, round(steps * _per_step(first.candidates[0]) / _per_step(candidate)))
     if settings.match == "time":
-        return max(1, round(steps * seconds_per_step[first.name] / seconds_per_step[contestant.name]))
+        return max(1, round(steps * seconds_per_step[first.name] / seconds_per_step[row.name]))
     return steps
 
 

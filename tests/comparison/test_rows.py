@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from lorank.comparison.contestants import Candidate, beyond, candidates_of, find_contestants, plan_contestants
 from lorank.comparison.controls import CONTROL
 from lorank.comparison.matching import CLOSE, Costs
 from lorank.comparison.results import gather
+from lorank.comparison.rows import Candidate, beyond, candidates_of, find_rows, plan_rows
 from lorank.comparison.runner import Comparison
 from lorank.comparison.settings import ComparisonSettings, slug
 from lorank.train.data import load_tokenizer
@@ -21,7 +21,7 @@ from lorank.train.recipe import Recipe
 
 
 def test_the_control_costs_what_the_cheapest_method_costs(base: Recipe, costs: Costs, tmp_path: Path) -> None:
-    (*_, control, with_muon), missing = plan_contestants(
+    (*_, control, with_muon), missing = plan_rows(
         ComparisonSettings(base=base, methods=["low-rank", "cola", "cola+muon"]), costs, tmp_path
     )
     cola = costs.of("flops_per_token", dataclasses.replace(base, method="cola"))
@@ -36,14 +36,14 @@ def test_the_control_costs_what_the_cheapest_method_costs(base: Recipe, costs: C
     assert with_muon.name == "dense-small-muon" and with_muon.like == "training FLOPs per token of cola+muon"
     assert costs.of("flops_per_token", with_muon.candidates[0].recipe) == pytest.approx(muon, rel=0.02)
     assert with_muon.candidates[0].recipe.optimizer == "muon"
-    found, missing = plan_contestants(ComparisonSettings(base=base, methods=["dense"]), costs, tmp_path)
+    found, missing = plan_rows(ComparisonSettings(base=base, methods=["dense"]), costs, tmp_path)
     assert [one.name for one in found] == ["dense", "dense-muon"]
     assert missing["dense-small"].startswith("no method takes part")
 
 
-def test_named_contestants_may_be_compared_alone(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+def test_named_rows_may_be_compared_alone(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     asked = ComparisonSettings(base=base, methods=["cola", "d=dense"], only=True)
-    found, missing = plan_contestants(asked, costs, tmp_path)
+    found, missing = plan_rows(asked, costs, tmp_path)
     assert [one.name for one in found] == ["cola", "d"] and missing == {}
 
 
@@ -66,7 +66,7 @@ def test_a_sweep_goes_beyond_the_edge_where_its_best_is(base: Recipe) -> None:
 
 def test_the_control_of_a_gpt2_is_a_gpt2(of_type: Callable[..., Recipe], costs: Costs, tmp_path: Path) -> None:
     recipe = of_type("gpt2", tmp_path / "m", n_embd=64, n_layer=2, n_head=2)
-    (*_, control, _), _ = plan_contestants(ComparisonSettings(base=recipe, methods=["cola"]), costs, tmp_path)
+    (*_, control, _), _ = plan_rows(ComparisonSettings(base=recipe, methods=["cola"]), costs, tmp_path)
     assert control.name == "dense-small" and control.like == "training FLOPs per token of cola"
     assert build_config(control.candidates[0].recipe, costs.tokenizer).model_type == "gpt2"
 
@@ -76,7 +76,7 @@ def test_a_comparison_without_a_control_says_why(of_type: Callable[..., Recipe],
         of_type("bloom", tmp_path / "m", hidden_size=64, n_layer=2, n_head=4), attention="eager"
     )
     asked = ComparisonSettings(base=recipe, methods=["cola"])
-    found, missing = plan_contestants(asked, costs, tmp_path / "models")
+    found, missing = plan_rows(asked, costs, tmp_path / "models")
     assert [one.name for one in found] == ["cola", "dense", "dense-muon"]
     why = missing["dense-small"]
     assert why.startswith("a model of type 'bloom' cannot be made narrower") and not (tmp_path / "models").exists()
@@ -93,7 +93,7 @@ def test_without_saved_compute_the_control_has_what_is_saved(
 ) -> None:
     shape = {"hidden_size": 48} if match == "params" else {}  # which the file of the narrower model replaces
     recipe = dataclasses.replace(base, rank=None if methods == ["masa"] else 8, shape=shape)
-    found, missing = plan_contestants(ComparisonSettings(base=recipe, methods=methods, match=match), costs, tmp_path)
+    found, missing = plan_rows(ComparisonSettings(base=recipe, methods=methods, match=match), costs, tmp_path)
     control = next(one for one in found if one.name == "dense-small")
     assert missing == {}, missing
     least = min(costs.of(figure, one.candidates[0].recipe) for one in found if one.kind == "method")
@@ -104,7 +104,7 @@ def test_without_saved_compute_the_control_has_what_is_saved(
 def test_dense_rows_are_always_there_and_always_tuned(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     def rates(**asked: Any) -> dict[str, tuple[list[Any], str]]:
         settings, found = ComparisonSettings(**asked), {}
-        for name, (recipe, _) in find_contestants(settings).items():
+        for name, (recipe, _) in find_rows(settings).items():
             recipes, rate = candidates_of(settings, name, recipe)
             found[name] = [one.lr for _, one in recipes], rate
         return found
@@ -112,9 +112,7 @@ def test_dense_rows_are_always_there_and_always_tuned(base: Recipe, costs: Costs
     around, swept = [0.003333, 0.01, 0.03], "the best of its sweep"
     found = rates(base=base, methods=["cola"], tuned="dense")  # --lr 1e-2
     assert found == {"cola": ([0.01], "as given, not tuned"), "dense": (around, swept), "dense-muon": (around, swept)}
-    (*_, small, _), _ = plan_contestants(
-        ComparisonSettings(base=base, methods=["cola"], tuned="dense"), costs, tmp_path
-    )
+    (*_, small, _), _ = plan_rows(ComparisonSettings(base=base, methods=["cola"], tuned="dense"), costs, tmp_path)
     assert small.name == "dense-small" and [one.recipe.lr for one in small.candidates] == around
     found = rates(base=base, methods=["d=dense"], tuned="dense", own={"dense": {"lr": [5e-3]}})
     assert found == {"d": (around, swept), "dense": ([5e-3], "as given, not tuned"), "dense-muon": (around, swept)}
@@ -137,10 +135,10 @@ def test_matched_steps_are_whole_cycles(base: Recipe, costs: Costs, quick, watch
         base=long, methods=["cola", "relora"], own={"relora": {"option.cycle": [5]}}, match="flops"
     )
     comparison = Comparison.plan(asked, tmp_path / "out", watcher)
-    cola, relora, *_ = (one.candidates[0] for one in comparison.contestants)
+    cola, relora, *_ = (one.candidates[0] for one in comparison.rows)
     assert relora.recipe.steps in (10, 15, 20) and relora.recipe.options["cycle"] == 5
     assert relora.flops == pytest.approx(cola.flops, rel=2.5 / relora.recipe.steps)
-    comparison.contestants = comparison.contestants[:2]
+    comparison.rows = comparison.rows[:2]
     comparison.run(watcher, after_each=lambda comparison: None)
     assert comparison.failures() == {} and len(watcher.outcomes) == 2
     asked = dataclasses.replace(asked, own={"relora": {"option.cycle": [18]}})
@@ -148,32 +146,32 @@ def test_matched_steps_are_whole_cycles(base: Recipe, costs: Costs, quick, watch
         ValueError,
         match=r"relora, with the 1\d steps that --match flops gives it: .* must be a multiple of cycle=18",
     ):
-        plan_contestants(asked, costs, tmp_path / "models")
+        plan_rows(asked, costs, tmp_path / "models")
 
 
-def test_several_methods_may_be_one_contestant(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+def test_several_methods_may_be_one_row(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     """Beside the optimizer that all of them have, dense rows are plain."""
     small = dataclasses.replace(base, rank=4)
-    found, _ = plan_contestants(ComparisonSettings(base=small, methods=["cola+galore", "p=galore"]), costs, tmp_path)
+    found, _ = plan_rows(ComparisonSettings(base=small, methods=["cola+galore", "p=galore"]), costs, tmp_path)
     assert [(one.name, one.method, one.kind) for one in found[:2]] == [
         ("cola+galore", "cola+galore", "method"),
         ("p", "galore", "method"),
     ]
     projected = dataclasses.replace(base, optimizer="galore")
-    rows = find_contestants(ComparisonSettings(base=projected, methods=["cola"]))
+    rows = find_rows(ComparisonSettings(base=projected, methods=["cola"]))
     assert {name: (title_of(recipe), recipe.optimizer, kind) for name, (recipe, kind) in rows.items()} == {
         "cola": ("cola+galore", "galore", "method"),
         "dense": ("dense", "adamw", "dense"),
         "dense-muon": ("dense", "muon", "dense"),
     }
-    [(recipe, kind), *_] = find_contestants(ComparisonSettings(base=base, methods=["adafactor"])).values()
+    [(recipe, kind), *_] = find_rows(ComparisonSettings(base=base, methods=["adafactor"])).values()
     assert (title_of(recipe), recipe.rank, kind) == ("dense", None, "dense")
 
 
 def test_an_estimated_gradient_is_compared_with_autograd(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     """EGGROLL's passes are those of its population; dense rows learn by autograd, and none is as narrow as EGGROLL is cheap."""
     asked = ComparisonSettings(base=dataclasses.replace(base, rank=None), methods=["eggroll"])
-    found, missing = plan_contestants(asked, costs, tmp_path)
+    found, missing = plan_rows(asked, costs, tmp_path)
     assert [(one.name, one.candidates[0].recipe.gradient) for one in found[1:]] == [
         ("dense", "autograd"),
         ("dense-muon", "autograd"),
@@ -190,8 +188,6 @@ def test_integers_are_compared_without_dense_rows(base: Recipe, tmp_path: Path) 
     }
     egg = Recipe.read("egg").but(small)
     counts = Costs(load_tokenizer("bytes"))
-    found, missing = plan_contestants(
-        ComparisonSettings(base=egg, methods=["e=eggroll"], tuned="all"), counts, tmp_path
-    )
+    found, missing = plan_rows(ComparisonSettings(base=egg, methods=["e=eggroll"], tuned="all"), counts, tmp_path)
     assert [(one.name, one.method, one.rate) for one in found] == [("e", "eggroll", "the default of its rule")]
     assert missing == {"dense-small": "EGG has no dense twin in floating point"}
