@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lorank.pretrained import positions_of
+from lorank.train.data.specials import encode
 
 
 def generate_text(
@@ -24,6 +25,8 @@ def generate_text(
 ) -> str:
     """The prompt and its continuation. Temperature 0 always chooses the most likely token.
 
+    The prompt is text as in training: the name of a special token in it is read as letters.
+
     A seed makes sampling repeatable and leaves torch's global generator unchanged.
 
     Raises:
@@ -36,7 +39,7 @@ def generate_text(
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if not prompt.isprintable() and (broken := re.search("[\ud800-\udfff]", prompt)):
         raise ValueError(f"the prompt must be UTF-8 text, and character {broken.start()} is not")
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else []
+    ids = encode(tokenizer, [prompt], add_special_tokens=False)[0] if prompt else []
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if not ids and start is None:
         raise ValueError("the tokenizer has no start token; give a prompt")

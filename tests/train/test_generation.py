@@ -73,6 +73,14 @@ def test_a_token_beyond_the_vocabulary_is_refused(model: Any, tokenizer: Any) ->
         generate_text(model, tokenizer, "w5 zebra")
 
 
+def test_a_prompt_that_names_a_special_token_is_text(small: Any) -> None:
+    """As in training; a byte tokenizer whose end of text has a name made of letters."""
+    model = small("llama", vocab_size=258).eval()
+    tokenizer = byte_tokenizer()
+    prompt = f"a {tokenizer.eos_token} b"
+    assert generate_text(model, tokenizer, prompt, max_new_tokens=1, temperature=0).startswith(prompt)
+
+
 def test_greedy_text_is_the_trained_models_own() -> None:
     """RoBERTa counts positions from its padding id; what a configuration says about beams and lengths has no say."""
     shape: dict[str, Any] = {
