@@ -15,8 +15,8 @@ from lorank.comparison.runner import PROBE_STEPS, Comparison, Run
 from lorank.comparison.settings import STRUCTURAL
 from lorank.comparison.spectra import learned_spectra
 from lorank.comparison.statistics import LEVEL, mean_interval
-from lorank.comparison.tasks import run_tasks
 from lorank.train.folder import history, write_whole
+from lorank.train.tasks import run_tasks
 
 CLOSE_ENOUGH = 0.03
 """How far from 1 the ratio of what was matched may be without a note."""

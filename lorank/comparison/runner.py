@@ -37,13 +37,13 @@ from lorank.comparison.rows import (
     plan_rows,
 )
 from lorank.comparison.settings import ComparisonSettings, slug
-from lorank.comparison.tasks import check_tasks, is_file
 from lorank.train import data
 from lorank.train.budget import Budget
 from lorank.train.folder import absolute, write_whole
 from lorank.train.model import build_config
 from lorank.train.recipe import Recipe
 from lorank.train.run import check_corpus, corpus_of
+from lorank.train.tasks import check_tasks, is_file
 
 LOCK = ".lock"
 PROBE_STEPS = 12

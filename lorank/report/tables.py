@@ -61,3 +61,17 @@ def evaluation_table(found: "Evaluation") -> Table:
     if found.text is not None:
         table.add_row("text", escape(found.text))
     return table
+
+
+def tasks_table(found: Mapping[str, Mapping[str, Any]]) -> Table:
+    """What lm-evaluation-harness found: a row for each task and metric, with its standard error where it has one."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for task, metrics in found.items():
+        for name, value in metrics.items():
+            metric, _, chosen = name.partition(",")
+            if metric.endswith("_stderr"):
+                continue
+            error = metrics.get(f"{metric}_stderr,{chosen}")
+            spread = f" ± {error:.4f}" if error is not None else ""
+            table.add_row(escape(task), escape(metric if chosen == "none" else name), f"{value:.4f}{spread}")
+    return table

@@ -87,6 +87,10 @@ BAD = {
         "wandb",
     ),
     "evaluate without a model": (["evaluate", "{folder}"], "has no config.json"),
+    "evaluate tasks on a text": (
+        ["evaluate", "{trained}", "--tasks", "x.yaml", "--data", "{text}"],
+        "leave out --data",
+    ),
     "evaluate on nothing": (["evaluate", "{trained}", "--data", "nowhere.txt"], "nowhere.txt"),
     "evaluate on too little": (["evaluate", "{trained}", "--data", "{short}"], "sequence_length"),
     "evaluate what is broken": (["evaluate", "{corrupt}"], "no model could be loaded"),

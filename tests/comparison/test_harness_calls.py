@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lorank.comparison import tasks
+from lorank.train import tasks
 from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
 

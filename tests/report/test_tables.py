@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from lorank.report.tables import evaluation_table, quantity, runs_table
+from lorank.report.tables import evaluation_table, quantity, runs_table, tasks_table
 from lorank.train.evaluation import Evaluation
 
 
@@ -40,3 +40,11 @@ def test_tables_show_each_figure_under_its_full_name() -> None:
     text = render(evaluation_table(Evaluation(30.0, 10, 2, 6.0, 3.0)))
     assert "perplexity (unbiased)" in text and "20.086" in text and "published-compatible perplexity" in text
     assert "7.389" in text  # exp(6 / 3)
+
+
+def test_results_of_tasks_stand_beside_their_standard_errors() -> None:
+    found = {"arc_easy": {"acc,none": 0.25, "acc_stderr,none": 0.0125}, "gsm8k": {"exact_match,strict": 0.5}}
+    console = Console(width=80, file=io.StringIO())
+    console.print(tasks_table(found))
+    lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+    assert lines == [["arc_easy", "acc", "0.2500", "±", "0.0125"], ["gsm8k", "exact_match,strict", "0.5000"]]

@@ -3,13 +3,13 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from lorank.comparison import tasks
-from lorank.train import run
+from lorank.train import run, tasks
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model
 
@@ -40,7 +40,7 @@ def task(tmp_path: Path) -> Path:
     return tmp_path / "foxes.yaml"
 
 
-def test_the_harness_says_what_the_model_says(task: Path, tmp_path: Path) -> None:
+def test_the_harness_says_what_the_model_says(task: Path, tmp_path: Path, in_this_process: Any) -> None:
     (tmp_path / "fox.txt").write_text("\n".join(text + end for text, end in LINES))
     (tmp_path / "config.json").write_text(json.dumps({**SHAPE, "num_attention_heads": 4, "num_key_value_heads": 4}))
     recipe = Recipe(
@@ -58,6 +58,8 @@ def test_the_harness_says_what_the_model_says(task: Path, tmp_path: Path) -> Non
     run.pretrain(recipe, tmp_path / "run")
     tasks.check_tasks([str(task)])
     found = tasks.run_tasks(tmp_path / "run", [str(task)])
+    code, out, err = in_this_process("evaluate", tmp_path / "run", "--tasks", task, "--json")
+    assert code == 0 and json.loads(out) == found, err
 
     model, tokenizer = load_model(str(tmp_path / "run"))
     sums = []
@@ -71,7 +73,7 @@ def test_the_harness_says_what_the_model_says(task: Path, tmp_path: Path) -> Non
 
 
 def test_what_cannot_be_run_is_told_before_anything_is_trained(task: Path) -> None:
-    with pytest.raises(ValueError, match=r"nowhere\.yaml: there is no such file"):
+    with pytest.raises(ValueError, match=r"nowhere\.yaml: this file does not exist"):
         tasks.check_tasks(["nowhere.yaml"])
     task.write_text(task.read_text().replace("lines.jsonl", "gone.jsonl"))
     with pytest.raises(ValueError, match="cannot be loaded"):

@@ -3,11 +3,16 @@
 A task is a name that the harness knows, or a YAML file in its format.
 """
 
+import contextlib
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from lorank.train.model import check_causal
 from lorank.train.saved import load_model
 
 
@@ -41,15 +46,21 @@ def check_tasks(tasks: Sequence[str]) -> None:
         raise ValueError(f"--tasks {','.join(tasks)} cannot be loaded: {reason}") from error
 
 
-def run_tasks(folder: Path, tasks: Sequence[str], *, batch_size: int = 8) -> dict[str, dict[str, Any]]:
-    """Task -> "METRIC,FILTER" as the harness names them -> value, for the model saved in `folder`."""
+def run_tasks(
+    model: str | Path, tasks: Sequence[str], *, tokenizer: str | None = None, batch_size: int = 8
+) -> dict[str, dict[str, Any]]:
+    """Task -> "METRIC,FILTER" as the harness names them -> value, for a saved model (run, folder or hub name), on the
+    accelerator if there is one."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of everything that is not on its command line
-    model, tokenizer = load_model(str(folder))
-    harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
-    found = lm_eval.simple_evaluate(model=harness, tasks=list(tasks), task_manager=_manager(tasks))["results"]
+    loaded, own = load_model(str(model), tokenizer=tokenizer)
+    check_causal(loaded)
+    loaded.to(torch.accelerator.current_accelerator() or torch.device("cpu"))  # type: ignore[arg-type]
+    harness = HFLM(pretrained=loaded, tokenizer=own, batch_size=batch_size)
+    with contextlib.redirect_stdout(sys.stderr):  # where it prints what it is doing
+        found = lm_eval.simple_evaluate(model=harness, tasks=list(tasks), task_manager=_manager(tasks))["results"]
     return {
         task: {name: value for name, value in metrics.items() if "," in name and isinstance(value, int | float)}
         for task, metrics in found.items()
