@@ -20,8 +20,8 @@ from torch.distributed.tensor import DTensor
 from lorank.optim.shards import like, local
 
 
-def rounded(V: Tensor, seed: int) -> Tensor:
-    """V, fp32, in bfloat16. The same in every process and machine of a kind for one seed.
+def rounded(V: Tensor, seed: int, of: Tensor | None = None) -> Tensor:
+    """V, fp32, in bfloat16: the same for one seed, however many processes share the parameter `of` that V is, or is a part of.
 
     >>> W = rounded(torch.full((10_000,), 1 + 2**-10), seed=0)  # an eighth of the way from 1 to 1 + 2**-7
     >>> sorted(set(W.tolist())), abs(W.float().mean().item() - (1 + 2**-10)) < 1e-4
@@ -29,7 +29,9 @@ def rounded(V: Tensor, seed: int) -> Tensor:
     """
     generator = torch.Generator(V.device).manual_seed(seed)
     bits = V.contiguous().view(torch.int32)
-    noise = torch.randint(0, 1 << 16, V.shape, generator=generator, device=V.device, dtype=torch.int32)
+    whole = V if of is None else of
+    noise = torch.randint(0, 1 << 16, whole.shape, generator=generator, device=V.device, dtype=torch.int32)
+    noise = local(like(noise, whole))  # each process takes its part of what one would draw
     up = ((bits + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
     return torch.where(up.isfinite(), up, V.to(torch.bfloat16))  # what is not finite, or would not be, as usual
 
@@ -54,7 +56,7 @@ class Rounding:
             return
         part = local(V if isinstance(V, DTensor) else like(V, p))
         if self.applies(p):
-            part = rounded(part, group.get("roundings", 0) * 1_000_003 + self.places[p])
+            part = rounded(part, group.get("roundings", 0) * 1_000_003 + self.places[p], of=p)
         local(p).copy_(part)
 
     def count(self) -> None:

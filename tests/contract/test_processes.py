@@ -33,7 +33,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return {**json.loads(said), "other": other.strip()}
 
 
-@pytest.mark.parametrize("method", METHODS + OPTIONS[3:], ids=named)
+@pytest.mark.parametrize("method", METHODS + OPTIONS[2:], ids=named)
 def test_two_processes_do_what_one_does(found: dict[str, Any], method: Method) -> None:
     """Replicated (DDP), and sharded (FSDP2), where state as large as the weights is sharded too."""
     result = found[named(method)]
@@ -62,6 +62,10 @@ def test_each_process_finds_a_part_of_the_bases(found: dict[str, Any]) -> None:
 
 def test_moments_of_sharded_weights_have_their_type(found: dict[str, Any]) -> None:
     assert found["kept in"] == ["torch.bfloat16"]
+
+
+def test_sharded_weights_are_rounded_by_the_same_chance(found: dict[str, Any]) -> None:
+    assert found["by chance"] == [True] * 4
 
 
 def test_a_pipeline_stage_steps_for_itself(found: dict[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorank import MASA, GaLore, Method, SelfGuided, convert
+from lorank import MASA, GaLore, Method, Muon, SelfGuided, convert
 from lorank.evolution.egg import EggConfig, EggForCausalLM
 from lorank.evolution.eggroll import Eggroll
 from lorank.evolution.integers import IntegerEggroll
@@ -167,6 +167,22 @@ def kept_in() -> list[str]:
     return sorted({str(value.dtype) for state in optimizer.state.values() for value in state.values() if value.ndim})
 
 
+def by_chance() -> list[bool]:
+    """Whether weights that are rounded by chance are those of one process, of an odd number of rows too."""
+    ends = []
+    for wrap in (lambda model: model, shard):
+        torch.manual_seed(0)
+        model = wrap(nn.Sequential(nn.Linear(12, 21), nn.Linear(21, 8)).bfloat16())
+        method = Muon(stochastic_rounding=True)
+        optimizer = method.optimizer(groups(model, method), lr=0.01)
+        for _ in range(3):
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+        ends.append([whole(p).detach() for p in model.parameters()])
+    return list(map(torch.equal, *ends))
+
+
 def parallel(model: nn.Module) -> nn.Module:
     """Biases are sharded next to others that are whole."""
     plan = {"0": ColwiseParallel(output_layouts=Replicate()), "2": RowwiseParallel(input_layouts=Replicate())}
@@ -281,7 +297,7 @@ def main() -> None:
     rank, found = dist.get_rank(), dict[str, Any]()
     half = lambda x: x.chunk(2)[rank]  # noqa: E731
     with_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
-    for method in METHODS + OPTIONS[3:]:
+    for method in METHODS + OPTIONS[2:]:
         wide = named(method) in NEED_BITSANDBYTES
         if wide and not with_bitsandbytes:
             continue
@@ -303,7 +319,7 @@ def main() -> None:
             found[named(method)]["parallel"] = error(train(parallel(net(False)), method, lambda x: x))
             found[named(method)]["saved"] = saved_whole(method, half)
     found["bases"], found["stage"], found["self-guided"] = shared_out(), stages(rank), self_guided(half)
-    found |= {"masa": masa(half), "kept in": kept_in(), **evolution(half)}
+    found |= {"masa": masa(half), "kept in": kept_in(), "by chance": by_chance(), **evolution(half)}
     try:
         GaLore(in_backward=True).optimizer(groups(net(False), GaLore()), lr=0.01)
     except ValueError as refusal:
