@@ -18,6 +18,7 @@ from lorank.architectures import as_conv1d, copied, dense_layer, is_linear
 from lorank.experts import ExpertsLinear, split
 from lorank.experts import joined as join_experts
 from lorank.fusion import FusedProjections, joined, unknown_fusion
+from lorank.layers import loaded
 from lorank.method import Method, Patterns, Site
 from lorank.pretrained import config_class, forget, record
 from lorank.rewriting import converted_with, put, rewrite
@@ -72,7 +73,8 @@ def convert(
     Warns:
         UserWarning: a rank at which the factors are no smaller than the dense layer; or more than a tenth of the blocks stays dense
             because no linear layer applies it, such as the experts of a mixture, though `targets` (if given) match it and `exclude`
-            does not; or a matrix that seems to hold several projections, whose parts are not known.
+            does not; or a matrix that seems to hold several projections, whose parts are not known; or trained weights, loaded by
+            ``from_pretrained``, that the method's new factors replace.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> shape = LlamaConfig(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
@@ -110,6 +112,7 @@ def convert(
         try_on_shapes(model, method, sites, lambda twin: apply(twin, _chosen_sites(twin, method, targets, exclude)))
     _warn_of_other_matrices(model, method, targets, exclude)
     _warn_of_unknown_fusions(model, sites)
+    _warn_of_dropped_weights(model, method, sites)
     apply(model, sites)
     return model
 
@@ -167,6 +170,16 @@ def _warn_of_unknown_fusions(model: nn.Module, sites: list[Site]) -> None:
         warnings.warn(
             f"{', '.join(roles)}: each seems to hold several projections and becomes one layer, because lorank.fusion.FUSED does not "
             "have its parts; exclude it, or add it to the table",
+            stacklevel=3,
+        )
+
+
+def _warn_of_dropped_weights(model: nn.Module, method: Method, sites: list[Site]) -> None:
+    """If weights were loaded, from which the method does not begin. Only `from_pretrained` leaves a mark by which this is known."""
+    if not method.keeps_outputs and any(map(loaded, model.parameters())):
+        warnings.warn(
+            f"{method.name} drops the trained weights of {len(sites)} projections: its new layers do not compute what the dense ones "
+            "did, so the model must be trained anew",
             stacklevel=3,
         )
 

@@ -40,7 +40,7 @@ from lorank.comparison.settings import ComparisonSettings, slug
 from lorank.train import data
 from lorank.train.budget import Budget
 from lorank.train.folder import absolute, write_whole
-from lorank.train.model import build_config
+from lorank.train.model import build_config, warn_of_weights
 from lorank.train.recipe import Recipe
 from lorank.train.run import check_corpus, corpus_of
 from lorank.train.tasks import check_tasks, is_file
@@ -138,6 +138,7 @@ class Comparison:
             base = dataclasses.replace(base, data_seed=settings.seeds[0])
         planned = dataclasses.replace(settings, base=base)
         corpus = _corpus(base)
+        warn_of_weights(base.model)
         _check_free(out)
         made = not out.exists()
         out.mkdir(parents=True, exist_ok=True)

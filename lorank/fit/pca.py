@@ -22,6 +22,7 @@ roots of Σ on either side; and the ridge, `lorank.factors.RIDGE`.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple, TypeVar
 
@@ -214,14 +215,13 @@ def fit_masa(
             else "data must be left out without residual_rank or a number of groups, because nothing else needs them"
         )
     dense = {site.name: site.linear for site in sites_to_convert(model, method, targets, exclude)}
-    factors: dict[str, Tensor] = {}
-    if data is not None:
-        drift, factors = calibrate(model, data, dense, drift=to_group, inputs=to_whiten)
-        if to_group:
-            assert isinstance(method.groups, int)
-            method = dataclasses.replace(method, groups=cuts(drift, method.groups))
-    convert(model, method, targets=targets, exclude=exclude)
-    _fit(model, dense, factors)
+    found = None if data is None else calibrate(model, data, dense, drift=to_group, inputs=to_whiten)
+    if found is not None and to_group:
+        method = dataclasses.replace(method, groups=cuts(found[0], method.groups))  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* drops the trained weights")  # they are in `dense`
+        convert(model, method, targets=targets, exclude=exclude)
+    _fit(model, dense, found[1] if found else {})
     return model
 
 

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ from lorank.train.vocabulary import set_vocabulary
 from lorank.trial import check_quantization
 
 logger = logging.getLogger(__name__)
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+"""Files that have trained weights."""
 
 INTEGERS = {
     "weight_decay": 0.0,
@@ -105,6 +108,16 @@ def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
     config.num_hidden_layers = layers
     repeat_lists(config, now)
     return config
+
+
+def warn_of_weights(name: str | None) -> None:
+    """Log that training starts from new weights, if `model` names something that has trained ones."""
+    folder = Path(name or "").expanduser()
+    known = name is None or folder.is_file() or (name in CONFIG_MAPPING and not folder.exists())
+    if not known and (not folder.exists() or any(any(folder.glob(pattern)) for pattern in WEIGHTS)):
+        logger.warning(
+            "only the configuration of model=%s is used: training starts from new weights, not from its own", name
+        )
 
 
 def _read_config(name: str) -> PretrainedConfig:

@@ -42,7 +42,7 @@ from lorank.train.generation import generate_text
 from lorank.train.hub import read_config
 from lorank.train.memory import PeakMemory
 from lorank.train.methods import resolved, title_of, with_changed_defaults
-from lorank.train.model import build_config, build_model, check_causal
+from lorank.train.model import build_config, build_model, check_causal, warn_of_weights
 from lorank.train.push import check_push, push
 from lorank.train.recipe import Recipe
 from lorank.train.saved import rehearse_saving, save_model
@@ -101,6 +101,8 @@ def pretrain(
     if saved is not None:
         keep_vocabulary(config, saved)
     check_corpus(recipe, corpus, config.vocab_size)
+    if not resume:
+        warn_of_weights(recipe.model)
     began = read_json(out / "run.json")["data_hash"] if resume else corpus.hash
     if began != corpus.hash:
         raise ValueError(

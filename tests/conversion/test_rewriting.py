@@ -3,15 +3,16 @@
 import copy
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from transformers.pytorch_utils import Conv1D
 
-from lorank import CoLA, LowRank, Method, Site, convert
+from lorank import CoLA, LowRank, Method, ReLoRA, Site, convert
 from lorank.fusion import FusedProjections
 from lorank.methods.cola import CoLALinear
 from lorank.rewriting import converted_with
@@ -298,3 +299,24 @@ def test_the_callers_configuration_stays_dense(architectures: Any) -> None:
     assert model.config is not config
     assert type(LlamaForCausalLM(config)) is LlamaForCausalLM
     assert converted_names(LlamaForCausalLM(config)) == set()
+
+
+# ---- trained weights
+
+
+@pytest.mark.parametrize("method", [CoLA(rank=4), ReLoRA(rank=4)], ids=lambda method: method.name)
+def test_trained_weights_are_not_dropped_without_a_word(method: Method, small: Any, tmp_path: Path) -> None:
+    """ReLoRA begins with them. A model that was not loaded has none, also if its configuration was."""
+    fresh = small("llama")
+    fresh.save_pretrained(tmp_path)
+    convert(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)), method)
+    convert(fresh, method)
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path)
+    if method.keeps_outputs:
+        convert(trained, method)
+        return
+    with pytest.warns(
+        UserWarning, match="cola drops the trained weights of 14 projections: its new layers do not"
+    ) as said:
+        convert(trained, method)
+    assert len(said) == 1 and said[0].filename == __file__

@@ -10,7 +10,7 @@ from transformers import BertConfig, BertLMHeadModel, GPT2LMHeadModel, LlamaForC
 
 from lorank.layers import LowRankLinear
 from lorank.train.data import load_tokenizer
-from lorank.train.model import build_config, build_model, check_causal
+from lorank.train.model import build_config, build_model, check_causal, warn_of_weights
 from lorank.train.recipe import Recipe
 
 
@@ -232,3 +232,18 @@ def test_messages_name_the_architecture_of_a_converted_model() -> None:
     model.get_input_embeddings().weight.data.fill_(float("inf"))
     with pytest.raises(ValueError, match="^a model of type 'llama' gives numbers that are not finite"):
         check_causal(model)
+
+
+def test_weights_of_a_folder_are_not_dropped_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A name on the hub has weights too; a type, a configuration and a folder without weights have none."""
+    model = LlamaForCausalLM(build_config(Recipe(size="tiny", vocab_size=300, shape={"num_hidden_layers": 1})))
+    model.config.save_pretrained(tmp_path / "shape")
+    model.save_pretrained(tmp_path / "trained")
+    for name in (None, "gpt2", str(tmp_path / "shape"), str(tmp_path / "trained/config.json")):
+        warn_of_weights(name)
+    assert not caplog.messages
+    for name in (str(tmp_path / "trained"), "owner/model"):
+        warn_of_weights(name)
+        said = f"only the configuration of model={name} is used: training starts from new weights, not from its own"
+        assert caplog.messages.pop() == said
+        caplog.clear()
