@@ -22,7 +22,11 @@ from lorank.cli.flags import BUDGETS, SETTINGS, Folder, changes_of, recipe_flags
     default=None,
     help="Continue this run from its newest checkpoint, exactly as it began; or with --steps or the like, train it for more.",
 )
-@click.option("--dry-run", is_flag=True, help="Print what each layer becomes, parameters, FLOPs and memory, and stop.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Read the data, print what each layer becomes, parameters, FLOPs, memory and tokens, and stop.",
+)
 def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: bool, **flags: Any) -> None:
     """Pre-train a language model from scratch.
 
@@ -47,10 +51,16 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
 
     console = results_console()
     if settings is not None and dry_run:
-        from lorank.plan.dry_run import plan
+        from lorank.plan.dry_run import plan, plan_with_data
         from lorank.report.plans import plan_tables
+        from lorank.train.model import warn_of_weights
 
-        return console.print(plan_tables(plan(settings)), highlight=False)
+        found = plan(settings)
+        try:
+            found = plan_with_data(settings, found, budget)
+        finally:  # without data, what is known without them
+            console.print(plan_tables(found), highlight=False)
+        return warn_of_weights(settings.model)
     from lorank.report.markup import visible
     from lorank.report.progress import TerminalProgress
     from lorank.report.tables import runs_table

@@ -12,10 +12,13 @@ from transformers.pytorch_utils import Conv1D
 from lorank import accounting
 from lorank.plan.counts import Counts, count
 from lorank.sites import expert_sites, find_sites, other_matrices, owners_of
+from lorank.train.budget import Budget, Extent, extent_of, saved_parameters
 from lorank.train.build import build_estimator
-from lorank.train.methods import methods_of, optimizer_groups
-from lorank.train.model import empty_model
+from lorank.train.folder import absolute
+from lorank.train.methods import methods_of, optimizer_groups, schedule_of
+from lorank.train.model import build_config, empty_model
 from lorank.train.recipe import Recipe
+from lorank.train.run import check_corpus, corpus_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +59,15 @@ class Plan:
     """Whether blocks recompute part of their forward pass."""
     population: str = ""
     """Who estimates the gradient, if it is estimated."""
+    vocab_size: int = 0
+    saved_parameters: int = 0
+    """Of the model as it is saved."""
+    text: str = ""
+    """What the data are, once they have been read."""
+    extent: Extent | None = None
+    """How long the run is, once the data have been read."""
+    positions: int = 0
+    """Tokens of the whole run, padding included."""
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -76,6 +88,33 @@ def plan(recipe: Recipe) -> Plan:
         count(twin, other) if twin and other is not None else None,
         bool(model.is_activation_checkpointing),
         population,
+        model.config.vocab_size,
+        saved_parameters(model),
+    )
+
+
+def plan_with_data(recipe: Recipe, found: Plan, budget: Budget | None = None) -> Plan:
+    """The plan that was `found` for a recipe, after its data have been read and everything has been checked that can be checked before
+    weights are there.
+
+    Raises:
+        ValueError: as training would before its first step.
+        OSError: the data cannot be read.
+    """
+    recipe = absolute(recipe)
+    corpus = corpus_of(recipe)
+    vocab_size = build_config(recipe, corpus.tokenizer).vocab_size
+    check_corpus(recipe, corpus, vocab_size)
+    if vocab_size != found.vocab_size:  # of a small text, which fills no vocabulary
+        found = plan(dataclasses.replace(recipe, vocab_size=vocab_size))
+    if budget is not None:
+        recipe = dataclasses.replace(recipe, steps=budget.steps_of(recipe, corpus, found.saved_parameters))
+    schedule_of(recipe)
+    return dataclasses.replace(
+        found,
+        text=corpus.description,
+        extent=extent_of(recipe, corpus, found.saved_parameters),
+        positions=recipe.steps * recipe.batch_size * recipe.sequence_length,
     )
 
 

@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from lorank.report.markup import visible
 from lorank.report.tables import quantity
 from lorank.sizes import SIZES
 
@@ -51,11 +52,15 @@ def plan_tables(plan: "Plan") -> RenderableType:
     line("parameters", lambda c: c.parameters.total, count)
     line("  in the blocks", lambda c: c.parameters.blocks, count)
     line("training FLOPs / token", lambda c: c.flops_per_token, quantity)
+    if (extent := plan.extent) is not None:
+        whole = lambda c: plan.positions * c.flops_per_token + extent.steps * c.step_flops  # noqa: E731
+        line("training FLOPs, optimizer's too", whole, quantity)
     named = {"total": "memory", "peak": "memory at the peak of a step"}
     for part in ("weights", "gradients", "optimizer", "activations", "total", "peak"):
         line(named.get(part, f"  {part}"), partial(_bytes_of, part), gib)
     recomputed = "blocks recompute part of their forward pass; its FLOPs are counted" if plan.checkpoint else ""
-    note = "\n".join(filter(None, (recomputed, plan.population)))
+    run = "" if extent is None else f"text: {visible(plan.text)}\n{extent}"
+    note = Text("\n".join(filter(None, (recomputed, plan.population, run))))
     return Group(*parts, totals, note)
 
 

@@ -88,7 +88,7 @@ class Extent(NamedTuple):
 
     def __str__(self) -> str:
         """In one line."""
-        epochs = "" if self.epochs is None else f"{_short(self.epochs)} epochs of the data, "
+        epochs = "" if self.epochs is None else f"{_short(self.epochs)} epochs, "
         each, all_of_them = _short(self.tokens / self.parameters), quantity(self.parameters, "").strip()
         return f"{self.steps:,} steps: {quantity(self.tokens, 'tokens')}, {epochs}{each} per parameter ({all_of_them})"
 

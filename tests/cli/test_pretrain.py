@@ -1,6 +1,7 @@
 """lorank pretrain, and evaluate and generate on what it made."""
 
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -79,16 +80,47 @@ def test_a_budget_may_be_longer_than_the_recipe(lorank, text: Path, tmp_path: Pa
     assert "402 steps: 3.2 k tokens, " in out and "\nsteps: 402\n" in (tmp_path / "run/recipe.yaml").read_text()
 
 
-def test_dry_run_shows_what_becomes_what_and_writes_nothing(lorank, tmp_path: Path) -> None:
-    code, out, _ = lorank("pretrain", "--size", "60m", "--set", "vocab_size=32000", "--dry-run")
+def test_dry_run_shows_what_becomes_what_and_writes_nothing(lorank, text: Path, tmp_path: Path) -> None:
+    flags = ["--size", "60m", "--set", "vocab_size=32000", "--set", "tokenizer=bytes", "--data", text]
+    code, out, _ = lorank("pretrain", *flags, "--tokens-per-parameter", 20, "--dry-run")
     assert code == 0 and not list(tmp_path.iterdir())
     assert "58,073,600" in out and "42,770,944" in out and "q_proj" in out and "rank=128" in out
     assert "weights" in out and "activations" in out
+    steps = math.ceil(20 * 42_770_944 / (8 * 256))
+    assert f"{steps:,} steps: 855.4 M tokens, " in out and "20 per parameter (42.8 M)" in out and "1 document" in out
 
 
-def test_dry_run_of_another_architecture(lorank) -> None:
-    code, out, _ = lorank("pretrain", "--model", "gpt2", "--method", "cola-m", "--set", "shape.n_layer=2", "--dry-run")
+def test_dry_run_of_another_architecture(lorank, text: Path) -> None:
+    flags = ["--set", "shape.n_layer=2", "--set", "tokenizer=bytes", "--data", text]
+    code, out, _ = lorank("pretrain", "--model", "gpt2", "--method", "cola-m", *flags, "--dry-run")
     assert code == 0 and "c_attn.query" in out and "recompute" in out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--data", "nowhere/"], "file not found: nowhere/"),
+        (["--batch-size", 100_000], "batch_size must be at most"),
+        (["--method", "relora", "--option", "cycle=7"], "must be a multiple of cycle=7"),
+    ],
+)
+def test_dry_run_says_what_the_run_would(lorank, quick: list[str], text: Path, flags: list[str], said: str) -> None:
+    """After what is known without the data."""
+    code, out, err = lorank("pretrain", "--data", text, *quick, *flags, "--dry-run")
+    assert code == 2 and said in err and len(err.splitlines()) == 1
+    assert "memory at the peak of a step" in out and "epochs" not in out
+
+
+def test_dry_run_counts_what_the_run_does(lorank, text: Path, tmp_path: Path) -> None:
+    """Also where a short text fills less than the vocabulary that it was given."""
+    flags = ["--data", text, "--sequence-length", 32, "--batch-size", 4, "--steps", 4, "--warmup-steps", 1]
+    code, dry, err = lorank("pretrain", *flags, "--dry-run")
+    assert code == 0, err
+    code, out, err = lorank("pretrain", *flags, "--out", "run")
+    assert code == 0, err
+    [length] = [line for line in out.splitlines() if " steps: " in line]
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert length in dry and f"{summary['parameters']:,}" in dry
 
 
 def test_ctrl_c_leaves_a_run_that_resumes(text: Path, quick: list[str], tmp_path: Path) -> None:
@@ -106,10 +138,8 @@ def test_ctrl_c_leaves_a_run_that_resumes(text: Path, quick: list[str], tmp_path
 
 
 @pytest.mark.parametrize("policy", ["none", "bottlenecks", "bottlenecks+attention", "blocks"])
-def test_every_checkpoint_policy_is_a_flag(lorank, policy: str) -> None:
-    code, out, err = lorank(
-        "pretrain", "--set", "vocab_size=300", "--sequence-length", "32", "--checkpoint", policy, "--dry-run"
-    )
+def test_every_checkpoint_policy_is_a_flag(lorank, quick: list[str], text: Path, policy: str) -> None:
+    code, out, err = lorank("pretrain", "--data", text, *quick, "--checkpoint", policy, "--dry-run")
     assert code == 0, err
     assert ("recompute" in out) == (policy != "none")
 

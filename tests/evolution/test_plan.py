@@ -1,6 +1,7 @@
 """EGGROLL in `lorank plan` and in dry runs: its cost, its words, and what cannot be planned."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -43,8 +44,10 @@ def test_a_table_of_one_device(in_this_process: Any) -> None:
         ("--method cola+eggroll --optimizer muon --sequence-length 16", "rank-1 noise, σ = 0.01; muon"),
     ],
 )
-def test_dry_runs(flags: str, line: str, in_this_process: Any, monkeypatch: Any) -> None:
+def test_dry_runs(flags: str, line: str, in_this_process: Any, monkeypatch: Any, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "150")
-    code, said, error = in_this_process("pretrain", *flags.split(), "--dry-run")
+    (tmp_path / "fox.txt").write_text("the quick brown fox counts lazy dogs\n" * 5_000)
+    text = ["--data", tmp_path / "fox.txt", "--set", "tokenizer=bytes"]
+    code, said, error = in_this_process("pretrain", *flags.split(), *text, "--dry-run")
     assert code == 0, error
     assert line in said and "memory at the peak of a step" in said and " members, " in said
