@@ -26,6 +26,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "analysis": "how many of its dimensions a matrix uses",
         "distributed": "models larger than one device",
         "testing": "what every method must satisfy",
+        "trainer": "what methods need of transformers' Trainer",
     },
     {"loop": "optimizer, step_hook, lr_schedule: what a training loop asks for"},
     {"conversion": "convert, merge"},

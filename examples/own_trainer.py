@@ -10,8 +10,6 @@ import tempfile
 from pathlib import Path
 
 from datasets import Dataset
-from safetensors.torch import load_file, save_file
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, LlamaConfig, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -19,36 +17,11 @@ import lorank
 from lorank.table import find
 
 
-class MethodTrainer(Trainer):
+class MethodTrainer(lorank.TrainerMixin, Trainer):
     """For methods that bring an optimizer or a learning rate, or act between steps.
 
     CoLA, SLTrain, CR-Net and MASA need only the plain Trainer.
     """
-
-    def create_optimizer(self, model=None):
-        if self.optimizer is None:
-            self.optimizer = lorank.optimizer(model or self.model, *mover, lr=self.args.learning_rate)
-        return self.optimizer
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        """`num_training_steps` is right even if epochs are counted and `args.max_steps` is -1."""
-        if self.lr_scheduler is None:
-            made = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate's wrapper keeps it there
-            self.hook = lorank.step_hook(self.model, made, steps=num_training_steps, seed=self.args.seed)
-            warmup = self.args.get_warmup_steps(num_training_steps)
-            multiplier = lorank.lr_schedule(self.model, steps=num_training_steps, warmup_steps=warmup)
-            self.lr_scheduler = LambdaLR(self.optimizer, multiplier)
-        return self.lr_scheduler
-
-    def _save_optimizer_and_scheduler(self, output_dir):
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.hook and self.args.should_save:
-            save_file(self.hook.state_dict(), f"{output_dir}/hook.safetensors")
-
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if self.hook and checkpoint:
-            self.hook.load_state_dict(load_file(f"{checkpoint}/hook.safetensors"))
 
 
 names = (sys.argv[1] if len(sys.argv) > 1 else "cola").split("+")
@@ -64,7 +37,7 @@ if structure:
     lorank.convert(model, structure[0])  # the one line that changes the model
 
 text = Path(__file__).read_bytes()
-rows = [{"input_ids": (ids := list(text[i : i + 64])), "labels": ids} for i in range(0, len(text) - 64, 16)]
+rows = [{"input_ids": (ids := list(text[i : i + 64])), "labels": ids} for i in range(0, len(text) - 64, 8)]
 arguments = TrainingArguments(
     output_dir=folder,
     num_train_epochs=1,
@@ -74,7 +47,9 @@ arguments = TrainingArguments(
     logging_steps=10,
     report_to="none",
 )
-trainer = MethodTrainer(model=model, args=arguments, train_dataset=Dataset.from_list(rows))
+trainer = MethodTrainer(
+    model=model, args=arguments, train_dataset=Dataset.from_list(rows), moved_by=mover[0] if mover else None
+)
 trainer.train(resume_from_checkpoint=get_last_checkpoint(folder))
 model.save_pretrained(f"{folder}/model")
 AutoModelForCausalLM.from_pretrained(f"{folder}/model")

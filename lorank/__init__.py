@@ -42,6 +42,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.optim.plain import Adafactor, AdamW, AdamW8bit, Muon
     from lorank.optim.spectron import Spectron
     from lorank.optim.trion import Trion
+    from lorank.trainer import TrainerMixin
 
 __version__ = "0.2.0"
 
@@ -58,6 +59,7 @@ _HOME = {
     "freeze_coefficients": "lorank.methods.masa",
     "fit_masa": "lorank.fit.pca",
     "matrix_pca": "lorank.dictionary",
+    "TrainerMixin": "lorank.trainer",
     "Method": "lorank.method",
     "Site": "lorank.method",
     "StepHook": "lorank.method",

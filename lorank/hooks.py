@@ -1,5 +1,7 @@
 """What happens between two optimizer steps, in any training loop."""
 
+import warnings
+import weakref
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -8,8 +10,33 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from lorank.rounding import Rests
+
+_expected: "weakref.WeakKeyDictionary[nn.Module, str]" = weakref.WeakKeyDictionary()
+"""Models whose method acts between steps, and its name."""
+
+
+def expect_hook(model: nn.Module, method: str) -> None:
+    """Let an optimizer warn at its first step if it moves a model whose method acts between steps, and has no hook for that."""
+    _expected[model] = method
+
+
+def _warn_without_hook(optimizer: Optimizer, *_: Any) -> None:
+    if hasattr(optimizer, "lorank_hook"):
+        return
+    optimizer.lorank_hook = None  # type: ignore[attr-defined]  # asked once
+    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for method in {name for model, name in _expected.items() if not moved.isdisjoint(map(id, model.parameters()))}:
+        warnings.warn(
+            f"{method} acts between steps, but this optimizer has no hook for it; call lorank.step_hook(model, optimizer, steps=...) before "
+            "the first step",
+            stacklevel=2,
+        )
+
+
+register_optimizer_step_pre_hook(_warn_without_hook)  # of all optimizers
 
 
 class StepHook:

@@ -132,6 +132,14 @@ def lr_schedule(
     Raises:
         ValueError: there are no steps, the method's cycles do not fit into them, or `model` is only a part of a converted model.
     """
+    own = own_schedule(model, steps=steps, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio, optimizer=optimizer)
+    return own or (lambda step: warmup_cosine(step, steps, whole_steps(warmup_steps, steps), min_lr_ratio))
+
+
+def own_schedule(
+    model: nn.Module, *, steps: int, warmup_steps: float, min_lr_ratio: float, optimizer: Optimizer | None
+) -> Callable[[int], float] | None:
+    """`lr_schedule` of a method that needs its own; None if any will do."""
     _check_steps(steps)
     check_value("warmup_steps", warmup_steps, Share)
     check_value("min_lr_ratio", min_lr_ratio, Fraction)
@@ -139,7 +147,7 @@ def lr_schedule(
     for method in _methods(converted_inside(model), optimizer and _unwrapped(optimizer)):
         if (own := method.schedule(steps, warmup, min_lr_ratio)) is not None:
             return own
-    return lambda step: warmup_cosine(step, steps, warmup, min_lr_ratio)
+    return None
 
 
 def converted_inside(model: nn.Module) -> nn.Module | None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lorank.architectures import ACTIVATIONS, copied
 from lorank.experts import with_parts
 from lorank.fusion import with_fused
+from lorank.hooks import expect_hook
 from lorank.method import Method, Site
 from lorank.rounding import is_narrow
 from lorank.sites import blocks
@@ -50,6 +51,8 @@ def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapp
         for module, children in before.items():
             module._modules = children
         raise
+    if method.has_hook:
+        expect_hook(model, method.name)
 
 
 @torch.no_grad()

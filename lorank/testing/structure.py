@@ -93,6 +93,7 @@ def loss_of(model: Any, tokens: Tensor = TOKENS) -> Tensor:
 
 def a_step(model: Any, lr: float = 1e-2) -> None:
     moving = optimizer(model, lr=lr)
+    step_hook(model, moving, steps=1000)
     loss_of(model.train()).backward()
     moving.step()
     moving.zero_grad()

@@ -17,18 +17,17 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from lorank.loop import step_hook
 from lorank.loss import Loss, cross_entropy, next_token_loss, predicted_tokens
-from lorank.method import Gradient, StepHook
+from lorank.method import Gradient
 from lorank.train.callbacks import Throughput
 from lorank.train.evaluation import Evaluation, evaluate
 from lorank.train.folder import STAGING
+from lorank.trainer import TrainerMixin
 
-HOOK_FILE = "hook.safetensors"
-"""File of a checkpoint with the state of the method's `StepHook`."""
 ESTIMATOR_FILE = "estimator.safetensors"
 """File of a checkpoint with the state of a gradient that carries any between steps."""
 
 
-class PretrainTrainer(Trainer):
+class PretrainTrainer(TrainerMixin, Trainer):
     """A Trainer that logs tokens per second and model FLOPs utilisation, and evaluates by token.
 
     Args:
@@ -72,7 +71,6 @@ class PretrainTrainer(Trainer):
         self.schedule = schedule
         self.schedule_steps = schedule_steps
         self.estimator = estimator
-        self.hook: StepHook | None = None
         self.flops_per_token = flops_per_token
         self.fill = fill
         self.peak_flops, self.peak_flops_source = peak_flops
@@ -156,8 +154,6 @@ class PretrainTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
-        if self.hook is not None and self.args.should_save:
-            save_file(self.hook.state_dict(), os.path.join(output_dir, HOOK_FILE))
         if self.estimator is not None and self.estimator.carries and self.args.should_save:
             save_file(self.estimator.state_dict(), os.path.join(output_dir, ESTIMATOR_FILE))
 
@@ -187,8 +183,6 @@ class PretrainTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if self.hook is not None and checkpoint is not None:
-            self.hook.load_state_dict(load_file(os.path.join(checkpoint, HOOK_FILE)))
         if self.estimator is not None and self.estimator.carries and checkpoint is not None:
             self.estimator.load_state_dict(load_file(os.path.join(checkpoint, ESTIMATOR_FILE)))
 

@@ -52,6 +52,20 @@ WRAPPERS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["relora", "switchlora", "sst"])
+def test_a_first_step_without_the_hook_is_warned_of(name: str, small: Callable[..., Any], tokens: Tensor) -> None:
+    model = convert(small("llama"), name).train()
+    warned, hooked = lorank.optimizer(model, lr=1e-3), lorank.optimizer(model, lr=1e-3)
+    step_hook(model, hooked, steps=100)
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    hooked.step()
+    with pytest.warns(UserWarning, match=f"^{name} acts between steps, but this optimizer has no hook for it; call "):
+        warned.step()
+    warned.step()
+    others = torch.optim.SGD(small("gpt2").parameters(), lr=1e-3)  # of another model
+    others.step()
+
+
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_a_wrapped_model_restarts_as_the_model_itself(
     wrap: Callable[[nn.Module], Any], small: Callable[..., Any], tokens: Tensor, one_process: None
