@@ -43,6 +43,7 @@ def train(out: Path, steps: int) -> Path:
         flags = {
             "model": out / "config.json",
             "steps": steps,
+            "warmup-steps": 80,
             "batch-size": 8,
             "eval-every": 0,
             "save-every": 0,

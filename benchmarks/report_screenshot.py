@@ -11,7 +11,8 @@ docs/report.png is pictures/report.png of this comparison, which takes a quarter
 docs/analysis.png is pictures/report.png of runs/analyze-llama-2m/analysis.html, which takes ten minutes:
 
     lorank pretrain --model benchmarks/shapes/llama-2m --method dense --sequence-length 128 --batch-size 16 \\
-        --set vocab_size=2048 --lr 3e-3 --steps 700 --eval-every 0 --save-every 0 --set eval_tokens=20000 --out runs/llama-2m
+        --set vocab_size=2048 --lr 3e-3 --steps 700 --warmup-steps 80 --eval-every 0 --save-every 0 \\
+        --set eval_tokens=20000 --out runs/llama-2m
     lorank analyze runs/llama-2m --sequence-length 128 --budget 0.5
 
 Needs a Chromium (apt-get install chromium). Fails if the page is wider than its window, if anything in it uses the
