@@ -15,7 +15,7 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from lorank import standalone
 
@@ -41,23 +41,32 @@ def write_modelling_file(model: PreTrainedModel, folder: str | Path, autos: list
     ):
         config.__dict__.pop("auto_map", None)
         return
-    named = {"AutoConfig": f"{Path(FILE).stem}.{type(config).__name__}"}
-    config.auto_map = {**named, **{auto: f"{Path(FILE).stem}.{type(model).__name__}" for auto in autos}}
+    classes = {"AutoConfig": type(config).__name__, **dict.fromkeys(autos, type(model).__name__)}
+    if body := _body(model, layers):
+        classes["AutoModel"] = f"Lorank{type(body).__name__}"
+    config.auto_map = {auto: f"{Path(FILE).stem}.{name}" for auto, name in classes.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
     part = Path(folder) / f".{FILE}.part"
-    part.write_text(_text(base, base_config, type(model).__name__, type(config), layers), encoding="utf-8")
+    kinds = {type(model).__name__: (base, "")}
+    if body:
+        kinds[classes["AutoModel"]] = (type(body), f"{model.base_model_prefix}.")
+    part.write_text(_text(kinds, base_config, type(config), layers), encoding="utf-8")
     os.replace(part, Path(folder) / FILE)
 
 
-def _text(base: type, base_config: type, name: str, config: type[PretrainedConfig], layers: dict[str, Any]) -> str:
+def _text(
+    kinds: dict[str, tuple[type, str]], base_config: type, config: type[PretrainedConfig], layers: dict[str, Any]
+) -> str:
+    """Of the file: `kinds` are its classes by name, each with its base and what the names of its layers leave out."""
+    imports = "\n".join(dict.fromkeys(_import(kind) for kind in (*(base for base, _ in kinds.values()), base_config)))
+    models = "\n\n\n".join(_class(name, base, prefix, config) for name, (base, prefix) in kinds.items())
     return (
         Path(standalone.__file__).read_text(encoding="utf-8")
         + f"""
 
 # The classes of this model.
 
-{_import(base)}
-{_import(base_config)}
+{imports}
 
 LAYERS = {pprint.pformat(layers, width=110, compact=True, sort_dicts=False)}
 
@@ -66,14 +75,28 @@ class {config.__name__}({base_config.__name__}):
     model_type = {config.model_type!r}
 
 
-class {name}({base.__name__}):
+{models}
+"""
+    )
+
+
+def _class(name: str, base: type, prefix: str, config: type[PretrainedConfig]) -> str:
+    layers = f"{{name.removeprefix({prefix!r}): layers for name, layers in LAYERS.items()}}" if prefix else "LAYERS"
+    return f"""class {name}({base.__name__}):
     config_class = {config.__name__}
 
     def __init__(self, config, *args, **kwargs):
         super().__init__(config, *args, **kwargs)
-        put_layers(self, LAYERS)
-"""
-    )
+        put_layers(self, {layers})"""
+
+
+def _body(model: PreTrainedModel, layers: dict[str, Any]) -> PreTrainedModel | None:
+    """The body of a model with a head, which AutoModel loads by the same file; None if there is none, or not all layers are in it."""
+    body = getattr(model, model.base_model_prefix, None)
+    inside = all(name.startswith(f"{model.base_model_prefix}.") for name in layers)
+    public = isinstance(body, PreTrainedModel) and type(body).__module__.startswith("transformers.")
+    bodies: Any = AutoModel._model_mapping.get(type(model.config).__bases__[0], ())
+    return body if public and inside and isinstance(body, bodies) else None
 
 
 def _import(kind: type) -> str:

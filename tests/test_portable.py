@@ -36,13 +36,16 @@ METHODS = {
 ELSEWHERE = """
 import json, sys, torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM
 for folder in json.loads(sys.argv[1]):
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     want = load_file(folder + "/want.st")
     assert "lorank" not in sys.modules
     assert torch.allclose(model(want["ids"]).logits, want["logits"], atol=1e-5), folder
     assert torch.equal(model.generate(want["ids"], max_new_tokens=6, do_sample=False), want["text"]), folder
+    body, loading = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
+    assert not loading["missing_keys"] and "lorank" not in sys.modules, folder
+    assert torch.allclose(body.eval()(want["ids"]).last_hidden_state, want["states"], atol=1e-5), folder
 """
 
 
@@ -64,7 +67,8 @@ def test_a_process_without_lorank_computes_the_same(tmp_path: Path) -> None:
         with torch.no_grad():
             text = model.generate(ids, max_new_tokens=6, do_sample=False)
             model.save_pretrained(folder)
-            save_file({"ids": ids, "logits": model(ids).logits, "text": text}, folder / "want.st")
+            states = model.base_model(ids).last_hidden_state
+            save_file({"ids": ids, "logits": model(ids).logits, "text": text, "states": states}, folder / "want.st")
         folders.append(str(folder))
     env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
     command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, json.dumps(folders)]

@@ -75,14 +75,18 @@ from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 session = onnxruntime.InferenceSession("{place}/model.onnx")
 ids = np.array([tokenizer("a text")["input_ids"]])
-empty = {{one.name: [1, int(one.shape[1]), 0, int(one.shape[3])] for one in session.get_inputs() if "past" in one.name}}
-cache = {{name: np.zeros(shape, np.float32) for name, shape in empty.items()}}
-logits, *cache = session.run(None, {{"input_ids": ids, "position_ids": np.arange(ids.shape[1])[None], **cache}})
+empty = {{one.name: [1, int(one.shape[1]), 0, int(one.shape[3])] for one in session.get_inputs() if one.name.endswith(("keys", "values"))}}
+cache = {{name: np.zeros(shape, np.float32) for name, shape in empty.items()}}{window}
+text = {{"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": np.arange(ids.shape[1])[None]}}
+logits, *cache = session.run(None, {{**text, **cache}})
 ```
 
-The graph reads the tokens that follow those of the cache. It has no attention mask.""",
+The graph reads the tokens that follow those of the cache. Its attention mask also covers the tokens in the cache.""",
 }
 """How a model is loaded, by its form."""
+WINDOW = """
+cache |= {{one.name: np.array({}) for one in session.get_inputs() if "sliding_window" in one.name}}"""
+"""What the graph of a model with a sliding window also reads."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,8 @@ class Card:
     summary: dict[str, Any] | None = None
     """Of a finished run."""
     corpus: str = ""
+    window: int | None = None
+    """Tokens of a sliding window of attention."""
     place: str = "path/to/this/folder"
     """Where the reader has it from: a folder, or a name on the hub."""
 
@@ -135,6 +141,7 @@ class Card:
             methods=own if recipe is None else tuple(m for m in methods_of(recipe) if m.name not in DEFAULTS),
             merged=method is not None and method_of(model) is None,
             license=license or (recipe.license if recipe else None),
+            window=getattr(model.config, "sliding_window", None),
             recipe=recipe,
             summary=_json(folder / "summary.json"),
             corpus=(_json(folder / "run.json") or {}).get("corpus", "") if recipe else "",
@@ -180,12 +187,17 @@ def card_text(card: Card) -> str:
     parts = [f"---\n{data.to_yaml()}\n---\n# {card.title}, {card.parameters:,} parameters"]
     if card.corpus:
         parts.append(f"Pre-trained from scratch with lorank on {_without_folders(card.corpus, card.recipe)}.")
-    parts += [f"## Use\n\n{LOADED[card.form].format(auto=card.auto, place=card.place, version=lorank.__version__)}"]
+    parts += [f"## Use\n\n{_use(card)}"]
     rows = {name: value for name, value in _rows(card).items() if value}
     parts += ["## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())]
     if cited := citations(card.methods):
         parts += ["## Citation\n\nPlease cite the source of each method:\n\n" + "\n".join(f"- {one}" for one in cited)]
     return "\n\n".join(parts) + "\n"
+
+
+def _use(card: Card) -> str:
+    window = WINDOW.format(card.window) if card.window else ""
+    return LOADED[card.form].format(auto=card.auto, place=card.place, version=lorank.__version__, window=window)
 
 
 PIPELINES = {"AutoModelForCausalLM": "text-generation", "AutoModelForMaskedLM": "fill-mask"}

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import lorank
 from lorank.train.export import as_dense, as_trained, export
@@ -119,12 +120,34 @@ def test_an_onnx_graph_continues_from_its_cache(tmp_path: Path) -> None:
     export(str(tmp_path / "model"), tmp_path / "onnx", as_onnx, tokenizer="bytes")
     assert json.loads((tmp_path / "onnx/config.json").read_text())["model_type"] == "llama"
     session, ids = runtime.InferenceSession(tmp_path / "onnx/model.onnx"), torch.randint(1, 96, (3, 11))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0  # a shorter text, padded on the left
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = {one.name: np.zeros((3, 4, 0, 8), np.float32) for one in session.get_inputs() if "past" in one.name}
     found = []
     for begin, end in ((0, 5), (5, 6), (6, 11)):
-        at = np.broadcast_to(np.arange(begin, end), (3, end - begin)).copy()
-        got = session.run(None, {"input_ids": ids[:, begin:end].numpy(), "position_ids": at, **cache})
+        new = {"input_ids": ids[:, begin:end], "position_ids": positions[:, begin:end], "attention_mask": mask[:, :end]}
+        got = session.run(None, {**{name: value.numpy() for name, value in new.items()}, **cache})
         found.append(got[0])
         names = (one.name.replace("output.", "input.") for one in session.get_outputs())
         cache = {name: value for name, value in zip(names, got, strict=True) if name in cache}
-    assert np.allclose(np.concatenate(found, 1), model(ids).logits.detach().numpy(), atol=1e-4)
+    want = model(ids, attention_mask=mask, position_ids=positions).logits.detach()
+    seen = mask.bool()
+    assert torch.allclose(torch.from_numpy(np.concatenate(found, 1))[seen], want[seen], atol=1e-4)
+    [snippet] = re.findall(r"```python\n(.*?)```", (tmp_path / "onnx/README.md").read_text(), re.S)
+    names = {}
+    exec(snippet.replace("path/to/this/folder", str(tmp_path / "onnx")), names)
+    want = model(torch.from_numpy(names["ids"])).logits.detach().numpy()
+    assert np.allclose(names["logits"], want, atol=1e-4), "what the card shows"
+
+
+@pytest.mark.filterwarnings("default")  # of bitsandbytes, about its casts
+def test_factors_are_quantised_as_other_linear_layers(tmp_path: Path) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="an extra: pip install 'lorank[8bit]'")
+    model, ids = saved(tmp_path, "llama", lorank.CoLA(rank=8)), torch.arange(1, 9)[None]
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    small = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=eight, device_map="cpu")
+    kinds = {name: type(one) for name, one in small.named_modules() if name.endswith((".A", ".B"))}
+    assert len(kinds) == 2 * 7 * 2 and set(kinds.values()) == {bitsandbytes.nn.Linear8bitLt}
+    with torch.no_grad():
+        assert torch.allclose(small(ids).logits.softmax(-1), model(ids).logits.softmax(-1), atol=0.01)
