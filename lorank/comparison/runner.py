@@ -304,7 +304,14 @@ def _seconds_per_step(row: Row, probes: Path, watcher: Watcher) -> float:
     recipe = row.candidates[0].recipe
     text = probes / "validation.txt"
     text.write_text(PROBE_TEXT * (2 + recipe.sequence_length // 4))
-    short = {"steps": PROBE_STEPS, "warmup_steps": 1, "eval_every": 0, "save_every": 0, "report_to": []}
+    short: dict[str, Any] = {
+        "steps": PROBE_STEPS,
+        "schedule_steps": None,
+        "warmup_steps": 1,
+        "eval_every": 0,
+        "save_every": 0,
+        "report_to": [],
+    }
     probe = recipe.but({**short, "validation": str(text)})
     with begun(lambda: PretrainProcess.start(probe, probes / row.name)) as process:
         process.wait(lambda records: None)
