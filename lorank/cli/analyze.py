@@ -42,7 +42,7 @@ def analyze(model: str, out: str | None, **settings: Any) -> None:
     weights, for the activations of a batch, and for sums of 8 bytes times the square of each width. --memory limits these
     sums: for a 7B model they need 208 GB at once, or 3 GB for one projection at a time.
     """
-    from lorank.cli.console import errors_console, results_console
+    from lorank.cli.console import errors_console, results_console, shown_work
     from lorank.report.analysis import analysis_page
     from lorank.report.effective_ranks import analysis_table, budget_line, loss_line
     from lorank.train.analysis import analyze_folder
@@ -50,7 +50,7 @@ def analyze(model: str, out: str | None, **settings: Any) -> None:
 
     console = results_console()
     folder = Path(out or f"runs/analyze-{model.rstrip('/').split('/')[-1]}")
-    with errors_console().status("loading") as status:
+    with errors_console().status("loading") as status, shown_work(status):
         results = analyze_folder(model, folder, **settings, say=status.update)
         write_whole(folder / "analysis.html", analysis_page(results))
     console.print(analysis_table(results), highlight=False)

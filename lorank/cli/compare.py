@@ -66,7 +66,7 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
 
     The same command again, or --resume, continues a comparison that was stopped.
     """
-    from lorank.cli.console import results_console
+    from lorank.cli.console import results_console, shown_work
     from lorank.comparison.runner import Comparison, with_budget
     from lorank.report.comparison import comparison_table
     from lorank.report.progress import ComparisonProgress
@@ -85,8 +85,10 @@ def compare(out: str, resume: str | None, **asked: Any) -> None:
         settings = _settings(**asked)
         if budget is not None:
             watcher.say("reading the data for the number of steps")
-            settings = with_budget(settings, budget)
-        comparison = Comparison.plan(settings, out, watcher)
+            with shown_work():
+                settings = with_budget(settings, budget)
+        with shown_work():
+            comparison = Comparison.plan(settings, out, watcher)
     try:
         comparison.run(watcher, after_each=partial(_report, whole=False))
         watcher.say("computing singular values and writing the report")

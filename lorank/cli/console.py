@@ -1,10 +1,17 @@
 """Consoles for results and for progress. Only commands import this: rich and transformers take time to load."""
 
+import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 
 from rich.console import Console
+from rich.status import Status
 from transformers.utils import logging
+
+from lorank.report.progress import TerminalProgress
+from lorank.report.work import WorkProgress
+from lorank.train.watching import watched_by
 
 
 def results_console() -> Console:
@@ -18,4 +25,32 @@ def results_console() -> Console:
 
 def errors_console() -> Console:
     """A console for progress that leaves no trace in what is piped on."""
-    return Console(stderr=True)
+    return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+
+
+@contextlib.contextmanager
+def shown_work(status: Status | None = None) -> Iterator[None]:
+    """Show how far long work inside is: reading, tokenising, evaluating. On a terminal a `status` shows it, if there is one."""
+    console = errors_console()
+    work = WorkProgress(console)
+
+    def update(what: str, done: int, total: int | None, unit: str) -> None:
+        assert status is not None
+        status.update(what if total is None else f"{what} {done / max(total, 1):.0%}")
+
+    try:
+        with watched_by(work if status is None or not console.is_terminal else update):
+            yield
+    finally:
+        work.close()
+
+
+@contextlib.contextmanager
+def shown_run(title: str, console: Console) -> Iterator[TerminalProgress]:
+    """The progress of a run, and of the work before and after its steps."""
+    progress = TerminalProgress(title, console, WorkProgress(errors_console()))
+    try:
+        with watched_by(progress.watch):
+            yield progress
+    finally:
+        progress.close()

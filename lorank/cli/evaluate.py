@@ -30,12 +30,13 @@ def evaluate(model: str, tasks: str, as_json: bool, **settings: Any) -> None:
     """
     if tasks:
         return _run_tasks(model, [task for task in tasks.split(",") if task], as_json, **settings)
-    from lorank.cli.console import results_console
+    from lorank.cli.console import results_console, shown_work
     from lorank.report.tables import evaluation_table
     from lorank.train.evaluation import evaluate_folder
 
     console = results_console()
-    found = evaluate_folder(model, **settings)
+    with shown_work():
+        found = evaluate_folder(model, **settings)
     if as_json:
         click.echo(json.dumps({"text": found.text, **found.to_dict()}, indent=2))
     else:

@@ -116,14 +116,14 @@ def plan(
     device = find_accelerator(accelerator)._replace(**{k: value for k, value in given.items() if value is not None})
     fleet = Fleet(accelerator=device, devices=devices or (1 if recipes else 8), utilisation=utilisation)
     budget, flags = split_budget(flags if steps is None else {**flags, "steps": steps})
-    from lorank.cli.console import errors_console, results_console
+    from lorank.cli.console import errors_console, results_console, shown_work
     from lorank.plan import forecast
     from lorank.plan.fits import check_budget, fit_all
     from lorank.report import plans
     from lorank.train.budget import Budget
 
     console = results_console()
-    with errors_console().status("counting") as status:
+    with errors_console().status("counting") as status, shown_work(status):
         say = lambda line: status.update(f"counting {line}")  # noqa: E731
         if recipes:
             files = {path: recipe_of(path, flags) for path in recipes}

@@ -47,7 +47,7 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
 
         budget = Budget(steps=changes["steps"])
     settings = None if resume else recipe_of(recipe, flags)
-    from lorank.cli.console import results_console
+    from lorank.cli.console import results_console, shown_run, shown_work
 
     console = results_console()
     if settings is not None and dry_run:
@@ -57,12 +57,12 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
 
         found = plan(settings)
         try:
-            found = plan_with_data(settings, found, budget)
+            with shown_work():
+                found = plan_with_data(settings, found, budget)
         finally:  # without data, what is known without them
             console.print(plan_tables(found), highlight=False)
         return warn_of_weights(settings.model)
     from lorank.report.markup import visible
-    from lorank.report.progress import TerminalProgress
     from lorank.report.tables import runs_table
     from lorank.train import run
     from lorank.train.folder import read_json, read_run
@@ -72,8 +72,7 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     shape = settings.model.rstrip("/").split("/")[-1] if settings.model else settings.size
     title = title_of(settings)
     folder = Path(resume or out or f"runs/{title}-{shape}")
-    progress = TerminalProgress(f"{title} {shape}", console)
-    try:
+    with shown_run(f"{title} {shape}", console) as progress:
         summary = run.pretrain(
             settings,
             folder,
@@ -82,8 +81,6 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
             say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
             callbacks=[progress],
         )
-    finally:
-        progress.close()
     if summary is None:
         console.print(f"stopped; continue with [bold]lorank pretrain --resume {folder}[/bold]", highlight=False)
         sys.exit(130)

@@ -55,15 +55,12 @@ def repro(name: str | None, out: str | None, micro_batch_size: int | None, first
 
 def _whole_run(console: Any, name: str, out: str, micro_batch_size: int | None) -> NoReturn:
     """Run, print and judge a whole reproduction."""
+    from lorank.cli.console import shown_run
     from lorank.comparison.repro import reproduce
-    from lorank.report.progress import TerminalProgress
     from lorank.report.repro import outcome_table
 
-    progress = TerminalProgress(name, console)
-    try:
+    with shown_run(name, console) as progress:
         outcome = reproduce(name, out, [progress], micro_batch_size=micro_batch_size)
-    finally:
-        progress.close()
     if outcome is None:
         console.print(f"stopped; continue with [bold]lorank repro {name} --out {out}[/bold]", highlight=False)
         sys.exit(130)

@@ -11,6 +11,7 @@ from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorank.report.markup import duration
+from lorank.report.work import WorkProgress
 
 QUIET_SECONDS = 30
 """Between lines of a comparison if output is not a terminal."""
@@ -19,16 +20,33 @@ QUIET_SECONDS = 30
 class TerminalProgress(TrainerCallback):
     """Steps, loss, tokens per second and time left."""
 
-    def __init__(self, title: str, console: Console):
+    def __init__(self, title: str, console: Console, work: WorkProgress | None = None):
         self.title = title
         self.console = console
+        self.work = work
+        """Shows what is done before and after the steps."""
         self.text: dict[str, str] = {}
         self.bar: Progress | None = None
         self._printed = 0.0
 
+    def watch(self, what: str, done: int, total: int | None, unit: str) -> None:
+        """Show other work than steps; between these, in their line."""
+        if self.bar is None:
+            if self.work is not None:
+                self.work(what, done, total, unit)
+        elif total is not None and done < total:
+            self.bar.update(self.task, text=f"{what} {done / total:.0%}")
+        else:
+            self.bar.update(self.task, text=self._line())
+
+    def _line(self) -> str:
+        return "  ".join(self.text[key] for key in ("loss", "eval", "rate", "mfu") if key in self.text)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.work is not None:
+            self.work.close()
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
         self.bar = Progress(
@@ -66,7 +84,7 @@ class TerminalProgress(TrainerCallback):
             self.text["mfu"] = f"MFU {logs['mfu']:.0%}"
         if "eval_perplexity" in logs:
             self.text["eval"] = f"val ppl {logs['eval_perplexity']:.2f}"
-        line = "  ".join(self.text[key] for key in ("loss", "eval", "rate", "mfu") if key in self.text)
+        line = self._line()
         if self.bar is not None:
             self.bar.update(self.task, text=line)
         elif "eval_perplexity" in logs or time.monotonic() - self._printed > 10:
@@ -78,6 +96,8 @@ class TerminalProgress(TrainerCallback):
 
     def close(self) -> None:
         """Give the terminal back, also after an error."""
+        if self.work is not None:
+            self.work.close()
         if self.bar is not None:
             self.bar.stop()
             self.bar = None

@@ -18,6 +18,7 @@ from lorank.train.data import collate, load_evaluation
 from lorank.train.model import check_causal, check_positions
 from lorank.train.saved import load_model
 from lorank.train.text import Text, text_of
+from lorank.train.watching import tell
 
 
 class Evaluation(NamedTuple):
@@ -103,6 +104,7 @@ def evaluate(
             mean = next_token_loss(model, batch, use_cache=False).nats.double().item()
             nats, losses = nats + mean * predicted, losses + mean
             tokens, count = tokens + predicted, count + 1
+            tell("evaluating", tokens, _all_of(batches, tokens, count, max_tokens), "tokens")
             if max_tokens is not None and tokens >= max_tokens:
                 break
     finally:
@@ -110,6 +112,15 @@ def evaluate(
     if tokens == 0:
         raise ValueError("the evaluation data contain no token to predict")
     return Evaluation(nats, tokens, count, losses, bytes_per_token)
+
+
+def _all_of(batches: Iterable[Any], tokens: int, count: int, max_tokens: int | None) -> int | None:
+    """About how many tokens an evaluation predicts, after `count` batches; None for a stream."""
+    try:
+        expected = round(tokens / count * len(batches))  # type: ignore[arg-type]
+    except TypeError:  # without a length
+        return max_tokens
+    return expected if max_tokens is None else min(expected, max_tokens)
 
 
 def evaluate_folder(

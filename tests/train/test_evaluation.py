@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorank.train.evaluation import Evaluation, evaluate
+from lorank.train.watching import watched_by
 
 
 @pytest.fixture
@@ -83,3 +84,12 @@ def test_training_mode_comes_back_and_no_gradient_stays(model: LlamaForCausalLM)
 def test_nothing_to_predict_is_an_error(model: LlamaForCausalLM) -> None:
     with pytest.raises(ValueError, match="no token to predict"):
         evaluate(model, [batch(0)])
+
+
+@pytest.mark.parametrize("max_tokens, total", [(None, 42), (20, 20)])
+def test_it_tells_how_far_it_is(model: LlamaForCausalLM, max_tokens: int | None, total: int) -> None:
+    heard: list[tuple[object, ...]] = []
+    with watched_by(lambda *told: heard.append(told)):
+        evaluate(model, [batch(8, 8, seed=i) for i in range(3)], max_tokens=max_tokens)
+    assert heard == [("evaluating", done, total, "tokens") for done in (14, 28, 42)[: len(heard)]]
+    assert heard[-1][1] >= total  # type: ignore[operator]

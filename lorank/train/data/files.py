@@ -19,7 +19,8 @@ import logging
 import os
 import sysconfig
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import datasets
@@ -28,6 +29,7 @@ import xxhash
 from datasets import Dataset
 
 from lorank.train.data.reading import BUFFER, SUFFIXES, Tally, blocks, kind_of
+from lorank.train.watching import tell
 
 logger = logging.getLogger(__name__)
 VERSION = 3  # part of every cache key; raise it when the same file must give other documents
@@ -146,12 +148,24 @@ def read_documents(files: Sequence[Path], column: str, cache: Path) -> tuple[Dat
         ValueError: a file holds no text, or not where it was looked for.
         OSError: a file or the cache failed, or a file changed meanwhile.
     """
+    groups = list(_groups(files))
+    keys = _keys(groups, column)
+    size, done = sum(map(_size, files)), 0
     parts, tally = [], Tally()
-    for group in _groups(files):
-        part, counted = _read_group(group, column, cache)
+    for group, (key, before) in zip(groups, keys, strict=True):
+        part, counted = _read_group(group, key, before, column, cache, partial(_tell_reading, done, size))
         parts.append(part)
         tally += counted
+        done += sum(map(_size, group))
     return datasets.concatenate_datasets(parts), tally
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size
+
+
+def _tell_reading(before: int, total: int, done: int) -> None:
+    tell("reading", before + done, total, "B")
 
 
 def _groups(files: Iterable[Path]) -> Iterator[list[Path]]:
@@ -167,14 +181,33 @@ def _groups(files: Iterable[Path]) -> Iterator[list[Path]]:
         yield group
 
 
-def _read_group(files: Sequence[Path], column: str, cache: Path) -> tuple[Dataset, Tally]:
-    before = [_state(file) for file in files]
-    contents = [(kind_of(file), file.suffix.lower(), _digest(file)) for file in files]
-    key = hashlib.blake2b(repr((VERSION, column, contents)).encode(), digest_size=16).hexdigest()
+def _keys(groups: Sequence[Sequence[Path]], column: str) -> list[tuple[str, list[tuple[int, ...]]]]:
+    """Of each group, the name of its documents in the cache, and what its files were like just before they were hashed."""
+    total, done = sum(_size(file) for group in groups for file in group), 0
+    keys = []
+    for group in groups:
+        before, contents = [], []
+        for file in group:
+            before.append(_state(file))
+            contents.append((kind_of(file), file.suffix.lower(), _digest(file, done, total)))
+            done += before[-1][0]
+        key = hashlib.blake2b(repr((VERSION, column, contents)).encode(), digest_size=16).hexdigest()
+        keys.append((key, before))
+    return keys
+
+
+def _read_group(
+    files: Sequence[Path],
+    key: str,
+    before: Sequence[tuple[int, ...]],
+    column: str,
+    cache: Path,
+    say: Callable[[int], None],
+) -> tuple[Dataset, Tally]:
     kept, counts = (cache / "documents" / f"{key}.{end}" for end in ("arrow", "json"))
     if not kept.exists():
         try:
-            _write(files, column, kept, counts, before)
+            _write(files, column, kept, counts, before, say)
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise OSError(
@@ -186,15 +219,24 @@ def _read_group(files: Sequence[Path], column: str, cache: Path) -> tuple[Datase
     return documents, Tally(**json.loads(counts.read_text()))
 
 
-def _write(files: Sequence[Path], column: str, kept: Path, counts: Path, before: Sequence[tuple[int, ...]]) -> None:
-    tally = Tally()
+def _write(
+    files: Sequence[Path],
+    column: str,
+    kept: Path,
+    counts: Path,
+    before: Sequence[tuple[int, ...]],
+    say: Callable[[int], None],
+) -> None:
+    tally, done = Tally(), 0
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=kept.parent, prefix=".reading-") as part:
         with pa.OSFile(f"{part}/arrow", "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
             for file, state in zip(files, before, strict=True):
-                for block in blocks(file, column, tally):
+                for block, position in blocks(file, column, tally):
                     if len(block):
                         writer.write_batch(pa.record_batch([block], schema=SCHEMA))
+                    say(done + position)
+                done += state[0]
                 if _state(file) != state:
                     raise OSError(f"{file} changed while it was read; start again when it is complete")
         Path(part, "json").write_text(json.dumps(dataclasses.asdict(tally)))
@@ -207,10 +249,12 @@ def _state(file: Path) -> tuple[int, ...]:
     return found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino
 
 
-def _digest(file: Path) -> str:
+def _digest(file: Path, done: int, total: int) -> str:
     """Of the whole content, at several GB a second: sizes and times of change do not tell whether a file is the same."""
     digest = xxhash.xxh3_128()
     with open(file, "rb", buffering=0) as stream:
         while part := stream.read(BUFFER):
             digest.update(part)
+            done += len(part)
+            tell("hashing", done, total, "B")
     return digest.hexdigest()

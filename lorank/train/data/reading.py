@@ -79,8 +79,9 @@ def _suffix(file: Path) -> str:
     return Path(next((name.removesuffix(end) for end in COMPRESSED if name.endswith(end)), name)).suffix
 
 
-def blocks(file: Path, column: str, tally: Tally) -> Iterator[pa.Array]:
-    """The documents of a file as string arrays without empty ones; they are counted in `tally`.
+def blocks(file: Path, column: str, tally: Tally) -> Iterator[tuple[pa.Array, int]]:
+    """The documents of a file as string arrays without empty ones, which are counted in `tally`, and each time how many bytes of
+    the file have been read (of Parquet: 0).
 
     Raises:
         ValueError: the file is not what its name says, or `column` holds no text.
@@ -92,10 +93,10 @@ def blocks(file: Path, column: str, tally: Tally) -> Iterator[pa.Array]:
         tally.empty += kind == "text"
         return
     try:
-        with _opened(file) as stream:
+        with open(file, "rb", buffering=BUFFER) as raw, _opened(file, raw) as stream:
             read = {"text": _text, "json": _json, "parquet": _parquet}[kind]
             for block in read(file, stream, column, tally):
-                yield _counted(block, tally)
+                yield _counted(block, tally), raw.tell()
     except UnreadableError:
         raise
     except UnicodeDecodeError as error:
@@ -107,14 +108,15 @@ def blocks(file: Path, column: str, tally: Tally) -> Iterator[pa.Array]:
         raise UnreadableError(f"{file} is not readable as {kind} ({reason}); repair it or leave it out") from error
 
 
-def _opened(file: Path) -> BinaryIO:
+def _opened(file: Path, raw: BinaryIO) -> BinaryIO:
+    """What a file contains, decompressed."""
     end = file.suffix.lower()
+    if end not in COMPRESSED:
+        return raw
     if end == ".zst":
-        return io.BufferedReader(pa.input_stream(str(file), compression="zstd"), BUFFER)
-    if end in COMPRESSED:
-        stream: Any = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[end].open(file)
-        return io.BufferedReader(stream, BUFFER)
-    return open(file, "rb", buffering=BUFFER)
+        return io.BufferedReader(pa.input_stream(raw, compression="zstd"), BUFFER)
+    stream: Any = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[end].open(raw)
+    return io.BufferedReader(stream, BUFFER)
 
 
 def _counted(block: pa.Array, tally: Tally) -> pa.Array:

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lorank.train.data.sources import cache_folder, first_line
 from lorank.train.hub import asked_if_reachable
+from lorank.train.watching import told
 
 logger = logging.getLogger(__name__)
 VERSION = 2  # part of every cache key; raise it when the same text must give other tokens or sequences
@@ -62,13 +63,14 @@ def load_tokenizer(
         return found
     if vocab_size < 258:
         raise ValueError(f"vocab_size must be at least 258 (256 bytes and 2 special tokens), got {vocab_size}")
-    texts = first_pieces(texts() if callable(texts) else texts, TOKENIZER_CHARACTERS)
+    texts, size = first_pieces(texts() if callable(texts) else texts, TOKENIZER_CHARACTERS), None
     if texts_name is None:
         texts = list(texts)
+        size = sum(map(len, texts))
         texts_name = "".join(hashlib.blake2b(text.encode()).hexdigest() for text in texts)
     folder = cache_folder(cache_dir) / "tokenizers" / Hasher.hash((VERSION, texts_name, vocab_size))
     if not folder.exists():
-        tokenizer = _train_tokenizer(texts, vocab_size)
+        tokenizer = _train_tokenizer(told("learning a vocabulary", texts, len, size, "characters"), vocab_size)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as part:

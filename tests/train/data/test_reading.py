@@ -32,7 +32,7 @@ def read(tmp_path, write):
     def read(name, data, column="text"):
         tally = Tally()
         file = tmp_path / name if data is None else write(tmp_path / name, data)
-        texts = [text for block in blocks(file, column, tally) for text in block.to_pylist()]
+        texts = [text for block, _ in blocks(file, column, tally) for text in block.to_pylist()]
         assert (tally.files, tally.documents, tally.bytes) == (1, len(texts), len("".join(texts).encode()))
         return texts, (tally.empty, tally.invalid)
 
