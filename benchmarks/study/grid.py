@@ -70,6 +70,13 @@ TEXTS = {
     ),
 }
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cola-dlr+muon": {"options.init": "dlr", "options.decay_to": "reuse"},
+    **{f"cola-carry-{kind}+muon": {"options.carry": kind} for kind in ("identity", "tensor", "linear")},
+}
+"""Row -> options of CoLA whose effect is measured beside cola+muon."""
+FACTORS = "cola+factor-lr-muon"
+
 STAGES = {
     "core": {"methods": ["cola+muon"], "only": False},  # beside dense and dense-small, each with AdamW and Muon
     "cola": {"methods": ["cola", "cola+spectron"], "only": True},
@@ -77,6 +84,7 @@ STAGES = {
         "methods": ["low-rank", "low-rank+muon", "low-rank+spectron", "crnet", "crnet+muon", "sltrain", "sltrain+muon"],
         "only": True,
     },
+    "effects": {"methods": [f"{name}=cola+muon" for name in OPTIONS] + [f"{FACTORS}=cola+factor-lr"], "only": True},
     "published": {
         "methods": ["dense", "dense-tuned=dense", "cola", "low-rank", "crnet"],
         "only": True,
@@ -87,6 +95,8 @@ STAGES = {
 
 RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2)
 """Tried with the first seed. A best rate at an edge extends the sweep, twice at most."""
+EFFECT_RATES = (2.5e-3, 5e-3, 1e-2)
+"""Around the best of cola+muon."""
 SPECTRON_RATES = (0.0125, 0.025, 0.05, 0.1)
 NANO_RATES = (1e-3, 2e-3, 4e-3)
 NANO_SEEDS = (1, 2, 3, 4, 5, 6, 7, 8)
@@ -107,7 +117,13 @@ def settings_of(size: str, text: str, stage: str, texts: Path) -> ComparisonSett
         return ComparisonSettings(base=base, seeds=NANO_SEEDS, tuned="all", **rates, **chosen)
     common = {"steps": STEPS, "eval_every": 50, "eval_tokens": 65_000, "save_every": 0, "data": data}
     base = Recipe().but({**common, **SIZES[size]})
-    own = {name: {"lr": SPECTRON_RATES} for name in chosen["methods"] if name.endswith("+spectron")}
+    own: dict[str, Any] = {name: {"lr": SPECTRON_RATES} for name in chosen["methods"] if name.endswith("+spectron")}
+    if stage == "effects":
+        own = {
+            name: {**{key: [value] for key, value in given.items()}, "lr": EFFECT_RATES}
+            for name, given in OPTIONS.items()
+        }
+        own[FACTORS] = {"options.rule": ["muon"], "lr": RATES}
     return ComparisonSettings(base=base, seeds=SEEDS, sweep={"lr": RATES}, own=own, tuned="all", **chosen)
 
 

@@ -11,7 +11,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +20,7 @@ import psutil
 import lorank
 from lorank.train.folder import write_whole
 from lorank.train.recipe import Recipe
+from lorank.train.signals import on_stop
 
 POLL_SECONDS = 0.3
 
@@ -131,19 +131,13 @@ class Tail:
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[None]:
-    """Inside, SIGTERM raises KeyboardInterrupt as Ctrl-C does."""
+    """Inside, every signal that asks to stop raises KeyboardInterrupt as Ctrl-C does."""
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():  # which alone may set handlers
+    with on_stop(interrupt):
         yield
-        return
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -163,19 +157,11 @@ def begun(begin: Callable[[], PretrainProcess]) -> Iterator[PretrainProcess]:
 
 @contextlib.contextmanager
 def signals_later() -> Iterator[None]:
-    """Inside, Ctrl-C and SIGTERM wait for the end: an exception in the middle of torch's C++ may abort the process."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
+    """Inside, signals that ask to stop wait for the end: an exception in the middle of torch's C++ may abort the process."""
     came: list[int] = []
-    before = {
-        number: signal.signal(number, lambda number, frame: came.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
-    }
     try:
-        yield
+        with on_stop(lambda number, frame: came.append(number)):
+            yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         for first in came[:1]:
             signal.raise_signal(first)

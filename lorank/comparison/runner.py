@@ -13,7 +13,6 @@ of the first seed in all runs, so that all losses are on the same text. A finish
 comparison a second time continues it.
 """
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -21,8 +20,6 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-
-from filelock import FileLock, Timeout
 
 from lorank.comparison.controls import CONTROL
 from lorank.comparison.matching import Costs
@@ -39,13 +36,12 @@ from lorank.comparison.rows import (
 from lorank.comparison.settings import ComparisonSettings, slug
 from lorank.train import data
 from lorank.train.budget import Budget
-from lorank.train.folder import absolute, write_whole
+from lorank.train.folder import LOCK, absolute, locked, write_whole
 from lorank.train.model import build_config, warn_of_weights
 from lorank.train.recipe import Recipe
 from lorank.train.run import check_corpus, corpus_of
 from lorank.train.tasks import check_tasks, is_file
 
-LOCK = ".lock"
 PROBE_STEPS = 12
 PROBE_TEXT = "Enough text for one evaluation: the speed of a step does not depend on what the evaluation finds.\n"
 
@@ -142,7 +138,7 @@ class Comparison:
         _check_free(out)
         made = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
-        with _locked(out), stop_on_signal():
+        with locked(out), stop_on_signal():
             try:
                 _clear(out)  # what a killed plan left
                 rows, facts = _plan(planned, Costs(corpus.tokenizer), out, watcher)
@@ -233,7 +229,7 @@ class Comparison:
             KeyboardInterrupt: a signal came; the run in progress has saved a checkpoint.
             ValueError: another process is running this comparison.
         """
-        with _locked(self.out), stop_on_signal():
+        with locked(self.out), stop_on_signal():
             try:
                 for number, run in enumerate(self.runs(), start=1):
                     if self.summary(run) is None:
@@ -322,20 +318,6 @@ def _seconds_per_step(row: Row, probes: Path, watcher: Watcher) -> float:
     return found["tokens"] / found["steps"] / found["tokens_per_second"]
 
 
-@contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """ValueError if another process is inside for the same folder."""
-    lock = FileLock(out / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ValueError(f"{out} is in use by another process; wait until it ends, or stop it and try again") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def _check_free(out: Path) -> None:
     """Raises ValueError unless a comparison may be planned in a folder: it does not exist, is empty, or holds only what a
     killed plan left."""
@@ -343,7 +325,7 @@ def _check_free(out: Path) -> None:
         return
     found = {path.name for path in out.iterdir()} if out.is_dir() else {""}
     if LOCK in found:
-        with _locked(out):
+        with locked(out):
             found -= {LOCK, "models", "probes", ".comparison.json.part"}
     if found:
         raise ValueError(f"{out} is not an empty folder and holds no comparison; choose another --out")

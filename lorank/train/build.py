@@ -1,10 +1,12 @@
 """A recipe as a trainer."""
 
+import dataclasses
 import logging
 import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from datasets import IterableDataset
@@ -21,6 +23,15 @@ from lorank.train.recipe import Recipe
 from lorank.train.trainer import PretrainTrainer
 
 logger = logging.getLogger(__name__)
+PROJECT = "lorank"
+"""What trackers call the project, unless the user's environment says otherwise."""
+
+
+@dataclasses.dataclass
+class RunArguments(TrainingArguments):
+    """Trainer's, which trackers get, with the recipe."""
+
+    recipe: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def build_trainer(
@@ -48,8 +59,12 @@ def build_trainer(
         raise ValueError(
             f"data={recipe.data} is a stream, whose rows do not continue from batch to batch; add --option carry=false"
         )
-    arguments = TrainingArguments(
+    _check_trackers(recipe.report_to)
+    arguments = RunArguments(
         output_dir=str(out),
+        run_name=out.resolve().name,
+        project=PROJECT,
+        recipe=recipe.to_dict(),
         max_steps=recipe.steps,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
@@ -76,7 +91,6 @@ def build_trainer(
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
     )
-    _check_trackers(recipe.report_to)
     peak, source = accounting.achievable_flops()
     trainer = PretrainTrainer(
         model=model,
@@ -145,3 +159,11 @@ def _check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if name not in (*known, "none", "all"):
             raise ValueError(f"report_to must name installed trackers ({', '.join(known) or 'none'}), got {name!r}")
+    for variable in (
+        "WANDB_PROJECT",
+        "MLFLOW_EXPERIMENT_NAME",
+        "COMET_PROJECT_NAME",
+        "CLEARML_PROJECT",
+        "SWANLAB_PROJECT",
+    ):
+        os.environ.setdefault(variable, PROJECT)

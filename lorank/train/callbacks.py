@@ -2,9 +2,7 @@
 
 import json
 import math
-import signal
 import statistics
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -85,29 +83,17 @@ def _step(line: str) -> float:
 
 
 class StopOnSignal(TrainerCallback):
-    """Ctrl-C (SIGINT) or SIGTERM ends training after the current step, with a checkpoint. A second signal, or one outside of
-    training, interrupts at once."""
+    """A signal that asks to stop (`lorank.train.signals`) ends training after the current step, with a checkpoint. A second one, or one
+    outside of training, interrupts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
         self._training = False
-        self._before: dict[int, Any] = {}
 
-    def _receive(self, number: int, frame: Any) -> None:
+    def receive(self, number: int, frame: Any) -> None:
         if self.received is not None or not self._training:
             raise KeyboardInterrupt
         self.received = number
-
-    def __enter__(self) -> "StopOnSignal":
-        if threading.current_thread() is not threading.main_thread():
-            return self  # Python delivers signals to the main thread only
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._before[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._training = True

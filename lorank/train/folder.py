@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
@@ -25,6 +26,8 @@ from lorank.train.recipe import Recipe
 logger = logging.getLogger(__name__)
 STAGING = ".saving"
 """Folder of a run in which a checkpoint is written before it is moved to its name."""
+LOCK = ".lock"
+"""File that the one process holds which writes into a folder."""
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -67,6 +70,25 @@ def prepare_folder(out: Path, resume: bool) -> None:
         raise OSError(f"cannot write to {out}: {error.strerror}") from None
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(out / STAGING, ignore_errors=True)  # of a run that was killed while it saved
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """ValueError if another process is inside for the same folder; of those of a distributed run the first is inside for all."""
+    lock = FileLock(out / LOCK, timeout=0)
+    if os.environ.get("RANK", "0") == "0":
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(
+                f"{out} is in use by another process; wait until it ends, or stop it and try again"
+            ) from None
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            (out / LOCK).unlink(missing_ok=True)
+        lock.release()
 
 
 def last_whole_checkpoint(out: Path) -> Path | None:

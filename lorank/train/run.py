@@ -30,6 +30,7 @@ from lorank.train.card import NAME, Card, write_card
 from lorank.train.folder import (
     absolute,
     last_whole_checkpoint,
+    locked,
     logged_rate,
     longer,
     only_tensors,
@@ -47,6 +48,7 @@ from lorank.train.push import check_push, push
 from lorank.train.recipe import Recipe
 from lorank.train.saved import rehearse_saving, save_model
 from lorank.train.shape import reason_of
+from lorank.train.signals import on_stop
 from lorank.train.summary import Summary, environment
 from lorank.train.vocabulary import keep_vocabulary
 
@@ -88,6 +90,22 @@ def pretrain(
     first = os.environ.get("RANK", "0") == "0"
     place = check_push(recipe.push_to_hub) if recipe.push_to_hub is not None and first else None
     prepare_folder(out, resume)
+    with locked(out):
+        return _pretrain_in(out, recipe, budget, resume, finished, place, say, callbacks, on_cpu)
+
+
+def _pretrain_in(
+    out: Path,
+    recipe: Recipe,
+    budget: Budget | None,
+    resume: bool,
+    finished: bool,
+    place: str | None,
+    say: Callable[[str], object],
+    callbacks: Sequence[TrainerCallback],
+    on_cpu: bool,
+) -> Summary | None:
+    """`pretrain` in a folder that no other process writes into."""
     start_from = last_whole_checkpoint(out) if resume else None
     if finished and start_from is None:
         raise ValueError(
@@ -109,7 +127,8 @@ def pretrain(
             f"data={recipe.data!r} must be the text with which {out} began (hash {began}), got other text (hash {corpus.hash}); "
             "restore it, or start another run with --out"
         )
-    with PeakMemory() as memory, StopOnSignal() as stop:
+    stop = StopOnSignal()
+    with PeakMemory() as memory, on_stop(stop.receive):
         set_seed(recipe.seed)
         model = build_model(recipe, config, saved)
         check_causal(model, recipe.shape)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from lorank.comparison.runner import LOCK, Comparison
+from lorank.comparison.runner import Comparison
 from lorank.comparison.settings import ComparisonSettings
+from lorank.train.folder import LOCK
 
 BAD = {
     "no method": ([], "no method is named"),

@@ -19,11 +19,11 @@ from lorank.comparison import runner as module
 from lorank.comparison.matching import Costs
 from lorank.comparison.process import PretrainProcess
 from lorank.comparison.rows import plan_rows
-from lorank.comparison.runner import LOCK, Comparison, with_budget
+from lorank.comparison.runner import Comparison, with_budget
 from lorank.comparison.settings import ComparisonSettings
 from lorank.train import data
 from lorank.train.budget import Budget
-from lorank.train.folder import history
+from lorank.train.folder import LOCK, history
 from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
 

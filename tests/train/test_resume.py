@@ -1,5 +1,6 @@
 """Stopping and resuming changes nothing, whatever stopped the run; a checkpoint is whole or not there."""
 
+import json
 import os
 import resource
 import shutil
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
 
-from lorank.train.folder import read_run, write_whole
+from lorank.train.folder import locked, read_run, write_whole
 from lorank.train.run import pretrain
 from lorank.train.trainer import PretrainTrainer
 
@@ -79,14 +81,45 @@ def test_a_killed_run_resumes_with_the_same_losses(
     assert whole is not None and resumed.validation_loss_nats_per_token == whole.validation_loss_nats_per_token
 
 
-def test_ctrl_c_saves_a_checkpoint(whole: Any, recipe: Any, losses: Any, before_step: Any, tmp_path: Path) -> None:
-    out, handler = tmp_path / "run", signal.getsignal(signal.SIGINT)
-    interrupt = before_step(2, lambda: os.kill(os.getpid(), signal.SIGINT))
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_a_checkpoint(
+    sent: signal.Signals, whole: Any, recipe: Any, losses: Any, before_step: Any, tmp_path: Path
+) -> None:
+    """Ctrl-C, and what Slurm sends before the time is over."""
+    out, handler = tmp_path / "run", signal.getsignal(sent)
+    interrupt = before_step(2, lambda: os.kill(os.getpid(), sent))
     assert pretrain(recipe(), out, callbacks=[interrupt]) is None
-    assert signal.getsignal(signal.SIGINT) is handler
+    assert signal.getsignal(sent) is handler
     assert (out / "checkpoint-3/trainer_state.json").exists()
     resume(out)
     assert losses(out) == losses(whole[1])
+
+
+def test_two_runs_do_not_share_a_folder(recipe: Any, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ValueError, match=f"^{tmp_path} is in use by another process; wait"):
+        pretrain(recipe(), tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_trackers_get_the_name_and_the_recipe(recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    seen: list[Any] = []
+    pretrain(recipe(report_to=["tensorboard"]), tmp_path / "first", callbacks=[Sees(seen)])
+    assert (seen[0].run_name, seen[0].project) == ("first", "lorank")
+    assert os.environ["WANDB_PROJECT"] == "mine" and os.environ.pop("MLFLOW_EXPERIMENT_NAME") == "lorank"
+    log = events.EventAccumulator(str(tmp_path / "events")).Reload()
+    text = log.Tensors("args/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert json.loads(text)["recipe"]["lr"] == recipe().lr
+
+
+class Sees(TrainerCallback):
+    def __init__(self, seen: list[Any]):
+        self.seen = seen
+
+    def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
+        self.seen.append(args)
 
 
 def test_a_run_without_checkpoint_starts_again(
