@@ -138,7 +138,7 @@ class Comparison:
         _check_free(out)
         made = not out.exists()
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out), stop_on_signal():
+        with locked(out, keep=True), stop_on_signal():
             try:
                 _clear(out)  # what a killed plan left
                 rows, facts = _plan(planned, Costs(corpus.tokenizer), out, watcher)
@@ -229,7 +229,7 @@ class Comparison:
             KeyboardInterrupt: a signal came; the run in progress has saved a checkpoint.
             ValueError: another process is running this comparison.
         """
-        with locked(self.out), stop_on_signal():
+        with locked(self.out, keep=True), stop_on_signal():
             try:
                 for number, run in enumerate(self.runs(), start=1):
                     if self.summary(run) is None:
@@ -325,7 +325,7 @@ def _check_free(out: Path) -> None:
         return
     found = {path.name for path in out.iterdir()} if out.is_dir() else {""}
     if LOCK in found:
-        with locked(out):
+        with locked(out, keep=True):
             found -= {LOCK, "models", "probes", ".comparison.json.part"}
     if found:
         raise ValueError(f"{out} is not an empty folder and holds no comparison; choose another --out")

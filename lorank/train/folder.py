@@ -73,8 +73,9 @@ def prepare_folder(out: Path, resume: bool) -> None:
 
 
 @contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """ValueError if another process is inside for the same folder; of those of a distributed run the first is inside for all."""
+def locked(out: Path, *, keep: bool = False) -> Iterator[None]:
+    """ValueError if another process is inside for the same folder; of those of a distributed run the first is inside for all. `keep` leaves
+    the file there, as a sign that lorank made the folder."""
     lock = FileLock(out / LOCK, timeout=0)
     if os.environ.get("RANK", "0") == "0":
         try:
@@ -86,7 +87,7 @@ def locked(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if lock.is_locked:
+        if lock.is_locked and not keep:
             (out / LOCK).unlink(missing_ok=True)
         lock.release()
 
