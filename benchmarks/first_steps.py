@@ -24,7 +24,7 @@ from lorank.comparison import first_steps, repro
 from lorank.comparison.matching import is_dense
 from lorank.comparison.rows import dense_twin
 from lorank.methods.relora import ReLoRAHook
-from lorank.methods.sst import Resampling
+from lorank.methods.sst import SSTHook
 from lorank.methods.switchlora import SwitchLoRAHook
 from lorank.train.folder import write_whole
 from lorank.train.methods import title_of
@@ -68,7 +68,7 @@ def idle(recipe: Recipe) -> first_steps.Curve | None:
     if name in ("galore", "fira"):
         with mock.patch.dict(first_steps.RECORDED, {name: {"update_gap": 1000}}):
             return first_steps.first_steps(recipe)
-    hooks = {"relora": ReLoRAHook, "switchlora": SwitchLoRAHook, "sst": Resampling}
+    hooks = {"relora": ReLoRAHook, "switchlora": SwitchLoRAHook, "sst": SSTHook}
     if name not in hooks:
         return None
     with mock.patch.multiple(hooks[name], before_step=lambda self: None, after_step=lambda self: None):
