@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -94,24 +95,29 @@ def test_an_example_works_from_a_package(tmp_path: Path) -> None:
     (tmp_path / "my_texts").mkdir()
     (tmp_path / "my_texts/some.txt").write_text(TEXT)
 
-    def lorank_says(*commands: str) -> str:
-        """Of several commands one after another in a new process."""
-        environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "XDG_CACHE_HOME": str(tmp_path)}
-        program = (
-            "import sys; from lorank.cli import cli; [cli(c.split(), standalone_mode=False) for c in sys.argv[1:]]"
-        )
-        command = [sys.executable, "-c", program, *commands]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    lorank_says(f"pretrain --method gained {RUN_WITH['pretrain']} --out run")
-    (tmp_path / "run/summary.json").rename(tmp_path / "summary.json")
-    shutil.rmtree(tmp_path / "run/checkpoint-4")
-    said = lorank_says("pretrain --resume run", "generate run --prompt line --max-new-tokens 5")
+    program = """
+        import shutil, sys
+        from pathlib import Path
+        from lorank.cli import cli
+        first, *further = sys.argv[1:]
+        cli(first.split(), standalone_mode=False)
+        Path("run/summary.json").rename("summary.json")
+        shutil.rmtree("run/checkpoint-4")
+        for command in further:
+            cli(command.split(), standalone_mode=False)
+    """
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "XDG_CACHE_HOME": str(tmp_path)}
+    commands = (
+        f"pretrain --method gained {RUN_WITH['pretrain']} --out run",
+        "pretrain --resume run",
+        "generate run --prompt line --max-new-tokens 5",
+    )
+    command = [sys.executable, "-c", textwrap.dedent(program), *commands]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     found, again = (json.loads((tmp_path / p).read_text()) for p in ("summary.json", "run/summary.json"))
     assert found["validation_loss_nats_per_token"] == again["validation_loss_nats_per_token"]
-    assert re.search("^line", said, re.M)
+    assert re.search("^line", done.stdout, re.M)
     assert json.loads((tmp_path / "run/config.json").read_text())["lorank"]["method"] == "gained"
 
 

@@ -59,9 +59,9 @@ def test_a_narrower_model_is_of_the_same_architecture(
 def test_rank_or_width_make_costs_equal(base: Recipe, costs: Costs, tmp_path: Path, match: Any, figure: Any) -> None:
     base = dataclasses.replace(base, rank=6)
     names = ["cola", "sltrain", "d=dense"] if match == "params" else ["cola", "sltrain"]
-    found, _ = plan_rows(ComparisonSettings(base=base, methods=names, match=match), costs, tmp_path)
+    found, _ = plan_rows(ComparisonSettings(base=base, methods=names, match=match, only=True), costs, tmp_path)
     target = costs.of(figure, found[0].candidates[0].recipe)
-    for one in found[1 : len(names)]:
+    for one in found[1:]:
         assert costs.of(figure, one.candidates[0].recipe) == pytest.approx(target, rel=0.02)
         assert one.chosen.startswith("hidden size" if one.method == "dense" else "rank")
 
@@ -71,8 +71,8 @@ def test_what_is_dropped_after_training_is_not_matched(
 ) -> None:
     """MASA has a network for its coefficients while it trains, half as large as a small model."""
     short = dataclasses.replace(base, rank=None, steps=2, warmup_steps=1, eval_every=0, save_every=0)
-    asked = ComparisonSettings(base=short, methods=["cola", "masa"], match="params")
-    comparison = Comparison(tmp_path, asked, plan_rows(asked, costs, tmp_path / "models")[0][:2], {"corpus": ""})
+    asked = ComparisonSettings(base=short, methods=["cola", "masa"], match="params", only=True)
+    comparison = Comparison(tmp_path, asked, plan_rows(asked, costs, tmp_path / "models")[0], {"corpus": ""})
     comparison.run(watcher, after_each=lambda comparison: None)
     results = gather(comparison)
     assert results["match"]["ratios"]["masa"] == pytest.approx(1, abs=0.02)
