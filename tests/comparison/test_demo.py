@@ -25,19 +25,26 @@ def test_all_rows_see_the_same_tokens_in_the_same_order() -> None:
 def test_the_demo_leaves_its_runs_and_a_picture(
     processless, in_this_process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Here in one process, and on a part of the text."""
+    """Here in one process, in small batches, and on a part of the text."""
+
+    class Small(processless):
+        @classmethod
+        def start(cls, recipe: Recipe, folder: Path) -> "Small":
+            return super().start(dataclasses.replace(recipe, batch_size=4), folder)
+
     some = sources.embedded_files()[::30]
     monkeypatch.setattr(sources, "embedded_files", lambda: some)
-    monkeypatch.setattr(demo, "PretrainProcess", processless)
+    monkeypatch.setattr(demo, "PretrainProcess", Small)
     out = tmp_path / "demo"
-    code, said, err = in_this_process("demo", "--steps", "5", "--out", out)
+    code, said, err = in_this_process("demo", "--steps", "10", "--out", out)
     assert code == 0, err
     commands = [line.partition(" --lr")[0] for line in said.splitlines() if line.startswith("$ ")]
     asked = ("dense", "dense --optimizer muon", "cola --optimizer muon")
     assert commands == [f"$ lorank pretrain --method {one}" for one in asked]
     summaries = {method: json.loads((out / method / "summary.json").read_text()) for method in ROWS}
     for method, summary in summaries.items():
-        ran, asked = Recipe.read(out / method / "recipe.yaml"), demo_recipe(method, 5)
+        ran, asked = Recipe.read(out / method / "recipe.yaml"), demo_recipe(method, 10)
+        ran = dataclasses.replace(ran, batch_size=asked.batch_size)
         assert dataclasses.replace(ran, optimizer=asked.optimizer) == asked and methods_of(ran) == methods_of(asked)
         assert summary["validation_perplexity"] < 4096 and f"{summary['parameters']:,}" in said
         assert f"{method} writes" in said
@@ -46,5 +53,5 @@ def test_the_demo_leaves_its_runs_and_a_picture(
     ratio = summaries["cola-muon"]["block_parameters"] / summaries["dense"]["block_parameters"]
     assert 0.45 < ratio < 0.55
     assert summaries["cola-muon"]["flops_per_token"] < 0.8 * summaries["dense"]["flops_per_token"]
-    code, _, err = in_this_process("demo", "--steps", "5", "--out", out)
+    code, _, err = in_this_process("demo", "--steps", "10", "--out", out)
     assert code == 2 and "already holds a run" in err
