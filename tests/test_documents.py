@@ -238,6 +238,7 @@ RUN_WITH = {
 }
 """What is added to the commands of the quick start to make them short."""
 ELSEWHERE = {
+    "bench": "tests/plan/test_bench.py",
     "demo": "tests/comparison/test_demo.py",
     "compare": "tests/comparison/test_compare_command.py",
     "plan": "tests/plan/test_forecast.py",

@@ -11,7 +11,21 @@ from typing import Any
 import click
 
 import lorank
-from lorank.cli import analyze, bench, compare, demo, errors, evaluate, export, generate, papers, plan, pretrain, repro
+from lorank.cli import (
+    analyze,
+    bench,
+    compare,
+    demo,
+    errors,
+    evaluate,
+    export,
+    generate,
+    papers,
+    plan,
+    pretrain,
+    recipes,
+    repro,
+)
 from lorank.cli.flags import SETTINGS
 
 COMMANDS = (
@@ -25,6 +39,7 @@ COMMANDS = (
     papers.papers,
     plan.plan,
     pretrain.pretrain,
+    recipes.recipes,
     repro.repro,
 )
 PACKAGES = ("torch", "transformers", "accelerate", "datasets")

@@ -3,8 +3,10 @@
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import yaml
 
 from lorank.cli import PACKAGES, cli
 from lorank.cli.flags import BUDGETS, changes_of, recipe_of, value_of
-from lorank.train.recipe import Recipe, settings_with
+from lorank.train.recipe import Recipe, recipe_names, recipe_path, settings_with
 
 OTHERS: dict[str, Any] = {
     "schedule_steps": 500,
@@ -187,3 +189,13 @@ def test_recipes_are_found_by_name_from_anywhere(
     monkeypatch.chdir(tmp_path)
     code, _, err = in_this_process("pretrain", "cola-61m")
     assert code == 2 and "name a YAML file or one of" in err and "cola-60m" in err
+
+
+def test_recipes_are_listed_and_printed(in_this_process: Callable[..., tuple[int, str, str]]) -> None:
+    code, listed, _ = in_this_process("recipes")
+    assert code == 0 and re.search(r"^cola-60m +CoLA 60M on C4, 1.1B tokens$", listed, re.M)
+    assert [line.split()[0] for line in listed.splitlines()] == recipe_names()
+    assert all(len(line.split(maxsplit=1)[1]) > 10 for line in listed.splitlines())
+    assert in_this_process("recipes", "cola-60m") == (0, recipe_path("cola-60m").read_text(), "")
+    code, _, error = in_this_process("recipes", "cola")
+    assert (code, error) == (2, "lorank: NAME must be one of those that `lorank recipes` lists, got 'cola'\n")

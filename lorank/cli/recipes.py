@@ -1,0 +1,37 @@
+"""lorank recipes: the recipes that come with lorank."""
+
+import re
+
+import click
+
+from lorank.cli.flags import SETTINGS
+
+
+@click.command(context_settings=SETTINGS)
+@click.argument("name", required=False)
+def recipes(name: str | None) -> None:
+    """List the recipes that come with lorank, or print one.
+
+    `lorank pretrain NAME` trains it, and flags change it. To have a file to edit: lorank recipes NAME > mine.yaml
+    """
+    from lorank.train.recipe import recipe_names, recipe_path
+
+    texts = {one: recipe_path(one).read_text(encoding="utf-8") for one in recipe_names()}
+    if name is None:
+        width = max(map(len, texts)) + 2
+        for one, text in texts.items():
+            click.echo(f"{one:<{width}}{_headline(text)}")
+    elif name in texts:
+        click.echo(texts[name], nl=False)
+    else:
+        raise ValueError(f"NAME must be one of those that `lorank recipes` lists, got {name!r}")
+
+
+def _headline(recipe: str) -> str:
+    """The beginning of the comment at its top, up to the first colon or end of a sentence.
+
+    >>> _headline("# CoLA 60M on C4, 1.1B tokens: the settings of\\n# a paper. Run: ...\\nsize: 60m\\n")
+    'CoLA 60M on C4, 1.1B tokens'
+    """
+    [comment] = re.findall(r"\A(?:#.*\n)+", recipe)
+    return re.split(r"[.:;]\s", re.sub(r"\n?# ?", " ", comment).strip())[0]
