@@ -12,7 +12,11 @@ from lorank.cli.flags import SETTINGS, of_saved_model
 @click.argument("model")
 @of_saved_model
 @click.option(
-    "--max-tokens", type=click.IntRange(min=1), default=10_000_000, help="Stop after this many predicted tokens."
+    "--max-tokens",
+    type=click.IntRange(min=1),
+    default=None,
+    help="Stop after this many predicted tokens.",
+    show_default="the run's validation_tokens, else 10000000",
 )
 @click.option(
     "--tasks",

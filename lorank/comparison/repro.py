@@ -163,6 +163,7 @@ def reproduce(
     begun = (out / "recipe.yaml").exists()
     if begun:
         found = read_run(out)
+        recipe = dataclasses.replace(recipe, validation_tokens=found.validation_tokens)
         if micro_batch_size is None:
             recipe = dataclasses.replace(recipe, micro_batch_size=found.micro_batch_size)
         _check_same(out, name, resolved(found).to_dict(), absolute(resolved(recipe)).to_dict())

@@ -36,7 +36,7 @@ from lorank.comparison.rows import (
 from lorank.comparison.settings import ComparisonSettings, slug
 from lorank.train import data
 from lorank.train.budget import Budget
-from lorank.train.folder import LOCK, absolute, locked, write_whole
+from lorank.train.folder import LOCK, ONCE, absolute, locked, write_whole
 from lorank.train.model import build_config, warn_of_weights
 from lorank.train.recipe import Recipe
 from lorank.train.run import check_corpus, corpus_of
@@ -356,7 +356,7 @@ def _same(found: Comparison, wanted: ComparisonSettings) -> Comparison:
 
 
 def _candidate(fields: Mapping[str, Any]) -> Candidate:
-    return Candidate(**{**fields, "recipe": Recipe.from_dict(fields["recipe"])})
+    return Candidate(**{**fields, "recipe": Recipe.from_dict({**ONCE, **fields["recipe"]})})
 
 
 def _difference(was: Mapping[str, Any], now: Mapping[str, Any]) -> str:

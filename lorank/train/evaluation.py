@@ -15,6 +15,7 @@ from lorank.auto import type_of
 from lorank.loss import next_token_loss, predicted_tokens
 from lorank.pretrained import positions_of
 from lorank.train.data import collate, load_evaluation
+from lorank.train.data.corpus import MOST_TOKENS
 from lorank.train.model import check_causal, check_positions
 from lorank.train.saved import load_model
 from lorank.train.text import Text, text_of
@@ -124,14 +125,14 @@ def _all_of(batches: Iterable[Any], tokens: int, count: int, max_tokens: int | N
 
 
 def evaluate_folder(
-    model: str, *, tokenizer: str | None = None, max_tokens: int = 10_000_000, **text: Any
+    model: str, *, tokenizer: str | None = None, max_tokens: int | None = None, **text: Any
 ) -> Evaluation:
     """`evaluate` for a saved model (run folder, model folder or hub name): of a run on the text that it held out, or on any
     source of text that training accepts.
 
     Args:
         tokenizer: another than the model's own.
-        max_tokens: predicted tokens after which it stops.
+        max_tokens: predicted tokens after which it stops; default: the run's `validation_tokens`, else 10 million.
         text: fields of `lorank.train.text.Text`, from `data` to `batch_size`.
 
     Raises:
@@ -142,6 +143,7 @@ def evaluate_folder(
     loaded, own = load_model(model, tokenizer=tokenizer)
     check_causal(loaded)
     chosen = with_length(chosen, loaded)
+    max_tokens = max_tokens or chosen.validation_tokens or MOST_TOKENS
     batches, bytes_per_token = text_for(loaded, own, chosen, max_tokens=max_tokens)
     found = evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)
     return found._replace(text=str(chosen))
@@ -175,7 +177,8 @@ def text_for(
         text_column=text.text_column,
         seed=text.seed,
         held_out=text.held_out,
-        validation_tokens=max_tokens,
+        validation_tokens=text.validation_tokens,
+        max_tokens=max_tokens,
     )
     make = make_batch or partial(collate, vocab_size=embeddings.shape[0])
     return DataLoader(rows, batch_size=text.batch_size, collate_fn=make), bytes_per_token  # type: ignore[arg-type]

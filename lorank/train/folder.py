@@ -11,7 +11,7 @@ import shutil
 import statistics
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from transformers.trainer_pt_utils import safe_globals
 
 from lorank.train.methods import schedule_of, with_changed_defaults
 from lorank.train.recipe import Recipe
+from lorank.train.yamls import load
 
 logger = logging.getLogger(__name__)
 STAGING = ".saving"
@@ -171,10 +172,10 @@ def read_run(folder: str | Path) -> Recipe:
     path = folder / "recipe.yaml"
     if not path.exists():
         raise ValueError(f"{folder} contains no run to resume: {path} does not exist")
-    recipe = Recipe.read(path)
+    recipe = read_recipe(path)
     saved = read_json(folder / "run.json").get("recipe")
     if saved:
-        first = Recipe.from_dict(saved)
+        first = Recipe.from_dict({**ONCE, **saved})
         began, now = first.to_dict(), recipe.to_dict()
         changed = [name for name in now if began[name] != now[name]]
         if changed and not (recipe.steps > first.steps and recipe == longer(first, recipe.steps)):
@@ -182,6 +183,16 @@ def read_run(folder: str | Path) -> Recipe:
                 f"{path}: {changed[0]} was {began[changed[0]]!r} when the run began; restore it, or start another run with --out"
             )
     return with_changed_defaults(recipe, began=True)
+
+
+ONCE: Mapping[str, Any] = {"validation_tokens": None}
+"""Settings that a run of lorank 0.1 does not name, as they were."""
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe that a run has written; errors are those of `Recipe.read`."""
+    recipe, named = Recipe.read(path), load(path.read_text(encoding="utf-8"))
+    return dataclasses.replace(recipe, **{name: value for name, value in ONCE.items() if name not in named})
 
 
 def longer(recipe: Recipe, steps: int) -> Recipe:

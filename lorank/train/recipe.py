@@ -111,6 +111,11 @@ class Recipe:
     validation: str | None = _setting(
         None, "Where validation text comes from. Default: a held-out part of the data.", everyday=True, shared=True
     )
+    validation_tokens: Count | None = _setting(
+        10_000_000,
+        "Held-out tokens, of local data at most 5 %; the last evaluation uses all. null: always 5 %, 10 M of which are used.",
+        shared=True,
+    )
     text_column: str = _setting("text", "Column of jsonl, parquet or hub data that holds the text.", shared=True)
     tokenizer: str | None = _setting(
         None,
@@ -163,7 +168,9 @@ class Recipe:
         100, "Steps between evaluations; 0 evaluates at the end only.", everyday=True, shared=True
     )
     eval_tokens: Count = _setting(
-        100_000, "Validation tokens per evaluation during training; the last one uses all.", shared=True
+        100_000,
+        "Validation tokens per evaluation during training; the last one uses all of validation_tokens.",
+        shared=True,
     )
     log_every: Count = _setting(10, "Steps between log lines.", shared=True)
     save_every: Whole = _setting(

@@ -36,6 +36,7 @@ from lorank.train.folder import (
     only_tensors,
     prepare_folder,
     read_json,
+    read_recipe,
     step_of,
     write_whole,
 )
@@ -147,7 +148,7 @@ def _pretrain_in(
             write_whole(out / "run.json", json.dumps({**environment(corpus), "recipe": recipe.to_dict()}, indent=2))
             write_whole(out / "recipe.yaml", recipe.to_yaml())  # written last: it makes the folder a run
         if trainer.is_world_process_zero() and resume and budget is not None:  # run.json keeps how it began
-            write_whole(out / "recipe.yaml", longer(Recipe.read(out / "recipe.yaml"), recipe.steps).to_yaml())
+            write_whole(out / "recipe.yaml", longer(read_recipe(out / "recipe.yaml"), recipe.steps).to_yaml())
         if start_from and step_of(start_from) >= recipe.steps:  # the run died after its last step
             trainer.restore(start_from)
         else:
@@ -217,6 +218,7 @@ def corpus_of(recipe: Recipe) -> data.Corpus:
         text_column=recipe.text_column,
         seed=recipe.split_seed,
         order_seed=recipe.seed,
+        validation_tokens=recipe.validation_tokens,
     )
 
 

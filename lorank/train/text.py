@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorank.train.data import files_of
+from lorank.train.folder import read_recipe
 from lorank.train.recipe import Recipe
 
 
@@ -20,6 +21,8 @@ class Text:
     """Whether also of local files only that part is read."""
     seed: int = 42
     """Decides which part is held out: the run's data_seed, or its seed if it has none."""
+    validation_tokens: int | None = 10_000_000
+    """Decides how much is held out, as in a recipe."""
     sequence_length: int | None = None
     """Tokens; None: as many as suit the model."""
     documents: Literal["packed", "padded"] = "packed"
@@ -46,7 +49,7 @@ def recipe_of_run(model: str) -> Recipe | None:
     if folder.name.startswith("checkpoint-") and not (folder / "recipe.yaml").exists():
         folder = folder.parent
     written = folder / "recipe.yaml"
-    return Recipe.read(written) if written.exists() else None
+    return read_recipe(written) if written.exists() else None
 
 
 def text_of(model: str, **asked: Any) -> Text:
@@ -85,6 +88,7 @@ def _of_run(recipe: Recipe, model: str) -> Text:
         data=recipe.validation if other else recipe.data,  # type: ignore[arg-type]
         held_out=not other,
         seed=recipe.split_seed,
+        validation_tokens=recipe.validation_tokens,
         sequence_length=recipe.sequence_length,
         documents=recipe.documents,
         text_column=recipe.text_column,

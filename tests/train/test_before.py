@@ -21,6 +21,7 @@ from lorank.train.folder import history, read_run
 from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
+from lorank.train.text import recipe_of_run
 
 BEFORE = Path(__file__).parents[1] / "golden/before"
 LOSSES = json.loads((BEFORE / "losses.json").read_text())
@@ -47,6 +48,11 @@ def test_a_resumed_run_keeps_defaults_that_have_changed() -> None:
     saved = AutoConfig.from_pretrained(folder / "checkpoint-3")
     method = method_of(build_model(recipe, build_config(recipe), saved))
     assert isinstance(method, ReLoRA) and method.reset_masks == "repo" != ReLoRA().reset_masks
+
+
+def test_an_older_run_holds_out_as_much_as_it_did() -> None:
+    assert recipe_of_run(str(BEFORE / "relora")).validation_tokens is None  # type: ignore[union-attr]
+    assert Recipe.read("cola-60m").validation_tokens == 10_000_000
 
 
 @pytest.mark.parametrize("name", LOSSES)

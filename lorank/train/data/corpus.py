@@ -11,9 +11,13 @@ import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
-from lorank.train.data.sequences import Form, bytes_per_token_of, check_form, ids_of, make_sequences
-from lorank.train.data.sources import cache_folder, open_for_evaluation, open_source, quantity, quiet, texts_of
+from lorank.train.data.form import Form
+from lorank.train.data.sequences import bytes_per_token_of, check_form, ids_of, make_sequences
+from lorank.train.data.sources import cache_folder, is_held_out, open_source, quantity, quiet, texts_of
 from lorank.train.data.tokenizers import identity, load_tokenizer
+from lorank.train.watching import told
+
+MOST_TOKENS = 10_000_000  # that are evaluated if it is not said how many
 
 
 @dataclass(frozen=True)
@@ -39,9 +43,8 @@ class Corpus:
         rows = self.validation if isinstance(self.train, IterableDataset) else self.train
         if "attention_mask" not in rows.column_names:
             return 1.0
-        return float(
-            np.mean([chunk.flatten().to_numpy().mean() for chunk in rows.data.column("attention_mask").chunks])
-        )
+        masks = [chunk.flatten().to_numpy() for chunk in rows.data.column("attention_mask").chunks]
+        return float(sum(int(mask.sum(dtype=np.int64)) for mask in masks) / sum(map(len, masks)))
 
     @functools.cached_property
     def largest_id(self) -> int:
@@ -52,9 +55,9 @@ class Corpus:
     def hash(self) -> str:
         """Of the tokenizer and all token ids; for a stream, of the tokenizer and the validation rows."""
         digest = hashlib.blake2b(identity(self.tokenizer).encode(), digest_size=16)
-        for rows in (self.train, self.validation):
-            for ids in ids_of(rows):
-                digest.update(ids.tobytes())
+        chunks = [*ids_of(self.train), *ids_of(self.validation)]
+        for ids in told("hashing tokens", chunks, len, sum(map(len, chunks)), "tokens"):
+            digest.update(ids.astype(np.int32, copy=False).tobytes())
         return digest.hexdigest()
 
 
@@ -70,7 +73,7 @@ def load_corpus(
     text_column: str = "text",
     seed: int = 42,
     order_seed: int | None = None,
-    validation_tokens: int = 10_000_000,
+    validation_tokens: int | None = 10_000_000,
     cache_dir: Path | None = None,
 ) -> Corpus:
     """Read `data`, hold out validation text, find or train a tokenizer, and cut both parts into sequences.
@@ -78,15 +81,16 @@ def load_corpus(
     Args:
         data: "embedded"; a file, folder or glob of txt, md, py (a file is a document), jsonl, json, parquet
             (a row is one), each also with .gz, .bz2, .xz or .zst; or a hub data set, "owner/name" or "owner/name:config".
-        validation: another source, used whole. By default 5 % of local documents; of a hub data set its
-            validation split, or without one its first documents, which training skips.
+        validation: another source. By default documents of the same one are held out: of local data 5 %, or as many as have about
+            `validation_tokens` if these are fewer; of a hub data set its validation split, or without one its first documents.
         tokenizer: name or folder; None trains byte-level BPE of `vocab_size` entries on the training text.
         documents: "packed" lays documents end to end, an end-of-sequence token after each, and cuts windows
             of `sequence_length` tokens; "padded" cuts or pads each document to one row, as the papers do.
         text_column: of jsonl, json, parquet and hub data.
         seed: of the split and the order of documents, and so of a tokenizer trained on them.
         order_seed: of the order of a training stream, by default `seed`. Rows on disk are shuffled by their reader.
-        validation_tokens: predicted tokens after which validation ends.
+        validation_tokens: predicted tokens after which validation ends. None: 10 million, but 5 % are held out however many they are,
+            as lorank 0.1 did.
         cache_dir: default $XDG_CACHE_HOME/lorank, or ~/.cache/lorank.
 
     Raises:
@@ -95,11 +99,12 @@ def load_corpus(
     """
     check_form(documents, sequence_length)
     cache = cache_folder(cache_dir)
-    source = open_source(data, text_column, seed, cache)
+    source = open_source(data, text_column, seed, cache, validation_tokens)
     if validation in (None, data):
         validation, train, held_out = data, source.train, source.validation
     else:
-        train, held_out = source.whole, open_for_evaluation(validation, text_column, seed, cache)
+        other = open_source(validation, text_column, seed, cache, validation_tokens)
+        train, held_out = source.whole, other.validation if is_held_out(validation) else other.whole
     name = None
     if isinstance(train, IterableDataset):  # reading it only to look up its tokenizer would be slow
         name = repr((data, text_column, seed, train is source.train))
@@ -107,16 +112,16 @@ def load_corpus(
     tok = load_tokenizer(tokenizer, texts, vocab_size=vocab_size, cache_dir=cache, texts_name=name)
     form = Form(tok, sequence_length, documents)
     if isinstance(train, IterableDataset) and order_seed not in (None, seed):  # the same documents in another order
-        again = open_source(data, text_column, order_seed, cache)  # type: ignore[arg-type]
+        again = open_source(data, text_column, order_seed, cache, validation_tokens)  # type: ignore[arg-type]
         train = again.whole if train is source.whole else again.train
     rows = make_sequences(train, form, f"the training text of {data}", cache)
     what = f"the validation text of {validation}"
-    held_out_rows = make_sequences(held_out, form, what, cache, validation_tokens)
+    held_out_rows = make_sequences(held_out, form, what, cache, validation_tokens or MOST_TOKENS)
     description = source.description
     if isinstance(rows, Dataset):
         tokens = quantity(len(rows) * sequence_length, "tokens")
         description += f", {tokens if documents == 'packed' else f'{len(rows):,} sequences'} to train on"
-    return Corpus(tok, rows, held_out_rows, bytes_per_token_of(held_out, form), description)
+    return Corpus(tok, rows, held_out_rows, bytes_per_token_of(held_out, form, cache), description)
 
 
 @quiet()
@@ -129,17 +134,19 @@ def load_evaluation(
     text_column: str = "text",
     seed: int = 42,
     held_out: bool = False,
-    validation_tokens: int = 10_000_000,
+    validation_tokens: int | None = 10_000_000,
+    max_tokens: int = 10_000_000,
     cache_dir: Path | None = None,
 ) -> tuple[Dataset, float]:
     """Rows to evaluate on and their bytes per token: the validation part of embedded and hub data; of local files all, or
-    if `held_out` the part that `load_corpus` holds out with the same seed.
+    if `held_out` the part that `load_corpus` holds out with the same seed and `validation_tokens`.
 
-    Arguments and errors are those of `load_corpus`.
+    Rows end when `max_tokens` are predicted. Other arguments and errors are those of `load_corpus`.
     """
     check_form(documents, sequence_length)
     cache = cache_folder(cache_dir)
-    held_out = open_for_evaluation(data, text_column, seed, cache, held_out)
+    opened = open_source(data, text_column, seed, cache, validation_tokens)
+    documents_read = opened.validation if held_out or is_held_out(data) else opened.whole
     form = Form(tokenizer, sequence_length, documents)
-    rows = make_sequences(held_out, form, f"the text of {data}", cache, validation_tokens)
-    return rows, bytes_per_token_of(held_out, form)
+    rows = make_sequences(documents_read, form, f"the text of {data}", cache, max_tokens)
+    return rows, bytes_per_token_of(documents_read, form, cache)

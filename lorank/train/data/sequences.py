@@ -1,32 +1,23 @@
 """Documents as rows of tokens: packed end to end, or each cut or padded to one row; and rows as batches."""
 
+import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
-from datasets.exceptions import DatasetGenerationError
-from datasets.fingerprint import Hasher
-from transformers import PreTrainedTokenizerBase
 
-from lorank.train.data.sources import Documents, root_cause, texts_of
-from lorank.train.data.specials import encode
-from lorank.train.data.tokenizers import PIECE, VERSION, Piece, identity, pieces_of
+from lorank.train import tokens
+from lorank.train.data.form import Form
+from lorank.train.data.rows import key_of, make_rows
+from lorank.train.data.sources import Documents, texts_of
+from lorank.train.watching import tell
 
 MEASURED_BYTES = 10_000_000  # of validation text in which tokens are counted
-BATCH = 1 << 22  # characters tokenised in one call
 Row: TypeAlias = dict[str, list[int]]
-
-
-class Form(NamedTuple):
-    """How documents become sequences."""
-
-    tokenizer: PreTrainedTokenizerBase
-    sequence_length: int
-    documents: Literal["packed", "padded"]
 
 
 def make_sequences(
@@ -36,19 +27,16 @@ def make_sequences(
     if form.tokenizer.eos_token_id is None:
         name = form.tokenizer.name_or_path
         raise ValueError(f"tokenizer must have an end-of-sequence token, and {name!r} has none; use another")
-    columns = ["input_ids"] if form.documents == "packed" else ["input_ids", "attention_mask", "labels"]
-    features = Features({column: List(Value("int32"), length=form.sequence_length) for column in columns})
     arguments: dict[str, Any] = {"documents": documents, "form": form, "what": what, "max_tokens": max_tokens}
     if isinstance(documents, IterableDataset):
+        features = Features({name: List(Value("int32"), length=form.sequence_length) for name in form.columns})
         if max_tokens is None:
             return IterableDataset.from_generator(_endless, features, arguments)
         return Dataset.from_list(list(_rows(**arguments)), features)
-    key = (VERSION, documents._fingerprint, identity(form.tokenizer), form[1:], max_tokens)
-    name, folder = Hasher.hash(key), str(cache / "sequences")
-    try:
-        return Dataset.from_generator(_rows, features, folder, gen_kwargs=arguments, fingerprint=name)
-    except DatasetGenerationError as error:
-        raise root_cause(error) from None
+    rows = make_rows(documents, form, max_tokens, cache / "rows")
+    if not len(rows):
+        raise _too_few(documents, form, what)
+    return rows
 
 
 def _endless(documents: IterableDataset, **arguments: Any) -> Iterator[Row]:
@@ -66,17 +54,19 @@ def _rows(documents: Documents, form: Form, what: str, max_tokens: int | None) -
         if max_tokens is not None and predicted >= max_tokens:
             return
     if not predicted:
-        count = sum(len(ids) for _, ids in _tokens(documents, form.tokenizer))
-        needs = f"one sequence of sequence_length={form.sequence_length}"
-        raise ValueError(
-            f"{what} has {count:,} tokens, too few for {needs}; give more text or a shorter sequence_length"
-        )
+        raise _too_few(documents, form, what)
+
+
+def _too_few(documents: Documents, form: Form, what: str) -> ValueError:
+    count = sum(len(ids) for _, ids in _tokens(documents, form))
+    needs = f"one sequence of sequence_length={form.sequence_length}"
+    return ValueError(f"{what} has {count:,} tokens, too few for {needs}; give more text or a shorter sequence_length")
 
 
 def _packed(documents: Documents, form: Form) -> Iterator[Row]:
     """Windows over documents laid end to end."""
     rest: list[int] = []
-    for _, ids in _tokens(documents, form.tokenizer):
+    for _, ids in _tokens(documents, form):
         rest += ids
         whole = len(rest) - len(rest) % form.sequence_length
         for start in range(0, whole, form.sequence_length):
@@ -86,66 +76,46 @@ def _packed(documents: Documents, form: Form) -> Iterator[Row]:
 
 def _padded(documents: Documents, form: Form) -> Iterator[Row]:
     """One row per document."""
-    tokenizer, length, _ = form
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    for _, ids in _beginnings(documents, form):
+    for _, ids in _tokens(documents, form):
         if len(ids) > 1:  # one token predicts nothing
-            n = length - len(ids)
+            n = form.sequence_length - len(ids)
             mask = [1] * len(ids) + [0] * n
-            yield {"input_ids": ids + [pad] * n, "attention_mask": mask, "labels": ids + [-100] * n}
+            yield {"input_ids": ids + [form.padding] * n, "attention_mask": mask, "labels": ids + [-100] * n}
 
 
-def _beginnings(documents: Documents, form: Form) -> Iterator[tuple["Piece", list[int]]]:
-    """Documents with the token ids that fit in a row, special tokens included. An eos is added where it is missing and fits."""
-    tokenizer, length, _ = form
-    beginnings = (Piece(text[:PIECE], True) for text in texts_of(documents))
-    for piece, ids in _encode(beginnings, tokenizer, truncation=True, max_length=length):
-        if len(ids) < length and ids[-1:] != [tokenizer.eos_token_id]:
-            ids.append(tokenizer.eos_token_id)
-        yield piece, ids
+def bytes_per_token_of(documents: Documents, form: Form, cache: Path) -> float:
+    """UTF-8 bytes per token of the text in the rows; of documents on disk it is measured once."""
+    if isinstance(documents, IterableDataset):
+        return _bytes_per_token(documents, form)
+    kept = cache / "rows" / f"{key_of(documents, form, None)}.ratio"
+    with contextlib.suppress(OSError, ValueError):
+        return float(kept.read_text())
+    found = _bytes_per_token(documents, form)
+    with contextlib.suppress(OSError):  # it is only measured again
+        kept.write_text(repr(found))
+    return found
 
 
-def bytes_per_token_of(documents: Documents, form: Form) -> float:
-    """UTF-8 bytes per token of the text in the rows."""
+def _bytes_per_token(documents: Documents, form: Form) -> float:
     size = tokens = 0
     packed = form.documents == "packed"
-    for piece, ids in _tokens(documents, form.tokenizer) if packed else _beginnings(documents, form):
+    for piece, ids in _tokens(documents, form):
         fits = packed or len(ids) < form.sequence_length
         text = piece.text if fits else form.tokenizer.decode(ids, skip_special_tokens=True)
         size += len(str(text).encode())
         tokens += len(ids)
+        tell("measuring bytes per token", size, MEASURED_BYTES, "B")
         if size >= MEASURED_BYTES:
             break
     return size / tokens
 
 
-def _tokens(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[Piece, list[int]]]:
-    """Documents piece by piece with their token ids, and an eos after the last piece of each."""
-    pieces = itertools.chain.from_iterable(map(pieces_of, texts_of(documents)))
-    for piece, ids in _encode(pieces, tokenizer, add_special_tokens=False):
-        yield piece, [*ids, tokenizer.eos_token_id] if piece.is_last else ids
-
-
-def _encode(
-    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, **options: Any
-) -> Iterator[tuple[Piece, list[int]]]:
-    """Pieces with their token ids. Many are tokenised in one call, which uses all cores."""
-    for batch in _batches(pieces):
-        texts = [piece.text for piece in batch]
-        yield from zip(batch, encode(tokenizer, texts, **options), strict=True)
-
-
-def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text)
-        if size >= BATCH:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+def _tokens(documents: Documents, form: Form) -> Iterator[tuple[tokens.Piece, list[int]]]:
+    """Documents with the tokens that a row may have of them: packed piece by piece, padded the beginning of each."""
+    texts, eos = texts_of(documents), form.tokenizer.eos_token_id
+    if form.documents == "packed":
+        return tokens.whole(texts, form.encode, eos)
+    return tokens.beginnings(texts, form.encode, eos, form.sequence_length)
 
 
 def ids_of(rows: Dataset | IterableDataset) -> list[np.ndarray]:

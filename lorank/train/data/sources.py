@@ -22,6 +22,7 @@ from lorank.train.hub import asked_if_reachable
 
 logger = logging.getLogger(__name__)
 VALIDATION_SHARE = 0.05
+LONG_TOKEN = 8  # bytes; no usual vocabulary has tokens as long on average, in any language
 SHUFFLE_BUFFER = 10_000  # documents of a stream
 Documents: TypeAlias = Dataset | IterableDataset  # one column, text; one row, one document
 
@@ -35,8 +36,8 @@ class Source(NamedTuple):
     description: str
 
 
-def open_source(source: str, text_column: str, seed: int, cache: Path) -> Source:
-    """Find the documents of a source, shuffle them and split them."""
+def open_source(source: str, text_column: str, seed: int, cache: Path, validation_tokens: int | None = None) -> Source:
+    """Find the documents of a source, shuffle them and split them; about how many tokens are held out at most, if that is said."""
     if _is_hub(source):
         return _open_hub(source, text_column, seed)
     files, left = (embedded_files(), 0) if source == "embedded" else local_files(source)
@@ -51,7 +52,7 @@ def open_source(source: str, text_column: str, seed: int, cache: Path) -> Source
     description = f"{source}: {_counted(tally.documents, 'document')}, {quantity(tally.bytes, 'B')}"
     if source != "embedded":
         description += _said(tally, left)
-    return Source(documents, *_split(documents, sizes), description)
+    return Source(documents, *_split(documents, sizes, validation_tokens), description)
 
 
 def _said(tally: Tally, left: int) -> str:
@@ -66,10 +67,9 @@ def _counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def open_for_evaluation(source: str, text_column: str, seed: int, cache: Path, held_out: bool = False) -> Documents:
-    """Documents to evaluate on: the validation part of embedded and hub data; of local files too if `held_out`, else all."""
-    opened = open_source(source, text_column, seed, cache)
-    return opened.validation if held_out or source == "embedded" or _is_hub(source) else opened.whole
+def is_held_out(source: str) -> bool:
+    """Whether an evaluation on a source reads the part that training on it holds out: of embedded and hub data."""
+    return source == "embedded" or _is_hub(source)
 
 
 def files_of(source: str) -> set[Path]:
@@ -82,14 +82,17 @@ def files_of(source: str) -> set[Path]:
     return set()
 
 
-def _split(documents: Dataset, sizes: np.ndarray) -> tuple[Dataset, Dataset]:
-    """Training and validation. The latter takes the first documents that are not too large, until it has 5 % of the text."""
+def _split(documents: Dataset, sizes: np.ndarray, most_tokens: int | None = None) -> tuple[Dataset, Dataset]:
+    """Training and validation. The latter takes the first documents that are not too large, until it has 5 % of the text or
+    surely `most_tokens` tokens."""
     if len(documents) == 1:
         text = documents[0]["text"]
         late, early = (int((1 - part) * len(text)) for part in (VALIDATION_SHARE, 2 * VALIDATION_SHARE))
         cut = text.rfind("\n", early, late) + 1 or late
         return Dataset.from_dict({"text": [text[:cut]]}), Dataset.from_dict({"text": [text[cut:]]})
     share = VALIDATION_SHARE * sizes.sum()
+    if most_tokens is not None:
+        share = min(share, LONG_TOKEN * most_tokens)
     small = np.flatnonzero(sizes <= max(share, sizes.min()))
     held_out = small[: np.searchsorted(np.cumsum(sizes[small]), share) + 1][: len(sizes) - 1]
     return documents.select(np.setdiff1d(np.arange(len(sizes)), held_out)), documents.select(held_out)

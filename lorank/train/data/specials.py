@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 ROLES = ("bos", "eos", "unk", "sep", "cls")
 
@@ -49,6 +49,25 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: 
         options["split_special_tokens"] = True
     found: list[list[int]] = reader(list(texts), verbose=False, **options)["input_ids"]
     return found
+
+
+def rules_of(tokenizer: PreTrainedTokenizerBase, cut: int | None) -> str | None:
+    """The JSON of a `tokenizers.Tokenizer` with which `encode` works, cutting texts to `cut` tokens; None if it does other things too."""
+    reader, unreadable = _reader(tokenizer)
+    kind, plain = type(reader), PreTrainedTokenizerFast
+    calls = ("__call__", "_encode_plus", "set_truncation_and_padding")
+    if (
+        unreadable
+        or not isinstance(reader, plain)
+        or any(getattr(kind, name) is not getattr(plain, name) for name in calls)
+    ):
+        return None
+    found = Tokenizer.from_str(reader.backend_tokenizer.to_str())
+    found.no_padding()
+    found.no_truncation()
+    if cut is not None:
+        found.enable_truncation(cut, direction=reader.truncation_side)
+    return found.to_str()
 
 
 def _is_text(token: str) -> bool:

@@ -8,7 +8,6 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,12 +15,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from lorank.train.data.sources import cache_folder, first_line
 from lorank.train.hub import asked_if_reachable
+from lorank.train.tokens import pieces_of
 from lorank.train.watching import told
 
 logger = logging.getLogger(__name__)
 VERSION = 2  # part of every cache key; raise it when the same text must give other tokens or sequences
 TOKENIZER_CHARACTERS = 50_000_000  # of training text that a tokenizer learns from
-PIECE = 1 << 20  # characters tokenised at once: long texts then use all cores, but not all memory
 
 
 def load_tokenizer(
@@ -126,23 +125,6 @@ def identity(tokenizer: PreTrainedTokenizerBase) -> str:
         return Hasher.hash(tokenizer)
     rules = json.dumps({**json.loads(backend.to_str()), "truncation": None, "padding": None})
     return Hasher.hash((rules, tokenizer.eos_token_id, tokenizer.pad_token_id))
-
-
-class Piece(NamedTuple):
-    """Part of a document, small enough to be tokenised at once."""
-
-    text: str
-    is_last: bool
-
-
-def pieces_of(text: str) -> Iterator[Piece]:
-    """A text in pieces that end at the end of a line where possible."""
-    start = 0
-    while len(text) - start > PIECE:
-        cut = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
-        yield Piece(text[start:cut], False)
-        start = cut
-    yield Piece(text[start:], True)
 
 
 def first_pieces(texts: Iterable[str], characters: int) -> Iterator[str]:

@@ -10,7 +10,7 @@ import torch
 from accelerate import skip_first_batches
 from torch.utils.data import DataLoader
 
-from lorank.train.data import collate, load_evaluation, sequences, tokenizers
+from lorank.train.data import collate, load_evaluation, rows, tokenizers
 
 L = 16
 """Tokens of a row, as `load` cuts them."""
@@ -40,7 +40,7 @@ def test_a_second_run_reads_the_cache(tmp_path, monkeypatch, documents, write_js
     write_jsonl(tmp_path / "a.jsonl", documents(50))
     first = load("a.jsonl")
     monkeypatch.setattr(tokenizers, "_train_tokenizer", None)  # neither may be called
-    monkeypatch.setattr(sequences, "_packed", None)
+    monkeypatch.setattr(rows, "write_part", None)
     second = load("a.jsonl")
     assert tokens(first.train) == tokens(second.train)
     assert first.tokenizer.get_vocab() == second.tokenizer.get_vocab()

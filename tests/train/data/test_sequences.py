@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 
-from lorank.train.data import collate, load_evaluation, load_tokenizer, sequences, sources, tokenizers
+from lorank.train.data import collate, form, load_evaluation, load_tokenizer, sequences, sources
 
 L = 16
 """Tokens of a row, as `load` cuts them."""
@@ -17,8 +17,8 @@ L = 16
 def test_packing_loses_nothing_but_the_last_remainder(
     tmp_path, monkeypatch, piece, documents, write_jsonl, load, tokens
 ):
-    monkeypatch.setattr(tokenizers, "PIECE", piece)
-    monkeypatch.setattr(sequences, "BATCH", 200)  # many batches
+    monkeypatch.setattr("lorank.train.tokens.PIECE", piece)
+    monkeypatch.setattr("lorank.train.tokens.BATCH", 200)  # many batches
     write_jsonl(tmp_path / "a.jsonl", documents(100))
     corpus = load("a.jsonl")
     eos = corpus.tokenizer.eos_token_id
@@ -127,6 +127,6 @@ def test_a_stream_with_too_little_text_is_refused(monkeypatch, tmp_path, prose, 
     tokenizer = load_tokenizer(None, [prose(50)], vocab_size=300)
     with pytest.raises(ValueError, match="too few"):
         load("owner/name", tokenizer=tokenizer.name_or_path)
-    form = sequences.Form(tokenizer, L, "packed")
+    packed = form.Form(tokenizer, L, "packed")
     with pytest.raises(ValueError, match="the text has 10 tokens, too few"):
-        next(iter(sequences.make_sequences(stream, form, "the text", tmp_path)))
+        next(iter(sequences.make_sequences(stream, packed, "the text", tmp_path)))

@@ -108,6 +108,14 @@ def test_validation_takes_no_large_document(sizes, held_out):
     assert len(train) == len(sizes) - len(held_out)
 
 
+@pytest.mark.parametrize("most, held_out", [(None, 500), (100, 100), (101, 102), (10**6, 500)])
+def test_validation_is_what_evaluation_uses(most, held_out):
+    """Of ten thousand documents of 8 bytes, 5 % or as many as surely have so many tokens."""
+    texts = datasets.Dataset.from_dict({"text": ["8 bytes."] * 10_000})
+    train, validation = sources._split(texts, np.full(10_000, 8), most)
+    assert abs(len(validation) - held_out) <= 1 and len(train) + len(validation) == 10_000
+
+
 @pytest.mark.parametrize("has_lines", [True, False])
 def test_a_single_document_is_cut_at_a_line(tmp_path, has_lines, prose, write):
     text = prose(500) if has_lines else "x" * 1000

@@ -6,6 +6,7 @@ import os
 import pytest
 from transformers import AutoConfig
 
+from lorank.train import tokens
 from lorank.train.data import load_tokenizer, tokenizers
 
 
@@ -28,19 +29,19 @@ def test_a_trained_tokenizer(prose):
 
 def test_a_tokenizer_learns_from_a_limited_sample(monkeypatch, prose):
     monkeypatch.setattr(tokenizers, "TOKENIZER_CHARACTERS", 50)
-    monkeypatch.setattr(tokenizers, "PIECE", 20)
+    monkeypatch.setattr(tokens, "PIECE", 20)
     assert sum(map(len, tokenizers.first_pieces(itertools.repeat("x" * 7), 50))) == 56
     assert len(load_tokenizer(None, itertools.repeat(prose(20)), vocab_size=300)) <= 300
 
 
 def test_pieces_make_up_the_text(monkeypatch):
-    monkeypatch.setattr(tokenizers, "PIECE", 10)
+    monkeypatch.setattr(tokens, "PIECE", 10)
     for text in ("", "short", "x" * 10, "x" * 25, "a line\nanother line\nlast", "0123456789\n0"):
-        pieces = list(tokenizers.pieces_of(text))
+        pieces = list(tokens.pieces_of(text))
         assert "".join(piece.text for piece in pieces) == text
         assert max(len(piece.text) for piece in pieces) <= 10
         assert [piece.is_last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert tokenizers.pieces_of("a line\nanother line").__next__().text == "a line\n"
+    assert tokens.pieces_of("a line\nanother line").__next__().text == "a line\n"
 
 
 def test_a_tokenizer_in_use_is_known_by_what_it_does(tmp_path, prose):

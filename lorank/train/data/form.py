@@ -1,0 +1,48 @@
+"""How documents become sequences."""
+
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from lorank.train.data.specials import encode, rows_of, rules_of
+
+
+class Form(NamedTuple):
+    """A tokenizer, and how many tokens of which documents a row has."""
+
+    tokenizer: PreTrainedTokenizerBase
+    sequence_length: int
+    documents: Literal["packed", "padded"]
+
+    @property
+    def columns(self) -> list[str]:
+        return ["input_ids"] if self.documents == "packed" else ["input_ids", "attention_mask", "labels"]
+
+    @property
+    def cut(self) -> int | None:
+        """Tokens of a document that are used; None: all."""
+        return None if self.documents == "packed" else self.sequence_length
+
+    @property
+    def padding(self) -> int:
+        """The id that fills a row."""
+        pad = self.tokenizer.pad_token_id
+        return self.tokenizer.eos_token_id if pad is None else pad
+
+    @property
+    def dtype(self) -> str:
+        """The smallest type that holds all ids: "uint16" or "int32"."""
+        return "uint16" if rows_of(self.tokenizer) <= 1 << 16 else "int32"
+
+    @property
+    def rules(self) -> str | None:
+        """What `lorank.train.tokens.encoder` needs for the same ids as `encode`; None if it cannot give them."""
+        return rules_of(self.tokenizer, self.cut)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of each text; of padded rows with special tokens, and cut."""
+        options: dict[str, Any] = {"add_special_tokens": False}
+        if self.cut is not None:
+            options = {"truncation": True, "max_length": self.cut}
+        return encode(self.tokenizer, texts, **options)
