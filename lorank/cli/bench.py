@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, recipe_flags, recipe_of
+from lorank.cli.flags import SETTINGS, InGroups, recipe_flags, recipe_of
 
 TIMED = dict.fromkeys(
     ["size", "model", "rank", "options", "precision", "sequence_length", "batch_size", "micro_batch_size", "checkpoint"]
@@ -13,7 +13,7 @@ TIMED = dict.fromkeys(
 OWN = {"method": "--method"}
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=InGroups, context_settings=SETTINGS)
 @click.argument("recipe", required=False)
 @click.option(
     "--method",

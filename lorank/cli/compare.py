@@ -7,12 +7,12 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, Folder, changes_of, recipe_flags, recipe_of, split_budget
+from lorank.cli.flags import SETTINGS, Folder, InGroups, changes_of, recipe_flags, recipe_of, split_budget
 
 OWN = {"method": "--method", "seed": "--seeds", "push_to_hub": "lorank export RUN --push-to-hub NAME"}
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=InGroups, context_settings=SETTINGS)
 @click.argument("recipe", required=False)
 @click.option(
     "--method",

@@ -68,6 +68,25 @@ class Folder(click.ParamType):
 
 # ---- flags
 
+GROUPS = {
+    "Model and method": "size sizes model models method methods optimizer rank options targets exclude checkpoint precision",
+    "Text": "data validation text_column tokenizer sequence_length documents",
+    "Training": "lr steps tokens epochs tokens_per_parameter warmup_steps batch_size micro_batch_size seed assignments",
+}
+"""Title in the help -> names of options, in their order; all others are under "Options"."""
+
+
+class InGroups(click.Command):
+    """A command whose help has its options in groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        left = {option.name: option for option in self.get_params(ctx) if isinstance(option, click.Option)}
+        grouped = {title: [left.pop(name) for name in names.split() if name in left] for title, names in GROUPS.items()}
+        for title, options in {**grouped, "Options": list(left.values())}.items():
+            if records := [record for option in options if (record := option.get_help_record(ctx)) is not None]:
+                with formatter.section(title):
+                    formatter.write_dl(records)
+
 
 BUDGETS = {
     "tokens": "Instead of --steps: training tokens, such as 2.6B, 300M or 50k, padding not included.",

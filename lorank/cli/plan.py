@@ -4,7 +4,7 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import SETTINGS, budget_flags, changes_of, recipe_flags, recipe_of, split_budget
+from lorank.cli.flags import SETTINGS, InGroups, budget_flags, changes_of, recipe_flags, recipe_of, split_budget
 from lorank.sizes import find_size
 from lorank.train.recipe import Recipe
 
@@ -20,7 +20,7 @@ VOCAB_SIZE = 32_000
 OWN = {"size": "--size", "model": "--model", "method": "--method"}
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=InGroups, context_settings=SETTINGS)
 @click.argument("recipes", nargs=-1, metavar="[RECIPE]...")
 @click.option(
     "--size",

@@ -8,10 +8,10 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import BUDGETS, SETTINGS, Folder, changes_of, recipe_flags, recipe_of, split_budget
+from lorank.cli.flags import BUDGETS, SETTINGS, Folder, InGroups, changes_of, recipe_flags, recipe_of, split_budget
 
 
-@click.command(context_settings=SETTINGS)
+@click.command(cls=InGroups, context_settings=SETTINGS)
 @click.argument("recipe", required=False)
 @recipe_flags()
 @click.option("--out", type=Folder(), default=None, help="Folder of the run.", show_default="runs/METHOD-SIZE")

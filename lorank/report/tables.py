@@ -53,10 +53,9 @@ def evaluation_table(found: "Evaluation") -> Table:
     table.add_row("loss", f"{found.loss:.4f} nats per token")
     table.add_row("perplexity (unbiased)", f"{found.perplexity:.3f}")
     table.add_row("bits per byte", f"{found.bits_per_byte:.4f}" if found.bits_per_byte else "unknown")
-    table.add_row(
-        "published-compatible perplexity",
-        f"{found.published_compatible_perplexity:.3f}   (sum of N batch losses / (N + 1), N = {found.batches}: biased low)",
-    )
+    if found.is_comparable:
+        biased = f"(sum of N batch losses / (N + 1), N = {found.batches}: biased low)"
+        table.add_row("published-compatible perplexity", f"{found.published_compatible_perplexity:.3f}   {biased}")
     table.add_row("predicted tokens", f"{found.tokens:,}")
     if found.text is not None:
         table.add_row("text", escape(found.text))

@@ -23,6 +23,7 @@ from lorank import accounting
 from lorank.conversion import method_of
 from lorank.method import Method
 from lorank.portable import FILE
+from lorank.train.evaluation import comparable
 from lorank.train.folder import write_whole
 from lorank.train.methods import DEFAULTS, methods_of
 from lorank.train.recipe import Recipe
@@ -219,8 +220,10 @@ def _rows(card: Card) -> dict[str, str]:
         "tokens": f"{known('tokens', ',')} in {known('steps', ',')} steps",
         "validation perplexity (unbiased)": known("validation_perplexity", ".2f"),
         "bits per byte": known("validation_bits_per_byte", ".3f"),
-        "published-compatible perplexity, N/(N+1)": known("published_compatible_perplexity", ".2f"),
     }
+    unbiased, biased = (summary.get(f"{name}_perplexity") for name in ("validation", "published_compatible"))
+    if unbiased is not None and biased is not None and comparable(unbiased, biased):
+        figures["published-compatible perplexity, N/(N+1)"] = f"{biased:.2f}"
     return {
         "method": ", ".join(map(_named, card.methods)) + (", merged into dense layers" if card.merged else ""),
         "parameters (in blocks)": f"{card.parameters:,} ({card.block_parameters:,})",

@@ -57,6 +57,11 @@ class Evaluation(NamedTuple):
         return _exp(self.sum_of_batch_losses / (self.batches + 1))
 
     @property
+    def is_comparable(self) -> bool:
+        """Whether there are batches enough for the published-compatible figure to mean something; see `comparable`."""
+        return comparable(self.perplexity, self.published_compatible_perplexity)
+
+    @property
     def bits_per_byte(self) -> float | None:
         """The loss in bits per UTF-8 byte: comparable between tokenizers."""
         return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
@@ -70,6 +75,16 @@ class Evaluation(NamedTuple):
             "tokens": self.tokens,
             "batches": self.batches,
         }
+
+
+def comparable(unbiased: float, published_compatible: float) -> bool:
+    """Whether the published-compatible perplexity is within a tenth of the unbiased one. With few batches it says more about their
+    number than about the model: exp(5.7 / 2) = 17 for one batch of perplexity 300.
+
+    >>> comparable(34.1, 33.9), comparable(300.0, 17.3)
+    (True, False)
+    """
+    return unbiased < 1.1 * published_compatible
 
 
 def _exp(x: float) -> float:

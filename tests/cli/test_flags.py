@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from lorank.cli import PACKAGES, cli
-from lorank.cli.flags import BUDGETS, changes_of, recipe_of, value_of
+from lorank.cli.flags import BUDGETS, GROUPS, changes_of, recipe_of, value_of
 from lorank.train.recipe import Recipe, recipe_names, recipe_path, settings_with
 
 OTHERS: dict[str, Any] = {
@@ -199,3 +199,13 @@ def test_recipes_are_listed_and_printed(in_this_process: Callable[..., tuple[int
     assert in_this_process("recipes", "cola-60m") == (0, recipe_path("cola-60m").read_text(), "")
     code, _, error = in_this_process("recipes", "cola")
     assert (code, error) == (2, "lorank: NAME must be one of those that `lorank recipes` lists, got 'cola'\n")
+
+
+@pytest.mark.parametrize("command", ["pretrain", "compare", "plan", "bench"])
+def test_the_help_has_its_options_in_groups(command: str, in_this_process: Callable[..., tuple[int, str, str]]) -> None:
+    _, said, _ = in_this_process(command, "--help")
+    titles = re.findall(r"^(\S[\w ]*):$", said, re.M)
+    assert titles == [*GROUPS, "Options"]
+    shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", said[said.index(titles[0]) :], re.M)
+    visible = [p for p in cli.commands[command].params if isinstance(p, click.Option) and not p.hidden]
+    assert len(shown) == len(set(shown)) == len(visible) + 1  # and --help
