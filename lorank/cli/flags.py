@@ -173,6 +173,8 @@ def _flag(field: "dataclasses.Field[Any]", instead: Any = None, *, hidden: bool 
         return click.option("--option", SHORTHAND, multiple=True, metavar="NAME=VALUE", **common)
     if kinds[0] is bool:
         return click.option(f"{name}/{name.replace('--', '--no-')}", **common)
+    if list[str] in kinds[1:]:  # one or several
+        return click.option(name, multiple=True, metavar="TEXT", **common)
     if typing.get_origin(kinds[0]) is list:
         if typing.get_args(kinds[0]) != (str,):  # betas
             return click.option(name, type=float, nargs=2, **common)
@@ -189,6 +191,13 @@ def _bare(kind: Any) -> Any:
     return typing.get_args(kind)[0] if typing.get_origin(kind) is Annotated else kind
 
 
+def _one(sources: tuple[str, ...]) -> str | None:
+    """The one source of text that a saved model is read on."""
+    if len(sources) > 1:
+        raise ValueError(f"--data must be given once, because it is one text that is read, got {' and '.join(sources)}")
+    return sources[0] if sources else None
+
+
 def of_saved_model(command: Any) -> Any:
     """Flags for the text that a saved model is read on."""
     for option in reversed(_OF_SAVED_MODEL):
@@ -200,6 +209,8 @@ _OF_SAVED_MODEL = (
     click.option(
         "--data",
         default=None,
+        multiple=True,
+        callback=lambda context, param, value: _one(value),
         help="Another text, as in pretrain. Of embedded and hub data, the held-out part is read.",
         show_default="what the run held out, else embedded",
     ),

@@ -23,6 +23,7 @@ from lorank import accounting
 from lorank.conversion import method_of
 from lorank.method import Method
 from lorank.portable import FILE
+from lorank.train.data.sources import weighted
 from lorank.train.evaluation import comparable
 from lorank.train.folder import write_whole
 from lorank.train.methods import DEFAULTS, methods_of
@@ -245,7 +246,7 @@ def _datasets(recipe: Recipe | None) -> list[str]:
 def _sources(recipe: Recipe | None) -> list[str]:
     if recipe is None:
         return []
-    return [recipe.data] if isinstance(recipe.data, str) else list(recipe.data)
+    return [recipe.data] if isinstance(recipe.data, str) else [weighted(one)[0] for one in recipe.data]
 
 
 def _without_folders(corpus: str, recipe: Recipe | None) -> str:

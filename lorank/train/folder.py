@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
+from lorank.train.data.sources import weighted
 from lorank.train.methods import schedule_of, with_changed_defaults
 from lorank.train.recipe import Recipe
 from lorank.train.yamls import load
@@ -41,13 +42,23 @@ def write_whole(path: Path, text: str) -> None:
 
 def absolute(recipe: Recipe) -> Recipe:
     """The recipe with local paths made absolute, so that the run can be resumed from anywhere."""
-    changes = {
-        name: os.path.abspath(os.path.expanduser(value))
-        for name in ("data", "validation", "tokenizer", "model")
-        if (value := getattr(recipe, name)) not in (None, "embedded")
-        and (os.path.exists(os.path.expanduser(value)) or glob.glob(os.path.expanduser(value)))
+    changes: dict[str, Any] = {
+        name: _absolute(value)
+        for name in ("validation", "tokenizer", "model")
+        if (value := getattr(recipe, name)) is not None
     }
-    return dataclasses.replace(recipe, **changes)
+    if isinstance(recipe.data, str):
+        return dataclasses.replace(recipe, data=_absolute(recipe.data), **changes)
+    several = [(source, *weighted(source)) for source in recipe.data]
+    return dataclasses.replace(
+        recipe, data=[_absolute(name) + source[len(name) :] for source, name, _ in several], **changes
+    )
+
+
+def _absolute(name: str) -> str:
+    """A path that exists, or that something matches, from the root; any other name as it is."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if name != "embedded" and (os.path.exists(path) or glob.glob(path)) else name
 
 
 def prepare_folder(out: Path, resume: bool) -> None:

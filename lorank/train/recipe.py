@@ -102,9 +102,10 @@ class Recipe:
     compile: bool = _setting(False, "Compile the model with torch.compile.")
 
     # the data
-    data: str = _setting(
+    data: str | list[str] = _setting(
         "embedded",
-        "embedded (Python's standard library), a file, folder or glob (txt md py jsonl parquet), or a hub name.",
+        "embedded (Python's standard library), a file, folder or glob (txt md py jsonl parquet csv), or a hub name. Several local "
+        "ones are mixed, PATH:0.3 with that weight.",
         everyday=True,
         shared=True,
     )
@@ -116,10 +117,10 @@ class Recipe:
         "Held-out tokens, of local data at most 5 %; the last evaluation uses all. null: always 5 %, 10 M of which are used.",
         shared=True,
     )
-    text_column: str = _setting("text", "Column of jsonl, parquet or hub data that holds the text.", shared=True)
+    text_column: str = _setting("text", "Column of jsonl, parquet, csv or hub data that holds the text.", shared=True)
     tokenizer: str | None = _setting(
         None,
-        "Name or folder of a tokenizer, or bytes. Default: byte-level BPE trained on the data.",
+        "Name, folder or tokenizer.json of a tokenizer, or bytes. Default: byte-level BPE trained on the data.",
         everyday=True,
         shared=True,
     )
@@ -168,9 +169,7 @@ class Recipe:
         100, "Steps between evaluations; 0 evaluates at the end only.", everyday=True, shared=True
     )
     eval_tokens: Count = _setting(
-        100_000,
-        "Validation tokens per evaluation during training; the last one uses all of validation_tokens.",
-        shared=True,
+        100_000, "Validation tokens per evaluation during training; the last one uses all.", shared=True
     )
     log_every: Count = _setting(10, "Steps between log lines.", shared=True)
     save_every: Whole = _setting(
@@ -391,6 +390,8 @@ def _coerce(value: Any, kind: Any) -> Any:
             return value
     if isinstance(value, int) and not isinstance(value, bool) and float in bare and int not in bare:
         return float(value) if abs(value) < 1e300 else math.inf  # refused as not finite
-    if isinstance(value, str) and list[str] in bare:
+    if isinstance(value, str) and list[str] in bare and str not in bare:
         return [value]
+    if isinstance(value, list) and len(value) == 1 and {str, list[str]} <= {*bare}:
+        return value[0]
     return value

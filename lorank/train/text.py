@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lorank.train.data import files_of
+from lorank.train.data.sources import name_of
 from lorank.train.folder import read_recipe
 from lorank.train.recipe import Recipe
 
@@ -15,7 +16,7 @@ from lorank.train.recipe import Recipe
 class Text:
     """A source, which part of it is read, and how it is cut into batches."""
 
-    data: str = "embedded"
+    data: str | list[str] = "embedded"
     """As in a recipe. Of embedded and hub data, the part that training holds out is read."""
     held_out: bool = False
     """Whether also of local files only that part is read."""
@@ -35,7 +36,7 @@ class Text:
 
     def __str__(self) -> str:
         part = "held-out part of " if self.held_out or self.data == "embedded" else ""
-        said = f"{part}{self.data}" + (", as in the run's recipe" if self.run else "")
+        said = f"{part}{name_of(self.data)}" + (", as in the run's recipe" if self.run else "")
         if self.sequence_length:
             said += f", in sequences of {self.sequence_length} tokens"
         if self.trained_on:
@@ -97,6 +98,8 @@ def _of_run(recipe: Recipe, model: str) -> Text:
     )
 
 
-def _same(one: str, other: str) -> bool:
+def _same(one: str | list[str], other: str | list[str]) -> bool:
     """Whether two sources are the same; names of files may be relative."""
+    if isinstance(one, list) or isinstance(other, list):
+        return one == other
     return one == other or os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))

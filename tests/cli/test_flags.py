@@ -209,3 +209,12 @@ def test_the_help_has_its_options_in_groups(command: str, in_this_process: Calla
     shown = re.findall(r"^  (?:-\w, )?(--[\w-]+)", said[said.index(titles[0]) :], re.M)
     visible = [p for p in cli.commands[command].params if isinstance(p, click.Option) and not p.hidden]
     assert len(shown) == len(set(shown)) == len(visible) + 1  # and --help
+
+
+@pytest.mark.parametrize(
+    ("given", "data"), [((), "embedded"), (("a",), "a"), (("a", "b:0.3"), ["a", "b:0.3"])], ids=["none", "one", "two"]
+)
+def test_data_is_one_source_or_several(given: tuple[str, ...], data: str | list[str]) -> None:
+    recipe = recipe_of(None, {"data": given})
+    assert recipe.data == data
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe

@@ -10,6 +10,7 @@ from huggingface_hub import ModelCard
 
 import lorank
 from lorank.table import METHODS, find
+from lorank.train import card
 from lorank.train.card import Card, card_text, citations, is_ours, marked, write_card
 from lorank.train.export import as_dense, as_trained, export
 from lorank.train.recipe import Recipe
@@ -81,6 +82,12 @@ def test_every_method_with_a_paper_cites_it() -> None:
 def test_data_of_the_hub_is_named_in_the_metadata() -> None:
     card = dataclasses.replace(CARD, recipe=Recipe(data="allenai/c4:en"))
     assert "datasets: allenai/c4" in card_text(card) or "datasets:\n- allenai/c4" in card_text(card)
+
+
+def test_places_of_several_sources_are_nobodys_business() -> None:
+    recipe = Recipe(data=["/home/me/books", "/home/me/code:0.3"])
+    corpus = "/home/me/books: 3 documents; /home/me/code: 4 documents, times 0.3"
+    assert card._without_folders(corpus, recipe) == "books: 3 documents; code: 4 documents, times 0.3"
 
 
 def test_a_licence_is_an_identifier() -> None:

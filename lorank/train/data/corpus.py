@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorank.train.data.form import Form
 from lorank.train.data.sequences import bytes_per_token_of, check_form, ids_of, make_sequences
-from lorank.train.data.sources import cache_folder, is_held_out, open_source, quantity, quiet, texts_of
+from lorank.train.data.sources import cache_folder, is_held_out, name_of, open_data, quantity, quiet, texts_of
 from lorank.train.data.tokenizers import identity, load_tokenizer
 from lorank.train.watching import told
 
@@ -63,7 +63,7 @@ class Corpus:
 
 @quiet()
 def load_corpus(
-    data: str = "embedded",
+    data: str | list[str] = "embedded",
     *,
     validation: str | None = None,
     tokenizer: str | None = None,
@@ -79,14 +79,15 @@ def load_corpus(
     """Read `data`, hold out validation text, find or train a tokenizer, and cut both parts into sequences.
 
     Args:
-        data: "embedded"; a file, folder or glob of txt, md, py (a file is a document), jsonl, json, parquet
+        data: "embedded"; a file, folder or glob of txt, md, py (a file is a document), jsonl, json, parquet, csv
             (a row is one), each also with .gz, .bz2, .xz or .zst; or a hub data set, "owner/name" or "owner/name:config".
+            Several local ones as a list, each with a weight if wanted: ["books/", "code/:0.3"]; see `open_sources`.
         validation: another source. By default documents of the same one are held out: of local data 5 %, or as many as have about
             `validation_tokens` if these are fewer; of a hub data set its validation split, or without one its first documents.
-        tokenizer: name or folder; None trains byte-level BPE of `vocab_size` entries on the training text.
+        tokenizer: name, folder or tokenizer.json; None trains byte-level BPE of `vocab_size` entries on the training text.
         documents: "packed" lays documents end to end, an end-of-sequence token after each, and cuts windows
             of `sequence_length` tokens; "padded" cuts or pads each document to one row, as the papers do.
-        text_column: of jsonl, json, parquet and hub data.
+        text_column: of jsonl, json, parquet, csv and hub data.
         seed: of the split and the order of documents, and so of a tokenizer trained on them.
         order_seed: of the order of a training stream, by default `seed`. Rows on disk are shuffled by their reader.
         validation_tokens: predicted tokens after which validation ends. None: 10 million, but 5 % are held out however many they are,
@@ -99,11 +100,12 @@ def load_corpus(
     """
     check_form(documents, sequence_length)
     cache = cache_folder(cache_dir)
-    source = open_source(data, text_column, seed, cache, validation_tokens)
+    source = open_data(data, text_column, seed, cache, validation_tokens)
     if validation in (None, data):
-        validation, train, held_out = data, source.train, source.validation
+        train, held_out, what = source.train, source.validation, name_of(data)
     else:
-        other = open_source(validation, text_column, seed, cache, validation_tokens)
+        other = open_data(validation, text_column, seed, cache, validation_tokens)
+        what = validation
         train, held_out = source.whole, other.validation if is_held_out(validation) else other.whole
     name = None
     if isinstance(train, IterableDataset):  # reading it only to look up its tokenizer would be slow
@@ -112,10 +114,10 @@ def load_corpus(
     tok = load_tokenizer(tokenizer, texts, vocab_size=vocab_size, cache_dir=cache, texts_name=name)
     form = Form(tok, sequence_length, documents)
     if isinstance(train, IterableDataset) and order_seed not in (None, seed):  # the same documents in another order
-        again = open_source(data, text_column, order_seed, cache, validation_tokens)  # type: ignore[arg-type]
+        again = open_data(data, text_column, order_seed, cache, validation_tokens)  # type: ignore[arg-type]
         train = again.whole if train is source.whole else again.train
-    rows = make_sequences(train, form, f"the training text of {data}", cache)
-    what = f"the validation text of {validation}"
+    rows = make_sequences(train, form, f"the training text of {name_of(data)}", cache)
+    what = f"the validation text of {what}"
     held_out_rows = make_sequences(held_out, form, what, cache, validation_tokens or MOST_TOKENS)
     description = source.description
     if isinstance(rows, Dataset):
@@ -126,7 +128,7 @@ def load_corpus(
 
 @quiet()
 def load_evaluation(
-    data: str,
+    data: str | list[str],
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
@@ -145,8 +147,8 @@ def load_evaluation(
     """
     check_form(documents, sequence_length)
     cache = cache_folder(cache_dir)
-    opened = open_source(data, text_column, seed, cache, validation_tokens)
+    opened = open_data(data, text_column, seed, cache, validation_tokens)
     documents_read = opened.validation if held_out or is_held_out(data) else opened.whole
     form = Form(tokenizer, sequence_length, documents)
-    rows = make_sequences(documents_read, form, f"the text of {data}", cache, max_tokens)
+    rows = make_sequences(documents_read, form, f"the text of {name_of(data)}", cache, max_tokens)
     return rows, bytes_per_token_of(documents_read, form, cache)

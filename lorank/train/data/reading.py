@@ -8,6 +8,7 @@ NUL bytes or by many other control characters, and ISO-2022, known by the escape
 
 import bz2
 import codecs
+import csv
 import dataclasses
 import gzip
 import io
@@ -22,14 +23,24 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 logger = logging.getLogger(__name__)
-KINDS = {".txt": "text", ".md": "text", ".py": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+KINDS = {
+    ".txt": "text",
+    ".md": "text",
+    ".py": "text",
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = f"{', '.join(KINDS)} (or these with {', '.join(COMPRESSED)})"
 BLOCK = 1 << 22  # characters of a block
 BUFFER = 1 << 20  # bytes read at once
+ROW = 1 << 25  # bytes that the longest row of a .csv file may have
 INVALID_SHARE = 0.01
 CONTROLS = bytes(code for code in (*range(32), 127) if code not in b"\t\n\r\f\b\x1b")
 """Control characters that are rare in text. Terminals write escapes, and a backspace to print bold; form feeds divide pages."""
@@ -69,7 +80,7 @@ class UnreadableError(ValueError):
 
 
 def kind_of(file: Path) -> str:
-    """ "text", "json" or "parquet" by a file's name, "" for any other."""
+    """ "text", "json", "parquet" or "csv" by a file's name, "" for any other."""
     return KINDS.get(_suffix(file), "")
 
 
@@ -94,7 +105,7 @@ def blocks(file: Path, column: str, tally: Tally) -> Iterator[tuple[pa.Array, in
         return
     try:
         with open(file, "rb", buffering=BUFFER) as raw, _opened(file, raw) as stream:
-            read = {"text": _text, "json": _json, "parquet": _parquet}[kind]
+            read = {"text": _text, "json": _json, "parquet": _parquet, "csv": _csv}[kind]
             for block in read(file, stream, column, tally):
                 yield _counted(block, tally), raw.tell()
     except UnreadableError:
@@ -189,6 +200,23 @@ def _parquet(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterato
                 block = block.dictionary_decode()
             block.validate(full=True)  # UTF-8
             yield block.cast(pa.string())
+
+
+def _csv(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa.Array]:
+    """A column of rows with commas between their values and names in the first line."""
+    head = stream.peek(BUFFER)  # type: ignore[attr-defined]
+    _refuse_other_encodings(file, head)
+    names = next(csv.reader(io.StringIO(head.decode("utf-8-sig", "replace"), newline="")), [])
+    if column not in names:
+        raise _no_column(file, column, names)
+    if names.count(column) > 1:
+        raise _several_columns(file, column)
+    wanted = pa_csv.ConvertOptions(include_columns=[column], column_types={column: pa.string()})
+    rows = pa_csv.ParseOptions(newlines_in_values=True)
+    size = pa_csv.ReadOptions(block_size=ROW)
+    with pa_csv.open_csv(stream, read_options=size, parse_options=rows, convert_options=wanted) as reader:
+        for batch in reader:
+            yield batch.column(0)
 
 
 def _holds_text(kind: pa.DataType) -> bool:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -36,6 +36,20 @@ class Source(NamedTuple):
     description: str
 
 
+def open_data(
+    data: str | list[str], text_column: str, seed: int, cache: Path, validation_tokens: int | None = None
+) -> Source:
+    """A source, or several as one; see `open_source` and `open_sources`."""
+    if isinstance(data, str):
+        return open_source(data, text_column, seed, cache, validation_tokens)
+    return open_sources(data, text_column, seed, cache, validation_tokens)
+
+
+def name_of(data: str | list[str]) -> str:
+    """A source or several in words."""
+    return data if isinstance(data, str) else " and ".join(data)
+
+
 def open_source(source: str, text_column: str, seed: int, cache: Path, validation_tokens: int | None = None) -> Source:
     """Find the documents of a source, shuffle them and split them; about how many tokens are held out at most, if that is said."""
     if _is_hub(source):
@@ -55,6 +69,55 @@ def open_source(source: str, text_column: str, seed: int, cache: Path, validatio
     return Source(documents, *_split(documents, sizes, validation_tokens), description)
 
 
+def open_sources(
+    sources: Sequence[str], text_column: str, seed: int, cache: Path, validation_tokens: int | None = None
+) -> Source:
+    """Several local sources as one. In "PATH:WEIGHT" the weight says how often a pass over the data sees each document: with 2
+    twice, with 0.3 three in ten. It does not change what is held out.
+
+    Raises:
+        ValueError: one is on the hub, given twice or has a weight of zero.
+    """
+    opened = []
+    names = [name for name, _ in map(weighted, sources)]
+    for name, weight in map(weighted, sources):
+        if _is_hub(name):
+            raise ValueError(
+                f"data must be local if it is several sources, got {name!r}; give it alone, or download it"
+            )
+        if not weight or names.count(name) > 1:
+            raise ValueError(f"data must name each source once, with a positive weight if any, got {list(sources)}")
+        opened.append((open_source(name, text_column, seed, cache, validation_tokens), weight))
+    parts = {
+        "whole": [_as_often(one.whole, weight) for one, weight in opened],
+        "train": [_as_often(one.train, weight) for one, weight in opened],
+        "validation": [one.validation for one, _ in opened],
+    }
+    mixed = {}
+    for part, documents in parts.items():
+        joined = datasets.concatenate_datasets(documents)
+        mixed[part] = joined.select(np.random.default_rng(seed).permutation(len(joined)))
+    said = [one.description + ("" if weight == 1 else f", times {weight:g}") for one, weight in opened]
+    return Source(**mixed, description="; ".join(said))
+
+
+def weighted(source: str) -> tuple[str, float]:
+    """A source and its weight.
+
+    >>> weighted("books/:0.3"), weighted("books/")
+    (('books/', 0.3), ('books/', 1.0))
+    """
+    found = re.fullmatch(r"(.+):(\d+(?:\.\d+)?|\.\d+)", source)
+    return (source, 1.0) if found is None or Path(source).expanduser().exists() else (found[1], float(found[2]))
+
+
+def _as_often(documents: Documents, weight: float) -> Dataset:
+    """Documents, which are in a random order, so many times; the last time as many of them as remain."""
+    assert isinstance(documents, Dataset)
+    count = max(1, round(weight * len(documents)))
+    return documents if count == len(documents) else documents.select(np.arange(count) % len(documents))
+
+
 def _said(tally: Tally, left: int) -> str:
     """How many files were read, if not one, and what was left out."""
     others = {"empty document": tally.empty, "unreadable line": tally.invalid, "other file": left}
@@ -67,13 +130,15 @@ def _counted(number: int, what: str) -> str:
     return f"{number:,} {what}{'s' * (number != 1)}"
 
 
-def is_held_out(source: str) -> bool:
+def is_held_out(source: str | list[str]) -> bool:
     """Whether an evaluation on a source reads the part that training on it holds out: of embedded and hub data."""
-    return source == "embedded" or _is_hub(source)
+    return isinstance(source, str) and (source == "embedded" or _is_hub(source))
 
 
-def files_of(source: str) -> set[Path]:
-    """The files of a source, links followed; none of a data set of the hub, or of what does not exist."""
+def files_of(source: str | list[str]) -> set[Path]:
+    """The files of a source or of several, links followed; none of a data set of the hub, or of what does not exist."""
+    if isinstance(source, list):
+        return {file for one in source for file in files_of(weighted(one)[0])}
     if _is_hub(source):
         return set()
     with contextlib.suppress(OSError, ValueError):

@@ -20,6 +20,9 @@ from lorank.train.watching import told
 
 logger = logging.getLogger(__name__)
 VERSION = 2  # part of every cache key; raise it when the same text must give other tokens or sequences
+ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "[SEP]")
+"""What ends a text, by names in use."""
+PADS = ("<|pad|>", "<pad>", "[PAD]")
 TOKENIZER_CHARACTERS = 50_000_000  # of training text that a tokenizer learns from
 
 
@@ -31,7 +34,7 @@ def load_tokenizer(
     cache_dir: Path | None = None,
     texts_name: str | None = None,
 ) -> PreTrainedTokenizerBase:
-    """A tokenizer by name or folder, "bytes" (each byte a token), or for None byte-level BPE trained on `texts` (or cached).
+    """A tokenizer by name, folder or tokenizer.json, "bytes" (each byte a token), or for None byte-level BPE trained on `texts` (or cached).
 
     The last two read the names of their special tokens in a text as text.
 
@@ -49,7 +52,7 @@ def load_tokenizer(
     if name_or_path is not None:
         try:
             with asked_if_reachable():
-                found = AutoTokenizer.from_pretrained(os.path.expanduser(name_or_path), trust_remote_code=False)
+                found = _loaded(os.path.expanduser(name_or_path))
         except Exception as error:  # the hub, a file or its parser
             reason = (
                 "it names code of its own, which lorank never runs"
@@ -80,6 +83,20 @@ def load_tokenizer(
                 logger.warning("the tokenizer could not be cached for the next run: %s", error)
                 return tokenizer
     return PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def _loaded(place: str) -> PreTrainedTokenizerBase:
+    """A tokenizer by name, folder or file. The file alone does not say which token ends a text: the first of `ENDS` that it has."""
+    if not os.path.isfile(place):
+        return AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+    folder, name = os.path.split(os.path.abspath(place))
+    if name == "tokenizer.json" and os.path.isfile(f"{folder}/tokenizer_config.json"):
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    rules = Tokenizer.from_file(place)
+    vocabulary = rules.get_vocab()
+    roles = {"eos_token": ENDS, "pad_token": PADS}
+    special = {role: next((one for one in ones if one in vocabulary), None) for role, ones in roles.items()}
+    return PreTrainedTokenizerFast(tokenizer_object=rules, **special)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerBase:

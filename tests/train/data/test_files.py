@@ -34,12 +34,12 @@ def test_links_are_followed_and_each_file_is_read_once(tmp_path, write, names):
 
 
 def test_what_is_not_read_is_named(tmp_path, write, names):
-    for name in ("a.txt", ".hidden.txt", ".git/b.txt", "c.csv", "d.zip", "deep/e.tar", "f.txt.br", "z.md"):
+    for name in ("a.txt", ".hidden.txt", ".git/b.txt", "c.tsv", "d.zip", "deep/e.tar", "f.txt.br", "z.md"):
         write(tmp_path / "data" / name, "text")
     (tmp_path / "data" / "gone.txt").symlink_to("nowhere")
     read, left, said = names("data")
     assert read == ["data/a.txt", "data/z.md"] and left == 5
-    assert "data: left out c.csv, d.zip, f.txt.br and 2 more; looked for .txt, .md" in said
+    assert "data: left out c.tsv, d.zip, f.txt.br and 2 more; looked for .txt, .md" in said
     read, left, said = names("data/[az]*")
     assert read == ["data/a.txt", "data/z.md"] and not left
     assert "data/deep (a folder)" in names("data/[ad]*")[2]

@@ -51,6 +51,11 @@ def read(tmp_path, write):
         ("a.json", '{\n "text": "one"\n}\n{\n "text": "two"\n}', ["one", "two"]),
         ("a.jsonl", '{"text": "2020-01-01"}\n{"text": "12"}', ["2020-01-01", "12"]),
         ("a.jsonl", '{"text": "a\\u0000b"}', ["a\0b"]),
+        (
+            "a.csv",
+            '\ufeffn,text\r\n1,"one, ""1"""\r\n2,"two\nlines"\r\n3,NA\r\n4,2020-01-01\r\n',
+            ['one, "1"', "two\nlines", "NA", "2020-01-01"],
+        ),
     ],
 )
 def test_a_string_is_text_however_it_is_written(read, name, data, texts):
@@ -231,3 +236,18 @@ def test_large_values_are_read_piece_by_piece(read, monkeypatch):
         ("c.jsonl", "\n".join(json.dumps({"text": text}) for text in texts)),
     ):
         assert read(name, data)[0] == texts
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("n,body\n1,one\n", r"a.csv has no column 'text'; set text_column to one of \['n', 'body'\]"),
+        ("text,text\none,two\n", "a.csv must have one column 'text'"),
+        ("n,text\n1,one\ntwo\n", "a.csv is not readable as csv .*Expected 2 columns, got 1"),
+        ("n,text\n1,caf\xe9\n".encode("latin-1"), "a.csv is not readable as csv .*UTF8"),
+        ("n,text\n".encode("utf-16"), "UTF-16"),
+    ],
+)
+def test_a_table_that_is_no_table(read, rows, message):
+    with pytest.raises(ValueError, match=message):
+        read("a.csv", rows)

@@ -1,6 +1,8 @@
 """Where documents come from, how they are split, and one sentence for everything that can be wrong with them."""
 
+import csv
 import gzip
+import io
 import json
 import re
 
@@ -10,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lorank.train.data import load_evaluation, sources
+from lorank.train.data import load_corpus, load_evaluation, sources
 
 L = 16
 """Tokens of a row, as `load` cuts them."""
@@ -39,7 +41,7 @@ def test_embedded_is_the_standard_library_without_its_tests(
     assert bytes_per_token == corpus.validation_bytes_per_token
 
 
-@pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".jsonl", ".json", ".parquet", ".txt.gz"])
+@pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".jsonl", ".json", ".parquet", ".csv", ".txt.gz", ".csv.gz"])
 def test_every_suffix_gives_the_same_documents(tmp_path, suffix, documents, write, write_jsonl):
     texts = documents(20)
     folder = tmp_path / "da[t]a"
@@ -51,12 +53,17 @@ def test_every_suffix_gives_the_same_documents(tmp_path, suffix, documents, writ
         folder.mkdir()
         column = pa.array(texts, pa.large_string())
         pq.write_table(pa.table({"id": range(20), "text": column}), folder / "all.parquet")
+    elif kind == ".csv":
+        rows = io.StringIO(newline="")
+        csv.writer(rows).writerows([["id", "text"], *enumerate(texts)])
+        plain = rows.getvalue().encode()
+        write(folder / f"all{suffix}", gzip.compress(plain) if kind != suffix else plain)
     elif kind == ".json":
         write(folder / "all.json", json.dumps([{"id": i, "text": text} for i, text in enumerate(texts)]))
     else:
         plain = write_jsonl(tmp_path / "plain.jsonl", texts).read_bytes()
         write(folder / f"all{suffix}", gzip.compress(plain) if kind != suffix else plain)
-    write(folder / "notes.csv", "not,read\n")
+    write(folder / "notes.tsv", "not,read\n")
     write(folder / ".hidden.txt", "not read\n")
     opened = sources.open_source(str(folder), "text", 0, tmp_path / "cache")
     assert sorted(opened.whole["text"]) == sorted(texts)
@@ -171,8 +178,8 @@ def test_nothing_is_printed_and_the_users_settings_stay(tmp_path, capfd, documen
 @pytest.fixture
 def wrong_files(tmp_path, prose, documents, write, write_jsonl):
     """Files that cannot be used, each for another reason."""
-    write(tmp_path / "table.csv", "a,b\n")
-    write(tmp_path / "folder" / "table.csv", "a,b\n")
+    write(tmp_path / "table.tsv", "a,b\n")
+    write(tmp_path / "folder" / "table.tsv", "a,b\n")
     write(tmp_path / "empty" / "a.txt", "")
     write(tmp_path / "empty.jsonl", '{"text": ""}\n{"text": ""}\n')
     write(tmp_path / "latin.txt", b"caf\xe9 " * 100)
@@ -194,10 +201,10 @@ def wrong_files(tmp_path, prose, documents, write, write_jsonl):
         ("./nowhere", {}, FileNotFoundError, "file not found: ./nowhere"),
         ("a/b/nowhere", {}, FileNotFoundError, "file not found: a/b/nowhere"),
         (
-            "table.csv",
+            "table.tsv",
             {},
             ValueError,
-            r"data files must end in .txt, .md, .py, .jsonl, .json, .parquet.*, got table.csv",
+            r"data files must end in .txt, .md, .py, .jsonl, .json, .parquet.*, got table.tsv",
         ),
         (
             "folder",
@@ -205,7 +212,7 @@ def wrong_files(tmp_path, prose, documents, write, write_jsonl):
             ValueError,
             "folder contains no readable file; looked for .txt, .md, .py, .jsonl",
         ),
-        ("folder/*.csv", {}, ValueError, r"folder/\*.csv contains no readable file; looked for .txt"),
+        ("folder/*.tsv", {}, ValueError, r"folder/\*.tsv contains no readable file; looked for .txt"),
         ("nowhere/*.txt", {}, ValueError, r"nowhere/\*.txt contains no readable file"),
         ("empty", {}, ValueError, "empty contains no text: every document is empty"),
         ("empty.jsonl", {}, ValueError, "empty.jsonl contains no text"),
@@ -269,3 +276,36 @@ def test_what_is_wrong_is_one_sentence(hub, tmp_path, source, options, error, me
     with pytest.raises(error, match=message) as raised:
         load(source, **options)
     assert "\n" not in str(raised.value)
+
+
+def test_several_sources_are_mixed_by_their_weights(tmp_path, documents, write_jsonl, load, numbers):
+    write_jsonl(tmp_path / "a.jsonl", documents(40))
+    write_jsonl(tmp_path / "b" / "b.jsonl", documents(100)[40:])
+    alone = {name: sources.open_source(name, "text", 42, tmp_path / "cache") for name in ("a.jsonl", "b")}
+    opened = sources.open_data(["a.jsonl:2.5", "b/:0.5"], "text", 42, tmp_path / "cache")
+    seen = [int(text.split()[1]) for text in opened.train["text"]]
+    counts = np.bincount(seen, minlength=100)
+    for name, weight, part in (("a.jsonl", 2.5, slice(0, 40)), ("b", 0.5, slice(40, 100))):
+        assert counts[part].sum() == round(weight * len(alone[name].train))
+    assert set(counts[:40]) == {0, 2, 3} and set(counts[40:]) == {0, 1}
+    held_out = [text for one in alone.values() for text in one.validation["text"]]
+    assert sorted(opened.validation["text"]) == sorted(held_out) and not {*held_out} & {*opened.train["text"]}
+    assert seen != sorted(seen) and opened.description.endswith("times 0.5")
+    corpus = load_corpus(["a.jsonl", "b"], vocab_size=300, sequence_length=8)
+    assert set(numbers(corpus, corpus.train)) | set(numbers(corpus, corpus.validation)) == set(range(100))
+
+
+@pytest.mark.parametrize(
+    "several, message",
+    [
+        (["a.jsonl", "owner/split:en"], "data must be local if it is several sources, got 'owner/split:en'"),
+        (["a.jsonl", "a.jsonl:2"], "data must name each source once, with a positive weight"),
+        (["a.jsonl", "b.jsonl:0"], "data must name each source once, with a positive weight"),
+        (["a.jsonl", "nowhere.jsonl:3"], "file not found: nowhere.jsonl"),
+    ],
+)
+def test_what_is_wrong_with_several_sources(tmp_path, several, message, documents, write_jsonl):
+    for name in ("a.jsonl", "b.jsonl"):
+        write_jsonl(tmp_path / name, documents(30))
+    with pytest.raises((ValueError, OSError), match=message):
+        load_corpus(several)

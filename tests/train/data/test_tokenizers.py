@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 
 import pytest
 from transformers import AutoConfig
@@ -73,3 +74,18 @@ def test_the_tokenizer_of_a_stream_is_found_without_reading(hub, monkeypatch, lo
     first = load("owner/whole", text_column="body").tokenizer
     monkeypatch.setattr(tokenizers, "_train_tokenizer", None)
     assert load("owner/whole", text_column="body").tokenizer.get_vocab() == first.get_vocab()
+
+
+def test_a_tokenizer_by_its_file(tmp_path, prose):
+    """Alone it does not say which token ends a text, so this is known by its name."""
+    trained = load_tokenizer(None, [prose(100)], vocab_size=300)
+    trained.save_pretrained(tmp_path / "whole")
+    (tmp_path / "alone").mkdir()
+    shutil.copy(tmp_path / "whole" / "tokenizer.json", tmp_path / "alone" / "mine.json")
+    for file in ("whole/tokenizer.json", "alone/mine.json"):
+        found = load_tokenizer(str(tmp_path / file))
+        assert (found.eos_token, found.pad_token) == ("<|endoftext|>", "<|pad|>")
+        assert tokenizers.identity(found) == tokenizers.identity(trained)
+    (tmp_path / "alone" / "broken.json").write_text("{}")
+    with pytest.raises(OSError, match="broken.json: no tokenizer could be loaded"):
+        load_tokenizer(str(tmp_path / "alone" / "broken.json"))
