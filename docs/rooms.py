@@ -75,6 +75,7 @@ ROW = {room: number for number, row in enumerate(ROWS) for room in row}
 COMMANDS = (
     "analyze",
     "bench",
+    "cache",
     "compare",
     "demo",
     "evaluate",

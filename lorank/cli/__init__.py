@@ -14,6 +14,7 @@ import lorank
 from lorank.cli import (
     analyze,
     bench,
+    cache,
     compare,
     demo,
     errors,
@@ -31,6 +32,7 @@ from lorank.cli.flags import SETTINGS
 COMMANDS = (
     analyze.analyze,
     bench.bench,
+    cache.cache,
     compare.compare,
     demo.demo,
     evaluate.evaluate,

@@ -28,6 +28,7 @@ import pyarrow as pa
 import xxhash
 from datasets import Dataset
 
+from lorank.train.data.cache import use
 from lorank.train.data.reading import BUFFER, SUFFIXES, Tally, blocks, kind_of
 from lorank.train.watching import tell
 
@@ -205,6 +206,7 @@ def _read_group(
     say: Callable[[int], None],
 ) -> tuple[Dataset, Tally]:
     kept, counts = (cache / "documents" / f"{key}.{end}" for end in ("arrow", "json"))
+    use(kept)
     if not kept.exists():
         try:
             _write(files, column, kept, counts, before, say)

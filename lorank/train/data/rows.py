@@ -29,6 +29,7 @@ from datasets.fingerprint import Hasher
 from filelock import FileLock
 
 import lorank
+from lorank.train.data.cache import use
 from lorank.train.data.form import Form
 from lorank.train.data.tokenizers import VERSION, identity
 from lorank.train.tokens import Documents, Plan, arrow_chunks, lengths_of, part_of, write_part
@@ -52,6 +53,7 @@ def make_rows(documents: Dataset, form: Form, max_tokens: int | None, cache: Pat
     key = key_of(documents, form, max_tokens)
     kept, parts = cache / f"{key}.arrow", cache / f"{key}.parts"
     cache.mkdir(parents=True, exist_ok=True)
+    use(kept)
     try:
         with FileLock(cache / f"{key}.lock"):  # one process of a node prepares, the others wait
             if not kept.exists():

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 
 from lorank.train import tokens
+from lorank.train.data.cache import use
 from lorank.train.data.form import Form
 from lorank.train.data.rows import key_of, make_rows
 from lorank.train.data.sources import Documents, texts_of
@@ -88,6 +89,7 @@ def bytes_per_token_of(documents: Documents, form: Form, cache: Path) -> float:
     if isinstance(documents, IterableDataset):
         return _bytes_per_token(documents, form)
     kept = cache / "rows" / f"{key_of(documents, form, None)}.ratio"
+    use(kept)
     with contextlib.suppress(OSError, ValueError):
         return float(kept.read_text())
     found = _bytes_per_token(documents, form)

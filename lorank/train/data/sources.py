@@ -212,9 +212,14 @@ def texts_of(documents: Documents) -> Iterator[str]:
         yield from filter(None, block["text"])
 
 
+def cache_place() -> Path:
+    """Where the cache is."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lorank"
+
+
 def cache_folder(cache_dir: Path | None = None) -> Path:
     """The cache folder, or a temporary one if that cannot be written to."""
-    folder = cache_dir or Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "lorank"
+    folder = cache_dir or cache_place()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:

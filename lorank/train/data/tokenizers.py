@@ -13,6 +13,7 @@ from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lorank.train.data.cache import use
 from lorank.train.data.sources import cache_folder, first_line
 from lorank.train.hub import asked_if_reachable
 from lorank.train.tokens import pieces_of
@@ -71,6 +72,7 @@ def load_tokenizer(
         size = sum(map(len, texts))
         texts_name = "".join(hashlib.blake2b(text.encode()).hexdigest() for text in texts)
     folder = cache_folder(cache_dir) / "tokenizers" / Hasher.hash((VERSION, texts_name, vocab_size))
+    use(folder)
     if not folder.exists():
         tokenizer = _train_tokenizer(told("learning a vocabulary", texts, len, size, "characters"), vocab_size)
         try:
