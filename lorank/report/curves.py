@@ -49,7 +49,7 @@ def framed(chart: str, *, title: str, note: str) -> str:
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">\n'
         f"<style>\n{_style()}\n</style>\n"
-        f'<rect width="{width}" height="{height}" fill="#fff"/>\n'
+        f'<rect class="paper" width="{width}" height="{height}"/>\n'
         f'<text class="heading" x="{MARGIN}" y="{MARGIN}">{html.escape(title)}</text>\n'
         f'<svg x="{MARGIN}" y="{1.6 * MARGIN:g}" width="{WIDTH}" height="{HEIGHT}"'
         f"{chart.removeprefix('<svg')}\n"
@@ -59,12 +59,20 @@ def framed(chart: str, *, title: str, note: str) -> str:
 
 
 def _style() -> str:
-    """The rules for charts in page.css by day, with every variable replaced, since few drawing programs know them."""
+    """The rules for charts in page.css by day and, where the reader's screen is dark, by night. Every variable is replaced, since few
+    drawing programs know them; these also leave out what is for dark screens."""
     css = Path(__file__).with_name("page.css").read_text()
-    day = dict(re.findall(r"(--\w+): (#\w+)", css.partition("@media")[0]))
-    rules = re.sub(r"--c: var\((--\w+)\)", lambda found: f"color: {day[found[1]]}", css).replace(
-        "var(--c)", "currentColor"
+    day, night = (
+        dict(re.findall(r"(--\w+): (#\w+)", part)) for part in css.partition("* {")[0].split("@media", maxsplit=1)
     )
+    return f"{_rules(css, day)}\n@media (prefers-color-scheme: dark) {{\n{_rules(css, night)}\n}}"
+
+
+def _rules(css: str, colours: Mapping[str, str]) -> str:
+    rules = re.sub(r"--c: var\((--\w+)\)", lambda found: f"color: {colours[found[1]]}", css)
+    rules = rules.replace("var(--c)", "currentColor")
     rules = "\n".join(line for line in rules.splitlines() if re.match(r"svg [^c]|\.[sg]\d", line))
-    rules = re.sub(r"var\((--\w+)\)", lambda found: day[found[1]], rules)
-    return f'{rules}\nsvg {{ font-family: system-ui, "DejaVu Sans", sans-serif; }}\nsvg text.heading {{ font-size: 17px; font-weight: 650; fill: {day["--ink"]}; }}'
+    rules = re.sub(r"var\((--\w+)\)", lambda found: colours[found[1]], rules)
+    heading = f"svg text.heading {{ font-size: 17px; font-weight: 650; fill: {colours['--ink']}; }}"
+    paper = f"svg .paper {{ fill: {colours['--panel']}; }}"
+    return f'{rules}\nsvg {{ font-family: system-ui, "DejaVu Sans", sans-serif; }}\n{heading}\n{paper}'

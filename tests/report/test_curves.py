@@ -32,9 +32,11 @@ def test_curves_are_a_picture_that_shows_each_run() -> None:
 def test_the_picture_needs_nothing_that_few_programs_know() -> None:
     text = curves_svg({"dense": records(4.0), "cola": records(3.5)}, title="Title")
     style = re.search(r"<style>(.*?)</style>", text, re.S)
-    assert style and "var(" not in style[1] and "@" not in style[1] and "--" not in style[1]
-    for rule in (".s0 { color: #1a6fb0; }", "svg .line { fill: none; stroke: currentColor;"):
-        assert rule in style[1]
+    assert style and "var(" not in style[1] and "--" not in style[1]
+    day, night = style[1].split("@media (prefers-color-scheme: dark) {")  # which programs that do not know it leave out
+    for rule in ("svg .line { fill: none; stroke: currentColor;", "svg .paper { fill: "):
+        assert rule in day and rule in night
+    assert ".s0 { color: #1a6fb0; }" in day and ".s0 { color: #6db3ec; }" in night
     assert "<script" not in text and not re.search(r"(src|href)\s*=", text)
 
 
