@@ -9,7 +9,7 @@ help:
 	@echo "make demo     train CoLA and its dense twin on two CPU cores and compare them (about eight minutes)"
 	@echo "make test     run the test suite"
 	@echo "make docs     build the documentation into build/docs"
-	@echo "make table    write the README's table of methods again, from the methods' docstrings"
+	@echo "make table    write the tables of methods and of their combinations again"
 	@echo "make check    lint, types, documentation, tests"
 	@echo "make bench    run the benchmarks"
 	@echo "make curves   record the first steps of all reproductions again, after a change that should move them"
@@ -47,6 +47,7 @@ docs: $(STAMP)
 
 table: $(STAMP)
 	$(BIN)/python docs/pages.py
+	PYTHONPATH=. $(BIN)/python tests/contract/test_pairs.py
 
 check: lint types docs test
 

@@ -40,7 +40,9 @@ def record(names: Iterable[str]) -> None:
         if name == "60m-cola-m":
             continue  # it has CoLA's
         curve = first_steps.first_steps(reproduction.recipe)
-        write_whole(reproduction.curve_file, json.dumps(curve._asdict(), indent=1) + "\n")
+        file = reproduction.curve_file
+        known = json.loads(file.read_text(encoding="utf-8"))  # what is published stays
+        write_whole(file, json.dumps({**known, **curve._asdict()}, indent=1, ensure_ascii=False) + "\n")
         print(f"{name:16} {curve.losses[0]:.4f} -> {curve.losses[-1]:.4f}")
 
 
@@ -101,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    names = options.names or list(repro.PUBLISHED)
+    names = options.names or repro.names()
     if options.what == "old":  # for spread, in a process that takes this CPU for one without AVX-512
         return print(*(cell(name, "other CPU") for name in names))
     {"record": record, "spread": spread}[options.what](names)

@@ -314,7 +314,7 @@ def recipe_head(path: Path) -> str:
 
 def reproductions(names: list[str]) -> str:
     """What `lorank repro` has of these methods: commands, what is expected of a whole run, and of its first steps."""
-    found = [one for one in map(repro.find, repro.PUBLISHED) if uses(one.recipe, names)]
+    found = [one for one in map(repro.find, repro.names()) if uses(one.recipe, names)]
     if not found:
         return ""
     shell = [

@@ -84,6 +84,7 @@ COMMANDS = (
     "papers",
     "plan",
     "pretrain",
+    "recipes",
     "repro",
 )
 """Each is one file of lorank/cli/."""

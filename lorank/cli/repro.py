@@ -45,7 +45,7 @@ def repro(name: str | None, out: str | None, micro_batch_size: int | None, first
     console = results_console()
     if name is None and not first_steps:
         return console.print(report.list_table(library.listing()), highlight=False)
-    found = [library.find(each) for each in ([name] if name else library.PUBLISHED)]
+    found = [library.find(each) for each in ([name] if name else library.names())]
     if out is not None:
         _whole_run(console, found[0].name, out, micro_batch_size)
     if first_steps:

@@ -179,8 +179,9 @@ def recorded(reproduction: Reproduction) -> Curve:
     """The curve next to the recipe; ValueError if it is missing or was recorded on another text than `months` gives here."""
     file = reproduction.curve_file
     try:
-        curve = Curve(**json.loads(file.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        known = json.loads(file.read_text())
+        curve = Curve(*(known[name] for name in Curve._fields))
+    except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{reproduction.name} has no curve of first steps: {file} cannot be read ({error})") from None
     if curve.text != text_hash():
         raise ValueError(

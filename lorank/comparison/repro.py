@@ -1,10 +1,11 @@
 """Named reproductions: the whole run of a paper's recipe, compared with the paper's figure.
 
-A reproduction has the recipe of its name in recipes/, a line of `PUBLISHED`, and next to the recipe a curve of its first
-steps (`lorank.comparison.first_steps`). The whole run needs a GPU, C4 and hours; the first steps run in seconds on any CPU.
+A reproduction has the recipe of its name in recipes/ and next to it a JSON file with what is published of it and with a curve
+of its first steps (`lorank.comparison.first_steps`). The whole run needs a GPU, C4 and hours; the first steps run in seconds on any CPU.
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from lorank.accelerators import Fleet, find_accelerator
 from lorank.fields import unknown
 from lorank.plan.counts import count
 from lorank.sizes import SIZES
-from lorank.table import names_joined
+from lorank.table import METHODS, names_joined
 from lorank.train import run
 from lorank.train.folder import absolute, history, read_run
 from lorank.train.methods import resolved, title_of
@@ -46,45 +47,8 @@ class Published(NamedTuple):
     remark: str = ""
 
 
-PUBLISHED = {
-    "60m-dense": Published(34.06, IN_PART, "GaLore, 2403.03507", "learning rate and clip are not known"),
-    "60m-cola": Published(34.04, IN_FULL, "CoLA, 2502.10940"),
-    "60m-cola-m": Published(34.04, IN_FULL, "CoLA, 2502.10940", "CoLA's figure: the gradients are the same"),
-    "60m-low-rank": Published(
-        78.18,
-        None,
-        "GaLore, 2403.03507",
-        "another initialisation, and an unknown learning rate",
-    ),
-    "60m-crnet": Published(
-        32.76, IN_PART, "CR-Net, 2509.18993", "taken from notes on the paper; most settings are not known"
-    ),
-    "60m-sltrain": Published(
-        34.15, IN_FULL, "SLTrain, 2406.02214", "as two summaries give it; not checked against the paper itself"
-    ),
-    "60m-relora": Published(37.04, IN_PART, "GaLore, 2403.03507", "learning rate, clip and cycle are not known"),
-    "60m-switchlora": Published(None, None, "SwitchLoRA, 2406.06564", "publishes no 60M"),
-    "60m-sst": Published(None, None, "SST, 2405.15481", "publishes no 60M"),
-    "60m-masa": Published(None, None, "MASA, 2508.04581", "publishes no 60M, and trains on RefinedWeb"),
-    "60m-galore": Published(34.88, IN_FULL, "GaLore, 2403.03507"),
-    "60m-fira": Published(
-        31.06, IN_PART, "Fira, 2410.01623", "it is not known whether the paper's algorithm or its code gave it"
-    ),
-    "60m-dct-adamw": Published(None, None, "DCT-AdamW, 2505.17967", "publishes no 60M"),
-    "60m-trion": Published(None, None, "Trion, 2505.17967", "publishes no 60M"),
-    "60m-apollo": Published(
-        31.55, IN_FULL, "APOLLO, 2412.05270", "with r = d/4; epsilon and the documents' padding are not known"
-    ),
-    "60m-apollo-mini": Published(
-        31.93, IN_FULL, "APOLLO, 2412.05270", "epsilon and the documents' padding are not known"
-    ),
-    "60m-factor-lr": Published(None, None, "structure-aware learning rates, 2406.06248", "publishes no 60M"),
-    "60m-spectron": Published(None, None, "Spectron, 2602.12429", "publishes no 60M, and trains on FineWeb"),
-    "60m-loro": Published(None, None, "LORO, openreview i0zzO7Hslk", "no log of its 60M is stored"),
-}
-"""By name, SIZE-METHOD. EGGROLL has none: nobody has trained a 60M Llama without gradients, and each step needs a forward
-pass for each member of its population; EGG is not a Llama. Above 60M papers evaluate on several GPUs, which changes N and
-the figure."""
+TOLERANCES = {"all": IN_FULL, "some": IN_PART, "none": None}
+"""By how many of a run's settings its paper gives, as the file of the curve says. "none": the figure is for orientation."""
 
 
 # ---- names and files
@@ -100,18 +64,34 @@ class Reproduction:
     curve_file: Path
 
 
+@functools.cache
+def names() -> tuple[str, ...]:
+    """SIZE-METHOD, in the order of the methods' table, of all that have a recipe with a curve at 60M. EGGROLL has none: nobody has trained
+    a 60M Llama without gradients, and each step needs a forward pass for each member of its population; EGG is not a Llama. Above 60M
+    papers evaluate on several GPUs, which changes N and the figure."""
+    size = "60m"
+    return tuple(f"{size}-{method}" for method in METHODS if curve_file(method, size).exists())
+
+
+def curve_file(method: str, size: str) -> Path:
+    """What is published of a recipe, and its first steps."""
+    return recipe_file(method, size).with_suffix(".json")
+
+
 def find(name: str) -> Reproduction:
     """The reproduction called SIZE-METHOD, or METHOD-SIZE as its recipe is called; ValueError that lists all names."""
     method, _, size = name.rpartition("-")
     if size not in SIZES:
         size, _, method = name.partition("-")
-    if (title := f"{size}-{method}") not in PUBLISHED:
-        raise ValueError(unknown("reproduction", name, list(PUBLISHED)))
-    file = recipe_file(method, size)
-    recipe = Recipe.read(file)
+    if (title := f"{size}-{method}") not in names():
+        raise ValueError(unknown("reproduction", name, names()))
+    recipe, file = Recipe.read(recipe_file(method, size)), curve_file(method, size)
+    known = json.loads(file.read_text(encoding="utf-8"))["published"]
+    published = Published(known["perplexity"], TOLERANCES[known["settings"]], known["source"], known["remark"])
     if method not in names_joined(title_of(recipe)):  # CoLA-M has the recipe of CoLA, and must have its curve
         recipe = dataclasses.replace(recipe, method=method)
-    return Reproduction(title, recipe, PUBLISHED[title], file.with_suffix(".json"))
+        published = published._replace(remark="CoLA's figure: the gradients are the same")
+    return Reproduction(title, recipe, published, file)
 
 
 # ---- the whole run
@@ -119,7 +99,7 @@ def find(name: str) -> Reproduction:
 
 def listing() -> list[dict[str, Any]]:
     """Every reproduction by name: how many tokens it trains on (padding included), and what is published."""
-    found = [find(name) for name in PUBLISHED]
+    found = [find(name) for name in names()]
     return [{"name": one.name, "positions": _positions(one.recipe), **one.published._asdict()} for one in found]
 
 

@@ -19,8 +19,6 @@ numbers per matrix. They are drawn again wherever they are needed, from a seed t
 Forward hooks add the noise (`lorank.evolution.perturbation`), so any model made of linear layers, embeddings and norms
 can be trained, low-rank ones included. A parameter that no hook can perturb is refused by name.
 
-Saves: activations.
-
 Source: Sarkar et al., "Evolution Strategies at the Hyperscale", arXiv 2511.16652.
 
 Departures from the authors' code. Embeddings are perturbed too, W[t] + A'[t] Bᵀ, as in their nano-egg. One seed draws

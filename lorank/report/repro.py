@@ -18,10 +18,9 @@ VERDICT = {True: Text("within", "green"), False: Text("OUTSIDE", "bold red"), No
 def list_table(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
     """One line for each: tokens, the published figure, and how near to it a run should come; then remarks."""
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("name", "tokens", "perplexity", "within", "reported by"):
-        table.add_column(
-            title, justify="right" if title in ("tokens", "perplexity", "within") else "left", no_wrap=True
-        )
+    for title in ("name", "tokens", "perplexity", "within"):
+        table.add_column(title, justify="left" if title == "name" else "right", no_wrap=True, min_width=len(title))
+    table.add_column("reported by", overflow="fold")
     for row in rows:
         perplexity = "-" if row["perplexity"] is None else f"{row['perplexity']:.2f}"
         table.add_row(row["name"], quantity(row["positions"]), perplexity, _band(row["tolerance"]), row["source"])

@@ -238,7 +238,8 @@ def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
     for name, value in shorthand.items():
         owner = next((kind for kind in kinds if name in _fields(kind)), None)
         if owner is None:
-            fields = dict.fromkeys(f for kind in kinds for f in _fields(kind))
+            own_first = sorted(kinds, key=lambda kind: kind.name in DEFAULTS)
+            fields = dict.fromkeys(f for kind in own_first for f in _fields(kind))
             raise ValueError(f"{title_of(recipe)} has no setting {name!r}; its settings are: {', '.join(fields)}")
         kinds[owner][name] = value
     for kind, given in kinds.items():

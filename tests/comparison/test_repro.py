@@ -17,7 +17,7 @@ from lorank.train.recipe import Recipe, recipes_folder
 pytestmark = pytest.mark.usefixtures("uncounted")
 
 
-@pytest.mark.parametrize("name", repro.PUBLISHED)
+@pytest.mark.parametrize("name", repro.names())
 def test_a_published_figure_is_the_one_that_the_recipe_quotes(name: str) -> None:
     found = repro.find(name)
     text = " ".join(
@@ -139,6 +139,6 @@ def test_bad_input_is_one_sentence(
 
 def test_the_list_and_a_card(repro_command) -> None:
     code, out, _ = repro_command()
-    assert code == 0 and all(name in out for name in repro.PUBLISHED) and max(map(len, out.splitlines())) <= 80
+    assert code == 0 and all(name in out for name in repro.names()) and max(map(len, out.splitlines())) <= 80
     code, out, _ = repro_command("60m-dense")
     assert code == 0 and "perplexity 34.06" in out and "lorank repro 60m-dense --out" in out and "10000" in out

@@ -58,6 +58,7 @@ def test_under_a_closure_an_exchange_follows_the_gradients() -> None:
     assert benches[1].hook.step == 6
 
 
+@pytest.mark.filterwarnings("ignore:switchlora acts between steps")  # the twin that it is compared with has no hook
 def test_an_exchange_restarts_and_freezes_the_counterpart() -> None:
     bench = Bench(24, 32, lr=0.01, rank=10, interval=10, **ONCE)
     for _ in range(3):
@@ -150,6 +151,7 @@ def test_an_oracle_that_moves_one_vector_at_a_time_agrees() -> None:
     torch.testing.assert_close(bench.b.candidates, pool["B"], **close)
 
 
+@pytest.mark.filterwarnings("ignore:switchlora acts between steps")  # the twin that it is compared with has no hook
 def test_without_exchanges_the_hook_changes_no_bit(small: Callable[..., Any], tokens: Tensor) -> None:
     """The limit: plain LoRA on a frozen weight."""
     results = []
