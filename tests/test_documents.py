@@ -108,7 +108,7 @@ def test_an_example_works_from_a_package(tmp_path: Path) -> None:
     """
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "XDG_CACHE_HOME": str(tmp_path)}
     commands = (
-        f"pretrain --method gained {RUN_WITH['pretrain']} --out run",
+        f"pretrain --method gained {RUN_WITH['pretrain']} --data my_texts --out run",
         "pretrain --resume run",
         "generate run --prompt line --max-new-tokens 5",
     )
@@ -229,14 +229,16 @@ def test_commands_and_flags_shown_exist(document: str) -> None:
 
 
 RUN_WITH = {
-    "pretrain": "--set vocab_size=300 --sequence-length 32 --batch-size 4 --steps 4 --warmup-steps 1 --save-every 2 --data my_texts",
+    "pretrain": "--set vocab_size=300 --sequence-length 32 --batch-size 4 --steps 4 --warmup-steps 1 --save-every 2",
     "pretrain --resume": "",
-    "evaluate": "--data held_out.txt",
+    "evaluate": "",
     "generate": "",
     "export": "",
-    "analyze": "--data held_out.txt --sequence-length 32",
+    "analyze": "--sequence-length 32",
 }
 """What is added to the commands of the quick start to make them short."""
+TEXTS = {"pretrain": "my_texts", "evaluate": "held_out.txt", "analyze": "held_out.txt"}
+"""What they read if they do not say."""
 ELSEWHERE = {
     "bench": "tests/plan/test_bench.py",
     "demo": "tests/comparison/test_demo.py",
@@ -267,7 +269,8 @@ def test_the_quick_start_runs_in_order(tmp_path: Path, monkeypatch: pytest.Monke
             (tmp_path / "runs/first/summary.json").unlink()
             shutil.rmtree(tmp_path / "runs/first/checkpoint-4")
         kind = " ".join(words[:2]) if "--resume" in words else words[0]
-        code_, out, err = in_this_process(*words, *RUN_WITH[kind].split())
+        text = ["--data", TEXTS[kind]] if kind in TEXTS and "--data" not in words else []
+        code_, out, err = in_this_process(*words, *RUN_WITH[kind].split(), *text)
         assert code_ == 0 and out, f"{line}\n{out}{err}"
         ran.add(kind)
     assert ran == set(RUN_WITH) and all((ROOT / file).exists() for file in ELSEWHERE.values())

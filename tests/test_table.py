@@ -37,10 +37,10 @@ def test_every_method_of_the_table_is_found_under_its_own_name() -> None:
 
 def test_an_unknown_method_is_answered_with_the_nearest_name() -> None:
     with pytest.raises(
-        ValueError, match=r"unknown method 'lowrank'; did you mean 'low-rank'\? The methods are: dense, cola, cola-m"
+        ValueError, match=r"unknown method 'lowrank'; did you mean 'low-rank'\? The methods are: .*dense, cola, cola-m"
     ):
         find("lowrank")
-    with pytest.raises(ValueError, match=r"^unknown method 'zzz'\. The methods are: dense, cola"):
+    with pytest.raises(ValueError, match=r"^unknown method 'zzz'\. The methods are: .*dense, cola"):
         find("zzz")
 
 
