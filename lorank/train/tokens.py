@@ -10,13 +10,15 @@ A worker starts in a tenth of a second and takes little memory, because it impor
 """
 
 import dataclasses
+import itertools
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self, TypeAlias
+from typing import Any, NamedTuple, Self, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -186,7 +188,42 @@ def encoder(tokenizer: str, cut: bool) -> Encode:
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in made.encode_batch_fast(list(texts), add_special_tokens=cut)]
 
-    return encode
+    return encode if cut or not _splits_before_spaces(json.loads(tokenizer)) else ByWords(encode)
+
+
+def _splits_before_spaces(rules: dict[str, Any]) -> bool:
+    """Whether no token reaches from a character into the white space after it: byte-level BPE with GPT-2's expression, in which
+    white space is followed by other characters and never the reverse."""
+    first = rules["pre_tokenizer"] or {}
+    plain = rules["normalizer"] is None and all(token["special"] for token in rules["added_tokens"])
+    gpt2 = first.get("type") == "ByteLevel" and first.get("use_regex", True) and not first.get("add_prefix_space")
+    return plain and gpt2 and rules["model"]["type"] == "BPE" and not rules["model"].get("dropout")
+
+
+class ByWords:
+    """Tokenises each word, with the white space before it, once, and remembers its ids: some four times faster.
+
+    Only for tokenizers of which each word's ids depend on nothing else.
+    """
+
+    WORD = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|[^\S\x1c-\x1f]+")
+    """White space as Unicode has it. Python counts four separators, too, which GPT-2's expression does not."""
+    MOST = 1 << 23
+    """Characters of words that are remembered."""
+
+    def __init__(self, encode: Encode):
+        self.encode = encode
+        self.known: dict[str, list[int]] = {}
+        self.size = 0
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        if self.size > self.MOST:
+            self.known, self.size = {}, 0
+        words = list(map(self.WORD.findall, texts))
+        if new := list(set().union(*words).difference(self.known)):
+            self.known.update(zip(new, self.encode(new), strict=True))
+            self.size += sum(map(len, new))
+        return [list(itertools.chain.from_iterable(map(self.known.__getitem__, one))) for one in words]
 
 
 if __name__ == "__main__":

@@ -6,6 +6,9 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from lorank.train.data.specials import encode, rows_of, rules_of
+from lorank.train.tokens import ByWords, Encode, encoder
+
+MANY = 4  # cores with which tokenising each word anew is faster than remembering words on one
 
 
 class Form(NamedTuple):
@@ -46,3 +49,9 @@ class Form(NamedTuple):
         if self.cut is not None:
             options = {"truncation": True, "max_length": self.cut}
         return encode(self.tokenizer, texts, **options)
+
+    def quick(self, cores: int) -> Encode:
+        """`encode`, in the way that is faster with so many cores."""
+        rules = self.rules if self.cut is None and cores < MANY else None
+        found = None if rules is None else encoder(rules, cut=False)
+        return found if isinstance(found, ByWords) else self.encode

@@ -36,7 +36,7 @@ from lorank.train.tokens import Documents, Plan, arrow_chunks, lengths_of, part_
 from lorank.train.watching import tell
 
 SHARD = 32 << 20  # bytes of text that are tokenised by one process
-FEW = 2  # shards that are tokenised in this process
+FEW = 1  # shards that are tokenised in this process
 ROWS = 1 << 20  # tokens that are written at once
 
 
@@ -162,10 +162,10 @@ class Work:
             self.done[number] = self.sizes[number]
         if missing and self.plan.tokenizer is not None:
             self._by_workers(missing, min(workers, len(missing)))
-        else:
+        elif missing:
+            encode = self.form.quick(_cores())
             for number in missing:
-                say = partial(self._say, number)
-                write_part(self.folder, self.plan, number, self.documents, self.form.encode, say)
+                write_part(self.folder, self.plan, number, self.documents, encode, partial(self._say, number))
                 self._say(number, self.sizes[number])
 
     def _say(self, number: int, size: int) -> None:

@@ -101,7 +101,7 @@ def bytes_per_token_of(documents: Documents, form: Form, cache: Path) -> float:
 def _bytes_per_token(documents: Documents, form: Form) -> float:
     size = tokens = 0
     packed = form.documents == "packed"
-    for piece, ids in _tokens(documents, form):
+    for piece, ids in _tokens(documents, form, form.quick(1)):
         fits = packed or len(ids) < form.sequence_length
         text = piece.text if fits else form.tokenizer.decode(ids, skip_special_tokens=True)
         size += len(str(text).encode())
@@ -112,12 +112,14 @@ def _bytes_per_token(documents: Documents, form: Form) -> float:
     return size / tokens
 
 
-def _tokens(documents: Documents, form: Form) -> Iterator[tuple[tokens.Piece, list[int]]]:
+def _tokens(
+    documents: Documents, form: Form, encode: tokens.Encode | None = None
+) -> Iterator[tuple[tokens.Piece, list[int]]]:
     """Documents with the tokens that a row may have of them: packed piece by piece, padded the beginning of each."""
-    texts, eos = texts_of(documents), form.tokenizer.eos_token_id
+    texts, eos, encode = texts_of(documents), form.tokenizer.eos_token_id, encode or form.encode
     if form.documents == "packed":
-        return tokens.whole(texts, form.encode, eos)
-    return tokens.beginnings(texts, form.encode, eos, form.sequence_length)
+        return tokens.whole(texts, encode, eos)
+    return tokens.beginnings(texts, encode, eos, form.sequence_length)
 
 
 def ids_of(rows: Dataset | IterableDataset) -> list[np.ndarray]:
