@@ -217,14 +217,21 @@ def _kinds(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
     projecting = [kind for kind in kinds if kind.key == "optimizer" and kind not in plain]
     joined = [value.split("+") for key in KEYS if isinstance(value := getattr(recipe, key), str)]
     together = any(plain[0].name in names and projecting[0].name in names for names in joined if plain and projecting)
+    rules = field_types(projecting[0]).get("rule") if plain and projecting else None
+    inside = rules is not None and fits(plain[0].name, rules)
     if plain and projecting and not together:  # "method: galore, optimizer: muon": the rule works inside the subspace
-        rules = field_types(projecting[0]).get("rule")
-        if rules is None or not fits(plain[0].name, rules):
+        if not inside:
             raise ValueError(
                 f"{plain[0].name} and {projecting[0].name} cannot be combined: both decide how the weights move"
             )
         kinds.pop(plain[0])
         kinds[projecting[0]].setdefault("rule", plain[0].name)
+    elif inside:
+        rule, subspace = plain[0].name, projecting[0].name
+        raise ValueError(
+            f"{rule} and {subspace} cannot be joined by '+', because both decide how the weights move; for {rule} inside the subspace of {subspace} "
+            f"use method={subspace} and optimizer={rule}"
+        )
     check_combination(list(kinds))
     return dict(sorted(kinds.items(), key=lambda item: KEYS.index(item[0].key)))
 
@@ -240,7 +247,8 @@ def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
         if owner is None:
             own_first = sorted(kinds, key=lambda kind: kind.name in DEFAULTS)
             fields = dict.fromkeys(f for kind in own_first for f in _fields(kind))
-            raise ValueError(f"{title_of(recipe)} has no setting {name!r}; its settings are: {', '.join(fields)}")
+            asked = "+".join(kind.name for kind in kinds if kind.name not in DEFAULTS) or "dense"
+            raise ValueError(f"{asked} has no setting {name!r}; its settings are: {', '.join(fields)}")
         kinds[owner][name] = value
     for kind, given in kinds.items():
         for name in given:

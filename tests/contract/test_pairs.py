@@ -25,7 +25,7 @@ ROWS = method_names("method") + GRADIENTS
 COLUMNS = [name for name in method_names("optimizer") if name != "votes"] + GRADIENTS
 SMALL: dict[str, dict[str, Any]] = {
     "eggroll": {"population": 4, "chunk": 4},
-    "masa": {"residual_rank": 2, "atoms": 1},  # without a residual there is no linear layer in the blocks
+    "masa": {"residual_rank": 2, "atoms": 1},  # attention has no linear layers without a residual
 }
 """Settings for the test's model, on top of `Method.soon`."""
 HEAD = """# Which methods combine

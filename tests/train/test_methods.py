@@ -115,7 +115,12 @@ def test_written_out_it_means_the_same_at_any_size(name: str) -> None:
         ({"optimizer": "galore+eggroll"}, "optimizer must be one of .*, got 'eggroll'; use gradient=eggroll"),
         ({"gradient": "galore"}, "gradient must be one of autograd, .*, got 'galore'; use optimizer=galore"),
         ({"method": {}}, "method must name a method, got an empty mapping"),
-        ({"method": "cola+muon+galore"}, "muon and galore cannot be combined: both decide how the weights move"),
+        (
+            {"method": "cola+muon+galore"},
+            "muon and galore cannot be joined by .*; for muon inside the subspace of galore use",
+        ),
+        ({"method": "muon+trion"}, "muon and trion cannot be combined: both decide how the weights move"),
+        ({"method": "adafactor", "rank": 2}, "^adafactor has no setting 'rank'; its settings are: stochastic_rounding"),
         ({"rank": 4, "options": {"rank": 5}}, "rank is given twice, as rank=4 and among the options; give it once"),
         ({"method": "galore+fira"}, "galore and fira cannot be combined: both decide how the weights move"),
         (
