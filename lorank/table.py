@@ -82,6 +82,10 @@ def method_names(key: str | None = None) -> list[str]:
 def names_joined(text: str) -> list[str]:
     """The names in "cola+galore"; ValueError for one that is empty or stands there twice."""
     names = text.split("+")
+    if "," in text:
+        raise ValueError(
+            f"methods must be joined by '+', got {text!r}; use {text.replace(',', '+')!r} for one model with all of them"
+        )
     if "" in names or len(set(names)) < len(names):
         raise ValueError(f"a method must be a name, or different names joined by '+', got {text!r}")
     return names

@@ -19,7 +19,7 @@ OWN = {"method": "--method", "seed": "--seeds", "push_to_hub": "lorank export RU
     "methods",
     multiple=True,
     metavar="METHOD",
-    help="A row of the report: METHOD, several joined by + such as cola+galore, or NAME=METHOD; may be repeated.",
+    help="A row of the report: METHOD, several joined by + such as cola+galore, or NAME=METHOD; may be repeated, or have commas.",
 )
 @click.option(
     "--seeds",
@@ -150,7 +150,7 @@ def _settings(
         each.setdefault(row, {}).setdefault(name, []).extend(values)
     return ComparisonSettings(
         base=base,
-        methods=methods,
+        methods=[name for text in methods for name in text.split(",")],
         seeds=[int(seed) for seed in seeds.split(",")],
         sweep=settings,
         own=each,

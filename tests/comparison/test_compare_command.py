@@ -16,6 +16,7 @@ from lorank.train.folder import LOCK
 BAD = {
     "no method": ([], "no method is named"),
     "unknown method": (["--method", "colla"], "did you mean 'cola'"),
+    "an unknown one of two": (["--method", "cola,dnse"], "did you mean 'dense'"),
     "unknown setting": (["--method", "cola", "--sweep", "lrr=1,2"], "did you mean 'lr'"),
     "no values": (["--method", "cola", "--sweep", "lr"], "a sweep must be NAME=VALUE,VALUE"),
     "bad value": (["--method", "cola", "--sweep", "lr=1e-3,-1"], "lr must be a positive number, got -1.0"),
