@@ -90,6 +90,8 @@ def methods_table() -> str:
         shown = ", ".join(f"`{name}`" for name in names)
         code = f"[{Path(file).name}]({file})"
         paper = f"[{number}](https://arxiv.org/abs/{number})" if (number := arxiv(names)) else ""
+        if not paper and (found := re.search(r"openreview\s+(\w+)", docstring(names))):
+            paper = f"[openreview](https://openreview.net/forum?id={found[1]})"
         rows.append(f"| {shown} | `{equation(names)}` | {saves(names)} | {code} | {paper} |")
     return "\n".join(rows)
 

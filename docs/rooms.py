@@ -158,9 +158,11 @@ def _module(name: str, file: str, text: str, known: Container[str]) -> Module:
         if isinstance(node, ast.Import):
             imports += [Import(name, file, alias.name, node.lineno, in_function, for_types) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            above = name.split(".")[: -node.level + file.endswith("__init__.py") or None] if node.level else []
+            module = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                target = whole if whole in known else str(node.module)
+                whole = f"{module}.{alias.name}"
+                target = whole if whole in known else module
                 imports.append(Import(name, file, target, node.lineno, in_function, for_types))
                 if target == "lorank" and not alias.name.startswith("__"):
                     borrowed.append((whole, node.lineno))

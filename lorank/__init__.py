@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.methods.low_rank import LowRank
     from lorank.methods.masa import MASA, freeze_coefficients
     from lorank.methods.relora import ReLoRA
+    from lorank.methods.self_guided import SelfGuided
     from lorank.methods.sltrain import SLTrain
     from lorank.methods.sst import SST
     from lorank.methods.switchlora import SwitchLoRA

@@ -165,8 +165,8 @@ def published(rows: Mapping[str, Row]) -> str:
 
 
 PUBLISHED = """nanoGPT's readme gives a validation loss of 1.88 for characters of Shakespeare on a CPU: 4 layers, 4 heads, width 128, 64 characters of
-context, 2,000 steps of 12 sequences. `dense` has these settings, `dense-tuned` another learning rate; the low-rank rows take as many steps as give them
-the same training FLOPs."""
+context, 2,000 steps of 12 sequences. `dense` has these settings, `dense-tuned` the best rate of those tried. Low-rank rows will take
+as many steps as give them the same training FLOPs. "Against dense" compares perplexities."""
 
 
 def page() -> str:

@@ -5,7 +5,7 @@
     a = (1 + cos(π t / T)) / 2           at optimizer step t, down from 1 to 0 in the T steps of the guide
     W = B A at the start                 so that a changes nothing there
 
-Saves: compute, weights, gradients, optimizer state; after the guide, and in what is saved.
+Saves: compute, weights, gradients, optimizer state, once the guide has gone.
 
 The guide moves as a dense matrix does, and hands over to the factors. With `reduce_flops` each layer draws u from [0, 1) for each
 step and uses the guide only if u < a, so in half of the steps; else it is B A x (not (1 - a) B A x). After T steps W and its

@@ -254,13 +254,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def root_cause(error: BaseException) -> BaseException:
-    """The error that `datasets` wrapped in others."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
 def quantity(number: float, unit: str) -> str:
     """A number in the style of 11.8 MB or 3.4 M tokens."""
     power = 1 + (number >= 999_950) + (number >= 999_950_000)
