@@ -141,7 +141,8 @@ def verdict(rows: Mapping[str, Row]) -> list[str]:
         return []
     cola, found = rows["cola+muon"], []
     for name, words in (("dense-muon", "equal tokens"), ("dense-small-muon", "equal tokens and FLOPs")):
-        if name in rows and (gap := difference(cola, rows[name])) is not None:
+        finished = name in rows and rows[name].inside and cola.inside
+        if finished and (gap := difference(cola, rows[name])) is not None:
             better = gap.high < 0 if len(cola.runs) > 1 else gap.mean < 0
             worse = gap.low > 0 if len(cola.runs) > 1 else gap.mean > 0
             judged = "better than" if better else "worse than" if worse else "not distinguishable from"
