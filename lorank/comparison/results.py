@@ -15,6 +15,7 @@ from lorank.comparison.runner import PROBE_STEPS, Comparison, Run
 from lorank.comparison.settings import STRUCTURAL
 from lorank.comparison.spectra import learned_spectra
 from lorank.comparison.statistics import LEVEL, mean_interval
+from lorank.train.data.sources import first_line
 from lorank.train.folder import history, write_whole
 from lorank.train.tasks import run_tasks
 
@@ -342,7 +343,7 @@ def _examine(row: dict[str, Any], folder: Path, tasks: Sequence[str], notes: lis
     try:
         row["spectra"] = learned_spectra(folder)
     except Exception as error:
-        notes.append(f"The singular values of {row['name']} could not be computed: {_one_line(error)}.")
+        notes.append(f"The singular values of {row['name']} could not be computed: {first_line(error)}.")
     if tasks:
         kept = folder / "tasks.json"
         try:
@@ -350,8 +351,4 @@ def _examine(row: dict[str, Any], folder: Path, tasks: Sequence[str], notes: lis
                 write_whole(kept, json.dumps(run_tasks(folder, tasks)))
             row["tasks"] = json.loads(kept.read_text())
         except Exception as error:
-            notes.append(f"The tasks of {row['name']} failed: {_one_line(error)}.")
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+            notes.append(f"The tasks of {row['name']} failed: {first_line(error)}.")

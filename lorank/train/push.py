@@ -9,6 +9,7 @@ from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError, R
 from huggingface_hub.utils import validate_repo_id
 
 from lorank.train.card import NAME, is_ours
+from lorank.train.data.sources import first_line
 from lorank.train.hub import asked_if_reachable
 
 
@@ -28,7 +29,7 @@ def check_push(name: str) -> str:
     except LocalTokenNotFoundError:
         raise ValueError(f"push_to_hub={name} needs a login to the hub: run hf auth login, or set HF_TOKEN") from None
     except Exception as error:  # of the network, and of the hub
-        raise ValueError(f"push_to_hub={name} is not possible now: {_reason(error)}") from error
+        raise ValueError(f"push_to_hub={name} is not possible now: {first_line(error)}") from error
     return name if "/" in name else f"{user}/{name}"
 
 
@@ -53,7 +54,7 @@ def push(folder: Path, names: Sequence[str], place: str, *, again: str) -> str:
         api.create_commit(place, additions, commit_message="Model trained with lorank")
     except Exception as error:  # of the network, and of the hub
         raise OSError(
-            f"{folder} has the whole model, but it could not be pushed to {place}: {_reason(error)}; repeat it with: {again}"
+            f"{folder} has the whole model, but it could not be pushed to {place}: {first_line(error)}; repeat it with: {again}"
         ) from error
     return str(address)
 
@@ -66,7 +67,3 @@ def _changed_there(api: HfApi, place: str) -> bool:
         except RemoteEntryNotFoundError:
             return False
         return not is_ours(card.read_text(encoding="utf-8", errors="replace"))
-
-
-def _reason(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
