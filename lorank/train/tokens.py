@@ -9,6 +9,7 @@ and by which tokenizer. A file has its final name only once it is whole, so what
 A worker starts in a tenth of a second and takes little memory, because it imports neither torch nor transformers.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -149,10 +150,16 @@ def write_part(
 
 
 def _save(path: Path, array: np.ndarray) -> None:
+    with made_whole(path) as half, half.open("wb") as file:
+        np.save(file, array)
+
+
+@contextlib.contextmanager
+def made_whole(path: Path) -> Iterator[Path]:
+    """A temporary name for a file, which gets its own when all of it is written; if that fails, nothing is left."""
     half = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with half.open("wb") as file:
-            np.save(file, array)
+        yield half
         os.replace(half, path)
     finally:
         half.unlink(missing_ok=True)

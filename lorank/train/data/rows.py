@@ -32,7 +32,7 @@ import lorank
 from lorank.train.data.cache import use
 from lorank.train.data.form import Form
 from lorank.train.data.tokenizers import VERSION, identity
-from lorank.train.tokens import Documents, Plan, arrow_chunks, lengths_of, part_of, write_part
+from lorank.train.tokens import Documents, Plan, arrow_chunks, lengths_of, made_whole, part_of, write_part
 from lorank.train.watching import tell
 
 SHARD = 32 << 20  # bytes of text that are tokenised by one process
@@ -235,15 +235,15 @@ def _write_rows(parts: Iterable[Path], form: Form, max_tokens: int | None, kept:
     length = form.sequence_length
     kinds = {"input_ids": form.dtype, "attention_mask": "uint8", "labels": "int32"}
     types = {name: pa.list_(pa.from_numpy_dtype(np.dtype(kinds[name])), length) for name in form.columns}
-    half = kept.with_name(f".{kept.name}.{os.getpid()}")
-    try:
-        with pa.OSFile(str(half), "wb") as sink, pa.ipc.new_stream(sink, pa.schema(types)) as writer:
-            for rows in _until(_packed(parts, length) if form.cut is None else _padded(parts, form), form, max_tokens):
-                columns = [pa.FixedSizeListArray.from_arrays(pa.array(rows[name].ravel()), length) for name in types]
-                writer.write_batch(pa.record_batch(columns, schema=pa.schema(types)))
-        os.replace(half, kept)
-    finally:
-        half.unlink(missing_ok=True)
+    blocks = _until(_packed(parts, length) if form.cut is None else _padded(parts, form), form, max_tokens)
+    with (
+        made_whole(kept) as half,
+        pa.OSFile(str(half), "wb") as sink,
+        pa.ipc.new_stream(sink, pa.schema(types)) as writer,
+    ):
+        for rows in blocks:
+            columns = [pa.FixedSizeListArray.from_arrays(pa.array(rows[name].ravel()), length) for name in types]
+            writer.write_batch(pa.record_batch(columns, schema=pa.schema(types)))
 
 
 def _packed(parts: Iterable[Path], length: int) -> Iterator[dict[str, np.ndarray]]:
