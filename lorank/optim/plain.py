@@ -25,17 +25,11 @@ class AdamW(ByGroups):
         """None: a method that brings its own optimizer takes this one's place."""
         return frozenset()
 
-    def optimizer(
-        self,
-        groups: Iterable[Any],
-        *,
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-    ) -> Any:
+    def optimizer(self, groups: Iterable[Any], **settings: Any) -> Any:
+        """Settings are those of torch's."""
         if self.stochastic_rounding:
-            return super().optimizer(groups, lr=lr, betas=betas, eps=eps)
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+            return super().optimizer(groups, **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
