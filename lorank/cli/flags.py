@@ -223,7 +223,7 @@ _OF_SAVED_MODEL = (
     ),
     click.option(
         "--documents",
-        type=click.Choice(["packed", "padded"]),
+        type=click.Choice(["packed", "separate", "padded"]),
         default=None,
         help="As in pretrain.",
         show_default="the run's, else packed",

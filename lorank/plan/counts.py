@@ -97,7 +97,7 @@ def memory(
         sequence_length=recipe.sequence_length,
         autocast=recipe.precision == "bf16",
         accumulate=devices > 1 or batch < recipe.batch_size,
-        padded=recipe.documents == "padded",
+        padded=recipe.documents != "packed",
     )
     sorted_anew = found.weights_bytes + found.optimizer_bytes + 2 * found.gradients_bytes
     if devices > 1 and model.is_activation_checkpointing and sorted_anew > found.peak_bytes:

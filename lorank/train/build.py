@@ -97,7 +97,9 @@ def build_trainer(
         args=arguments,
         train_dataset=corpus.train,
         eval_dataset=corpus.validation,
-        data_collator=partial(data.collate, vocab_size=model.config.vocab_size),
+        data_collator=partial(
+            data.collate, vocab_size=model.config.vocab_size, end=data.end_of(recipe.documents, corpus.tokenizer)
+        ),
         processing_class=corpus.tokenizer,
         callbacks=[*callbacks, StopOnNonFinite()],
         make_optimizer=partial(build_optimizer, recipe),

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorank.auto import type_of
 from lorank.loss import next_token_loss, predicted_tokens
 from lorank.pretrained import positions_of
-from lorank.train.data import collate, load_evaluation
+from lorank.train.data import collate, end_of, load_evaluation
 from lorank.train.data.corpus import MOST_TOKENS
-from lorank.train.model import check_causal, check_positions
+from lorank.train.model import check_causal, check_positions, check_separate
 from lorank.train.saved import load_model
 from lorank.train.text import Text, text_of
 from lorank.train.watching import tell
@@ -157,6 +157,8 @@ def evaluate_folder(
     chosen = text_of(model, **text)
     loaded, own = load_model(model, tokenizer=tokenizer)
     check_causal(loaded)
+    if chosen.documents == "separate":
+        check_separate(loaded)
     chosen = with_length(chosen, loaded)
     max_tokens = max_tokens or chosen.validation_tokens or MOST_TOKENS
     batches, bytes_per_token = text_for(loaded, own, chosen, max_tokens=max_tokens)
@@ -195,5 +197,5 @@ def text_for(
         validation_tokens=text.validation_tokens,
         max_tokens=max_tokens,
     )
-    make = make_batch or partial(collate, vocab_size=embeddings.shape[0])
+    make = make_batch or partial(collate, vocab_size=embeddings.shape[0], end=end_of(text.documents, tokenizer))
     return DataLoader(rows, batch_size=text.batch_size, collate_fn=make), bytes_per_token  # type: ignore[arg-type]

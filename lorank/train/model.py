@@ -5,7 +5,7 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -243,22 +243,10 @@ def check_causal(model: PreTrainedModel, shape: Mapping[str, Any] | None = None)
     """
     if not next(model.parameters()).is_floating_point():
         return  # EGG, a recurrence of integers
-    found: list[torch.Tensor] = []
-
-    def cut(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
-        found.append(output.detach().requires_grad_())
-        return found[-1].clone()  # which CTRL changes in place
-
     kind, training = type_of(model.config), model.training
-    hook = model.get_input_embeddings().register_forward_hook(cut)
     try:
-        with torch.enable_grad():
-            entries = model.get_input_embeddings().weight.shape[0]  # type: ignore
-            ids = (torch.arange(8, device=model.device)[None] + entries // 2) % entries
-            logits = model.eval()(input_ids=ids, use_cache=False).logits
-            wanted = logits[:, :-1].float().square().sum()
-            influence = torch.autograd.grad(wanted, found, materialize_grads=True)
-        hook.remove()
+        ids = _some_ids(model)
+        logits, influence = _influence(model, ids, slice(None, -1))
         with torch.no_grad():
             other = model(input_ids=ids[:, [0, 1, 2, 3, 4, 5, 6, 3]], use_cache=False).logits
             if shape is not None:
@@ -270,7 +258,6 @@ def check_causal(model: PreTrainedModel, shape: Mapping[str, Any] | None = None)
             f"a model of type {kind!r} with {given} cannot be run: {reason_of(error, model.config)}"
         ) from error
     finally:
-        hook.remove()
         model.train(training)
     if not all(one.isfinite().all() for one in influence):
         raise ValueError(f"a model of type {kind!r} gives numbers that are not finite on any text; it has diverged")
@@ -279,3 +266,53 @@ def check_causal(model: PreTrainedModel, shape: Mapping[str, Any] | None = None)
         raise ValueError(
             f"model type {kind!r} sees the tokens it should predict, so its perplexity would mean nothing; use a decoder"
         )
+
+
+def check_separate(model: PreTrainedModel) -> None:
+    """Raises ValueError if a model does not keep documents apart whose positions begin anew (`documents=separate`): if what it
+    says of the second document of a row depends on the first, or is not what it says of the second alone."""
+    kind, training = type_of(model.config), model.training
+    ids = _some_ids(model)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=ids.device)
+    try:
+        together, influence = _influence(model, ids, slice(3, None), position_ids=positions)
+        with torch.no_grad():
+            alone = model(input_ids=ids[:, 3:], use_cache=False).logits
+    except Exception as error:  # it takes no positions, or whatever the modelling code makes of them
+        raise _not_separate(kind, reason_of(error, model.config)) from error
+    finally:
+        model.train(training)
+    if any(one[:, :3].any() for one in influence):
+        raise _not_separate(kind, "a token would still see the documents before its own")
+    if (together[:, 3:] - alone).abs().max() > torch.finfo(alone.dtype).eps ** 0.5 * alone.abs().max():
+        raise _not_separate(kind, "its positions would not begin anew with each document")
+
+
+def _not_separate(kind: str, reason: str) -> ValueError:
+    return ValueError(f"documents must be packed or padded with a model of type {kind!r}, got separate: {reason}")
+
+
+def _some_ids(model: PreTrainedModel) -> torch.Tensor:
+    """A row of eight tokens from the middle of the vocabulary [1, 8]."""
+    entries = model.get_input_embeddings().weight.shape[0]  # type: ignore
+    return (torch.arange(8, device=model.device)[None] + entries // 2) % entries
+
+
+def _influence(
+    model: PreTrainedModel, ids: torch.Tensor, wanted: slice, **given: torch.Tensor
+) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+    """Logits in evaluation mode, and gradients of those that are `wanted` with respect to all outputs of the embedding [1, n, d]."""
+    found: list[torch.Tensor] = []
+
+    def cut(module: nn.Module, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        found.append(output.detach().requires_grad_())
+        return found[-1].clone()  # which CTRL changes in place
+
+    hook = model.get_input_embeddings().register_forward_hook(cut)
+    try:
+        with torch.enable_grad():
+            logits = model.eval()(input_ids=ids, use_cache=False, **given).logits
+            sum_of_squares = logits[:, wanted].float().square().sum()
+            return logits, torch.autograd.grad(sum_of_squares, found, materialize_grads=True)
+    finally:
+        hook.remove()

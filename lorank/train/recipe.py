@@ -128,9 +128,10 @@ class Recipe:
         None, "Entries of the vocabulary. Default: 4096 if trained, else the tokenizer's.", shared=True
     )
     sequence_length: Annotated[int, Bounds(least=2)] = _setting(256, "Tokens per sequence.", everyday=True, shared=True)
-    documents: Literal["packed", "padded"] = _setting(
+    documents: Literal["packed", "separate", "padded"] = _setting(
         "packed",
-        "packed: documents one after another; padded: each cut or padded to one sequence (as in the papers).",
+        "packed: documents one after another; separate: packed, but no token sees another document and positions begin anew; "
+        "padded: each cut or padded to one sequence (as in the papers).",
         shared=True,
     )
 

@@ -44,7 +44,7 @@ from lorank.train.generation import generate_text
 from lorank.train.hub import read_config
 from lorank.train.memory import PeakMemory
 from lorank.train.methods import resolved, title_of, with_changed_defaults
-from lorank.train.model import build_config, build_model, check_causal, warn_of_weights
+from lorank.train.model import build_config, build_model, check_causal, check_separate, warn_of_weights
 from lorank.train.push import check_push, push
 from lorank.train.recipe import Recipe
 from lorank.train.saved import rehearse_saving, save_model
@@ -133,6 +133,8 @@ def _pretrain_in(
         set_seed(recipe.seed)
         model = build_model(recipe, config, saved)
         check_causal(model, recipe.shape)
+        if recipe.documents == "separate":
+            check_separate(model)
         parameters = saved_parameters(model)
         if budget is not None:
             steps = budget.steps_of(recipe, corpus, parameters)

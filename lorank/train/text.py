@@ -26,7 +26,7 @@ class Text:
     """Decides how much is held out, as in a recipe."""
     sequence_length: int | None = None
     """Tokens; None: as many as suit the model."""
-    documents: Literal["packed", "padded"] = "packed"
+    documents: Literal["packed", "separate", "padded"] = "packed"
     text_column: str = "text"
     batch_size: int = 16
     run: str | None = None

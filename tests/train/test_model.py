@@ -9,8 +9,9 @@ import torch
 from transformers import BertConfig, BertLMHeadModel, GPT2LMHeadModel, LlamaForCausalLM, XLMConfig, XLMWithLMHeadModel
 
 from lorank.layers import LowRankLinear
-from lorank.train.data import load_tokenizer
-from lorank.train.model import build_config, build_model, check_causal, warn_of_weights
+from lorank.loss import next_token_loss
+from lorank.train.data import collate, load_tokenizer
+from lorank.train.model import build_config, build_model, check_causal, check_separate, warn_of_weights
 from lorank.train.recipe import Recipe
 
 
@@ -247,3 +248,60 @@ def test_weights_of_a_folder_are_not_dropped_without_a_word(tmp_path: Path, capl
         said = f"only the configuration of model={name} is used: training starts from new weights, not from its own"
         assert caplog.messages.pop() == said
         caplog.clear()
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_separate_documents_share_only_a_row(kind: str, attention: str) -> None:
+    """Logits and loss of a batch of packed rows are those of each document alone."""
+    shape = {"n_embd": 16, "n_layer": 2, "n_head": 2} if kind == "gpt2" else {**TINY, "num_key_value_heads": 2}
+    recipe = Recipe(model=kind, shape=shape, vocab_size=60, attention=attention, rank=4)
+    model = build_model(recipe, build_config(recipe)).eval()
+    check_separate(model)
+    rows = [[5, 6, 7, 0, 9, 10, 11, 0, 20, 21], [0, 40, 41, 0, 43, 44, 45, 46, 47, 0]]
+    alone = [[5, 6, 7, 0], [9, 10, 11, 0], [20, 21], [0], [40, 41, 0], [43, 44, 45, 46, 47, 0]]
+    batch = collate([{"input_ids": row} for row in rows], 60, end=0)
+    with torch.no_grad():
+        each = torch.cat([model(input_ids=torch.tensor([ids])).logits[0] for ids in alone])
+        torch.testing.assert_close(
+            model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits.flatten(0, 1), each
+        )
+        nats = [
+            -each.log_softmax(-1)[start + i, ids[i + 1]]
+            for ids, start in zip(alone, (0, 4, 8, 10, 11, 14), strict=True)
+            for i in range(len(ids) - 1)
+        ]
+        torch.testing.assert_close(next_token_loss(model, batch).nats, torch.stack(nats).mean())
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [
+        (
+            "opt",
+            {
+                "hidden_size": 16,
+                "word_embed_proj_dim": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "ffn_dim": 16,
+            },
+        ),
+        ("mamba", {"hidden_size": 16, "num_hidden_layers": 1}),
+        ("bert", TINY),
+    ],
+)
+def test_models_that_would_mix_documents_are_refused(kind: str, shape: dict[str, Any]) -> None:
+    recipe = Recipe(model=kind, shape=shape, vocab_size=60, method="dense", sequence_length=16)
+    words = f"documents must be packed or padded with a model of type '{kind}', .*see the documents before its own"
+    with pytest.raises(ValueError, match=words):
+        check_separate(build_model(recipe, build_config(recipe)))
+
+
+def test_positions_that_do_not_begin_anew_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = Recipe(model="gpt2", shape={"n_embd": 16, "n_layer": 1, "n_head": 2}, vocab_size=60, method="dense")
+    model = build_model(recipe, build_config(recipe))
+    before = model.transformer.wpe.forward
+    monkeypatch.setattr(model.transformer.wpe, "forward", lambda places: before(torch.arange(places.shape[1])[None]))
+    with pytest.raises(ValueError, match="got separate: its positions would not begin anew with each document"):
+        check_separate(model)

@@ -8,6 +8,7 @@ No document is on both sides of the split. Packing loses only the tokens that do
 """
 
 from lorank.train.data.corpus import Corpus, load_corpus, load_evaluation
+from lorank.train.data.form import end_of
 from lorank.train.data.sequences import check_ids, collate
 from lorank.train.data.sources import cache_folder, files_of
 from lorank.train.data.specials import padding_id, rows_of
@@ -19,6 +20,7 @@ __all__ = [
     "cache_folder",
     "check_ids",
     "collate",
+    "end_of",
     "files_of",
     "load_corpus",
     "load_evaluation",

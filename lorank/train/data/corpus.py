@@ -5,12 +5,12 @@ import hashlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
+from lorank.train.data.form import Documents as PerRow
 from lorank.train.data.form import Form
 from lorank.train.data.sequences import bytes_per_token_of, check_form, ids_of, make_sequences
 from lorank.train.data.sources import cache_folder, is_held_out, name_of, open_data, quantity, quiet, texts_of
@@ -69,7 +69,7 @@ def load_corpus(
     tokenizer: str | None = None,
     vocab_size: int = 4096,
     sequence_length: int = 256,
-    documents: Literal["packed", "padded"] = "packed",
+    documents: PerRow = "packed",
     text_column: str = "text",
     seed: int = 42,
     order_seed: int | None = None,
@@ -86,7 +86,8 @@ def load_corpus(
             `validation_tokens` if these are fewer; of a hub data set its validation split, or without one its first documents.
         tokenizer: name, folder or tokenizer.json; None trains byte-level BPE of `vocab_size` entries on the training text.
         documents: "packed" lays documents end to end, an end-of-sequence token after each, and cuts windows
-            of `sequence_length` tokens; "padded" cuts or pads each document to one row, as the papers do.
+            of `sequence_length` tokens; "separate" makes the same rows, see `collate`; "padded" cuts or pads each document to one
+            row, as the papers do.
         text_column: of jsonl, json, parquet, csv and hub data.
         seed: of the split and the order of documents, and so of a tokenizer trained on them.
         order_seed: of the order of a training stream, by default `seed`. Rows on disk are shuffled by their reader.
@@ -112,7 +113,7 @@ def load_corpus(
         name = repr((data, text_column, seed, train is source.train))
     texts = partial(texts_of, train)
     tok = load_tokenizer(tokenizer, texts, vocab_size=vocab_size, cache_dir=cache, texts_name=name)
-    form = Form(tok, sequence_length, documents)
+    form = Form.of(tok, sequence_length, documents)
     if isinstance(train, IterableDataset) and order_seed not in (None, seed):  # the same documents in another order
         again = open_data(data, text_column, order_seed, cache, validation_tokens)  # type: ignore[arg-type]
         train = again.whole if train is source.whole else again.train
@@ -122,7 +123,7 @@ def load_corpus(
     description = source.description
     if isinstance(rows, Dataset):
         tokens = quantity(len(rows) * sequence_length, "tokens")
-        description += f", {tokens if documents == 'packed' else f'{len(rows):,} sequences'} to train on"
+        description += f", {tokens if form.cut is None else f'{len(rows):,} sequences'} to train on"
     return Corpus(tok, rows, held_out_rows, bytes_per_token_of(held_out, form, cache), description)
 
 
@@ -132,7 +133,7 @@ def load_evaluation(
     tokenizer: PreTrainedTokenizerBase,
     *,
     sequence_length: int,
-    documents: Literal["packed", "padded"] = "packed",
+    documents: PerRow = "packed",
     text_column: str = "text",
     seed: int = 42,
     held_out: bool = False,
@@ -149,6 +150,6 @@ def load_evaluation(
     cache = cache_folder(cache_dir)
     opened = open_data(data, text_column, seed, cache, validation_tokens)
     documents_read = opened.validation if held_out or is_held_out(data) else opened.whole
-    form = Form(tokenizer, sequence_length, documents)
+    form = Form.of(tokenizer, sequence_length, documents)
     rows = make_sequences(documents_read, form, f"the text of {name_of(data)}", cache, max_tokens)
     return rows, bytes_per_token_of(documents_read, form, cache)

@@ -1,7 +1,7 @@
 """How documents become sequences."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
@@ -11,12 +11,26 @@ from lorank.train.tokens import ByWords, Encode, encoder
 MANY = 4  # cores with which tokenising each word anew is faster than remembering words on one
 
 
+Documents: TypeAlias = Literal["packed", "separate", "padded"]
+"""How documents share rows. Packed and separate rows are the same; they become different batches."""
+
+
+def end_of(documents: Documents, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The `end` of `collate` for such batches."""
+    return tokenizer.eos_token_id if documents == "separate" else None
+
+
 class Form(NamedTuple):
     """A tokenizer, and how many tokens of which documents a row has."""
 
     tokenizer: PreTrainedTokenizerBase
     sequence_length: int
     documents: Literal["packed", "padded"]
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, sequence_length: int, documents: Documents) -> Self:
+        """The rows of which batches of `documents` are made."""
+        return cls(tokenizer, sequence_length, "padded" if documents == "padded" else "packed")
 
     @property
     def columns(self) -> list[str]:

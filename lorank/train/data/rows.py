@@ -235,7 +235,10 @@ def _write_rows(parts: Iterable[Path], form: Form, max_tokens: int | None, kept:
     length = form.sequence_length
     kinds = {"input_ids": form.dtype, "attention_mask": "uint8", "labels": "int32"}
     types = {name: pa.list_(pa.from_numpy_dtype(np.dtype(kinds[name])), length) for name in form.columns}
+    parts = list(parts)
+    whole = sum(part.stat().st_size for part in parts) // np.dtype(form.dtype).itemsize  # and a few for headers
     blocks = _until(_packed(parts, length) if form.cut is None else _padded(parts, form), form, max_tokens)
+    done = 0
     with (
         made_whole(kept) as half,
         pa.OSFile(str(half), "wb") as sink,
@@ -244,6 +247,9 @@ def _write_rows(parts: Iterable[Path], form: Form, max_tokens: int | None, kept:
         for rows in blocks:
             columns = [pa.FixedSizeListArray.from_arrays(pa.array(rows[name].ravel()), length) for name in types]
             writer.write_batch(pa.record_batch(columns, schema=pa.schema(types)))
+            mask = rows.get("attention_mask")
+            done += rows["input_ids"].size if mask is None else int(mask.sum(dtype=np.int64))
+            tell("packing", done, max(done, whole if max_tokens is None else min(whole, max_tokens)), "tokens")
 
 
 def _packed(parts: Iterable[Path], length: int) -> Iterator[dict[str, np.ndarray]]:

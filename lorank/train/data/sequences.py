@@ -4,14 +4,16 @@ import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, get_args
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 
+from lorank.loss import IGNORED
 from lorank.train import tokens
 from lorank.train.data.cache import use
+from lorank.train.data.form import Documents as PerRow
 from lorank.train.data.form import Form
 from lorank.train.data.rows import key_of, make_rows
 from lorank.train.data.sources import Documents, texts_of
@@ -129,8 +131,15 @@ def ids_of(rows: Dataset | IterableDataset) -> list[np.ndarray]:
     return [chunk.flatten().to_numpy() for chunk in rows.data.column("input_ids").chunks if len(chunk)]
 
 
-def collate(rows: Sequence[Mapping[str, Sequence[int]]], vocab_size: int | None = None) -> dict[str, torch.Tensor]:
+def collate(
+    rows: Sequence[Mapping[str, Sequence[int]]], vocab_size: int | None = None, end: int | None = None
+) -> dict[str, torch.Tensor]:
     """Rows as one batch of int64 tensors [batch, sequence_length]. Packed rows are their own labels.
+
+    Args:
+        end: the id that ends a document, if documents are to be separate: then there are also position_ids, which are 0 at the
+            first token of each document, by which models of transformers know what a token may see; and that token, which
+            nothing before it foretells, is not predicted. The rest of a document that began in another row counts as one.
 
     Raises:
         ValueError: an id is not below `vocab_size`. An embedding would only report an index out of range.
@@ -140,7 +149,21 @@ def collate(rows: Sequence[Mapping[str, Sequence[int]]], vocab_size: int | None 
         check_ids(int(columns["input_ids"].max()), vocab_size)
     batch = {name: torch.from_numpy(column) for name, column in columns.items()}
     batch.setdefault("labels", batch["input_ids"].clone())
+    if end is not None:
+        batch["position_ids"] = positions_after(batch["input_ids"], end)
+        batch["labels"] = batch["labels"].masked_fill(batch["position_ids"] == 0, IGNORED)
     return batch
+
+
+def positions_after(ids: torch.Tensor, end: int) -> torch.Tensor:
+    """Of each token of rows [b, n], its place in its document.
+
+    >>> positions_after(torch.tensor([[5, 6, 0, 7, 0, 8]]), end=0)
+    tensor([[0, 1, 2, 0, 1, 0]])
+    """
+    places = torch.arange(ids.shape[1]).expand_as(ids)
+    begins = torch.nn.functional.pad(ids[:, :-1] == end, (1, 0), value=True)
+    return places - torch.where(begins, places, 0).cummax(1).values
 
 
 def check_ids(largest: int, vocab_size: int) -> None:
@@ -153,7 +176,7 @@ def check_ids(largest: int, vocab_size: int) -> None:
 
 def check_form(documents: str, sequence_length: int) -> None:
     """Raise ValueError if documents cannot become such rows."""
-    if documents not in ("packed", "padded"):
-        raise ValueError(f"documents must be 'packed' or 'padded', got {documents!r}")
+    if documents not in get_args(PerRow):
+        raise ValueError(f"documents must be {' or '.join(map(repr, get_args(PerRow)))}, got {documents!r}")
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")

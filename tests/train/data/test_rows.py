@@ -102,7 +102,11 @@ def test_tokenising_tells_how_far_it_is(tmp_path, documents_of_a_file, tokenizer
         rows.make_rows(documents_of_a_file, Form(tokenizer, L, "packed"), None, tmp_path)
     size = sum(len(text.encode()) for text in documents_of_a_file["text"])
     amounts = [done for what, done, total, unit in heard if (what, total, unit) == ("tokenising", size, "B")]
-    assert len(amounts) == len(heard) and amounts == sorted(amounts) and amounts[-1] == size
+    assert amounts == sorted(amounts) and amounts[-1] == size
+    packed = [(done, total) for what, done, total, unit in heard if (what, unit) == ("packing", "tokens")]
+    assert len(amounts) + len(packed) == len(heard) and len(packed) > 1 and packed == sorted(packed)
+    done, total = packed[-1]
+    assert done <= total < 1.5 * done
 
 
 @pytest.mark.parametrize("cut", [None, 5])

@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 
-from lorank.train.data import collate, form, load_evaluation, load_tokenizer, sequences, sources
+from lorank.train.data import collate, end_of, form, load_evaluation, load_tokenizer, sequences, sources
 
 L = 16
 """Tokens of a row, as `load` cuts them."""
@@ -96,6 +96,23 @@ def test_validation_stops_at_its_cap(tmp_path, form, documents, write_jsonl, loa
     write_jsonl(tmp_path / "a.jsonl", documents(300))
     rows = load("a.jsonl", documents=form, validation_tokens=40).validation
     assert len(rows) == math.ceil(40 / (L - 1))
+
+
+def test_separate_rows_are_packed_rows_with_positions(tmp_path, documents, write_jsonl, load, tokens):
+    """In a random order of documents, each token's place in its document, or in its row if the document began before it."""
+    write_jsonl(tmp_path / "a.jsonl", documents(60, words=4))
+    packed, separate = (load("a.jsonl", documents=form) for form in ("packed", "separate"))
+    assert tokens(packed.train) == tokens(separate.train) and separate.description == packed.description
+    end = end_of("separate", packed.tokenizer)
+    assert end == packed.tokenizer.eos_token_id and end_of("packed", packed.tokenizer) is None
+    batch = collate(list(separate.train), end=end)
+    for ids, places, labels in zip(
+        *(batch[name].tolist() for name in ("input_ids", "position_ids", "labels")), strict=True
+    ):
+        place = 0
+        for i, token in enumerate(ids):
+            place = 0 if i == 0 or ids[i - 1] == end else place + 1
+            assert places[i] == place and labels[i] == (token if place else -100)
 
 
 @pytest.mark.parametrize("form", ["packed", "padded"])
