@@ -219,9 +219,12 @@ def with_structure(name: str) -> str:
 
 def usage(names: list[str]) -> str:
     """How each is run and how it is called; every block is executed by the tests."""
-    shell = [f"lorank pretrain --method {with_structure(name)}" for name in names]
+    shell = [f"lorank pretrain --method {with_structure(name)}" for name in names if not find(name).adapts]
     python = [example(name) for name in names if find(name).key != "gradient"]
-    blocks = [f"```sh\n{chr(10).join(shell)}\n```", *(f"```python\n{code}\n```" for code in python)]
+    blocks = [
+        *([f"```sh\n{chr(10).join(shell)}\n```"] if shell else []),
+        *(f"```python\n{code}\n```" for code in python),
+    ]
     return "\n\n".join(["## How to use it", *blocks])
 
 
@@ -235,7 +238,8 @@ def example(name: str) -> str:
         "    vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=3",
         ")",
     ]
-    lines += ["model = LlamaForCausalLM(shape)"]
+    trained = "  # or a trained one: AutoModelForCausalLM.from_pretrained(...)" if kind.adapts else ""
+    lines += [f"model = LlamaForCausalLM(shape){trained}"]
     if kind.key == "optimizer":
         lines += [f'lorank.convert(model, "{kind.structure}")'] if getattr(kind, "structure", None) else []
         return "\n".join([*lines, f"optimizer = lorank.optimizer(model, {method}, lr=0.01)"])
@@ -244,6 +248,8 @@ def example(name: str) -> str:
         lines += ["optimizer = lorank.optimizer(model, lr=3e-3)"]
     if "hook" in kind.answers():
         lines += ["lorank.step_hook(model, optimizer, steps=1000)  # from here on the optimizer's steps are enough"]
+    elif kind.adapts:
+        lines += ["optimizer = lorank.optimizer(model, lr=1e-3)"]
     return "\n".join(lines)
 
 

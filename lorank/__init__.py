@@ -12,6 +12,11 @@ from lorank import auto
 from lorank.table import METHODS, register
 
 if TYPE_CHECKING:  # what type checkers and editors see
+    from lorank.adapters.codyra import CoDyRA
+    from lorank.adapters.lora import LoRA
+    from lorank.adapters.moram import MoRAM
+    from lorank.adapters.row_adaptive import RowAdaptive
+    from lorank.adapters.smora import SMoRA
     from lorank.checkpointing import (
         checkpoint,
         keep_bottlenecks,
@@ -23,7 +28,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.evolution.method import EGGROLL
     from lorank.evolution.votes import Votes
     from lorank.fit.pca import fit_masa
-    from lorank.loop import lr_schedule, optimizer, step_hook
+    from lorank.loop import lr_schedule, next_task, optimizer, step_hook
     from lorank.method import Autograd, Dense, Method, Site, StepHook
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.crnet import CRNet
@@ -51,6 +56,7 @@ _HOME = {
     "convert": "lorank.conversion",
     "lr_schedule": "lorank.loop",
     "merge": "lorank.conversion",
+    "next_task": "lorank.loop",
     "optimizer": "lorank.loop",
     "step_hook": "lorank.loop",
     "checkpoint": "lorank.checkpointing",

@@ -1,4 +1,4 @@
-"""What a training loop asks of a model's methods: an optimizer, a hook between steps, and a learning-rate schedule."""
+"""What a training loop asks of a model's methods: an optimizer, a hook between steps, a schedule, and the step to the next task."""
 
 from collections.abc import Callable
 from typing import Any
@@ -111,6 +111,27 @@ def step_hook(model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int =
         if (hook := method.hook(model if inner is None else inner, moving, steps=steps, seed=seed)) is not None:
             return hook
     return None
+
+
+def next_task(model: nn.Module, optimizer: Optimizer | None = None) -> None:
+    """Tell the methods of a model and its optimizer that one task has ended and the next begins.
+
+    What they do then is theirs: MoRAM adds ranks and freezes the older ones, CoDyRA merges what its gates have left and begins anew.
+    Other methods change nothing. A hook between steps counts from 0 again, so `lorank.step_hook` is called once, with the steps of
+    one task.
+
+    Args:
+        model: the converted model, also inside DDP or another module.
+        optimizer: what moves its parameters. It goes on, without what it remembers of those that begin anew.
+
+    Raises:
+        ValueError: `model` is only a part of a converted model.
+    """
+    inner, moving = converted_inside(model), None if optimizer is None else _unwrapped(optimizer)
+    for method in _methods(inner, moving):
+        method.next_task(model if inner is None else inner, moving)
+    if (hook := getattr(moving, "lorank_hook", None)) is not None:
+        hook.step = 0
 
 
 def lr_schedule(

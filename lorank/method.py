@@ -104,6 +104,8 @@ class Method:
     """Defaults that have changed, as they were. Runs name these settings; one that does not began with the old."""
     progress: ClassVar[tuple[str, ...]] = ()
     """Fields that the method changes in a model's record as training goes on. A resumed run has them as it began."""
+    adapts: ClassVar[bool] = False
+    """Whether the trained weights of the dense model are kept and frozen, embeddings, norms and head too."""
     experts: ClassVar[bool] = False
     """Whether `build` also answers for the experts of a mixture, with one layer of `lorank.experts` for all of a block."""
 
@@ -216,6 +218,12 @@ class Method:
             ValueError: the method cannot work with this optimizer or with so few steps.
         """
         return None
+
+    # ---- what happens between two tasks?
+
+    def next_task(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        """Change `model`, in place, for the next stretch of data, and the state of its optimizer if there is one; see
+        `lorank.next_task`. Parameters that train stay the same objects, so that an optimizer goes on with them."""
 
     # ---- what is kept for the backward pass?
 

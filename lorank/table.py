@@ -29,6 +29,12 @@ METHODS = {
     "switchlora": "lorank.methods.switchlora:SwitchLoRA",
     "sst": "lorank.methods.sst:SST",
     "masa": "lorank.methods.masa:MASA",
+    # what is added to trained ones, which stay
+    "lora": "lorank.adapters.lora:LoRA",
+    "smora": "lorank.adapters.smora:SMoRA",
+    "moram": "lorank.adapters.moram:MoRAM",
+    "codyra": "lorank.adapters.codyra:CoDyRA",
+    "row-adaptive": "lorank.adapters.row_adaptive:RowAdaptive",
     # how they move
     "adamw": "lorank.optim.plain:AdamW",
     "adamw-8bit": "lorank.optim.plain:AdamW8bit",

@@ -43,7 +43,7 @@ from lorank.train.folder import (
 from lorank.train.generation import generate_text
 from lorank.train.hub import read_config
 from lorank.train.memory import PeakMemory
-from lorank.train.methods import resolved, title_of, with_changed_defaults
+from lorank.train.methods import methods_of, resolved, title_of, with_changed_defaults
 from lorank.train.model import build_config, build_model, check_causal, check_separate, warn_of_weights
 from lorank.train.push import check_push, push
 from lorank.train.recipe import Recipe
@@ -89,6 +89,7 @@ def pretrain(
             f"{out} is finished, so there is nothing to resume; train it longer with --steps, or start another run with --out"
         )
     first = os.environ.get("RANK", "0") == "0"
+    check_start(recipe)
     place = check_push(recipe.push_to_hub) if recipe.push_to_hub is not None and first else None
     prepare_folder(out, resume)
     with locked(out):
@@ -206,6 +207,15 @@ def sample_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: 
     except Exception as error:  # whatever the modelling code makes of a call that training does not need
         logger.warning("the run has no sample of its text: %s", reason_of(error, model.config))
         return ""
+
+
+def check_start(recipe: Recipe) -> None:
+    """Raises ValueError for a method that freezes the weights it is given, where these would be random."""
+    if (method := methods_of(recipe).method).adapts:
+        raise ValueError(
+            f"method must train from new weights, got {method.name}, which freezes those of a trained model; in Python, "
+            f"lorank.convert(model, {type(method).__name__}()) adapts one"
+        )
 
 
 def corpus_of(recipe: Recipe) -> data.Corpus:

@@ -21,7 +21,8 @@ from lorank.train.recipe import Recipe
 PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
 STEPS = 4
 GRADIENTS = [name for name in method_names("gradient") if name != "autograd"]
-ROWS = method_names("method") + GRADIENTS
+ROWS = [name for name in method_names("method") if name == "lora" or not find(name).adapts] + GRADIENTS
+ADAPTERS = [name for name in method_names("method") if find(name).adapts]
 COLUMNS = [name for name in method_names("optimizer") if name != "votes"] + GRADIENTS
 SMALL: dict[str, dict[str, Any]] = {
     "eggroll": {"population": 4, "chunk": 4},
@@ -33,7 +34,8 @@ HEAD = """# Which methods combine
 Two methods combine if they answer different questions. A row decides what the weights are. A column decides how they move,
 or (`eggroll`) where the gradient comes from; the row of `eggroll` has a dense model. "yes" means that a small Llama was
 trained with the pair for a few steps by `tests/contract/test_pairs.py`, which writes this table. A number means that lorank
-refuses the pair, for the reason below the table. Join the two names with a plus: `--method cola+galore`.
+refuses the pair, for the reason below the table. Join the two names with a plus: `--method cola+galore`. Adapters, whose factors
+lie beside frozen weights, combine with optimizers as `lora` does.
 """
 
 
@@ -103,7 +105,7 @@ def test_the_page_says_which_pairs_train() -> None:
 
 
 def test_every_method_has_a_row_or_a_column() -> None:
-    assert {*ROWS, *COLUMNS, "autograd", "votes"} >= set(method_names())
+    assert {*ROWS, *COLUMNS, *ADAPTERS, "autograd", "votes"} >= set(method_names())
     assert all(isinstance(find(name)(), Method) for name in method_names())
 
 

@@ -1,0 +1,158 @@
+"""The one product of all adapters: a frozen weight, and two factors with a gate between them.
+
+    y = W x + s B (g ⊙ A x) (+ b)      x [..., d_in]   A [r, d_in]   B [d_out, r]   g [..., r] or [r]   W [d_out, d_in] frozen
+
+A mixture of N adapters, Σ_i g_i B_i A_i x, is this product with the factors on top of each other and each g_i repeated for the rows
+of A_i (`blockwise`). So adapters that choose by rank, by task, by user or by what a token says differ only in how g is computed.
+A gate that is the same for all inputs merges, W + s B diag(g) A; one that depends on x does not.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lorank.fields import Rank
+from lorank.layers import FrozenPlusLowRank, wide
+from lorank.method import Method, Site, check_table, rank_at
+
+# ---- the product
+
+
+def gated(z: Tensor, gate: Tensor | None) -> Tensor:
+    """g ⊙ z for z = A x [..., r]; without a gate, z. A layer multiplies all r ranks, also those whose gate is 0."""
+    return z if gate is None else z * gate.to(z.dtype)
+
+
+def gathered(x: Tensor, A: Tensor, B: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+    """B (g ⊙ A x) from the chosen ranks alone: Σ_j w_j B[:, c_j] (A[c_j] · x) for chosen c [..., k] and their weights w [..., k].
+
+    It reads k rows of A and k columns of B for each token, where a layer reads all r of both once, for all tokens. So it pays where
+    tokens are few, as in generation, and k is much less than r; B is then best kept column by column (``B.T`` contiguous).
+    """
+    z = (A[chosen] @ x[..., None])[..., 0] * weights.to(x.dtype)  # [..., k]
+    return (z[..., None, :] @ B.T[chosen])[..., 0, :]
+
+
+def kept(scores: Tensor, k: int, least: int = 1) -> tuple[Tensor, Tensor]:
+    """Values and indices of the k largest of each row, all of them if there are no more than k; at least `least`."""
+    return scores.topk(min(max(k, least), scores.shape[-1]), dim=-1)
+
+
+def spread(values: Tensor, chosen: Tensor, r: int) -> Tensor:
+    """A gate [..., r] with these values [..., k] at the chosen places, and 0 elsewhere."""
+    return values.new_zeros(*values.shape[:-1], r).scatter(-1, chosen, values)
+
+
+def blockwise(gate: Tensor, ranks: Sequence[int]) -> Tensor:
+    """g [..., N] for N blocks as a gate [..., r_1 + ... + r_N]: each value repeated for the ranks of its block."""
+    return gate.repeat_interleave(torch.tensor(ranks, device=gate.device), dim=-1, output_size=sum(ranks))
+
+
+# ---- the layer
+
+
+class GatedAdapter(FrozenPlusLowRank):
+    """y = W x + s B (g ⊙ A x) + b, with the dense layer itself as W and its bias, both frozen.
+
+    A subclass overrides `gate`, or `static_gate` if its gate is the same for all inputs.
+    """
+
+    def __init__(self, dense: nn.Linear, rank: int, *, scale: float = 1.0, dropout: float = 0.0):
+        super().__init__(dense, rank, scale=scale, dropout=dropout)
+        self.W.requires_grad_(False)
+
+    @property
+    def rank(self) -> int:
+        return self.A.out_features
+
+    def static_gate(self) -> Tensor | None:
+        """g [r] if it is the same for all inputs; None: all ones."""
+        return None
+
+    def gate(self, x: Tensor, z: Tensor) -> Tensor | None:
+        """g [..., r] for inputs x [..., d_in] and z = A x [..., r]; None: all ones."""
+        return self.static_gate()
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.dropout(x)
+        z = self.latent(inner)
+        return torch.add(self.W(x), self.lifted(gated(z, self.gate(inner, z))), alpha=self.scale)
+
+    def latent(self, x: Tensor) -> Tensor:
+        """A x [..., r] of all ranks, also those that no longer train."""
+        z: Tensor = self.A(x)
+        return z
+
+    def lifted(self, z: Tensor) -> Tensor:
+        """B z [..., d_out] for z [..., r] of all ranks."""
+        y: Tensor = self.B(z)
+        return y
+
+    def product(self) -> Tensor:
+        """s B diag(g) A [d_out, d_in], in single precision or better."""
+        gate, A = self.static_gate(), wide(self.A.weight)
+        return self.scale * (wide(self.B.weight) @ (A if gate is None else wide(gate)[:, None] * A))
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        """What training moves: all but W and its bias."""
+        own = set(self.W.parameters())
+        return (p for p in self.parameters() if p not in own)
+
+    def next_task(self) -> bool:
+        """Prepare for the next stretch of data; returns whether what trains has begun anew."""
+        return False
+
+
+# ---- the method
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter(Method):
+    """Base of the methods that keep a trained model and freeze it: embeddings, norms and head too, so that only what they add trains."""
+
+    adapts: ClassVar[bool] = True
+    keeps_outputs: ClassVar[bool] = True
+    layer: ClassVar[type[GatedAdapter]] = GatedAdapter
+    """The class of its layers."""
+
+    rank: Rank = 16
+    """Width of the factors: an integer, a fraction of the width, or {pattern: either}."""
+
+    def check(self, sites: Sequence[Site]) -> None:
+        check_table(self.rank, sites)
+
+    def options(self, site: Site) -> dict[str, Any]:
+        """Arguments of `layer` besides the dense layer and the rank."""
+        return {}
+
+    def build(self, site: Site) -> nn.Module:
+        return self.layer(site.linear, rank_at(self.rank, site), **self.options(site))
+
+    def layers(self, model: nn.Module) -> dict[str, GatedAdapter]:
+        return {name: module for name, module in model.named_modules() if isinstance(module, self.layer)}
+
+    def finish(self, model: nn.Module) -> None:
+        model.requires_grad_(False)
+        for layer in self.layers(model).values():
+            for p in layer.trained():
+                p.requires_grad_()
+
+    def undo(self, model: nn.Module) -> None:
+        model.requires_grad_()
+
+    def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+        assert isinstance(module, GatedAdapter)
+        if type(module).gate is not GatedAdapter.gate:
+            raise ValueError(f"{self.name} cannot be merged: its gate depends on the input")
+        return module.merged()
+
+    def next_task(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        """What an optimizer remembers of parameters that begin anew is dropped, because it belongs to the old ones."""
+        for layer in self.layers(model).values():
+            if layer.next_task() and optimizer is not None:
+                for p in layer.trained():
+                    optimizer.state.pop(p, None)

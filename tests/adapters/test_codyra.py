@@ -1,0 +1,60 @@
+"""CoDyRA: a proximal step on the ranks' numbers, and merging what is left."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import lorank
+from lorank.adapters.codyra import CoDyRALinear, Shrink, shrunk
+
+
+def layer() -> CoDyRALinear:
+    torch.manual_seed(0)
+    made = CoDyRALinear(nn.Linear(12, 10), 6)
+    nn.init.normal_(made.B.weight)
+    return made
+
+
+def test_the_step_is_the_proximal_operator() -> None:
+    """Against the least of ½ (u - γ)² + κ |u| on a fine grid."""
+    gamma, kappa = torch.linspace(-2, 2, 41, dtype=torch.float64), 0.5
+    grid = torch.linspace(-2, 2, 4001, dtype=torch.float64)
+    least = (0.5 * (grid - gamma[:, None]).square() + kappa * grid.abs()).argmin(1)
+    torch.testing.assert_close(shrunk(gamma, kappa), grid[least], rtol=0, atol=1.1e-3)
+
+
+def test_what_is_above_kappa_is_kept() -> None:
+    """The authors' lines shrink, then compare with κ again, so that all up to 2 κ is lost."""
+    gamma = torch.tensor([0.5, 0.9, 1.1, 1.9, -1.5, 2.1])
+    theirs = torch.where(gamma > 0, gamma - 1, gamma + 1) * (gamma.abs() - 1 > 1)
+    assert shrunk(gamma, 1.0).count_nonzero() == 4 and theirs.count_nonzero() == 1
+
+
+def test_pruning_and_merging_keep_the_outputs() -> None:
+    made, x = layer(), torch.randn(5, 12)
+    with torch.no_grad():
+        made.gamma[[1, 4]] = 0
+    assert "4 ranks left" in repr(made)
+    left = made.gamma.nonzero()[:, 0]
+    expected = made.W(x) + (x @ made.A.weight[left].T * made.gamma[left]) @ made.B.weight[:, left].T
+    assert sum(p.numel() for p in made.trained()) == 6 * (12 + 10 + 1)
+    torch.testing.assert_close(made(x), expected)
+    made.next_task()
+    torch.testing.assert_close(made(x), expected, rtol=1e-4, atol=1e-5)
+    assert not made.B.weight.any() and made.gamma.all()
+
+
+def test_the_second_half_shrinks_and_kappa_zero_never() -> None:
+    for kappa in (0.3, 0.0):
+        made = layer()
+        with torch.no_grad():
+            made.gamma.copy_(torch.tensor([-1.0, 0.5, 0.2, 0.1, 3.0, -0.05]))
+        before, optimizer = made.gamma.clone(), torch.optim.SGD([made.gamma], lr=0.0)
+        Shrink(lorank.CoDyRA(kappa=kappa), made, optimizer, steps=4)
+        made.gamma.grad = torch.ones(6)
+        for step in range(1, 5):
+            optimizer.step()
+            spent = {3: 0.15, 4: 0.45}.get(step, 0.0) if kappa else 0.0
+            expected: Any = torch.sign(before) * (before.abs() - spent).clamp(min=0)
+            torch.testing.assert_close(made.gamma.detach(), expected)
