@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from lorank import convert, fit_masa, matrix_pca, merge
-from lorank.factors import RIDGE, truncate, whitening
+from lorank.factors import RIDGE, nearest, whitening
 from lorank.fit.pca import calibrate, cuts, drifts
 from lorank.methods.masa import MASALinear
 
@@ -214,7 +214,7 @@ def test_the_residual_has_the_least_error_of_its_rank() -> None:
     torch.testing.assert_close(R @ R.T, X.T @ X / 200)
     U, s, V = torch.linalg.svd(residual, full_matrices=False)
     for rank in range(1, 10):
-        B, A = truncate(residual, R, rank)
+        B, A = nearest(residual, rank, R)
         assert B.shape == (9, rank) and A.shape == (rank, 12)
         torch.testing.assert_close(error(B @ A), sigma[rank:].square().sum().sqrt(), rtol=1e-8, atol=1e-10)
         if rank < 9:
@@ -231,9 +231,9 @@ def test_directions_that_the_data_do_not_enter_cost_a_little(width: int) -> None
     ridge = RIDGE * gram.diagonal().mean() if width else 1.0
     torch.testing.assert_close(R @ R.T, gram + ridge * torch.eye(8))
     residual = torch.randn(6, 8, dtype=torch.float64, generator=generator)
-    B, A = truncate(residual, R, 6)
+    B, A = nearest(residual, 6, R)
     torch.testing.assert_close(B @ A, residual, rtol=1e-6, atol=1e-6)
-    B, A = truncate(residual, R, max(width, 1))  # enough for all that the data see
+    B, A = nearest(residual, max(width, 1), R)  # enough for all that the data see
     assert (X @ (residual - B @ A).T).norm() <= 1e-2 * (X @ residual.T).norm()
     assert (B @ A).norm() < 10 * residual.norm()
 

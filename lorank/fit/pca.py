@@ -33,7 +33,7 @@ from transformers import PreTrainedModel
 from lorank.analysis.streams import Streams
 from lorank.conversion import convert, sites_to_convert
 from lorank.dictionary import CoefficientTable, Dictionary, matrix_pca
-from lorank.factors import truncate, whitening
+from lorank.factors import nearest, whitening
 from lorank.method import Patterns
 from lorank.methods.masa import MASA, MASALinear
 from lorank.pretrained import positions_of
@@ -244,6 +244,6 @@ def _fit(model: nn.Module, dense: dict[str, nn.Linear], factors: dict[str, Tenso
             if layer.bias is not None:
                 layer.bias.copy_(linear.bias)
             if R is not None and layer.A is not None:  # else atoms alone are exact
-                B, A = truncate(linear.weight - dictionary(layer.depth), R, layer.A.out_features)
+                B, A = nearest(linear.weight - dictionary(layer.depth), layer.A.out_features, R)
                 layer.B.weight.copy_(B)
                 layer.A.weight.copy_(A)
