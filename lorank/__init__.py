@@ -13,8 +13,10 @@ from lorank.table import METHODS, register
 
 if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.adapters.codyra import CoDyRA
+    from lorank.adapters.comp_lora import CompLoRA
     from lorank.adapters.lora import LoRA
     from lorank.adapters.moram import MoRAM
+    from lorank.adapters.osft import OSFT
     from lorank.adapters.row_adaptive import RowAdaptive
     from lorank.adapters.smora import SMoRA
     from lorank.checkpointing import (

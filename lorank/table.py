@@ -35,6 +35,8 @@ METHODS = {
     "moram": "lorank.adapters.moram:MoRAM",
     "codyra": "lorank.adapters.codyra:CoDyRA",
     "row-adaptive": "lorank.adapters.row_adaptive:RowAdaptive",
+    "osft": "lorank.adapters.osft:OSFT",
+    "comp-lora": "lorank.adapters.comp_lora:CompLoRA",
     # how they move
     "adamw": "lorank.optim.plain:AdamW",
     "adamw-8bit": "lorank.optim.plain:AdamW8bit",

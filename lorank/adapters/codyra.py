@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.adapters.gated import Adapter, GatedAdapter
+from lorank.adapters.gated import Adapted, Adapter, GatedAdapter
 from lorank.fields import Fraction, NonNegative
 from lorank.layers import like
 from lorank.method import StepHook
@@ -91,7 +91,7 @@ class CoDyRA(Adapter):
     """Ranks that a sparse gate chooses; ``lorank.convert(model, CoDyRA(rank=16))``, then `lorank.next_task`."""
 
     name: ClassVar[str] = "codyra"
-    layer: ClassVar[type[GatedAdapter]] = CoDyRALinear
+    layer: ClassVar[type[Adapted]] = CoDyRALinear
     soon: ClassVar[Mapping[str, Any]] = {"dense": 0.25}
 
     kappa: NonNegative = 0.005

@@ -55,7 +55,19 @@ def blockwise(gate: Tensor, ranks: Sequence[int]) -> Tensor:
 # ---- the layer
 
 
-class GatedAdapter(FrozenPlusLowRank):
+class Adapted(nn.Module):
+    """A layer of an `Adapter`."""
+
+    def trained(self) -> Iterator[nn.Parameter]:
+        """What training moves; all else is frozen."""
+        raise NotImplementedError
+
+    def next_task(self) -> bool:
+        """Prepare for the next stretch of data; returns whether what trains has begun anew."""
+        return False
+
+
+class GatedAdapter(FrozenPlusLowRank, Adapted):
     """y = W x + s B (g ⊙ A x) + b, with the dense layer itself as W and its bias, both frozen.
 
     A subclass overrides `gate`, or `static_gate` if its gate is the same for all inputs.
@@ -98,13 +110,9 @@ class GatedAdapter(FrozenPlusLowRank):
         return self.scale * (wide(self.B.weight) @ (A if gate is None else wide(gate)[:, None] * A))
 
     def trained(self) -> Iterator[nn.Parameter]:
-        """What training moves: all but W and its bias."""
+        """All but W and its bias."""
         own = set(self.W.parameters())
         return (p for p in self.parameters() if p not in own)
-
-    def next_task(self) -> bool:
-        """Prepare for the next stretch of data; returns whether what trains has begun anew."""
-        return False
 
 
 # ---- the method
@@ -116,8 +124,8 @@ class Adapter(Method):
 
     adapts: ClassVar[bool] = True
     keeps_outputs: ClassVar[bool] = True
-    layer: ClassVar[type[GatedAdapter]] = GatedAdapter
-    """The class of its layers."""
+    layer: ClassVar[type[Adapted]] = GatedAdapter
+    """The class of its layers, which are made of a dense layer, a rank and `options`."""
 
     rank: Rank = 16
     """Width of the factors: an integer, a fraction of the width, or {pattern: either}."""
@@ -132,7 +140,7 @@ class Adapter(Method):
     def build(self, site: Site) -> nn.Module:
         return self.layer(site.linear, rank_at(self.rank, site), **self.options(site))
 
-    def layers(self, model: nn.Module) -> dict[str, GatedAdapter]:
+    def layers(self, model: nn.Module) -> dict[str, Adapted]:
         return {name: module for name, module in model.named_modules() if isinstance(module, self.layer)}
 
     def finish(self, model: nn.Module) -> None:
@@ -145,10 +153,9 @@ class Adapter(Method):
         model.requires_grad_()
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        assert isinstance(module, GatedAdapter)
-        if type(module).gate is not GatedAdapter.gate:
+        if isinstance(module, GatedAdapter) and type(module).gate is not GatedAdapter.gate:
             raise ValueError(f"{self.name} cannot be merged: its gate depends on the input")
-        return module.merged()
+        return super().merged(module)
 
     def next_task(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """What an optimizer remembers of parameters that begin anew is dropped, because it belongs to the old ones."""

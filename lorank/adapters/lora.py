@@ -20,7 +20,7 @@ are adapted (`targets` chooses). Their scale α/r becomes α/√r with `rank_sta
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
-from lorank.adapters.gated import Adapter, GatedAdapter
+from lorank.adapters.gated import Adapted, Adapter, GatedAdapter
 from lorank.fields import Bounds, Positive
 from lorank.layers import scale_at
 from lorank.method import Site, rank_at
@@ -44,7 +44,7 @@ class LoRA(Adapter):
     """LoRA with its hyper-parameters; ``lorank.convert(model, LoRA(rank=16))``."""
 
     name: ClassVar[str] = "lora"
-    layer: ClassVar[type[GatedAdapter]] = LoRALinear
+    layer: ClassVar[type[Adapted]] = LoRALinear
 
     alpha: Positive = 32.0
     """The low-rank term is multiplied by α/r."""

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.adapters.gated import Adapter, GatedAdapter, kept, spread
+from lorank.adapters.gated import Adapted, Adapter, GatedAdapter, kept, spread
 from lorank.fields import Count, NonNegative, Positive, Rank
 from lorank.layers import like, linear, wide
 from lorank.method import Site
@@ -134,7 +134,7 @@ class MoRAM(Adapter):
     """A mixture of ranks that grows by task; ``lorank.convert(model, MoRAM(rank=8))``, then `lorank.next_task`."""
 
     name: ClassVar[str] = "moram"
-    layer: ClassVar[type[GatedAdapter]] = MoRAMLinear
+    layer: ClassVar[type[Adapted]] = MoRAMLinear
     progress: ClassVar[tuple[str, ...]] = ("tasks",)
 
     rank: Rank = 8

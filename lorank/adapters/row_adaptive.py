@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lorank.adapters.gated import Adapter, GatedAdapter
+from lorank.adapters.gated import Adapted, Adapter, GatedAdapter
 from lorank.fields import Positive
 from lorank.layers import wide
 from lorank.method import Site
@@ -98,7 +98,7 @@ class RowAdaptive(Adapter):
     """ALLoRA; ``lorank.convert(model, RowAdaptive(rank=16))``."""
 
     name: ClassVar[str] = "row-adaptive"
-    layer: ClassVar[type[GatedAdapter]] = RowAdaptiveLinear
+    layer: ClassVar[type[Adapted]] = RowAdaptiveLinear
 
     eta: Positive = 2.0
     """η: the factor of a row that is zero."""

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.adapters.gated import Adapter, GatedAdapter, blockwise, kept, spread
+from lorank.adapters.gated import Adapted, Adapter, GatedAdapter, blockwise, kept, spread
 from lorank.fields import Count, NonNegative, Positive, Rank
 from lorank.layers import Gate, like, wide
 from lorank.method import Site, StepHook, rank_at
@@ -124,7 +124,7 @@ class SMoRA(Adapter):
     """A mixture of ranks with a router; ``lorank.convert(model, SMoRA(rank=64))``."""
 
     name: ClassVar[str] = "smora"
-    layer: ClassVar[type[GatedAdapter]] = SMoRALinear
+    layer: ClassVar[type[Adapted]] = SMoRALinear
     soon: ClassVar[Mapping[str, Any]] = {"top_k": 2}
 
     rank: Rank = 64

@@ -67,7 +67,7 @@ def test_only_what_is_added_trains(name: str, small: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "per_rank", "more"),
-    [("lora", 0, 0), ("smora", 1, 0), ("moram", 0, 0), ("codyra", 0, 1), ("row-adaptive", 0, 0)],
+    [("lora", 0, 0), ("smora", 1, 0), ("moram", 0, 0), ("codyra", 0, 1), ("row-adaptive", 0, 0), ("comp-lora", 0, 0)],
 )
 def test_counts_are_the_closed_forms(name: str, per_rank: int, more: int) -> None:
     """r (d_in + d_out), for each rank another d_in of a router, and numbers of its own; `lorank plan` counts them so."""
