@@ -34,10 +34,8 @@ from lorank.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.txt"))
-PLAIN = ("lorank.method", "lorank.optim.plain", "lorank.evolution.votes")
-"""Where names are defined that need no page: what PyTorch does anyway, and a part of EGG, which is on EGGROLL's."""
-MATHEMATICS = {"lorank.evolution.method": "lorank.evolution.eggroll"}
-"""The module that a page is about, where it is another than the class's."""
+PLAIN = ("dense", "adamw", "autograd", "votes")
+"""Names that need no page: what PyTorch does anyway, and a part of EGG, which is on EGGROLL's."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)\)")
 
 
@@ -48,21 +46,19 @@ LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)\)")
 def method_pages() -> dict[str, list[str]]:
     """{page: names of its methods}; the page has the name of the file."""
     pages: dict[str, list[str]] = {}
-    for name, where in METHODS.items():
-        if where.partition(":")[0] not in PLAIN:
+    for name in METHODS:
+        if name not in PLAIN:
             pages.setdefault(home(name).rpartition(".")[2].replace("_", "-"), []).append(name)
     return pages
 
 
 def home(name: str) -> str:
     """The module with a method's mathematics."""
-    module = METHODS[name].partition(":")[0]
-    return MATHEMATICS.get(module, module)
+    return find(name)().sources[0]
 
 
 def docstring(names: list[str]) -> str:
     """The head of the file of these methods."""
-    find(names[0])  # imports it
     found = sys.modules[home(names[0])].__doc__
     assert found is not None, f"{home(names[0])} has no docstring"
     return found.strip()

@@ -43,8 +43,8 @@ from lorank.layers import LowRankLinear
 from lorank.method import Patterns, Published
 from lorank.optim.driver import ByGroups
 from lorank.optim.pairs import PairRule, draw, pair_groups, pairs
-from lorank.optim.rule import AdamW, Group, Rule, State
-from lorank.optim.rules import RULES, Forgetful, forget
+from lorank.optim.rule import AdamW, Forgetful, Group, Rule, State, forget
+from lorank.optim.rules import RULES
 from lorank.optim.schedules import jagged_cosine
 from lorank.optim.stacks import as_stack
 

@@ -1,4 +1,4 @@
-"""The optimizers without a subspace: each is a rule of lorank/optim/rules.py for some of the parameters or all of them."""
+"""The optimizers without a subspace: each gives some of the parameters, or all of them, to a rule of lorank/optim/rules.py."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ from lorank.fields import Bounds, NonNegative
 from lorank.method import Patterns
 from lorank.optim.driver import ByGroups
 from lorank.optim.groups import hidden_matrices, with_lengths
-from lorank.optim.rules import SCALES, Scale
+from lorank.optim.muon import SCALES, Scale
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -63,6 +63,10 @@ class Muon(ByGroups):
     adamw_lr: NonNegative | None = None
     expert_matrices: bool = True
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("lorank.optim.muon",)
+
     def settings(self, group: Mapping[str, Any]) -> dict[str, Any]:
         if group.get("rule") == "muon":
             return super().settings({"momentum": self.momentum, "scaling": self.scaling, **group})
@@ -86,6 +90,10 @@ class Adafactor(ByGroups):
 
     name: ClassVar[str] = "adafactor"
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("lorank.optim.adafactor",)
+
     def rule_for(self, group: Mapping[str, Any]) -> str:
         return "adafactor"
 
@@ -95,6 +103,10 @@ class AdamW8bit(ByGroups):
     """AdamW of bitsandbytes, whose moments of tensors from 4,096 numbers on have a byte each, with a scale per 256."""
 
     name: ClassVar[str] = "adamw-8bit"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("lorank.optim.adamw_8bit",)
 
     def rule_for(self, group: Mapping[str, Any]) -> str:
         return "adamw-8bit"

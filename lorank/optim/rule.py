@@ -3,8 +3,7 @@
     M ← β₁ M + (1 - β₁) G         V ← β₂ V + (1 - β₂) G²
     W ← (1 - lr λ) W - lr / (1 - β₁ᵗ) · M / (√(V / (1 - β₂ᵗ)) + ε)
 
-A rule keeps nothing itself: the state of a parameter is a dictionary, with torch's names. The other rules are in
-lorank/optim/rules.py.
+A rule keeps nothing itself: the state of a parameter is a dictionary, with torch's names. lorank/optim/rules.py lists the others.
 
 Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101.
 """
@@ -119,3 +118,28 @@ class AdamW(Rule):
 
     def bytes(self, shape: Sequence[int], itemsize: int) -> int:
         return 2 * math.prod(shape) * itemsize
+
+
+class Forgetful(AdamW):
+    """AdamW with ε after the root, whose moments begin anew every so many steps."""
+
+    def __init__(self, every: int | None):
+        super().__init__(eps_after_root=True)
+        self.every = every
+
+    def make(self, like: Tensor) -> State:
+        return {**super().make(like), "steps": torch.zeros((), dtype=torch.int64, device="cpu")}
+
+    def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
+        super().step(weights, gradients, states, group)
+        for state in states:
+            state["steps"] += 1
+            if self.every and int(state["steps"]) % self.every == 0:
+                forget(state)
+
+
+def forget(state: State) -> None:
+    """Let Adam's moments and their counter begin anew."""
+    for name in ("exp_avg", "exp_avg_sq", "step"):
+        if name in state:
+            state[name].zero_()

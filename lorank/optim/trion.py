@@ -34,7 +34,7 @@ from lorank.method import Patterns, Published
 from lorank.optim.dct import Transform, back, columns, select, transform, transform_flops, vectors
 from lorank.optim.driver import Projected
 from lorank.optim.groups import with_lengths
-from lorank.optim.rules import SCALES, Scale, newton_schulz_flops
+from lorank.optim.muon import SCALES, Scale, newton_schulz_flops
 from lorank.optim.stacks import Product, Stack, as_stack
 from lorank.optim.step import LowRankOptimizer
 

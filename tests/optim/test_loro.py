@@ -14,7 +14,7 @@ from lorank import LORO
 from lorank.layers import LowRankLinear
 from lorank.optim.loro import adam, initialise, preconditioned, retracted, xavier_stds
 from lorank.optim.pairs import pairs
-from lorank.optim.rules import Forgetful
+from lorank.optim.rule import Forgetful
 from lorank.optim.schedules import jagged_cosine
 from lorank.train.methods import schedule_of
 from lorank.train.recipe import Recipe
