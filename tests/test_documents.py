@@ -19,7 +19,7 @@ from transformers import GPT2Config, LlamaConfig, LlamaForCausalLM
 
 import lorank
 from lorank.cli import cli
-from lorank.train.recipe import recipe_names
+from lorank.train.shipped import recipe_names
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))

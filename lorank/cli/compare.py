@@ -134,7 +134,7 @@ def _settings(
 ) -> Any:
     """What `lorank compare` was asked for."""
     from lorank.comparison.settings import ComparisonSettings, parse_values
-    from lorank.train.recipe import recipe_path
+    from lorank.train.shipped import recipe_path
     from lorank.train.yamls import load
 
     base = recipe_of(recipe, flags, own=OWN)

@@ -10,7 +10,7 @@ import click
 import yaml
 
 from lorank.fields import alternatives_of, field_types
-from lorank.train.recipe import Recipe, settings_with
+from lorank.train.recipe import Recipe, full_name, settings_with
 from lorank.train.yamls import load
 
 if TYPE_CHECKING:
@@ -313,6 +313,6 @@ def recipe_of(
             raise ValueError(f"--set {name}=... is not possible here; use {(own or {})[name]}")
     if path:
         return Recipe.read(path, **changes)
-    whole = {name: value for name, value in changes.items() if "." not in name}
-    entries = {name: value for name, value in changes.items() if "." in name}
+    entries = {name: value for name, value in changes.items() if "." in full_name(name)}
+    whole = {name: value for name, value in changes.items() if name not in entries}
     return Recipe.from_dict({**(base or {}), **whole}).but(entries)

@@ -62,7 +62,7 @@ OWN = {"size": "--size", "model": "--model", "method": "--method"}
     type=click.IntRange(min=1),
     default=None,
     help="Number of devices, data parallel.",
-    show_default="8, with recipes 1",
+    show_default="8; 1 for recipes and for what runs in one process",
 )
 @click.option(
     "--utilisation", type=float, default=0.4, help="Assumed part of the peak rate; recomputation counts as work."
@@ -137,7 +137,7 @@ def plan(
             names = forecast.split_names(methods) if methods else list(forecast.METHODS)
             if fits is not None:
                 check_budget((forecast.with_method(shape, name) for shape in asked for name in names), fits)
-            found = forecast.forecast_all(asked, names, fleet=fleet, budget=budget, say=say)
+            found = forecast.forecast_all(asked, names, fleet=fleet, budget=budget, alone=devices is None, say=say)
         fit = fit_all(found, fits, say=say) if fits is not None else None
     if as_json:
         click.echo(plans.forecasts_json(found, fit))

@@ -14,7 +14,7 @@ def recipes(name: str | None) -> None:
 
     `lorank pretrain NAME` trains it, and flags change it. To have a file to edit: lorank recipes NAME > mine.yaml
     """
-    from lorank.train.recipe import recipe_names, recipe_path
+    from lorank.train.shipped import recipe_names, recipe_path
 
     texts = {one: recipe_path(one).read_text(encoding="utf-8") for one in recipe_names()}
     if name is None:

@@ -23,7 +23,8 @@ from lorank.train import run
 from lorank.train.folder import absolute, history, read_run
 from lorank.train.methods import resolved, title_of
 from lorank.train.model import empty_model
-from lorank.train.recipe import Recipe, recipe_file
+from lorank.train.recipe import Recipe
+from lorank.train.shipped import recipe_file
 
 # ---- what the papers report
 

@@ -15,10 +15,11 @@ from typing import Any
 
 from lorank.comparison.controls import CONTROL, control_names, dense_twin, find_controls
 from lorank.comparison.matching import Costs, Figure, flops_of, is_dense, match_structure, with_steps
-from lorank.comparison.settings import LOW_RANK_ONLY, OF_COST, ComparisonSettings, full_name, with_setting
+from lorank.comparison.settings import LOW_RANK_ONLY, OF_COST, ComparisonSettings
 from lorank.evolution.egg import EggConfig
-from lorank.train.methods import methods_of, schedule_of, title_of, written_out
-from lorank.train.recipe import Recipe, published_lr
+from lorank.train.methods import check_used, fitting, methods_of, schedule_of, settings_of, title_of, written_out
+from lorank.train.recipe import Recipe, full_name
+from lorank.train.shipped import published_lr
 
 RATES = (1e-3, 3e-3, 9e-3)
 """Tried if neither a learning rate nor a sweep is given."""
@@ -63,7 +64,7 @@ class Row:
 def find_rows(settings: ComparisonSettings) -> dict[str, tuple[Recipe, str]]:
     """Name -> (recipe, kind) of all rows but the narrower dense models, in the user's order."""
     found: dict[str, tuple[Recipe, str]] = {}
-    dense = dense_twin(settings.base)
+    dense, low_rank = dense_twin(settings.base), dict[str, Recipe]()
     rule = methods_of(dense).optimizer.name
 
     def add(name: str, recipe: Recipe, kind: str) -> None:
@@ -79,7 +80,7 @@ def find_rows(settings: ComparisonSettings) -> dict[str, tuple[Recipe, str]]:
 
     for text in settings.methods:
         name, equals, method = text.partition("=")
-        recipe = dataclasses.replace(settings.base, method=method if equals else name)
+        recipe = fitting(dataclasses.replace(settings.base, method=method if equals else name))
         if text == "dense" and not settings.only:
             add_dense()
         elif method == "dense":
@@ -89,8 +90,13 @@ def find_rows(settings: ComparisonSettings) -> dict[str, tuple[Recipe, str]]:
             add(name, dataclasses.replace(dense, optimizer=mover.name), "dense")
         else:
             add(name, recipe, "method")
+            low_rank[name] = recipe
     if not (settings.only or "dense" in settings.methods or in_integers(settings.base)):
         add_dense()
+    if low_rank:
+        dotted = [full_name(name).partition(".") for name in settings.sweep]
+        swept = {entry: None for head, _, entry in dotted if head == "options"}
+        check_used(dataclasses.replace(settings.base, options={**settings.base.options, **swept}), low_rank)
     names = [*found, *([] if settings.only else control_names(found))]
     for name in settings.own:
         if name not in names:
@@ -141,7 +147,7 @@ def plan_rows(
                 target = costs.of(by, recipes[0][1])
             rows.append(_row(settings, name, kind, chosen, recipes, rate, costs))
         except ValueError as error:
-            raise ValueError(f"{name}: {error}") from None
+            raise _of_row(name, error) from None
     controls, missing = _controls(settings, rows, costs, folder)
     rows += controls
     for row in rows:
@@ -153,8 +159,14 @@ def plan_rows(
             try:  # better now than when its turn comes
                 costs.check(candidate.recipe)
             except (ValueError, ImportError) as error:
-                raise ValueError(f"{row.name}: {error}") from None
+                raise _of_row(row.name, error) from None
     return rows, missing
+
+
+def _of_row(name: str, error: Exception) -> ValueError:
+    """The same sentence, which begins with the row's name."""
+    said = str(error)
+    return ValueError(said if said.startswith(f"{name} ") else f"{name}: {said}")
 
 
 def _at_steps(name: str, match: str, recipe: Recipe, steps: int) -> Recipe:
@@ -181,7 +193,8 @@ def candidates_of(
 ) -> tuple[list[tuple[dict[str, Any], Recipe]], str]:
     """The row's recipe with every combination of values, and where its learning rate comes from. What a dense model
     does not have is not swept."""
-    values, rate = {**settings.sweep, **settings.own.get(name, {})}, GIVEN
+    swept = {key: tried for key, tried in settings.sweep.items() if _has(recipe, key)}
+    values, rate = {**swept, **settings.own.get(name, {})}, GIVEN
     if "lr" not in values:
         rates, rate = _rates(settings, recipe)
         values = {**({"lr": rates} if rates else {}), **values}
@@ -195,9 +208,15 @@ def candidates_of(
     for choice in itertools.product(*values.values()):
         chosen, changed = dict(zip(values, choice, strict=True)), recipe
         for key, value in chosen.items():
-            changed = with_setting(changed, key, value)
+            changed = changed.but({key: value})
         found.append((chosen, changed))
     return found, rate
+
+
+def _has(recipe: Recipe, setting: str) -> bool:
+    """Whether the recipe's methods have a setting that is given to all rows."""
+    head, _, entry = full_name(setting).partition(".")
+    return (entry or head) in settings_of(recipe) if head in ("options", "rank") else True
 
 
 def _is_low_rank(setting: str) -> bool:
@@ -273,7 +292,7 @@ def beyond(candidates: Sequence[Candidate], losses: Sequence[float | None]) -> C
         if free and len(tried) > 1 and tried[0] > 0 and value in (tried[0], tried[-1]):
             ratio = tried[-1] / tried[-2] if value == tried[-1] else tried[0] / tried[1]
             further = float(f"{value * ratio:.4g}")
-            recipe = with_setting(best.recipe, name, further)
+            recipe = best.recipe.but({name: further})
             return dataclasses.replace(best, settings={**best.settings, name: further}, recipe=recipe)
     return None
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 from urllib.parse import quote
@@ -10,7 +9,7 @@ from urllib.parse import quote
 import yaml
 
 from lorank.comparison.matching import Match
-from lorank.train.recipe import Recipe, settings_with
+from lorank.train.recipe import KEYS, Recipe, full_name, settings_with
 from lorank.train.yamls import load
 
 MATCHES = ("tokens", "flops", "time", "params", "memory")
@@ -73,7 +72,8 @@ class ComparisonSettings:
             raise ValueError(f"--match {self.match} fixes the cost of each row, so {name} cannot be swept")
         if not values:
             raise ValueError(f"{name} needs at least one value, for example lr=1e-3,3e-3")
-        tried = [with_setting(self.base, name, value) for value in values]
+        of_row = head in KEYS and "." in name  # the base may not name the method
+        tried = list(values) if of_row else [self.base.but({name: value}) for value in values]
         for value, recipe in zip(values, tried, strict=True):
             if tried.count(recipe) > 1:
                 raise ValueError(f"{name}={value} is given twice; give each value once")
@@ -85,20 +85,6 @@ class ComparisonSettings:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> Self:
         return cls(**{**fields, "base": Recipe.from_dict(fields["base"])})
-
-
-def full_name(setting: str) -> str:
-    """A setting as recipes call it: the flag for "options.NAME" is --option NAME=VALUE, so "option.NAME" is allowed.
-
-    >>> full_name("option.cycle"), full_name("optimizer.update_gap")
-    ('options.cycle', 'optimizer.update_gap')
-    """
-    return re.sub(r"^option\.", "options.", setting)
-
-
-def with_setting(recipe: Recipe, name: str, value: Any) -> Recipe:
-    """The recipe with one setting changed; a dotted name is an entry of a mapping, as in `Recipe.but`."""
-    return recipe.but({full_name(name): value})
 
 
 def parse_values(text: str) -> tuple[str, list[Any]]:

@@ -5,7 +5,6 @@ tensors); time, energy and price follow from them by the fleet's assumptions.
 """
 
 import dataclasses
-import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -18,7 +17,7 @@ from lorank.plan.counts import Counts, count
 from lorank.sites import other_matrices
 from lorank.table import find, names_joined
 from lorank.train.budget import Budget, saved_parameters
-from lorank.train.methods import methods_of, rank_of, schedule_of, settings_of, title_of
+from lorank.train.methods import check_used, fitting, methods_of, rank_of, schedule_of, title_of
 from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
 from lorank.train.run import corpus_of
@@ -156,6 +155,7 @@ def forecast_all(
     *,
     fleet: Fleet,
     budget: Budget | None = None,
+    alone: bool = False,
     say: Callable[[str], object] = lambda line: None,
 ) -> list[Forecast]:
     """Every method at every shape.
@@ -165,6 +165,7 @@ def forecast_all(
         methods: names, or names joined by "+"; "dense" is one.
         budget: of each run, where parameters are those of its own model; None: `TOKENS_PER_PARAMETER` for each
             parameter of the dense model.
+        alone: plan what runs in one process only for one device of the fleet; else it is refused.
         say: called with what is counted next.
 
     Raises:
@@ -174,7 +175,7 @@ def forecast_all(
         raise ValueError("there is no method to plan for; name one, for example --method cola")
     if not shapes:
         raise ValueError("there is no model to plan for; name a size, for example --size 60m")
-    _check_used(shapes[0], methods)
+    check_used(shapes[0], {method: with_method(shapes[0], method) for method in methods})
     found = []
     for shape in shapes:
         given = budget
@@ -184,7 +185,7 @@ def forecast_all(
             given = Budget(tokens=TOKENS_PER_PARAMETER * accounting.count_parameters(dense).total)
         for method in methods:
             say(f"{method} {shape.model or shape.size}")
-            found.append(_forecast(with_method(shape, method), fleet, given, budget is None))
+            found.append(_forecast(with_method(shape, method), fleet, given, budget is None, alone=alone))
     return found
 
 
@@ -215,16 +216,17 @@ def forecast_recipes(
     return found
 
 
-def _forecast(recipe: Recipe, fleet: Fleet, budget: Budget, is_default: bool, file: str | None = None) -> Forecast:
+def _forecast(
+    recipe: Recipe, fleet: Fleet, budget: Budget, is_default: bool, file: str | None = None, *, alone: bool = False
+) -> Forecast:
     methods = methods_of(recipe)
-    if fleet.devices > 1 and methods.gradient.answers():
-        raise ValueError(
-            f"{methods.gradient.name} runs in one process, and without recipes a plan is for 8 devices; use --devices 1"
-        )
-    if fleet.devices > 1 and getattr(methods.mover, "in_backward", False):
-        raise ValueError(
-            "in_backward must be false on several devices, because it sees the gradient of one process only; use --devices 1"
-        )
+    reason = f"{methods.gradient.name} runs in one process" if methods.gradient.answers() else ""
+    if getattr(methods.mover, "in_backward", False):
+        reason = "in_backward must be false on several devices, because it sees the gradient of one process only"
+    if reason and fleet.devices > 1:
+        if not alone:
+            raise ValueError(f"{reason}; use --devices 1")
+        fleet = dataclasses.replace(fleet, devices=1)
     micro = recipe.micro_batch_size or max(1, recipe.batch_size // fleet.devices)
     recipe = dataclasses.replace(recipe, micro_batch_size=micro)
     _check_batch(recipe, fleet.devices)
@@ -253,13 +255,11 @@ def _tokens_of(recipe: Recipe, model: PreTrainedModel, budget: Budget) -> int:
 
 def with_method(shape: Recipe, method: str) -> Recipe:
     """The recipe with another method; of the rank, the methods' settings and the patterns it keeps those that apply."""
-    bare = dataclasses.replace(shape, method=method, rank=None, options={}, **_kept_keys(shape, method))
-    methods, known = methods_of(bare), settings_of(bare)
+    recipe = fitting(dataclasses.replace(shape, method=method, **_kept_keys(shape, method)))
+    methods = methods_of(recipe)
     chooses = methods.method.name != "dense" or hasattr(methods.mover, "rank")
     return dataclasses.replace(
-        bare,
-        rank=shape.rank if "rank" in known else None,
-        options={name: value for name, value in shape.options.items() if name in known},
+        recipe,
         targets=shape.targets if chooses else [],
         exclude=shape.exclude if chooses else [],
         micro_batch_size=shape.batch_size if methods.gradient.answers() else shape.micro_batch_size,
@@ -277,22 +277,6 @@ def _kept_keys(shape: Recipe, method: str) -> dict[str, Any]:
         else value
         for key, value in given.items()
     }
-
-
-def _check_used(shape: Recipe, methods: Sequence[str]) -> None:
-    """Raises ValueError for a rank, option or pattern that none of the methods has."""
-    wanted = [*shape.options, *(name for name in ("rank", "targets", "exclude") if getattr(shape, name))]
-    each = [(with_method(shape, method), settings_of(dataclasses.replace(shape, method=method))) for method in methods]
-    for name in wanted:
-        if name in shape.options or name == "rank":
-            known = sorted({setting for _, settings in each for setting in settings})
-            used = name in known
-        else:
-            known, used = [], any(getattr(recipe, name) for recipe, _ in each)
-        if not used:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else "leave it out, or add a method that has it"
-            raise ValueError(f"no planned method ({', '.join(methods)}) has the setting {name!r}; {hint}")
 
 
 def built(recipe: Recipe, layers: int | None = None) -> PreTrainedModel:

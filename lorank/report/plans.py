@@ -99,7 +99,7 @@ def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     table.add_column("", overflow="fold")
     for column in columns:
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right" if column else "left", no_wrap=bool(column))  # remarks may wrap
     return table
 
 
@@ -199,16 +199,19 @@ def _memory(found: "Sequence[Forecast]") -> Group:
 
 
 def _run(found: "Sequence[Forecast]") -> Group:
-    fleet, budgets = found[0].fleet, {f.tokens for f in found}
-    on = f"{fleet.devices} × {fleet.accelerator.name}" if fleet.devices > 1 else fleet.accelerator.name
+    budgets, fleets = {f.tokens for f in found}, {f.fleet.devices for f in found}
+    on = name = found[0].fleet.accelerator.name
+    if fleets != {1}:
+        on = f"{max(fleets)} × {name}" if len(fleets) == 1 else f"{name} devices"
     title = f"A run of {quantity(found[0].tokens)} tokens on {on}" if len(budgets) == 1 else f"A run on {on}"
-    more = ["tokens"] if len(budgets) > 1 else []
+    more = [*(["tokens"] if len(budgets) > 1 else []), *(["devices"] if len(fleets) > 1 else [])]
     table = _table(*more, "steps", "sent per step", "time", "energy", "price", "")
     for name, f in zip(_names(found), found, strict=True):
         hours, energy, dollars = f.run
         table.add_row(
             name,
-            *([quantity(f.tokens)] if more else []),
+            *([quantity(f.tokens)] if len(budgets) > 1 else []),
+            *([str(f.fleet.devices)] if len(fleets) > 1 else []),
             f"{f.steps:,}",
             f"{quantity(f.all_reduce_bytes)}B" if f.fleet.devices > 1 else "-",
             _duration(hours),
@@ -259,7 +262,7 @@ def _depth(depth: "Depth | None") -> str:
 
 
 def _assumptions(found: "Sequence[Forecast]") -> list[str]:
-    fleet = found[0].fleet
+    fleet = max((f.fleet for f in found), key=lambda fleet: fleet.devices)
     a = fleet.accelerator
     known = {"fp32": "fp32 (multiplied in TF32)"}
     rates = {known.get(f.recipe.precision, "bf16"): a.rate(f.recipe.precision) for f in found}

@@ -10,6 +10,7 @@ galore`` and ``method: cola+galore`` mean the keys under which the table knows t
 """
 
 import dataclasses
+import difflib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,9 +23,8 @@ from lorank.fields import field_types, fits
 from lorank.method import Method, check_combination, warmup_cosine
 from lorank.optim.groups import plain_groups
 from lorank.table import find, method_names, names_joined
-from lorank.train.recipe import Recipe
+from lorank.train.recipe import KEYS, Recipe
 
-KEYS = ("method", "optimizer", "gradient")
 DEFAULTS = ("dense", "adamw", "autograd")
 """What the three keys name where a recipe leaves the question to PyTorch."""
 
@@ -85,6 +85,25 @@ def title_of(recipe: Recipe) -> str:
 def settings_of(recipe: Recipe) -> list[str]:
     """Names of the settings that the recipe's methods have."""
     return list(dict.fromkeys(field for kind in _kinds(recipe) for field in _fields(kind)))
+
+
+def fitting(recipe: Recipe) -> Recipe:
+    """The recipe without the rank and the options that none of its methods has."""
+    known = settings_of(recipe)
+    options = {name: value for name, value in recipe.options.items() if name in known}
+    return dataclasses.replace(recipe, rank=recipe.rank if "rank" in known else None, options=options)
+
+
+def check_used(asked: Recipe, rows: Mapping[str, Recipe]) -> None:
+    """Raises ValueError if the rank, an option or a pattern that was asked for is for no row, a recipe by its name."""
+    recipes = rows.values()
+    known = sorted({name for recipe in recipes for name in settings_of(recipe)})
+    for name in [*asked.options, *(name for name in ("rank", "targets", "exclude") if getattr(asked, name))]:
+        patterns = name in ("targets", "exclude")
+        if not (any(getattr(recipe, name) for recipe in recipes) if patterns else name in known):
+            near = difflib.get_close_matches(name, [] if patterns else known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "leave it out, or add a method that has it"
+            raise ValueError(f"no method here ({', '.join(rows)}) has the setting {name!r}; {hint}")
 
 
 def rank_of(recipe: Recipe) -> Any:

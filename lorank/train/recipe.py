@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import math
 import re
 import typing
@@ -12,7 +11,6 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 
-import lorank
 from lorank.fields import (
     Bounds,
     Count,
@@ -27,7 +25,8 @@ from lorank.fields import (
     field_types,
     whole_steps,
 )
-from lorank.table import METHODS, names_joined
+from lorank.table import METHODS, find, method_names, names_joined
+from lorank.train.shipped import recipe_names, recipe_path, recipes_folder
 from lorank.train.yamls import load
 
 Seed = Annotated[int, Bounds(least=0, below=2**32)]
@@ -235,26 +234,34 @@ class Recipe:
                 hint = f"; did you mean {near[0]!r}?" if near else ""
                 if name in METHODS:
                     hint = "; a method's own setting is written method.NAME, optimizer.NAME or gradient.NAME"
+                elif full_name(str(name)) != name:
+                    hint = "; it is a setting of a method: write it under options, or under the method's name"
                 raise ValueError(f"unknown setting {name!r}{hint}")
         return cls(**{name: _coerce(value, types[name]) for name, value in _renamed(settings).items()})
 
     def but(self, changes: Mapping[str, Any]) -> Self:
         """The recipe with some settings changed. A dotted name is an entry of a mapping: "options.alpha",
-        "optimizer.update_gap", "shape.hidden_size".
+        "optimizer.update_gap", "method.cola.rank", "shape.hidden_size". A method's setting may be named alone: "alpha".
 
         Raises:
             ValueError: an unknown name, or the result is not a recipe.
         """
         settings = self.to_dict()
         for name, value in changes.items():
-            head, dot, entry = name.partition(".")
+            head, dot, entry = full_name(name).partition(".")
             if not dot:
                 settings[name] = value
             elif head in KEYS:
-                given = settings[head]
-                given = given if isinstance(given, dict) else {each: {} for each in names_joined(given)}
-                first = next(iter(given))
-                settings[head] = {**given, first: {**given[first], entry: value}}
+                method, dot, own = entry.partition(".")
+                named = {key: list(_entries(settings[key])) for key in KEYS}
+                if dot:  # method.cola.rank, wherever cola is named
+                    head, entry = next((key for key in KEYS if method in named[key]), ""), own
+                    if not head:
+                        names = ", ".join(f"{key}={'+'.join(named[key])}" for key in KEYS)
+                        raise ValueError(f"{name} must be a setting of a named method, got {names}; name {method} too")
+                given = _entries(settings[head])
+                method = method if dot else next(iter(given))
+                settings[head] = {**given, method: {**given[method], entry: value}}
             elif isinstance(settings.setdefault(head, {}), dict):
                 settings[head] = {**settings[head], entry: value}
             else:
@@ -315,35 +322,22 @@ def check_license(name: str | None) -> None:
         raise ValueError(f"license must be an identifier such as apache-2.0, mit or cc-by-4.0, got {name!r}")
 
 
-def recipes_folder() -> Path:
-    """Where recipes/ is: inside an installed package, or next to it in a checkout."""
-    package = Path(lorank.__file__).parent
-    return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
+def full_name(setting: str) -> str:
+    """A setting as recipes call it. The flag for "options.NAME" is --option NAME=VALUE, so "option.NAME" is allowed, and so is
+    NAME alone if a method has such a setting and recipes have none.
+
+    >>> full_name("option.update_gap"), full_name("update_gap"), full_name("optimizer.update_gap"), full_name("steps")
+    ('options.update_gap', 'options.update_gap', 'optimizer.update_gap', 'steps')
+    """
+    if setting.startswith("option."):
+        return f"options.{setting.removeprefix('option.')}"
+    own = "." not in setting and setting not in field_types(Recipe)
+    return f"options.{setting}" if own and any(setting in field_types(find(n)) for n in method_names()) else setting
 
 
-def recipe_path(name: str | Path) -> Path:
-    """The file of that path, or else the recipe of that name that comes with lorank."""
-    ours = recipes_folder() / f"{name}.yaml"
-    return ours if ours.is_file() and not Path(name).exists() else Path(name)
-
-
-def recipe_names() -> list[str]:
-    """The recipes that come with lorank."""
-    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
-
-
-def recipe_file(method: str, size: str) -> Path:
-    """Of a method at a size, whether it exists or not; CoLA-M has CoLA's."""
-    return recipes_folder() / f"{method.removesuffix('-m')}-{size}.yaml"
-
-
-@functools.cache
-def published_lr(method: str, size: str) -> float | None:
-    """The learning rate that the recipe of a method at a size names; None if there is no recipe, or it leaves the rate
-    open because no source is known for it."""
-    path = recipe_file(method, size)
-    found = load(path.read_text(encoding="utf-8")).get("lr") if path.is_file() else None
-    return None if found is None else float(found)
+def _entries(value: Any) -> dict[str, dict[str, Any]]:
+    """{name: settings} of a key that names methods."""
+    return value if isinstance(value, dict) else {name: {} for name in names_joined(value)}
 
 
 def settings_with(mark: str) -> list[str]:

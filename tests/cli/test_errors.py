@@ -33,7 +33,7 @@ BAD = {
     "a recipe that is not there": (["plan", "recipes/nowhere.yaml"], "recipe recipes/nowhere.yaml does not exist"),
     "an option of no method": (
         [*PLAN, "--option", "update_gap=3"],
-        "no planned method (dense, cola-m) has the setting 'update_gap'",
+        "no method here (dense, cola-m) has the setting 'update_gap'",
     ),
     "a flag that is a command now": (["plan", "--paper", "cola"], "no such option: --paper; use lorank papers NAME"),
     "a setting with entries": (["pretrain", "--shape", "8"], "no such option: --shape; use --set shape.NAME=VALUE"),

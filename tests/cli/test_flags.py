@@ -16,7 +16,8 @@ import yaml
 
 from lorank.cli import PACKAGES, cli
 from lorank.cli.flags import BUDGETS, GROUPS, changes_of, recipe_of, value_of
-from lorank.train.recipe import Recipe, recipe_names, recipe_path, settings_with
+from lorank.train.recipe import Recipe, settings_with
+from lorank.train.shipped import recipe_names, recipe_path
 
 OTHERS: dict[str, Any] = {
     "schedule_steps": 500,
@@ -113,6 +114,10 @@ def test_dotted_names_are_entries_of_mappings() -> None:
     recipe = recipe_of(None, {"method": "cola", "optimizer": "galore", "assignments": given})
     assert recipe.shape == {"hidden_size": 64} and recipe.options == {"alpha": 0.01}
     assert recipe.optimizer == {"galore": {"update_gap": 500}}
+    given = ("method.cola.rank=2", "optimizer.galore.rank=3", "nonlinearity=low-rank")  # galore stands under method
+    recipe = recipe_of(None, {"method": "cola+galore", "assignments": given})
+    assert recipe.method == {"cola": {"rank": 2}, "galore": {"rank": 3}}
+    assert recipe.options == {"nonlinearity": "low-rank"}, "a method's setting may be named alone"
 
 
 def test_flags_win_over_a_recipe_by_name() -> None:
@@ -125,6 +130,10 @@ def test_flags_win_over_a_recipe_by_name() -> None:
     [
         ({"assignments": ("weight_dekay=1",)}, "unknown setting 'weight_dekay'; did you mean 'weight_decay'"),
         ({"assignments": ("shap.hidden_size=1",)}, "unknown setting 'shap'; did you mean 'shape'"),
+        (
+            {"assignments": ("optimizer.galore.rank=1",)},
+            "a setting of a named method, got method=cola.*name galore too",
+        ),
         ({"assignments": ("lr.first=1",)}, "lr is one value and has no entry 'first'"),
         ({"assignments": ("lr",)}, "--set must be NAME=VALUE, for example weight_decay=0.1, got 'lr'"),
         ({"assignments": ("betas=[1",)}, "a value must be valid YAML"),

@@ -16,7 +16,8 @@ from lorank.train import run
 from lorank.train.data import sources
 from lorank.train.folder import history
 from lorank.train.methods import methods_of
-from lorank.train.recipe import Recipe, recipes_folder
+from lorank.train.recipe import Recipe
+from lorank.train.shipped import recipes_folder
 
 pytestmark = pytest.mark.usefixtures("uncounted")
 

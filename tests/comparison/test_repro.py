@@ -12,7 +12,8 @@ from transformers import TrainerCallback
 import lorank
 from lorank.comparison import repro
 from lorank.train import run
-from lorank.train.recipe import Recipe, recipes_folder
+from lorank.train.recipe import Recipe
+from lorank.train.shipped import recipes_folder
 
 pytestmark = pytest.mark.usefixtures("uncounted")
 

@@ -167,6 +167,25 @@ def test_several_methods_may_be_one_row(base: Recipe, costs: Costs, tmp_path: Pa
     assert (title_of(recipe), recipe.rank, kind) == ("dense", None, "dense")
 
 
+def test_a_setting_goes_to_the_rows_that_have_it(base: Recipe) -> None:
+    """As in `lorank plan`; a row's own is for that row alone."""
+    given = dataclasses.replace(base, options={"nonlinearity": "both"})
+    rows = {"methods": ["cola", "cola+galore", "low-rank+eggroll"], "only": True}
+    asked = ComparisonSettings(
+        base=given, sweep={"update_gap": [3, 4]}, own={"low-rank+eggroll": {"population": [4]}}, **rows
+    )
+    found = {name: candidates_of(asked, name, recipe)[0] for name, (recipe, _) in find_rows(asked).items()}
+    options = {name: [recipe.options for _, recipe in each if recipe.lr == 1e-2] for name, each in found.items()}
+    assert options == {
+        "cola": [{"nonlinearity": "both"}],
+        "cola+galore": [{"nonlinearity": "both", "update_gap": 3}, {"nonlinearity": "both", "update_gap": 4}],
+        "low-rank+eggroll": [{"population": 4}],
+    }
+    for wrong in ({"base": given, "sweep": {"fall": [1, 2]}}, {"base": dataclasses.replace(base, options={"fall": 1})}):
+        with pytest.raises(ValueError, match=r"no method here \(cola, cola\+galore, low-rank\+eggroll\) has .* 'fall'"):
+            find_rows(ComparisonSettings(**wrong, **rows))
+
+
 def test_an_estimated_gradient_is_compared_with_autograd(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     """EGGROLL's passes are those of its population; dense rows learn by autograd, and none is as narrow as EGGROLL is cheap."""
     asked = ComparisonSettings(base=dataclasses.replace(base, rank=None), methods=["eggroll"])

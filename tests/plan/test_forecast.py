@@ -174,6 +174,16 @@ def test_settings_under_a_default_go_to_what_replaces_it() -> None:
     assert forecast.forecast_all([dataclasses.replace(shape, gradient="autograd", **TINY)], ["galore"], fleet=FLEET)
 
 
+def test_what_runs_in_one_process_is_planned_for_one_device(printed) -> None:
+    shapes, methods = [Recipe(**TINY)], ["dense", "low-rank+eggroll"]
+    found = forecast.forecast_all(shapes, methods, fleet=FLEET, alone=True)
+    assert [one.fleet.devices for one in found] == [8, 1]
+    shown = printed(plans.forecast_tables(found))
+    assert "H100 SXM devices" in shown and "p = 8 devices" in shown
+    with pytest.raises(ValueError, match="eggroll runs in one process; use --devices 1"):
+        forecast.forecast_all(shapes, methods, fleet=FLEET)
+
+
 def test_options_go_to_the_methods_that_have_them() -> None:
     shape = Recipe(**TINY, options={"update_gap": 7, "error_feedback": "full"}, targets=["mlp"])
     kept = {m: forecast.with_method(shape, m) for m in ("dense", "cola", "galore", "dct-adamw")}
@@ -188,10 +198,10 @@ def test_options_go_to_the_methods_that_have_them() -> None:
         (
             {"options": {"update_gab": 7}},
             ["dense", "galore"],
-            r"no planned method \(dense, galore\) has the setting 'update_gab'; did you mean",
+            r"no method here \(dense, galore\) has the setting 'update_gab'; did you mean",
         ),
-        ({"targets": ["mlp"]}, ["dense"], r"no planned method \(dense\) has the setting 'targets'; leave it out"),
-        ({"rank": 8}, ["dense", "masa"], r"no planned method \(dense, masa\) has the setting 'rank'"),
+        ({"targets": ["mlp"]}, ["dense"], r"no method here \(dense\) has the setting 'targets'; leave it out"),
+        ({"rank": 8}, ["dense", "masa"], r"no method here \(dense, masa\) has the setting 'rank'"),
     ):
         with pytest.raises(ValueError, match=said):
             forecast.forecast_all([Recipe(**{**TINY, **changes})], methods, fleet=FLEET)

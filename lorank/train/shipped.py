@@ -1,0 +1,38 @@
+"""The recipes that come with lorank."""
+
+import functools
+from pathlib import Path
+
+import lorank
+from lorank.train.yamls import load
+
+
+def recipes_folder() -> Path:
+    """Where recipes/ is: inside an installed package, or next to it in a checkout."""
+    package = Path(lorank.__file__).parent
+    return next((f for f in (package / "recipes", package.parent / "recipes") if f.is_dir()), package / "recipes")
+
+
+def recipe_path(name: str | Path) -> Path:
+    """The file of that path, or else the recipe of that name that comes with lorank."""
+    ours = recipes_folder() / f"{name}.yaml"
+    return ours if ours.is_file() and not Path(name).exists() else Path(name)
+
+
+def recipe_names() -> list[str]:
+    """The recipes that come with lorank."""
+    return sorted(path.stem for path in recipes_folder().glob("*.yaml"))
+
+
+def recipe_file(method: str, size: str) -> Path:
+    """Of a method at a size, whether it exists or not; CoLA-M has CoLA's."""
+    return recipes_folder() / f"{method.removesuffix('-m')}-{size}.yaml"
+
+
+@functools.cache
+def published_lr(method: str, size: str) -> float | None:
+    """The learning rate that the recipe of a method at a size names; None if there is no recipe, or it leaves the rate
+    open because no source is known for it."""
+    path = recipe_file(method, size)
+    found = load(path.read_text(encoding="utf-8")).get("lr") if path.is_file() else None
+    return None if found is None else float(found)
