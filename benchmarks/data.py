@@ -1,11 +1,12 @@
 """How fast text becomes rows of tokens, per core, and in how much memory.
 
-    python benchmarks/data.py                  # 1 GB of jsonl, made on the spot
+    python benchmarks/data.py                  # 0.1, 0.3 and 1 GB of jsonl, made on the spot
     python benchmarks/data.py --megabytes 100  # a quick one
 
 The text is made of the words of Python's standard library, drawn at random as often as they occur there, in documents of some 2 kB.
 Seconds are those of all processors together (`os.times`, workers included), so that MB/s are per core, also on a machine that does
-other things. Memory is what processes have for themselves (USS), summed over all, without the file pages that they share.
+other things. Memory is what preparation adds to that of a process that has imported lorank; file pages, which are in it last, are those that
+the processes have mapped, and which the system takes back when it needs them.
 A vocabulary of 4,096 entries is learnt first, from 50 million characters at most, which does not count as preparation.
 """
 
@@ -51,20 +52,26 @@ class Memory:
     """The most memory that this process and its children had, looked at ten times a second."""
 
     def __init__(self) -> None:
-        self.most = {"this process": 0, "all processes": 0}
+        self.most = memory()
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._look, daemon=True)
         self.thread.start()
 
     def _look(self) -> None:
-        me = psutil.Process()
         while not self.over.wait(0.1):
-            mine, others = me.memory_full_info().uss, 0
-            for child in me.children():
-                with contextlib.suppress(psutil.Error):  # it has ended
-                    others += child.memory_full_info().uss
-            for name, now in (("this process", mine), ("all processes", mine + others)):
-                self.most[name] = max(self.most[name], now)
+            for name, size in memory().items():
+                self.most[name] = max(self.most[name], size)
+
+
+def memory() -> dict[str, int]:
+    """Bytes now."""
+    me, found = psutil.Process(), []
+    for process in (me, *me.children()):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            found.append(process.memory_info())
+    own = [one.rss - one.shared for one in found]
+    names = ("this process", "all processes", "with file pages")
+    return dict(zip(names, (own[0], sum(own), sum(one.rss for one in found)), strict=True))
 
 
 def prepare(text: Path, cache: Path) -> None:
@@ -81,15 +88,15 @@ def prepare(text: Path, cache: Path) -> None:
         seconds[what] = seconds.get(what, 0.0) + now - spent
         current, looked, spent = what, time.perf_counter(), now
 
-    before, memory, start = psutil.Process().memory_full_info().uss, Memory(), time.perf_counter()
+    before, most, start = memory(), Memory(), time.perf_counter()
     with watched_by(watch):
         corpus = load()
     wall = time.perf_counter() - start
     watch("packing and the rest")
-    memory.over.set()
-    most = {name: size - before for name, size in memory.most.items()}
+    most.over.set()
+    more = {name: size - before[name] for name, size in most.most.items()}
     tokens = sum(len(rows) for rows in (corpus.train, corpus.validation)) * 256
-    print(json.dumps({"seconds": seconds, "wall": wall, "memory": most, "tokens": tokens}))
+    print(json.dumps({"seconds": seconds, "wall": wall, "memory": more, "tokens": tokens}))
 
 
 def cpu_seconds() -> float:
@@ -104,8 +111,10 @@ def cpu_seconds() -> float:
 
 def report(megabytes: float, found: dict) -> None:
     total = sum(found["seconds"].values())
-    memory = ", ".join(f"{size / 1e6:,.0f} MB in {name}" for name, size in found["memory"].items())
-    print(f"{megabytes:,.0f} MB: {megabytes / total:.1f} MB/s per core, {found['tokens'] / 1e6:.1f} M tokens; {memory}")
+    most = ", ".join(f"{name} {size / 1e6:,.0f} MB" for name, size in found["memory"].items())
+    print(
+        f"{megabytes:,.0f} MB: {megabytes / total:.1f} MB/s per core, {found['tokens'] / 1e6:.1f} M tokens\n    memory: {most}"
+    )
     for what, seconds in found["seconds"].items():
         print(f"    {what:<28}{seconds:7.1f} s {megabytes / max(seconds, 1e-3):9.1f} MB/s")
     print(
@@ -121,7 +130,7 @@ if __name__ == "__main__":
     if asked.prepare:
         prepare(*asked.prepare)
         sys.exit()
-    for megabytes in (asked.megabytes / 4, asked.megabytes):
+    for megabytes in (0.1 * asked.megabytes, 0.3 * asked.megabytes, asked.megabytes):
         with tempfile.TemporaryDirectory() as folder:
             text, cache = Path(folder, "text.jsonl"), Path(folder, "cache")
             write_text(text, megabytes)

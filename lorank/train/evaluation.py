@@ -192,6 +192,7 @@ def text_for(
         sequence_length=text.sequence_length,
         documents=text.documents,
         text_column=text.text_column,
+        stream=text.stream,
         seed=text.seed,
         held_out=text.held_out,
         validation_tokens=text.validation_tokens,

@@ -117,6 +117,11 @@ class Recipe:
         shared=True,
     )
     text_column: str = _setting("text", "Column of jsonl, parquet, csv or hub data that holds the text.", shared=True)
+    stream: bool = _setting(
+        False,
+        "Read local files while training, without preparing or keeping anything: for text larger than the disk has room for.",
+        shared=True,
+    )
     tokenizer: str | None = _setting(
         None,
         "Name, folder or tokenizer.json of a tokenizer, or bytes. Default: byte-level BPE trained on the data.",

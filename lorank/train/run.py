@@ -228,6 +228,7 @@ def corpus_of(recipe: Recipe) -> data.Corpus:
         sequence_length=recipe.sequence_length,
         documents=recipe.documents,
         text_column=recipe.text_column,
+        stream=recipe.stream,
         seed=recipe.split_seed,
         order_seed=recipe.seed,
         validation_tokens=recipe.validation_tokens,

@@ -28,6 +28,7 @@ class Text:
     """Tokens; None: as many as suit the model."""
     documents: Literal["packed", "separate", "padded"] = "packed"
     text_column: str = "text"
+    stream: bool = False
     batch_size: int = 16
     run: str | None = None
     """The run whose recipe says this; None: not a run, or another text than its own."""
@@ -93,6 +94,7 @@ def _of_run(recipe: Recipe, model: str) -> Text:
         sequence_length=recipe.sequence_length,
         documents=recipe.documents,
         text_column=recipe.text_column,
+        stream=recipe.stream,
         batch_size=recipe.micro_batch_size or recipe.batch_size,
         run=model,
     )

@@ -11,7 +11,6 @@ A worker starts in a tenth of a second and takes little memory, because it impor
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -27,8 +26,9 @@ from tokenizers import Tokenizer
 
 PIECE = 1 << 20  # characters tokenised at once: long texts then use all cores, but not all memory
 BATCH = 1 << 22  # characters tokenised in one call
-Encode: TypeAlias = Callable[[Sequence[str]], list[list[int]]]
-"""Texts to token ids."""
+Ids: TypeAlias = list[int] | np.ndarray
+Encode: TypeAlias = Callable[[Sequence[str]], Sequence[Ids]]
+"""Texts to the token ids of each."""
 
 
 class Piece(NamedTuple):
@@ -48,22 +48,23 @@ def pieces_of(text: str) -> Iterator[Piece]:
     yield Piece(text[start:], True)
 
 
-def whole(texts: Iterable[str], encode: Encode, eos: int) -> Iterator[tuple[Piece, list[int]]]:
+def whole(texts: Iterable[str], encode: Encode, eos: int) -> Iterator[tuple[Piece, Ids]]:
     """Documents piece by piece with their token ids, and an eos after the last piece of each."""
     for piece, ids in _encoded((piece for text in texts for piece in pieces_of(text)), encode):
-        yield piece, [*ids, eos] if piece.is_last else ids
+        if not piece.is_last:
+            yield piece, ids
+        else:
+            yield piece, np.append(ids, ids.dtype.type(eos)) if isinstance(ids, np.ndarray) else [*ids, eos]
 
 
-def beginnings(texts: Iterable[str], encode: Encode, eos: int, length: int) -> Iterator[tuple[Piece, list[int]]]:
+def beginnings(texts: Iterable[str], encode: Encode, eos: int, length: int) -> Iterator[tuple[Piece, Ids]]:
     """Documents with the token ids that fit in a row of `length`, to which `encode` cuts them. An eos is added where it is missing
     and fits."""
     for piece, ids in _encoded((Piece(text[:PIECE], True) for text in texts), encode):
-        if len(ids) < length and ids[-1:] != [eos]:
-            ids.append(eos)
-        yield piece, ids
+        yield piece, [*ids, eos] if len(ids) < length and [*ids[-1:]] != [eos] else ids
 
 
-def _encoded(pieces: Iterable[Piece], encode: Encode) -> Iterator[tuple[Piece, list[int]]]:
+def _encoded(pieces: Iterable[Piece], encode: Encode) -> Iterator[tuple[Piece, Ids]]:
     """Pieces with their token ids. Many are tokenised in one call."""
     for batch in _batches(pieces):
         yield from zip(batch, encode([piece.text for piece in batch]), strict=True)
@@ -141,7 +142,7 @@ def write_part(
     """Tokenise a shard and write its files."""
     texts = documents.texts(plan.bounds[number], plan.bounds[number + 1], say)
     if plan.length is None:
-        rows = [np.array(ids, plan.dtype) for _, ids in whole(texts, encode, plan.eos)]
+        rows = [np.asarray(ids, plan.dtype) for _, ids in whole(texts, encode, plan.eos)]
     else:
         cut = beginnings(texts, encode, plan.eos, plan.length)
         rows = [np.array(ids, plan.dtype) for _, ids in cut if len(ids) > 1]  # one token predicts nothing
@@ -208,29 +209,32 @@ def _splits_before_spaces(rules: dict[str, Any]) -> bool:
 
 
 class ByWords:
-    """Tokenises each word, with the white space before it, once, and remembers its ids: some four times faster.
+    """Tokenises each word, with the white space before it, once, and remembers its ids: some six times faster.
 
     Only for tokenizers of which each word's ids depend on nothing else.
     """
 
-    WORD = re.compile(r"[^\S\x1c-\x1f]*[\S\x1c-\x1f]+|[^\S\x1c-\x1f]+")
+    WORD = re.compile(r"[^\S\x1c-\x1f]*+[\S\x1c-\x1f]++|[^\S\x1c-\x1f]++")
     """White space as Unicode has it. Python counts four separators, too, which GPT-2's expression does not."""
     MOST = 1 << 23
     """Characters of words that are remembered."""
 
     def __init__(self, encode: Encode):
         self.encode = encode
-        self.known: dict[str, list[int]] = {}
+        self.known: dict[str, bytes] = {}
+        """Words -> their ids, four bytes each."""
         self.size = 0
 
-    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+    def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self.size > self.MOST:
             self.known, self.size = {}, 0
         words = list(map(self.WORD.findall, texts))
         if new := list(set().union(*words).difference(self.known)):
-            self.known.update(zip(new, self.encode(new), strict=True))
+            self.known.update(
+                (word, np.array(ids, np.int32).tobytes()) for word, ids in zip(new, self.encode(new), strict=True)
+            )
             self.size += sum(map(len, new))
-        return [list(itertools.chain.from_iterable(map(self.known.__getitem__, one))) for one in words]
+        return [np.frombuffer(b"".join(map(self.known.__getitem__, one)), np.int32) for one in words]
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,22 @@ def test_evaluate_repeats_the_figures_of_the_run(run: Path) -> None:
     assert 120 <= found.tokens < 120 + 24
     last = evaluate_folder(str(run / "checkpoint-2"))
     assert (last.loss, last.tokens) == (found.loss, found.tokens)
+
+
+def test_a_run_on_a_stream_resumes_where_it_was(
+    folder: Path, recipe: Callable[..., Recipe], losses: Any, tmp_path: Path
+) -> None:
+    """Its later steps see the rows that they would have seen, and evaluation what was held out."""
+    asked = recipe(data=str(folder / "data"), text_column="body", stream=True, steps=4, save_every=2, eval_every=0)
+    summary = pretrain(asked, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "part")
+    for name in ("summary.json", "model.safetensors"):
+        (tmp_path / "part" / name).unlink()
+    shutil.rmtree(tmp_path / "part/checkpoint-4")
+    resumed = pretrain(asked, tmp_path / "part", resume=True)
+    assert summary is not None and resumed is not None and losses(tmp_path / "part") == losses(tmp_path / "whole")
+    assert resumed.validation_loss_nats_per_token == summary.validation_loss_nats_per_token
+    assert evaluate_folder(str(tmp_path / "whole")).loss == summary.validation_loss_nats_per_token
 
 
 def test_analyze_reads_the_same_text(run: Path, tmp_path: Path) -> None:

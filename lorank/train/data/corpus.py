@@ -1,8 +1,8 @@
 """The training and validation sequences of a run, and held-out text for an evaluation."""
 
+import dataclasses
 import functools
 import hashlib
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,13 +14,14 @@ from lorank.train.data.form import Documents as PerRow
 from lorank.train.data.form import Form
 from lorank.train.data.sequences import bytes_per_token_of, check_form, ids_of, make_sequences
 from lorank.train.data.sources import cache_folder, is_held_out, name_of, open_data, quantity, quiet, texts_of
+from lorank.train.data.streams import FileStream
 from lorank.train.data.tokenizers import identity, load_tokenizer
 from lorank.train.watching import told
 
 MOST_TOKENS = 10_000_000  # that are evaluated if it is not said how many
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Corpus:
     """Training and validation sequences, and the tokenizer that made them.
 
@@ -71,6 +72,7 @@ def load_corpus(
     sequence_length: int = 256,
     documents: PerRow = "packed",
     text_column: str = "text",
+    stream: bool = False,
     seed: int = 42,
     order_seed: int | None = None,
     validation_tokens: int | None = 10_000_000,
@@ -89,6 +91,8 @@ def load_corpus(
             of `sequence_length` tokens; "separate" makes the same rows, see `collate`; "padded" cuts or pads each document to one
             row, as the papers do.
         text_column: of jsonl, json, parquet, csv and hub data.
+        stream: read local files while training instead of preparing them: nothing is kept on disk, and a pass has another order
+            than the one before. A hub data set always is one. Held out are then the first documents of each large file.
         seed: of the split and the order of documents, and so of a tokenizer trained on them.
         order_seed: of the order of a training stream, by default `seed`. Rows on disk are shuffled by their reader.
         validation_tokens: predicted tokens after which validation ends. None: 10 million, but 5 % are held out however many they are,
@@ -101,22 +105,27 @@ def load_corpus(
     """
     check_form(documents, sequence_length)
     cache = cache_folder(cache_dir)
-    source = open_data(data, text_column, seed, cache, validation_tokens)
+    open_ = partial(open_data, text_column=text_column, cache=cache, validation_tokens=validation_tokens, stream=stream)
+    source = open_(data, seed=seed)
     if validation in (None, data):
         train, held_out, what = source.train, source.validation, name_of(data)
     else:
-        other = open_data(validation, text_column, seed, cache, validation_tokens)
+        other = open_(validation, seed=seed)
         what = validation
         train, held_out = source.whole, other.validation if is_held_out(validation) else other.whole
     name = None
     if isinstance(train, IterableDataset):  # reading it only to look up its tokenizer would be slow
         name = repr((data, text_column, seed, train is source.train))
+    elif isinstance(train, FileStream):
+        name = repr((data, text_column, seed, train.state))
     texts = partial(texts_of, train)
     tok = load_tokenizer(tokenizer, texts, vocab_size=vocab_size, cache_dir=cache, texts_name=name)
     form = Form.of(tok, sequence_length, documents)
     if isinstance(train, IterableDataset) and order_seed not in (None, seed):  # the same documents in another order
-        again = open_data(data, text_column, order_seed, cache, validation_tokens)  # type: ignore[arg-type]
+        again = open_(data, seed=order_seed)
         train = again.whole if train is source.whole else again.train
+    elif isinstance(train, FileStream) and order_seed is not None:
+        train = dataclasses.replace(train, seed=order_seed)
     rows = make_sequences(train, form, f"the training text of {name_of(data)}", cache)
     what = f"the validation text of {what}"
     held_out_rows = make_sequences(held_out, form, what, cache, validation_tokens or MOST_TOKENS)
@@ -135,6 +144,7 @@ def load_evaluation(
     sequence_length: int,
     documents: PerRow = "packed",
     text_column: str = "text",
+    stream: bool = False,
     seed: int = 42,
     held_out: bool = False,
     validation_tokens: int | None = 10_000_000,
@@ -148,7 +158,7 @@ def load_evaluation(
     """
     check_form(documents, sequence_length)
     cache = cache_folder(cache_dir)
-    opened = open_data(data, text_column, seed, cache, validation_tokens)
+    opened = open_data(data, text_column, seed, cache, validation_tokens, stream=stream)
     documents_read = opened.validation if held_out or is_held_out(data) else opened.whole
     form = Form.of(tokenizer, sequence_length, documents)
     rows = make_sequences(documents_read, form, f"the text of {name_of(data)}", cache, max_tokens)

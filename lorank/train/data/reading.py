@@ -10,6 +10,7 @@ import bz2
 import codecs
 import csv
 import dataclasses
+import functools
 import gzip
 import io
 import json
@@ -284,9 +285,15 @@ def _is_json(line: bytes) -> bool:
     return True
 
 
+@functools.cache
+def _spellings(column: str) -> set[str]:
+    """A column's name in JSON, with other letters than ASCII's escaped and not."""
+    return {json.dumps(column), json.dumps(column, ensure_ascii=False)}
+
+
 def _check_once(row: str, column: str) -> None:
     """Raises ValueError for an object that has a column several times, of which JSON would give the last."""
-    if row.count(json.dumps(column)) + row.count(f'"{column}"') > 1:
+    if sum(map(row.count, _spellings(column))) > 1:
         pairs = PAIRS.decode(row)
         if isinstance(pairs, tuple) and [name for name, _ in pairs].count(column) > 1:
             raise ValueError(f"an object has several entries {column!r}")

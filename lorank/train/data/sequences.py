@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 import numpy as np
+import pyarrow as pa
 import torch
 from datasets import Dataset, Features, IterableDataset, List, Value
 
@@ -17,6 +18,7 @@ from lorank.train.data.form import Documents as PerRow
 from lorank.train.data.form import Form
 from lorank.train.data.rows import key_of, make_rows
 from lorank.train.data.sources import Documents, texts_of
+from lorank.train.data.streams import FileStream
 from lorank.train.watching import tell
 
 MEASURED_BYTES = 10_000_000  # of validation text in which tokens are counted
@@ -31,18 +33,31 @@ def make_sequences(
         name = form.tokenizer.name_or_path
         raise ValueError(f"tokenizer must have an end-of-sequence token, and {name!r} has none; use another")
     arguments: dict[str, Any] = {"documents": documents, "form": form, "what": what, "max_tokens": max_tokens}
-    if isinstance(documents, IterableDataset):
-        features = Features({name: List(Value("int32"), length=form.sequence_length) for name in form.columns})
+    if not isinstance(documents, Dataset):
         if max_tokens is None:
+            features = Features({name: List(Value("int32"), length=form.sequence_length) for name in form.columns})
             return IterableDataset.from_generator(_endless, features, arguments)
-        return Dataset.from_list(list(_rows(**arguments)), features)
+        return _kept(_rows(**arguments), form)
     rows = make_rows(documents, form, max_tokens, cache / "rows")
     if not len(rows):
         raise _too_few(documents, form, what)
     return rows
 
 
-def _endless(documents: IterableDataset, **arguments: Any) -> Iterator[Row]:
+def _kept(rows: Iterator[Row], form: Form) -> Dataset:
+    """Rows in memory, four bytes a token."""
+    tables = []
+    while some := list(itertools.islice(rows, 1024)):
+        columns = {name: np.array([row[name] for row in some], np.int32).ravel() for name in form.columns}
+        arrays = {
+            name: pa.FixedSizeListArray.from_arrays(pa.array(ids), form.sequence_length)
+            for name, ids in columns.items()
+        }
+        tables.append(pa.table(arrays))
+    return Dataset(pa.concat_tables(tables))
+
+
+def _endless(documents: IterableDataset | FileStream, **arguments: Any) -> Iterator[Row]:
     for epoch in itertools.count():
         documents.set_epoch(epoch)  # another order
         yield from _rows(documents, **arguments)
@@ -54,8 +69,10 @@ def _rows(documents: Documents, form: Form, what: str, max_tokens: int | None) -
     for row in (_packed if form.documents == "packed" else _padded)(documents, form):
         yield row
         predicted += sum(row.get("attention_mask", [1] * form.sequence_length)) - 1
-        if max_tokens is not None and predicted >= max_tokens:
-            return
+        if max_tokens is not None:
+            tell("packing", min(predicted, max_tokens), max_tokens, "tokens")
+            if predicted >= max_tokens:
+                return
     if not predicted:
         raise _too_few(documents, form, what)
 
@@ -83,12 +100,12 @@ def _padded(documents: Documents, form: Form) -> Iterator[Row]:
         if len(ids) > 1:  # one token predicts nothing
             n = form.sequence_length - len(ids)
             mask = [1] * len(ids) + [0] * n
-            yield {"input_ids": ids + [form.padding] * n, "attention_mask": mask, "labels": ids + [-100] * n}
+            yield {"input_ids": [*ids, *[form.padding] * n], "attention_mask": mask, "labels": [*ids, *[IGNORED] * n]}
 
 
 def bytes_per_token_of(documents: Documents, form: Form, cache: Path) -> float:
     """UTF-8 bytes per token of the text in the rows; of documents on disk it is measured once."""
-    if isinstance(documents, IterableDataset):
+    if not isinstance(documents, Dataset):
         return _bytes_per_token(documents, form)
     kept = cache / "rows" / f"{key_of(documents, form, None)}.ratio"
     use(kept)
@@ -116,7 +133,7 @@ def _bytes_per_token(documents: Documents, form: Form) -> float:
 
 def _tokens(
     documents: Documents, form: Form, encode: tokens.Encode | None = None
-) -> Iterator[tuple[tokens.Piece, list[int]]]:
+) -> Iterator[tuple[tokens.Piece, tokens.Ids]]:
     """Documents with the tokens that a row may have of them: packed piece by piece, padded the beginning of each."""
     texts, eos, encode = texts_of(documents), form.tokenizer.eos_token_id, encode or form.encode
     if form.documents == "packed":
@@ -177,6 +194,6 @@ def check_ids(largest: int, vocab_size: int) -> None:
 def check_form(documents: str, sequence_length: int) -> None:
     """Raise ValueError if documents cannot become such rows."""
     if documents not in get_args(PerRow):
-        raise ValueError(f"documents must be {' or '.join(map(repr, get_args(PerRow)))}, got {documents!r}")
+        raise ValueError(f"documents must be 'packed', 'separate' or 'padded', got {documents!r}")
     if sequence_length < 2:
         raise ValueError(f"sequence_length must be at least 2, got {sequence_length}")

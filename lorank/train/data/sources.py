@@ -1,4 +1,5 @@
-"""Documents from the interpreter's own standard library, from local files, or from a data set of the hub (streamed)."""
+"""Documents from the interpreter's own standard library, from local files (prepared or streamed), or from a data set of the hub
+(streamed)."""
 
 import atexit
 import contextlib
@@ -18,13 +19,14 @@ from datasets import Dataset, IterableDataset
 
 from lorank.train.data.files import embedded_files, found_files, local_files, read_documents
 from lorank.train.data.reading import Tally, kind_of
+from lorank.train.data.streams import FileStream, held_out_of, mixed, streams_of
 from lorank.train.hub import asked_if_reachable
 
 logger = logging.getLogger(__name__)
 VALIDATION_SHARE = 0.05
 LONG_TOKEN = 8  # bytes; no usual vocabulary has tokens as long on average, in any language
 SHUFFLE_BUFFER = 10_000  # documents of a stream
-Documents: TypeAlias = Dataset | IterableDataset  # one column, text; one row, one document
+Documents: TypeAlias = Dataset | IterableDataset | FileStream  # one column, text; one row, one document
 
 
 class Source(NamedTuple):
@@ -37,12 +39,20 @@ class Source(NamedTuple):
 
 
 def open_data(
-    data: str | list[str], text_column: str, seed: int, cache: Path, validation_tokens: int | None = None
+    data: str | list[str],
+    text_column: str,
+    seed: int,
+    cache: Path,
+    validation_tokens: int | None = None,
+    *,
+    stream: bool = False,
 ) -> Source:
-    """A source, or several as one; see `open_source` and `open_sources`."""
-    if isinstance(data, str):
-        return open_source(data, text_column, seed, cache, validation_tokens)
-    return open_sources(data, text_column, seed, cache, validation_tokens)
+    """A source, or several as one; see `open_source` and `open_sources`. As a `stream`, local files are read when they are needed."""
+    if isinstance(data, list):
+        return open_sources(data, text_column, seed, cache, validation_tokens, stream=stream)
+    if stream and not _is_hub(data):
+        return _open_stream(data, text_column, seed, validation_tokens)
+    return open_source(data, text_column, seed, cache, validation_tokens)
 
 
 def name_of(data: str | list[str]) -> str:
@@ -69,8 +79,27 @@ def open_source(source: str, text_column: str, seed: int, cache: Path, validatio
     return Source(documents, *_split(documents, sizes, validation_tokens), description)
 
 
+def _open_stream(source: str, text_column: str, seed: int, validation_tokens: int | None) -> Source:
+    files, left = (embedded_files(), 0) if source == "embedded" else local_files(source)
+    files = [file for file in files if file.stat().st_size]
+    if not files:
+        raise ValueError(f"{source} contains no text: every file is empty")
+    total = sum(file.stat().st_size for file in files)
+    share = (
+        VALIDATION_SHARE if validation_tokens is None else min(VALIDATION_SHARE, LONG_TOKEN * validation_tokens / total)
+    )
+    said = f"{source}: {_counted(len(files), 'file')}, {quantity(total, 'B')}, streamed{_said(Tally(), left)}"
+    return Source(*streams_of(files, text_column, seed, share), said)
+
+
 def open_sources(
-    sources: Sequence[str], text_column: str, seed: int, cache: Path, validation_tokens: int | None = None
+    sources: Sequence[str],
+    text_column: str,
+    seed: int,
+    cache: Path,
+    validation_tokens: int | None = None,
+    *,
+    stream: bool = False,
 ) -> Source:
     """Several local sources as one. In "PATH:WEIGHT" the weight says how often a pass over the data sees each document: with 2
     twice, with 0.3 three in ten. It does not change what is held out.
@@ -87,18 +116,26 @@ def open_sources(
             )
         if not weight or names.count(name) > 1:
             raise ValueError(f"data must name each source once, with a positive weight if any, got {list(sources)}")
-        opened.append((open_source(name, text_column, seed, cache, validation_tokens), weight))
+        opened.append((open_data(name, text_column, seed, cache, validation_tokens, stream=stream), weight))
+    said = "; ".join(one.description + ("" if weight == 1 else f", times {weight:g}") for one, weight in opened)
+    if stream:
+        whole, train, validation = (
+            [getattr(one, side) for one, _ in opened] for side in ("whole", "train", "validation")
+        )
+        weights = [weight for _, weight in opened]
+        return Source(
+            mixed(whole, weights, seed), mixed(train, weights, seed), mixed(validation, [1.0] * len(opened), seed), said
+        )
     parts = {
         "whole": [_as_often(one.whole, weight) for one, weight in opened],
         "train": [_as_often(one.train, weight) for one, weight in opened],
         "validation": [one.validation for one, _ in opened],
     }
-    mixed = {}
+    joined = {}
     for part, documents in parts.items():
-        joined = datasets.concatenate_datasets(documents)
-        mixed[part] = joined.select(np.random.default_rng(seed).permutation(len(joined)))
-    said = [one.description + ("" if weight == 1 else f", times {weight:g}") for one, weight in opened]
-    return Source(**mixed, description="; ".join(said))
+        every = datasets.concatenate_datasets(documents)
+        joined[part] = every.select(np.random.default_rng(seed).permutation(len(every)))
+    return Source(**joined, description=said)
 
 
 def weighted(source: str) -> tuple[str, float]:
@@ -158,8 +195,7 @@ def _split(documents: Dataset, sizes: np.ndarray, most_tokens: int | None = None
     share = VALIDATION_SHARE * sizes.sum()
     if most_tokens is not None:
         share = min(share, LONG_TOKEN * most_tokens)
-    small = np.flatnonzero(sizes <= max(share, sizes.min()))
-    held_out = small[: np.searchsorted(np.cumsum(sizes[small]), share) + 1][: len(sizes) - 1]
+    held_out = held_out_of(sizes, share)
     return documents.select(np.setdiff1d(np.arange(len(sizes)), held_out)), documents.select(held_out)
 
 

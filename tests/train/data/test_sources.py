@@ -238,7 +238,7 @@ def wrong_files(tmp_path, prose, documents, write, write_jsonl):
             "good.jsonl",
             {"documents": "paked"},
             ValueError,
-            "documents must be 'packed' or 'padded', got 'paked'",
+            "documents must be 'packed', 'separate' or 'padded', got 'paked'",
         ),
         ("good.jsonl", {"sequence_length": 1}, ValueError, "sequence_length must be at least 2, got 1"),
         ("good.jsonl", {"vocab_size": 257}, ValueError, "vocab_size must be at least 258 .*, got 257"),

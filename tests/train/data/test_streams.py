@@ -1,0 +1,116 @@
+"""Local files that are read while a model trains: what a pass has, what is held out, and how much is in memory."""
+
+import gzip
+import itertools
+import re
+
+import pytest
+
+from lorank.train.data import load_corpus, load_evaluation, streams
+
+NUMBER = re.compile(r"document (\d+)\n")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A pool of few documents, and files that count as large soon."""
+    monkeypatch.setattr(streams, "POOL", 3000)
+    monkeypatch.setattr(streams, "LARGE", 60)
+    monkeypatch.setattr(streams, "OPEN", 3)
+
+
+def numbers_of(stream):
+    return [int(NUMBER.match(text)[1]) for block in stream.iter(7) for text in block["text"]]
+
+
+@pytest.fixture
+def corpus(documents, write, write_jsonl, tmp_path, small):
+    """Two large files of rows, one of them compressed, a small one, and ten texts: documents 0 to 119."""
+    texts = documents(120)
+    write_jsonl(tmp_path / "c/a.jsonl", texts[:60])
+    write_jsonl(tmp_path / "c/small.jsonl", texts[100:110])
+    write(tmp_path / "c/b.jsonl.gz", gzip.compress(write_jsonl(tmp_path / "b", texts[60:100]).read_bytes()))
+    for i in range(110, 120):
+        write(tmp_path / f"c/{i}.txt", texts[i])
+    files = sorted((tmp_path / "c").iterdir())
+    return streams.streams_of(files, "text", 0, share=0.05)
+
+
+def test_a_pass_has_each_document_once_in_another_order(corpus):
+    whole, train, validation = corpus
+    first = numbers_of(whole)
+    assert sorted(first) == list(range(120)) and first == numbers_of(whole)
+    whole.set_epoch(1)
+    assert sorted(second := numbers_of(whole)) == list(range(120)) and second != first
+    apart = [abs(one - other) for one, other in itertools.pairwise(first)]
+    assert sum(one > 5 for one in apart) > 60  # not in the order of the files
+    held_out = numbers_of(validation)
+    assert sorted([*numbers_of(train), *held_out]) == list(range(120))
+    assert {0, 60} < {*held_out} and len(held_out) < 20  # the first of each large file, and a whole small one
+
+
+def test_what_is_held_out_is_read_alone(corpus, monkeypatch):
+    """Of the first large file only the first block; of files that are seen whole in training nothing."""
+    read = []
+    before = streams.blocks
+    monkeypatch.setattr(streams, "blocks", lambda file, *rest: read.append(file.name) or before(file, *rest))
+    *_, validation = corpus
+    held_out = [part.file.name for part in validation.parts if part.held_out]
+    numbers_of(validation)
+    assert sorted(read) == sorted(held_out) and len(read) < len(validation.parts) / 2
+
+
+def test_weights_say_how_often_a_pass_sees_a_document(corpus):
+    whole, *_ = corpus
+    counted = numbers_of(streams.mixed([whole], [2.5], seed=0))
+    counts = [counted.count(i) for i in range(120)]
+    assert {*counts} == {2, 3} and 40 < counts.count(3) < 80
+    assert 20 < len(numbers_of(streams.mixed([whole], [0.3], seed=0))) < 55
+
+
+def test_the_pool_bounds_what_is_in_memory(corpus, monkeypatch):
+    """However large files are, no more documents wait than the pool and a block of each open file hold."""
+    whole, *_ = corpus
+    taken, given = 0, 0
+    texts = streams.FileStream._texts
+
+    def counting(self, part, random):
+        nonlocal taken
+        for some in texts(self, part, random):
+            for i in range(0, len(some), 5):
+                taken += sum(map(len, some[i : i + 5]))
+                yield some[i : i + 5]
+
+    monkeypatch.setattr(streams.FileStream, "_texts", counting)
+    most = 0
+    for block in whole.iter(1):
+        given += len(block["text"][0])
+        most = max(most, taken - given)
+    assert taken == given > 10_000 and most < 3000 + 5 * 300
+
+
+def test_a_corpus_of_a_stream(tmp_path, documents, write_jsonl, load, numbers, tokens):
+    """Nothing is kept in the cache but the vocabulary; the same seed reads the same rows; evaluation reads what was held out."""
+    write_jsonl(tmp_path / "a.jsonl", documents(50))
+    write_jsonl(tmp_path / "b.jsonl", documents(60)[50:])
+    both = ["a.jsonl", "b.jsonl:2"]
+    corpus = load_corpus(both, vocab_size=300, sequence_length=16, stream=True)
+    again = load_corpus(both, vocab_size=300, sequence_length=16, stream=True)
+    other = load_corpus(both, vocab_size=300, sequence_length=16, stream=True, order_seed=1)
+    rows, same, elsewhere = (list(itertools.islice(one.train, 600)) for one in (corpus, again, other))
+    assert rows == same != elsewhere and corpus.hash == again.hash == other.hash
+    held_out = {*numbers(corpus, corpus.validation)}
+    assert held_out and not held_out & {*numbers(corpus, rows)} and not held_out & {*numbers(corpus, elsewhere)}
+    assert corpus.description == "a.jsonl: 1 file, 8.5 kB, streamed; b.jsonl: 1 file, 1.7 kB, streamed, times 2"
+    assert {path.name for path in (tmp_path / "xdg/lorank").iterdir()} <= {"tokenizers", "users"}
+    evaluated, bytes_per_token = load_evaluation(both, corpus.tokenizer, sequence_length=16, stream=True, held_out=True)
+    assert tokens(evaluated) == tokens(corpus.validation)
+    assert bytes_per_token == corpus.validation_bytes_per_token
+
+
+def test_one_text_cannot_be_a_stream(tmp_path, prose, write, load):
+    write(tmp_path / "a.txt", prose(500))
+    with pytest.raises(ValueError, match=r"a stream must have several documents, got one, a\.txt; set stream to false"):
+        load("a.txt", stream=True)
+    with pytest.raises(ValueError, match="every file is empty"):
+        load(str(write(tmp_path / "b.jsonl", "")), stream=True)
