@@ -220,7 +220,7 @@ PAPER = Paper(
             },
             ours=state_gib,
             formula="8 bytes a parameter, in GiB; neither GaLore's basis nor SLTrain's indices counted",
-            source="the paper's main table, from memory",
+            source="the paper's main table (unconfirmed; the formula gives every figure)",
         ),
         PaperTable(
             title="Training compute as a fraction of the dense model's",
@@ -232,7 +232,7 @@ PAPER = Paper(
             },
             ours=compute_ratio,
             formula="(48 n d r + 12 n² d + 18 n r (d + d_ff)) / (24 n d² + 12 n² d + 18 n d d_ff), n = 256, a block",
-            source="the paper's ablation of compute, from memory",
+            source="the paper's ablation of compute (unconfirmed)",
             strays={
                 **{
                     (
@@ -255,7 +255,7 @@ PAPER = Paper(
             ours=recomputation,
             formula="(23 n d² + 4 n² d) / (18.5 n d r + 4 n² d) of the 1B shape, d = 2048, r = 512; r/d = (24 d + 18 d_ff) / "
             "(66 d + 18 d_ff)",
-            source="the paper's sections on compute and on CoLA-M, from memory",
+            source="the paper's sections on compute and on CoLA-M (unconfirmed)",
             strays={
                 (
                     "less recomputation, times (authors' code)",
@@ -277,7 +277,7 @@ PAPER = Paper(
             formula="our closed forms, against which tests/train/test_forecast.py checks the models; SLTrain's and GaLore's additions "
             "are paid once per call and per step, at any n; our SLTrain forms W once more in backward, 8 d² r + 6 d d_ff r, which "
             "the table leaves out",
-            source="the paper's table of compute, from memory, every row re-derived",
+            source="the paper's table of compute (unconfirmed; our closed forms give every row)",
         ),
         PaperTable(
             title="Numbers that a block keeps for backward at d_ff = 2.5 d, coefficients",
@@ -290,7 +290,7 @@ PAPER = Paper(
             },
             ours=kept,
             formula="counted on models of one and two blocks, h heads, attention not fused; the norms keep 2 n more",
-            source="the paper's table of memory, from memory",
+            source="the paper's table of memory (unconfirmed)",
             strays={
                 ("full-rank", "n² h"): SCORES,
                 ("CoLA", "n² h"): SCORES,
@@ -317,7 +317,7 @@ PAPER = Paper(
             },
             ours=measured_gb,
             formula="the peak of lorank plan in 10^9 bytes: pure bf16, attention not fused, one batch at a time, AdamW",
-            source="measured on a 94 GB H100, from memory",
+            source="the paper's measurements on a 94 GB H100 (unconfirmed)",
             within=0.1,
             strays={
                 (

@@ -24,7 +24,7 @@ PAPER = Paper(
             rows={"ReLoRA": ("43", "72", "99", "125", "250")},
             ours=trainable,
             formula="2 V d + L (8 d r + 3 r (d + d_ff) + 2 d) + d, r = 128",
-            source="the paper's table of models, from memory",
+            source="the paper's table of models (unconfirmed; the formula gives every figure)",
         ),
     ),
     left_out="up to 5.5 GB less memory per GPU (abstract): measured in a setting that is not known",

@@ -53,7 +53,7 @@ PAPER = Paper(
             },
             ours=parameters,
             formula="factors of rank r and ⌊0.03 d_in d_out⌋ entries per matrix; ReLoRA after its merge",
-            source="the paper's main table, from memory",
+            source="the paper's main table (unconfirmed; the formula gives every figure)",
         ),
         PaperTable(
             title="Memory of weights and Adam's moments in bf16, GB",
@@ -67,8 +67,8 @@ PAPER = Paper(
             },
             ours=memory_gb,
             formula="6 bytes a parameter, in 10^9 bytes, 8 more for each index of SLTrain; GaLore's basis counted",
-            source="the paper's main table, from memory; 1b also in a figure of the authors' repository, "
-            "which has SLTrain near 4.08 instead of 4.16 and the other rows the same",
+            source="1b: a figure of the authors' repository, with SLTrain near 4.08 instead of 4.16; the rest: the paper's "
+            "main table (unconfirmed)",
             strays={
                 ("low-rank BA", "60m"): "6 bytes for each of 42.8 M parameters are 0.257",
                 (
