@@ -69,7 +69,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "accelerators": "data sheets of devices",
     },
 )
-"""From the top down, each room with what it is for. A room may import rooms of lower rows, and rooms of its own row if no
+"""From the top down, each room with what it is for. A room may import rooms of lower rows, and rooms of the same row if no
 circle of rooms comes of it. A room is a folder or a file of lorank/."""
 ROW = {room: number for number, row in enumerate(ROWS) for room in row}
 COMMANDS = (

@@ -86,7 +86,7 @@ class Fleet:
                 raise ValueError(f"{field} must be a positive number, got {value}")
 
     def run(self, flops: float, precision: str) -> "Run":
-        """What so many operations take in a recipe's precision, with devices at full board power that never wait."""
+        """What that many operations take in a recipe's precision, with devices at full board power that never wait."""
         hours = flops / (self.devices * self.accelerator.rate(precision) * self.utilisation) / 3600
         return Run(
             hours,

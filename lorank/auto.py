@@ -1,6 +1,6 @@
 """How transformers' Auto classes come to know models saved by lorank, at no cost to those who never load one.
 
-A saved model carries a `model_type` of its own, "lorank_" + the architecture's. transformers without lorank refuses
+A saved model has a new `model_type`, "lorank_" + the architecture's. transformers without lorank refuses
 that type, which is right: a plain Llama would load none of the factors and answer noise. With lorank imported, the type
 is a `PromisedConfig`: a name that turns into the real configuration class (and registers the model classes with it,
 see `lorank.pretrained`) when a file first asks for it. So `import lorank` need not import four hundred architectures,

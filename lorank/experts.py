@@ -3,7 +3,7 @@
     y_n = W_e x_n (+ b_e)     x [S, d_in], sorted by expert   e the expert of row n   W [E, d_out, d_in]   b [E, d_out]
 
 Architectures of transformers keep them in one module, with the parameters gate_up_proj [E, 2 i, d] and down_proj [E, d, i] or
-their transposes, and compute all of them by grouped products. `split` takes such a module apart into one layer for each
+their transposes, and compute all of them by grouped products. `split` takes the module apart into one layer for each
 projection. `Experts` computes what the module computed, with any layers in their place. A layer is called with the rows, the
 number of rows up to the end of each expert, `ends` [E], and the expert of each row, `owners` [S].
 """
@@ -45,7 +45,7 @@ class ExpertsLinear(nn.Module):
         return with_bias(grouped(x, self.weight, ends), self.bias, owners)
 
     def copied(self) -> "ExpertsLinear":
-        """The same with memory of its own."""
+        """The same in new memory."""
         copy = lambda t: t.detach().clone(memory_format=torch.contiguous_format)  # noqa: E731
         made = ExpertsLinear(copy(self.weight), None if self.bias is None else copy(self.bias))
         return made.requires_grad_(self.weight.requires_grad).train(self.training)

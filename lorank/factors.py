@@ -54,7 +54,7 @@ def balance(pair: Pair) -> Pair:
 
 
 def truncate(pair: Pair, rank: int) -> Pair:
-    """The balanced pair of so many ranks, or min(m, r, n) if that is less, whose product is nearest to B A in the Frobenius norm.
+    """The balanced pair of that many ranks, or min(m, r, n) if that is less, whose product is nearest to B A in the Frobenius norm.
 
     Raises:
         ValueError: rank is below 1.

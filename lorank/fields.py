@@ -90,7 +90,7 @@ def _field_types(kind: Any) -> dict[str, Any]:
 
 
 def whole_steps(share: float, steps: int) -> int:
-    """A `Share` in steps, for a run of so many.
+    """A `Share` in steps, for a run of that many.
 
     >>> whole_steps(80, 400), whole_steps(0.2, 400), whole_steps(0.99, 10)
     (80, 80, 9)

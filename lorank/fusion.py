@@ -325,11 +325,11 @@ def unknown_fusion(model: nn.Module, name: str) -> bool:
 
 def _gives_twice(model: nn.Module, name: str, rows: int) -> bool:
     parent, _, own = name.rpartition(".")
-    beside = {n: as_linear(m) for n, m in model.get_submodule(parent).named_children() if is_linear(m)}
-    after = list(beside)[list(beside).index(own) + 1 :]
-    others = [linear for n, linear in beside.items() if n != own]
+    siblings = {n: as_linear(m) for n, m in model.get_submodule(parent).named_children() if is_linear(m)}
+    after = list(siblings)[list(siblings).index(own) + 1 :]
+    others = [linear for n, linear in siblings.items() if n != own]
     explained = any(2 * other.out_features == rows or other.in_features == rows for other in others)
-    return not explained and any(2 * beside[n].in_features == rows for n in after)
+    return not explained and any(2 * siblings[n].in_features == rows for n in after)
 
 
 class FusedProjections(nn.Module):

@@ -58,7 +58,7 @@ class Site(NamedTuple):
     router: str | None = None
     """The part of the name that says router, if the map chooses experts; it is rewritten only if a pattern names it."""
     experts: int = 0
-    """How many experts of a mixture have such a map, all in one tensor; `linear` is the first one's."""
+    """How many experts of a mixture have this map, all in one tensor; `linear` is the first one's."""
 
     @property
     def d_in(self) -> int:
@@ -188,7 +188,7 @@ class Method:
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
 
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
-        """Bytes that the optimizer keeps between steps for a parameter of such a group; counters are not included."""
+        """Bytes that the optimizer keeps between steps for a parameter of the group; counters are not included."""
         return 2 * p.numel() * p.element_size()  # Adam's two moments
 
     def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
@@ -307,7 +307,7 @@ class Gradient(Protocol):
     def step_cost(
         self, *, batch_size: int, sequence_length: int, optimizer_bytes: int, autocast: bool = False
     ) -> tuple[Any, Any]:
-        """`lorank.accounting.Flops` and `Memory` of one step, with an optimizer that keeps so many bytes."""
+        """`lorank.accounting.Flops` and `Memory` of one step, with an optimizer that keeps that many bytes."""
 
     def moves(self, p: nn.Parameter) -> bool:
         """Whether it estimates a gradient for a parameter."""

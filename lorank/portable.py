@@ -26,7 +26,7 @@ def write_modelling_file(model: PreTrainedModel, folder: str | Path, autos: list
     """Write the file into `folder`, and `auto_map` into the model's configuration; neither, if a layer cannot be written.
 
     Args:
-        autos: names of transformers' Auto classes that load such a model.
+        autos: names of transformers' Auto classes that load the model.
     """
     config: Any = model.config
     layers = _layers(model)

@@ -234,7 +234,7 @@ def _not_of_transformers() -> bool:
 
 
 def _bodies(model: PreTrainedModel) -> list[PreTrainedModel]:
-    """The pretrained models in a model, itself included, that have no parameters of their own."""
+    """The pretrained models in a model, itself included, that have no parameters themselves."""
     found = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     return [module for module in found if next(module.parameters(recurse=False), None) is None]
 

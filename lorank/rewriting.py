@@ -72,7 +72,7 @@ def _check_outputs(method: Method, site: Site, module: nn.Module, x: Tensor, exp
     advice = "exclude it, or use another architecture or other settings"
     if is_narrow(x.dtype) and _holds_in_float32(method, site):  # W - s B A + s B A, where s B A is much larger than W
         advice = (
-            "16 bits round away weights that are small beside the terms which the method adds; convert the model in float32"
+            "16 bits round away weights that are much smaller than the terms which the method adds; convert the model in float32"
             + (" or lower alpha" if hasattr(method, "alpha") else "")
         )
     raise ValueError(
@@ -117,7 +117,7 @@ def drop_activations(model: nn.Module, fed_by: Callable[[str, nn.Module], bool])
     This is done only in blocks with a projection for which `fed_by(name, module)` holds; a dense block needs its activation.
 
     Raises:
-        ValueError: no activation module of transformers or torch is found in such a block. The model is then unchanged.
+        ValueError: no activation module of transformers or torch is found in one of these blocks. The model is then unchanged.
     """
     found = []
     for stack, depth, block in blocks(model):

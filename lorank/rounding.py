@@ -20,7 +20,7 @@ def is_narrow(dtype: torch.dtype) -> bool:
 
 
 def rest_bytes(numbers: int, dtype: torch.dtype) -> int:
-    """Bytes of R for so many weights."""
+    """Bytes of R for that many weights."""
     return numbers * dtype.itemsize if is_narrow(dtype) else 0
 
 

@@ -37,7 +37,7 @@ def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *args: Any, **k
 
 
 def _grouped_flops(a: Any, b: Any, *args: Any, **kwargs: Any) -> int:
-    """Each token is multiplied by the matrix of its own expert only."""
+    """Each token is multiplied by the matrix of its expert only."""
     return 2 * math.prod(a) * b[-1]
 
 

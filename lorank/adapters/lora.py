@@ -1,4 +1,4 @@
-"""LoRA: a frozen trained weight, and two small factors beside it.
+"""LoRA: a frozen trained weight, and two small factors whose product is added to it.
 
     y = W x + (α/r) B A dropout(x) (+ b)      x [..., d_in]   A [r, d_in]   B [d_out, r]   W [d_out, d_in] frozen
 

@@ -7,7 +7,7 @@
 
 Saves: nothing; it protects what the model knows.
 
-m = min(d_in, d_out). So U_hᵀ W = S_h V_hᵀ and W V_h = U_h S_h for ever: inputs along V_h give what they gave. With `form="weight"`
+m = min(d_in, d_out). So U_hᵀ W = S_h V_hᵀ and W V_h = U_h S_h forever: inputs along V_h give what they gave. With `form="weight"`
 W itself is trained, ∂W and W projected on both sides; the weights that can be reached are the same, the path is not.
 
 Cost of a layer: (d_in + d_out + 1)(m - k) trained parameters, which is *more* than the dense layer's d_in d_out if k is small, and

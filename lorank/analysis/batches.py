@@ -16,7 +16,7 @@ def tokens_of(batch: Batch) -> int:
 
 
 def until(batches: Iterable[Batch], tokens: int | None) -> Iterator[Batch]:
-    """Batches up to the one that reaches so many tokens; None: all."""
+    """Batches up to the one that reaches that many tokens; None: all."""
     seen = 0
     for batch in batches:
         yield batch

@@ -54,7 +54,7 @@ def analyze(
         batches: ``input_ids`` [b, n], and ``attention_mask`` and ``labels`` if there is padding, which does not count.
             Labels are optional for a causal model; a masked language model's gradients need them. An iterator, which
             can be read only once, is kept in memory, a few bytes per token.
-        tokens: stop after the batch that reaches so many; None: all batches.
+        tokens: stop after the batch that reaches that many; None: all batches.
         gradient_batches: the first batches over which the loss is averaged for gradients; 0: no gradients. With one,
             each gradient is freed as soon as its singular values are known; several need room for all gradients.
         room_bytes: memory for the Gram matrices; if they need more, the batches are read several times. None: once.

@@ -114,7 +114,7 @@ class Streams:
         return 8 * total
 
     def passes(self, room: float) -> Iterator[list[str]]:
-        """The projections, from first block to last, in groups whose sums fit in so many bytes; at least one in each."""
+        """The projections, from first block to last, in groups whose sums fit in that many bytes; at least one in each."""
         group: list[str] = []
         for place in sorted(self.places, key=lambda place: place.depth):
             if place.name in self.shapes:

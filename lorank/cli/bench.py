@@ -27,7 +27,7 @@ OWN = {"method": "--method"}
 @click.option("--seconds", type=click.FloatRange(min=0), default=30.0, help="Time to spend, but three rounds at least.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def bench(recipe: str | None, methods: tuple[str, ...], seconds: float, as_json: bool, **flags: Any) -> None:
-    """Time methods beside the dense model on this machine.
+    """Time methods and the dense model, step by step in turn, on this machine.
 
     They take turns with forward and backward passes: through two blocks of the 1B shape, then through the whole model of
     RECIPE, a YAML file or the name of one that comes with lorank, or of --size or --model. Nothing is read or written.

@@ -12,7 +12,7 @@ from lorank.cli.flags import SETTINGS
     type=click.FloatRange(min=0),
     metavar="DAYS",
     default=None,
-    help="Delete what was last used so many days ago.",
+    help="Delete what has not been used for that many days.",
 )
 def cache(clear: bool, older_than: float | None) -> None:
     """List what the cache holds, or empty it.

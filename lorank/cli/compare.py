@@ -52,7 +52,7 @@ OWN = {"method": "--method", "seed": "--seeds", "push_to_hub": "lorank export RU
 def compare(out: str, resume: str | None, **asked: Any) -> None:
     """Train several methods on the same tokens in the same order, and write a report.
 
-    RECIPE and the flags of `lorank pretrain` hold for all rows. Four dense models are added: one trained by AdamW, one
+    RECIPE and the flags of `lorank pretrain` hold for all rows, --option for those that have the setting. Four dense models are added: one trained by AdamW, one
     trained by Muon, and for each of these optimizers a narrower one of the same architecture (dense-small). dense-small has the
     FLOPs per token of the cheapest method or, if no method saves those, its parameters or memory. If none of these can be
     matched, there is no dense-small, and the report explains why. With --only, the named methods are compared alone.

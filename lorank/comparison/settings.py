@@ -36,7 +36,7 @@ class ComparisonSettings:
     tuned: Literal["none", "dense", "all"] = "none"
     """Whose learning rate is chosen where `sweep` and `own` do not say. "none": all train at the base's. "dense": dense
     rows use the best around the base's. "all": a method uses the one that its recipe of the size names; dense rows, and
-    methods without such a recipe, use the best of `lorank.comparison.rows.RATES`."""
+    methods without that recipe, use the best of `lorank.comparison.rows.RATES`."""
     match: Match = "tokens"
     tasks: Sequence[str] = ()
     """Of lm-evaluation-harness."""

@@ -167,7 +167,7 @@ class EggEggroll:
     def step_cost(
         self, *, batch_size: int, sequence_length: int, optimizer_bytes: int, autocast: bool = False
     ) -> tuple[accounting.Flops, accounting.Memory]:
-        """Counted on a twin without data that runs one chunk of members, whose pairs see rows of their own. Forward is
+        """Counted on a twin without data that runs one chunk of members, each of whose pairs sees other rows. Forward is
         the products of all members, and what stands for backward are the votes."""
         whole, model = self.estimate, self.estimate.model
         chunk = min(whole.chunk, whole.population)

@@ -57,7 +57,7 @@ class LanguageModelEggroll:
     def step_cost(
         self, *, batch_size: int, sequence_length: int, optimizer_bytes: int, autocast: bool = False
     ) -> tuple[accounting.Flops, accounting.Memory]:
-        """Counted on a twin without data that runs one chunk of members, whose pairs see rows of their own.
+        """Counted on a twin without data that runs one chunk of members, each of whose pairs sees other rows.
 
         Forward is that of all members, the products of their noise included. There is no backward pass: in its place
         stands the product that makes G. Nothing is kept for it, so the peak is that of a chunk.

@@ -29,7 +29,7 @@ from lorank.method import Method, Patterns
 
 
 def falling(step: int, fall: float) -> float:
-    """α after so many steps, as a part of lr.
+    """α after that many steps, as a part of lr.
 
     >>> round(falling(10, 4), 4), round(falling(999, 4), 5), falling(999, 0)
     (0.8696, 0.06256, 1.0)

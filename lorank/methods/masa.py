@@ -131,11 +131,11 @@ class MASA(Method):
             )
 
     def count(self, matrices: int) -> int:
-        """S of a dictionary that so many matrices share."""
+        """S of a dictionary that this number of matrices share."""
         return min(self.atoms, matrices) if isinstance(self.atoms, int) else max(1, round(self.atoms * matrices))
 
     def rank_of(self, site: Site, matrices: int) -> int:
-        """r at a site whose dictionary so many matrices share: at most its narrower side, and 0 where atoms are enough."""
+        """r at a site whose dictionary this number of matrices share: at most its narrower side, and 0 where atoms are enough."""
         if self.residual_rank is None or self.count(matrices) >= matrices:
             return 0
         rank = min(rank_at(self.residual_rank, site), site.d_in, site.d_out)

@@ -17,7 +17,7 @@ what rounding takes from merges is kept too (`lorank.rounding`), another 2 d_in 
 Source: Lialin et al., "ReLoRA: High-Rank Training Through Low-Rank Updates", ICLR 2024, arXiv 2307.05695, and the
 authors' repository Guitaricet/relora.
 
-Departures from the authors' code. It sets 99.9 % of the moments to zero, each by a mask of its own, and some of its first
+Departures from the authors' code. It sets 99.9 % of the moments to zero, each by another mask, and some of its first
 moments survive where the second does not, so that an entry moves by lr m / eps; here all become zero or one mask serves
 both (`reset_masks="repo"` is theirs). There A and B both start at 0, so that until the first merge neither has a gradient and
 only embeddings, head, norms and biases learn; here A is drawn as at a restart (`start="repo"` is theirs). The warm start belongs to the

@@ -1,11 +1,11 @@
-"""Self-guided training: a dense matrix runs beside two factors in the first part of a run, and fades out.
+"""Self-guided training: in the first part of a run a dense matrix works in parallel with two factors, and fades out.
 
     y = a W x + (1 - a) B A x (+ b)      x [..., d_in]   A [r, d_in]   B [d_out, r]   W [d_out, d_in]   b [d_out]
 
     a = (1 + cos(π t / T)) / 2           at optimizer step t, down from 1 to 0 in the T steps of the guide
     W = B A at the start                 so that a changes nothing there
 
-Saves: compute, weights, gradients, optimizer state, once the guide has gone.
+Saves: compute, weights, gradients, optimizer state, once the dense matrix has gone.
 
 The guide moves as a dense matrix does, and hands over to the factors. With `reduce_flops` each layer draws u from [0, 1) for each
 step and uses the guide only if u < a, so in half of the steps; else it is B A x (not (1 - a) B A x). After T steps W and its
@@ -47,7 +47,7 @@ STD = 0.02
 
 
 def share(step: int, until: int) -> float:
-    """a at a step, for a guide of so many steps.
+    """a at a step, for a guide of that many steps.
 
     >>> [share(step, 100) for step in (0, 50, 100, 200)]
     [1.0, 0.5, 0.0, 0.0]

@@ -1,6 +1,6 @@
 """How weights move: one driver for all methods, rules, bases and groups.
 
-`lorank.METHODS` names the optimizers; `lorank.optimizer` makes them. Here are the pieces for loops of one's own, and the
+`lorank.METHODS` names the optimizers; `lorank.optimizer` makes them. Here are the pieces for your own loop, and the
 optimizers as torch writes them.
 """
 

@@ -14,9 +14,9 @@ Under Muon, whose updates are orthonormal, a factor [m, n] adds what its spectra
 update of spectral norm lr · 0.2 √w₀ · √(m/n) / k. It takes the place of the usual 0.2 √max(m, n), which it equals for a
 dense square matrix of the width w₀ = w (k = 1); the two are never multiplied.
 
-Saves: tuning.
+Saves: the search for a learning rate.
 
-A learning rate that was tuned on a small model is right for a large one.
+That of a small model is right for a large one.
 
 Cost: as AdamW's or Muon's. Decay goes by lr times weight decay, so it follows the multiplier too, unless `constant_decay`.
 
@@ -41,7 +41,7 @@ from lorank.optim.pairs import draw, pairs
 
 
 def multiplier(d_in: int, inputs: int, factors: int, dense: float = 1.0) -> float:
-    """Of lr by AdamW, for one of so many factors with so many inputs of a map with d_in; `dense` is w₀/w.
+    """Of lr by AdamW, for one of `factors` factors, with `inputs` inputs, of a map with d_in; `dense` is w₀/w.
 
     >>> multiplier(1376, 1376, 2), multiplier(1376, 128, 2), multiplier(512, 512, 1)
     (0.5, 5.375, 1.0)

@@ -1,4 +1,4 @@
-"""Gradients are looked at before anything is done with them."""
+"""Gradients are checked before they are used."""
 
 from collections.abc import Mapping
 
@@ -25,7 +25,7 @@ def _largest_square(G: Tensor) -> Tensor:
 
 @torch.compiler.disable
 def check_finite(gradients: Mapping[nn.Parameter, Tensor | None]) -> None:
-    """Look at gradients before anything is done with them.
+    """Check gradients before they are used.
 
     Raises:
         FloatingPointError: an entry of one or its square is not finite, in all processes of a sharded run, whoever's part it is.

@@ -55,7 +55,7 @@ def with_lengths(
 ) -> list[dict[str, Any]]:
     """The groups, those of matrices split so that an update has the length of d_out and d_in where a weight is kept transposed.
 
-    Such a group has an ``lr_multiplier``, by which its weight decay is divided: a step takes as much of all weights.
+    That group has an ``lr_multiplier``, by which its weight decay is divided: a step takes as much of all weights.
     """
     turned, found = transposed(model), []
     for group in groups:

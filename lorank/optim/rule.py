@@ -121,7 +121,7 @@ class AdamW(Rule):
 
 
 class Forgetful(AdamW):
-    """AdamW with ε after the root, whose moments begin anew every so many steps."""
+    """AdamW with ε after the root, whose moments begin anew after `every` steps."""
 
     def __init__(self, every: int | None):
         super().__init__(eps_after_root=True)

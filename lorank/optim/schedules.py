@@ -9,7 +9,7 @@ SMALLEST = 1e-6
 def jagged_cosine(
     step: int, *, steps: int, warmup: int, min_lr_ratio: float, every: int, restart: int, late: int
 ) -> float:
-    """Multiplier of lr: a warm-up from `min_lr_ratio`, then a cosine that is `late` by so many steps, and so has its peak that long
+    """Multiplier of lr: a warm-up from `min_lr_ratio`, then a cosine that is `late` by that many steps, and so has its peak that long
     after the warm-up; every `every` steps it restarts with `restart` steps of warm-up from nearly 0.
 
     >>> settings = dict(steps=10_000, warmup=1_000, min_lr_ratio=0.1, every=500, restart=5, late=1_000)

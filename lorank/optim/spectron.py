@@ -1,6 +1,6 @@
 """Spectron: both factors of a low-rank map take orthonormal steps, short enough that their product moves by at most lr.
 
-    A ← A - ρ O_A,   B ← B - ρ O_B,   ρ = lr / (σ_A + σ_B + 1)         of W = B A,  in detail:
+    A ← A - ρ O_A, B ← B - ρ O_B        of W = B A,  ρ = lr / (σ_A + σ_B + 1),  in detail:
 
     M_A ← β M_A + (1 - β) ∂A         O_A = orth(M_A)         and for B alike
     σ_A = ‖A‖₂, σ_B = ‖B‖₂           spectral norms before the step, by one power iteration from a vector u that is kept

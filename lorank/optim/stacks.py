@@ -149,7 +149,7 @@ class Stack(NamedTuple):
 
 
 def stacked(values: list[Tensor], ndim: int) -> Tensor:
-    """[k, ...] of one value for each parameter of so many dimensions; that of a parameter [E, m, n] is together already. May share
+    """[k, ...] of one value for each parameter of that many dimensions; that of a parameter [E, m, n] is together already. May share
     the memory of the value."""
     if ndim == 3:
         return values[0]

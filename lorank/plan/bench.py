@@ -24,7 +24,7 @@ from lorank.train.recipe import Recipe
 
 METHODS = ("dense", "cola", "cola-m")
 ROUNDS = 3
-"""At least so many are timed, after one that warms up."""
+"""At least that many are timed, after one that warms up."""
 BLOCKS, BLOCKS_SIZE, BLOCKS_TOKENS = 2, "1b", 256
 Say = Callable[[str], object]
 

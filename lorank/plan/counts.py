@@ -48,7 +48,7 @@ class Counts:
 
 
 def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts:
-    """What training `recipe`'s model takes on each of so many devices."""
+    """What training `recipe`'s model takes on each of that many devices."""
     if (estimator := build_estimator(recipe, model)) is not None:
         moments = optimizer_bytes(recipe, model)
         flops, held = estimator.step_cost(

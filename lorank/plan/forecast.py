@@ -163,7 +163,7 @@ def forecast_all(
     Args:
         shapes: recipes whose `method` does not matter; a `rank` goes to the methods that have one.
         methods: names, or names joined by "+"; "dense" is one.
-        budget: of each run, where parameters are those of its own model; None: `TOKENS_PER_PARAMETER` for each
+        budget: of each run, where parameters are those of each row's model; None: `TOKENS_PER_PARAMETER` for each
             parameter of the dense model.
         alone: plan what runs in one process only for one device of the fleet; else it is refused.
         say: called with what is counted next.
@@ -267,7 +267,7 @@ def with_method(shape: Recipe, method: str) -> Recipe:
 
 
 def _kept_keys(shape: Recipe, method: str) -> dict[str, Any]:
-    """The keys beside `method`. Settings under a default, such as optimizer.update_gap, stay if the method replaces it."""
+    """The keys other than `method`. Settings under a default, such as optimizer.update_gap, stay if the method replaces it."""
     replaced = {find(name).key for name in names_joined(method)}
     defaults = {"optimizer": "adamw", "gradient": "autograd"}
     given = {key: getattr(shape, key) for key in defaults}

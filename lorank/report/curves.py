@@ -44,7 +44,7 @@ def curves_svg(
 
 
 def framed(chart: str, *, title: str, note: str) -> str:
-    """A chart of `SIZE` as a file of its own, between a title and a note."""
+    """A chart of `SIZE` as a whole file, between a title and a note."""
     width, height = WIDTH + 2 * MARGIN, HEIGHT + 3 * MARGIN
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}">\n'

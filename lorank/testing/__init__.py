@@ -3,7 +3,7 @@
     from lorank.testing import check_method
     check_method(MyMethod)
 
-As scikit-learn's `check_estimator`. To see each check as a test of its own:
+As scikit-learn's `check_estimator`. To see each check as a separate test:
 
     @pytest.mark.parametrize("check", lorank.testing.checks(MyMethod(rank=8)), ids=str)
     def test_the_contract(check):

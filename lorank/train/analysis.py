@@ -52,7 +52,7 @@ def analyze_folder(
 
     Returns:
         The content of out/results.json. With a budget there is also suggested.yaml; if `lorank pretrain` cannot train
-        such a model, the suggestion gives the reason under "no_recipe" instead. Results of an earlier analysis are
+        that model, the suggestion gives the reason under "no_recipe" instead. Results of an earlier analysis are
         replaced, except that without a budget an earlier suggested.yaml stays.
 
     Raises:

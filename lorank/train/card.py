@@ -1,4 +1,4 @@
-"""The model card: README.md beside the weights. It says what is known of the model, and nothing else.
+"""The model card: README.md next to the weights. It says what is known of the model, and nothing else.
 
 Its metadata is huggingface_hub's `ModelCardData`. A comment at the end has a hash of the text, so that a card which somebody
 has written or changed is known, and kept.

@@ -1,4 +1,4 @@
-"""Entries of a configuration, as its class takes them: an integer is a number too, and rotary positions have a table of their own."""
+"""Entries of a configuration, as its class takes them: an integer is a number too, and rotary positions are a table."""
 
 import inspect
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""A trained model for people who do not have lorank, in a folder of its own.
+"""A trained model for people who do not have lorank, in a new folder.
 
 dense     every layer merged into the dense layer that it equals: plain transformers loads the model, and so does all else
           that reads such models

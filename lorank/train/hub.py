@@ -51,7 +51,7 @@ class ForeignCode(ValueError):
 def own_code(place: str) -> ForeignCode:
     """The error for a model that transformers can only build with code from its folder."""
     return ForeignCode(
-        f"{place} names code of its own (auto_map in config.json), which lorank never runs; use a model type that transformers has"
+        f"{place} needs code from its folder (auto_map in config.json), which lorank never runs; use a model type that transformers has"
     )
 
 

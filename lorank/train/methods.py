@@ -256,7 +256,7 @@ def _kinds(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
 
 
 def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
-    """The same with the recipe's `rank` and `options`, each for the first method that has such a field."""
+    """The same with the recipe's `rank` and `options`, each for the first method with a field of that name."""
     kinds = _kinds(recipe)
     if recipe.rank is not None and "rank" in recipe.options:
         raise ValueError(f"rank is given twice, as rank={recipe.rank} and among the options; give it once")

@@ -73,7 +73,7 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
             f"model={recipe.model!r} is already converted ({config.lorank['method']}); give the dense model it was made from"
         )
     check_quantization(config)
-    vars(config).pop("auto_map", None)  # code of its own, which is not run
+    vars(config).pop("auto_map", None)  # code in the folder, which is not run
     reset_leftovers(config)
     if getattr(config, "is_decoder", None) is False:
         config.is_decoder = True  # BERT and its kin attend to later tokens unless told not to

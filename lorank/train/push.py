@@ -34,7 +34,7 @@ def check_push(name: str) -> str:
 
 
 def push(folder: Path, names: Sequence[str], place: str, *, again: str) -> str:
-    """Push files of a folder to the hub in one commit, to a private repository if there is none of that name.
+    """Push files of a folder to the hub in one commit, to a new private repository if that name is free.
 
     Args:
         names: the files. A model card that somebody changed on the hub stays as it is there.

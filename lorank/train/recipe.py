@@ -329,7 +329,7 @@ def check_license(name: str | None) -> None:
 
 def full_name(setting: str) -> str:
     """A setting as recipes call it. The flag for "options.NAME" is --option NAME=VALUE, so "option.NAME" is allowed, and so is
-    NAME alone if a method has such a setting and recipes have none.
+    NAME alone if it is a setting of a method and no recipe's.
 
     >>> full_name("option.update_gap"), full_name("update_gap"), full_name("optimizer.update_gap"), full_name("steps")
     ('options.update_gap', 'options.update_gap', 'optimizer.update_gap', 'steps')

@@ -47,7 +47,7 @@ def load(text: str) -> Any:
 
 
 def _check_finite(value: Any, inside: tuple[int, ...], seen: set[int]) -> None:
-    """Raises YAMLError if a value, by its aliases, is one of those that it is inside of. What many aliases name is looked at once."""
+    """Raises YAMLError if a value, by its aliases, is one of those that it is inside of. What many aliases name is visited once."""
     if id(value) in inside:
         raise yaml.YAMLError("a value must not contain itself")
     if isinstance(value, dict | list) and id(value) not in seen:

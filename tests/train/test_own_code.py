@@ -51,7 +51,7 @@ def test_a_model_type_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": AUTO_MAP}))
     (tmp_path / "mine.py").write_text(CODE)
     for act in (lambda: build_config(Recipe(model=str(tmp_path))), lambda: load_model(str(tmp_path))):
-        with pytest.raises(ValueError, match="names code of its own .* which lorank never runs"):
+        with pytest.raises(ValueError, match="needs code from its folder .* which lorank never runs"):
             act()
 
 

@@ -114,7 +114,7 @@ def _entry(kind: str, paths: list[Path], in_use: bool) -> Entry:
 
 
 def clear(cache: Path, older_than: float = 0.0) -> list[Entry]:
-    """Delete the entries of which no process makes use now, or for so many seconds.
+    """Delete the entries of which no process makes use now, or for that many seconds.
 
     Returns:
         Those that were deleted.

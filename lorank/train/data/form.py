@@ -65,7 +65,7 @@ class Form(NamedTuple):
         return encode(self.tokenizer, texts, **options)
 
     def quick(self, cores: int) -> Encode:
-        """`encode`, in the way that is faster with so many cores."""
+        """`encode`, in the way that is faster with that many cores."""
         rules = self.rules if self.cut is None and cores < MANY else None
         found = None if rules is None else encoder(rules, cut=False)
         return found if isinstance(found, ByWords) else self.encode

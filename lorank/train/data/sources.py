@@ -149,7 +149,7 @@ def weighted(source: str) -> tuple[str, float]:
 
 
 def _as_often(documents: Documents, weight: float) -> Dataset:
-    """Documents, which are in a random order, so many times; the last time as many of them as remain."""
+    """Documents, which are in a random order, that many times; the last time as many of them as remain."""
     assert isinstance(documents, Dataset)
     count = max(1, round(weight * len(documents)))
     return documents if count == len(documents) else documents.select(np.arange(count) % len(documents))

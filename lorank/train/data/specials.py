@@ -2,7 +2,7 @@
 
 A special token has a role instead of a meaning: it ends a document, begins one, or fills a row. Only this package puts it
 into a row. So its name, written in a document, is tokenised as the letters it consists of. A special token of one character,
-or of white space, is text itself and stays readable; such a token cannot also be padding.
+or of white space, is text itself and stays readable; that token cannot also be padding.
 """
 
 import copy

@@ -56,7 +56,7 @@ def load_tokenizer(
                 found = _loaded(os.path.expanduser(name_or_path))
         except Exception as error:  # the hub, a file or its parser
             reason = (
-                "it names code of its own, which lorank never runs"
+                "it needs code from its folder, which lorank never runs"
                 if "trust_remote_code" in str(error)
                 else first_line(error)
             )
