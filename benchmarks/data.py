@@ -92,7 +92,7 @@ def prepare(text: Path, cache: Path) -> None:
     with watched_by(watch):
         corpus = load()
     wall = time.perf_counter() - start
-    watch("packing and the rest")
+    watch("the rest")
     most.over.set()
     more = {name: size - before[name] for name, size in most.most.items()}
     tokens = sum(len(rows) for rows in (corpus.train, corpus.validation)) * 256
