@@ -28,7 +28,10 @@ ROWS: tuple[dict[str, str], ...] = (
         "testing": "what every method must satisfy",
         "trainer": "what methods need of transformers' Trainer",
     },
-    {"loop": "optimizer, step_hook, lr_schedule: what a training loop asks for"},
+    {
+        "loop": "optimizer, step_hook, lr_schedule, next_task: what a training loop asks for",
+        "adapter_files": "adapters saved without their model, and in peft's format",
+    },
     {"conversion": "convert, merge"},
     {"pretrained": "saved and loaded by transformers", "trial": "a conversion tried on shapes alone"},
     {"portable": "a modelling file for machines without lorank"},

@@ -12,6 +12,7 @@ from lorank import auto
 from lorank.table import METHODS, register
 
 if TYPE_CHECKING:  # what type checkers and editors see
+    from lorank.adapter_files import export_peft, load_adapter, save_adapter
     from lorank.adapters.codyra import CoDyRA
     from lorank.adapters.comp_lora import CompLoRA
     from lorank.adapters.lora import LoRA
@@ -56,6 +57,9 @@ __version__ = "0.2.0"
 
 _HOME = {
     "convert": "lorank.conversion",
+    "export_peft": "lorank.adapter_files",
+    "load_adapter": "lorank.adapter_files",
+    "save_adapter": "lorank.adapter_files",
     "lr_schedule": "lorank.loop",
     "merge": "lorank.conversion",
     "next_task": "lorank.loop",

@@ -8,7 +8,7 @@ matrices; their layouts were read in transformers' code. Where a name or a shape
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -352,12 +352,14 @@ class FusedProjections(nn.Module):
 def joined(method: Method, fused: FusedProjections) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the one matrix that several projections are in the dense model."""
     parts = [(p.weight, p.bias) if isinstance(p, nn.Linear) else method.merged(p) for p in fused.children()]
-
-    def join(rows: list[Tensor]) -> Tensor:
-        return torch.cat([part.unflatten(0, (fused.heads, -1)) for part in rows], dim=1).flatten(0, 1)
-
     biases = [bias for _, bias in parts if bias is not None]
-    return join([weight for weight, _ in parts]), join(biases) if biases else None
+    weight = join_rows([weight for weight, _ in parts], fused.heads)
+    return weight, join_rows(biases, fused.heads) if biases else None
+
+
+def join_rows(rows: Sequence[Tensor], heads: int) -> Tensor:
+    """The rows of several projections as those of their one matrix."""
+    return torch.cat([part.unflatten(0, (heads, -1)) for part in rows], dim=1).flatten(0, 1)
 
 
 def with_fused(model: nn.Module, replacements: Mapping[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:

@@ -38,14 +38,14 @@ def rewrite(model: nn.Module, method: Method, sites: Sequence[Site], names: Mapp
             _check_outputs(method, stack[0], built[0], *probe)
         for site, module in zip(stack, built, strict=True):
             found = of_experts if site.experts else replacements
-            found[names.get(site.name, site.name)] = module.train(site.linear.training)
+            found[names.get(site.name, site.name)] = module
             setattr(module, "stands_for_experts" if site.experts else "stands_for_linear", True)
 
     before = {module: dict(module._modules) for module in model.modules()}
     REWRITTEN.add(model)
     try:
         for name, module in [*with_fused(model, replacements), *_with_experts(model, of_experts)]:
-            put(model, name, module)
+            put(model, name, module.train(model.get_submodule(name).training))
         method.finish(model)
     except BaseException:
         for module, children in before.items():

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.adapters.gated import Adapted, Adapter, GatedAdapter
-from lorank.fields import Fraction, NonNegative
+from lorank.adapters.gated import Adapted, Adapter, GatedAdapter, count_task, tasks_of
+from lorank.fields import Count, Fraction, NonNegative
 from lorank.layers import like
 from lorank.method import StepHook
 
@@ -93,11 +93,21 @@ class CoDyRA(Adapter):
     name: ClassVar[str] = "codyra"
     layer: ClassVar[type[Adapted]] = CoDyRALinear
     soon: ClassVar[Mapping[str, Any]] = {"dense": 0.25}
+    progress: ClassVar[tuple[str, ...]] = ("tasks",)
 
     kappa: NonNegative = 0.005
     """κ: what the last step of a task takes from each |γ|; 0 prunes nothing."""
     dense: Fraction = 0.5
     """Part of a task's steps in which no γ is shrunk."""
+    tasks: Count = 1
+    """Tasks begun; `lorank.next_task` counts them."""
+
+    def next_task(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        super().next_task(model, optimizer)
+        count_task(model)
+
+    def inseparable(self, model: nn.Module) -> str | None:
+        return None if tasks_of(model) == 1 else "what earlier tasks left is in W"
 
     def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook:
         return Shrink(self, model, optimizer, steps)

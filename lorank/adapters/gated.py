@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lorank.factors import Pair, prune
 from lorank.fields import Rank
 from lorank.layers import FrozenPlusLowRank, wide
 from lorank.method import Method, Site, check_table, rank_at
+from lorank.rewriting import converted_with
 
 # ---- the product
 
@@ -157,9 +159,38 @@ class Adapter(Method):
             raise ValueError(f"{self.name} cannot be merged: its gate depends on the input")
         return super().merged(module)
 
+    def inseparable(self, model: nn.Module) -> str | None:
+        """Why the adapter means nothing without the weights beside it as they are now; None if those are as they were given."""
+        return None
+
+    def pair(self, module: nn.Module) -> Pair:
+        """s B diag(g) and A of a layer whose update W + s B diag(g) A is, without ranks whose gate is zero.
+
+        Raises:
+            ValueError: it is none.
+        """
+        if not isinstance(module, GatedAdapter) or type(module).gate is not GatedAdapter.gate:
+            raise ValueError(f"{self.name} is no pair of factors: its gate depends on the input")
+        B, A, gate = module.B.weight.detach(), module.A.weight.detach(), module.static_gate()
+        if gate is None:
+            return module.scale * B, A
+        return prune((module.scale * gate.detach() * B, A), gate.detach() != 0)
+
     def next_task(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         """What an optimizer remembers of parameters that begin anew is dropped, because it belongs to the old ones."""
         for layer in self.layers(model).values():
             if layer.next_task() and optimizer is not None:
                 for p in layer.trained():
                     optimizer.state.pop(p, None)
+
+
+def count_task(model: nn.Module) -> None:
+    """One more in the setting `tasks` of a model's record, with which a saved model is built."""
+    arguments = (converted_with(model) or {"arguments": {}})["arguments"]
+    arguments["tasks"] = tasks_of(model) + 1
+
+
+def tasks_of(model: nn.Module) -> int:
+    """Tasks that a model has begun."""
+    tasks: int = (converted_with(model) or {"arguments": {}})["arguments"].get("tasks", 1)
+    return tasks

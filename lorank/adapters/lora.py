@@ -5,8 +5,8 @@
 Saves: gradients, optimizer state.
 
 A is Kaiming-uniform and B zero, so the model starts as the trained one. Everything else of it is frozen too: embeddings,
-norms, biases and head. Merged, W + (α/r) B A, it is a dense layer that costs nothing more. `lorank.adapters.peft` writes the
-factors in peft's format.
+norms, biases and head. Merged, W + (α/r) B A, it is a dense layer that costs nothing more. `lorank.export_peft` writes
+the factors in peft's format.
 
 Cost of a layer: r (d_in + d_out) trained parameters; for n tokens 2 n (d_in d_out + r (d_in + d_out)) operations forward; backward
 the first term once more, if the layers below train too, and the second twice.

@@ -24,7 +24,6 @@ Departures. The scale is 1, as in their code for CLIP; that for language models 
 weights instead of a division by zero.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -32,11 +31,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.adapters.gated import Adapted, Adapter, GatedAdapter, kept, spread
+from lorank.adapters.gated import Adapted, Adapter, GatedAdapter, count_task, kept, spread
 from lorank.fields import Count, NonNegative, Positive, Rank
 from lorank.layers import like, linear, wide
 from lorank.method import Site
-from lorank.rewriting import converted_with
 
 LEAST = 1e-12
 """|A x| is at least this."""
@@ -116,7 +114,7 @@ class MoRAMLinear(GatedAdapter):
 
     def next_task(self) -> bool:
         """(3), with the new ranks in the parameters that train."""
-        self.earlier = Earlier(*self.factors())
+        self.earlier = Earlier(*self.factors()).train(self.training)
         nn.init.zeros_(self.B.weight)
         nn.init.kaiming_uniform_(self.A.weight, a=5**0.5)
         return True
@@ -154,5 +152,4 @@ class MoRAM(Adapter):
 
     def next_task(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         super().next_task(model, optimizer)
-        recorded: Mapping[str, Any] = converted_with(model) or {"arguments": {"tasks": self.tasks}}
-        recorded["arguments"]["tasks"] += 1  # a saved model is built with as many
+        count_task(model)

@@ -205,5 +205,8 @@ class OSFT(Adapter):
     def layers(self, model: nn.Module) -> dict[str, Any]:
         return {name: module for name, module in model.named_modules() if isinstance(module, FORMS[self.form])}
 
+    def inseparable(self, model: nn.Module) -> str:
+        return "it changes all of W"
+
     def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook:
         return Guard(optimizer, self.layers(model).values())

@@ -83,7 +83,8 @@ def test_training_mode_device_and_dtype_are_kept(small: Callable[..., Any]) -> N
     model = convert(small("llama").to(torch.bfloat16).train(), CoLA())
     assert all(module.training for module in model.modules())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    assert not any(module.training for module in convert(small("llama"), CoLA()).modules())
+    for name in ("llama", "gpt2"):  # of which one has fused, transposed matrices
+        assert not any(module.training for module in convert(small(name), CoLA()).modules())
 
 
 def test_a_method_may_be_called_by_name(small: Callable[..., Any]) -> None:
