@@ -29,7 +29,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "trainer": "what methods need of transformers' Trainer",
     },
     {
-        "loop": "optimizer, step_hook, lr_schedule, next_task: what a training loop asks for",
+        "loop": "optimizer, step_hook, lr_schedule, next_task, set_context: what a training loop asks for",
         "adapter_files": "adapters saved without their model, and in peft's format",
     },
     {"conversion": "convert, merge"},

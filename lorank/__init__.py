@@ -17,7 +17,10 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.adapters.comp_lora import CompLoRA
     from lorank.adapters.lora import LoRA
     from lorank.adapters.moram import MoRAM
+    from lorank.adapters.mtlora import MTLoRA
     from lorank.adapters.osft import OSFT
+    from lorank.adapters.petalface import PETALface
+    from lorank.adapters.reclora import RecLoRA
     from lorank.adapters.row_adaptive import RowAdaptive
     from lorank.adapters.smora import SMoRA
     from lorank.checkpointing import (
@@ -31,7 +34,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.evolution.method import EGGROLL
     from lorank.evolution.votes import Votes
     from lorank.fit.pca import fit_masa
-    from lorank.loop import lr_schedule, next_task, optimizer, step_hook
+    from lorank.loop import lr_schedule, next_task, optimizer, set_context, step_hook
     from lorank.method import Autograd, Dense, Method, Site, StepHook
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.crnet import CRNet
@@ -63,6 +66,7 @@ _HOME = {
     "lr_schedule": "lorank.loop",
     "merge": "lorank.conversion",
     "next_task": "lorank.loop",
+    "set_context": "lorank.loop",
     "optimizer": "lorank.loop",
     "step_hook": "lorank.loop",
     "checkpoint": "lorank.checkpointing",

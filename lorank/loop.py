@@ -8,6 +8,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lorank.adapters.blocks import Contextual
 from lorank.conversion import as_method, check_module, method_of
 from lorank.fields import Beta, Fraction, NonNegative, Share, Whole, check_value, whole_steps
 from lorank.method import Dense, Method, Patterns, StepHook, check_combination, warmup_cosine
@@ -132,6 +133,27 @@ def next_task(model: nn.Module, optimizer: Optimizer | None = None) -> None:
         method.next_task(model if inner is None else inner, moving)
     if (hook := getattr(moving, "lorank_hook", None)) is not None:
         hook.step = 0
+
+
+def set_context(model: nn.Module, value: Any) -> None:
+    """Say what the adapter of a model follows from now on, until the next call: for MTLoRA a task, for PETALface a quality, for
+    RecLoRA a user's vector.
+
+    Args:
+        model: the converted model, also inside DDP or another module.
+        value: one for all samples, or a tensor with one for each; None: as before the first call.
+
+    Raises:
+        ValueError: the model has no such adapter, or the value does not fit it.
+    """
+    inner = converted_inside(model)
+    method = None if inner is None else method_of(inner)
+    if not isinstance(method, Contextual) or inner is None:
+        kind = type(model).__name__ if method is None else f"one with {method.name}"
+        raise ValueError(f"model must have an adapter that follows a context, such as mtlora, got {kind}")
+    given = None if value is None else method.context(value)
+    for layer in method.layers(inner).values():
+        layer.context.value = given  # type: ignore[union-attr]
 
 
 def lr_schedule(

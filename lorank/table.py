@@ -35,6 +35,9 @@ METHODS = {
     "moram": "lorank.adapters.moram:MoRAM",
     "codyra": "lorank.adapters.codyra:CoDyRA",
     "row-adaptive": "lorank.adapters.row_adaptive:RowAdaptive",
+    "mtlora": "lorank.adapters.mtlora:MTLoRA",
+    "petalface": "lorank.adapters.petalface:PETALface",
+    "reclora": "lorank.adapters.reclora:RecLoRA",
     "osft": "lorank.adapters.osft:OSFT",
     "comp-lora": "lorank.adapters.comp_lora:CompLoRA",
     # how they move

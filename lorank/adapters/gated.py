@@ -75,6 +75,9 @@ class GatedAdapter(FrozenPlusLowRank, Adapted):
     A subclass overrides `gate`, or `static_gate` if its gate is the same for all inputs.
     """
 
+    follows_input: ClassVar[bool] = False
+    """Whether the gate depends on x."""
+
     def __init__(self, dense: nn.Linear, rank: int, *, scale: float = 1.0, dropout: float = 0.0):
         super().__init__(dense, rank, scale=scale, dropout=dropout)
         self.W.requires_grad_(False)
@@ -155,7 +158,7 @@ class Adapter(Method):
         model.requires_grad_()
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
-        if isinstance(module, GatedAdapter) and type(module).gate is not GatedAdapter.gate:
+        if isinstance(module, GatedAdapter) and module.follows_input:
             raise ValueError(f"{self.name} cannot be merged: its gate depends on the input")
         return super().merged(module)
 
@@ -169,7 +172,7 @@ class Adapter(Method):
         Raises:
             ValueError: it is none.
         """
-        if not isinstance(module, GatedAdapter) or type(module).gate is not GatedAdapter.gate:
+        if not isinstance(module, GatedAdapter) or module.follows_input:
             raise ValueError(f"{self.name} is no pair of factors: its gate depends on the input")
         B, A, gate = module.B.weight.detach(), module.A.weight.detach(), module.static_gate()
         if gate is None:

@@ -71,6 +71,8 @@ class Earlier(nn.Module):
 
 
 class MoRAMLinear(GatedAdapter):
+    follows_input = True
+
     def __init__(
         self, dense: nn.Linear, rank: int, *, tasks: int, top_k: int | None, temperature: float, threshold: float
     ):

@@ -90,6 +90,8 @@ class Router(Gate):
 
 
 class SMoRALinear(GatedAdapter):
+    follows_input = True
+
     def __init__(self, dense: nn.Linear, rank: int, *, scale: float, top_k: int, expert_rank: int, speed: float):
         super().__init__(dense, rank, scale=scale)
         self.top_k, self.expert_rank = top_k, expert_rank
