@@ -91,12 +91,14 @@ _RENAMED = {
     "parametrization": "lorank.method",
 }
 """Names of version 0.1 and what took their place."""
-__all__ = sorted(["METHODS", "register", *_HOME])
+__all__ = sorted(["METHODS", "fit", "register", *_HOME])
 
 
 def __getattr__(name: str) -> object:
     if name in _RENAMED:
         raise ImportError(f"lorank.{name} is {_RENAMED[name]} since version 0.2")
+    if name == "fit":  # a package that can be called
+        return importlib.import_module("lorank.fit")
     if name not in _HOME:
         raise AttributeError(f"module 'lorank' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOME[name]), name)

@@ -98,7 +98,8 @@ def convert(
         "arguments": method.to_dict(),
         "targets": listed(targets) or None,
         "exclude": listed(exclude) or None,
-        **({"experts": True} if any(site.experts for site in sites) else {}),
+        # also if patterns leave all of them out: on loading, the patterns must match what they match now
+        **({"experts": True} if any(site.experts for site in sites_of(method, model)) else {}),
     }
 
     def apply(model: Any, sites: list[Site]) -> None:

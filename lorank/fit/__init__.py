@@ -1,0 +1,22 @@
+"""From trained dense weights to factors: one structure, one file. The package itself is the function, ``lorank.fit(model, "svd")``."""
+
+import sys
+import types
+from typing import Any
+
+from lorank.fit.door import STRUCTURES, Fitted, as_structure, fit
+from lorank.fit.eora import EoRA
+from lorank.fit.structure import Structure
+from lorank.fit.svd import SVD
+
+__all__ = ["STRUCTURES", "SVD", "EoRA", "Fitted", "Structure", "as_structure", "fit"]
+
+
+class _Callable(types.ModuleType):
+    """A package that is called as its function `fit`: importing one of its files must not hide the function."""
+
+    def __call__(self, *arguments: Any, **settings: Any) -> Any:
+        return fit(*arguments, **settings)
+
+
+sys.modules[__name__].__class__ = _Callable

@@ -28,15 +28,14 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from lorank.analysis.streams import Streams
 from lorank.conversion import convert, sites_to_convert
 from lorank.dictionary import CoefficientTable, Dictionary, matrix_pca
 from lorank.factors import nearest, whitening
+from lorank.fit.calibration import check_ids
 from lorank.method import Patterns
 from lorank.methods.masa import MASA, MASALinear
-from lorank.pretrained import positions_of
 from lorank.sites import blocks, places
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -117,7 +116,7 @@ def calibrate(
     try:
         with streams.attached():
             for batch in data:
-                _check_batch(model, batch)
+                check_ids(model, batch)
                 streams.add(model, {"input_ids": batch.to(device)})
         if not streams.tokens:
             raise ValueError("data must have at least one batch, got none")
@@ -135,27 +134,6 @@ def calibrate(
         raise ValueError("the model's activations must be finite numbers; it has diverged, use an earlier checkpoint")
     factors = {reader: whitening(gram / streams.tokens) for reader, gram in streams.inputs.items()}
     return Calibration(moved, {name: factors[reader] for name, reader in streams.reads.items()})
-
-
-def _check_batch(model: nn.Module, batch: Any) -> None:
-    """Raises ValueError unless it is a batch of token ids that the model can read."""
-    if not isinstance(batch, Tensor) or batch.ndim != 2 or batch.dtype not in (torch.int32, torch.int64):
-        got = f"{batch.dtype} {list(batch.shape)}" if isinstance(batch, Tensor) else type(batch).__name__
-        raise ValueError(f"data must be batches of token ids, tensors [b, n] of int64 or int32, got {got}")
-    if not batch.numel():
-        raise ValueError(f"data must be batches with tokens, got one of shape {list(batch.shape)}; leave it out")
-    if isinstance(model, PreTrainedModel):
-        if (positions := positions_of(model)) is not None and batch.shape[1] > positions:
-            raise ValueError(
-                f"data must be sequences of at most {positions} tokens, the model's positions, got {batch.shape[1]}; cut them"
-            )
-        rows: int = model.get_input_embeddings().weight.shape[0]  # type: ignore
-        least, most = int(batch.min()), int(batch.max())
-        if least < 0 or most >= rows:
-            wrong = least if least < 0 else most
-            raise ValueError(
-                f"data must be token ids from 0 to {rows - 1}, the model's vocabulary, got {wrong}; use the model's own tokenizer"
-            )
 
 
 def _predictions(model: nn.Module, chain: list[nn.Module], states: Tensor, plain: bool) -> Tensor:

@@ -1,0 +1,68 @@
+"""One rank for each projection, so that all factors together fit a budget.
+
+uniform      every matrix keeps the same part c of its parameters:  r = ⌊c m n / (m + n)⌋
+energy       ranks go where they keep the most energy per parameter, as `lorank analyze --budget` chooses them
+break-even   the largest rank at which two factors are smaller than the matrix; no budget
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args
+
+from torch import Tensor
+
+from lorank.analysis.ranks import check_budget, suggest_ranks, table_of
+from lorank.method import Site
+
+Policy = Literal["uniform", "energy", "break-even"]
+
+
+def check_policy(policy: str, budget: float | str | None) -> None:
+    """Raises ValueError for an unknown policy, or a budget that it does not use."""
+    if policy not in get_args(Policy):
+        raise ValueError(f"policy must be 'uniform', 'energy' or 'break-even', got {policy!r}")
+    if policy == "break-even" and budget is not None:
+        raise ValueError(f"budget must be left out with policy 'break-even', which has none, got {budget}")
+
+
+def choose_ranks(
+    sites: Sequence[Site],
+    budget: float | str | None,
+    policy: Policy,
+    spectra: Callable[[], Mapping[str, Tensor]],
+) -> dict[str, int]:
+    """The rank of each projection, by name.
+
+    Args:
+        budget: a part of the parameters of these matrices such as 0.5, or a number of parameters such as "10M".
+        spectra: gives the singular values of what the factors of each projection approximate; called for policy "energy".
+
+    Raises:
+        ValueError: a budget that cannot be read, or that no ranks fit.
+    """
+    shapes = [(site.d_in, site.d_out) for site in sites]
+    if policy == "break-even":
+        return {site.name: max(1, math.ceil(site.break_even_rank) - 1) for site in sites}
+    wanted = check_budget(str(budget), shapes)
+    if policy == "energy":
+        values = spectra()
+        described = [
+            {
+                **site._asdict(),
+                "d_in": site.d_in,
+                "d_out": site.d_out,
+                "output": {"singular_values": values[site.name].tolist()},
+            }
+            for site in sites
+        ]
+        return suggest_ranks(described, str(budget)).ranks
+    part = wanted / sum(d_in * d_out for d_in, d_out in shapes)
+    return {site.name: max(1, math.floor(part * site.break_even_rank)) for site in sites}
+
+
+def table(sites: Sequence[Site], ranks: Mapping[str, int]) -> int | dict[str, int]:
+    """These ranks as the setting of a method: one number if they are equal, else {pattern: rank}."""
+    if len(set(ranks.values())) == 1:
+        return next(iter(ranks.values()))
+    described: list[dict[str, Any]] = [site._asdict() for site in sites]
+    return table_of(described, [ranks[site.name] for site in sites])

@@ -1,0 +1,193 @@
+"""`fit`: from a trained dense model to one whose matrices are of another form, with weights that keep what it computes."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, MutableMapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lorank.analysis.batches import Batch
+from lorank.conversion import check_module, convert, sites_to_convert
+from lorank.fields import unknown
+from lorank.fit.budget import Policy, check_policy, choose_ranks, table
+from lorank.fit.calibration import Block, Calibration, Computes, blocks_with
+from lorank.fit.eora import EoRA
+from lorank.fit.structure import Found, Structure, as_matrix, spectrum
+from lorank.fit.svd import SVD
+from lorank.method import Method, Patterns, Site
+from lorank.sites import places
+
+Model = TypeVar("Model", bound=nn.Module)
+STRUCTURES: dict[str, type[Structure]] = {kind.name: kind for kind in (SVD, EoRA)}
+"""By the name that `fit` and the command line take."""
+
+
+class Fitted(NamedTuple):
+    """What became of one projection."""
+
+    name: str
+    d_in: int
+    d_out: int
+    rank: int
+    parameters: int
+    """In the factors."""
+    weight_error: float
+    """|W − W̃| / |W|."""
+    output_error: float | None
+    """|(W − W̃) Xᵀ| / |W Xᵀ| on the calibration text; None without one."""
+
+
+def as_structure(method: Structure | type[Structure] | str) -> Structure:
+    """A structure from itself, its class or its name; ValueError for anything else."""
+    if isinstance(method, str):
+        if method not in STRUCTURES:
+            raise ValueError(unknown("structure", method, list(STRUCTURES)))
+        method = STRUCTURES[method]
+    made = method() if isinstance(method, type) and issubclass(method, Structure) else method
+    if not isinstance(made, Structure):
+        raise ValueError(f"method must be a structure such as SVD(), its class or its name, got {method!r}")
+    return made
+
+
+def fit(
+    model: Model,
+    method: Structure | type[Structure] | str,
+    data: Iterable[Tensor | Batch] | None = None,
+    *,
+    budget: float | str | None = None,
+    policy: Policy = "uniform",
+    targets: Patterns = None,
+    exclude: Patterns = None,
+    finished: MutableMapping[str, Found] | None = None,
+    see: Callable[[Fitted], None] = lambda fitted: None,
+) -> Model:
+    """Rewrite a trained model in place, with factors that approximate its weights.
+
+    The result is a converted model as `lorank.convert` makes them: transformers saves and loads it, `lorank.merge` makes it dense
+    again, and it can be trained further. Embeddings, head, norms and biases stay. It needs memory for the model, for its
+    factors, and for one block's sums over inputs.
+
+    Args:
+        method: "svd" or "eora", or a structure with settings of its own, `lorank.fit.EoRA(base="int3")`.
+        data: batches of token ids [b, n], or dictionaries with them under ``input_ids``, of text like that on which the model is used.
+            Its activations say which errors matter; a projection of d inputs needs many more than d tokens. None: all
+            errors of a weight count alike.
+        budget: parameters of the factors, as a part of those of the matrices such as 0.5, or as a number such as "10M". Default: the
+            structure's `usual`.
+        policy: "uniform", the same part of every matrix; "energy", ranks where they keep most; "break-even", the largest rank at
+            which the factors are smaller than the matrix.
+        targets, exclude: as in `lorank.convert`.
+        finished: what was found for projections, by name. Those in it are not fitted again, and new ones are added, so that a
+            mapping that writes to a disk lets an interrupted fit go on.
+        see: called with each projection that is done.
+
+    Raises:
+        ValueError: as `lorank.convert`; a budget that no ranks fit; data that the model cannot read, or that do not reach a
+            projection; weights or activations that are not finite; the experts of a mixture. The model is then unchanged.
+
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = LlamaConfig(hidden_size=32, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+    >>> fit(LlamaForCausalLM(shape), "svd", budget=0.5).model.layers[1].mlp.down_proj
+    LowRankLinear(
+      d_in=96, d_out=32, rank=12
+      (A): Linear(in_features=96, out_features=12, bias=False)
+      (B): Linear(in_features=12, out_features=32, bias=False)
+    )
+    """
+    structure = as_structure(method)
+    check_policy(policy, budget)
+    check_module(model)
+    sites = sites_to_convert(model, structure.method(1), targets, exclude)
+    _check_sites(sites)
+    calibration = None if data is None else Calibration(model, data)
+    wanted = {site.name: site for site in sites}
+    chain = blocks_with(model, [place for place in places(model) if place.name in wanted])
+
+    def spectra() -> dict[str, Tensor]:
+        found = {}
+        for block in chain:
+            R = {} if calibration is None else calibration.visit(block, {}, ())
+            for place in block.places:
+                found[place.name] = spectrum(
+                    structure, wanted[place.name].linear.weight.detach(), R.get(place.name)
+                ).cpu()
+        return found
+
+    if policy != "break-even" and budget is None:
+        budget = structure.usual
+    ranks = choose_ranks(sites, budget, policy, spectra)
+    chosen = structure.method(table(sites, ranks))
+    _try(model, chosen, targets, exclude)
+    finished = {} if finished is None else finished
+    found: dict[str, Found] = {}
+    computes: dict[str, Computes] = {}
+    for number, block in enumerate(chain):
+        behind = [place for one in chain[:number] for place in one.places]
+        R = {} if calibration is None else calibration.visit(block, computes, behind)
+        for name, each in _solved(structure, block, wanted, ranks, R, finished):
+            found[name] = each
+            computes[name] = partial(structure.apply, each)
+            see(_judged(structure, wanted[name], each, ranks[name], R.get(name)))
+    biases = {name: None if (b := site.linear.bias) is None else b.detach().clone() for name, site in wanted.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that trained weights are dropped; `_try` has shown the others
+        convert(model, chosen, targets=targets, exclude=exclude)
+    for name, each in found.items():
+        structure.fill(model.get_submodule(name), each, biases[name])
+    return model
+
+
+def _check_sites(sites: list[Site]) -> None:
+    if experts := list(dict.fromkeys(site.role.partition(".*.")[2] for site in sites if site.experts)):
+        raise ValueError(
+            f"lorank.fit does not replace the experts of a mixture, {', '.join(experts)}; exclude them (exclude={experts})"
+        )
+    for site in sites:
+        weight = site.linear.weight
+        if weight.is_meta:
+            raise ValueError(f"the weights must be in memory, but those of {site.name} are on the meta device")
+        if not weight.isfinite().all():
+            raise ValueError(f"the weights must be finite numbers, but those of {site.name} are not")
+
+
+def _try(model: nn.Module, method: Method, targets: Patterns, exclude: Patterns) -> None:
+    """Convert an empty model of the same kind, so that what would fail in the end fails before the work."""
+    if isinstance(model, PreTrainedModel):
+        with torch.device("meta"):
+            twin: Any = type(model)(copy.deepcopy(model.config))
+        convert(twin, method, targets=targets, exclude=exclude)
+
+
+@torch.no_grad()
+def _solved(
+    structure: Structure,
+    block: Block,
+    wanted: dict[str, Site],
+    ranks: dict[str, int],
+    R: dict[str, Tensor],
+    finished: MutableMapping[str, Found],
+) -> Iterable[tuple[str, Found]]:
+    for place in block.places:
+        weight = wanted[place.name].linear.weight.detach()
+        each = finished.get(place.name)
+        if each is None:
+            each = structure.solve(weight, R.get(place.name), ranks[place.name])
+            finished[place.name] = each
+        yield place.name, {key: tensor.to(weight.device) for key, tensor in each.items()}
+
+
+@torch.no_grad()
+def _judged(structure: Structure, site: Site, found: Found, rank: int, R: Tensor | None) -> Fitted:
+    weight = site.linear.weight.detach().double()
+    lack = weight - as_matrix(structure, {key: tensor.double() for key, tensor in found.items()}, site.d_in)
+    on_text = None if R is None else _ratio(lack @ R, weight @ R)
+    parameters = rank * (site.d_in + site.d_out)
+    return Fitted(site.name, site.d_in, site.d_out, rank, parameters, _ratio(lack, weight), on_text)
+
+
+def _ratio(lack: Tensor, whole: Tensor) -> float:
+    return float(lack.norm() / whole.norm().clamp(min=torch.finfo(whole.dtype).tiny))

@@ -1,0 +1,68 @@
+"""What a structure is: the form in which `lorank.fit` writes a trained matrix, and the method that a model of that form has.
+
+A structure never sees the model. It gets one matrix W [m, n] at a time, with a metric: R [n, n], lower triangular, R Rᵀ = XᵀX / n
+for the inputs X of W, or None, the identity. What it finds is a dictionary of tensors, which can be saved.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from lorank.fields import check_fields
+from lorank.method import Method
+
+Found = dict[str, Tensor]
+"""The tensors that stand for a matrix."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Structure:
+    """Base of all structures. Its fields are its settings, checked by their annotations (`lorank.fields`)."""
+
+    name: ClassVar[str]
+    """What `lorank.fit` and the command line call it."""
+    usual: ClassVar[float] = 0.5
+    """The budget unless one is given."""
+    counts: ClassVar[str] = "factors"
+    """What the budget is of, for messages and tables."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def method(self, rank: int | dict[str, int]) -> Method:
+        """The method of a model whose projections have these ranks, as in `lorank.fields.Rank`."""
+        raise NotImplementedError
+
+    def target(self, weight: Tensor) -> Tensor:
+        """The matrix that the factors approximate, in double precision: the weight itself, or what another part of it lacks."""
+        return weight.double()
+
+    def solve(self, weight: Tensor, R: Tensor | None, rank: int) -> Found:
+        """The tensors of a weight [m, n]."""
+        raise NotImplementedError
+
+    def apply(self, found: Found, x: Tensor) -> Tensor:
+        """Outputs [..., m] of the tensors for inputs [..., n], without a bias."""
+        raise NotImplementedError
+
+    def fill(self, layer: nn.Module, found: Found, bias: Tensor | None) -> None:
+        """Copy the tensors and the dense layer's bias into the layer that `method` built."""
+        raise NotImplementedError
+
+    def settings(self) -> dict[str, object]:
+        return dataclasses.asdict(self)
+
+
+def spectrum(structure: Structure, weight: Tensor, R: Tensor | None) -> Tensor:
+    """Singular values, descending, of what the factors approximate, as the metric sees it."""
+    target = structure.target(weight)
+    return torch.linalg.svdvals(target if R is None else target @ R)
+
+
+def as_matrix(structure: Structure, found: Mapping[str, Tensor], columns: int) -> Tensor:
+    """The matrix [m, n] of a structure that is linear."""
+    some = next(iter(found.values()))
+    return structure.apply(dict(found), torch.eye(columns, dtype=some.dtype, device=some.device)).T
