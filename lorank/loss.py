@@ -1,4 +1,4 @@
-"""The loss of a language model, from its logits: one way forevery architecture, in training as in evaluation.
+"""The loss of a language model, from its logits: one way for every architecture, in training as in evaluation.
 
     loss = -1/N sum over the N predicted tokens of log p(token i + 1 | tokens up to i)        nats per token
 

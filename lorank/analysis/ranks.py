@@ -1,4 +1,4 @@
-"""Ranks forevery projection of every block that together fit a budget of parameters and lose little.
+"""Ranks for every projection of every block that together fit a budget of parameters and lose little.
 
 Two factors of rank r hold r (d_in + d_out) weights. A linear map of rank r loses at least this fraction of the energy of
 a projection's outputs Y, whose singular values are σ_1 ≥ σ_2 ≥ ...:

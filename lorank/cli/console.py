@@ -14,13 +14,19 @@ from lorank.report.work import WorkProgress
 from lorank.train.watching import watched_by
 
 
+NARROWEST = 70
+"""Columns of results at least. In fewer, tables would have letters below each other; a narrower terminal breaks their lines itself."""
+
+
 def results_console() -> Console:
     """A console for results, with the libraries' own output turned down."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.formatwarning = lambda message, *args, **kwargs: f"lorank: {message}\n"  # without the line of the code
     logging.disable_progress_bar()
-    return Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun the first process prints
+    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun the first process prints
+    console.width = max(console.width, NARROWEST)
+    return console
 
 
 def errors_console() -> Console:

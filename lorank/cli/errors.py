@@ -10,8 +10,14 @@ import click
 
 from lorank.cli.flags import Assignments
 
-MOVED = {("plan", "--paper"): "lorank papers NAME"}
-"""Flags of earlier versions that are commands now, by command and flag."""
+MOVED = {
+    ("plan", "--paper"): "lorank papers NAME",
+    **{
+        (name, "--recipe"): f"its name without a flag, as in: lorank {name} cola-60m"
+        for name in ("pretrain", "plan", "compare")
+    },
+}
+"""What to write instead of flags of earlier versions, and of others that people look for, by command and flag."""
 
 
 def run(command: click.Command) -> None:

@@ -25,7 +25,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 
 def demo_recipe(row: str, steps: int | None = None) -> Recipe:
-    """The recipe of one of `ROWS`, with the defaults of `Recipe` foreverything else."""
+    """The recipe of one of `ROWS`, with the defaults of `Recipe` for everything else."""
     changes: dict[str, Any] = {} if steps is None else {"steps": steps}
     return Recipe(**ROWS[row], **changes)
 

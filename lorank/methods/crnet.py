@@ -60,7 +60,7 @@ def recompute_flops(d: int, d_ff: int, r: int, n: int, layers: int, first_block:
 
 
 def kept_numbers(d: int, d_ff: int, r: int, n: int, layers: int) -> int:
-    """Numbers that the blocks keep of a sequence for the backward pass: L n (d + 7 r), and n (5 d + 2 d_ff) forevery eighth block."""
+    """Numbers that the blocks keep of a sequence for the backward pass: L n (d + 7 r), and n (5 d + 2 d_ff) for every eighth block."""
     return layers * n * (d + 7 * r) + math.ceil((layers - 1) / ANCHORS) * n * (5 * d + 2 * d_ff)
 
 

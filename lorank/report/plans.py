@@ -291,7 +291,7 @@ def _assumptions(found: "Sequence[Forecast]") -> list[str]:
     lines += [
         f"{a.name}, by its data sheet unless given: {', '.join(f'{rate / 1e12:,.10g} TFLOP/s in {name}' for name, rate in rates.items())}, "
         f"{a.memory_gib:g} GB, {a.watts:g} W.",
-        f"Assumed: {fleet.utilisation:.0%} of that rate forevery method (the narrow products of low-rank factors may reach "
+        f"Assumed: {fleet.utilisation:.0%} of that rate for every method (the narrow products of low-rank factors may reach "
         f"less), ${a.dollars_per_hour:.2f} per device and hour, full board power, no waiting for the network.",
     ]
     if found[0].budget_is_default:

@@ -14,9 +14,12 @@ def recipes_folder() -> Path:
 
 
 def recipe_path(name: str | Path) -> Path:
-    """The file of that path, or else the recipe of that name that comes with lorank."""
-    ours = recipes_folder() / f"{name}.yaml"
-    return ours if ours.is_file() and not Path(name).exists() else Path(name)
+    """The file of that path, or else the recipe of that name that comes with lorank, cola-60m; or 60m-cola, as `lorank repro` says."""
+    size, _, method = str(name).partition("-")
+    ours = next(
+        (path for one in (name, f"{method}-{size}") if (path := recipes_folder() / f"{one}.yaml").is_file()), None
+    )
+    return Path(name) if ours is None or Path(name).exists() else ours
 
 
 def recipe_names() -> list[str]:

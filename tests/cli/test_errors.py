@@ -36,6 +36,10 @@ BAD = {
         "no method here (dense, cola-m) has the setting 'update_gap'",
     ),
     "a flag that is a command now": (["plan", "--paper", "cola"], "no such option: --paper; use lorank papers NAME"),
+    "a flag for the recipe": (
+        ["pretrain", "--recipe", "cola-60m"],
+        "no such option: --recipe; use its name without a flag",
+    ),
     "a setting with entries": (["pretrain", "--shape", "8"], "no such option: --shape; use --set shape.NAME=VALUE"),
     "a setting of several values in compare": (["compare", "--seed", "3"], "no such option: --seed; use --seeds"),
     "a setting that plan asks for otherwise": ([*PLAN, "--set", "size=1b"], "use --size"),

@@ -196,6 +196,7 @@ def test_recipes_are_found_by_name_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    assert recipe_path("60m-apollo-mini") == recipe_path("apollo-mini-60m")  # as reproductions are called
     code, _, err = in_this_process("pretrain", "cola-61m")
     assert code == 2 and "name a YAML file or one of" in err and "cola-60m" in err
 
