@@ -13,7 +13,6 @@ from lorank.report.progress import TerminalProgress
 from lorank.report.work import WorkProgress
 from lorank.train.watching import watched_by
 
-
 NARROWEST = 70
 """Columns of results at least. In fewer, tables would have letters below each other; a narrower terminal breaks their lines itself."""
 
