@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from lorank.evolution.egg import EggConfig, EggForCausalLM
+from lorank.evolution.egg_model import EggConfig, EggForCausalLM
 from lorank.evolution.integers import IntegerEggroll
 from lorank.train import run
 from lorank.train.data import collate, load_corpus

@@ -100,7 +100,7 @@ EXTRAS = ("bitsandbytes", "lm_eval")
 DATA_ONLY = ("train", "plan", "comparison")
 """Rooms of which `report` may import names for annotations, and nothing else."""
 LONGEST, LONGEST_PAPER = 400, 250
-PAPERS = ("methods", "optim", "adapters", "fit", "federated")
+PAPERS = ("methods", "optim", "adapters", "fit", "federated", "evolution")
 """Rooms in which a file that names its source is one paper's."""
 
 

@@ -41,7 +41,7 @@ class PromisedConfig:
     @classmethod
     def real_class(cls) -> Any:
         if cls.model_type == EGG:
-            from lorank.evolution.egg import EggConfig
+            from lorank.evolution.egg_model import EggConfig
 
             return EggConfig
         from lorank.pretrained import config_class

@@ -83,13 +83,6 @@ def test_recompute_ratios_of_the_paper() -> None:
     assert blocks / authors == pytest.approx(2.41, abs=5e-3)
 
 
-def test_activation_table_of_the_paper() -> None:
-    """CoLA alone keeps more than dense at r = d/4 (21 n d against 20 n d); CoLA-M keeps 2 n d + 7 n r."""
-    d, r = 1024, 256
-    dense, cola, cola_m = (formulas.block_activations(s, d, r, N, 0) for s in ("dense", "cola", "cola-m"))
-    assert (dense, cola, cola_m) == (20 * N * d, 21 * N * d, 2 * N * d + 7 * N * r)
-
-
 def test_memory_column_of_the_paper() -> None:
     for parameters, gib in ((42_770_944, 0.319), (609_310_720, 4.540), (1_339_082_752, 9.977)):
         assert formulas.training_state_bytes(parameters) / 2**30 == pytest.approx(gib, abs=5e-4)

@@ -16,7 +16,7 @@ from typing import Any
 from lorank.comparison.controls import CONTROL, control_names, dense_twin, find_controls
 from lorank.comparison.matching import Costs, Figure, flops_of, is_dense, match_structure, with_steps
 from lorank.comparison.settings import LOW_RANK_ONLY, OF_COST, ComparisonSettings
-from lorank.evolution.egg import EggConfig
+from lorank.evolution.egg_model import EggConfig
 from lorank.train.methods import check_used, fitting, methods_of, schedule_of, settings_of, title_of, written_out
 from lorank.train.recipe import Recipe, full_name
 from lorank.train.shipped import published_lr

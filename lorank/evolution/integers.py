@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from lorank import accounting
 from lorank.evolution.cost import in_words, step_memory
-from lorank.evolution.egg import DOCUMENT_START, EggForCausalLM, Noise, score, signs
+from lorank.evolution.egg import DOCUMENT_START, Noise, score, signs
+from lorank.evolution.egg_model import EggForCausalLM
 from lorank.evolution.noise import (
     check_population,
     check_whole,

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from lorank.evolution.egg import EggForCausalLM
+from lorank.evolution.egg_model import EggForCausalLM
 from lorank.evolution.eggroll import Eggroll
 from lorank.evolution.integers import EggEggroll, Exponent, IntegerEggroll
 from lorank.evolution.language_model import LanguageModelEggroll

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.evolution.egg import EggForCausalLM
+from lorank.evolution.egg_model import EggForCausalLM
 from lorank.fields import Bounds, Count, Fraction, check_value
 from lorank.method import Method, Patterns
 

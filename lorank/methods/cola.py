@@ -40,7 +40,7 @@ from lorank.fields import NonNegative, Rank
 from lorank.layers import LowRankLinear, like
 from lorank.method import Method, Published, Site, StepHook, check_ranks, rank_at
 from lorank.methods.dlr import DecayToReuse, Reusing
-from lorank.methods.lax import Carry, LaXLinear, chain, check_chains, check_settings
+from lorank.methods.lax import Carry, LaXLinear, build_chain, check_chains, check_settings
 from lorank.rewriting import drop_activations
 from lorank.sizes import SIZES
 
@@ -125,8 +125,7 @@ class CoLA(Method):
         return self.activation if inside[self.nonlinearity] else None
 
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
-        links = chain(sites, self.carry, self.carry_norm)
-        return [self.build(site, **link) for site, link in zip(sites, links, strict=True)]
+        return build_chain(self, sites)
 
     def build(self, site: Site, **link: Any) -> nn.Module:
         sizes: tuple[int, ...] = (site.d_in, site.d_out, rank_at(self.rank, site))

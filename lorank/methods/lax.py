@@ -142,12 +142,16 @@ class LaXLinear(LowRankLinear):
 # ---- for the methods with the option
 
 
-def chain(sites: Sequence[Site], carry: Carry, norm: bool) -> list[dict[str, Any]]:
-    """For each site of a stack what its `LaXLinear` needs of the chain; nothing if there is none."""
-    if carry == "none" or sites[0].experts:
-        return [{} for _ in sites]
-    tape = Tape(sites[0].role, len(sites), dense_start=False)
-    return [{"carry": carry, "norm": norm, "tape": tape, "depth": depth} for depth in range(len(sites))]
+def build_chain(method: Any, sites: Sequence[Site]) -> list[nn.Module]:
+    """The layers of a stack by `method.build`, which gets what a `LaXLinear` needs of the chain, or nothing if there is none."""
+    if method.carry == "none" or sites[0].experts:
+        return [method.build(site) for site in sites]
+    link = {
+        "carry": method.carry,
+        "norm": method.carry_norm,
+        "tape": Tape(sites[0].role, len(sites), dense_start=False),
+    }
+    return [method.build(site, depth=depth, **link) for depth, site in enumerate(sites)]
 
 
 def check_settings(carry: Carry, norm: bool) -> None:

@@ -22,7 +22,7 @@ from lorank.experts import LowRankExperts
 from lorank.fields import Rank
 from lorank.layers import LowRankLinear, like
 from lorank.method import Method, Published, Site, check_ranks, rank_at
-from lorank.methods.lax import Carry, LaXLinear, chain, check_chains, check_settings, refuse_to_merge
+from lorank.methods.lax import Carry, LaXLinear, build_chain, check_chains, check_settings, refuse_to_merge
 from lorank.sizes import SIZES
 
 
@@ -63,8 +63,7 @@ class LowRank(Method):
         return module.B.weight @ module.A.weight, module.B.bias
 
     def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
-        links = chain(sites, self.carry, self.carry_norm)
-        return [self.build(site, **link) for site, link in zip(sites, links, strict=True)]
+        return build_chain(self, sites)
 
     def build(self, site: Site, **link: Any) -> nn.Module:
         sizes = (site.d_in, site.d_out, rank_at(self.rank, site))

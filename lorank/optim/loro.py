@@ -45,7 +45,7 @@ from lorank.optim.driver import ByGroups
 from lorank.optim.pairs import PairRule, draw, pair_groups, pairs
 from lorank.optim.rule import AdamW, Forgetful, Group, Rule, State, forget
 from lorank.optim.rules import RULES
-from lorank.optim.schedules import jagged_cosine
+from lorank.optim.schedules import restarted_cosine
 from lorank.optim.stacks import as_stack
 
 Direction = Literal["adam", "gradient"]
@@ -236,9 +236,9 @@ class LORO(ByGroups):
         return found
 
     def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float] | None:
-        """The jagged cosine; None with Adam's directions left out or without exact steps, where nothing restarts."""
+        """The restarted cosine; None with Adam's directions left out or without exact steps, where nothing restarts."""
         if self.update_gap is None or self.direction == "gradient":
             return None
         late = warmup_steps if self.late_steps is None else self.late_steps
         given = {"steps": steps, "warmup": warmup_steps, "min_lr_ratio": min_lr_ratio, "every": self.update_gap}
-        return lambda step: jagged_cosine(step, **given, restart=self.restart_warmup_steps, late=late)  # type: ignore[arg-type]
+        return lambda step: restarted_cosine(step, **given, restart=self.restart_warmup_steps, late=late)  # type: ignore[arg-type]

@@ -6,14 +6,14 @@ SMALLEST = 1e-6
 """Learning rate, as a part of the whole, at which a restart begins."""
 
 
-def jagged_cosine(
+def restarted_cosine(
     step: int, *, steps: int, warmup: int, min_lr_ratio: float, every: int, restart: int, late: int
 ) -> float:
     """Multiplier of lr: a warm-up from `min_lr_ratio`, then a cosine that is `late` by that many steps, and so has its peak that long
     after the warm-up; every `every` steps it restarts with `restart` steps of warm-up from nearly 0.
 
     >>> settings = dict(steps=10_000, warmup=1_000, min_lr_ratio=0.1, every=500, restart=5, late=1_000)
-    >>> [round(jagged_cosine(step, **settings), 3) for step in (0, 499, 500, 505, 2005, 9999)]
+    >>> [round(restarted_cosine(step, **settings), 3) for step in (0, 499, 500, 505, 2005, 9999)]
     [0.1, 0.534, 0.0, 0.539, 1.0, 0.127]
     """
     rest = max(1, steps - warmup)

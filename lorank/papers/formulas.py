@@ -142,22 +142,6 @@ def bottleneck_recompute_flops(d: int, d_ff: int, r: int, n: int) -> int:
 # ---- memory
 
 
-def block_activations(
-    scheme: Literal["dense", "blocks", "cola", "cola-m"], d: int, r: int, n: int, heads: int
-) -> float:
-    """Numbers that one block keeps for backward at d_ff = 2.5 d (arXiv 2502.10940, table of memory).
-
-    The 2 n² heads are the scores and their softmax; fused attention keeps neither.
-    """
-    scores = 2 * n * n * heads
-    return {
-        "dense": 20 * n * d + scores,
-        "blocks": n * d,
-        "cola": 17.5 * n * d + scores + 14 * n * r,
-        "cola-m": 2 * n * d + 7 * n * r,
-    }[scheme]
-
-
 def training_state_bytes(parameters: int, *, weights: int = 2, gradients: int = 2, moments: int = 4) -> int:
     """Bytes of weights, gradients and Adam's two moments; 8 per parameter in pure bf16, as in the paper's memory
     column."""

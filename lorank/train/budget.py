@@ -18,7 +18,7 @@ from lorank.conversion import method_of
 from lorank.fields import Count, Positive, check_value
 from lorank.method import Method
 from lorank.train.data import Corpus
-from lorank.train.data.sources import quantity
+from lorank.train.data.sources import amount
 from lorank.train.recipe import Recipe
 
 
@@ -89,8 +89,8 @@ class Extent(NamedTuple):
     def __str__(self) -> str:
         """In one line."""
         epochs = "" if self.epochs is None else f"{_short(self.epochs)} epochs, "
-        each, all_of_them = _short(self.tokens / self.parameters), quantity(self.parameters, "").strip()
-        return f"{self.steps:,} steps: {quantity(self.tokens, 'tokens')}, {epochs}{each} per parameter ({all_of_them})"
+        each, all_of_them = _short(self.tokens / self.parameters), amount(self.parameters, "").strip()
+        return f"{self.steps:,} steps: {amount(self.tokens, 'tokens')}, {epochs}{each} per parameter ({all_of_them})"
 
 
 def extent_of(recipe: Recipe, corpus: Corpus, parameters: int) -> Extent:

@@ -20,7 +20,7 @@ from lorank.architectures import llama_config
 from lorank.auto import type_of
 from lorank.checkpointing import POLICIES, checkpoint
 from lorank.conversion import convert
-from lorank.evolution.egg import EggConfig
+from lorank.evolution.egg_model import EggConfig
 from lorank.kernels import check_kernels, implementations
 from lorank.pretrained import positions_of
 from lorank.table import from_record

@@ -16,9 +16,10 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from lorank import accounting
 from lorank.conversion import method_of
@@ -27,6 +28,7 @@ from lorank.train.budget import Budget, extent_of, saved_parameters
 from lorank.train.build import build_trainer
 from lorank.train.callbacks import MetricsFile, StopOnSignal
 from lorank.train.card import NAME, Card, write_card
+from lorank.train.evaluation import Evaluation
 from lorank.train.folder import (
     absolute,
     last_whole_checkpoint,
@@ -51,6 +53,7 @@ from lorank.train.saved import rehearse_saving, save_model
 from lorank.train.shape import reason_of
 from lorank.train.signals import on_stop
 from lorank.train.summary import Summary, environment
+from lorank.train.trainer import PretrainTrainer
 from lorank.train.vocabulary import keep_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -92,29 +95,64 @@ def pretrain(
     check_start(recipe)
     place = check_push(recipe.push_to_hub) if recipe.push_to_hub is not None and first else None
     prepare_folder(out, resume)
-    with locked(out):
-        return _pretrain_in(out, recipe, budget, resume, finished, place, say, callbacks, on_cpu)
-
-
-def _pretrain_in(
-    out: Path,
-    recipe: Recipe,
-    budget: Budget | None,
-    resume: bool,
-    finished: bool,
-    place: str | None,
-    say: Callable[[str], object],
-    callbacks: Sequence[TrainerCallback],
-    on_cpu: bool,
-) -> Summary | None:
-    """`pretrain` in a folder that no other process writes into."""
-    start_from = last_whole_checkpoint(out) if resume else None
-    if finished and start_from is None:
-        raise ValueError(
-            f"{out} has no checkpoint, from which it could be trained longer; save_every must not be 0 for that"
-        )
     torch.set_float32_matmul_precision("high")
+    with locked(out):
+        start_from = last_whole_checkpoint(out) if resume else None
+        if finished and start_from is None:
+            raise ValueError(
+                f"{out} has no checkpoint, from which it could be trained longer; save_every must not be 0 for that"
+            )
+        corpus, config, saved = _text_and_shape(recipe, out, start_from, resume=resume)
+        stop = StopOnSignal()
+        with PeakMemory() as memory, on_stop(stop.receive):
+            set_seed(recipe.seed)
+            model = build_model(recipe, config, saved)
+            check_causal(model, recipe.shape)
+            if recipe.documents == "separate":
+                check_separate(model)
+            parameters = saved_parameters(model)
+            if budget is not None:
+                steps = budget.steps_of(recipe, corpus, parameters)
+                recipe = longer(recipe, steps) if resume else dataclasses.replace(recipe, steps=steps)
+            say(str(extent_of(recipe, corpus, parameters)))
+            if recipe.scheduled < recipe.steps:
+                say(f"the learning rate stays where its schedule ends, at step {recipe.scheduled:,}")
+            trainer = build_trainer(
+                recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop], on_cpu
+            )
+            rehearse_saving(model, corpus.tokenizer, out)
+            if trainer.is_world_process_zero() and not resume:
+                write_whole(out / "run.json", json.dumps({**environment(corpus), "recipe": recipe.to_dict()}, indent=2))
+                write_whole(out / "recipe.yaml", recipe.to_yaml())  # written last: it makes the folder a run
+            if trainer.is_world_process_zero() and resume and budget is not None:  # run.json keeps how it began
+                write_whole(out / "recipe.yaml", longer(read_recipe(out / "recipe.yaml"), recipe.steps).to_yaml())
+            if start_from and step_of(start_from) >= recipe.steps:  # the run died after its last step
+                trainer.restore(start_from)
+            else:
+                with only_tensors(start_from):
+                    trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
+            if stop.received is not None:
+                return None
+            if (method := method_of(model)) is not None:
+                method.finalize(model)
+            if trainer.is_world_process_zero():
+                names = save_model(model, corpus.tokenizer, out)  # before anything that may fail
+            found = trainer.evaluation(max_tokens=None)
+        summary = _summary(recipe, out, trainer, found, memory.gib)
+        if trainer.is_world_process_zero():
+            card = Card.of(model, names, run=out, method=method)
+            write_card(out, dataclasses.replace(card, summary=dataclasses.asdict(summary), place=place or card.place))
+            write_whole(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2))
+            if place is not None:
+                again = f"lorank export {shlex.quote(str(out))} --format trained --push-to-hub {place}"
+                push(out, [*names, NAME], place, again=again)
+        return summary
 
+
+def _text_and_shape(
+    recipe: Recipe, out: Path, start_from: Path | None, *, resume: bool
+) -> tuple[data.Corpus, PretrainedConfig, PretrainedConfig | None]:
+    """What a run in a folder is trained on, the configuration of its model, and the one that it began with if it goes on."""
     corpus = corpus_of(recipe)
     config = build_config(recipe, corpus.tokenizer)
     saved = read_config(str(start_from)) if start_from else None
@@ -129,46 +167,22 @@ def _pretrain_in(
             f"data={recipe.data!r} must be the text with which {out} began (hash {began}), got other text (hash {corpus.hash}); "
             "restore it, or start another run with --out"
         )
-    stop = StopOnSignal()
-    with PeakMemory() as memory, on_stop(stop.receive):
-        set_seed(recipe.seed)
-        model = build_model(recipe, config, saved)
-        check_causal(model, recipe.shape)
-        if recipe.documents == "separate":
-            check_separate(model)
-        parameters = saved_parameters(model)
-        if budget is not None:
-            steps = budget.steps_of(recipe, corpus, parameters)
-            recipe = longer(recipe, steps) if resume else dataclasses.replace(recipe, steps=steps)
-        say(str(extent_of(recipe, corpus, parameters)))
-        if recipe.scheduled < recipe.steps:
-            say(f"the learning rate stays where its schedule ends, at step {recipe.scheduled:,}")
-        trainer = build_trainer(
-            recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop], on_cpu
-        )
-        rehearse_saving(model, corpus.tokenizer, out)
-        if trainer.is_world_process_zero() and not resume:
-            write_whole(out / "run.json", json.dumps({**environment(corpus), "recipe": recipe.to_dict()}, indent=2))
-            write_whole(out / "recipe.yaml", recipe.to_yaml())  # written last: it makes the folder a run
-        if trainer.is_world_process_zero() and resume and budget is not None:  # run.json keeps how it began
-            write_whole(out / "recipe.yaml", longer(read_recipe(out / "recipe.yaml"), recipe.steps).to_yaml())
-        if start_from and step_of(start_from) >= recipe.steps:  # the run died after its last step
-            trainer.restore(start_from)
-        else:
-            with only_tensors(start_from):
-                trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
-        if stop.received is not None:
-            return None
-        if (method := method_of(model)) is not None:
-            method.finalize(model)
-        if trainer.is_world_process_zero():
-            names = save_model(model, corpus.tokenizer, out)  # before anything that may fail
-        found = trainer.evaluation(max_tokens=None)
+    return corpus, config, saved
+
+
+def _summary(recipe: Recipe, out: Path, trainer: PretrainTrainer, found: Evaluation, memory_gib: float) -> Summary:
+    """The figures of a run that has ended, with a text of its model.
+
+    Raises:
+        FloatingPointError: the validation loss is not finite.
+    """
     if not math.isfinite(found.loss):
         raise FloatingPointError(f"the validation loss became {found.loss}; lower lr={recipe.lr} or warm up longer")
+    model: Any = trainer.model
+    tokenizer: Any = trainer.processing_class
     rate = trainer.throughput.typical_tokens_per_second() or logged_rate(out)
     counts = accounting.count_parameters(model)
-    summary = Summary(
+    return Summary(
         method=title_of(recipe),
         parameters=counts.total,
         block_parameters=counts.blocks,
@@ -178,25 +192,13 @@ def _pretrain_in(
         tokens_per_second=rate,
         mfu=None if rate is None else trainer.mfu(rate),
         peak_flops_source=trainer.peak_flops_source,
-        peak_memory_gib=memory.gib,
+        peak_memory_gib=memory_gib,
         validation_loss_nats_per_token=found.loss,
         validation_perplexity=found.perplexity,
         validation_bits_per_byte=found.bits_per_byte,
         published_compatible_perplexity=found.published_compatible_perplexity,
-        sample=sample_of(model, corpus.tokenizer, recipe.seed),
+        sample=sample_of(model, tokenizer, recipe.seed),
     )
-    if trainer.is_world_process_zero():
-        card = Card.of(model, names, run=out, method=method)
-        write_card(out, dataclasses.replace(card, summary=dataclasses.asdict(summary), place=place or card.place))
-        write_whole(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2))
-        if place is not None:
-            push(
-                out,
-                [*names, NAME],
-                place,
-                again=f"lorank export {shlex.quote(str(out))} --format trained --push-to-hub {place}",
-            )
-    return summary
 
 
 def sample_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> str:

@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorank import MASA, GaLore, Method, Muon, SelfGuided, convert
-from lorank.evolution.egg import EggConfig, EggForCausalLM
+from lorank.evolution.egg_model import EggConfig, EggForCausalLM
 from lorank.evolution.eggroll import Eggroll
 from lorank.evolution.integers import IntegerEggroll
 from lorank.evolution.votes import VoteOptimizer

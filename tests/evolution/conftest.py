@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lorank.evolution.egg import EggConfig, EggForCausalLM
+from lorank.evolution.egg_model import EggConfig, EggForCausalLM
 from lorank.evolution.eggroll import Eggroll
 from lorank.train.folder import history
 from lorank.train.recipe import Recipe

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lorank.evolution.egg import EggConfig, EggForCausalLM, log_likelihood
+from lorank.evolution.egg import log_likelihood
+from lorank.evolution.egg_model import EggConfig, EggForCausalLM
 from lorank.evolution.integers import IntegerEggroll
 from lorank.evolution.noise import deal
 from lorank.evolution.votes import VoteOptimizer

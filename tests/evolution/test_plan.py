@@ -1,6 +1,5 @@
 """EGGROLL in `lorank plan` and in dry runs: its cost, its words, and what cannot be planned."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,6 @@ def test_a_forecast_counts_every_member() -> None:
     assert eggroll.to_dict()["flops_per_token"] == eggroll.counts.flops_per_token
     with pytest.raises(ValueError, match="the memory of eggroll depends on --option chunk"):
         fit_all([eggroll], 10.0)
-
-
-def test_what_cannot_be_planned() -> None:
-    with pytest.raises(ValueError, match="eggroll runs in one process, .* use --devices 1"):
-        forecast_all([SHAPE], ["eggroll"], fleet=dataclasses.replace(FLEET, devices=2), budget=Budget(tokens=10_000))
 
 
 def test_a_table_of_one_device(in_this_process: Any) -> None:

@@ -15,7 +15,7 @@ from lorank.layers import LowRankLinear
 from lorank.optim.loro import adam, initialise, preconditioned, retracted, xavier_stds
 from lorank.optim.pairs import pairs
 from lorank.optim.rule import Forgetful
-from lorank.optim.schedules import jagged_cosine
+from lorank.optim.schedules import restarted_cosine
 from lorank.train.methods import schedule_of
 from lorank.train.recipe import Recipe
 from tests.conftest import ARCHITECTURES
@@ -108,7 +108,7 @@ def test_the_schedule_has_the_authors_multipliers() -> None:
     assert LORO(update_gap=None).schedule(100, 10, 0.1) is None
     later = dict(steps=60_000, warmup=2_000, min_lr_ratio=0.1, every=500, restart=5)
     late = lorank.LORO(**LORO.published["350m"]).schedule(60_000, 2_000, 0.1)
-    assert late is not None and late(30_007) == jagged_cosine(30_007, **later, late=6_000) != jagged_cosine(
+    assert late is not None and late(30_007) == restarted_cosine(30_007, **later, late=6_000) != restarted_cosine(
         30_007, **later, late=2_000
     )  # type: ignore[arg-type]
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from lorank.train.data.form import Documents as PerRow
 from lorank.train.data.form import Form
 from lorank.train.data.sequences import bytes_per_token_of, check_form, ids_of, make_sequences
-from lorank.train.data.sources import cache_folder, is_held_out, name_of, open_data, quantity, quiet, texts_of
+from lorank.train.data.sources import amount, cache_folder, is_held_out, name_of, open_data, quiet, texts_of
 from lorank.train.data.streams import FileStream
 from lorank.train.data.tokenizers import identity, load_tokenizer
 from lorank.train.watching import told
@@ -131,7 +131,7 @@ def load_corpus(
     held_out_rows = make_sequences(held_out, form, what, cache, validation_tokens or MOST_TOKENS)
     description = source.description
     if isinstance(rows, Dataset):
-        tokens = quantity(len(rows) * sequence_length, "tokens")
+        tokens = amount(len(rows) * sequence_length, "tokens")
         description += f", {tokens if form.cut is None else f'{len(rows):,} sequences'} to train on"
     return Corpus(tok, rows, held_out_rows, bytes_per_token_of(held_out, form, cache), description)
 

@@ -73,7 +73,7 @@ def open_source(source: str, text_column: str, seed: int, cache: Path, validatio
     if not order.size:
         raise ValueError(f"{source} contains no text: every document is empty")
     documents, sizes = documents.select(order), sizes[order]
-    description = f"{source}: {_counted(tally.documents, 'document')}, {quantity(tally.bytes, 'B')}"
+    description = f"{source}: {_counted(tally.documents, 'document')}, {amount(tally.bytes, 'B')}"
     if source != "embedded":
         description += _said(tally, left)
     return Source(documents, *_split(documents, sizes, validation_tokens), description)
@@ -88,7 +88,7 @@ def _open_stream(source: str, text_column: str, seed: int, validation_tokens: in
     share = (
         VALIDATION_SHARE if validation_tokens is None else min(VALIDATION_SHARE, LONG_TOKEN * validation_tokens / total)
     )
-    said = f"{source}: {_counted(len(files), 'file')}, {quantity(total, 'B')}, streamed{_said(Tally(), left)}"
+    said = f"{source}: {_counted(len(files), 'file')}, {amount(total, 'B')}, streamed{_said(Tally(), left)}"
     return Source(*streams_of(files, text_column, seed, share), said)
 
 
@@ -290,7 +290,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
-def quantity(number: float, unit: str) -> str:
+def amount(number: float, unit: str) -> str:
     """A number in the style of 11.8 MB or 3.4 M tokens."""
     power = 1 + (number >= 999_950) + (number >= 999_950_000)
     return f"{number / 1000**power:.1f} {' kMG'[power]}{'' if unit == 'B' else ' '}{unit}"
