@@ -80,6 +80,7 @@ COMMANDS = (
     "bench",
     "cache",
     "compare",
+    "continual",
     "demo",
     "evaluate",
     "export",

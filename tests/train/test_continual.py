@@ -1,0 +1,84 @@
+"""Streams of tasks: the figures follow from the losses, and what is done is not done again."""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from lorank.train import continual as streams
+from lorank.train.continual import Settings, Stream, continual
+from lorank.train.data.tokenizers import byte_tokenizer
+
+LOSSES = [[4.0, 5.0, 6.0], [2.0, 4.5, 6.5], [2.5, 1.0, 6.25], [3.0, 0.5, 2.0]]
+QUICK = Settings(steps=3, batch_size=4, sequence_length=16, eval_tokens=200)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that reads bytes, and beside it two texts."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = byte_tokenizer()
+    shape = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    for name, line in (("a", "abc abc {} abc\n"), ("b", "{} + {} = {}\n")):
+        rows = [{"text": "".join(line.format(i, j, i + j) for j in range(9))} for i in range(60)]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def test_figures_follow_from_the_losses() -> None:
+    one = Stream("lora", 0, 1e-3, 100, 10, LOSSES, 1.0)
+    assert one.learned == pytest.approx((2 + 4 + 4) / 3)
+    assert one.forgotten == pytest.approx((1.0 - 0.5) / 2)
+    assert one.forward_transfer == pytest.approx((0.5 - 0.25) / 2)
+    assert one.loss == pytest.approx(5.5 / 3)
+
+
+def test_a_stream_is_trained_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each method from the same weights; the model of each is kept if wanted."""
+    tasks = [str(base / f"{name}.jsonl") for name in "ab"]
+    said: list[str] = []
+    given: dict[str, Any] = {"settings": QUICK, "options": {"rank": 4}, "rates": {"": 1e-2}}
+    found = continual(str(base), tasks, ["moram", "full"], tmp_path, save=True, say=said.append, **given)
+    assert [one.method for one in found] == ["moram", "full"] and len(said) == 4
+    assert found[0].losses[0] == found[1].losses[0] != found[1].losses[2]
+    assert len(found[0].losses) == 3 and all(one.learned > 0 for one in found)
+    assert found[0].trained == 4 * 2 * (4 * 64 + 3 * 96) < found[1].trained == found[1].parameters
+    assert json.loads((tmp_path / "moram-0" / "config.json").read_text())["lorank"]["arguments"]["tasks"] == 2
+    monkeypatch.setattr(streams, "run_stream", None)
+    assert continual(str(base), tasks, ["full", "moram"], tmp_path, **given) == found
+    with pytest.raises(ValueError, match=r"has results of steps=3, got 4; choose another folder"):
+        continual(
+            str(base), tasks, ["full"], tmp_path, settings=Settings(**{**vars(QUICK), "steps": 4}), options={"rank": 4}
+        )
+
+
+def test_bad_input_is_refused_before_training(base: Path, tmp_path: Path, in_this_process: Callable[..., Any]) -> None:
+    task = str(base / "a.jsonl")
+    for more, words in (
+        (["--method", "cola"], "methods must be of full, lora, .*, which keep what a model knows, got 'cola'"),
+        (["--method", "lora", "--option", "x=1"], "none of lora has a setting 'x'"),
+        (["--method", "lora", "--lr", "full=1e-3"], "a learning rate must be for one of lora, got one for full"),
+        (["--lr", "fast"], "--lr must be a positive number, or NAME=NUMBER, got 'fast'"),
+        (["--batch-size", "999"], "must be local text that fills a batch of 999 sequences, got"),
+        (["--sequence-length", "99999"], "sequence_length=99999 exceeds the model's 2048 positions"),
+        (["--tasks", f"{task},{task}"], "tasks must be different sources of text"),
+    ):
+        code, _, error = in_this_process("continual", base, "--tasks", task, *more, "--out", tmp_path / "out")
+        assert code == 2 and re.search(words, error), error
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_prints_a_table(base: Path, tmp_path: Path, in_this_process: Callable[..., Any]) -> None:
+    flags = ["--steps", "1", "--batch-size", "2", "--sequence-length", "16", "--out", str(tmp_path)]
+    flags += ["--tasks", f"{base / 'a.jsonl'},{base / 'b.jsonl'}", "--method", "lora", "--seeds", "2"]
+    code, printed, error = in_this_process("continual", base, *flags)
+    assert code == 0, error
+    assert all(word in printed for word in ("as it came", "lora, lr 0.001", "forgotten", "±"))
