@@ -8,7 +8,7 @@ models that lorank saved (``model_type`` "lorank_llama", "lorank_gpt2", ...); se
 import importlib
 from typing import TYPE_CHECKING
 
-from lorank import auto
+from lorank import auto, renamed
 from lorank.table import METHODS, register
 
 if TYPE_CHECKING:  # what type checkers and editors see
@@ -56,7 +56,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.optim.trion import Trion
     from lorank.trainer import TrainerMixin
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOME = {
     "convert": "lorank.conversion",
@@ -82,25 +82,14 @@ _HOME = {
     "StepHook": "lorank.method",
     **{kind: module for module, _, kind in (where.partition(":") for where in METHODS.values())},
 }
-_RENAMED = {
-    "Parametrization": "lorank.Method",
-    "pca": "lorank.fit.pca",
-    "projections": "lorank.architectures",
-    "registry": "lorank.table",
-    "lookup": "lorank.table",
-    "parametrization": "lorank.method",
-}
-"""Names of version 0.1 and what took their place."""
 __all__ = sorted(["METHODS", "fit", "register", *_HOME])
 
 
 def __getattr__(name: str) -> object:
-    if name in _RENAMED:
-        raise ImportError(f"lorank.{name} is {_RENAMED[name]} since version 0.2")
     if name == "fit":  # a package that can be called
         return importlib.import_module("lorank.fit")
     if name not in _HOME:
-        raise AttributeError(f"module 'lorank' has no attribute {name!r}")
+        renamed.missing("lorank", name)
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
@@ -111,3 +100,4 @@ def __dir__() -> list[str]:
 
 
 auto.promise_auto_classes()
+renamed.install()

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lorank import renamed
 from lorank.architectures import as_conv1d, copied, dense_layer, is_linear
 from lorank.experts import ExpertsLinear, split
 from lorank.experts import joined as join_experts
@@ -250,3 +251,6 @@ def _merged(dense: PreTrainedModel, method: Method) -> PreTrainedModel:
 
 def _dense_weight(method: Method, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
     return (layer.weight, layer.bias) if isinstance(layer, ExpertsLinear) else method.merged(layer)
+
+
+renamed.hint(__name__)

@@ -4,6 +4,7 @@ The measurements work on any transformers model and need no memory for its weigh
 have shapes but no data. The formulas that papers give for Llama are in `lorank.papers.formulas`.
 """
 
+from lorank import renamed
 from lorank.accounting.flops import MORE_FLOPS, Flops, achievable_flops, flops_per_token, measure_flops
 from lorank.accounting.memory import (
     Memory,
@@ -45,3 +46,5 @@ __all__ = [
     "saved_by",
     "shared_modules",
 ]
+
+renamed.hint(__name__)

@@ -1,1 +1,5 @@
 """Methods that change what the weights are: one paper, one file."""
+
+from lorank import renamed
+
+renamed.hint(__name__)

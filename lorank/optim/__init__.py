@@ -7,6 +7,8 @@ optimizers as torch writes them.
 import importlib
 from typing import TYPE_CHECKING
 
+from lorank import renamed
+
 if TYPE_CHECKING:
     from lorank.optim.adamw import VectorAdamW
     from lorank.optim.groups import low_rank_groups
@@ -35,20 +37,7 @@ __all__ = [
 ]
 
 
-_RENAMED = {
-    "OPTIMIZERS": "lorank.METHODS",
-    "ESTIMATORS": "lorank.METHODS",
-    "Subspace": "lorank.GaLore(rule=...).optimizer",
-    "Eggroll": "lorank.evolution.eggroll.Eggroll",
-    "IntegerEggroll": "lorank.evolution.integers.IntegerEggroll",
-    "Votes": "lorank.evolution.votes.VoteOptimizer",
-}
-"""Names of version 0.1 and what took their place."""
-
-
 def __getattr__(name: str) -> object:
-    if name in _RENAMED:
-        raise ImportError(f"lorank.optim.{name} is {_RENAMED[name]} since version 0.2")
     if name not in _HOME:
-        raise AttributeError(f"module 'lorank.optim' has no attribute {name!r}")
+        renamed.missing("lorank.optim", name)
     return getattr(importlib.import_module(f"lorank.optim.{_HOME[name]}"), name)

@@ -32,6 +32,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from lorank import renamed
 from lorank.method import Published
 from lorank.optim import galore
 from lorank.optim.bases import sides
@@ -100,6 +101,7 @@ class Fira(GaLore):
     }
 
     once: ClassVar[Mapping[str, Any]] = {**GaLore.once, "residual": "paper"}
+    per_group: ClassVar[tuple[str, ...]] = (*GaLore.per_group, "residual")
 
     projection: Literal["std", "reverse_std", "left", "right"] = "std"
     rule: Literal["adamw"] = "adamw"
@@ -112,7 +114,7 @@ class Fira(GaLore):
             raise ValueError("in_backward must be False with fira, whose residual needs the full gradient, got True")
 
     def move(self, stack: Stack, G: Tensor, group: dict[str, Any]) -> Tensor | Product:
-        alpha, repo = group["scale"], self.residual == "repo"
+        alpha, repo = group["scale"], group["residual"] == "repo"
         part, along = (alpha if repo else 1.0), -2 if sides(group["projection"], *G.shape[1:])[0] else -1
         R = stack.project(G)
         N = -stack.ruled(R, lr=1.0)  # also where a warm-up begins at 0
@@ -152,3 +154,6 @@ class Fira(GaLore):
         return super().state_bytes(p, group) + (
             0 if group.get("rank") is None else as_stack(p.shape)[0] * max(p.element_size(), 4)
         )
+
+
+renamed.hint(__name__)

@@ -30,6 +30,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from lorank import renamed
 from lorank.fields import Count, Positive
 from lorank.method import Published
 from lorank.optim.bases import BASES, Projection, basis_flops, basis_shapes, inside_shape, sides
@@ -157,3 +158,6 @@ def _inside(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, ...]:
     """Of R, for a gradient [m, n] or [k, m, n]."""
     *experts, m, n = shape
     return (*experts, *inside_shape(group["projection"], m, n, min(group["rank"], m, n)))
+
+
+renamed.hint(__name__)

@@ -64,7 +64,9 @@ def translated(optimizer: "Grouped", given: Mapping[str, Any]) -> dict[str, Any]
     for index, (ours, group) in enumerate(zip(optimizer.param_groups, groups, strict=False)):
         rule = "muon" if OF_MUON in group else "adamw" if ours["rule"] == "muon" else ours["rule"]
         needed = () if ours["rank"] is None else ("rank", *optimizer.method.per_group)
-        added = {name: value for name, value in ours.items() if name not in needed}
+        added = {name: value for name, value in ours.items() if name not in needed or name in optimizer.method.once}
+        if "rule" not in group:  # of 0.1, with the defaults of then
+            added |= {name: old for name, old in optimizer.method.once.items() if name in needed}
         groups[index] = {**added, "rule": rule, **group}
     return {**given, "param_groups": groups, "state": {index: flat(state) for index, state in given["state"].items()}}
 

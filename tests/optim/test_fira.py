@@ -226,3 +226,21 @@ def test_a_full_projection_is_refused_when_added_later_too() -> None:
     with pytest.raises(ValueError, match="projection must be .*, got 'full'"):
         optimizer.add_param_group({"params": later, "rank": 4, "projection": "full"})
     run(optimizer, p, range(2))
+
+
+def test_a_state_of_version_0_1_goes_on_with_the_papers_form() -> None:
+    """Its groups name neither a rule nor a form; those of today name both."""
+    saved = {}
+    for form in ("paper", "repo"):
+        p = matrices((12, 20))
+        optimizer = made(Fira, [{"params": p, "rank": 4}], lr=0.1, residual=form)
+        run(optimizer, p, range(2))
+        saved[form] = optimizer.state_dict()
+    old = saved["paper"]
+    for name in ("rule", "residual"):
+        del old["param_groups"][0][name]
+    for state, form in ((old, "paper"), (saved["repo"], "repo")):
+        p = matrices((12, 20))
+        optimizer = made(Fira, [{"params": p, "rank": 4}], lr=0.1)
+        optimizer.load_state_dict(state)
+        assert optimizer.param_groups[0]["residual"] == form
