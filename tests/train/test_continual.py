@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,7 @@ def test_a_stream_is_trained_once(base: Path, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(streams, "run_stream", None)
     assert continual(str(base), tasks, ["full", "moram"], tmp_path, **given) == found
     with pytest.raises(ValueError, match=r"has results of steps=3, got 4; choose another folder"):
-        continual(
-            str(base), tasks, ["full"], tmp_path, settings=Settings(**{**vars(QUICK), "steps": 4}), options={"rank": 4}
-        )
+        continual(str(base), tasks, ["moram"], tmp_path, **{**given, "settings": replace(QUICK, steps=4)})
 
 
 def test_bad_input_is_refused_before_training(base: Path, tmp_path: Path, in_this_process: Callable[..., Any]) -> None:
