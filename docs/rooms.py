@@ -81,6 +81,7 @@ COMMANDS = (
     "bench",
     "cache",
     "compare",
+    "compress",
     "continual",
     "demo",
     "evaluate",
