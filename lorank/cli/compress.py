@@ -71,7 +71,9 @@ def compress(model: str | None, out: str | None, resume: str | None, options: tu
         if model is None:
             raise ValueError("MODEL must be a run, a folder or a hub name, got none")
         own = ("method", "budget", "policy", "metric", "targets", "exclude", "tokens", "eval_tokens", "tokenizer")
-        given = {name: [*value] if isinstance(value, tuple) else value for name, value in flags.items() if name in own}
+        given: dict[str, Any] = {
+            name: [*value] if isinstance(value, tuple) else value for name, value in flags.items() if name in own
+        }
         text = {name: value for name, value in flags.items() if name not in own and value is not None}
         settings = dict(name_and_value(one, "--option") for one in options)
         job = Job(model=model, settings=settings, text=text, **given)
