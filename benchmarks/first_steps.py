@@ -37,7 +37,7 @@ COLUMNS = ("2 threads", "lr x 1.25", "lr / 2", "seed + 1", "idle", "plain")
 def record(names: Iterable[str]) -> None:
     for name in names:
         reproduction = repro.find(name)
-        if name == "60m-cola-m":
+        if name == "cola-m-60m":
             continue  # it has CoLA's
         curve = first_steps.first_steps(reproduction.recipe)
         file = reproduction.curve_file

@@ -25,7 +25,7 @@ from lorank.cli.flags import SETTINGS, Folder
 )
 @click.option("--first-steps", is_flag=True, help="The first steps in miniature on a CPU; without NAME, those of all.")
 def repro(name: str | None, out: str | None, micro_batch_size: int | None, first_steps: bool) -> None:
-    """Reproduce a published run: NAME is 60m-cola, 60m-galore, ... Without NAME, the runs are listed.
+    """Reproduce a published run: NAME is cola-60m, galore-60m, ... Without NAME, the runs are listed.
 
     With NAME alone, the command prints the settings, what the run needs, and what is expected. With --out, it does the whole
     run: C4 is streamed from the hub, and the final perplexity is compared with the paper's. With --first-steps, it trains the
@@ -36,7 +36,7 @@ def repro(name: str | None, out: str | None, micro_batch_size: int | None, first
         raise ValueError("--micro-batch-size is for a whole run; give it with --out")
     if out is not None and (first_steps or name is None):
         raise ValueError(
-            f"--out needs a NAME and excludes --first-steps, for example: lorank repro {name or '60m-cola'} --out {out}"
+            f"--out needs a NAME and excludes --first-steps, for example: lorank repro {name or 'cola-60m'} --out {out}"
         )
     from lorank.cli.console import results_console
     from lorank.comparison import repro as library

@@ -67,11 +67,11 @@ class Reproduction:
 
 @functools.cache
 def names() -> tuple[str, ...]:
-    """SIZE-METHOD, in the order of the methods' table, of all that have a recipe with a curve at 60M. EGGROLL has none: nobody has trained
+    """METHOD-SIZE, in the order of the methods' table, of all that have a recipe with a curve at 60M. EGGROLL has none: nobody has trained
     a 60M Llama without gradients, and each step needs a forward pass for each member of its population; EGG is not a Llama. Above 60M
     papers evaluate on several GPUs, which changes N and the figure."""
     size = "60m"
-    return tuple(f"{size}-{method}" for method in METHODS if curve_file(method, size).exists())
+    return tuple(f"{method}-{size}" for method in METHODS if curve_file(method, size).exists())
 
 
 def curve_file(method: str, size: str) -> Path:
@@ -80,11 +80,11 @@ def curve_file(method: str, size: str) -> Path:
 
 
 def find(name: str) -> Reproduction:
-    """The reproduction called SIZE-METHOD, or METHOD-SIZE as its recipe is called; ValueError that lists all names."""
+    """The reproduction called METHOD-SIZE, as its recipe, or SIZE-METHOD as in 0.2; ValueError that lists all names."""
     method, _, size = name.rpartition("-")
     if size not in SIZES:
         size, _, method = name.partition("-")
-    if (title := f"{size}-{method}") not in names():
+    if (title := f"{method}-{size}") not in names():
         raise ValueError(unknown("reproduction", name, names()))
     recipe, file = Recipe.read(recipe_file(method, size)), curve_file(method, size)
     known = json.loads(file.read_text(encoding="utf-8"))["published"]

@@ -14,7 +14,7 @@ def recipes_folder() -> Path:
 
 
 def recipe_path(name: str | Path) -> Path:
-    """The file of that path, or else the recipe of that name that comes with lorank, cola-60m; or 60m-cola, as `lorank repro` says."""
+    """The file of that path, or else the recipe of that name that comes with lorank, cola-60m; or 60m-cola, as 0.2 called its reproduction."""
     size, _, method = str(name).partition("-")
     ours = next(
         (path for one in (name, f"{method}-{size}") if (path := recipes_folder() / f"{one}.yaml").is_file()), None

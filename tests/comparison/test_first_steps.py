@@ -32,8 +32,8 @@ def off(name: str, **changes: Any) -> float:
 def test_every_recipe_at_60m_has_a_reproduction_with_a_curve() -> None:
     """And every method of a paper has a recipe: tests/test_recipes.py."""
     recipes = {path.stem.removesuffix("-60m") for path in recipes_folder().glob("*-60m.yaml")}
-    assert {f"60m-{name}" for name in ["cola-m", *recipes]} == set(repro.names())
-    perplexities = {"60m-cola": 34.04, "60m-sltrain": 34.15, "60m-galore": 34.88, "60m-fira": 31.06, "60m-sst": None}
+    assert {f"{name}-60m" for name in ["cola-m", *recipes]} == set(repro.names())
+    perplexities = {"cola-60m": 34.04, "sltrain-60m": 34.15, "galore-60m": 34.88, "fira-60m": 31.06, "sst-60m": None}
     assert {name: repro.find(name).published.perplexity for name in perplexities} == perplexities
     for name in repro.names():
         curve = first_steps.recorded(repro.find(name))
@@ -49,10 +49,10 @@ def test_a_curve_is_as_recorded(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "changes"),
     [
-        ("60m-cola", {"lr": 5e-3}),  # instead of 6e-3
-        ("60m-dense", {"seed": 1}),
-        ("60m-sltrain", {"options": {"alpha": 16.0, "density": 0.03}}),
-        ("60m-fira", {"options": {"update_gap": 200, "scale": 0.25, "residual": "paper"}}),
+        ("cola-60m", {"lr": 5e-3}),  # instead of 6e-3
+        ("dense-60m", {"seed": 1}),
+        ("sltrain-60m", {"options": {"alpha": 16.0, "density": 0.03}}),
+        ("fira-60m", {"options": {"update_gap": 200, "scale": 0.25, "residual": "paper"}}),
     ],
     ids=lambda value: str(value),
 )
@@ -61,7 +61,7 @@ def test_another_setting_is_noticed(name: str, changes: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "hook"), [("60m-relora", ReLoRAHook), ("60m-switchlora", SwitchLoRAHook), ("60m-sst", SSTHook)]
+    ("name", "hook"), [("relora-60m", ReLoRAHook), ("switchlora-60m", SwitchLoRAHook), ("sst-60m", SSTHook)]
 )
 def test_a_method_that_never_acts_is_noticed(name: str, hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for act in ("before_step", "after_step"):
@@ -71,12 +71,12 @@ def test_a_method_that_never_acts_is_noticed(name: str, hook: Any, monkeypatch: 
 
 def test_a_basis_that_is_never_refreshed_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(RECORDED, "galore", {"update_gap": 1000})
-    assert off("60m-galore") > WIDER["galore"]
+    assert off("galore-60m") > WIDER["galore"]
 
 
 def test_what_the_miniature_changes_is_listed(tmp_path: Path) -> None:
     """And nothing else is changed."""
-    full = repro.find("60m-sltrain").recipe
+    full = repro.find("sltrain-60m").recipe
     small = first_steps.miniature(full, tmp_path)
     listed = first_steps.differences(full)
     assert listed["alpha"] == (32.0, 4.0) and listed["warmup_steps"] == (1_100, 2) and listed["rank"] == (128, 0.25)
@@ -88,7 +88,7 @@ def test_what_the_miniature_changes_is_listed(tmp_path: Path) -> None:
     assert (small.lr, small.precision, small.betas, small.seed) == (3e-3, "bf16-pure", [0.9, 0.999], 42)
 
 
-@pytest.mark.parametrize("name", ["60m-cola", "60m-galore"])
+@pytest.mark.parametrize("name", ["cola-60m", "galore-60m"])
 def test_first_steps_on_the_embedded_corpus_learn(name: str, tmp_path: Path, monkeypatch) -> None:
     """A part of it, for time; no curve is kept: the standard library, which the corpus is, differs from Python to Python."""
     part = sources.embedded_files()[::40]
@@ -109,20 +109,20 @@ def test_a_curve_is_judged_by_its_worst_loss() -> None:
 
 
 def test_the_command_fails_for_a_curve_that_is_off(repro_command, monkeypatch) -> None:
-    expected = first_steps.recorded(repro.find("60m-relora"))
+    expected = first_steps.recorded(repro.find("relora-60m"))
     monkeypatch.setattr(first_steps, "first_steps", lambda recipe: expected)
-    code, out, err = repro_command("60m-relora", "--first-steps")
+    code, out, err = repro_command("relora-60m", "--first-steps")
     assert code == 0 and "warmup_steps" in out and "recorded" in out and "within 0.3 %" in out, err
     shifted = expected._replace(losses=[loss * 1.02 for loss in expected.losses], versions={"torch": "9.9"})
     monkeypatch.setattr(first_steps, "first_steps", lambda recipe: shifted)
-    code, out, _ = repro_command("60m-relora", "--first-steps")
+    code, out, _ = repro_command("relora-60m", "--first-steps")
     assert code == 1 and "OUTSIDE 0.3 %" in out and "(here 9.9)" in out
 
 
 def test_other_calendars_and_missing_curves_are_one_sentence(repro_command, monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr(first_steps, "months", lambda: ["Brumaire"])
-    code, _, err = repro_command("60m-cola", "--first-steps")
+    code, _, err = repro_command("cola-60m", "--first-steps")
     assert code == 2 and "prints another text" in err and len(err.splitlines()) == 1
-    found = dataclasses.replace(repro.find("60m-cola"), curve_file=tmp_path / "none.json")
+    found = dataclasses.replace(repro.find("cola-60m"), curve_file=tmp_path / "none.json")
     with pytest.raises(ValueError, match="has no curve of first steps"):
         first_steps.recorded(found)

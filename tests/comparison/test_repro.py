@@ -27,14 +27,14 @@ def test_a_published_figure_is_the_one_that_the_recipe_quotes(name: str) -> None
     quoted = re.search(r"validation perplexity (?:there )?is (\d+\.\d+)", text)
     assert (None if quoted is None else float(quoted[1])) == found.published.perplexity
     assert found.published.source.split()[-1] in text
-    unsure = "lr" in text.partition("Unconfirmed")[2] or name == "60m-fira"
+    unsure = "lr" in text.partition("Unconfirmed")[2] or name == "fira-60m"
     if found.published.perplexity and found.published.tolerance:
         assert found.published.tolerance == (repro.IN_PART if unsure else repro.IN_FULL)
 
 
 def test_names_go_both_ways_and_cola_m_shares_colas_recipe() -> None:
     assert repro.find("cola-60m") == repro.find("60m-cola")
-    plain, m = repro.find("60m-cola"), repro.find("cola-m-60m")
+    plain, m = repro.find("cola-60m"), repro.find("cola-m-60m")
     assert m.recipe == dataclasses.replace(plain.recipe, method="cola-m") and m.curve_file == plain.curve_file
 
 
@@ -58,7 +58,7 @@ class Killed(TrainerCallback):
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> repro.Reproduction:
-    """60m-cola stands for a run of four steps."""
+    """cola-60m stands for a run of four steps."""
     (tmp_path / "fox.txt").write_text(TEXT)
     shape = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
     (tmp_path / "config.json").write_text(json.dumps({**shape, "num_attention_heads": 2, "num_key_value_heads": 2}))
@@ -66,15 +66,15 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> repro.Reproduction
     pace = {"steps": 4, "warmup_steps": 1, "eval_every": 2, "save_every": 2, "log_every": 1}
     recipe = Recipe(model=str(tmp_path / "config.json"), rank=8, micro_batch_size=8, **data, **pace)
     published = repro.Published(1000.0, 0.1, "nobody")
-    found = repro.Reproduction("60m-cola", recipe, published, tmp_path / "curve.json")
+    found = repro.Reproduction("cola-60m", recipe, published, tmp_path / "curve.json")
     monkeypatch.setattr(repro, "find", lambda name: found)
     return found
 
 
 def test_a_run_goes_on_where_it_was_killed_and_is_judged(small, repro_command, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(MemoryError):
-        repro.reproduce("60m-cola", tmp_path / "run", [Killed()], micro_batch_size=4)
-    outcome = repro.reproduce("60m-cola", tmp_path / "run")  # as it began, with micro-batches of 4
+        repro.reproduce("cola-60m", tmp_path / "run", [Killed()], micro_batch_size=4)
+    outcome = repro.reproduce("cola-60m", tmp_path / "run")  # as it began, with micro-batches of 4
     assert outcome is not None and outcome["within"] is False and len(outcome["evaluations"]) == 2
     whole = run.pretrain(dataclasses.replace(small.recipe, micro_batch_size=8), tmp_path / "whole")
     assert whole is not None
@@ -85,30 +85,30 @@ def test_a_run_goes_on_where_it_was_killed_and_is_judged(small, repro_command, t
     assert outcome["unbiased"] == pytest.approx(whole.validation_perplexity, rel=1e-3)
 
     monkeypatch.setattr(run, "pretrain", lambda *args, **kwargs: pytest.fail("there is nothing left to run"))
-    code, out, _ = repro_command("60m-cola", "--out", tmp_path / "run")
+    code, out, _ = repro_command("cola-60m", "--out", tmp_path / "run")
     assert code == 1 and "OUTSIDE" in out and "step 2" in out
     met = dataclasses.replace(small, published=repro.Published(outcome["perplexity"] * 1.05, 0.1, "nobody"))
     monkeypatch.setattr(repro, "find", lambda name: met)
-    code, out, _ = repro_command("60m-cola", "--out", tmp_path / "run")
+    code, out, _ = repro_command("cola-60m", "--out", tmp_path / "run")
     assert code == 0 and "within" in out
     silent = dataclasses.replace(small, published=repro.Published(None, None, "nobody"))
     monkeypatch.setattr(repro, "find", lambda name: silent)
-    code, out, _ = repro_command("60m-cola", "--out", tmp_path / "run")
+    code, out, _ = repro_command("cola-60m", "--out", tmp_path / "run")
     assert code == 0 and "not judged" in out
 
     for other, words in (({"lr": 0.5}, "its lr is 0.003"), ({"seed": 1}, "its seed is 42")):
         another = dataclasses.replace(small, recipe=dataclasses.replace(small.recipe, **other))
         monkeypatch.setattr(repro, "find", lambda name, another=another: another)
-        code, _, err = repro_command("60m-cola", "--out", tmp_path / "run")
+        code, _, err = repro_command("cola-60m", "--out", tmp_path / "run")
         assert code == 2 and "holds another run" in err and words in err and len(err.splitlines()) == 1
     monkeypatch.setattr(repro, "find", lambda name: small)
-    code, _, err = repro_command("60m-cola", "--out", tmp_path / "run", "--micro-batch-size", 2)
+    code, _, err = repro_command("cola-60m", "--out", tmp_path / "run", "--micro-batch-size", 2)
     assert code == 2 and "its micro_batch_size is 4" in err
     (tmp_path / "run/metrics.jsonl").unlink()
-    code, _, err = repro_command("60m-cola", "--out", tmp_path / "run")
+    code, _, err = repro_command("cola-60m", "--out", tmp_path / "run")
     assert code == 2 and "metrics.jsonl is missing" in err and len(err.splitlines()) == 1
     (tmp_path / "run/metrics.jsonl").write_text("")
-    code, _, err = repro_command("60m-cola", "--out", tmp_path / "run")
+    code, _, err = repro_command("cola-60m", "--out", tmp_path / "run")
     assert code == 2 and "has no evaluation" in err
 
 
@@ -121,12 +121,12 @@ def test_tolerance_goes_to_both_sides() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["60m-colla"], "did you mean '60m-cola'"),
+        (["colla-60m"], "did you mean 'cola-60m'"),
         (["61m-cola"], "unknown reproduction '61m-cola'"),
-        (["--out", "here"], "lorank repro 60m-cola --out here"),
-        (["60m-cola", "--out", "here", "--first-steps"], "--out needs a NAME and excludes --first-steps"),
-        (["60m-cola", "--micro-batch-size", "8"], "give it with --out"),
-        (["60m-cola", "--out", "here", "--micro-batch-size", "7"], "must divide batch_size=512"),
+        (["--out", "here"], "lorank repro cola-60m --out here"),
+        (["cola-60m", "--out", "here", "--first-steps"], "--out needs a NAME and excludes --first-steps"),
+        (["cola-60m", "--micro-batch-size", "8"], "give it with --out"),
+        (["cola-60m", "--out", "here", "--micro-batch-size", "7"], "must divide batch_size=512"),
     ],
     ids=" ".join,
 )
@@ -141,5 +141,5 @@ def test_bad_input_is_one_sentence(
 def test_the_list_and_a_card(repro_command) -> None:
     code, out, _ = repro_command()
     assert code == 0 and all(name in out for name in repro.names()) and max(map(len, out.splitlines())) <= 80
-    code, out, _ = repro_command("60m-dense")
-    assert code == 0 and "perplexity 34.06" in out and "lorank repro 60m-dense --out" in out and "10000" in out
+    code, out, _ = repro_command("dense-60m")
+    assert code == 0 and "perplexity 34.06" in out and "lorank repro dense-60m --out" in out and "10000" in out
