@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lorank.factors import Pair, prune
@@ -180,7 +181,16 @@ class Adapter(Method):
         return prune((module.scale * gate.detach() * B, A), gate.detach() != 0)
 
     def next_task(self, model: nn.Module, optimizer: Optimizer | None) -> None:
-        """What an optimizer remembers of parameters that begin anew is dropped, because it belongs to the old ones."""
+        """What an optimizer remembers of parameters that begin anew is dropped, because it belongs to the old ones.
+
+        Raises:
+            ValueError: something would change, but weights are sharded.
+        """
+        changes = any(type(layer).next_task is not Adapted.next_task for layer in self.layers(model).values())
+        if changes and any(isinstance(p, DTensor) for p in model.parameters()):
+            raise ValueError(
+                f"{self.name} ends a task on whole weights, but they are sharded (FSDP2 or tensor parallelism); use DDP or one device"
+            )
         for layer in self.layers(model).values():
             if layer.next_task() and optimizer is not None:
                 for p in layer.trained():
