@@ -58,6 +58,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/rounding.py
 	$(BIN)/python benchmarks/demo_sweep.py
 	$(BIN)/python benchmarks/egg_demo.py calendar latin docstrings embedded
 	$(BIN)/python benchmarks/matrix_pca.py
