@@ -22,7 +22,13 @@ from lorank.cli.flags import SETTINGS, Folder
 @click.option(
     "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
 )
-@click.option("--license", default=None, metavar="ID", help="As in pretrain.", show_default="the run's, else none")
+@click.option(
+    "--license",
+    default=None,
+    metavar="ID",
+    help="Licence for the model card, such as apache-2.0 or mit.",
+    show_default="the run's, else none",
+)
 @click.option(
     "--push-to-hub",
     default=None,

@@ -109,7 +109,7 @@ class Recipe:
         shared=True,
     )
     validation: str | None = _setting(
-        None, "Where validation text comes from. Default: a held-out part of the data.", everyday=True, shared=True
+        None, "Where validation text comes from. Default: a held-out part of the data.", shared=True
     )
     validation_tokens: Count | None = _setting(
         10_000_000,
@@ -170,28 +170,22 @@ class Recipe:
     )
 
     # watching and keeping
-    eval_every: Whole = _setting(
-        100, "Steps between evaluations; 0 evaluates at the end only.", everyday=True, shared=True
-    )
+    eval_every: Whole = _setting(100, "Steps between evaluations; 0 evaluates at the end only.", shared=True)
     eval_tokens: Count = _setting(
         100_000, "Validation tokens per evaluation during training; the last one uses all.", shared=True
     )
     log_every: Count = _setting(10, "Steps between log lines.", shared=True)
-    save_every: Whole = _setting(
-        200, "Steps between checkpoints; 0 keeps the final model only.", everyday=True, shared=True
-    )
+    save_every: Whole = _setting(200, "Steps between checkpoints; 0 keeps the final model only.", shared=True)
     keep: Count = _setting(2, "Checkpoints to keep.", shared=True)
     license: str | None = _setting(
         None,
         "Licence of the model for its card, as the hub writes it: apache-2.0, mit, cc-by-4.0, ...",
-        everyday=True,
         shared=True,
         free=True,
     )
     push_to_hub: str | None = _setting(
         None,
         "Name on the hub, such as me/my-model, to which the finished model is pushed; a new one is private.",
-        everyday=True,
         shared=True,
         free=True,
     )
