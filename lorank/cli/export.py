@@ -14,9 +14,10 @@ from lorank.cli.flags import SETTINGS, Folder
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["dense", "trained", "onnx"]),
+    type=click.Choice(["dense", "trained", "adapter", "peft", "onnx"]),
     default="dense",
     help="dense: merged into dense layers, for plain transformers and what reads its models. trained: the layers as they are. "
+    "adapter: what an adapter added, without the model. peft: the same as a LoRA of peft. "
     "onnx: a graph with a key-value cache (needs lorank[onnx]).",
 )
 @click.option(
@@ -43,13 +44,13 @@ def export(model: str, out: str | None, form: str, **settings: Any) -> None:
     them next to a file from which transformers loads them with trust_remote_code=True.
     """
     from lorank.cli.console import errors_console, results_console
-    from lorank.train.export import as_dense, as_trained, check_folder
+    from lorank.train.export import as_adapter, as_dense, as_peft, as_trained, check_folder
     from lorank.train.export import export as write
 
     console = results_console()
     folder = Path(out or f"runs/export-{model.rstrip('/').split('/')[-1]}")
     check_folder(model, folder)  # before anything that takes seconds to import
-    writers = {"dense": as_dense, "trained": as_trained}
+    writers = {"dense": as_dense, "trained": as_trained, "adapter": as_adapter, "peft": as_peft}
     if form == "onnx":
         writers["onnx"] = _as_onnx()
     with errors_console().status("exporting"):

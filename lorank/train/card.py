@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedM
 
 import lorank
 from lorank import accounting
+from lorank.adapter_files import ABOUT, PEFT_ABOUT
 from lorank.conversion import method_of
 from lorank.method import Method
 from lorank.portable import FILE
@@ -65,6 +66,28 @@ from transformers import {auto}, AutoTokenizer
 model = {auto}.from_pretrained("{place}")
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```""",
+    "adapter": """The adapter needs lorank (version {version} made it), and the dense model that it adapts.
+
+```python
+import lorank
+from transformers import {auto}, AutoTokenizer
+
+base = {auto}.from_pretrained("path/to/the/dense/model")
+model = lorank.load_adapter("{place}", base)
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```""",
+    "peft": """```sh
+pip install peft transformers
+```
+
+```python
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+base = {auto}.from_pretrained("path/to/the/dense/model")
+model = PeftModel.from_pretrained(base, "{place}")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```""",
     "onnx": """```sh
 pip install onnxruntime transformers
 ```
@@ -86,6 +109,8 @@ logits, *cache = session.run(None, {{**text, **cache}})
 The graph reads the tokens that follow those of the cache. Its attention mask also covers the tokens in the cache.""",
 }
 """How a model is loaded, by its form."""
+FORMS = {"model.onnx": "onnx", ABOUT: "adapter", PEFT_ABOUT: "peft", FILE: "portable"}
+"""By a file that a form has."""
 WINDOW = """
 cache |= {{one.name: np.array({}) for one in session.get_inputs() if "sliding_window" in one.name}}"""
 """What the graph of a model with a sliding window also reads."""
@@ -134,7 +159,7 @@ class Card:
         recipe, folder = recipe_of_run(str(run)), Path(run).expanduser()
         own = (method,) if method is not None else ()
         counts = accounting.count_parameters(model)
-        form = "onnx" if "model.onnx" in files else "portable" if FILE in files else "lorank"
+        form = next((form for name, form in FORMS.items() if name in files), "lorank")
         return cls(
             form="dense" if form == "lorank" and type(model).__module__.startswith("transformers.") else form,
             auto=_auto_of(model),
@@ -180,7 +205,7 @@ def _hash(text: str) -> str:
 def card_text(card: Card) -> str:
     """README.md of a model, without the mark."""
     data = ModelCardData(
-        library_name="onnx" if card.form == "onnx" else "transformers",
+        library_name=card.form if card.form in ("onnx", "peft") else "transformers",
         license=card.license,
         pipeline_tag=PIPELINES.get(card.auto),
         datasets=_datasets(card.recipe) or None,

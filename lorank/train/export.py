@@ -3,6 +3,8 @@
 dense     every layer merged into the dense layer that it equals: plain transformers loads the model, and so does all else
           that reads such models
 trained   the layers as they were trained, next to a modelling file if they can be written to one (`lorank.portable`)
+adapter   what an adapter added to the model, without the model (`lorank.adapter_files`)
+peft      the same as a LoRA of peft
 onnx      one graph with a key-value cache (`lorank.train.onnx`)
 """
 
@@ -14,6 +16,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from lorank.adapter_files import export_peft, save_adapter
 from lorank.auto import type_of
 from lorank.conversion import merge, method_of
 from lorank.train.card import NAME, Card, write_card
@@ -70,11 +73,9 @@ def check_folder(model: str, out: Path) -> None:
     """Raises ValueError if an export to `out` would replace a model."""
     if os.path.realpath(out) == os.path.realpath(os.path.expanduser(model)):
         raise ValueError(f"--out must be another folder than the model's, got {out}")
-    for name in ("config.json", "recipe.yaml"):
+    for name in ("config.json", "recipe.yaml", "adapter.json", "adapter_config.json"):
         if (out / name).exists():
-            raise ValueError(
-                f"--out must be a folder without a model, got {out}, which has a {name}; choose another one"
-            )
+            raise ValueError(f"--out must be a folder without a model, got {out}, which has {name}; choose another one")
 
 
 def as_dense(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
@@ -98,4 +99,16 @@ def as_dense(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
 def as_trained(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The layers as they are."""
     model.save_pretrained(folder)
+    return model
+
+
+def as_adapter(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """What an adapter added, and the hash of what it belongs to."""
+    save_adapter(model, folder)
+    return model
+
+
+def as_peft(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """An adapter as a LoRA of peft."""
+    export_peft(model, folder)
     return model

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 import lorank
-from lorank.train.export import as_dense, as_trained, export
-from lorank.train.saved import load_model
+from lorank.train.export import as_adapter, as_dense, as_peft, as_trained, export
+from lorank.train.saved import load_model, save_model
 
 SHAPES = {
     "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -98,6 +98,29 @@ def test_what_is_no_dense_model_says_so(tmp_path: Path, method: Any) -> None:
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_an_adapter_goes_alone_with_a_card_that_loads_it(tmp_path: Path) -> None:
+    saved(tmp_path / "base", "llama", None)
+    dense, reader = load_model(str(tmp_path / "base"), tokenizer="bytes")
+    model = lorank.convert(dense, lorank.LoRA(rank=4)).eval()
+    model.model.layers[0].mlp.up_proj.B.weight.data.normal_()
+    (tmp_path / "model").mkdir()
+    save_model(model, reader, tmp_path / "model")
+    for write, line in (
+        (as_adapter, f'lorank.load_adapter("{tmp_path / "as_adapter"}", base)'),
+        (as_peft, f'PeftModel.from_pretrained(base, "{tmp_path / "as_peft"}")'),
+    ):
+        export(str(tmp_path / "model"), tmp_path / write.__name__, write)
+        names = {one.name for one in (tmp_path / write.__name__).iterdir()}
+        card = (tmp_path / write.__name__ / "README.md").read_text()
+        assert "config.json" not in names and "tokenizer.json" in names
+        assert line.replace(str(tmp_path / write.__name__), "path/to/this/folder") in card
+    loaded = lorank.load_adapter(tmp_path / "as_adapter", load_model(str(tmp_path / "base"), tokenizer="bytes")[0])
+    ids = torch.arange(1, 9)[None]
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    with pytest.raises(ValueError, match=r"has adapter.json; choose another one"):
+        export(str(tmp_path / "model"), tmp_path / "as_adapter", as_adapter)
+
+
 def test_no_export_replaces_a_model(tmp_path: Path) -> None:
     saved(tmp_path / "model", "llama", lorank.LowRank(rank=8))
     before = (tmp_path / "model/model.safetensors").read_bytes()
@@ -105,7 +128,7 @@ def test_no_export_replaces_a_model(tmp_path: Path) -> None:
         export(str(tmp_path / "model"), tmp_path / "x/../model", as_dense, tokenizer="bytes")
     (tmp_path / "run").mkdir()
     (tmp_path / "run/recipe.yaml").write_text("")
-    with pytest.raises(ValueError, match="has a recipe.yaml; choose another one"):
+    with pytest.raises(ValueError, match="has recipe.yaml; choose another one"):
         export(str(tmp_path / "model"), tmp_path / "run", as_dense, tokenizer="bytes")
     assert before == (tmp_path / "model/model.safetensors").read_bytes()
 
