@@ -13,7 +13,7 @@ AVOIDED = re.compile(
 
 
 def test_documents_and_messages_are_plain_english() -> None:
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("recipes/*.yaml")]
+    files = [*ROOT.glob("*.md"), *ROOT.glob("recipes/*.yaml")]
     files += [path for folder, end in (("docs", "md"), ("lorank", "py")) for path in (ROOT / folder).rglob(f"*.{end}")]
     found = [
         f"{path.relative_to(ROOT)}:{number} {words[0]!r}"

@@ -164,7 +164,7 @@ class Adapter(Method):
         return super().merged(module)
 
     def inseparable(self, model: nn.Module) -> str | None:
-        """Why the adapter means nothing without the weights beside it as they are now; None if those are as they were given."""
+        """Why the adapter means nothing without the frozen weights as they are now; None if those are as they were given."""
         return None
 
     def pair(self, module: nn.Module) -> Pair:

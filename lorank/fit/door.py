@@ -72,7 +72,7 @@ def fit(
     factors, and for one block's sums over inputs.
 
     Args:
-        method: "svd" or "eora", or a structure with settings of its own, `lorank.fit.EoRA(base="int3")`.
+        method: "svd" or "eora", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
         data: batches of token ids [b, n], or dictionaries with them under ``input_ids``, of text like that on which the model is used.
             Its activations say which errors matter; a projection of d inputs needs many more than d tokens. None: all
             errors of a weight count alike.

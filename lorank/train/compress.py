@@ -43,7 +43,7 @@ STATES = 4096
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """All that fixes a compression. Written beside what is finished, so that it can go on."""
+    """All that fixes a compression. Written next to what is finished, so that it can go on."""
 
     model: str
     method: str = "svd"
@@ -79,7 +79,7 @@ class Job:
 
 
 class Kept(MutableMapping[str, Found]):
-    """What is found for projections, each in a file of its own that is whole or not there."""
+    """What is found for projections, each in a separate file that is whole or not there."""
 
     def __init__(self, folder: Path):
         self.folder = folder
