@@ -28,7 +28,7 @@ from lorank.cli.flags import BUDGETS, SETTINGS, Folder, InGroups, changes_of, re
     help="Read the data, print what each layer becomes, parameters, FLOPs, memory and tokens, and stop.",
 )
 def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: bool, **flags: Any) -> None:
-    """Pre-train a language model from scratch.
+    """Pre-train a language model from scratch, or with --start-from train a saved one on.
 
     RECIPE is a YAML file, or the name of one that comes with lorank (cola-60m). Flags have the same names as its settings
     and override it; --set changes the settings that have no flag. Methods that answer different questions combine:
@@ -46,7 +46,14 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
         from lorank.train.budget import Budget
 
         budget = Budget(steps=changes["steps"])
+    if "start_from" in changes:
+        from lorank.train.start import method_of_start, started
+
+        if recipe is None and "method" not in changes:
+            flags = {**flags, "method": method_of_start(changes["start_from"])}
     settings = None if resume else recipe_of(recipe, flags)
+    if settings is not None and settings.start_from is not None:
+        settings = started(settings)
     from lorank.cli.console import results_console, shown_run, shown_work
 
     console = results_console()
@@ -69,7 +76,8 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     from lorank.train.methods import title_of
 
     settings = settings or read_run(resume or "")
-    shape = settings.model.rstrip("/").split("/")[-1] if settings.model else settings.size
+    named = settings.start_from or settings.model
+    shape = named.rstrip("/").split("/")[-1] if named else settings.size
     title = title_of(settings)
     folder = Path(resume or out or f"runs/{title}-{shape}")
     with shown_run(f"{title} {shape}", console) as progress:

@@ -44,7 +44,7 @@ def absolute(recipe: Recipe) -> Recipe:
     """The recipe with local paths made absolute, so that the run can be resumed from anywhere."""
     changes: dict[str, Any] = {
         name: _absolute(value)
-        for name in ("validation", "tokenizer", "model")
+        for name in ("validation", "tokenizer", "model", "start_from")
         if (value := getattr(recipe, name)) is not None
     }
     if isinstance(recipe.data, str):

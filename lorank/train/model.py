@@ -29,6 +29,7 @@ from lorank.train.hub import ForeignCode, read_config
 from lorank.train.methods import KEYS, Methods, methods_of
 from lorank.train.recipe import Recipe
 from lorank.train.shape import described, reason_of, repeat_lists, reset_leftovers, set_shape
+from lorank.train.start import Start, start_config
 from lorank.train.vocabulary import set_vocabulary
 from lorank.trial import check_quantization
 
@@ -62,6 +63,11 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
         raise ValueError(f"attention must be one of {', '.join(known)}, which are installed, got {recipe.attention!r}")
     check_kernels(recipe.shape, "shape")
     config: PretrainedConfig
+    if recipe.start_from is not None:  # which has its vocabulary
+        config = start_config(recipe.start_from)
+        check_quantization(config)
+        vars(config).pop("auto_map", None)
+        return config
     if recipe.model is None:
         config = llama_config(recipe.size, sequence_length=recipe.sequence_length)
     elif recipe.model in CONFIG_MAPPING and not os.path.exists(recipe.model):
@@ -138,8 +144,10 @@ def _read_config(name: str) -> PretrainedConfig:
         ) from None
 
 
-def build_model(recipe: Recipe, config: PretrainedConfig, saved: PretrainedConfig | None = None) -> PreTrainedModel:
-    """A model with fresh weights, converted and checkpointed as the recipe says; seed torch before. It may be built on
+def build_model(
+    recipe: Recipe, config: PretrainedConfig, saved: PretrainedConfig | None = None, start: Start | None = None
+) -> PreTrainedModel:
+    """A model with fresh weights, or with those of `start`, converted and checkpointed as the recipe says; seed torch before. It may be built on
     the meta device. A run that goes on gives the configuration that it `saved`, whose method has all settings: those that
     the recipe leaves out may have other defaults by now.
 
@@ -151,11 +159,15 @@ def build_model(recipe: Recipe, config: PretrainedConfig, saved: PretrainedConfi
         _check_integers(recipe, found)
     model = _dense_model(recipe, config)
     check_positions(model, recipe.sequence_length)
+    if start is not None and not start.converted:
+        start.fill(model)
     if found.method.name != "dense":
         recorded = getattr(saved, "lorank", None)
         method = found.method if recorded is None else from_record(recorded)
         method = dataclasses.replace(method, **{name: getattr(found.method, name) for name in method.progress})
         convert(model, method, targets=recipe.targets, exclude=recipe.exclude)
+        if start is not None and start.converted:
+            start.fill(model)
     elif (recipe.targets or recipe.exclude) and not hasattr(found.mover, "rank"):
         raise ValueError(f"{found.title} converts no layer and projects no gradient; leave out targets and exclude")
     policy = recipe.checkpoint or found.method.policy

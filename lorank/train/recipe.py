@@ -61,6 +61,9 @@ class Recipe:
         everyday=True,
         shared=True,
     )
+    start_from: str | None = _setting(
+        None, "Train these weights on: a run, folder or hub name, dense or converted.", everyday=True, shared=True
+    )
     shape: dict = _setting({}, "Entries of the model's configuration to change, for example hidden_size.", shared=True)
     method: str | dict = _setting(
         "cola",

@@ -52,6 +52,7 @@ from lorank.train.recipe import Recipe
 from lorank.train.saved import rehearse_saving, save_model
 from lorank.train.shape import reason_of
 from lorank.train.signals import on_stop
+from lorank.train.start import Start, started
 from lorank.train.summary import Summary, environment
 from lorank.train.trainer import PretrainTrainer
 from lorank.train.vocabulary import keep_vocabulary
@@ -85,6 +86,7 @@ def pretrain(
         OSError: a file could not be read or written, or the finished model could not be pushed.
         FloatingPointError: the loss or a gradient is no longer finite.
     """
+    recipe = started(recipe)
     out, recipe = Path(out).expanduser(), absolute(recipe if resume else with_changed_defaults(resolved(recipe)))
     finished = resume and (out / "summary.json").exists() and read_json(out / "summary.json")["steps"] >= recipe.steps
     if finished and budget is None:
@@ -106,7 +108,8 @@ def pretrain(
         stop = StopOnSignal()
         with PeakMemory() as memory, on_stop(stop.receive):
             set_seed(recipe.seed)
-            model = build_model(recipe, config, saved)
+            start = Start(recipe) if recipe.start_from is not None and start_from is None else None
+            model = build_model(recipe, config, saved, start)
             check_causal(model, recipe.shape)
             if recipe.documents == "separate":
                 check_separate(model)
@@ -213,10 +216,10 @@ def sample_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, seed: 
 
 def check_start(recipe: Recipe) -> None:
     """Raises ValueError for a method that freezes the weights it is given, where these would be random."""
-    if (method := methods_of(recipe).method).adapts:
+    if (method := methods_of(recipe).method).adapts and recipe.start_from is None:
         raise ValueError(
-            f"method must train from new weights, got {method.name}, which freezes those of a trained model; in Python, "
-            f"lorank.convert(model, {type(method).__name__}()) adapts one"
+            f"method must train from new weights, got {method.name}, which freezes those of a trained model; name one with "
+            "--start-from"
         )
 
 
