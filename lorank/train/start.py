@@ -63,7 +63,7 @@ def started(recipe: Recipe) -> Recipe:
             f"start_from={recipe.start_from!r} is converted ({saved.name}) and keeps its settings; leave out {wrong}, or export it with "
             "lorank export and start from the dense model"
         )
-    patterns = {name: recorded[name] or [] for name in ("targets", "exclude")}
+    patterns: dict[str, Any] = {name: recorded[name] or [] for name in ("targets", "exclude")}
     return dataclasses.replace(whole, method={saved.name: fields}, **patterns)
 
 

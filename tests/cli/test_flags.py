@@ -37,7 +37,7 @@ OTHERS |= {
 OTHERS |= {"checkpoint": "blocks", "attention": "eager", "precision": "bf16", "data": "my_texts", "validation": "other"}
 OTHERS |= {"text_column": "body", "tokenizer": "bytes", "vocab_size": 300, "documents": "padded", "decay": "all"}
 OTHERS |= {"betas": [0.8, 0.99], "report_to": ["tensorboard"], "micro_batch_size": 2, "data_seed": 7}
-OTHERS |= {"license": "mit", "push_to_hub": "me/model"}
+OTHERS |= {"license": "mit", "push_to_hub": "me/model", "start_from": "runs/dense"}
 
 
 def other_value(field: "dataclasses.Field[Any]") -> Any:
@@ -58,7 +58,7 @@ def test_every_setting_is_reached_by_set(field: "dataclasses.Field[Any]") -> Non
 def test_the_help_lists_the_everyday_flags() -> None:
     options = [option for option in cli.commands["pretrain"].params if not getattr(option, "hidden", False)]
     flags = {option.name for option in options} - {"recipe", "out", "resume", "dry_run", *BUDGETS}
-    assert flags == {*settings_with("everyday"), "assignments"} and 18 <= len(flags) <= 22
+    assert flags == {*settings_with("everyday"), "assignments"} and 18 <= len(flags) <= 23
 
 
 @pytest.mark.parametrize("command", ["pretrain", "plan", "compare"])
