@@ -9,7 +9,12 @@ import click
 
 from lorank.cli.flags import SETTINGS, Folder, InGroups, changes_of, recipe_flags, recipe_of, split_budget
 
-OWN = {"method": "--method", "seed": "--seeds", "push_to_hub": "lorank export RUN --push-to-hub NAME"}
+OWN = {
+    "method": "--method",
+    "seed": "--seeds",
+    "push_to_hub": "lorank export RUN --push-to-hub NAME",
+    "start_from": "lorank pretrain --start-from MODEL",
+}
 
 
 @click.command(cls=InGroups, context_settings=SETTINGS)

@@ -19,7 +19,7 @@ from lorank.train.methods import methods_of, resolved
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model
 
-OWN = {"model": None, "shape": {}, "vocab_size": None}
+OWN: dict[str, Any] = {"model": None, "shape": {}, "vocab_size": None}
 """Settings that the saved model decides."""
 
 
@@ -42,8 +42,9 @@ def started(recipe: Recipe) -> Recipe:
             raise ValueError(
                 f"{name} must be left out with start_from, whose model has its own, got {getattr(recipe, name)!r}"
             )
+    recorded = _config_of(recipe.start_from)[1]
     recipe = dataclasses.replace(recipe, tokenizer=recipe.tokenizer or recipe.start_from)
-    recorded, method = _config_of(recipe.start_from)[1], methods_of(recipe).method
+    method = methods_of(recipe).method
     if recorded is None:
         if method.name != "dense" and not method.keeps_outputs:
             raise ValueError(

@@ -70,7 +70,7 @@ def test_flags_of_version_0_1_still_work(command: str) -> None:
         "compare": {"method": "methods", "seed": "seeds"},
     }
     for field in dataclasses.fields(Recipe):
-        if field.name not in ("shape", "gradient", "push_to_hub"):  # new in 0.2
+        if field.name not in ("shape", "gradient", "push_to_hub", "start_from"):  # new in 0.2
             assert others.get(command, {}).get(field.name, field.name) in options, field.name
 
 
