@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.adapter_files import export_peft, load_adapter, save_adapter
     from lorank.adapters.codyra import CoDyRA
     from lorank.adapters.comp_lora import CompLoRA
+    from lorank.adapters.cp_conv import adapt_convolutions, merge_convolutions
     from lorank.adapters.lora import LoRA
     from lorank.adapters.moram import MoRAM
     from lorank.adapters.mtlora import MTLoRA
@@ -60,6 +61,8 @@ __version__ = "0.3.0"
 
 _HOME = {
     "convert": "lorank.conversion",
+    "adapt_convolutions": "lorank.adapters.cp_conv",
+    "merge_convolutions": "lorank.adapters.cp_conv",
     "export_peft": "lorank.adapter_files",
     "load_adapter": "lorank.adapter_files",
     "save_adapter": "lorank.adapter_files",

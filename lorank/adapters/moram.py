@@ -16,8 +16,8 @@ Cost of a layer: r (d_in + d_out) trained parameters, whatever the number of tas
 for n tokens 2 n (d_in d_out + R (d_in + d_out)) operations forward, as all ranks are multiplied; backward the first term once more
 and the second twice, without the gradients of older factors.
 
-Source: "Little By Little: Continual Learning via Incremental Mixture of Rank Associative Memory Experts", ICML 2026, arXiv 2506.21035
-(first called MoRA), and the authors' repository Artificer-AI-Lab/MoRAM.
+Source: Lu et al., "Little By Little: Continual Learning via Incremental Mixture of Rank-1 Associative Memory Experts", ICML 2026, arXiv
+2506.21035 (first called MoRA), and the authors' repository Artificer-AI-Lab/MoRAM.
 
 Confirmed in the authors' code: (1) to (3), τ = 0.03 for language models and 0.01 for CLIP, k = max(r, 2), δ = 0.2, all projections.
 Departures. The scale is 1, as in their code for CLIP; that for language models scales new columns of B alone. A zero A x gives equal
