@@ -13,6 +13,8 @@ As scikit-learn's `check_estimator`. To see each check as a separate test:
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from transformers.utils import logging
+
 from lorank.method import Method
 from lorank.optim.driver import LowRankOptimizer
 from lorank.testing import driven, movement, structure
@@ -68,9 +70,15 @@ def check_method(method: Method | type[Method], *, fp32: str | None = None, lr: 
     Raises:
         AssertionError: a claim does not hold; a note names the check. Other exceptions come from the method itself.
     """
-    for check in checks(method, fp32=fp32, lr=lr):
-        try:
-            check()
-        except Exception as error:
-            error.add_note(f"This was found by the check {check}.")
-            raise
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of each small model that is saved and loaded
+    try:
+        for check in checks(method, fp32=fp32, lr=lr):
+            try:
+                check()
+            except Exception as error:
+                error.add_note(f"This was found by the check {check}.")
+                raise
+    finally:
+        if bars:
+            logging.enable_progress_bar()
