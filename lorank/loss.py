@@ -74,7 +74,9 @@ def next_token_loss(
     """
     labels = batch["labels"]
     output = model(**{name: value for name, value in batch.items() if name != "labels"}, **settings)
-    return Loss(nats(output.logits, labels, items), auxiliary_loss(owner or model, output, labels, items))
+    return Loss(
+        nats(output.logits, labels, items), auxiliary_loss(model if owner is None else owner, output, labels, items)
+    )
 
 
 def auxiliary_loss(model: nn.Module, output: Any, labels: Tensor, items: Tensor | int | None = None) -> Tensor | None:

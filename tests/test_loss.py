@@ -79,3 +79,14 @@ def test_a_z_loss_is_over_the_predicted_tokens() -> None:
     logits, labels = torch.zeros(1, 4, 8), torch.tensor([[1, 2, -100, -100]])
     found = auxiliary_loss(model, SimpleNamespace(logits=logits), labels)
     assert found is not None and found.item() == pytest.approx(0.5 * torch.tensor(8.0).log().item() ** 2)
+
+
+def test_a_compiled_model_may_be_the_owner() -> None:
+    """It has no length, and so no truth value."""
+    config = AutoConfig.for_model("gpt2", **SHAPES["gpt2"], vocab_size=20)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    compiled: Any = torch.compile(model, backend="eager")
+    batch = {"input_ids": torch.arange(8)[None], "labels": torch.arange(8)[None]}
+    torch.testing.assert_close(
+        next_token_loss(compiled, batch, owner=compiled).nats, next_token_loss(model, batch).nats
+    )
