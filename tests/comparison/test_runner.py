@@ -83,9 +83,10 @@ def test_a_seed_changes_the_order_but_not_the_text(
     seen: list[list[torch.Tensor]] = []
     collate = data.collate
 
-    def remember(rows: Any, vocab_size: int | None = None) -> Any:
-        seen[-1].append(collate(rows, vocab_size)["input_ids"])
-        return collate(rows, vocab_size)
+    def remember(rows: Any, **settings: Any) -> Any:
+        batch = collate(rows, **settings)
+        seen[-1].append(batch["input_ids"])
+        return batch
 
     monkeypatch.setattr(data, "collate", remember)
     for seed in (1, 2):
@@ -111,9 +112,10 @@ def test_all_methods_see_the_same_tokens_in_the_same_order(
     for one in plan_rows(settings, costs, tmp_path / "models")[0]:
         batches: list[torch.Tensor] = []
 
-        def remember(rows: Any, vocab_size: int | None = None, batches: list[torch.Tensor] = batches) -> Any:
-            batches.append(collate(rows, vocab_size)["input_ids"])
-            return collate(rows, vocab_size)
+        def remember(rows: Any, batches: list[torch.Tensor] = batches, **settings: Any) -> Any:
+            batch = collate(rows, **settings)
+            batches.append(batch["input_ids"])
+            return batch
 
         monkeypatch.setattr(data, "collate", remember)
         recipe = one.candidates[0].recipe

@@ -33,9 +33,9 @@ HEAD = """# Which methods combine
 
 Two methods combine if they answer different questions. A row decides what the weights are. A column decides how they move,
 or (`eggroll`) where the gradient comes from; the row of `eggroll` has a dense model. "yes" means that a small Llama was
-trained with the pair for a few steps by `tests/contract/test_pairs.py`, which writes this table. A number means that lorank
-refuses the pair, for the reason below the table. Join the two names with a plus: `--method cola+galore`. Adapters, whose factors
-lie beside frozen weights, combine with optimizers as `lora` does.
+trained with both for a few steps by `tests/contract/test_pairs.py`, which writes this table. A number means that lorank
+refuses the combination, for the reason below the table. Join the two names with a plus: `--method cola+galore`. Adapters, whose
+factors are added to frozen weights, combine with optimizers as `lora` does.
 """
 
 
