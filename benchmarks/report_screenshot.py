@@ -2,13 +2,14 @@
 
     python benchmarks/report_screenshot.py runs/compare/report.html pictures/
 
-docs/report.png is pictures/report.png of this comparison, which takes a quarter of an hour on two CPU cores:
+docs/report.png is pictures/report.png of this comparison, and docs/report-dark.png its dark twin. It takes a quarter of an hour on two
+CPU cores:
 
     lorank compare --model benchmarks/shapes/llama-1m --rank 32 --method cola --method low-rank --method dense \\
         --set vocab_size=2048 --sequence-length 128 --batch-size 16 --steps 120 --warmup-steps 20 --eval-every 10 \\
         --set eval_tokens=20000 --save-every 0 --seeds 1,2,3 --sweep lr=3e-3,1e-2,3e-2 --for low-rank lr=1e-2
 
-docs/analysis.png is pictures/report.png of runs/analyze-llama-2m/analysis.html, which takes ten minutes:
+docs/analysis.png and docs/analysis-dark.png are those of runs/analyze-llama-2m/analysis.html, which takes ten minutes:
 
     lorank pretrain --model benchmarks/shapes/llama-2m --method dense --sequence-length 128 --batch-size 16 \\
         --set vocab_size=2048 --lr 3e-3 --steps 700 --warmup-steps 80 --eval-every 0 --save-every 0 \\
@@ -112,4 +113,5 @@ if __name__ == "__main__":
     for kind in WIDTHS:
         for scheme in SCHEMES:
             print(shoot(Path(sys.argv[1]), target, kind, scheme))
-    print(readme_picture(target / "desktop-light.png", target / "report.png"))
+    for scheme, end in (("light", ""), ("dark", "-dark")):
+        print(readme_picture(target / f"desktop-{scheme}.png", target / f"report{end}.png"))

@@ -36,6 +36,9 @@ ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.txt"))
 PLAIN = ("dense", "adamw", "autograd", "votes")
 """Names that need no page: what PyTorch does anyway, and a part of EGG, which is on EGGROLL's."""
+PICTURE = re.compile(
+    r"""<picture>\s*<source media="[^"]*dark[^"]*" srcset="([^"]*)">\s*<img src="([^"]*)" alt="([^"]*)">\s*</picture>"""
+)
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)\)")
 
 
@@ -138,6 +141,7 @@ def expand(docname: str, text: str) -> str:
         return re.sub("^###", "##", shown, flags=re.M) if under_title else shown
 
     text = re.sub(r"^% ([\w.]+)(?:: (.+))?$", include, text, flags=re.M)
+    text = PICTURE.sub(twins, text)
     folder, _, page = docname.rpartition("/")
     if folder == "methods" and page in method_pages():
         names = method_pages()[page]
@@ -152,6 +156,13 @@ def expand(docname: str, text: str) -> str:
         )
         text = "\n\n".join([text.rstrip(), *(part for part in parts if part)]) + "\n"
     return linked_tables(text) if docname == "methods/index" else text
+
+
+def twins(found: re.Match[str]) -> str:
+    """A picture for light and one for dark screens, as the theme of the site tells them apart."""
+    dark, light, words = found.groups()
+    both = ((light, "only-light"), (dark, "only-dark"))
+    return "\n\n".join(f"```{{image}} {file}\n:class: {kind}\n:alt: {words}\n```" for file, kind in both)
 
 
 def section(path: Path, title: str | None) -> str:

@@ -300,6 +300,8 @@ def test_a_page_includes_sections_with_their_links() -> None:
     whole = pages.expand("page", "% README.md")
     assert whole.startswith("Train language models") and "## " not in whole
     assert "\n## A recipe\n" in pages.expand("page", "# Page\n\n% CONTRIBUTING.md: Add a method\n")
+    both = pages.expand("compare", (ROOT / "docs/compare.md").read_text())
+    assert "{image} report.png\n:class: only-light" in both and "{image} report-dark.png\n:class: only-dark" in both
     assert "\n### A recipe\n" in pages.expand("page", "# Page\n\n## Part\n\n% CONTRIBUTING.md: Add a method\n")
     with pytest.raises(ValueError, match=r"README\.md has no section 'Where to gone'"):
         pages.expand("page", "% README.md: Where to gone")
