@@ -24,7 +24,7 @@ import torch
 
 from lorank import fit_masa
 from lorank.architectures import projection_type
-from lorank.factors import truncate
+from lorank.factors import nearest
 from lorank.fit.pca import calibrate
 from lorank.train.data import load_corpus
 from lorank.train.evaluation import evaluate, text_for
@@ -103,8 +103,7 @@ def unwhiten(model: Any, dense: Any) -> None:
     """The residuals of a rewritten model as if all directions of their inputs counted the same."""
     for name, layer in projections(model).items():
         weight = dense.get_submodule(name).weight
-        same = torch.eye(weight.shape[1], dtype=torch.float64)
-        B, A = truncate(weight - layer.dictionary(layer.depth), same, layer.A.out_features)
+        B, A = nearest(weight - layer.dictionary(layer.depth), layer.A.out_features)
         layer.A.weight.copy_(A)
         layer.B.weight.copy_(B)
 
@@ -116,7 +115,7 @@ def svd(dense: Any, budget: int, data: list[torch.Tensor]) -> tuple[Any, int]:
     R = calibrate(dense, data, [*projections(dense)], drift=False).whitening
     rank = budget // sum(sum(m.weight.shape) for m in projections(dense).values())
     for name, linear in projections(model).items():
-        B, A = truncate(linear.weight, R[name], rank)
+        B, A = nearest(linear.weight, rank, R[name])
         linear.weight.copy_(B @ A)
         used += A.numel() + B.numel()
     return model, used

@@ -10,7 +10,11 @@ TIMED = dict.fromkeys(
     ["size", "model", "rank", "options", "precision", "sequence_length", "batch_size", "micro_batch_size", "checkpoint"]
 )
 """Settings that have a flag here."""
-OWN = {"method": "--method", "start_from": "lorank pretrain --start-from MODEL"}
+OWN = {
+    "method": "--method",
+    "start_from": "lorank pretrain --start-from MODEL",
+    "distil": "lorank pretrain --distil TEACHER",
+}
 
 
 @click.command(cls=InGroups, context_settings=SETTINGS)

@@ -14,6 +14,7 @@ OWN = {
     "seed": "--seeds",
     "push_to_hub": "lorank export RUN --push-to-hub NAME",
     "start_from": "lorank pretrain --start-from MODEL",
+    "distil": "lorank pretrain --distil TEACHER",
 }
 
 

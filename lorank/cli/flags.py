@@ -69,7 +69,7 @@ class Folder(click.ParamType):
 # ---- flags
 
 GROUPS = {
-    "Model and method": "size sizes model models start_from method methods optimizer rank options targets exclude checkpoint precision",
+    "Model and method": "size sizes model models start_from distil method methods optimizer rank options targets exclude checkpoint precision",
     "Text": "data validation text_column tokenizer sequence_length documents",
     "Training": "lr steps tokens epochs tokens_per_parameter warmup_steps batch_size micro_batch_size seed assignments",
 }

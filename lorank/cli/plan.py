@@ -17,7 +17,13 @@ PLANNED = {
 }
 """Settings that have a flag here, and what holds if neither the user nor a recipe sets them."""
 VOCAB_SIZE = 32_000
-OWN = {"size": "--size", "model": "--model", "method": "--method", "start_from": "lorank pretrain --start-from MODEL"}
+OWN = {
+    "size": "--size",
+    "model": "--model",
+    "method": "--method",
+    "start_from": "lorank pretrain --start-from MODEL",
+    "distil": "lorank pretrain --distil TEACHER",
+}
 
 
 @click.command(cls=InGroups, context_settings=SETTINGS)

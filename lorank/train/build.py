@@ -18,6 +18,7 @@ from lorank.loss import balances_experts
 from lorank.method import Gradient
 from lorank.train import data
 from lorank.train.callbacks import StopOnNonFinite
+from lorank.train.distil import Teacher
 from lorank.train.methods import build_optimizer, methods_of, schedule_of
 from lorank.train.recipe import Recipe
 from lorank.train.trainer import PretrainTrainer
@@ -58,6 +59,10 @@ def build_trainer(
     if estimator is not None and estimator.carries and isinstance(corpus.train, IterableDataset):
         raise ValueError(
             f"data={recipe.data} is a stream, whose rows do not continue from batch to batch; add --option carry=false"
+        )
+    if estimator is not None and recipe.distil is not None:
+        raise ValueError(
+            f"distil must be left out with gradient={methods_of(recipe).gradient.name}, which has a loss of its own"
         )
     _check_trackers(recipe.report_to)
     arguments = RunArguments(
@@ -112,6 +117,7 @@ def build_trainer(
         peak_flops=(peak * devices, source),
         eval_tokens=recipe.eval_tokens,
         bytes_per_token=corpus.validation_bytes_per_token,
+        teacher=None if recipe.distil is None else Teacher(recipe, model, corpus.tokenizer),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

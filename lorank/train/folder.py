@@ -47,6 +47,9 @@ def absolute(recipe: Recipe) -> Recipe:
         for name in ("validation", "tokenizer", "model", "start_from")
         if (value := getattr(recipe, name)) is not None
     }
+    if recipe.distil is not None:
+        name, _ = weighted(recipe.distil)
+        changes["distil"] = _absolute(name) + recipe.distil[len(name) :]
     if isinstance(recipe.data, str):
         return dataclasses.replace(recipe, data=_absolute(recipe.data), **changes)
     several = [(source, *weighted(source)) for source in recipe.data]

@@ -64,6 +64,12 @@ class Recipe:
     start_from: str | None = _setting(
         None, "Train these weights on: a run, folder or hub name, dense or converted.", everyday=True, shared=True
     )
+    distil: str | None = _setting(
+        None,
+        "A teacher, whose predictions are a term of the loss: TEACHER, or TEACHER:WEIGHT.",
+        everyday=True,
+        free=True,
+    )
     shape: dict = _setting({}, "Entries of the model's configuration to change, for example hidden_size.", shared=True)
     method: str | dict = _setting(
         "cola",

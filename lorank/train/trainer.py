@@ -19,6 +19,7 @@ from lorank.loop import step_hook
 from lorank.loss import Loss, cross_entropy, next_token_loss, predicted_tokens
 from lorank.method import Gradient
 from lorank.train.callbacks import Throughput
+from lorank.train.distil import Teacher
 from lorank.train.evaluation import Evaluation, evaluate
 from lorank.train.folder import STAGING
 from lorank.trainer import TrainerMixin
@@ -41,6 +42,7 @@ class PretrainTrainer(TrainerMixin, Trainer):
         peak_flops: the most FLOP/s of all devices together, and where that number comes from.
         eval_tokens: predicted tokens after which an evaluation during training stops.
         bytes_per_token: of the validation text.
+        teacher: what it says is a term of the loss, logged as the auxiliary loss.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class PretrainTrainer(TrainerMixin, Trainer):
         peak_flops: tuple[float, str],
         eval_tokens: int,
         bytes_per_token: float,
+        teacher: Teacher | None = None,
         **kwargs: Any,
     ):
+        self.teacher = teacher
         self.throughput = Throughput(tokens_per_step)
         self._last: Loss | None = None
         self._auxiliary: list[torch.Tensor] = []
@@ -136,9 +140,24 @@ class PretrainTrainer(TrainerMixin, Trainer):
         predicted tokens, times the number of processes."""
         items = num_items_in_batch / self.accelerator.num_processes
         owner = self.accelerator.unwrap_model(model)
-        found = next_token_loss(model, inputs, items, owner=owner, nats=self._cross_entropy)
+        if self.teacher is None:
+            found = next_token_loss(model, inputs, items, owner=owner, nats=self._cross_entropy)
+        else:
+            found = self._taught(self.teacher, model, inputs, items, owner)
         self._last = found.detach()
         return found.total
+
+    def _taught(self, teacher: Teacher, model: Any, inputs: Any, items: Any, owner: Any) -> Loss:
+        """The loss, with the teacher's term as an auxiliary one."""
+        seen: list[torch.Tensor] = []
+
+        def nats(logits: torch.Tensor, *given: Any) -> torch.Tensor:
+            seen.append(logits)
+            return self._cross_entropy(logits, *given)
+
+        found = next_token_loss(model, inputs, items, owner=owner, nats=nats)
+        term = teacher.term(seen[0], inputs, items)
+        return found._replace(auxiliary=term if found.auxiliary is None else found.auxiliary + term)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         votes = [p.grad for p in model.parameters() if p.grad is not None and not p.grad.is_floating_point()]

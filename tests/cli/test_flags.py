@@ -37,7 +37,7 @@ OTHERS |= {
 OTHERS |= {"checkpoint": "blocks", "attention": "eager", "precision": "bf16", "data": "my_texts", "validation": "other"}
 OTHERS |= {"text_column": "body", "tokenizer": "bytes", "vocab_size": 300, "documents": "padded", "decay": "all"}
 OTHERS |= {"betas": [0.8, 0.99], "report_to": ["tensorboard"], "micro_batch_size": 2, "data_seed": 7}
-OTHERS |= {"license": "mit", "push_to_hub": "me/model", "start_from": "runs/dense"}
+OTHERS |= {"license": "mit", "push_to_hub": "me/model", "start_from": "runs/dense", "distil": "runs/dense:0.5"}
 
 
 def other_value(field: "dataclasses.Field[Any]") -> Any:
@@ -58,7 +58,7 @@ def test_every_setting_is_reached_by_set(field: "dataclasses.Field[Any]") -> Non
 def test_the_help_lists_the_everyday_flags() -> None:
     options = [option for option in cli.commands["pretrain"].params if not getattr(option, "hidden", False)]
     flags = {option.name for option in options} - {"recipe", "out", "resume", "dry_run", *BUDGETS}
-    assert flags == {*settings_with("everyday"), "assignments"} and 18 <= len(flags) <= 23
+    assert flags == {*settings_with("everyday"), "assignments"} and 18 <= len(flags) <= 24
 
 
 @pytest.mark.parametrize("command", ["pretrain", "plan", "compare"])
@@ -70,7 +70,7 @@ def test_flags_of_version_0_1_still_work(command: str) -> None:
         "compare": {"method": "methods", "seed": "seeds"},
     }
     for field in dataclasses.fields(Recipe):
-        if field.name not in ("shape", "gradient", "push_to_hub", "start_from"):  # new in 0.2
+        if field.name not in ("shape", "gradient", "push_to_hub", "start_from", "distil"):  # new in 0.2
             assert others.get(command, {}).get(field.name, field.name) in options, field.name
 
 

