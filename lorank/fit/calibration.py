@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from lorank.analysis.batches import Batch, without_cache
 from lorank.analysis.streams import Streams
 from lorank.factors import whitening
+from lorank.fit.structure import Metric
 from lorank.pretrained import positions_of
 from lorank.sites import Place, blocks
 
@@ -54,15 +55,15 @@ class Calibration:
         ValueError: there are no batches, or the model cannot read one of them.
     """
 
-    def __init__(self, model: nn.Module, data: Iterable[Tensor | Batch]):
-        self.model = model
+    def __init__(self, model: nn.Module, data: Iterable[Tensor | Batch], sample: int = 0):
+        self.model, self.sample = model, sample
         self.batches = [batch_of(model, batch) for batch in data]
         if not self.batches:
             raise ValueError("data must have at least one batch, got none")
         self.calls = self._survey()
 
-    def visit(self, block: Block, computes: Mapping[str, Computes], behind: Sequence[Place]) -> dict[str, Tensor]:
-        """R [d_in, d_in] of each projection of a block, while the projections `behind` give what `computes` says.
+    def visit(self, block: Block, computes: Mapping[str, Computes], behind: Sequence[Place]) -> dict[str, Metric]:
+        """The metric of each projection of a block, while the projections `behind` give what `computes` says.
 
         Raises:
             ValueError: no text reaches a projection, or the activations are not finite.
@@ -75,7 +76,19 @@ class Calibration:
             if left == 0:
                 raise _Enough
 
-        with standing_in(behind, computes), streams.attached():
+        rows: dict[nn.Module, list[Tensor]] = {}
+        share = -(-self.sample // len(self.batches))
+
+        def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach().flatten(0, -2)
+            some = torch.linspace(0, len(x) - 1, min(share, len(x)), device=x.device).long()
+            rows.setdefault(module, []).append(x[some].float())
+
+        with (
+            standing_in(behind, computes),
+            streams.attached(),
+            _before({place.module for place in block.places}, keep, share),
+        ):
             for batch in self.batches:
                 left = self.calls.get(block.module, 0)
                 self._run(batch, lambda batch: streams.add(self.model, batch), {block.module: stop})
@@ -88,7 +101,8 @@ class Calibration:
             if not gram.isfinite().all():
                 raise ValueError(f"the inputs of {name} must be finite numbers; use an earlier checkpoint")
         roots = {name: whitening(gram / (gram.diagonal().mean() or 1.0)) for name, gram in streams.inputs.items()}
-        return {name: roots[reader] for name, reader in streams.reads.items()}
+        samples = {place.name: torch.cat(rows[place.module]) for place in block.places if place.module in rows}
+        return {name: Metric(roots[reader], samples.get(name)) for name, reader in streams.reads.items()}
 
     @torch.no_grad()
     def _run(self, batch: Batch, call: Callable[[Batch], None], hooks: Mapping[nn.Module, Callable[..., None]]) -> None:
@@ -115,6 +129,17 @@ class Calibration:
         hooks = {block: count for _, _, block in blocks(self.model)}
         self._run(shortest, lambda batch: self.model(**batch, **without_cache(self.model)), hooks)
         return calls
+
+
+@contextlib.contextmanager
+def _before(modules: Iterable[nn.Module], hook: Callable[..., None], wanted: int) -> Iterator[None]:
+    """A hook on what modules get, if any of it is wanted."""
+    hooks = [module.register_forward_pre_hook(hook) for module in modules] if wanted else []
+    try:
+        yield
+    finally:
+        for one in hooks:
+            one.remove()
 
 
 @contextlib.contextmanager

@@ -15,14 +15,15 @@ from lorank.conversion import check_module, convert, sites_to_convert
 from lorank.fields import unknown
 from lorank.fit.budget import Policy, check_policy, choose_ranks, table
 from lorank.fit.calibration import Block, Calibration, Computes, blocks_with
+from lorank.fit.cola import FittedCoLA
 from lorank.fit.eora import EoRA
-from lorank.fit.structure import Found, Structure, as_matrix, spectrum
+from lorank.fit.structure import Found, Metric, Structure, as_matrix, spectrum
 from lorank.fit.svd import SVD
 from lorank.method import Method, Patterns, Site
 from lorank.sites import places
 
 Model = TypeVar("Model", bound=nn.Module)
-STRUCTURES: dict[str, type[Structure]] = {kind.name: kind for kind in (SVD, EoRA)}
+STRUCTURES: dict[str, type[Structure]] = {kind.name: kind for kind in (SVD, EoRA, FittedCoLA)}
 """By the name that `fit` and the command line take."""
 
 
@@ -35,10 +36,10 @@ class Fitted(NamedTuple):
     rank: int
     parameters: int
     """In the factors."""
-    weight_error: float
-    """|W − W̃| / |W|."""
+    weight_error: float | None
+    """|W − W̃| / |W|; None if what stands for W is not linear."""
     output_error: float | None
-    """|(W − W̃) Xᵀ| / |W Xᵀ| on the calibration text; None without one."""
+    """|(W − W̃) Xᵀ| / |W Xᵀ| on the calibration text; None without one. If it is not linear, on a sample of the text."""
 
 
 def as_structure(method: Structure | type[Structure] | str) -> Structure:
@@ -72,7 +73,7 @@ def fit(
     factors, and for one block's sums over inputs.
 
     Args:
-        method: "svd" or "eora", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
+        method: "svd", "eora" or "cola", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
         data: batches of token ids [b, n], or dictionaries with them under ``input_ids``, of text like that on which the model is used.
             Its activations say which errors matter; a projection of d inputs needs many more than d tokens. None: all
             errors of a weight count alike.
@@ -103,18 +104,21 @@ def fit(
     check_module(model)
     sites = sites_to_convert(model, structure.method(1), targets, exclude)
     _check_sites(sites)
-    calibration = None if data is None else Calibration(model, data)
+    if data is None and structure.sample:
+        raise ValueError(
+            f"data must be given with {structure.name}, which is fitted to what layers give on a text, got None"
+        )
+    calibration = None if data is None else Calibration(model, data, structure.sample)
     wanted = {site.name: site for site in sites}
     chain = blocks_with(model, [place for place in places(model) if place.name in wanted])
 
     def spectra() -> dict[str, Tensor]:
         found = {}
         for block in chain:
-            R = {} if calibration is None else calibration.visit(block, {}, ())
+            metrics = {} if calibration is None else calibration.visit(block, {}, ())
             for place in block.places:
-                found[place.name] = spectrum(
-                    structure, wanted[place.name].linear.weight.detach(), R.get(place.name)
-                ).cpu()
+                weight, metric = wanted[place.name].linear.weight.detach(), metrics.get(place.name, Metric())
+                found[place.name] = spectrum(structure, weight, metric.R).cpu()
         return found
 
     if policy != "break-even" and budget is None:
@@ -127,11 +131,11 @@ def fit(
     computes: dict[str, Computes] = {}
     for number, block in enumerate(chain):
         behind = [place for one in chain[:number] for place in one.places]
-        R = {} if calibration is None else calibration.visit(block, computes, behind)
-        for name, each in _solved(structure, block, wanted, ranks, R, finished):
+        metrics = {} if calibration is None else calibration.visit(block, computes, behind)
+        for name, each in _solved(structure, block, wanted, ranks, metrics, finished):
             found[name] = each
             computes[name] = partial(structure.apply, each)
-            see(_judged(structure, wanted[name], each, ranks[name], R.get(name)))
+            see(_judged(structure, wanted[name], each, ranks[name], metrics.get(name, Metric())))
     biases = {name: None if (b := site.linear.bias) is None else b.detach().clone() for name, site in wanted.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that trained weights are dropped; `_try` has shown the others
@@ -168,24 +172,29 @@ def _solved(
     block: Block,
     wanted: dict[str, Site],
     ranks: dict[str, int],
-    R: dict[str, Tensor],
+    metrics: dict[str, Metric],
     finished: MutableMapping[str, Found],
 ) -> Iterable[tuple[str, Found]]:
     for place in block.places:
         weight = wanted[place.name].linear.weight.detach()
         each = finished.get(place.name)
         if each is None:
-            each = structure.solve(weight, R.get(place.name), ranks[place.name])
+            each = structure.solve(weight, metrics.get(place.name, Metric()), ranks[place.name])
             finished[place.name] = each
         yield place.name, {key: tensor.to(weight.device) for key, tensor in each.items()}
 
 
 @torch.no_grad()
-def _judged(structure: Structure, site: Site, found: Found, rank: int, R: Tensor | None) -> Fitted:
-    weight = site.linear.weight.detach().double()
+def _judged(structure: Structure, site: Site, found: Found, rank: int, metric: Metric) -> Fitted:
+    weight, R = site.linear.weight.detach().double(), metric.R
+    parameters = rank * (site.d_in + site.d_out)
+    if not structure.is_linear:
+        assert metric.rows is not None
+        wanted = metric.rows @ weight.to(metric.rows.dtype).mT
+        lack = wanted - structure.apply({key: tensor.to(wanted.dtype) for key, tensor in found.items()}, metric.rows)
+        return Fitted(site.name, site.d_in, site.d_out, rank, parameters, None, _ratio(lack, wanted))
     lack = weight - as_matrix(structure, {key: tensor.double() for key, tensor in found.items()}, site.d_in)
     on_text = None if R is None else _ratio(lack @ R, weight @ R)
-    parameters = rank * (site.d_in + site.d_out)
     return Fitted(site.name, site.d_in, site.d_out, rank, parameters, _ratio(lack, weight), on_text)
 
 

@@ -28,7 +28,7 @@ from lorank.adapters.lora import LoRA, LoRALinear
 from lorank.factors import nearest
 from lorank.fields import Bounds, Count
 from lorank.fit.bases import Base, cheaper
-from lorank.fit.structure import Found, Structure
+from lorank.fit.structure import Found, Metric, Structure
 from lorank.method import Method
 
 
@@ -56,8 +56,8 @@ class EoRA(Structure):
     def _base(self, weight: Tensor) -> Tensor:
         return cheaper(weight.double(), self.base, self.group, self.share).to(weight.dtype)
 
-    def solve(self, weight: Tensor, R: Tensor | None, rank: int) -> Found:
-        B, A = nearest(self.target(weight), rank, R)
+    def solve(self, weight: Tensor, metric: Metric, rank: int) -> Found:
+        B, A = nearest(self.target(weight), rank, metric.R)
         return {"W": self._base(weight), "B": B.to(weight.dtype), "A": A.to(weight.dtype)}
 
     def apply(self, found: Found, x: Tensor) -> Tensor:

@@ -1,12 +1,11 @@
 """What a structure is: the form in which `lorank.fit` writes a trained matrix, and the method that a model of that form has.
 
-A structure never sees the model. It gets one matrix W [m, n] at a time, with a metric: R [n, n], lower triangular, R Rᵀ = XᵀX / n
-for the inputs X of W, or None, the identity. What it finds is a dictionary of tensors, which can be saved.
+A structure never sees the model. It gets one matrix W [m, n] at a time, with a metric (`Metric`). What it finds is a dictionary of tensors, which can be saved.
 """
 
 import dataclasses
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,15 @@ Found = dict[str, Tensor]
 """The tensors that stand for a matrix."""
 
 
+class Metric(NamedTuple):
+    """What decides how much an error counts."""
+
+    R: Tensor | None = None
+    """[n, n], lower triangular, R Rᵀ = XᵀX / n up to a factor; None: the identity, every entry of the matrix counts alike."""
+    rows: Tensor | None = None
+    """Some of the inputs X [N, n], for a structure that asks for a `sample`."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Structure:
     """Base of all structures. Its fields are its settings, checked by their annotations (`lorank.fields`)."""
@@ -26,6 +34,10 @@ class Structure:
     """What `lorank.fit` and the command line call it."""
     usual: ClassVar[float] = 0.5
     """The budget unless one is given."""
+    sample: ClassVar[int] = 0
+    """How many inputs of a matrix it needs besides the metric, about; none can be had without text."""
+    is_linear: ClassVar[bool] = True
+    """Whether what stands for a matrix is a linear map."""
     counts: ClassVar[str] = "factors"
     """What the budget is of, for messages and tables."""
 
@@ -40,7 +52,7 @@ class Structure:
         """The matrix that the factors approximate, in double precision: the weight itself, or what another part of it lacks."""
         return weight.double()
 
-    def solve(self, weight: Tensor, R: Tensor | None, rank: int) -> Found:
+    def solve(self, weight: Tensor, metric: Metric, rank: int) -> Found:
         """The tensors of a weight [m, n]."""
         raise NotImplementedError
 

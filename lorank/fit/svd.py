@@ -22,10 +22,20 @@ import torch
 from torch import Tensor, nn
 
 from lorank.factors import nearest
-from lorank.fit.structure import Found, Structure
+from lorank.fit.structure import Found, Metric, Structure
 from lorank.layers import LowRankLinear
 from lorank.method import Method
 from lorank.methods.low_rank import LowRank
+
+
+@torch.no_grad()
+def fill_factors(layer: nn.Module, found: Found, bias: Tensor | None) -> None:
+    """Copy A, B and the bias into a layer of two factors."""
+    assert isinstance(layer, LowRankLinear)
+    layer.A.weight.copy_(found["A"])
+    layer.B.weight.copy_(found["B"])
+    if layer.B.bias is not None and bias is not None:
+        layer.B.bias.copy_(bias)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,17 +47,12 @@ class SVD(Structure):
     def method(self, rank: int | dict[str, int]) -> Method:
         return LowRank(rank=rank)
 
-    def solve(self, weight: Tensor, R: Tensor | None, rank: int) -> Found:
-        B, A = nearest(self.target(weight), rank, R)
+    def solve(self, weight: Tensor, metric: Metric, rank: int) -> Found:
+        B, A = nearest(self.target(weight), rank, metric.R)
         return {"B": B.to(weight.dtype), "A": A.to(weight.dtype)}
 
     def apply(self, found: Found, x: Tensor) -> Tensor:
         return x @ found["A"].mT @ found["B"].mT
 
-    @torch.no_grad()
     def fill(self, layer: nn.Module, found: Found, bias: Tensor | None) -> None:
-        assert isinstance(layer, LowRankLinear)
-        layer.A.weight.copy_(found["A"])
-        layer.B.weight.copy_(found["B"])
-        if layer.B.bias is not None and bias is not None:
-            layer.B.bias.copy_(bias)
+        fill_factors(layer, found, bias)

@@ -65,7 +65,10 @@ class Job:
     def __post_init__(self) -> None:
         check_fields(self)
         check_policy(self.policy, self.budget)
-        self.structure()
+        if self.structure().sample and self.metric == "identity":
+            raise ValueError(
+                f"metric must be 'gram' with {self.method}, which is fitted to what layers give on the text, got 'identity'"
+            )
 
     def structure(self) -> Structure:
         """The structure with its settings; ValueError if it has not such settings."""

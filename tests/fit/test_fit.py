@@ -15,6 +15,7 @@ from lorank.analysis.ranks import suggest_ranks
 from lorank.fit import SVD, EoRA, Fitted, fit
 from lorank.fit.bases import pruned, rounded, two_of_four
 from lorank.fit.budget import choose_ranks
+from lorank.fit.structure import Metric
 from lorank.method import Site
 from lorank.rewriting import put
 from lorank.sites import find_sites
@@ -98,7 +99,7 @@ def test_eora_gives_back_what_rounding_takes(small: Callable[..., Any], data: li
     )
     assert errors["gram"] < errors["identity"]
     for base in ("2:4", "magnitude", "int2"):
-        found = EoRA(base=base).solve(W, torch.linalg.cholesky(X.T @ X), rank=min(W.shape))
+        found = EoRA(base=base).solve(W, Metric(torch.linalg.cholesky(X.T @ X)), rank=min(W.shape))
         torch.testing.assert_close(found["W"] + found["B"] @ found["A"], W, rtol=0, atol=1e-10)
 
 
