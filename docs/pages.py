@@ -12,8 +12,8 @@ In a page, a Markdown file of this folder, these lines stand for:
 A page in methods/ is written by hand down to when to use the method. Its use, options, cost and figures come from the code.
 """
 
+import dataclasses
 import functools
-import inspect
 import re
 import sys
 from pathlib import Path
@@ -269,7 +269,7 @@ def options(names: list[str]) -> str:
     for name in names:
         kind = find(name)
         directive = [f".. autoclass:: {public_name(kind)}", "   :show-inheritance:"]
-        fields = [field for field in inspect.get_annotations(kind) if field in kind.__dataclass_fields__]
+        fields = [field.name for field in dataclasses.fields(kind)]
         if fields:
             directive.append(f"   :members: {', '.join(fields)}")
         parts.append("\n".join(["```{eval-rst}", *directive, "```"]))
