@@ -62,7 +62,7 @@ def build_trainer(
         )
     if estimator is not None and recipe.distil is not None:
         raise ValueError(
-            f"distil must be left out with gradient={methods_of(recipe).gradient.name}, which has a loss of its own"
+            f"distil must be left out with gradient={methods_of(recipe).gradient.name}, which has another loss"
         )
     _check_trackers(recipe.report_to)
     arguments = RunArguments(
