@@ -29,6 +29,7 @@ from lorank import accounting
 from lorank.conversion import convert
 from lorank.fields import field_types
 from lorank.loop import lr_schedule, next_task, optimizer, step_hook
+from lorank.loss import next_token_loss
 from lorank.method import Method, seeded_generator
 from lorank.table import find, method_names
 from lorank.train.data import collate
@@ -212,7 +213,8 @@ def _train(
         for group in moving.param_groups:
             group["lr"] = lr * multiplier(step + 1)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(**{key: value.to(device) for key, value in batch.items()}, use_cache=False).loss
+            given = {key: value.to(device) for key, value in batch.items()}
+            loss = next_token_loss(model, given, use_cache=False).total
         if not math.isfinite(loss.item()):
             raise FloatingPointError(f"the loss of {what} became {loss.item()} at step {step}; lower its learning rate")
         loss.backward()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BartConfig, BartForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from lorank.train import continual as streams
 from lorank.train.continual import Settings, Stream, continual
@@ -57,6 +57,18 @@ def test_a_stream_is_trained_once(base: Path, tmp_path: Path, monkeypatch: pytes
     assert continual(str(base), tasks, ["full", "moram"], tmp_path, **given) == found
     with pytest.raises(ValueError, match=r"has results of steps=3, got 4; choose another folder"):
         continual(str(base), tasks, ["moram"], tmp_path, **{**given, "settings": replace(QUICK, steps=4)})
+
+
+def test_the_loss_is_that_of_the_next_token(base: Path, tmp_path: Path) -> None:
+    """Also of BART, whose own loss compares each position with the token that it has read. The identity would be learnt at once."""
+    entries = len(byte_tokenizer())
+    shape = {"vocab_size": entries, "d_model": 32, "decoder_layers": 1, "decoder_attention_heads": 2}
+    torch.manual_seed(0)
+    BartForCausalLM(BartConfig(**shape, decoder_ffn_dim=64, dropout=0.0)).save_pretrained(tmp_path / "bart")
+    byte_tokenizer().save_pretrained(tmp_path / "bart")
+    given: dict[str, Any] = {"settings": replace(QUICK, steps=40), "rates": {"full": 1e-2}}
+    (found,) = continual(str(tmp_path / "bart"), [str(base / "a.jsonl")], ["full"], tmp_path / "out", **given)
+    assert found.losses[1][0] < 0.6 * found.losses[0][0], "the next token is learnt, not the one that was read"
 
 
 def test_bad_input_is_refused_before_training(base: Path, tmp_path: Path, in_this_process: Callable[..., Any]) -> None:
