@@ -71,6 +71,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "auto": "what transformers' Auto classes are promised",
         "sizes": "the shapes of the papers' Llamas",
         "accelerators": "data sheets of devices",
+        "whole": "files that are whole or not there",
     },
 )
 """From the top down, each room with what it is for. A room may import rooms of lower rows, and rooms of the same row if no

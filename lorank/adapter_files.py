@@ -10,7 +10,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -28,6 +29,7 @@ from lorank.fusion import FusedProjections, join_rows
 from lorank.pretrained import dense_config, forget
 from lorank.rewriting import converted_with
 from lorank.table import from_record
+from lorank.whole import made_whole
 
 WEIGHTS, ABOUT = "adapter.safetensors", "adapter.json"
 PEFT_WEIGHTS, PEFT_ABOUT = "adapter_model.safetensors", "adapter_config.json"
@@ -58,11 +60,8 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
             "sha256": _hash_without(model, own),
         },
     }
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
     state = model.state_dict()
-    _write(folder / WEIGHTS, lambda path: save_file({name: state[name].contiguous() for name in own}, path))
-    _write(folder / ABOUT, lambda path: Path(path).write_text(json.dumps(about, indent=2), encoding="utf-8"))
+    _write(Path(folder).expanduser(), WEIGHTS, {name: state[name].contiguous() for name in own}, ABOUT, about)
 
 
 def load_adapter(folder: str | Path, base: PreTrainedModel | str | None = None) -> PreTrainedModel:
@@ -158,10 +157,7 @@ def export_peft(model: PreTrainedModel, folder: str | Path) -> None:
         for name, (B, A) in pairs.items()
         for side, factor in (("A", A), ("B", B))
     }
-    folder = Path(folder).expanduser()
-    folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / PEFT_WEIGHTS, lambda path: save_file(tensors, path))
-    _write(folder / PEFT_ABOUT, lambda path: Path(path).write_text(json.dumps(about, indent=2), encoding="utf-8"))
+    _write(Path(folder).expanduser(), PEFT_WEIGHTS, tensors, PEFT_ABOUT, about)
 
 
 def adapter_of(model: PreTrainedModel) -> Adapter:
@@ -241,8 +237,9 @@ def _read(folder: Path) -> dict[str, Any]:
     raise ValueError(f"folder must be one that lorank.save_adapter wrote, got {folder}")
 
 
-def _write(path: Path, write: Callable[[str], object]) -> None:
-    """Under another name first, so that a file is never half written."""
-    part = path.with_name(f".{path.name}.part")
-    write(str(part))
-    os.replace(part, path)
+def _write(folder: Path, weights: str, tensors: Mapping[str, Tensor], file: str, about: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with made_whole(folder / weights) as half:
+        save_file(dict(tensors), half)
+    with made_whole(folder / file) as half:
+        half.write_text(json.dumps(about, indent=2), encoding="utf-8")

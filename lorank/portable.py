@@ -6,7 +6,6 @@ a method ``standalone()`` that gives the name of a class of `lorank.standalone` 
 its own classes are used, and nothing of the file is run.
 """
 
-import os
 import pprint
 import re
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from lorank import standalone
+from lorank.whole import made_whole
 
 FILE = "modeling_lorank.py"
 
@@ -46,12 +46,11 @@ def write_modelling_file(model: PreTrainedModel, folder: str | Path, autos: list
         classes["AutoModel"] = f"Lorank{type(body).__name__}"
     config.auto_map = {auto: f"{Path(FILE).stem}.{name}" for auto, name in classes.items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    part = Path(folder) / f".{FILE}.part"
     kinds = {type(model).__name__: (base, "")}
     if body:
         kinds[classes["AutoModel"]] = (type(body), f"{model.base_model_prefix}.")
-    part.write_text(_text(kinds, base_config, type(config), layers), encoding="utf-8")
-    os.replace(part, Path(folder) / FILE)
+    with made_whole(Path(folder) / FILE) as half:
+        half.write_text(_text(kinds, base_config, type(config), layers), encoding="utf-8")
 
 
 def _text(

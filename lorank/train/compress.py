@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, MutableMapping
@@ -35,6 +34,7 @@ from lorank.train.saved import load_model, whole_files
 from lorank.train.text import text_of
 from lorank.train.watching import tell
 from lorank.train.yamls import load
+from lorank.whole import made_whole
 
 RESULTS, UNFINISHED, PARTS = "compress.json", "unfinished.json", "projections"
 STATES = 4096
@@ -98,9 +98,8 @@ class Kept(MutableMapping[str, Found]):
             raise KeyError(name) from None
 
     def __setitem__(self, name: str, found: Found) -> None:
-        part = self._file(name).with_suffix(".part")
-        save_file({key: tensor.cpu().contiguous() for key, tensor in found.items()}, part)
-        os.replace(part, self._file(name))
+        with made_whole(self._file(name)) as half:
+            save_file({key: tensor.cpu().contiguous() for key, tensor in found.items()}, half)
 
     def __delitem__(self, name: str) -> None:
         self._file(name).unlink()

@@ -9,10 +9,8 @@ and by which tokenizer. A file has its final name only once it is whole, so what
 A worker starts in a tenth of a second and takes little memory, because it imports neither torch nor transformers.
 """
 
-import contextlib
 import dataclasses
 import json
-import os
 import re
 import signal
 import sys
@@ -23,6 +21,8 @@ from typing import Any, NamedTuple, Self, TypeAlias
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
+
+from lorank.whole import made_whole
 
 PIECE = 1 << 20  # characters tokenised at once: long texts then use all cores, but not all memory
 BATCH = 1 << 22  # characters tokenised in one call
@@ -153,17 +153,6 @@ def write_part(
 def _save(path: Path, array: np.ndarray) -> None:
     with made_whole(path) as half, half.open("wb") as file:
         np.save(file, array)
-
-
-@contextlib.contextmanager
-def made_whole(path: Path) -> Iterator[Path]:
-    """A temporary name for a file, which gets its own when all of it is written; if that fails, nothing is left."""
-    half = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield half
-        os.replace(half, path)
-    finally:
-        half.unlink(missing_ok=True)
 
 
 def main() -> None:

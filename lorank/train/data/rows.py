@@ -32,8 +32,9 @@ import lorank
 from lorank.train.data.cache import use
 from lorank.train.data.form import Form
 from lorank.train.data.tokenizers import VERSION, identity
-from lorank.train.tokens import Documents, Plan, arrow_chunks, lengths_of, made_whole, part_of, write_part
+from lorank.train.tokens import Documents, Plan, arrow_chunks, lengths_of, part_of, write_part
 from lorank.train.watching import tell
+from lorank.whole import made_whole
 
 SHARD = 32 << 20  # bytes of text that are tokenised by one process
 FEW = 1  # shards that are tokenised in this process
