@@ -101,4 +101,4 @@ class CompLoRA(Adapter):
         return {"keep": rank_at(self.keep, site), "sides": self.sides, "scale": scale}
 
     def hook(self, model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int) -> StepHook:
-        return Guard(optimizer, (module for module in model.modules() if isinstance(module, CompLoRALinear)))
+        return Guard(optimizer, self.layers(model).values())  # type: ignore[arg-type]  # they are CompLoRALinear

@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from lorank.conversion import method_of
 from lorank.rewriting import converted_with
 from lorank.table import from_record
+from lorank.train.data.sources import first_line
 from lorank.train.hub import read_config
 from lorank.train.methods import methods_of, resolved
 from lorank.train.recipe import Recipe
@@ -78,7 +79,7 @@ def _config_of(name: str) -> tuple[PretrainedConfig, Mapping[str, Any] | None]:
         config = read_config(name)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(
-            f"start_from must be a run, a folder with a model or a hub name, got {name!r}: {_first(error)}"
+            f"start_from must be a run, a folder with a model or a hub name, got {name!r}: {first_line(error)}"
         ) from None
     recorded = getattr(config, "lorank", None)
     if recorded is None:
@@ -87,10 +88,6 @@ def _config_of(name: str) -> tuple[PretrainedConfig, Mapping[str, Any] | None]:
         key: value for key, value in config.to_dict().items() if key not in ("lorank", "model_type", "auto_map")
     }
     return AutoConfig.for_model(config.model_type.removeprefix("lorank_"), **settings), recorded
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Start:
@@ -115,6 +112,6 @@ class Start:
             model.load_state_dict(self.weights)
         except RuntimeError as error:
             raise ValueError(
-                f"the weights of start_from={self.name!r} do not fit their configuration: {_first(error)}"
+                f"the weights of start_from={self.name!r} do not fit their configuration: {first_line(error)}"
             ) from None
         self.weights = {}
