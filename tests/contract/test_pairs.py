@@ -21,7 +21,7 @@ from lorank.train.recipe import Recipe
 PAGE = Path(__file__).parents[2] / "docs" / "combinations.md"
 STEPS = 4
 GRADIENTS = [name for name in method_names("gradient") if name != "autograd"]
-ROWS = [name for name in method_names("method") if name == "lora" or not find(name).adapts] + GRADIENTS
+ROWS = [name for name in method_names("method") if name in ("lora", "osft") or not find(name).adapts] + GRADIENTS
 ADAPTERS = [name for name in method_names("method") if find(name).adapts]
 COLUMNS = [name for name in method_names("optimizer") if name != "votes"] + GRADIENTS
 SMALL: dict[str, dict[str, Any]] = {
@@ -34,8 +34,8 @@ HEAD = """# Which methods combine
 Two methods combine if they answer different questions. A row decides what the weights are. A column decides how they move,
 or (`eggroll`) where the gradient comes from; the row of `eggroll` has a dense model. "yes" means that a small Llama was
 trained with both for a few steps by `tests/contract/test_pairs.py`, which writes this table. A number means that lorank
-refuses the combination, for the reason below the table. Join the two names with a plus: `--method cola+galore`. Adapters, whose
-factors are added to frozen weights, combine with optimizers as `lora` does.
+refuses the combination, for the reason below the table. Join the two names with a plus: `--method cola+galore`. The other adapters
+add factors to frozen weights, and combine with optimizers as `lora` does.
 """
 
 
