@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     BartConfig,
     BartForConditionalGeneration,
     FunnelConfig,
@@ -22,8 +25,6 @@ from transformers import (
     ProphetNetForConditionalGeneration,
     RwkvConfig,
     RwkvForCausalLM,
-    ViTConfig,
-    ViTModel,
 )
 
 from lorank import MASA, SST, CoLA, CRNet, Method, Site, SLTrain, SwitchLoRA, convert
@@ -160,16 +161,37 @@ def test_a_quantised_configuration_is_refused(small: Callable[..., Any]) -> None
         convert(model, CoLA(rank=4))
 
 
+@pytest.mark.parametrize("kind", ["vit", "beit", "dinov2", "ijepa"])
 @pytest.mark.parametrize("method", [MASA(), SLTrain(rank=4), SST(rank=4)], ids=lambda method: method.name)
-def test_names_that_vision_models_change_come_back(method: Method, tmp_path: Path) -> None:
+def test_names_that_vision_models_change_come_back(method: Method, kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64}
-    model = convert(ViTModel(ViTConfig(**shape, image_size=16, patch_size=8)), method).eval()
+    model = convert(AutoModel.from_config(AutoConfig.for_model(kind, **shape, image_size=16, patch_size=8)), method)
+    model.eval()
     picture = torch.randn(2, 3, 16, 16)
     model.save_pretrained(tmp_path)
     loaded, report = type(model).from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     assert torch.equal(loaded.eval()(picture).last_hidden_state, model(picture).last_hidden_state)
+
+
+@pytest.mark.parametrize("method", [SLTrain(rank=4), SST(rank=4)], ids=lambda method: method.name)
+def test_a_model_of_text_and_pictures_is_loaded_as_saved(method: Method, tmp_path: Path) -> None:
+    """Molmo2, whose parts transformers names anew when it saves them."""
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "head_dim": 8, "intermediate_size": 64}
+    usual = AutoConfig.for_model("molmo2")
+    config = type(usual)(
+        text_config={**sizes, "num_key_value_heads": 2, "vocab_size": 64, "num_hidden_layers": 2},
+        vision_config={**sizes, "num_key_value_heads": 4},
+        adapter_config={**sizes, "num_key_value_heads": 4, "text_hidden_size": 32},
+    )
+    torch.manual_seed(0)
+    model = convert(AutoModelForImageTextToText.from_config(config), method).eval()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path).eval()
+    ids = torch.arange(8)[None]
+    assert torch.equal(loaded(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert all(map(torch.equal, loaded.state_dict().values(), model.state_dict().values()))
 
 
 @pytest.mark.parametrize(
