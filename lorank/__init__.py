@@ -13,6 +13,8 @@ from lorank.table import METHODS, register
 
 if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.adapter_files import export_peft, load_adapter, save_adapter
+    from lorank.adapters.block_lora import BlockLoRA
+    from lorank.adapters.break_for_make import BreakForMake
     from lorank.adapters.codyra import CoDyRA
     from lorank.adapters.comp_lora import CompLoRA
     from lorank.adapters.cp_conv import adapt_convolutions, merge_convolutions
@@ -24,6 +26,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.adapters.reclora import RecLoRA
     from lorank.adapters.row_adaptive import RowAdaptive
     from lorank.adapters.smora import SMoRA
+    from lorank.adapters.splitflux import SplitFlux
     from lorank.checkpointing import (
         checkpoint,
         keep_bottlenecks,

@@ -38,6 +38,9 @@ METHODS = {
     "mtlora": "lorank.adapters.mtlora:MTLoRA",
     "petalface": "lorank.adapters.petalface:PETALface",
     "reclora": "lorank.adapters.reclora:RecLoRA",
+    "splitflux": "lorank.adapters.splitflux:SplitFlux",
+    "block-lora": "lorank.adapters.block_lora:BlockLoRA",
+    "break-for-make": "lorank.adapters.break_for_make:BreakForMake",
     "osft": "lorank.adapters.osft:OSFT",
     "comp-lora": "lorank.adapters.comp_lora:CompLoRA",
     # how they move
