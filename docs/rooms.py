@@ -68,6 +68,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "hooks": "StepHook: what happens between two steps",
         "rounding": "what 16-bit weights lose when they are edited in place",
         "renamed": "where the names of version 0.1 are",
+        "needed": "a file next to saved weights that asks for lorank",
         "auto": "what transformers' Auto classes are promised",
         "sizes": "the shapes of the papers' Llamas",
         "accelerators": "data sheets of devices",

@@ -30,6 +30,17 @@ def type_of(config: Any) -> str:
     return kind if kind == EGG else kind.removeprefix(PREFIX)
 
 
+def real_config(model_type: str) -> Any:
+    """The configuration class of saved models of a type, "lorank_llama"."""
+    if model_type == EGG:
+        from lorank.evolution.egg_model import EggConfig
+
+        return EggConfig
+    from lorank.pretrained import config_class
+
+    return config_class(model_type.removeprefix(PREFIX))
+
+
 class PromisedConfig:
     """Stands in transformers' table of configurations until the real class is asked for."""
 
@@ -40,13 +51,7 @@ class PromisedConfig:
 
     @classmethod
     def real_class(cls) -> Any:
-        if cls.model_type == EGG:
-            from lorank.evolution.egg_model import EggConfig
-
-            return EggConfig
-        from lorank.pretrained import config_class
-
-        return config_class(cls.model_type.removeprefix(PREFIX))
+        return real_config(cls.model_type)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

@@ -2,8 +2,8 @@
 
 `lorank.standalone` is copied, and the model's own classes are written at its end. config.json names them under `auto_map`,
 so ``from_pretrained(folder, trust_remote_code=True)`` finds them. A layer can be written there if its class says how, with
-a method ``standalone()`` that gives the name of a class of `lorank.standalone` and its arguments. Where lorank is imported
-its own classes are used, and nothing of the file is run.
+a method ``standalone()`` that gives the name of a class of `lorank.standalone` and its arguments. If a model has other layers,
+the file asks for lorank instead (`lorank.needed`). Where lorank is imported its own classes are used, and no file is run.
 """
 
 import pprint
@@ -17,13 +17,14 @@ from torch import nn
 from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from lorank import standalone
+from lorank.needed import write_needs
 from lorank.whole import made_whole
 
 FILE = "modeling_lorank.py"
 
 
 def write_modelling_file(model: PreTrainedModel, folder: str | Path, autos: list[str]) -> None:
-    """Write the file into `folder`, and `auto_map` into the model's configuration; neither, if a layer cannot be written.
+    """Write the file into `folder`, and `auto_map` into the model's configuration; if a layer cannot be written, `lorank.needed`'s.
 
     Args:
         autos: names of transformers' Auto classes that load the model.
@@ -39,7 +40,7 @@ def write_modelling_file(model: PreTrainedModel, folder: str | Path, autos: list
         )  # whose body is AutoModel's, of lorank's type
         or not all(one.__module__.startswith("transformers.") for one in (base, base_config))
     ):
-        config.__dict__.pop("auto_map", None)
+        write_needs(config, folder)
         return
     classes = {"AutoConfig": type(config).__name__, **dict.fromkeys(autos, type(model).__name__)}
     if body := _body(model, layers):

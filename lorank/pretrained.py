@@ -22,6 +22,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 from lorank.auto import PREFIX
 from lorank.checkpointing import POLICIES, checkpoint, has_tapes, policy_is_on
 from lorank.kernels import check_kernels, without_missing
+from lorank.needed import not_copied
 from lorank.portable import write_modelling_file
 from lorank.rewriting import rewrite
 from lorank.sites import base_prefix, choose_sites, sites_of, wanted_sites
@@ -49,7 +50,8 @@ def config_class(base_type: str) -> type[PretrainedConfig]:
         check_kernels(config_dict := without_missing(config_dict), "this config.json")
         return base.from_dict.__func__(cls, config_dict, **kwargs)  # type: ignore[attr-defined]
 
-    derived = _derive(base, {"model_type": PREFIX + base_type, "from_dict": classmethod(from_dict)})
+    own = {"from_dict": classmethod(from_dict), "register_for_auto_class": classmethod(not_copied)}
+    derived = _derive(base, {"model_type": PREFIX + base_type, **own})
     configuration_auto.AutoConfig.register(derived.model_type, derived, exist_ok=True)
     for auto in _auto_classes():
         for model in _classes_of(auto, base):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from transformers import (
 
 import lorank
 from lorank import standalone
+from lorank.evolution.egg_model import EggConfig, EggForCausalLM
 
 SHAPES = {
     "llama": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4},
@@ -47,6 +49,29 @@ for folder in json.loads(sys.argv[1]):
     assert not loading["missing_keys"] and "lorank" not in sys.modules, folder
     assert torch.allclose(body.eval()(want["ids"]).last_hidden_state, want["states"], atol=1e-5), folder
 """
+NEEDED = """
+import sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+def message(error, **trust):
+    try:
+        AutoModelForCausalLM.from_pretrained("model", **trust)
+    except error as found:
+        return str(found)
+assert "trust_remote_code=True" in message(ValueError)
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == "lorank":
+            raise ModuleNotFoundError("No module named 'lorank'", name=name)
+sys.meta_path.insert(0, Missing())
+for words in ("needs lorank", "pip install", "import lorank", "method sltrain"):
+    assert words in message(ImportError, trust_remote_code=True)
+del sys.meta_path[0]
+model = AutoModelForCausalLM.from_pretrained("model", trust_remote_code=True).eval()
+want = load_file("want.st")
+assert torch.equal(model(want["ids"]).logits, want["logits"])
+model.save_pretrained("again")
+"""
 
 
 def converted(kind: str, method: Any) -> Any:
@@ -70,17 +95,35 @@ def test_a_process_without_lorank_computes_the_same(tmp_path: Path) -> None:
             states = model.base_model(ids).last_hidden_state
             save_file({"ids": ids, "logits": model(ids).logits, "text": text, "states": states}, folder / "want.st")
         folders.append(str(folder))
-    env = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": ""}
-    command = [sys.executable, "-W", "ignore", "-c", ELSEWHERE, json.dumps(folders)]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    run_elsewhere(tmp_path, ELSEWHERE, json.dumps(folders))
+
+
+def run_elsewhere(folder: Path, program: str, *arguments: str, path: str = "") -> None:
+    env = {**os.environ, "HF_MODULES_CACHE": str(folder / "modules"), "PYTHONPATH": path}
+    command = [sys.executable, "-W", "ignore", "-c", program, *arguments]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-@pytest.mark.parametrize("case", ["sltrain", "experts", "a head that builds its body by type"])
-def test_layers_that_cannot_be_written_are_not(case: str, tmp_path: Path) -> None:
-    """SLTrain merges to a dense model instead. What another method left in a configuration goes."""
-    if case == "sltrain":
-        model = converted("llama", lorank.SLTrain(rank=8))
+def test_a_model_that_needs_lorank_imports_it_or_says_so(tmp_path: Path) -> None:
+    """transformers asks before it runs the file, and never advises an upgrade of itself."""
+    from safetensors.torch import save_file
+
+    model, ids = converted("llama", lorank.SLTrain(rank=8)), torch.arange(1, 9)[None]
+    model.save_pretrained(tmp_path / "model")
+    with torch.no_grad():
+        save_file({"ids": ids, "logits": model(ids).logits}, tmp_path / "want.st")
+    run_elsewhere(tmp_path, NEEDED, path=str(Path(lorank.__file__).parents[1]))
+    names = {file.name for file in (tmp_path / "again").iterdir()}
+    assert names == {"config.json", "generation_config.json", "model.safetensors", "needs_lorank.py"}
+
+
+@pytest.mark.parametrize("case", ["egg", "experts", "a head that builds its body by type"])
+def test_layers_that_cannot_be_written_ask_for_lorank(case: str, tmp_path: Path) -> None:
+    """What another method left in a configuration goes."""
+    model: Any
+    if case == "egg":
+        model = EggForCausalLM(EggConfig(hidden_size=16, num_hidden_layers=1))
     elif case == "experts":
         shape = {**SHAPES["llama"], "num_local_experts": 2, "num_experts_per_tok": 1}
         model = lorank.convert(MixtralForCausalLM(MixtralConfig(**shape, vocab_size=96)), lorank.CoLA(rank=8))
@@ -88,10 +131,13 @@ def test_layers_that_cannot_be_written_are_not(case: str, tmp_path: Path) -> Non
         model = lorank.convert(
             LlamaForSequenceClassification(LlamaConfig(**SHAPES["llama"], vocab_size=96)), lorank.CoLA(rank=8)
         )
-    model.config.auto_map = {"AutoConfig": "modeling_lorank.Old"}
+    model.config.auto_map = {"AutoConfig": "modeling_lorank.Old", "AutoModel": "modeling_lorank.Older"}
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "modeling_lorank.py").exists()
-    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+    wanted = {"AutoConfig": f"needs_lorank.{type(model.config).__name__}"}
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == wanted
+    told = runpy.run_path(str(tmp_path / "needs_lorank.py"))
+    assert told[type(model.config).__name__] is type(model.config)
 
 
 def test_where_lorank_is_imported_the_file_is_not_run(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from lorank.evolution.egg import LIMIT, ONE, Member, position, score, weights
 from lorank.fields import Bounds, Count, check_value
+from lorank.needed import not_copied, write_needs
 
 VOCABULARY = 256
 WIDEST = (2**24 - 1) // (4 * LIMIT**2)
@@ -23,6 +24,7 @@ class EggConfig(PretrainedConfig):
     """Width and depth only; the vocabulary is the 256 bytes."""
 
     model_type = "lorank_egg"
+    register_for_auto_class = classmethod(not_copied)
 
     def __init__(self, hidden_size: int = 256, num_hidden_layers: int = 6, **kwargs: Any):
         self.hidden_size, self.num_hidden_layers, self.vocab_size = hidden_size, num_hidden_layers, VOCABULARY
@@ -92,6 +94,11 @@ class EggForCausalLM(PreTrainedModel, GenerationMixin):
                 p.fill_(ONE if name.rpartition(".")[2].startswith("ln") else 0)
 
     initialize_weights = init_weights
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        if kwargs.get("is_main_process", True):
+            write_needs(self.config, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     def weights(self, noise: Member) -> dict[str, Any]:
         """The weights that `position` reads."""

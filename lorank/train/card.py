@@ -57,7 +57,11 @@ tokenizer = AutoTokenizer.from_pretrained("{{place}}")
 ```
 
 `trust_remote_code=True` lets transformers run `{FILE}`, which has the model's layers. After `import lorank` it is not needed.""",
-    "lorank": """The model needs lorank (version {version} made it), torch and transformers.
+    "lorank": """The model needs lorank (version {version} made it).
+
+```sh
+pip install .  # in a clone of lorank, or pip install with its git address or a wheel
+```
 
 ```python
 import lorank  # lets transformers know the model's layers
@@ -65,8 +69,14 @@ from transformers import {auto}, AutoTokenizer
 
 model = {auto}.from_pretrained("{place}")
 tokenizer = AutoTokenizer.from_pretrained("{place}")
-```""",
+```
+
+Programs that cannot be told to import lorank do so with `trust_remote_code=True`.""",
     "adapter": """The adapter needs lorank (version {version} made it), and the dense model that it adapts.
+
+```sh
+pip install .  # in a clone of lorank, or pip install with its git address or a wheel
+```
 
 ```python
 import lorank
