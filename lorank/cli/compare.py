@@ -48,7 +48,7 @@ OWN = {
     "--tasks",
     default="",
     metavar="TASK,TASK...",
-    help="Tasks of lm-evaluation-harness (needs lorank[eval]), or YAML files in its format.",
+    help="Tasks of lm-evaluation-harness (needs lm-eval), or YAML files in its format.",
 )
 @click.option("--out", type=Folder(), default="runs/compare", help="Folder of the runs, results.json and report.html.")
 @click.option(

@@ -22,7 +22,7 @@ from lorank.cli.flags import SETTINGS, of_saved_model
     "--tasks",
     default="",
     metavar="TASK,TASK...",
-    help="Instead of a text: tasks of lm-evaluation-harness (needs lorank[eval]), or YAML files in its format.",
+    help="Instead of a text: tasks of lm-evaluation-harness (needs lm-eval), or YAML files in its format.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def evaluate(model: str, tasks: str, as_json: bool, **settings: Any) -> None:

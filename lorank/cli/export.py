@@ -18,7 +18,7 @@ from lorank.cli.flags import SETTINGS, Folder
     default="dense",
     help="dense: merged into dense layers, for plain transformers and what reads its models. trained: the layers as they are. "
     "adapter: what an adapter added, without the model. peft: the same as a LoRA of peft. "
-    "onnx: a graph with a key-value cache (needs lorank[onnx]).",
+    "onnx: a graph with a key-value cache (needs onnx and onnxscript).",
 )
 @click.option(
     "--tokenizer", default=None, metavar="NAME", help="Folder or hub name, or bytes.", show_default="the model's"
@@ -66,7 +66,7 @@ def _as_onnx() -> Any:
         import onnxscript  # noqa: F401
     except ImportError:
         raise ValueError(
-            "--format onnx needs onnx and onnxscript; install them with: pip install 'lorank[onnx]'"
+            "--format onnx needs onnx and onnxscript; install them with: pip install onnx onnxscript"
         ) from None
     from lorank.train.onnx import as_onnx
 

@@ -158,5 +158,7 @@ def _shapes(sizes: list[str], models: tuple[str, ...], flags: dict[str, Any]) ->
     for size in sizes:  # an empty one too
         find_size(size)
     defaults = {name: value for name, value in PLANNED.items() if value is not None}
+    if changes_of(flags).get("tokenizer") is None:
+        defaults["vocab_size"] = VOCAB_SIZE
     shapes = [{"size": size} for size in sizes] + [{"model": model} for model in models] or [{"size": "60m"}]
-    return [recipe_of(None, flags, own=OWN, base={**defaults, "vocab_size": VOCAB_SIZE, **shape}) for shape in shapes]
+    return [recipe_of(None, flags, own=OWN, base={**defaults, **shape}) for shape in shapes]

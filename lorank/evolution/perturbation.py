@@ -55,8 +55,8 @@ def hooked_modules(model: nn.Module, perturbed: Mapping[nn.Parameter, int]) -> d
             names = " and ".join(f"{prefix}.{name}" if prefix else name for name in moved)
             way_out = " or set freeze_others=true" if all(p.ndim < 2 for p in moved.values()) else ""
             raise ValueError(
-                f"EGGROLL cannot perturb {names} of {type(module).__name__}, only the parameters of {KNOWN}; freeze "
-                f"{'them' if len(moved) > 1 else 'it'} with requires_grad_(False){way_out}"
+                f"EGGROLL perturbs only the parameters of {KNOWN}; freeze {names} of {type(module).__name__} with "
+                f"requires_grad_(False){way_out}"
             )
     return found
 

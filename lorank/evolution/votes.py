@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lorank.evolution.egg_model import EggForCausalLM
+from lorank.evolution.egg_model import EggConfig, EggForCausalLM
 from lorank.fields import Bounds, Count, Fraction, check_value
 from lorank.method import Method, Patterns
 
@@ -87,9 +87,15 @@ class Votes(Method):
 
     name: ClassVar[str] = "votes"
     key: ClassVar[str] = "optimizer"
+    model_type: ClassVar[str] = EggConfig.model_type
+    """The only type of model whose weights it moves."""
 
     fall: Annotated[float, Bounds(least=0, most=64)] = 4.0
     """How fast α, the fraction of weights moved by noise alone, falls from lr: as 1 / ((2^fall - 1) t / 1000 + 1)."""
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        return ("lorank.evolution.eggroll", "lorank.evolution.votes")
 
     def parameter_groups(
         self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns

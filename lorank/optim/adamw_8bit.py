@@ -75,4 +75,4 @@ def _bitsandbytes() -> Any:
     try:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError:
-        raise ImportError("adamw-8bit needs bitsandbytes; install it with: pip install 'lorank[8bit]'") from None
+        raise ImportError("adamw-8bit needs bitsandbytes; install it with: pip install bitsandbytes") from None

@@ -219,9 +219,9 @@ class LORO(ByGroups):
         """One group for each c."""
         for pair in pairs(model):
             if type(pair.module) not in (LowRankLinear, LowRankExperts) or pair.module.activation is not None:
-                kind = f"{type(pair.module).__name__}({pair.module.extra_repr()})"
                 raise ValueError(
-                    f"loro needs layers W = B A, which low-rank makes without carry, but {pair.name} is a {kind}"
+                    "loro needs layers W = B A, as low-rank makes them without carry; use another optimizer for "
+                    f"{pair.name}, a {type(pair.module).__name__}"
                 )
         width, found = getattr(getattr(model, "config", None), "hidden_size", None), []
         for group in pair_groups(model, groups, self.name, refuse=False):

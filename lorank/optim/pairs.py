@@ -88,7 +88,8 @@ def pair_groups(
             f" and {len(alone) - 3} more" if len(alone) > 3 else ""
         )
         raise ValueError(
-            f"{rule} moves pairs of factors, but these matrices are in none: {listed}; set unpaired to 'adamw'"
+            f"{rule} moves pairs of factors, but the model also has matrices that are in none; set unpaired to 'adamw', which "
+            f"moves them: {listed}"
         )
     made = []
     for group in groups:

@@ -49,17 +49,20 @@ class Counts:
 
 def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts:
     """What training `recipe`'s model takes on each of that many devices."""
-    if (estimator := build_estimator(recipe, model)) is not None:
-        moments = optimizer_bytes(recipe, model)
+    estimator, step = build_estimator(recipe, model), optimizer_step(recipe, model)
+    if estimator is not None:
         flops, held = estimator.step_cost(
             batch_size=recipe.batch_size,
             sequence_length=recipe.sequence_length,
-            optimizer_bytes=moments,
+            optimizer_bytes=optimizer_bytes(recipe, model),
             autocast=recipe.precision == "bf16",
         )
+        weights = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+        if weights + step.most_bytes > held.peak_bytes:
+            held = held._replace(peak_bytes=weights + step.most_bytes, peak_when="step")
         tokens = recipe.batch_size * recipe.sequence_length
-        return Counts(accounting.count_parameters(model), flops, tokens, held, accounting.Step(moments, moments), 0)
-    batch, step = recipe.micro_batch_size or recipe.batch_size, optimizer_step(recipe, model)
+        return Counts(accounting.count_parameters(model), flops, tokens, held, step, optimizer_flops(recipe, model))
+    batch = recipe.micro_batch_size or recipe.batch_size
     try:
         flops = accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length)
     except ValueError as error:

@@ -18,7 +18,7 @@ from lorank.sites import other_matrices
 from lorank.table import find, names_joined
 from lorank.train.budget import Budget, saved_parameters
 from lorank.train.methods import check_used, fitting, methods_of, rank_of, schedule_of, title_of
-from lorank.train.model import empty_model
+from lorank.train.model import empty_dense, empty_model
 from lorank.train.recipe import Recipe
 from lorank.train.run import corpus_of
 
@@ -180,9 +180,7 @@ def forecast_all(
     for shape in shapes:
         given = budget
         if given is None:
-            plain: dict[str, Any] = {"optimizer": "adamw", "gradient": "autograd"}
-            dense = empty_model(with_method(dataclasses.replace(shape, **plain), "dense"))
-            given = Budget(tokens=TOKENS_PER_PARAMETER * accounting.count_parameters(dense).total)
+            given = Budget(tokens=TOKENS_PER_PARAMETER * accounting.count_parameters(empty_dense(shape)).total)
         for method in methods:
             say(f"{method} {shape.model or shape.size}")
             found.append(_forecast(with_method(shape, method), fleet, given, budget is None, alone=alone))

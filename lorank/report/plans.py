@@ -166,14 +166,14 @@ def _parameters(found: "Sequence[Forecast]") -> Group:
 
 
 def _flops(found: "Sequence[Forecast]") -> Group:
-    table = _table("forward", "backward", "again", "sum", "optimizer", "a step", "÷ dense")
+    table = _table("forward", "backward", "again", "optimizer", "sum", "a step", "÷ dense")
     for name, f in zip(_names(found), found, strict=True):
         dense, each = _first(found, f), f.flops_per_step / f.tokens_per_step
         table.add_row(
             name,
             *(quantity(n / f.counts.tokens) if n else "-" for n in f.counts.flops),
-            quantity(f.counts.flops_per_token),
-            quantity(f.optimizer_flops) if f.optimizer_flops else "-",
+            quantity(f.optimizer_flops / f.tokens_per_step) if f.optimizer_flops else "-",
+            quantity(each),
             quantity(f.flops_per_step),
             f"{each * dense.tokens_per_step / dense.flops_per_step:.3f}" if dense else "-",
         )
@@ -277,8 +277,8 @@ def _assumptions(found: "Sequence[Forecast]") -> list[str]:
         )
     if any(f.optimizer_flops for f in found):
         lines.append(
-            "Optimizer: its own matrix products in a step, on every device, those of a refresh spread over the steps "
-            "between two; eigenvectors, QR and Fourier transforms not counted."
+            "Optimizer: its own matrix products on all devices, divided by the tokens of a step, those of a refresh spread "
+            "over the steps between two; eigenvectors, QR and Fourier transforms not counted."
         )
     if moving := list(dict.fromkeys(f.title for f in found if f.moves_between_steps)):
         lines.append(f"Not counted: what happens between the steps of {', '.join(moving)}.")

@@ -247,9 +247,10 @@ def _kinds(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
         kinds[projecting[0]].setdefault("rule", plain[0].name)
     elif inside:
         rule, subspace = plain[0].name, projecting[0].name
+        others = "+".join(name for name in next(names for names in joined if rule in names) if name != rule)
         raise ValueError(
             f"{rule} and {subspace} cannot be joined by '+', because both decide how the weights move; for {rule} inside the subspace of {subspace} "
-            f"use method={subspace} and optimizer={rule}"
+            f"use method={others} and optimizer={rule}"
         )
     check_combination(list(kinds))
     return dict(sorted(kinds.items(), key=lambda item: KEYS.index(item[0].key)))

@@ -90,13 +90,24 @@ def build_config(recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None = Non
 
 def empty_model(recipe: Recipe, *, layers: int | None = None) -> PreTrainedModel:
     """The recipe's model on the meta device: shapes without data; if given, with another number of `layers`."""
-    counted = recipe.tokenizer is not None and recipe.vocab_size is None  # only the number of entries matters
+    config = _counted_config(recipe)
+    with torch.device("meta"):
+        return build_model(recipe, config if layers is None else with_layers(config, layers))
+
+
+def empty_dense(recipe: Recipe) -> PreTrainedModel:
+    """The dense model of the recipe's shape on the meta device, whatever its methods are."""
+    with torch.device("meta"):
+        return _dense_model(recipe, _counted_config(recipe))
+
+
+def _counted_config(recipe: Recipe) -> PretrainedConfig:
+    """`build_config`, where only the number of the tokenizer's entries matters."""
+    counted = recipe.tokenizer is not None and recipe.vocab_size is None
     tokenizer = load_tokenizer(recipe.tokenizer) if counted else None
     if tokenizer is None and recipe.vocab_size is None:
         recipe = dataclasses.replace(recipe, vocab_size=4096)  # as a tokenizer trained on the data would have
-    config = build_config(recipe, tokenizer)
-    with torch.device("meta"):
-        return build_model(recipe, config if layers is None else with_layers(config, layers))
+    return build_config(recipe, tokenizer)
 
 
 def with_layers(config: PretrainedConfig, layers: int) -> PretrainedConfig:
@@ -189,7 +200,7 @@ def _check_integers(recipe: Recipe, found: Methods) -> None:
             raise ValueError(f"{key} must be {name} with {egg}, got {method.name}; start from the recipe egg")
     for name, wanted in INTEGERS.items():
         if (value := getattr(recipe, name)) != wanted:
-            raise ValueError(f"{name} must be {wanted} with {egg}, got {value}")
+            raise ValueError(f"{name} must be {wanted} with {egg}, got {value}; start from the recipe egg")
 
 
 def _dense_model(recipe: Recipe, config: PretrainedConfig) -> PreTrainedModel:

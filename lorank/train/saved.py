@@ -113,7 +113,8 @@ def load_model(
     looks_local = folder.startswith((".", "/", "~")) or path.exists()
     if looks_local and not (path / "config.json").exists():
         hint = "; it is an unfinished run: continue it with --resume" if (path / "recipe.yaml").exists() else ""
-        raise ValueError(f"{folder} must be a folder with a model, but it has no config.json{hint}")
+        missing = "it has no config.json" if path.is_dir() else "there is no such folder"
+        raise ValueError(f"{folder} must be a folder with a model, but {missing}{hint}")
     place = str(path) if looks_local else folder
     try:
         with asked_if_reachable():

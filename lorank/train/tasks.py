@@ -1,4 +1,4 @@
-"""Tasks of EleutherAI's lm-evaluation-harness on a trained model. The harness is an extra: pip install 'lorank[eval]'.
+"""Tasks of EleutherAI's lm-evaluation-harness on a trained model. The harness is optional: pip install lm-eval.
 
 A task is a name that the harness knows, or a YAML file in its format.
 """
@@ -31,7 +31,7 @@ def check_tasks(tasks: Sequence[str]) -> None:
         manager = _manager(tasks)
     except ImportError:
         raise ValueError(
-            f"--tasks {','.join(tasks)} needs lm-evaluation-harness; install it with: pip install 'lorank[eval]'"
+            f"--tasks {','.join(tasks)} needs lm-evaluation-harness; install it with: pip install lm-eval"
         ) from None
     for task in tasks:
         if is_file(task):

@@ -46,7 +46,7 @@ BAD = {
     "option of no optimizer": (["--method", "fira", "--for", "fira", "option.gap=3"], "fira has no setting 'gap'"),
     "an optimizer of its own": (["--method", "fira", "--for", "fira", "optimizer=muon"], "muon and fira cannot be combined: both decide how the weights move"),
     "few sequences": (["--method", "cola", "--batch-size", "4000"], "give more text or a smaller batch"),
-    "harness missing": (["--method", "cola", "--tasks", "arc_easy"], "pip install 'lorank[eval]'"),
+    "harness missing": (["--method", "cola", "--tasks", "arc_easy"], "pip install lm-eval"),
 }  # fmt: skip
 
 

@@ -35,7 +35,8 @@ Two methods combine if they answer different questions. A row decides what the w
 or (`eggroll`) where the gradient comes from; the row of `eggroll` has a dense model. "yes" means that a small Llama was
 trained with both for a few steps by `tests/contract/test_pairs.py`, which writes this table. A number means that lorank
 refuses the combination, for the reason below the table. Join the two names with a plus: `--method cola+galore`. The other adapters
-add factors to frozen weights, and combine with optimizers as `lora` does.
+add factors to frozen weights, and combine with optimizers as `lora` does. `votes` moves the integer weights of EGG and combines with
+`eggroll` alone, as in the recipe `egg`.
 """
 
 

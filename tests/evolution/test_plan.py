@@ -1,5 +1,7 @@
 """EGGROLL in `lorank plan` and in dry runs: its cost, its words, and what cannot be planned."""
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,29 @@ def test_a_forecast_counts_every_member() -> None:
     assert eggroll.to_dict()["flops_per_token"] == eggroll.counts.flops_per_token
     with pytest.raises(ValueError, match="the memory of eggroll depends on --option chunk"):
         fit_all([eggroll], 10.0)
+
+
+def test_a_step_includes_what_the_optimizer_does() -> None:
+    """GaLore's products and its temporary matrices do not depend on where the gradient comes from."""
+    one = dataclasses.replace(
+        SHAPE, size="tiny", sequence_length=2, batch_size=2, options={"population": 2, "chunk": 2}
+    )
+    galore, eggroll = forecast_all([one], ["galore", "galore+eggroll"], fleet=FLEET, budget=Budget(tokens=10_000))
+    assert eggroll.optimizer_flops == galore.optimizer_flops > 0
+    assert eggroll.counts.step == galore.counts.step
+    assert eggroll.counts.memory.peak_when == "step", "two members of four tokens need less than the step"
+    assert eggroll.counts.memory.peak_bytes == galore.counts.memory.peak_bytes
+
+
+def test_integers_are_planned_by_recipe_and_by_flags(in_this_process: Any) -> None:
+    integers = ["weight_decay=0", "clip=0", "warmup_steps=0", "precision=fp32", "lr=1", "tokenizer=bytes"]
+    settings = [word for setting in integers for word in ("--set", setting)]
+    for asked in (["egg"], ["--model", "lorank_egg", "--method", "eggroll+votes", *settings]):
+        code, said, error = in_this_process("plan", *asked, "--tokens", "1M", "--json")
+        assert code == 0, error
+        (found,) = json.loads(said)["forecasts"]
+        assert (found["method"], found["optimizer_flops_per_step"]) == ("eggroll+votes", 0)
+        assert found["peak_bytes"] > 2 * found["parameters"]
 
 
 def test_a_table_of_one_device(in_this_process: Any) -> None:

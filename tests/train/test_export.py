@@ -135,8 +135,8 @@ def test_no_export_replaces_a_model(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("default")  # of the exporter, and of what it is built on
 def test_an_onnx_graph_continues_from_its_cache(tmp_path: Path) -> None:
-    runtime = pytest.importorskip("onnxruntime", reason="an extra: pip install 'lorank[onnx]' onnxruntime")
-    pytest.importorskip("onnxscript", reason="an extra: pip install 'lorank[onnx]'")
+    runtime = pytest.importorskip("onnxruntime", reason="optional: pip install onnxruntime")
+    pytest.importorskip("onnxscript", reason="optional: pip install onnx onnxscript")
     from lorank.train.onnx import as_onnx
 
     model = saved(tmp_path / "model", "llama", lorank.CoLA(rank=8))
@@ -166,7 +166,7 @@ def test_an_onnx_graph_continues_from_its_cache(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("default")  # of bitsandbytes, about its casts
 def test_factors_are_quantised_as_other_linear_layers(tmp_path: Path) -> None:
-    bitsandbytes = pytest.importorskip("bitsandbytes", reason="an extra: pip install 'lorank[8bit]'")
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="optional: pip install bitsandbytes")
     model, ids = saved(tmp_path, "llama", lorank.CoLA(rank=8)), torch.arange(1, 9)[None]
     eight = BitsAndBytesConfig(load_in_8bit=True)
     small = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=eight, device_map="cpu")

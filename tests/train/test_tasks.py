@@ -13,7 +13,7 @@ from lorank.train import run, tasks
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model
 
-pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra: pip install 'lorank[eval]'")
+pytest.importorskip("lm_eval", reason="lm-evaluation-harness is optional: pip install lm-eval")
 pytestmark = pytest.mark.filterwarnings("default")  # the harness's own warnings are not ours to avoid
 
 LINES = [(f"line {i}: the quick brown fox counts", f" {i * i} lazy dogs") for i in range(400)]
