@@ -88,6 +88,7 @@ COMMANDS = (
     "demo",
     "evaluate",
     "export",
+    "finetune",
     "generate",
     "papers",
     "plan",

@@ -2,13 +2,18 @@
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from lorank.cli.flags import BUDGETS, SETTINGS, Folder, InGroups, changes_of, recipe_flags, recipe_of, split_budget
+
+if TYPE_CHECKING:
+    from lorank.train.budget import Budget
+    from lorank.train.recipe import Recipe
 
 
 @click.command(cls=InGroups, context_settings=SETTINGS)
@@ -37,44 +42,63 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     Without any argument a tiny CoLA model learns Python's standard library in a few minutes on a CPU.
     """
     changes = changes_of(flags)
-    others = [name for name in changes if name not in ("steps", *BUDGETS)]
-    if resume and (recipe or out or others or dry_run):
-        other = recipe or ("--out" if out else "--dry-run" if dry_run else f"--{others[0].replace('_', '-')}")
-        raise ValueError(f"--resume continues a run exactly as it began, or to more steps; leave out {other}")
+    if resume:
+        return resumed(resume, flags, {recipe or "": recipe, "--out": out, "--dry-run": dry_run})
     budget, flags = split_budget(flags)
-    if resume and budget is None and "steps" in changes:
-        from lorank.train.budget import Budget
-
-        budget = Budget(steps=changes["steps"])
     if "start_from" in changes:
         from lorank.train.start import method_of_start, started
 
         if recipe is None and "method" not in changes:
             flags = {**flags, "method": method_of_start(changes["start_from"])}
-    settings = None if resume else recipe_of(recipe, flags)
-    if settings is not None and settings.start_from is not None:
+    settings = recipe_of(recipe, flags)
+    if settings.start_from is not None:
         settings = started(settings)
-    from lorank.cli.console import results_console, shown_run, shown_work
+    if dry_run:
+        return show_plan(settings, budget)
+    train(settings, out, budget, None)
 
-    console = results_console()
-    if settings is not None and dry_run:
-        from lorank.plan.dry_run import plan, plan_with_data
-        from lorank.report.plans import plan_tables
-        from lorank.train.model import warn_of_weights
 
-        found = plan(settings)
-        try:
-            with shown_work():
-                found = plan_with_data(settings, found, budget)
-        finally:  # without data, what is known without them
-            console.print(plan_tables(found), highlight=False)
-        return warn_of_weights(settings.model)
+def resumed(run: str, flags: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+    """Go on with a run. `flags` may say how long it becomes; ValueError for any other, and for one of `others` that is given."""
+    changes = changes_of(flags)
+    given = [name for name, value in others.items() if value]
+    given += [f"--{name.replace('_', '-')}" for name in changes if name not in ("steps", *BUDGETS)]
+    if given:
+        raise ValueError(f"--resume continues a run exactly as it began, or to more steps; leave out {given[0]}")
+    budget, _ = split_budget(flags)
+    if budget is None and "steps" in changes:
+        from lorank.train.budget import Budget
+
+        budget = Budget(steps=changes["steps"])
+    train(None, None, budget, run)
+
+
+def show_plan(settings: "Recipe", budget: "Budget | None") -> None:
+    """Print what a run would be."""
+    from lorank.cli.console import results_console, shown_work
+    from lorank.plan.dry_run import plan, plan_with_data
+    from lorank.report.plans import plan_tables
+    from lorank.train.model import warn_of_weights
+
+    found = plan(settings)
+    try:
+        with shown_work():
+            found = plan_with_data(settings, found, budget)
+    finally:  # without data, what is known without them
+        results_console().print(plan_tables(found), highlight=False)
+    warn_of_weights(settings.model)
+
+
+def train(settings: "Recipe | None", out: str | None, budget: "Budget | None", resume: str | None) -> None:
+    """Run a recipe, or go on with the run `resume`, and print what came of it."""
+    from lorank.cli.console import results_console, shown_run
     from lorank.report.markup import visible
     from lorank.report.tables import runs_table
     from lorank.train import run
     from lorank.train.folder import read_json, read_run
     from lorank.train.methods import title_of
 
+    console = results_console()
     settings = settings or read_run(resume or "")
     named = settings.start_from or settings.model
     shape = named.rstrip("/").split("/")[-1] if named else settings.size
@@ -98,3 +122,5 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     if settings.push_to_hub is not None:
         console.print(f"pushed to [bold]{settings.push_to_hub}[/bold]", highlight=False)
     console.print(f"model, metrics and model card are in [bold]{folder}[/bold]", highlight=False)
+    if (folder / run.ADAPTER).exists():
+        console.print(f"the adapter alone is in [bold]{folder / run.ADAPTER}[/bold]", highlight=False)

@@ -5,6 +5,7 @@ RUN/run.json          versions, device, commit, hash of the data: what else a re
 RUN/metrics.jsonl     one record per log line and evaluation, units in the names
 RUN/checkpoint-N/     what --resume continues from (its optimizer state is read as tensors only)
 RUN/model.safetensors, config.json, tokenizer.json ...   the trained model, for from_pretrained(RUN)
+RUN/adapter/          what an adapter added, without the model, for lorank.load_adapter
 RUN/summary.json, README.md                              its figures and its model card
 """
 
@@ -22,6 +23,8 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from lorank import accounting
+from lorank.adapter_files import save_adapter
+from lorank.adapters.gated import Adapter
 from lorank.conversion import method_of
 from lorank.train import data
 from lorank.train.budget import Budget, extent_of, saved_parameters
@@ -58,6 +61,7 @@ from lorank.train.trainer import PretrainTrainer
 from lorank.train.vocabulary import keep_vocabulary
 
 logger = logging.getLogger(__name__)
+ADAPTER = "adapter"
 
 
 def pretrain(
@@ -140,6 +144,8 @@ def pretrain(
                 method.finalize(model)
             if trainer.is_world_process_zero():
                 names = save_model(model, corpus.tokenizer, out)  # before anything that may fail
+                if isinstance(method, Adapter) and method.inseparable(model) is None:
+                    save_adapter(model, out / ADAPTER)
             found = trainer.evaluation(max_tokens=None)
         summary = _summary(recipe, out, trainer, found, memory.gib)
         if trainer.is_world_process_zero():
