@@ -16,7 +16,7 @@ from lorank.cli.flags import SETTINGS, of_saved_model
     type=click.IntRange(min=1),
     default=None,
     help="Stop after this many predicted tokens.",
-    show_default="the run's validation_tokens, else 10000000",
+    show_default="as the run's last evaluation, else 10000000",
 )
 @click.option(
     "--tasks",

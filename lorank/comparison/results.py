@@ -18,6 +18,7 @@ from lorank.comparison.statistics import LEVEL, mean_interval
 from lorank.train.data.sources import first_line
 from lorank.train.folder import history, write_whole
 from lorank.train.tasks import run_tasks
+from lorank.train.text import limits_of
 
 CLOSE_ENOUGH = 0.03
 """How far from 1 the ratio of what was matched may be without a note."""
@@ -173,8 +174,8 @@ def _curves(
 
 def _of_whole_text(records: Sequence[Mapping[str, Any]], candidate: Candidate) -> bool:
     """Whether evaluations in training are on the same text as the final one. On less text the loss is another."""
-    limit = candidate.recipe.eval_tokens
-    return all(record["eval_tokens"] < limit for record in records if "eval_perplexity" in record)
+    limit, last = limits_of(candidate.recipe)
+    return limit == last or all(record["eval_tokens"] < limit for record in records if "eval_perplexity" in record)
 
 
 def _edges(candidates: Sequence[Candidate], best: Candidate | None) -> list[str]:

@@ -41,6 +41,7 @@ from lorank.train.model import build_config, warn_of_weights
 from lorank.train.recipe import Recipe
 from lorank.train.run import check_corpus, corpus_of
 from lorank.train.tasks import check_tasks, is_file
+from lorank.train.text import limits_of
 
 PROBE_STEPS = 12
 PROBE_TEXT = "Enough text for one evaluation: the speed of a step does not depend on what the evaluation finds.\n"
@@ -346,6 +347,9 @@ def _same(found: Comparison, wanted: ComparisonSettings) -> Comparison:
     given = found.settings.base
     if wanted.base.warmup == given.warmup:  # 0.2 of 400 steps, or the 80 that were once the default
         wanted = dataclasses.replace(wanted, base=dataclasses.replace(wanted.base, warmup_steps=given.warmup_steps))
+    if limits_of(wanted.base) == limits_of(given):  # by default, or 100,000 and all, as was once written out
+        own = {name: getattr(given, name) for name in ("eval_tokens", "eval_all_at_end")}
+        wanted = dataclasses.replace(wanted, base=dataclasses.replace(wanted.base, **own))
     was, now = found.settings.to_dict(), wanted.to_dict()
     if was != now:
         raise ValueError(

@@ -21,6 +21,7 @@ from lorank.train.callbacks import StopOnNonFinite
 from lorank.train.distil import Teacher
 from lorank.train.methods import build_optimizer, methods_of, schedule_of
 from lorank.train.recipe import Recipe
+from lorank.train.text import limits_of
 from lorank.train.trainer import PretrainTrainer
 
 logger = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ def build_trainer(
         fill=corpus.fill,
         flops_per_token=_flops_per_token(recipe, model, estimator, micro),
         peak_flops=(peak * devices, source),
-        eval_tokens=recipe.eval_tokens,
+        eval_tokens=limits_of(recipe)[0],
         bytes_per_token=corpus.validation_bytes_per_token,
         teacher=None if recipe.distil is None else Teacher(recipe, model, corpus.tokenizer),
     )

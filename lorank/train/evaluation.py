@@ -147,7 +147,7 @@ def evaluate_folder(
 
     Args:
         tokenizer: another than the model's own.
-        max_tokens: predicted tokens after which it stops; default: the run's `validation_tokens`, else 10 million.
+        max_tokens: predicted tokens after which it stops; default: as the run's last evaluation, else 10 million.
         text: fields of `lorank.train.text.Text`, from `data` to `batch_size`.
 
     Raises:
@@ -160,9 +160,10 @@ def evaluate_folder(
     if chosen.documents == "separate":
         check_separate(loaded)
     chosen = with_length(chosen, loaded)
-    max_tokens = max_tokens or chosen.validation_tokens or MOST_TOKENS
-    batches, bytes_per_token = text_for(loaded, own, chosen, max_tokens=max_tokens)
-    found = evaluate(loaded, batches, max_tokens=max_tokens, bytes_per_token=bytes_per_token)
+    rows = max_tokens or chosen.validation_tokens or MOST_TOKENS
+    batches, bytes_per_token = text_for(loaded, own, chosen, max_tokens=rows)
+    stop = max_tokens or chosen.last_tokens or rows
+    found = evaluate(loaded, batches, max_tokens=stop, bytes_per_token=bytes_per_token)
     return found._replace(text=str(chosen))
 
 

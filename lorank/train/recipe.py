@@ -26,7 +26,8 @@ from lorank.fields import (
     whole_steps,
 )
 from lorank.table import METHODS, find, method_names, names_joined
-from lorank.train.shipped import recipe_names, recipe_path, recipes_folder
+from lorank.train.earlier import as_today
+from lorank.train.shipped import recipe_names, recipe_path
 from lorank.train.yamls import load
 
 Seed = Annotated[int, Bounds(least=0, below=2**32)]
@@ -122,7 +123,7 @@ class Recipe:
     )
     validation_tokens: Count | None = _setting(
         10_000_000,
-        "Held-out tokens, of local data at most 5 %; the last evaluation uses all. null: always 5 %, 10 M of which are used.",
+        "Held-out tokens, of local data at most 5 %. null: always 5 %, 10 M of which are used.",
         shared=True,
     )
     text_column: str = _setting("text", "Column of jsonl, parquet, csv or hub data that holds the text.", shared=True)
@@ -180,8 +181,13 @@ class Recipe:
 
     # watching and keeping
     eval_every: Whole = _setting(100, "Steps between evaluations; 0 evaluates at the end only.", shared=True)
-    eval_tokens: Count = _setting(
-        100_000, "Validation tokens per evaluation during training; the last one uses all.", shared=True
+    eval_tokens: Count | None = _setting(
+        None,
+        "Validation tokens per evaluation, the last one included. Default: 100,000 during training, all at the end.",
+        shared=True,
+    )
+    eval_all_at_end: bool = _setting(
+        False, "The last evaluation uses all validation tokens, whatever eval_tokens is.", shared=True
     )
     log_every: Count = _setting(10, "Steps between log lines.", shared=True)
     save_every: Whole = _setting(200, "Steps between checkpoints; 0 keeps the final model only.", shared=True)
@@ -245,7 +251,7 @@ class Recipe:
                 elif full_name(str(name)) != name:
                     hint = "; it is a setting of a method: write it under options, or under the method's name"
                 raise ValueError(f"unknown setting {name!r}{hint}")
-        return cls(**{name: _coerce(value, types[name]) for name, value in _renamed(settings).items()})
+        return cls(**{name: _coerce(value, types[name]) for name, value in as_today(settings).items()})
 
     def but(self, changes: Mapping[str, Any]) -> Self:
         """The recipe with some settings changed. A dotted name is an entry of a mapping: "options.alpha",
@@ -351,35 +357,6 @@ def _entries(value: Any) -> dict[str, dict[str, Any]]:
 def settings_with(mark: str) -> list[str]:
     """Names of the settings that are "everyday", "shared" or "free"; see `_setting`."""
     return [field.name for field in dataclasses.fields(Recipe) if field.metadata[mark]]
-
-
-def _renamed(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Settings as lorank 0.1 saved them, under today's names."""
-    return _egg(settings) if settings.get("model") == "egg" else settings
-
-
-def _egg(settings: Mapping[str, Any]) -> Mapping[str, Any]:
-    """``model: egg`` on top of today's recipe: its shape was among the options, and its lr was either lr or, above 1, how
-    fast that falls."""
-    recipe = yaml.safe_load((recipes_folder() / "egg.yaml").read_text(encoding="utf-8"))
-    given = {name: value for name, value in settings.items() if name not in ("model", "lr", "options")}
-    given = {name: value for name, value in given.items() if (name, value) not in _EGG_HAD}
-    options = dict(settings.get("options", {}))
-    shape = {name: options.pop(name) for name in recipe["shape"] if name in options}
-    if (rate := settings.get("lr")) is not None:
-        falls = float(rate) > 1
-        given["lr"] = 1.0 if falls else rate
-        recipe["optimizer"] = {"votes": {"fall": rate if falls else 0.0}}
-    [(gradient, population)] = recipe["gradient"].items()
-    return {
-        **recipe,
-        "shape": {**recipe["shape"], **shape},
-        "gradient": {gradient: {**population, **options}},
-        **given,
-    }
-
-
-_EGG_HAD = (("method", "eggroll"), ("optimizer", "adamw"))
 
 
 def _coerce(value: Any, kind: Any) -> Any:

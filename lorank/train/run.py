@@ -57,6 +57,7 @@ from lorank.train.shape import reason_of
 from lorank.train.signals import on_stop
 from lorank.train.start import Start, started
 from lorank.train.summary import Summary, environment
+from lorank.train.text import limits_of
 from lorank.train.trainer import PretrainTrainer
 from lorank.train.vocabulary import keep_vocabulary
 
@@ -146,7 +147,7 @@ def pretrain(
                 names = save_model(model, corpus.tokenizer, out)  # before anything that may fail
                 if isinstance(method, Adapter) and method.inseparable(model) is None:
                     save_adapter(model, out / ADAPTER)
-            found = trainer.evaluation(max_tokens=None)
+            found = trainer.evaluation(limits_of(recipe)[1])
         summary = _summary(recipe, out, trainer, found, memory.gib)
         if trainer.is_world_process_zero():
             card = Card.of(model, names, run=out, method=method)
@@ -206,6 +207,7 @@ def _summary(recipe: Recipe, out: Path, trainer: PretrainTrainer, found: Evaluat
         validation_perplexity=found.perplexity,
         validation_bits_per_byte=found.bits_per_byte,
         published_compatible_perplexity=found.published_compatible_perplexity,
+        evaluated_tokens=found.tokens,
         sample=sample_of(model, tokenizer, recipe.seed),
     )
 

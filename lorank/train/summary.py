@@ -34,6 +34,8 @@ class Summary:
     validation_perplexity: float
     validation_bits_per_byte: float | None
     published_compatible_perplexity: float
+    evaluated_tokens: int
+    """Predicted tokens of the validation text on which the loss and perplexities are."""
     sample: str
 
 

@@ -24,6 +24,8 @@ class Text:
     """Decides which part is held out: the run's data_seed, or its seed if it has none."""
     validation_tokens: int | None = 10_000_000
     """Decides how much is held out, as in a recipe."""
+    last_tokens: int | None = None
+    """Predicted tokens after which the run's last evaluation stopped; None: it read all."""
     sequence_length: int | None = None
     """Tokens; None: as many as suit the model."""
     documents: Literal["packed", "separate", "padded"] = "packed"
@@ -52,6 +54,12 @@ def recipe_of_run(model: str) -> Recipe | None:
         folder = folder.parent
     written = folder / "recipe.yaml"
     return read_recipe(written) if written.exists() else None
+
+
+def limits_of(recipe: Recipe) -> tuple[int, int | None]:
+    """Predicted tokens after which a run's evaluations stop: during training, and at the end. None: it reads all."""
+    during = 100_000 if recipe.eval_tokens is None else recipe.eval_tokens
+    return during, None if recipe.eval_all_at_end else recipe.eval_tokens
 
 
 def text_of(model: str, **asked: Any) -> Text:
@@ -91,6 +99,7 @@ def _of_run(recipe: Recipe, model: str) -> Text:
         held_out=not other,
         seed=recipe.split_seed,
         validation_tokens=recipe.validation_tokens,
+        last_tokens=limits_of(recipe)[1],
         sequence_length=recipe.sequence_length,
         documents=recipe.documents,
         text_column=recipe.text_column,

@@ -37,7 +37,13 @@ OTHERS |= {
 OTHERS |= {"checkpoint": "blocks", "attention": "eager", "precision": "bf16", "data": "my_texts", "validation": "other"}
 OTHERS |= {"text_column": "body", "tokenizer": "bytes", "vocab_size": 300, "documents": "padded", "decay": "all"}
 OTHERS |= {"betas": [0.8, 0.99], "report_to": ["tensorboard"], "micro_batch_size": 2, "data_seed": 7}
-OTHERS |= {"license": "mit", "push_to_hub": "me/model", "start_from": "runs/dense", "distil": "runs/dense:0.5"}
+OTHERS |= {
+    "license": "mit",
+    "push_to_hub": "me/model",
+    "start_from": "runs/dense",
+    "distil": "runs/dense:0.5",
+    "eval_tokens": 60,
+}
 
 
 def other_value(field: "dataclasses.Field[Any]") -> Any:

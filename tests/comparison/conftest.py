@@ -166,7 +166,7 @@ class Finished:
 def finished(base: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Finished]:
     out = tmp_path_factory.mktemp("finished") / "out"
     settings = ComparisonSettings(
-        base=dataclasses.replace(base, eval_tokens=60),
+        base=dataclasses.replace(base, eval_tokens=60, eval_all_at_end=True),
         methods=["cola", "dense"],
         seeds=[1, 2],
         sweep={"lr": [1e-3, 1e-2]},

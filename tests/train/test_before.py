@@ -21,7 +21,7 @@ from lorank.train.folder import history, read_run
 from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
-from lorank.train.text import recipe_of_run
+from lorank.train.text import limits_of, recipe_of_run
 
 BEFORE = Path(__file__).parents[1] / "golden/before"
 LOSSES = json.loads((BEFORE / "losses.json").read_text())
@@ -53,6 +53,14 @@ def test_a_resumed_run_keeps_defaults_that_have_changed() -> None:
 def test_an_older_run_holds_out_as_much_as_it_did() -> None:
     assert recipe_of_run(str(BEFORE / "relora")).validation_tokens is None  # type: ignore[union-attr]
     assert Recipe.read("cola-60m").validation_tokens == 10_000_000
+
+
+def test_an_older_run_evaluates_on_all_at_its_end() -> None:
+    """Its recipe names eval_tokens, which were for evaluations during training."""
+    settings = yaml.safe_load((BEFORE / "relora/recipe.yaml").read_text())
+    assert limits_of(Recipe.from_dict(settings)) == limits_of(Recipe()) == (100_000, None)
+    assert limits_of(Recipe.from_dict({**settings, "eval_tokens": 60})) == (60, None)
+    assert limits_of(Recipe.from_dict({"eval_tokens": 60})) == (60, 60)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, get_scheduler
 from lorank import accounting
 from lorank.train.build import build_trainer
 from lorank.train.data import load_corpus
+from lorank.train.evaluation import evaluate_folder
 from lorank.train.folder import history, read_run
 from lorank.train.methods import resolved
 from lorank.train.model import build_config, build_model
@@ -46,6 +47,20 @@ def test_a_run_leaves_everything_it_promises(finished: Any, recipe: Any) -> None
     assert 0 < summary.mfu <= 1, "a rate that was reached raises the peak"
     assert f"{summary.validation_perplexity:.2f}" in (out / "README.md").read_text()
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}, "two are kept"
+
+
+@pytest.mark.parametrize("all_at_end", [False, True])
+def test_eval_tokens_hold_for_the_last_evaluation(all_at_end: bool, recipe: Any, tmp_path: Path) -> None:
+    asked = recipe(steps=2, warmup_steps=1, eval_every=2, save_every=0, eval_tokens=100, eval_all_at_end=all_at_end)
+    summary = pretrain(asked, tmp_path / "run")
+    [found] = [record for record in history(tmp_path / "run") if "eval_perplexity" in record]
+    assert summary is not None and 100 <= found["eval_tokens"] < 200
+    if all_at_end:
+        assert summary.evaluated_tokens > 200
+    else:
+        assert summary.evaluated_tokens == found["eval_tokens"]
+        assert evaluate_folder(str(tmp_path / "run")).loss == pytest.approx(found["eval_loss_nats_per_token"], rel=1e-6)
+        assert summary.validation_loss_nats_per_token == found["eval_loss_nats_per_token"]
 
 
 def test_what_training_switches_off_is_not_saved(finished: Any) -> None:
