@@ -4,6 +4,7 @@ import importlib
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -342,13 +343,23 @@ def test_one_version_everywhere() -> None:
     assert latest == version
 
 
+@pytest.mark.parametrize(("name", "steps"), [("perk", 40), ("abmll", 5)])
+def test_the_examples_of_inner_loops_run_and_learn(
+    name: str, steps: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", [name, str(steps)])
+    runpy.run_path(str(ROOT / f"examples/{name}.py"))
+    before, after = (int(share) for share in re.findall(r"right answers: (\d+)%", capsys.readouterr().out))
+    assert after > before
+
+
 def test_the_examples_run_learn_and_go_on(tmp_path: Path, fresh_python) -> None:
     """With methods that do nothing between steps, merge, need an AdamW of their own, need a schedule, or are an optimizer.
 
     The Trainer with ReLoRA is started again: its factors are merged after the checkpoint that is left, by the steps that its hook
     has counted.
     """
-    methods, files = ["cola", "relora", "switchlora", "sst", "galore"], [*(ROOT / "examples").glob("*.py")]
+    methods, files = ["cola", "relora", "switchlora", "sst", "galore"], [*(ROOT / "examples").glob("own_*.py")]
     program = """
         import runpy, shutil, sys
         from pathlib import Path
