@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from lorank import Method
+from lorank.table import find, method_names
 from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, named
 
 PROGRAM = Path(__file__).parent / "two_processes.py"
@@ -84,6 +85,20 @@ def test_one_part_that_is_not_finite_stops_all_processes(found: dict[str, Any]) 
 def test_masa_sharded_over_two_processes_trains_as_in_one(found: dict[str, Any]) -> None:
     """FSDP2: atoms at the root, residuals in the blocks."""
     assert found["masa"] < 1e-9
+
+
+WHOLE = ("osft", "comp-lora")
+"""Adapters that edit whole matrices between steps."""
+
+
+@pytest.mark.parametrize("name", [name for name in method_names("method") if find(name).adapts])
+def test_adapters_train_in_two_processes_as_in_one(found: dict[str, Any], name: str) -> None:
+    ddp, fsdp = found["adapters"][name]
+    assert ddp < 1e-9
+    if name in WHOLE:
+        assert "changes whole weights between steps, but they are sharded" in fsdp
+    else:
+        assert fsdp < 1e-9
 
 
 def test_members_are_judged_by_the_rows_of_all_processes(found: dict[str, Any]) -> None:

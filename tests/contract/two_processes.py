@@ -1,5 +1,6 @@
 """Run twice at a time by test_processes.py: every optimizer in two processes, as in one, and others; says what it found as JSON."""
 
+import copy
 import importlib.util
 import json
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorank import MASA, GaLore, Method, Muon, SelfGuided, convert
+from lorank import MASA, GaLore, Method, Muon, SelfGuided, convert, optimizer, step_hook
 from lorank.evolution.egg_model import EggConfig, EggForCausalLM
 from lorank.evolution.eggroll import Eggroll
 from lorank.evolution.integers import IntegerEggroll
@@ -24,6 +25,7 @@ from lorank.evolution.votes import VoteOptimizer
 from lorank.methods.self_guided import FadingGuide, GuidedLinear
 from lorank.optim.bases import singular_basis
 from lorank.optim.shards import local, whole
+from lorank.table import find, method_names
 from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, mover, named
 
 
@@ -234,6 +236,40 @@ def masa(half: Callable[[Tensor], Tensor]) -> float:
     return max(((a - b).norm() / a.norm()).item() for a, b in ends)
 
 
+def adapted(half: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """For every adapter, how far two processes are from one, under DDP and under FSDP2, or the sentence with which that is refused."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    dense, found = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).double(), {}
+
+    def trained(name: str, wrap: Callable[[Any], Any], part: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        torch.manual_seed(1)
+        model = convert(copy.deepcopy(dense), find(name)(**find(name).soon, rank=4))
+        wrapped, moving = wrap(model), optimizer(model, lr=1e-2)
+        step_hook(model, moving, steps=3)
+        for step in range(3):
+            ids = part(torch.randint(0, 24, (4, 10), generator=torch.Generator().manual_seed(step)))
+            wrapped(input_ids=ids, labels=ids).loss.backward()
+            moving.step()
+            moving.zero_grad()
+        return [whole(p).detach() for p in model.parameters()]
+
+    def sharded(model: Any) -> Any:
+        fully_shard(model.model.layers[0], mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    mesh = init_device_mesh("cpu", (2,))
+    for name in [name for name in method_names("method") if find(name).adapts]:
+        alone, found[name] = trained(name, lambda model: model, lambda ids: ids), []
+        for wrap in (DistributedDataParallel, sharded):
+            try:
+                ends = zip(alone, trained(name, wrap, half), strict=True)
+                found[name].append(max(((a - b).norm() / a.norm().clamp(min=1e-9)).item() for a, b in ends))
+            except ValueError as refusal:
+                found[name].append(str(refusal))
+    return found
+
+
 def evolved(part: Callable[[Tensor], Tensor]) -> Tensor:
     """Weights after three steps of EGGROLL, in which each process judges its part of a batch."""
     torch.manual_seed(0)
@@ -319,7 +355,13 @@ def main() -> None:
             found[named(method)]["parallel"] = error(train(parallel(net(False)), method, lambda x: x))
             found[named(method)]["saved"] = saved_whole(method, half)
     found["bases"], found["stage"], found["self-guided"] = shared_out(), stages(rank), self_guided(half)
-    found |= {"masa": masa(half), "kept in": kept_in(), "by chance": by_chance(), **evolution(half)}
+    found |= {
+        "masa": masa(half),
+        "adapters": adapted(half),
+        "kept in": kept_in(),
+        "by chance": by_chance(),
+        **evolution(half),
+    }
     try:
         GaLore(in_backward=True).optimizer(groups(net(False), GaLore()), lr=0.01)
     except ValueError as refusal:
