@@ -4,6 +4,7 @@
     before a step:  ∂U <- ∂U - U_h U_hᵀ ∂U,   ∂V <- ∂V - V_h V_hᵀ ∂V                                            (1)
     after it:       U <- U - U_h U_hᵀ U,      V <- V - V_h V_hᵀ V                                              (2)
     next task:      the split is made anew, of W as it is then
+    by importance:  k = (a + I (b - a)) m,   I the mean cosine of a block's inputs and outputs, over its mean            (3)
 
 Saves: nothing; it protects what the model knows.
 
@@ -20,8 +21,9 @@ authors' repository.
 
 Confirmed in the authors' code: the split and (1), and that it is made anew for each task; all projections. Departures. (2) is ours:
 theirs, as peft's OSF, stops at (1), and under Adam the protected part is lost (peft 0.21.2 with 1,000 steps of AdamW: up to 11 % of
-the change lies in it). They choose k of each matrix by how parallel its inputs and outputs are, between half of m and m; here `rank` is
-k, one share for all unless a table says otherwise. `form="weight"` is ours. Embeddings, norms and biases are frozen.
+the change lies in it). They choose k of each matrix by (3), between half of m and m; here `rank` is k, one share for all unless a table
+says otherwise, such as `lorank.adapters.importance` makes. There (3) is of a block, our reading, as x and W x of a matrix that is not square
+cannot be compared. `form="weight"` is ours. Embeddings, norms and biases are frozen.
 """
 
 import math

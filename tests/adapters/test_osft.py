@@ -1,6 +1,7 @@
 """OSFT and Comp-LoRA: what is protected stays put under Adam, for a thousand steps."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import lorank
 from lorank.adapters.comp_lora import CompLoRALinear
+from lorank.adapters.importance import kept_by_importance
 from lorank.adapters.osft import FORMS, OSFTLinear
 from lorank.adapters.protected import Guard, outside
 
@@ -143,3 +145,30 @@ def test_projecting_twice_is_projecting_once() -> None:
     once = outside(Q, X)
     torch.testing.assert_close(outside(Q, once), once, rtol=0, atol=1e-14)
     torch.testing.assert_close(once, (torch.eye(12) - Q @ Q.T) @ X)
+
+
+def test_blocks_that_change_little_keep_more(small: Any) -> None:
+    """Against cosines of the hidden states that the model itself gives."""
+    model, ids = small("llama", num_hidden_layers=3), torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(60)
+    table = kept_by_importance(model, [{"input_ids": ids[:1]}, {"input_ids": ids[1:]}], least=0.25, most=0.5)
+    kept: list[Tensor] = []
+    handle = model.model.norm.register_forward_pre_hook(lambda _, args: kept.append(args[0]))
+    states = [
+        *model(ids, output_hidden_states=True).hidden_states[:3],
+        *kept,
+    ]  # the last one of transformers is normalised
+    handle.remove()
+    cosines = [torch.cosine_similarity(x, y, dim=-1).mean().item() for x, y in itertools.pairwise(states)]
+    assert list(table) == [rf"^model\.layers\.{i}\." for i in range(3)]
+    expected = [0.25 + 0.25 * one / (sum(cosines) / 3) for one in cosines]
+    assert list(table.values()) == pytest.approx(expected, rel=1e-5) and expected[1] == min(expected)
+    protected = [m.rank for m in lorank.convert(model, lorank.OSFT(rank=table)).modules() if isinstance(m, OSFTLinear)]
+    assert protected[:7:3] == [round(expected[0] * m) for m in (32, 32, 32)] and protected[7] < protected[0]
+    with pytest.raises(ValueError, match="batches must reach all of them"):
+        kept_by_importance(small("llama"), [])
+    with pytest.raises(
+        ValueError, match="least and most must be shares above 0 and up to 1, in order, got 0.5 and 0.2"
+    ):
+        kept_by_importance(small("llama"), [], least=0.5, most=0.2)
