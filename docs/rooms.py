@@ -24,7 +24,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "fit": "from trained dense weights to factors",
         "federated": "means of low-rank updates",
         "analysis": "how many of its dimensions a matrix uses",
-        "distributed": "models larger than one device",
+        "distributed": "models that several devices share",
         "testing": "what every method must satisfy",
         "trainer": "what methods need of transformers' Trainer",
     },

@@ -25,6 +25,8 @@ _ATTENTION = {
     _aten._scaled_dot_product_efficient_attention.default,
     _aten._scaled_dot_product_cudnn_attention.default,
 }
+_SUMS = {torch.ops._c10d_functional.all_reduce.default, torch.ops._c10d_functional.wait_tensor.default}
+"""A sum over processes, which is asked for and then waited for."""
 
 
 def keep_bottlenecks(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
@@ -35,8 +37,11 @@ def keep_bottlenecks(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoint
     at no cost from recomputing B. The backward pass recomputes the B factors and attention, but no A: 2 n r (4 d + 2 d_ff) +
     4 n² d FLOPs, where recomputing all would cost twice the part in r. (The block's last B is not computed again, because
     backward needs only its input.) If the rank is above the width of a grouped-query key, that key's B is narrower than its
-    input, and its output is kept as well.
+    input, and its output is kept as well. Under tensor parallelism the sums over the processes are kept too, so that backward sends none
+    of them again.
     """
+    if op in _SUMS:
+        return CheckpointPolicy.MUST_SAVE
     if op is _aten.mm.default:
         x, w = args
     elif op is _aten.addmm.default:

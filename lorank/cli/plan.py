@@ -71,6 +71,13 @@ OWN = {
     show_default="8; 1 for recipes and for what runs in one process",
 )
 @click.option(
+    "--tensor-parallel",
+    type=click.IntRange(min=2),
+    default=None,
+    metavar="N",
+    help="Also show what N devices that share a model send each other.",
+)
+@click.option(
     "--utilisation", type=float, default=0.4, help="Assumed part of the peak rate; recomputation counts as work."
 )
 @click.option(
@@ -91,6 +98,7 @@ def plan(
     steps: int | None,
     accelerator: str,
     devices: int | None,
+    tensor_parallel: int | None,
     utilisation: float,
     flops: float | None,
     watts: float | None,
@@ -135,7 +143,9 @@ def plan(
             files = {path: recipe_of(path, flags) for path in recipes}
             if fits is not None:
                 check_budget(files.values(), fits)
-            found = forecast.forecast_recipes(files, fleet=fleet, budget=budget, say=say)
+            found = forecast.forecast_recipes(
+                files, fleet=fleet, budget=budget, tensor_parallel=tensor_parallel, say=say
+            )
         else:
             asked = _shapes(forecast.split_names(sizes) or list(sizes), models, flags)
             if budget is None and "steps" in changes_of(flags):
@@ -143,7 +153,10 @@ def plan(
             names = forecast.split_names(methods) if methods else list(forecast.METHODS)
             if fits is not None:
                 check_budget((forecast.with_method(shape, name) for shape in asked for name in names), fits)
-            found = forecast.forecast_all(asked, names, fleet=fleet, budget=budget, alone=devices is None, say=say)
+            alone = devices is None
+            found = forecast.forecast_all(
+                asked, names, fleet=fleet, budget=budget, alone=alone, tensor_parallel=tensor_parallel, say=say
+            )
         fit = fit_all(found, fits, say=say) if fits is not None else None
     if as_json:
         click.echo(plans.forecasts_json(found, fit))

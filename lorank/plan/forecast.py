@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from lorank import accounting
 from lorank.accelerators import Fleet, Run
+from lorank.distributed.traffic import Traffic, traffic
 from lorank.plan.counts import Counts, count
 from lorank.sites import other_matrices
 from lorank.table import find, names_joined
@@ -24,6 +25,16 @@ from lorank.train.run import corpus_of
 
 METHODS = ("dense", "low-rank", "cola", "cola-m", "crnet", "sltrain", "relora", "masa")
 """Planned for unless the user names others."""
+TRAFFIC = {
+    "devices": "processes",
+    "numbers_per_token_dense": "dense",
+    "numbers_per_token_between_layers": "between",
+    "numbers_per_token_at_bottleneck": "cut",
+    "numbers_per_token_of_norms": "norms",
+    "parameters_per_device": "parameters",
+    "refusal": "refusal",
+}
+"""What a record says of tensor parallelism, by the field of `lorank.distributed.traffic.Traffic`."""
 TOKENS_PER_PARAMETER = 20
 """Of the dense model: the budget unless the user names one (arXiv 2203.15556)."""
 
@@ -44,6 +55,8 @@ class Forecast:
     """Where the recipe was read."""
     left_dense: Mapping[str, int] = dataclasses.field(default_factory=dict)
     """Matrices of the blocks that the method does not reach, such as experts: {role: parameters, all depths}."""
+    traffic: Traffic | None = None
+    """What devices that share a model send each other, if that is asked."""
     tokens_per_parameter: ClassVar[int] = TOKENS_PER_PARAMETER
 
     @property
@@ -146,6 +159,7 @@ class Forecast:
             "steps": self.steps,
             **self.run._asdict(),
             "fits_the_accelerator": self.fits,
+            **{f"tensor_parallel_{name}": getattr(self.traffic, field, None) for name, field in TRAFFIC.items()},
         }
 
 
@@ -156,6 +170,7 @@ def forecast_all(
     fleet: Fleet,
     budget: Budget | None = None,
     alone: bool = False,
+    tensor_parallel: int | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> list[Forecast]:
     """Every method at every shape.
@@ -166,6 +181,7 @@ def forecast_all(
         budget: of each run, where parameters are those of each row's model; None: `TOKENS_PER_PARAMETER` for each
             parameter of the dense model.
         alone: plan what runs in one process only for one device of the fleet; else it is refused.
+        tensor_parallel: also say what that many devices that share a model send each other.
         say: called with what is counted next.
 
     Raises:
@@ -183,7 +199,8 @@ def forecast_all(
             given = Budget(tokens=TOKENS_PER_PARAMETER * accounting.count_parameters(empty_dense(shape)).total)
         for method in methods:
             say(f"{method} {shape.model or shape.size}")
-            found.append(_forecast(with_method(shape, method), fleet, given, budget is None, alone=alone))
+            row = with_method(shape, method)
+            found.append(_forecast(row, fleet, given, budget is None, alone=alone, shared_by=tensor_parallel))
     return found
 
 
@@ -192,12 +209,14 @@ def forecast_recipes(
     *,
     fleet: Fleet,
     budget: Budget | None = None,
+    tensor_parallel: int | None = None,
     say: Callable[[str], object] = lambda line: None,
 ) -> list[Forecast]:
     """Every recipe as it is, by the name of its file.
 
     Args:
         budget: of each run; None: the recipe's steps.
+        tensor_parallel: also say what that many devices that share a model send each other.
 
     Raises:
         ValueError: as training would before its first step, or a budget below one step.
@@ -207,7 +226,7 @@ def forecast_recipes(
         say(file)
         given = budget or Budget(steps=recipe.steps)
         try:
-            found.append(_forecast(recipe, fleet, given, budget is None, file))
+            found.append(_forecast(recipe, fleet, given, budget is None, file, shared_by=tensor_parallel))
             schedule_of(dataclasses.replace(recipe, steps=found[-1].steps))
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
@@ -215,7 +234,14 @@ def forecast_recipes(
 
 
 def _forecast(
-    recipe: Recipe, fleet: Fleet, budget: Budget, is_default: bool, file: str | None = None, *, alone: bool = False
+    recipe: Recipe,
+    fleet: Fleet,
+    budget: Budget,
+    is_default: bool,
+    file: str | None = None,
+    *,
+    alone: bool = False,
+    shared_by: int | None = None,
 ) -> Forecast:
     methods = methods_of(recipe)
     reason = f"{methods.gradient.name} runs in one process" if methods.gradient.answers() else ""
@@ -238,7 +264,8 @@ def _forecast(
             f"{tokens:,}; give more, or a smaller --batch-size"
         )
     counts = count(recipe, model, devices=fleet.devices)
-    return Forecast(recipe.model or recipe.size, recipe, counts, fleet, tokens, is_default, file, left)
+    sent = None if shared_by is None else traffic(model, shared_by)
+    return Forecast(recipe.model or recipe.size, recipe, counts, fleet, tokens, is_default, file, left, sent)
 
 
 def _tokens_of(recipe: Recipe, model: PreTrainedModel, budget: Budget) -> int:

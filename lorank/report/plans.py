@@ -110,6 +110,8 @@ def _under(title: str, table: Table) -> Group:
 def forecast_tables(found: "Sequence[Forecast]", fits: "Fits | None" = None) -> RenderableType:
     """Parameters and FLOPs, memory, the run, and what fits; a row for each forecast."""
     parts: list[RenderableType] = [_parameters(found), "", _flops(found), "", _memory(found), "", _run(found)]
+    if any(f.traffic for f in found):
+        parts += ["", _shared(found)]
     if any(f.file for f in found):
         parts = [_settings(found), "", *parts]
     if fits:
@@ -220,6 +222,34 @@ def _run(found: "Sequence[Forecast]") -> Group:
             "" if f.fits else f"does not fit in {f.fleet.accelerator.memory_gib:g} GiB",
         )
     return _under(title, table)
+
+
+def _shared(found: "Sequence[Forecast]") -> Group:
+    """What devices that share a model send each other."""
+    table = _table("dense", "between layers", "at bottleneck", "parameters on each")
+    lines, several = [], len({(f.recipe.precision, f.counts.tokens) for f in found}) > 1
+    for name, f in zip(_names(found), found, strict=True):
+        assert f.traffic is not None
+        t, size = f.traffic, (4 if f.recipe.precision == "fp32" else 2) * f.counts.tokens
+        numbers = (t.dense, t.between, t.cut)
+        table.add_row(name, *("-" if n is None else f"{n:,}" for n in (*numbers, t.parameters)))
+        table.add_row("  GiB", *("" if n is None else f"{n * size / 2**30:.3f}" for n in numbers), "")
+        if t.refusal:
+            lines.append(f"{name} cannot be shared by {t.processes} devices: {t.refusal}.")
+        if t.cut is not None and t.dense is not None and not t.pays:
+            lines.append(
+                f"{name}: not advised, because a cut at the bottleneck sends {t.cut / t.dense:.2f} times what the dense model does; it "
+                f"sends less if the ranks of a block, here {t.cut:,} together, are below {t.dense:,} (7 r < 2 d)."
+            )
+    first = found[0]
+    per = "a micro-batch" if several else f"{first.counts.tokens:,} tokens in {first.recipe.precision}"
+    lines += [
+        "As much again backward. At the bottleneck each norm adds one number a token. After the last block the width is gathered "
+        "once; the final norm and the head are whole on each device, and so are bottlenecks, also those that cola-m keeps.",
+        "The other tables are those of devices that have the whole model.",
+    ]
+    title = f"Shared by {first.traffic.processes if first.traffic else 0} devices: numbers sent per token and block, and for {per}"
+    return Group(Text(title, "bold"), table, *map(Text, lines))
 
 
 def _duration(hours: float) -> str:

@@ -1,0 +1,1 @@
+"""Models larger than one device: tensor parallelism that cuts at the bottleneck."""
