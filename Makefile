@@ -57,6 +57,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/trainer_overhead.py
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/gathered.py
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/rounding.py
 	$(BIN)/python benchmarks/demo_sweep.py

@@ -34,7 +34,8 @@ def gathered(x: Tensor, A: Tensor, B: Tensor, chosen: Tensor, weights: Tensor) -
     """B (g ⊙ A x) from the chosen ranks alone: Σ_j w_j B[:, c_j] (A[c_j] · x) for chosen c [..., k] and their weights w [..., k].
 
     It reads k rows of A and k columns of B for each token, where a layer reads all r of both once, for all tokens. So it pays where
-    tokens are few, as in generation, and k is much less than r; B is then best kept column by column (``B.T`` contiguous).
+    tokens are few, as in generation, and k is much less than r: on a CPU from r = 256 on (`benchmarks/gathered.py`). B is then best kept
+    column by column (``B.T`` contiguous).
     """
     z = (A[chosen] @ x[..., None])[..., 0] * weights.to(x.dtype)  # [..., k]
     return (z[..., None, :] @ B.T[chosen])[..., 0, :]

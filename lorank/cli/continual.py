@@ -5,6 +5,7 @@ from typing import Any
 
 import click
 
+import lorank
 from lorank.cli.flags import SEED, SETTINGS, Folder, name_and_value, value_of
 
 
@@ -64,12 +65,13 @@ def continual(
 
     MODEL is a run, a folder or a hub name of a dense model. Each method starts from its weights and sees the same text in the same
     order. The losses on all tasks are measured before the first and after each, on text that is held out of it, and written to
-    OUT/results.json. The same command goes on where an interrupted one was.
+    OUT/results.json, and OUT/report.html shows them. The same command goes on where an interrupted one was.
     """
     from lorank.cli.console import results_console, shown_work
-    from lorank.report.continual import continual_json, continual_tables
-    from lorank.train.continual import Settings
+    from lorank.report.continual import continual_json, continual_page, continual_tables
+    from lorank.train.continual import FILE, Settings
     from lorank.train.continual import continual as run
+    from lorank.train.folder import read_json, write_whole
 
     given = dict(name_and_value(text, "--option") for text in options)
     given |= {} if rank is None else {"rank": value_of(rank)}
@@ -90,10 +92,13 @@ def continual(
             save=save,
             say=lambda line: None if as_json else console.print(line, highlight=False, markup=False),
         )
+    page = continual_page(read_json(folder / FILE), f"lorank {lorank.__version__}")
+    write_whole(folder / "report.html", page)
     if as_json:
         click.echo(continual_json(streams))
     else:
         console.print(continual_tables(streams, [Path(task).stem or task for task in sources]), highlight=False)
+        console.print(f"report: [bold]{folder / 'report.html'}[/bold]", highlight=False, soft_wrap=True)
 
 
 def _rate(text: str) -> tuple[str, float]:

@@ -1,19 +1,27 @@
 """What a stream of tasks left: a row for each method, and the losses behind it."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from lorank.report import markup
+from lorank.report.charts import Series, line_chart
+from lorank.report.figures import HALF, PHONE, figure
 from lorank.report.tables import quantity
 
 if TYPE_CHECKING:
     from lorank.train.continual import Stream
 
+NOTE = (
+    "Nats per held-out token, mean of the tasks. Learned: right after its turn, each task against the model as it came. Forgotten: "
+    "since then. Forward transfer: before its turn."
+)
 FIGURES = {"loss": "loss", "learned": "learned", "forgotten": "forgotten", "forward transfer": "forward_transfer"}
 
 
@@ -30,11 +38,7 @@ def continual_tables(streams: Sequence["Stream"], tasks: Sequence[str]) -> Rende
         found = [_figure([getattr(one, field) for one in seeds]) for field in FIGURES.values()]
         figures.add_row(escape(name), quantity(seeds[0].trained), *found)
         last.add_row(escape(name), *(_figure([one.losses[-1][j] for one in seeds]) for j in range(len(tasks))))
-    note = (
-        "Nats per held-out token, mean of the tasks. Learned: right after its turn, each task against the model as it came. Forgotten: "
-        "since then. Forward transfer: before its turn."
-    )
-    return Group(figures, "", last, "", note)
+    return Group(figures, "", last, "", NOTE)
 
 
 def _table(*columns: str) -> Table:
@@ -47,6 +51,57 @@ def _table(*columns: str) -> Table:
 def continual_json(streams: Sequence["Stream"]) -> str:
     """All losses, and what follows from them."""
     return json.dumps([one.to_dict() for one in streams], indent=1)
+
+
+def continual_page(results: Mapping[str, Any], made_by: str) -> str:
+    """report.html from what is in results.json; it refers to nothing outside itself."""
+    by_method: dict[str, list[Mapping[str, Any]]] = {}
+    for one in results["streams"]:
+        by_method.setdefault(f"{one['method']}, lr {one['lr']:g}", []).append(one)
+    style = {name: f"s{i % 8}" for i, name in enumerate(by_method)}
+    tasks = [Path(task).stem or task for task in results["tasks"]]
+    rows = []
+    for name, seeds in by_method.items():
+        cells = [markup.cell(_figure([one[field] for one in seeds])) for field in FIGURES.values()]
+        rows.append(markup.name_cell(name, style[name]) + markup.cell(quantity(seeds[0]["trained"])) + "".join(cells))
+    charts = []
+    for j, task in enumerate(tasks):
+        lines = []
+        for name, seeds in by_method.items():
+            after = [(float(i), [one["losses"][i][j] for one in seeds]) for i in range(len(tasks) + 1)]
+            band = [(i, min(losses), max(losses)) for i, losses in after] if len(seeds) > 1 else []
+            lines.append(Series(name, style[name], [(i, mean(losses)) for i, losses in after], band))
+        titles = ("tasks done", f"loss on {task}")
+        charts.append(figure(line_chart, lines, (HALF, PHONE), titles, (_whole, "{:.3f}".format)))
+    facts = {
+        "model": results["model"],
+        "tasks": ", ".join(tasks),
+        "steps of each": f"{results['steps']:,}",
+        "seeds": ", ".join(map(str, dict.fromkeys(one["seed"] for one in results["streams"]))),
+    }
+    listed = "".join(f"<span>{name} <b>{markup.escape(value)}</b></span>" for name, value in facts.items())
+    sections = [
+        f'<h1>One task after another</h1>\n<div class="facts">{listed}</div>',
+        markup.section(
+            "What was learned and forgotten", NOTE, markup.table(["", "trained", *FIGURES], rows, stacks=True)
+        ),
+        markup.section(
+            "Loss on each task after each stage",
+            "At 0 the model as it came. A line that climbs after its task's turn forgets."
+            + (
+                " Bands reach from the lowest to the highest seed."
+                if any(len(s) > 1 for s in by_method.values())
+                else ""
+            ),
+            f'<div class="two">{"".join(charts)}</div>',
+        ),
+    ]
+    return markup.page("One task after another", sections, f"Made by {made_by}; the same figures are in results.json.")
+
+
+def _whole(x: float) -> str:
+    """Ticks between two tasks have no number."""
+    return f"{x:.0f}" if x == round(x) else ""
 
 
 def _figure(values: Sequence[float]) -> str:

@@ -93,3 +93,11 @@ def test_the_command_prints_a_table(base: Path, tmp_path: Path, in_this_process:
     code, printed, error = in_this_process("continual", base, *flags)
     assert code == 0, error
     assert all(word in printed for word in ("as it came", "lora, lr 0.001", "forgotten", "±"))
+    page = (tmp_path / "report.html").read_text()
+    assert (
+        page.count("<svg") == 2 * 2
+        and "loss on b" in page
+        and "lora, lr 0.001" in page
+        and "lowest to the highest" in page
+    )
+    assert "http" not in page.replace("http://www.w3.org", "")
