@@ -24,6 +24,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lorank.adapter_files import ABOUT
 from lorank.auto import type_of
 from lorank.train.data import load_tokenizer
 from lorank.train.hub import ForeignCode, asked_if_reachable, is_reachable, own_code, read_config
@@ -112,7 +113,11 @@ def load_model(
     path = Path(folder).expanduser()
     looks_local = folder.startswith((".", "/", "~")) or path.exists()
     if looks_local and not (path / "config.json").exists():
-        hint = "; it is an unfinished run: continue it with --resume" if (path / "recipe.yaml").exists() else ""
+        hints = {
+            "recipe.yaml": "; it is an unfinished run: continue it with --resume",
+            ABOUT: "; it is an adapter alone: lorank.load_adapter puts it on its model",
+        }
+        hint = next((words for file, words in hints.items() if (path / file).exists()), "")
         missing = "it has no config.json" if path.is_dir() else "there is no such folder"
         raise ValueError(f"{folder} must be a folder with a model, but {missing}{hint}")
     place = str(path) if looks_local else folder

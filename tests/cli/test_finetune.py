@@ -35,6 +35,8 @@ def test_a_lora_is_trained_for_three_epochs_and_saved_alone_too(lorank, base: Pa
     assert ", 3 epochs" in out and "the adapter alone is in runs/lora-model/adapter" in " ".join(out.split())
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text())
     assert (recipe["method"], recipe["lr"], recipe["warmup_steps"], recipe["clip"]) == ("lora", 1e-3, 0.1, 1.0)
+    code, _, err = lorank("generate", folder / "adapter")
+    assert code == 2 and "it is an adapter alone: lorank.load_adapter puts it on its model" in err
     tuned, old = AutoModelForCausalLM.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(base)
     kept = {name.replace(".W.", "."): p for name, p in tuned.named_parameters()}
     assert all(torch.equal(kept[name], p) for name, p in old.named_parameters())
