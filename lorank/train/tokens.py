@@ -2,9 +2,9 @@
 
     python -m lorank.train.tokens FOLDER
 
-is a worker: it reads numbers of shards from its standard input, one a line, and writes FOLDER/NUMBER.npy for each. Between
-a number and the answer "done" it says how many bytes of text it has tokenised so far. FOLDER/plan.json says which documents,
-and by which tokenizer. A file has its final name only once it is whole, so what is there need not be done again.
+is a worker (`lorank.train.workers`): it writes FOLDER/NUMBER.npy for each number of a shard, and says how many bytes of text it
+has tokenised so far. FOLDER/plan.json says which documents, and by which tokenizer. A file has its final name only once it is
+whole, so what is there need not be done again.
 
 A worker starts in a tenth of a second and takes little memory, because it imports neither torch nor transformers.
 """
@@ -22,6 +22,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from lorank.train.workers import answer
 from lorank.whole import made_whole
 
 PIECE = 1 << 20  # characters tokenised at once: long texts then use all cores, but not all memory
@@ -158,17 +159,15 @@ def _save(path: Path, array: np.ndarray) -> None:
 def main() -> None:
     """Be a worker. Ctrl-C is for the process that started it, which then ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    folder = Path(sys.argv[1])
-    try:
-        plan = Plan.read(folder)
-        assert plan.files is not None and plan.tokenizer is not None
-        documents = Documents(arrow_chunks(plan.files), np.load(folder / "order.npy", mmap_mode="r"))
-        encode = encoder(plan.tokenizer, cut=plan.length is not None)
-        for line in sys.stdin:
-            write_part(folder, plan, int(line), documents, encode, lambda size: print(size, flush=True))
-            print("done", flush=True)
-    except OSError as error:
-        print(json.dumps([error.errno, error.strerror or str(error)]), flush=True)
+    answer(lambda: _writer(Path(sys.argv[1])))
+
+
+def _writer(folder: Path) -> Callable[[int], None]:
+    plan = Plan.read(folder)
+    assert plan.files is not None and plan.tokenizer is not None
+    documents = Documents(arrow_chunks(plan.files), np.load(folder / "order.npy", mmap_mode="r"))
+    encode = encoder(plan.tokenizer, cut=plan.length is not None)
+    return lambda number: write_part(folder, plan, number, documents, encode, lambda size: print(size, flush=True))
 
 
 def arrow_chunks(files: Iterable[str]) -> list[pa.StringArray]:

@@ -7,19 +7,13 @@ they do not depend on shards or cores. What was finished before an interruption 
 65,536 entries take two bytes.
 """
 
-import contextlib
 import dataclasses
 import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import pyarrow as pa
@@ -28,12 +22,12 @@ from datasets import Dataset
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 
-import lorank
 from lorank.train.data.cache import use
 from lorank.train.data.form import Form
 from lorank.train.data.tokenizers import VERSION, identity
 from lorank.train.tokens import Documents, Plan, arrow_chunks, lengths_of, part_of, write_part
 from lorank.train.watching import tell
+from lorank.train.workers import Workers, cores
 from lorank.whole import made_whole
 
 SHARD = 32 << 20  # bytes of text that are tokenised by one process
@@ -80,7 +74,7 @@ def _tokenised(documents: Dataset, form: Form, max_tokens: int | None, folder: P
     ends = np.cumsum(pc.fill_null(pc.binary_length(column), 0).to_numpy()[order])  # bytes [documents]
     bounds = _bounds(ends)
     plan = Plan(bounds=bounds, eos=form.tokenizer.eos_token_id, length=form.cut, dtype=form.dtype)
-    workers = min(len(bounds) - 1, _cores())
+    workers = min(len(bounds) - 1, cores())
     files = [found["filename"] for found in documents.cache_files]
     if workers > 1 and len(bounds) - 1 > FEW and sum(map(len, arrow_chunks(files))) == len(column):
         plan = dataclasses.replace(plan, files=files, tokenizer=form.rules)
@@ -114,10 +108,6 @@ def _bounds(ends: np.ndarray) -> list[int]:
     """Numbers of the documents with which shards begin, and at last that of all."""
     shards = np.arange(SHARD, ends[-1], SHARD)
     return list(dict.fromkeys([0, *(np.searchsorted(ends, shards) + 1).tolist(), len(ends)]))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _begin(folder: Path, plan: Plan, order: np.ndarray) -> None:
@@ -164,71 +154,25 @@ class Work:
         if missing and self.plan.tokenizer is not None:
             self._by_workers(missing, min(workers, len(missing)))
         elif missing:
-            encode = self.form.quick(_cores())
+            encode = self.form.quick(cores())
             for number in missing:
                 write_part(self.folder, self.plan, number, self.documents, encode, partial(self._say, number))
                 self._say(number, self.sizes[number])
 
     def _say(self, number: int, size: int) -> None:
-        self.done[number] = size
+        self._heard(number, size)
+        self._tell()
+
+    def _tell(self) -> None:
         tell("tokenising", sum(self.done), sum(self.sizes), "B")
 
     def _by_workers(self, numbers: Sequence[int], workers: int) -> None:
-        free: SimpleQueue[subprocess.Popen[str]] = SimpleQueue()
-        with contextlib.ExitStack() as ending, ThreadPoolExecutor(workers) as threads:
-            started = [ending.enter_context(_worker(self.folder)) for _ in range(workers)]
-            for process in started:
-                free.put(process)
-            pending = {threads.submit(self._one, number, free) for number in numbers}
-            try:
-                while pending:
-                    ended, pending = wait(pending, timeout=0.5, return_when=FIRST_EXCEPTION)
-                    for one in ended:
-                        one.result()
-                    tell("tokenising", sum(self.done), sum(self.sizes), "B")
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                for process in started:
-                    process.kill()
-                raise
+        for number in Workers("lorank.train.tokens", self.folder, self._heard, self._tell).do(numbers, workers):
+            self.done[number] = self.sizes[number]
+        self._tell()
 
-    def _one(self, number: int, free: "SimpleQueue[subprocess.Popen[str]]") -> None:
-        """Let a worker that has nothing to do tokenise a shard."""
-        process = free.get()
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(f"{number}\n")
-                process.stdin.flush()
-            for line in process.stdout:
-                if line.startswith("["):
-                    raise OSError(*json.loads(line))
-                if line == "done\n":
-                    self.done[number] = self.sizes[number]
-                    return
-                self.done[number] = int(line)
-        finally:
-            free.put(process)
-        raise OSError(
-            f"a process that tokenised {self.folder} died (exit code {process.wait()}); is there enough memory?"
-        )
-
-
-@contextlib.contextmanager
-def _worker(folder: Path) -> Iterator["subprocess.Popen[str]"]:
-    """A process that tokenises shards in one thread."""
-    root = str(Path(lorank.__file__).parents[1])
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"}
-    command = [sys.executable, "-m", "lorank.train.tokens", str(folder)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True) as process:
-        try:
-            yield process
-        finally:
-            with contextlib.suppress(BrokenPipeError):
-                assert process.stdin is not None
-                process.stdin.close()  # which ends it
+    def _heard(self, number: int, size: int) -> None:
+        self.done[number] = size
 
 
 def _write_rows(parts: Iterable[Path], form: Form, max_tokens: int | None, kept: Path) -> None:

@@ -17,10 +17,11 @@ import numpy as np
 import pyarrow.compute
 from datasets import Dataset, IterableDataset
 
-from lorank.train.data.files import embedded_files, found_files, local_files, read_documents
-from lorank.train.data.reading import Tally, kind_of
+from lorank.train.data.documents import read_documents
+from lorank.train.data.files import embedded_files, found_files, local_files
 from lorank.train.data.streams import FileStream, held_out_of, mixed, streams_of
 from lorank.train.hub import asked_if_reachable
+from lorank.train.reading import Tally, kind_of
 
 logger = logging.getLogger(__name__)
 VALIDATION_SHARE = 0.05

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 
-from lorank.train.data.reading import Tally, blocks, kind_of
+from lorank.train.reading import Tally, blocks, kind_of
 
 OPEN = 8
 """Files that are read at a time."""

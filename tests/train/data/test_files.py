@@ -1,11 +1,10 @@
-"""Which files a source means, and the cache of their documents."""
+"""Which files a source means."""
 
 import os
 
 import pytest
 
-from lorank.train.data import files
-from lorank.train.data.files import local_files, read_documents
+from lorank.train.data.files import local_files
 
 
 @pytest.fixture
@@ -55,52 +54,3 @@ def test_a_folder_that_cannot_be_searched_is_no_empty_one(tmp_path, write, monke
     monkeypatch.setattr(os, "listdir", locked)
     with pytest.raises(OSError, match="data cannot be searched: Permission denied"):
         local_files(str(tmp_path / "data"))
-
-
-def test_the_cache_knows_files_by_what_they_contain(tmp_path, write, monkeypatch):
-    """Neither the time of change nor the size tells that a file was written anew; a name or place changes nothing."""
-    cache = tmp_path / "cache"
-    for word in ("cat", "dog"):
-        file = write(tmp_path / "a.txt", f"the {word} sat")
-        os.utime(file, (1_600_000_000, 1_600_000_000))
-        documents, _ = read_documents([file], "text", cache)
-        assert documents["text"][:] == [f"the {word} sat"]
-    moved = write(tmp_path / "deep" / "b.txt", "the dog sat")
-    monkeypatch.setattr(files, "blocks", None)
-    again, tally = read_documents([moved], "text", cache)
-    assert again["text"][:] == ["the dog sat"] and (tally.documents, tally.bytes) == (1, 11)
-    assert again._fingerprint == documents._fingerprint
-
-
-def test_only_groups_with_changes_are_read_again(tmp_path, write, monkeypatch):
-    monkeypatch.setattr(files, "GROUP", 10)
-    shards = [write(tmp_path / f"{i}.txt", f"document {i}") for i in range(5)]
-    read_documents(shards, "text", tmp_path / "cache")
-    write(shards[2], "changed")
-    read, blocks = [], files.blocks
-    monkeypatch.setattr(files, "blocks", lambda file, *rest: read.append(file.name) or blocks(file, *rest))
-    documents, tally = read_documents(shards, "text", tmp_path / "cache")
-    assert documents["text"][:] == ["document 0", "document 1", "changed", "document 3", "document 4"]
-    assert "2.txt" in read and not {"0.txt", "1.txt", "4.txt"} & set(read) and tally.files == 5
-
-
-def test_a_file_that_changes_while_it_is_read_is_not_cached(tmp_path, write, monkeypatch):
-    file, blocks = write(tmp_path / "a.txt", "before"), files.blocks
-
-    def slow(*arguments):
-        yield from blocks(*arguments)
-        file.write_text("after all")
-
-    monkeypatch.setattr(files, "blocks", slow)
-    with pytest.raises(OSError, match="a.txt changed while it was read"):
-        read_documents([file], "text", tmp_path / "cache")
-    assert not [*(tmp_path / "cache").rglob("*.arrow")]
-
-
-def test_a_full_disk_is_one_sentence(tmp_path, write, monkeypatch):
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(OSError, match="the disk of the cache .* is full; free some space or set XDG_CACHE_HOME"):
-        read_documents([write(tmp_path / "a.txt", "a")], "text", tmp_path / "cache")

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lorank.train.data import reading
-from lorank.train.data.reading import Tally, blocks
+from lorank.train import reading
+from lorank.train.reading import Tally, blocks
 
 ROWS = '{"text": "one", "n": 1}\n{"text": "two"}\n'
 

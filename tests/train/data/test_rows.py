@@ -11,6 +11,7 @@ from lorank.train import tokens
 from lorank.train.data import load_tokenizer, rows, sequences, sources, specials
 from lorank.train.data.form import Form
 from lorank.train.watching import watched_by
+from lorank.train.workers import Workers
 
 L = 16
 
@@ -19,7 +20,7 @@ L = 16
 def shards(monkeypatch):
     """Shards of a few documents each, for two workers."""
     monkeypatch.setattr(rows, "SHARD", 2000)
-    monkeypatch.setattr(rows, "_cores", lambda: 2)
+    monkeypatch.setattr(rows, "cores", lambda: 2)
     monkeypatch.setattr(rows, "ROWS", 5 * L)
 
 
@@ -51,28 +52,28 @@ def test_shards_change_no_row(tmp_path, monkeypatch, documents_of_a_file, tokeni
     made = rows.make_rows(documents_of_a_file, form, max_tokens, tmp_path / "workers")
     assert list(made) == expected
     assert made.features["input_ids"].feature.dtype == "uint16"
-    monkeypatch.setattr(rows, "_cores", lambda: 1)
+    monkeypatch.setattr(rows, "cores", lambda: 1)
     assert list(rows.make_rows(documents_of_a_file, form, max_tokens, tmp_path / "alone")) == expected
     assert sorted(path.suffix for path in (tmp_path / "alone").iterdir()) == [".arrow", ".lock"]
 
 
 def test_an_interruption_keeps_what_is_finished(tmp_path, monkeypatch, documents_of_a_file, tokenizer):
-    form, before, heard = Form(tokenizer, L, "packed"), rows.Work._one, []
+    form, before, heard = Form(tokenizer, L, "packed"), Workers.one, []
 
-    def third_time(self, number, free):
+    def third_time(self, number):
         heard.append(number)
         if len(heard) == 3:
             raise KeyboardInterrupt
-        before(self, number, free)
+        before(self, number)
 
-    monkeypatch.setattr(rows.Work, "_one", third_time)
+    monkeypatch.setattr(Workers, "one", third_time)
     with pytest.raises(KeyboardInterrupt):
         rows.make_rows(documents_of_a_file, form, None, tmp_path)
     [folder] = tmp_path.glob("*.parts")
     kept = sorted(path.name for path in folder.glob("[0-9]*.npy"))
     assert kept
-    started, work = [], rows.Work._one
-    monkeypatch.setattr(rows.Work, "_one", lambda self, n, free: started.append(n) or before(self, n, free))
+    started, work = [], Workers.one
+    monkeypatch.setattr(Workers, "one", lambda self, n: started.append(n) or before(self, n))
     assert list(rows.make_rows(documents_of_a_file, form, None, tmp_path)) == one_by_one(documents_of_a_file, form)
     assert work is third_time and not {f"{n:05}.npy" for n in started} & set(kept) and started
     assert not folder.exists()
@@ -81,7 +82,7 @@ def test_an_interruption_keeps_what_is_finished(tmp_path, monkeypatch, documents
 def test_a_worker_that_dies_is_one_sentence(tmp_path, monkeypatch, documents_of_a_file, tokenizer):
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: start(["false"], **options))
-    with pytest.raises(OSError, match=r"a process that tokenised .* died \(exit code 1\); is there enough memory"):
+    with pytest.raises(OSError, match=r"a process that worked in .* died \(exit code 1\); is there enough memory"):
         rows.make_rows(documents_of_a_file, Form(tokenizer, L, "packed"), None, tmp_path)
 
 
@@ -90,7 +91,7 @@ def test_a_full_disk_is_one_sentence(tmp_path, monkeypatch, documents_of_a_file,
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    monkeypatch.setattr(rows, "_cores", lambda: 1)
+    monkeypatch.setattr(rows, "cores", lambda: 1)
     with pytest.raises(OSError, match="the disk of the cache .* is full; free some space or set XDG_CACHE_HOME"):
         rows.make_rows(documents_of_a_file, Form(tokenizer, L, "packed"), None, tmp_path / "cache" / "rows")
     assert not [*tmp_path.rglob(".*")]

@@ -17,7 +17,7 @@ def heard(work):
 
 
 def test_reading_hashing_and_learning_tell_how_far_they_are(tmp_path, monkeypatch, documents, write, write_jsonl, load):
-    monkeypatch.setattr("lorank.train.data.reading.BLOCK", 1000)
+    monkeypatch.setattr("lorank.train.reading.BLOCK", 1000)
     plain = write_jsonl(tmp_path / "data" / "a.jsonl", documents(50)).read_bytes()
     write(tmp_path / "data" / "b.jsonl.gz", gzip.compress(plain))
     write(tmp_path / "data" / "c.jsonl.xz", lzma.compress(plain))

@@ -13,10 +13,8 @@ import dataclasses
 import functools
 import gzip
 import io
-import json
 import logging
 import lzma
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -26,6 +24,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
+
+from lorank.train.json_rows import BUFFER, JSON, check_once, is_json, is_utf8, values
 
 logger = logging.getLogger(__name__)
 KINDS = {
@@ -40,22 +40,17 @@ KINDS = {
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = f"{', '.join(KINDS)} (or these with {', '.join(COMPRESSED)})"
 BLOCK = 1 << 22  # characters of a block
-BUFFER = 1 << 20  # bytes read at once
 ROW = 1 << 25  # bytes that the longest row of a .csv file may have
 INVALID_SHARE = 0.01
+FEW = 10  # lines that cannot be read, however few lines there are so far
 CONTROLS = bytes(code for code in (*range(32), 127) if code not in b"\t\n\r\f\b\x1b")
 """Control characters that are rare in text. Terminals write escapes, and a backspace to print bold; form feeds divide pages."""
 CONTROL_SHARE = 0.01
 """The largest share of them in a file, besides one. Of UTF-16 they are half in scripts whose high byte is one, and in Indian scripts a twentieth."""
 ISO_2022 = b"\x1b$"
 """What comes before two-byte characters in ISO-2022-JP, -KR and -CN; terminals use no such sequence."""
-SPACE = re.compile(r"[\s,]*")
 BROKEN = (pa.ArrowException, EOFError, OSError, RecursionError, ValueError, zlib.error, lzma.LZMAError)
 """What the readers of a damaged file raise."""
-JSON = json.JSONDecoder(
-    parse_int=float
-)  # Python's integers have a limit of digits, in columns that nobody asked for too
-PAIRS = json.JSONDecoder(parse_int=float, object_pairs_hook=tuple)
 NAMES = {bool: "true or false", float: "a number", list: "a list", dict: "an object"}
 
 
@@ -91,24 +86,33 @@ def _suffix(file: Path) -> str:
     return Path(next((name.removesuffix(end) for end in COMPRESSED if name.endswith(end)), name)).suffix
 
 
-def blocks(file: Path, column: str, tally: Tally) -> Iterator[tuple[pa.Array, int]]:
+def blocks(
+    file: Path, column: str, tally: Tally, part: tuple[int, int] | None = None
+) -> Iterator[tuple[pa.Array, int]]:
     """The documents of a file as string arrays without empty ones, which are counted in `tally`, and each time how many bytes of
     the file have been read (of Parquet: 0).
+
+    Args:
+        part: which bytes are read, between two of `cuts_of`; None: all.
 
     Raises:
         ValueError: the file is not what its name says, or `column` holds no text.
         OSError: it cannot be read from its disk.
     """
-    kind = kind_of(file)
-    tally.files += 1
+    kind, start = kind_of(file), part[0] if part else 0
+    tally.files += not start
     if not file.stat().st_size:
         tally.empty += kind == "text"
         return
     try:
-        with open(file, "rb", buffering=BUFFER) as raw, _opened(file, raw) as stream:
-            read = {"text": _text, "json": _json, "parquet": _parquet, "csv": _csv}[kind]
+        with (
+            open(file, "rb", buffering=BUFFER) as raw,
+            _opened(file, raw) if part is None else _part(raw, *part) as stream,
+        ):
+            json_ = functools.partial(_json, start=start if part else None)
+            read: Any = {"text": _text, "json": json_, "parquet": _parquet, "csv": _csv}[kind]
             for block in read(file, stream, column, tally):
-                yield _counted(block, tally), raw.tell()
+                yield _counted(block, tally), raw.tell() - start
     except UnreadableError:
         raise
     except UnicodeDecodeError as error:
@@ -129,6 +133,41 @@ def _opened(file: Path, raw: BinaryIO) -> BinaryIO:
         return io.BufferedReader(pa.input_stream(raw, compression="zstd"), BUFFER)
     stream: Any = {".gz": gzip, ".bz2": bz2, ".xz": lzma}[end].open(raw)
     return io.BufferedReader(stream, BUFFER)
+
+
+class _Bytes(io.RawIOBase):
+    """Those of a file up to an end."""
+
+    def __init__(self, raw: BinaryIO, end: int):
+        self.raw, self.end = raw, end
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        found = self.raw.read(min(len(buffer), self.end - self.raw.tell()))
+        buffer[: len(found)] = found
+        return len(found)
+
+
+def _part(raw: BinaryIO, start: int, end: int) -> BinaryIO:
+    raw.seek(start)
+    return io.BufferedReader(_Bytes(raw, end), BUFFER)
+
+
+def cuts_of(file: Path, size: int) -> list[int]:
+    """Bytes between which parts of a file of about `size` bytes can be read each by itself: 0, ends of lines, and the end of the
+    file. Only files of JSON with a row a line have such parts."""
+    whole = file.stat().st_size
+    cuts = [0]
+    if whole >= 2 * size and file.suffix.lower() in (".jsonl", ".json"):
+        with open(file, "rb") as stream:
+            if _is_by_line(file, stream.read(BUFFER)):
+                for at in range(size, whole, size):
+                    stream.seek(max(at, cuts[-1]))
+                    if stream.readline(ROW).endswith(b"\n") and stream.tell() < whole:
+                        cuts.append(stream.tell())
+    return [*cuts, whole]
 
 
 def _counted(block: pa.Array, tally: Tally) -> pa.Array:
@@ -229,13 +268,19 @@ def _holds_text(kind: pa.DataType) -> bool:
     return any(test(kind) for test in tests)
 
 
-def _json(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa.Array]:
-    """Rows of JSON: one a line, or a list of them, or in a .json file one after another over several lines each."""
+def _is_by_line(file: Path, head: bytes) -> bool:
+    """Whether a file of JSON has a row a line, by its beginning."""
+    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
+    return not start.startswith(b"[") and (_suffix(file) != ".json" or is_json(start.partition(b"\n")[0]))
+
+
+def _json(file: Path, stream: BinaryIO, column: str, tally: Tally, start: int | None = None) -> Iterator[pa.Array]:
+    """Rows of JSON: one a line, or a list of them, or in a .json file one after another over several lines each. `start` is where a
+    part of a file begins."""
     head = stream.peek(BUFFER)  # type: ignore[attr-defined]
     _refuse_other_encodings(file, head)
-    start = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    by_line = not start.startswith(b"[") and (_suffix(file) != ".json" or _is_json(start.partition(b"\n")[0]))
-    rows = _lines(file, stream, column, tally) if by_line else _values(stream, column)
+    by_line = start is not None or _is_by_line(file, head)
+    rows = _lines(file, stream, column, tally, start) if by_line else values(stream, column)
     texts: list[str | None] = []
     size, found, names = 0, False, None
     count, before = 0, tally.invalid
@@ -277,30 +322,10 @@ def _several_columns(file: Path, column: str) -> UnreadableError:
     return UnreadableError(f"{file} must have one column {column!r}, got several of that name; rename them")
 
 
-def _is_json(line: bytes) -> bool:
-    try:
-        JSON.decode(line.decode())
-    except ValueError:
-        return False
-    return True
-
-
-@functools.cache
-def _spellings(column: str) -> set[str]:
-    """A column's name in JSON, with other letters than ASCII's escaped and not."""
-    return {json.dumps(column), json.dumps(column, ensure_ascii=False)}
-
-
-def _check_once(row: str, column: str) -> None:
-    """Raises ValueError for an object that has a column several times, of which JSON would give the last."""
-    if sum(map(row.count, _spellings(column))) > 1:
-        pairs = PAIRS.decode(row)
-        if isinstance(pairs, tuple) and [name for name, _ in pairs].count(column) > 1:
-            raise ValueError(f"an object has several entries {column!r}")
-
-
-def _lines(file: Path, stream: Iterable[bytes], column: str, tally: Tally) -> Iterator[tuple[int, Any]]:
-    """A row for each line that is not empty. Few lines that are no object are left out."""
+def _lines(
+    file: Path, stream: Iterable[bytes], column: str, tally: Tally, start: int | None
+) -> Iterator[tuple[int, Any]]:
+    """A row for each line that is not empty. Few lines that are no object are left out; of a part of a file, `FEW` at most."""
     count = invalid = 0
     first = ""
     for number, line in enumerate(stream, 1):
@@ -312,55 +337,32 @@ def _lines(file: Path, stream: Iterable[bytes], column: str, tally: Tally) -> It
             row = JSON.decode(text := line.decode())
             if not isinstance(row, dict):
                 raise ValueError("it is not an object")
-            _check_once(text, column)
-            if "\\u" in text and not _is_utf8(row.get(column)):
+            check_once(text, column)
+            if "\\u" in text and not is_utf8(row.get(column)):
                 raise ValueError(f"{column!r} has half a character, which is no UTF-8")
         except (ValueError, RecursionError) as error:
             _refuse_other_encodings(file, line)
             invalid += 1
-            first = first or f"line {number}: {error}"
-            if invalid > 10 + INVALID_SHARE * count:
+            first = first or f"line {number + _lines_before(file, start or 0)}: {error}"
+            if invalid > FEW + INVALID_SHARE * count:
                 break
         else:
             yield number, row
-    if invalid > INVALID_SHARE * count:
+    if invalid > (INVALID_SHARE * count if start is None else FEW):
         raise UnreadableError(f"{file} is not readable as json ({first}); repair it or leave it out")
     if invalid:
         tally.invalid += invalid
-        logger.warning("%s: left out %d of %d lines, which cannot be read (%s)", file, invalid, count, first)
+        warn_of_lines(file, invalid, count, first)
 
 
-def _values(stream: BinaryIO, column: str) -> Iterator[tuple[int, Any]]:
-    """JSON values one after another, or the elements of a list, without keeping all of them."""
-    reader = codecs.getreader("utf-8-sig")(stream)
-    text = reader.read(BUFFER)
-    at, number, amount, at_end = SPACE.match(text).end(), 0, BUFFER, False  # type: ignore[union-attr]
-    is_list = text.startswith("[", at)
-    at += is_list
-    while True:
-        at = SPACE.match(text, at).end()  # type: ignore[union-attr]
-        if is_list and text.startswith("]", at):
-            if (text[at + 1 :] + reader.read(BUFFER)).strip():
-                raise ValueError("there is more after the end of its list")
-            return
-        if at < len(text):
-            try:
-                value, end = JSON.raw_decode(text, at)
-            except json.JSONDecodeError:
-                if at_end:
-                    raise
-            else:
-                number += 1
-                _check_once(text[at:end], column)
-                yield number, value
-                at, amount = end, BUFFER
-                continue
-        if at_end:
-            if is_list:
-                raise ValueError("its list has no end")
-            return
-        more = reader.read(amount)
-        text, at, amount, at_end = text[at:] + more, 0, 2 * amount, not more
+def warn_of_lines(file: Path, invalid: int, count: int, first: str) -> None:
+    logger.warning("%s: left out %d of %d lines, which cannot be read (%s)", file, invalid, count, first)
+
+
+def _lines_before(file: Path, end: int) -> int:
+    """How many lines end before a byte of a file."""
+    with open(file, "rb") as stream:
+        return sum(stream.read(min(BUFFER, end - at)).count(b"\n") for at in range(0, end, BUFFER))
 
 
 def _string_array(texts: list[str | None], tally: Tally) -> pa.Array:
@@ -368,15 +370,6 @@ def _string_array(texts: list[str | None], tally: Tally) -> pa.Array:
     try:
         return pa.array(texts, pa.string())
     except (UnicodeEncodeError, pa.ArrowException):
-        kept = [text for text in texts if _is_utf8(text)]
+        kept = [text for text in texts if is_utf8(text)]
         tally.invalid += len(texts) - len(kept)
         return pa.array(kept, pa.string())
-
-
-def _is_utf8(text: Any) -> bool:
-    """Whether a text can be encoded. What is no text is another's concern."""
-    try:
-        _ = isinstance(text, str) and text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
