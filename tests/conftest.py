@@ -165,9 +165,10 @@ ARCHITECTURES = {
 }
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _what_was_imported_stays() -> None:
-    """Trainer and measurements collect garbage, which takes long with all of PyTorch and transformers to look through."""
+    """Trainer and measurements collect garbage, which takes long with all of PyTorch and transformers to look through, and
+    with what earlier modules of tests have loaded."""
     gc.collect()
     gc.freeze()
 

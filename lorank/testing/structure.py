@@ -257,26 +257,25 @@ def padding_does_not_change_the_real_tokens(subject: Subject) -> None:
 
 
 def the_compiler_gets_one_graph(subject: Subject) -> None:
-    """Forward and backward, with checkpointing if the method brings it and without."""
-    for policy in dict.fromkeys((None, POLICIES[subject.method.policy or "none"])):
-        torch._dynamo.reset()
-        model = subject.model().train()
-        checkpoint(model, policy)
-        expected = loss_of(model)
-        expected.backward()
-        trained = [p for p in model.parameters() if p.requires_grad]
-        gradients = [p.grad.clone() for p in trained]
-        model.zero_grad()
-        counter = CompileCounterWithBackend("aot_eager")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)  # by torch's compiler
-            loss = torch.compile(model, fullgraph=True, backend=counter)(
-                input_ids=TOKENS, labels=TOKENS, use_cache=False
-            ).loss
-            loss.backward()
-        assert counter.frame_count == 1, f"one graph was expected, got {counter.frame_count}"
-        torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close([p.grad for p in trained], gradients, rtol=1e-4, atol=1e-6)
+    """Forward and backward, with the checkpoints that the method brings."""
+    torch._dynamo.reset()
+    model = subject.model().train()
+    checkpoint(model, POLICIES[subject.method.policy or "none"])
+    expected = loss_of(model)
+    expected.backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = [p.grad.clone() for p in trained]
+    model.zero_grad()
+    counter = CompileCounterWithBackend("aot_eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*should not be instantiated", DeprecationWarning)  # by torch's compiler
+        loss = torch.compile(model, fullgraph=True, backend=counter)(
+            input_ids=TOKENS, labels=TOKENS, use_cache=False
+        ).loss
+        loss.backward()
+    assert counter.frame_count == 1, f"one graph was expected, got {counter.frame_count}"
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close([p.grad for p in trained], gradients, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()

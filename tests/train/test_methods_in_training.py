@@ -80,12 +80,12 @@ class KillAtTheEnd(TrainerCallback):
 
 @pytest.mark.parametrize("method", TRAINED)
 def test_killed_after_any_step_it_resumes_exactly(method: str, text: Path, tmp_path: Path) -> None:
-    """Three times one after another, so that what was resumed is resumed again."""
+    """What acts between steps three times one after another, so that what was resumed is resumed again."""
     r, out = recipe(text, method), tmp_path / "killed"
     run.pretrain(dataclasses.replace(r, save_every=0), tmp_path / "whole")
     # with `Method.soon` right before and right after ReLoRA's merges at 3, 5 and 7, SST's swap at 2 and decomposition at 4, and
     # exchanges of some of SwitchLoRA's 8 vectors at every step
-    for step in (2, 3, 4):
+    for step in (2, 3, 4) if find(method).answers() & {"hook"} else (3,):
         with pytest.raises(MemoryError):
             run.pretrain(r, out, resume=out.exists(), callbacks=[KillAfter(step)])
     run.pretrain(read_run(out), out, resume=True)
@@ -168,7 +168,7 @@ def test_it_learns_more_than_token_frequencies(method: str, library: Path, tmp_p
     shape = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2}
     (tmp_path / "config.json").write_text(json.dumps({**shape, "num_attention_heads": 4, "num_key_value_heads": 4}))
     options = {
-        "relora": {"warm_start": 30, "cycle": 35, "restart_warmup_steps": 5},
+        "relora": {"warm_start": 24, "cycle": 28, "restart_warmup_steps": 5},
         "sst": {"interval": 15, "restart_warmup_steps": 5},
         "galore": {"scale": 1.0},
         "trion": {"adamw_lr": 1e-2},
@@ -180,11 +180,15 @@ def test_it_learns_more_than_token_frequencies(method: str, library: Path, tmp_p
         "data": str(library),
         "vocab_size": 300,
         "sequence_length": 32,
-        "batch_size": 16,
-        "steps": 100,
-        "warmup_steps": 15,
+        "batch_size": 8,
+        "steps": 120 if method == "spectron" else 80,
+        "warmup_steps": 12,
         # Adafactor's steps are relative to the size of the weights, Spectron's are bounds on those of a product
-        "lr": {"adafactor": 0.3, "spectron": 0.1}.get(method, 1e-2),
+        "lr": {"adafactor": 0.3, "spectron": 0.1, "adamw-8bit": 5e-3, "dense": 5e-3, "factor-lr": 5e-3}.get(
+            method, 1e-2
+        ),
+        # which moves factors faster
+        "optimizer": "muon" if method in ("cola", "low-rank", "sltrain", "crnet", "masa") else "adamw",
         "eval_every": 0,
         "save_every": 0,
         "options": options.get(method, {}),
