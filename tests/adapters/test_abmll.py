@@ -45,7 +45,7 @@ def test_samples_have_the_moments_and_gradients_reach_both() -> None:
     assert all(t.grad is not None and t.grad.abs().min() > 0 for t in leaves)
 
 
-def test_without_divergence_and_variance_it_is_reptile_over_loras() -> None:
+def test_without_variance_it_is_reptile_over_loras() -> None:
     """Against a LoRA of each task that is trained by torch's SGD."""
     W, x = drawn(3, 4), drawn(9, 4, seed=5)
     theta = {"B": drawn(3, 2, seed=6), "A": drawn(2, 4, seed=7), "D": drawn(3, 2, seed=8), "C": drawn(2, 4, seed=9)}

@@ -23,7 +23,7 @@ def filled(module: BreakForMakeLinear) -> BreakForMakeLinear:
     return module
 
 
-def test_it_begins_as_the_dense_layer_and_both_halves_learn_at_once() -> None:
+def test_it_begins_as_the_dense_layer_and_both_halves_learn() -> None:
     module, x = layer(), torch.randn(5, 11, dtype=torch.float64)
     assert torch.equal(module(x), module.W(x))
     module(x).sin().sum().backward()
@@ -64,7 +64,7 @@ def test_frozen_halves_do_not_decay() -> None:
     assert not torch.isclose(module.A.weight, before[2]).any()
 
 
-def test_a_preconditioned_step_does_not_see_how_a_product_is_split() -> None:
+def test_a_preconditioned_step_knows_only_the_product() -> None:
     torch.manual_seed(0)
     A, B, M, G = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 8), (7, 3), (3, 3), (7, 8)))
 
@@ -76,7 +76,7 @@ def test_a_preconditioned_step_does_not_see_how_a_product_is_split() -> None:
     assert not torch.allclose((B - 0.1 * G @ A.T) @ (A - 0.1 * B.T @ G), stepped(A, B))
 
 
-def test_two_adapters_are_joined_and_gradients_are_preconditioned(small: Any) -> None:
+def test_two_adapters_are_joined_and_preconditioned(small: Any) -> None:
     style = lorank.convert(small("llama"), lorank.BreakForMake(rank=4, delta=0.5))
     content = copy.deepcopy(style)
     for seed, model in enumerate((style, content)):

@@ -82,7 +82,7 @@ def test_gradients_leave_the_core_alone() -> None:
     assert (layer.U_high.T @ U).abs().max() < 1e-5 and (layer.V_high.T @ V).abs().max() < 1e-5
 
 
-def test_with_a_small_core_more_is_trained_than_in_the_dense_layer() -> None:
+def test_with_a_small_core_more_is_trained_than_dense() -> None:
     """(d_in + d_out + 1)(m - k), and d_in d_out where W itself is trained."""
     counts = [sum(p.numel() for p in FORMS[form](dense(), KEEP).trained()) for form in FORMS]  # type: ignore[call-arg]
     assert counts == [(24 + 40 + 1) * (24 - 8), 24 * 40] == [1040, 960]

@@ -32,7 +32,7 @@ def test_the_factor_is_eta_at_zero_and_falls_with_the_row() -> None:
     torch.testing.assert_close(f, 1 / ((B @ A).norm(dim=1) + 0.25).sqrt())
 
 
-def test_factors_get_the_scaled_gradient_and_the_input_the_plain_one() -> None:
+def test_factors_get_scaled_gradients_and_the_input_plain_ones() -> None:
     ours, plain = pair()
     x = torch.randn(4, 5, 12)
     assert torch.equal(ours(x), plain(x))

@@ -41,7 +41,7 @@ def test_each_token_blends_the_two_branches() -> None:
         module(x)
 
 
-def test_the_loss_is_zero_where_the_branches_have_nothing_in_common() -> None:
+def test_the_loss_is_zero_where_branches_share_nothing() -> None:
     Q_in, Q_out = (torch.linalg.qr(torch.randn(n, 6, dtype=torch.float64))[0] for n in (12, 10))
     A, C, B, D = Q_in[:, :4].T, Q_in[:, 4:].T, Q_out[:, :4], Q_out[:, 4:]
     overlap = ((B @ A) * (D @ C)).abs().sum()
