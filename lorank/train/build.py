@@ -65,6 +65,10 @@ def build_trainer(
         raise ValueError(
             f"distil must be left out with gradient={methods_of(recipe).gradient.name}, which has another loss"
         )
+    if recipe.on_nan == "skip" and getattr(methods_of(recipe).optimizer, "in_backward", False):
+        raise ValueError(
+            "on_nan must be stop with in_backward=true, which has used a gradient before the whole of it is known, got skip"
+        )
     _check_trackers(recipe.report_to)
     arguments = RunArguments(
         output_dir=str(out),
@@ -118,6 +122,7 @@ def build_trainer(
         peak_flops=(peak * devices, source),
         eval_tokens=limits_of(recipe)[0],
         bytes_per_token=corpus.validation_bytes_per_token,
+        skips_nan=recipe.on_nan == "skip",
         teacher=None if recipe.distil is None else Teacher(recipe, model, corpus.tokenizer),
     )
     trainer.remove_callback(PrinterCallback)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import glob
+import hashlib
 import json
 import logging
 import os
@@ -28,6 +29,8 @@ from lorank.train.yamls import load
 logger = logging.getLogger(__name__)
 STAGING = ".saving"
 """Folder of a run in which a checkpoint is written before it is moved to its name."""
+SUMS = "SHA256SUMS"
+"""File of a checkpoint with the checksums of the others."""
 LOCK = ".lock"
 """File that the one process holds which writes into a folder."""
 
@@ -107,14 +110,52 @@ def locked(out: Path, *, keep: bool = False) -> Iterator[None]:
         lock.release()
 
 
+def write_sums(checkpoint: Path) -> None:
+    """Write the checksums of a checkpoint's files next to them, as ``sha256sum --check`` reads them."""
+    files = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file != checkpoint / SUMS)
+    lines = [f"{_sha256(file)}  {file.relative_to(checkpoint).as_posix()}\n" for file in files]
+    (checkpoint / SUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _changed_file(checkpoint: Path) -> Path | None:
+    """The first file of a checkpoint that is not as it was written; None also if no checksums were."""
+    sums = checkpoint / SUMS
+    if not sums.exists():
+        return None
+    for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
+        wanted, _, name = line.partition("  ")
+        file = checkpoint / name
+        if not name or ".." in file.parts or not file.is_file() or _sha256(file) != wanted:
+            return file if name else sums
+    return None
+
+
 def last_whole_checkpoint(out: Path) -> Path | None:
-    """The newest checkpoint whose files can all be read. Those that are skipped are logged."""
+    """The newest checkpoint whose files can all be read and are as they were written; None if there is none at all. Those that are
+    skipped are logged.
+
+    Raises:
+        ValueError: there are checkpoints, but all are damaged.
+    """
     found = [path for path in out.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    reasons = []
     for path in sorted(found, key=step_of, reverse=True):
         if damaged := _damaged_file(path):
-            logger.warning("%s is skipped: %s is missing or truncated", path, damaged.name)
+            reasons.append(f"{damaged.name} is missing or truncated")
+        elif changed := _changed_file(path):
+            reasons.append(f"{changed.name} is not as it was written")
         else:
             return path
+        logger.warning("%s is skipped: %s", path, reasons[-1])
+    if reasons:
+        raise ValueError(
+            f"{out} has no checkpoint that is whole (in the newest, {reasons[0]}); restore one, or remove {out}/checkpoint-* to begin anew"
+        )
     return None
 
 

@@ -160,6 +160,9 @@ class Recipe:
     )
     eps: NonNegative = _setting(1e-8, "Adam's epsilon.", free=True)
     clip: NonNegative = _setting(0.5, "Largest global gradient norm; 0 turns clipping off.", free=True)
+    on_nan: Literal["stop", "skip"] = _setting(
+        "stop", "A step whose gradient is not finite ends the run (stop) or is left out (skip).", shared=True, free=True
+    )
     steps: Count = _setting(400, "Optimizer steps.", everyday=True, shared=True, free=True)
     warmup_steps: Share = _setting(
         0.2,

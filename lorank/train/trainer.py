@@ -21,7 +21,8 @@ from lorank.method import Gradient
 from lorank.train.callbacks import Throughput
 from lorank.train.distil import Teacher
 from lorank.train.evaluation import Evaluation, evaluate
-from lorank.train.folder import STAGING
+from lorank.train.finite import Guard
+from lorank.train.folder import STAGING, write_sums
 from lorank.trainer import TrainerMixin
 
 ESTIMATOR_FILE = "estimator.safetensors"
@@ -43,6 +44,7 @@ class PretrainTrainer(TrainerMixin, Trainer):
         eval_tokens: predicted tokens after which an evaluation during training stops.
         bytes_per_token: of the validation text.
         teacher: what it says is a term of the loss, logged as the auxiliary loss.
+        skips_nan: leave out a step whose gradient is not finite, instead of ending the run.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class PretrainTrainer(TrainerMixin, Trainer):
         eval_tokens: int,
         bytes_per_token: float,
         teacher: Teacher | None = None,
+        skips_nan: bool = False,
         **kwargs: Any,
     ):
         self.teacher = teacher
@@ -80,6 +83,8 @@ class PretrainTrainer(TrainerMixin, Trainer):
         self.peak_flops, self.peak_flops_source = peak_flops
         self.eval_tokens = eval_tokens
         self.bytes_per_token = bytes_per_token
+        self.guard = Guard(skips=skips_nan, lr=self.args.learning_rate)
+        self._logged_at = 0
         self.add_callback(self.throughput)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -117,6 +122,10 @@ class PretrainTrainer(TrainerMixin, Trainer):
         return Lanes(len(rows), self.args.per_device_train_batch_size)
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        return self.guard.counted(self._micro_step(model, inputs, num_items_in_batch))
+
+    def _micro_step(self, model: Any, inputs: Any, num_items_in_batch: Any) -> torch.Tensor:
+        """Fill the gradients; the loss."""
         if self.estimator is None:
             total = super().training_step(model, inputs, num_items_in_batch)
             assert self._last is not None
@@ -160,6 +169,18 @@ class PretrainTrainer(TrainerMixin, Trainer):
         return found._replace(auxiliary=term if found.auxiliary is None else found.auxiliary + term)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
+        """The norm of a step's gradient before the weights move; None for a step that is left out, whose gradients are removed."""
+        norm = self._norm(model, grad_norm)
+        lost = self.guard.leaves_out(norm, self.state.global_step + 1)
+        if lost is None:
+            return norm
+        self._tr_loss -= lost.to(self._tr_loss.device)
+        self._auxiliary.clear()
+        for p in model.parameters():
+            p.grad = None
+        return None
+
+    def _norm(self, model: Any, grad_norm: Any) -> Any:
         votes = [p.grad for p in model.parameters() if p.grad is not None and not p.grad.is_floating_point()]
         if votes:  # accelerate skips integers
             return torch.stack([vote.float().norm() for vote in votes]).norm()
@@ -247,6 +268,9 @@ class PretrainTrainer(TrainerMixin, Trainer):
         return reached / self.peak_flops
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            self.guard.logged(logs, self.state.global_step - self._logged_at)
+            self._logged_at = self.state.global_step
         if "loss" in logs and (rate := self.throughput.tokens_per_second()) is not None:
             logs["tokens_per_second"] = rate
             if (mfu := self.mfu(rate)) is not None:
@@ -265,6 +289,7 @@ class PretrainTrainer(TrainerMixin, Trainer):
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                write_sums(self._staging / folder.name)
                 shutil.rmtree(folder, ignore_errors=True)  # one that could not be read, or the same again
                 os.replace(self._staging / folder.name, folder)
                 rotate_checkpoints(str(out), self.args.save_total_limit)

@@ -36,6 +36,7 @@ OTHERS |= {
 }
 OTHERS |= {"checkpoint": "blocks", "attention": "eager", "precision": "bf16", "data": "my_texts", "validation": "other"}
 OTHERS |= {"text_column": "body", "tokenizer": "bytes", "vocab_size": 300, "documents": "padded", "decay": "all"}
+OTHERS |= {"on_nan": "skip"}
 OTHERS |= {"betas": [0.8, 0.99], "report_to": ["tensorboard"], "micro_batch_size": 2, "data_seed": 7}
 OTHERS |= {
     "license": "mit",

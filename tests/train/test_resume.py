@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from lorank.train.folder import locked, read_run, write_whole
+from lorank.train.folder import last_whole_checkpoint, locked, read_run, write_sums, write_whole
 from lorank.train.run import pretrain
 from lorank.train.trainer import PretrainTrainer
 
@@ -239,6 +239,7 @@ def test_a_checkpoint_without_some_weights_is_refused(killed: Path) -> None:
         weights = load_file(killed / folder / "model.safetensors")
         del weights["model.norm.weight"]
         save_file(weights, killed / folder / "model.safetensors", metadata={"format": "pt"})
+        (killed / folder / "SHA256SUMS").unlink()
     with pytest.raises(ValueError, match=r"must have all weights of the model, but it lacks model\.norm\.weight"):
         resume(killed)
 
@@ -252,8 +253,46 @@ class Bomb:
 def test_a_checkpoint_that_may_hold_code_is_refused(killed: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(killed)
     torch.save({"state": {}, "param_groups": [], "x": Bomb()}, killed / "checkpoint-6" / name)
+    write_sums(killed / "checkpoint-6")  # who can write the one can write the other
     with pytest.raises(
         ValueError, match=f"checkpoint-6/{name} must hold tensors and numbers alone, but it may hold code"
     ):
         resume(killed)
     assert not (killed / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "SHA256SUMS"]
+)
+def test_a_changed_byte_is_found(
+    file: str, whole: Any, killed: Path, losses: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a file that can still be read: weights, moments, or a number in JSON. The checkpoint before is used."""
+    path = killed / "checkpoint-6" / file
+    content = bytearray(path.read_bytes())
+    at = content.rindex(b"6") if file.endswith("json") else len(content) * 2 // 3
+    content[at] ^= 1
+    path.write_bytes(content)
+    assert last_whole_checkpoint(killed) == killed / "checkpoint-3"
+    assert "checkpoint-6 is skipped: " in caplog.text
+    if file == "model.safetensors":
+        assert "model.safetensors is not as it was written" in caplog.text
+        resume(killed)
+        assert losses(killed) == losses(whole[1])
+
+
+def test_a_checkpoint_without_checksums_is_used(killed: Path) -> None:
+    """As those of lorank 0.3."""
+    (killed / "checkpoint-6/SHA256SUMS").unlink()
+    assert last_whole_checkpoint(killed) == killed / "checkpoint-6"
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(killed: Path) -> None:
+    for folder in killed.glob("checkpoint-*"):
+        (folder / "optimizer.pt").write_bytes(b"")
+    before = sorted(killed.rglob("*"))
+    with pytest.raises(
+        ValueError, match="has no checkpoint that is whole .in the newest, optimizer.pt is missing or trunc"
+    ):
+        resume(killed)
+    assert before == sorted(killed.rglob("*"))
