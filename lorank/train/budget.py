@@ -129,15 +129,15 @@ def saved_parameters(model: nn.Module) -> int:
 
 
 def read_tokens(text: str) -> int:
-    """A number of tokens, with k, M, B or T if wanted.
+    """A number of tokens, with k, M, B or T if wanted, in small letters or capitals.
 
-    >>> read_tokens("1.1B"), read_tokens("300M"), read_tokens("50k"), read_tokens("819200")
+    >>> read_tokens("1.1B"), read_tokens("300m"), read_tokens("50K"), read_tokens("819200")
     (1100000000, 300000000, 50000, 819200)
     """
-    found = re.fullmatch(r"(\d+(?:[._]?\d+)*(?:e\d+)?)\s*([kMBT]?)", text.strip())
+    found = re.fullmatch(r"(\d+(?:[._]?\d+)*(?:e\d+)?)\s*([kmbt]?)", text.strip().lower())
     try:
         number = (
-            float(found[1].replace("_", "")) * {"": 1, "k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}[found[2]]
+            float(found[1].replace("_", "")) * {"": 1, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[found[2]]
             if found
             else 0
         )
