@@ -35,7 +35,7 @@ from lorank.train.run import pretrain
 RECIPES: tuple[dict[str, Any], ...] = (
     {},
     {"method": "galore", "options": {"update_gap": 4}},
-    {"method": "relora", "options": {"merge_every": 6, "restart_warmup_steps": 2}},
+    {"method": "relora", "options": {"cycle": 6, "restart_warmup_steps": 2}},
     {"optimizer": "muon", "micro_batch_size": 2},
     {"method": "crnet"},
     {"optimizer": "spectron"},
@@ -137,6 +137,8 @@ def main() -> None:
                 started, reference = time.time(), context.Process(target=go_on, args=(asked, folder / f"whole-{index}"))
                 reference.start()
                 reference.join()
+                if reference.exitcode:
+                    raise SystemExit(f"a run that is not killed fails: {RECIPES[index]}")
                 references[index] = result(folder / f"whole-{index}"), time.time() - started
             (losses, weights), seconds = references[index]
             some, reason = killed_run(asked, out, seconds, options.kills - kills, draw, seen)

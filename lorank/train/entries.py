@@ -1,6 +1,7 @@
 """Entries of a configuration, as its class takes them: an integer is a number too, and rotary positions are a table."""
 
 import inspect
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -94,3 +95,8 @@ def set_rotary(config: PretrainedConfig, name: str, value: Any) -> bool:
     config.rope_parameters = {**kept, **given}
     config.standardize_rope_params()
     return True
+
+
+def last_line(error: Exception) -> str:
+    """The last line of an error, in which configuration classes say what is wrong."""
+    return re.sub(r"^\w+Error: ", "", (str(error).strip() or type(error).__name__).splitlines()[-1].strip())

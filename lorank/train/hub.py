@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lorank.kernels import check_kernels, without_missing
-from lorank.train.entries import as_classes_take
+from lorank.train.entries import as_classes_take, last_line
 
 PROXIES = ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy")
 
@@ -61,8 +61,18 @@ def read_config(place: str) -> PretrainedConfig:
 
     Raises:
         ForeignCode: transformers has no class for it, or it names code that would be downloaded.
-        OSError, ValueError, KeyError, TypeError, StrictDataclassError: it could not be read.
+        OSError, KeyError: it could not be read, or names what transformers does not know.
+        ValueError: its class refuses an entry, or fails with one.
     """
+    try:
+        return _read_config(place)
+    except (ForeignCode, OSError, ValueError, KeyError):
+        raise
+    except Exception as error:  # each class reads its entries in its own way
+        raise ValueError(last_line(error)) from error
+
+
+def _read_config(place: str) -> PretrainedConfig:
     with asked_if_reachable():
         found, _ = PretrainedConfig.get_config_dict(place)
         if found.get("auto_map") and found.get("model_type") not in CONFIG_MAPPING:

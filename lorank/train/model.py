@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -147,12 +146,9 @@ def _read_config(name: str) -> PretrainedConfig:
         return read_config(os.path.expanduser(name))
     except ForeignCode:
         raise
-    except (OSError, ValueError, KeyError, TypeError, StrictDataclassError) as error:
-        # a field that a configuration class refuses appears in the last line, all else in the first
-        reason = str(error).strip().splitlines()[-1 if isinstance(error, StrictDataclassError) else 0]
-        raise ValueError(
-            f"model={name!r} could not be read as a configuration of transformers: {reason.strip()}"
-        ) from None
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"model={name!r} could not be read as a configuration of transformers: {reason}") from None
 
 
 def build_model(

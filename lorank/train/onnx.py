@@ -19,7 +19,7 @@ from transformers.exporters.exporter_onnx import OnnxConfig, OnnxExporter
 from transformers.exporters.utils import decompose_for_generation
 
 from lorank.pretrained import dense_config
-from lorank.train.shape import last_line
+from lorank.train.entries import last_line
 
 
 def as_onnx(model: PreTrainedModel, folder: Path) -> PreTrainedModel:

@@ -27,8 +27,8 @@ from transformers import (
 from lorank.adapter_files import ABOUT
 from lorank.auto import type_of
 from lorank.train.data import load_tokenizer
+from lorank.train.entries import last_line
 from lorank.train.hub import ForeignCode, asked_if_reachable, is_reachable, own_code, read_config
-from lorank.train.shape import last_line
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> list[str]:
@@ -132,7 +132,7 @@ def load_model(
             model = kind.from_pretrained(place, config=config, trust_remote_code=False, use_safetensors=True)
     except (_Unfit, ForeignCode):
         raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever the modelling code makes of somebody's files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if not looks_local and not is_reachable():
             reason = "there is no such folder, and the hub cannot be reached"

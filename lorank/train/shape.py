@@ -6,14 +6,13 @@ weights. In a file they are leftovers of another program, and get the defaults o
 """
 
 import difflib
-import re
 from collections.abc import Container, Mapping
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
-from lorank.train.entries import as_number, set_rotary
+from lorank.train.entries import as_number, last_line, set_rotary
 from lorank.train.vocabulary import SIZES, TOKENS
 
 RETURNED = ("output_attentions", "output_hidden_states", "return_dict")
@@ -104,8 +103,3 @@ def reason_of(error: Exception, config: PretrainedConfig) -> str:
     if isinstance(error, StrictDataclassError):
         return last_line(error)
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def last_line(error: Exception) -> str:
-    """The last line of an error, in which configuration classes say what is wrong."""
-    return re.sub(r"^\w+Error: ", "", (str(error).strip() or type(error).__name__).splitlines()[-1].strip())
