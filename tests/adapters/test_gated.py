@@ -49,7 +49,7 @@ def test_what_is_gathered_is_what_a_gate_of_zeros_leaves() -> None:
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_only_what_is_added_trains(name: str, small: Any) -> None:
     """Embeddings, norms, biases and head stay too, under weight decay."""
-    for model in (small("llama"), small("gpt2")):
+    for model in (small("llama", num_hidden_layers=1), small("gpt2", n_layer=1)):
         lorank.convert(model, name)
         before = {key: p.detach().clone() for key, p in model.named_parameters()}
         method: Any = lorank.conversion.method_of(model)  # type: ignore[attr-defined]
@@ -57,7 +57,7 @@ def test_only_what_is_added_trains(name: str, small: Any) -> None:
         added = {id(p) for layer in method.layers(model).values() for p in layer.trained()}
         added |= {id(p) for key, p in model.named_parameters() if "lorank_" in key}  # shared by all layers
         assert added == {id(p) for p in model.parameters() if p.requires_grad}
-        assert len(method.layers(model)) in (12, 14), "all projections"
+        assert len(method.layers(model)) in (6, 7), "all projections"
         optimizer = lorank.optimizer(model, lr=1e-2, weight_decay=0.1)
         lorank.step_hook(model, optimizer, steps=2)
         tokens = torch.arange(8)[None]
