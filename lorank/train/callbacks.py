@@ -67,7 +67,7 @@ class MetricsFile(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not state.is_world_process_zero or not logs or not ("loss" in logs or "eval_loss" in logs):
+        if not state.is_world_process_zero or not logs or not {"loss", "eval_loss", "skipped_steps"} & logs.keys():
             return
         names = {"loss": "loss_nats_per_token", "grad_norm": "gradient_norm", "learning_rate": "lr"}
         record = {names.get(k, k): v for k, v in logs.items() if k not in ("epoch", "eval_loss")}

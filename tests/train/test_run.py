@@ -237,8 +237,8 @@ def test_a_bad_step_is_left_out(settings: dict[str, Any], recipe: Any, tmp_path:
     same = [all(map(torch.equal, seen[step - 1], seen[step])) for step in range(2, 9)]
     assert same == [False, False, True, False, False, True, True]
     records = list(history(tmp_path / "run"))
-    assert [(one["step"], one.get("skipped_steps")) for one in records] == [(2, None), (4, 1), (6, None)]
-    assert all(4 < one["loss_nats_per_token"] < 6 for one in records), "one step's loss, not half of it"
+    assert [(one["step"], one.get("skipped_steps")) for one in records] == [(2, None), (4, 1), (6, None), (8, 2)]
+    assert all(4 < one["loss_nats_per_token"] < 6 for one in records[:3]), "one step's loss, not half of it"
     assert "step 4 is left out: its gradient is not finite" in caplog.text
 
 
