@@ -53,10 +53,10 @@ pip install torch transformers
 from transformers import {{auto}}, AutoTokenizer
 
 model = {{auto}}.from_pretrained("{{place}}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{{place}}")
+tokenizer = AutoTokenizer.from_pretrained("{{place}}", trust_remote_code=True)
 ```
 
-`trust_remote_code=True` lets transformers run `{FILE}`, which has the model's layers. After `import lorank` it is not needed.""",
+`trust_remote_code=True` lets transformers run `{FILE}`, which has the model's layers; without it, transformers asks. After `import lorank` it is not needed.""",
     "lorank": """The model needs lorank (version {version} made it).
 
 ```sh
