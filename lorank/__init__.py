@@ -47,6 +47,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.methods.relora import ReLoRA
     from lorank.methods.self_guided import SelfGuided
     from lorank.methods.sltrain import SLTrain
+    from lorank.methods.sparse_codes import SparseCodes
     from lorank.methods.sst import SST
     from lorank.methods.switchlora import SwitchLoRA
     from lorank.optim.apollo import APOLLO, APOLLOMini

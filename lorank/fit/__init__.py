@@ -5,12 +5,13 @@ import types
 from typing import Any
 
 from lorank.fit.cola import FittedCoLA
+from lorank.fit.dictionary import SparseDictionary
 from lorank.fit.door import STRUCTURES, Fitted, as_structure, fit
 from lorank.fit.eora import EoRA
 from lorank.fit.structure import Structure
 from lorank.fit.svd import SVD
 
-__all__ = ["STRUCTURES", "SVD", "EoRA", "Fitted", "FittedCoLA", "Structure", "as_structure", "fit"]
+__all__ = ["STRUCTURES", "SVD", "EoRA", "Fitted", "FittedCoLA", "SparseDictionary", "Structure", "as_structure", "fit"]
 
 
 class _Callable(types.ModuleType):

@@ -1,8 +1,8 @@
 """One rank for each projection, so that all factors together fit a budget.
 
-uniform      every matrix keeps the same part c of its parameters:  r = ⌊c m n / (m + n)⌋
+uniform      every matrix keeps the same part c of its parameters:  r = ⌊c m n / p⌋, with p = m + n for each rank of two factors
 energy       ranks go where they keep the most energy per parameter, as `lorank analyze --budget` chooses them
-break-even   the largest rank at which two factors are smaller than the matrix; no budget
+break-even   the largest rank at which the form is smaller than the matrix; no budget
 """
 
 import math
@@ -12,20 +12,26 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from lorank.analysis.ranks import check_budget, suggest_ranks, table_of
+from lorank.fit.structure import Structure
 from lorank.method import Site
 
 Policy = Literal["uniform", "energy", "break-even"]
 
 
-def check_policy(policy: str, budget: float | str | None) -> None:
-    """Raises ValueError for an unknown policy, or a budget that it does not use."""
+def check_policy(structure: Structure, policy: str, budget: float | str | None) -> None:
+    """Raises ValueError for an unknown policy, or one that the structure has not, or a budget that it does not use."""
     if policy not in get_args(Policy):
         raise ValueError(f"policy must be 'uniform', 'energy' or 'break-even', got {policy!r}")
+    if policy == "energy" and not structure.has_spectrum:
+        raise ValueError(
+            f"policy must be 'uniform' or 'break-even' with {structure.name}, whose error no singular values tell, got 'energy'"
+        )
     if policy == "break-even" and budget is not None:
         raise ValueError(f"budget must be left out with policy 'break-even', which has none, got {budget}")
 
 
 def choose_ranks(
+    structure: Structure,
     sites: Sequence[Site],
     budget: float | str | None,
     policy: Policy,
@@ -42,7 +48,7 @@ def choose_ranks(
     """
     shapes = [(site.d_in, site.d_out) for site in sites]
     if policy == "break-even":
-        return {site.name: max(1, math.ceil(site.break_even_rank) - 1) for site in sites}
+        return {site.name: max(1, math.ceil(largest(structure, site)) - 1) for site in sites}
     wanted = check_budget(str(budget), shapes)
     if policy == "energy":
         values = spectra()
@@ -57,7 +63,12 @@ def choose_ranks(
         ]
         return suggest_ranks(described, str(budget)).ranks
     part = wanted / sum(d_in * d_out for d_in, d_out in shapes)
-    return {site.name: max(1, math.floor(part * site.break_even_rank)) for site in sites}
+    return {site.name: max(1, math.floor(part * largest(structure, site))) for site in sites}
+
+
+def largest(structure: Structure, site: Site) -> float:
+    """The rank at which a projection has as many parameters as the dense matrix."""
+    return site.d_in * site.d_out / structure.per_rank(site.d_in, site.d_out)
 
 
 def table(sites: Sequence[Site], ranks: Mapping[str, int]) -> int | dict[str, int]:

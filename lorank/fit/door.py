@@ -16,6 +16,7 @@ from lorank.fields import unknown
 from lorank.fit.budget import Policy, check_policy, choose_ranks, table
 from lorank.fit.calibration import Block, Calibration, Computes, blocks_with
 from lorank.fit.cola import FittedCoLA
+from lorank.fit.dictionary import SparseDictionary
 from lorank.fit.eora import EoRA
 from lorank.fit.structure import Found, Metric, Structure, as_matrix, spectrum
 from lorank.fit.svd import SVD
@@ -23,7 +24,7 @@ from lorank.method import Method, Patterns, Site
 from lorank.sites import places
 
 Model = TypeVar("Model", bound=nn.Module)
-STRUCTURES: dict[str, type[Structure]] = {kind.name: kind for kind in (SVD, EoRA, FittedCoLA)}
+STRUCTURES: dict[str, type[Structure]] = {kind.name: kind for kind in (SVD, EoRA, FittedCoLA, SparseDictionary)}
 """By the name that `fit` and the command line take."""
 
 
@@ -73,14 +74,14 @@ def fit(
     factors, and for one block's sums over inputs.
 
     Args:
-        method: "svd", "eora" or "cola", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
+        method: "svd", "eora", "cola" or "dictionary", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
         data: batches of token ids [b, n], or dictionaries with them under ``input_ids``, of text like that on which the model is used.
             Its activations say which errors matter; a projection of d inputs needs many more than d tokens. None: all
             errors of a weight count alike.
         budget: parameters of the factors, as a part of those of the matrices such as 0.5, or as a number such as "10M". Default: the
             structure's `usual`.
         policy: "uniform", the same part of every matrix; "energy", ranks where they keep most; "break-even", the largest rank at
-            which the factors are smaller than the matrix.
+            which the form is smaller than the matrix.
         targets, exclude: as in `lorank.convert`.
         finished: what was found for projections, by name. Those in it are not fitted again, and new ones are added, so that a
             mapping that writes to a disk lets an interrupted fit go on.
@@ -100,7 +101,7 @@ def fit(
     )
     """
     structure = as_structure(method)
-    check_policy(policy, budget)
+    check_policy(structure, policy, budget)
     check_module(model)
     sites = sites_to_convert(model, structure.method(1), targets, exclude)
     _check_sites(sites)
@@ -123,7 +124,7 @@ def fit(
 
     if policy != "break-even" and budget is None:
         budget = structure.usual
-    ranks = choose_ranks(sites, budget, policy, spectra)
+    ranks = choose_ranks(structure, sites, budget, policy, spectra)
     chosen = structure.method(table(sites, ranks))
     _try(model, chosen, targets, exclude)
     finished = {} if finished is None else finished
@@ -187,15 +188,20 @@ def _solved(
 @torch.no_grad()
 def _judged(structure: Structure, site: Site, found: Found, rank: int, metric: Metric) -> Fitted:
     weight, R = site.linear.weight.detach().double(), metric.R
-    parameters = rank * (site.d_in + site.d_out)
+    parameters = structure.parameters(rank, site.d_in, site.d_out)
     if not structure.is_linear:
         assert metric.rows is not None
         wanted = metric.rows @ weight.to(metric.rows.dtype).mT
-        lack = wanted - structure.apply({key: tensor.to(wanted.dtype) for key, tensor in found.items()}, metric.rows)
+        lack = wanted - structure.apply(_in(found, wanted.dtype), metric.rows)
         return Fitted(site.name, site.d_in, site.d_out, rank, parameters, None, _ratio(lack, wanted))
-    lack = weight - as_matrix(structure, {key: tensor.double() for key, tensor in found.items()}, site.d_in)
+    lack = weight - as_matrix(structure, _in(found, torch.float64), site.d_in)
     on_text = None if R is None else _ratio(lack @ R, weight @ R)
     return Fitted(site.name, site.d_in, site.d_out, rank, parameters, _ratio(lack, weight), on_text)
+
+
+def _in(found: Found, dtype: torch.dtype) -> Found:
+    """With numbers of that type; bits stay."""
+    return {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in found.items()}
 
 
 def _ratio(lack: Tensor, whole: Tensor) -> float:

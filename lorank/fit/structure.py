@@ -38,11 +38,21 @@ class Structure:
     """How many inputs of a matrix it needs besides the metric, about; none can be had without text."""
     is_linear: ClassVar[bool] = True
     """Whether what stands for a matrix is a linear map."""
+    has_spectrum: ClassVar[bool] = True
+    """Whether its error is a tail of singular values, as policy "energy" needs."""
     counts: ClassVar[str] = "factors"
     """What the budget is of, for messages and tables."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    def per_rank(self, d_in: int, d_out: int) -> float:
+        """Parameters of a projection for each rank, about."""
+        return d_in + d_out
+
+    def parameters(self, rank: int, d_in: int, d_out: int) -> int:
+        """Parameters of a projection of that rank."""
+        return rank * (d_in + d_out)
 
     def method(self, rank: int | dict[str, int]) -> Method:
         """The method of a model whose projections have these ranks, as in `lorank.fields.Rank`."""
@@ -76,5 +86,5 @@ def spectrum(structure: Structure, weight: Tensor, R: Tensor | None) -> Tensor:
 
 def as_matrix(structure: Structure, found: Mapping[str, Tensor], columns: int) -> Tensor:
     """The matrix [m, n] of a structure that is linear."""
-    some = next(iter(found.values()))
+    some = next(tensor for tensor in found.values() if tensor.is_floating_point())
     return structure.apply(dict(found), torch.eye(columns, dtype=some.dtype, device=some.device)).T

@@ -64,8 +64,9 @@ class Job:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_policy(self.policy, self.budget)
-        if self.structure().sample and self.metric == "identity":
+        structure = self.structure()
+        check_policy(structure, self.policy, self.budget)
+        if structure.sample and self.metric == "identity":
             raise ValueError(
                 f"metric must be 'gram' with {self.method}, which is fitted to what layers give on the text, got 'identity'"
             )

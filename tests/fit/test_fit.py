@@ -144,11 +144,11 @@ def test_ranks_follow_from_the_budget() -> None:
     """Greenformers' break-even rank, and PELA's c = 3."""
     square, wide = site("layers.0.w", 768, 768), site("layers.1.w", 768, 3072)
     assert wide.break_even_rank == pytest.approx(614.4)
-    assert choose_ranks([square, wide], None, "break-even", dict) == {"layers.0.w": 383, "layers.1.w": 614}
-    third = choose_ranks([square], 196_608, "uniform", dict)
+    assert choose_ranks(SVD(), [square, wide], None, "break-even", dict) == {"layers.0.w": 383, "layers.1.w": 614}
+    third = choose_ranks(SVD(), [square], 196_608, "uniform", dict)
     assert third == {"layers.0.w": 128} and 128 * (768 + 768) == 196_608 == 768 * 768 // 3
     sigma = {"layers.0.w": torch.linspace(2, 0, 768), "layers.1.w": torch.linspace(1, 0.9, 768)}
-    found = choose_ranks([square, wide], 0.5, "energy", lambda: sigma)
+    found = choose_ranks(SVD(), [square, wide], 0.5, "energy", lambda: sigma)
     described = [
         {
             "name": s.name,
