@@ -8,10 +8,22 @@ from lorank.fit.cola import FittedCoLA
 from lorank.fit.dictionary import SparseDictionary
 from lorank.fit.door import STRUCTURES, Fitted, as_structure, fit
 from lorank.fit.eora import EoRA
+from lorank.fit.pela import PELA
 from lorank.fit.structure import Structure
 from lorank.fit.svd import SVD
 
-__all__ = ["STRUCTURES", "SVD", "EoRA", "Fitted", "FittedCoLA", "SparseDictionary", "Structure", "as_structure", "fit"]
+__all__ = [
+    "PELA",
+    "STRUCTURES",
+    "SVD",
+    "EoRA",
+    "Fitted",
+    "FittedCoLA",
+    "SparseDictionary",
+    "Structure",
+    "as_structure",
+    "fit",
+]
 
 
 class _Callable(types.ModuleType):

@@ -18,13 +18,14 @@ from lorank.fit.calibration import Block, Calibration, Computes, blocks_with
 from lorank.fit.cola import FittedCoLA
 from lorank.fit.dictionary import SparseDictionary
 from lorank.fit.eora import EoRA
+from lorank.fit.pela import PELA
 from lorank.fit.structure import Found, Metric, Structure, as_matrix, spectrum
 from lorank.fit.svd import SVD
 from lorank.method import Method, Patterns, Site
 from lorank.sites import places
 
 Model = TypeVar("Model", bound=nn.Module)
-STRUCTURES: dict[str, type[Structure]] = {kind.name: kind for kind in (SVD, EoRA, FittedCoLA, SparseDictionary)}
+STRUCTURES: dict[str, type[Structure]] = {kind.name: kind for kind in (SVD, EoRA, FittedCoLA, SparseDictionary, PELA)}
 """By the name that `fit` and the command line take."""
 
 
@@ -74,7 +75,7 @@ def fit(
     factors, and for one block's sums over inputs.
 
     Args:
-        method: "svd", "eora", "cola" or "dictionary", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
+        method: "svd", "eora", "cola", "dictionary" or "pela", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
         data: batches of token ids [b, n], or dictionaries with them under ``input_ids``, of text like that on which the model is used.
             Its activations say which errors matter; a projection of d inputs needs many more than d tokens. None: all
             errors of a weight count alike.
