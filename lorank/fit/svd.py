@@ -6,6 +6,9 @@ With R Rᵀ = XᵀX and W R = U Σ Vᵀ the solution is B = U_r Σ_r^½, A = Σ_
 √(σ²_{r+1} + …). Without text R = I, and the error is that of the weights (Eckart and Young). The bias stays. The fitted model is
 `lorank.LowRank`, with a rank for each projection.
 
+With solver "randomised" U_r comes from the range of W R (RᵀWᵀ W R)² Ω, Ω [n, r + 10] random (Halko et al., arXiv 0909.4061). That takes
+about 12 m n r operations instead of the SVD's ~20 m n min(m, n), and the error is slightly above the tail.
+
 Cost of a layer: r (m + n) parameters instead of m n, less if r is below the break-even rank m n / (m + n).
 
 Source: Cahyawijaya, "Greenformers: Improving Computation and Memory Efficiency in Transformer Models via Low-Rank Approximation",
@@ -16,16 +19,31 @@ Departures: the singular values are divided between the factors, as in PELA; Gre
 """
 
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lorank.factors import nearest
+from lorank.factors import Pair, nearest
 from lorank.fit.structure import Found, Metric, Structure
 from lorank.layers import LowRankLinear
-from lorank.method import Method
+from lorank.method import Method, seeded_generator
 from lorank.methods.low_rank import LowRank
+
+OVERSAMPLING, POWERS = 10, 2
+"""Of the randomised solver: columns beyond the rank, and multiplications with the matrix and its transpose."""
+
+
+def randomised(weight: Tensor, rank: int, R: Tensor | None = None) -> Pair:
+    """As `lorank.factors.nearest`, from a random sketch: B [m, r] and A [r, n] with |(W − B A) R| close to the least."""
+    target = weight if R is None else weight.to(R.dtype) @ R
+    wanted = min(rank + OVERSAMPLING, *target.shape)
+    drawn = torch.randn(target.shape[1], wanted, generator=seeded_generator("svd", *target.shape), dtype=target.dtype)
+    Q = torch.linalg.qr(target @ drawn.to(target.device))[0]
+    for _ in range(POWERS):
+        Q = torch.linalg.qr(target @ torch.linalg.qr(target.mT @ Q)[0])[0]
+    B, A = nearest(Q.mT @ target, rank)
+    return Q @ B, A if R is None else torch.linalg.solve_triangular(R, A, upper=False, left=False)
 
 
 @torch.no_grad()
@@ -44,11 +62,14 @@ class SVD(Structure):
 
     name: ClassVar[str] = "svd"
 
+    solver: Literal["exact", "randomised"] = "exact"
+    """How the factors are found: by a full SVD, or faster and almost as well from a random sketch."""
+
     def method(self, rank: int | dict[str, int]) -> Method:
         return LowRank(rank=rank)
 
     def solve(self, weight: Tensor, metric: Metric, rank: int) -> Found:
-        B, A = nearest(self.target(weight), rank, metric.R)
+        B, A = (nearest if self.solver == "exact" else randomised)(self.target(weight), rank, metric.R)
         return {"B": B.to(weight.dtype), "A": A.to(weight.dtype)}
 
     def apply(self, found: Found, x: Tensor) -> Tensor:

@@ -82,7 +82,7 @@ def test_what_was_finished_is_kept_and_goes_on(
     ("flags", "message"),
     [
         (("--method", "sdv"), "unknown structure 'sdv'; did you mean 'svd'?"),
-        (("--option", "base=int3"), "--option must be a setting of svd, which has none; got base"),
+        (("--option", "base=int3"), "--option must be a setting of svd, which has solver; got base"),
         (("--method", "cola", "--metric", "identity"), "metric must be 'gram' with cola"),
         (("--budget", "7"), "budget must be between"),
         (("--policy", "break-even", "--budget", "0.5"), "budget must be left out with policy 'break-even'"),

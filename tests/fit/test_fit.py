@@ -82,6 +82,22 @@ def test_without_text_errors_are_the_tails_of_weights(small: Callable[..., Any])
         assert torch.equal(layer.B.bias, site.linear.bias)
 
 
+def test_a_sketch_is_close_to_the_tail() -> None:
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda *size: torch.randn(*size, generator=generator, dtype=torch.float64)  # noqa: E731
+    X = draw(400, 60) * torch.arange(1, 61) ** -0.5
+    R = torch.linalg.cholesky(X.T @ X)
+    W, exact = draw(50, 60), draw(50, 6) @ draw(6, 60)
+    for root in (None, R):
+        found = SVD(solver="randomised").solve(W, Metric(root), 12)
+        sigma = torch.linalg.svdvals(W if root is None else W @ root)
+        rest = W - found["B"] @ found["A"]
+        tail = sigma[12:].norm()
+        assert tail * (1 - 1e-9) <= torch.linalg.norm(rest if root is None else rest @ root) <= 1.02 * tail
+        low = SVD(solver="randomised").solve(exact, Metric(root), 6)
+        torch.testing.assert_close(low["B"] @ low["A"], exact, rtol=0, atol=1e-9)
+
+
 def test_eora_gives_back_what_rounding_takes(small: Callable[..., Any], data: list[Tensor]) -> None:
     dense = small("llama").double()
     name = "model.layers.0.mlp.up_proj"
