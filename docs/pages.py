@@ -228,6 +228,8 @@ def usage(names: list[str]) -> str:
     """How each is run and how it is called; every block is executed by the tests."""
     usual = [name for name in names if not hasattr(find(name), "model_type")]
     shell = [f"lorank pretrain --method {with_structure(name)}" for name in usual if not find(name).adapts]
+    if not usual:  # it is for models that a recipe builds
+        shell = [f"lorank pretrain {path.stem}" for path, recipe in shipped().items() if uses(recipe, names)]
     python = [example(name) for name in usual if find(name).key != "gradient"]
     blocks = [
         *([f"```sh\n{chr(10).join(shell)}\n```"] if shell else []),
@@ -281,6 +283,8 @@ def cost(names: list[str]) -> str:
     """What `lorank plan` prints for the 60M shape."""
     alone = " --devices 1" if find(names[0]).key == "gradient" else ""
     usual = [name for name in names if not hasattr(find(name), "model_type")]
+    if not usual:
+        return ""
     command = f"lorank plan --size 60m --method {','.join(['dense', *map(with_structure, usual)])}{alone}"
     said = ["Counted when this page was built"]
     ranks = [rank for name in usual if (rank := rank_of(Recipe(size="60m", method=with_structure(name))))]

@@ -6,7 +6,7 @@ models that lorank saved (``model_type`` "lorank_llama", "lorank_gpt2", ...); se
 
 # ruff: noqa: F401
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorank import auto, renamed
 from lorank.table import METHODS, register
@@ -92,7 +92,7 @@ _HOME = {
 __all__ = sorted(["METHODS", "fit", "register", *_HOME])
 
 
-def __getattr__(name: str) -> object:
+def __getattr__(name: str) -> Any:
     if name == "fit":  # a package that can be called
         return importlib.import_module("lorank.fit")
     if name not in _HOME:

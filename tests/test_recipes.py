@@ -162,7 +162,7 @@ IN_PART["loro-60m"] = {
     "clip": 0.0,
     "precision": "bf16-pure",
 }
-# Total and trained parameters; None where they are not known.
+# Total and trained parameters; None where they are not known. Those of other recipes are in their methods' own tests.
 COUNTS = {
     "cola-60m": (42_770_944, 42_770_944),
     "cola-130m": (93_997_824, 93_997_824),
@@ -257,5 +257,5 @@ def test_a_recipe_says_where_it_comes_from(name: str) -> None:
 def test_it_builds_the_published_model(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dry_run, "count", lambda _, model: accounting.count_parameters(model))  # FLOPs take long
     found: Any = dry_run.plan(dataclasses.replace(read(name), tokenizer=None)).model
-    total, trained = COUNTS[name]
+    total, trained = COUNTS.get(name, (None, None))
     assert total in (None, found.total) and trained in (None, found.trainable)

@@ -5,6 +5,8 @@
 
     Θ [a, b] int8     Z [a, b] int32: the votes of K pairs, see `lorank.evolution.integers`
 
+Saves: weights, gradients, optimizer state, activations: all are integers, and no pass goes back.
+
 α is the fraction of the weights that would move if fitness were noise. It takes the place of a learning rate and falls
 with the step t; the paper's best is lr = 1, fall = 4. At t = 0 it is then 1, q is 0 and all weights move.
 
@@ -93,10 +95,6 @@ class Votes(Method):
     fall: Annotated[float, Bounds(least=0, most=64)] = 4.0
     """How fast α, the fraction of weights moved by noise alone, falls from lr: as 1 / ((2^fall - 1) t / 1000 + 1)."""
 
-    @property
-    def sources(self) -> tuple[str, ...]:
-        return ("lorank.evolution.eggroll", "lorank.evolution.votes")
-
     def parameter_groups(
         self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns
     ) -> list[dict[str, Any]]:
@@ -124,6 +122,4 @@ class Votes(Method):
         return 0
 
     def schedule(self, steps: int, warmup_steps: int, min_lr_ratio: float) -> Callable[[int], float]:
-        if warmup_steps:
-            raise ValueError(f"warmup_steps must be 0 with votes, whose learning rate only falls, got {warmup_steps}")
         return lambda step: falling(step, self.fall)

@@ -102,4 +102,8 @@ def reason_of(error: Exception, config: PretrainedConfig) -> str:
         return f"it has no {error.args[0]!r}"
     if isinstance(error, StrictDataclassError):
         return last_line(error)
+    text = config.get_text_config()
+    heads, shared = (getattr(text, name, None) for name in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and shared > 0 and heads % shared:
+        return f"num_attention_heads must be a multiple of num_key_value_heads={shared}, got {heads}"
     return (str(error).strip() or type(error).__name__).splitlines()[0]

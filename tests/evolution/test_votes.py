@@ -64,8 +64,6 @@ def test_refusals(egg: Any) -> None:
         Votes().parameter_groups(nn.Linear(2, 2), [], None, None)
     with pytest.raises(ValueError, match="fall must be a number from 0 to 64, got 1000000000.0"):
         Votes(fall=1e9)
-    with pytest.raises(ValueError, match="warmup_steps must be 0 with votes, whose learning rate only falls, got 3"):
-        Votes().schedule(10, 3, 0.1)
     with pytest.raises(ValueError, match="lr must be a number from 0 to 1, got 2.0"):
         VoteOptimizer([nn.Parameter(torch.zeros(2))], lr=2.0, pairs=2)
     with pytest.raises(ValueError, match="pairs must be a positive integer, got 0"):
