@@ -29,8 +29,8 @@ def evaluate(model: str, tasks: str, as_json: bool, **settings: Any) -> None:
     """Compute the perplexity of a model and its bits per byte, or its results on tasks.
 
     MODEL is a run, a folder or a hub name. A run is evaluated on the text that it held out, cut as in training. The perplexity
-    is given twice: unbiased, and as the published tables compute it. With --tasks hellaswag,arc_easy the harness asks its own
-    questions.
+    is unbiased, and given once more as the published tables compute it where that means something. With --tasks
+    hellaswag,arc_easy the harness asks its own questions.
     """
     if tasks:
         return _run_tasks(model, [task for task in tasks.split(",") if task], as_json, **settings)

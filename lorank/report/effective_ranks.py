@@ -76,7 +76,7 @@ def analysis_table(results: Results) -> Table:
     found = quantities(results)
     names = short_names(dict.fromkeys(one["role"] for one in results["projections"]))
     shown = Table(
-        title=f"r({results['alpha']:g}) in percent of the width, over {results['tokens']:,} tokens",
+        title=f"r({results['alpha']:g}) in percent of the width, over {results['tokens']:,} tokens of {results['text']}",
         caption="means over blocks, then outputs by block; Y′ is Y one block before",
         title_justify="left",
         caption_justify="left",

@@ -214,16 +214,19 @@ def _hash(text: str) -> str:
 
 def card_text(card: Card) -> str:
     """README.md of a model, without the mark."""
+    base = card.recipe.start_from if card.recipe else None
     data = ModelCardData(
         library_name=card.form if card.form in ("onnx", "peft") else "transformers",
         license=card.license,
         pipeline_tag=PIPELINES.get(card.auto),
         datasets=_datasets(card.recipe) or None,
+        base_model=base if base and _name(base) == base else None,
         tags=["lorank", *(method.name for method in card.methods)],
     )
     parts = [f"---\n{data.to_yaml()}\n---\n# {card.title}, {card.parameters:,} parameters"]
     if card.corpus:
-        parts.append(f"Pre-trained from scratch with lorank on {_without_folders(card.corpus, card.recipe)}.")
+        begun = f"Trained on from {_name(base)}" if base else "Pre-trained from scratch"
+        parts.append(f"{begun} with lorank on {_without_folders(card.corpus, card.recipe)}.")
     parts += [f"## Use\n\n{_use(card)}"]
     rows = {name: value for name, value in _rows(card).items() if value}
     parts += ["## Training\n\n| | |\n|---|---|\n" + "\n".join(f"| {name} | {value} |" for name, value in rows.items())]
@@ -290,6 +293,12 @@ def _without_folders(corpus: str, recipe: Recipe | None) -> str:
         if os.path.isabs(name):
             corpus = corpus.replace(name, os.path.basename(name.rstrip("/")))
     return corpus
+
+
+def _name(place: str) -> str:
+    """Of a folder its last part and a slash, of the hub all."""
+    here = os.path.isabs(place) or os.path.exists(os.path.expanduser(place))
+    return f"{os.path.basename(place.rstrip('/'))}/" if here else place
 
 
 def citations(methods: Sequence[Method]) -> list[str]:

@@ -15,9 +15,10 @@ def test_pretrain_evaluate_generate(lorank, trained: Path, text: Path) -> None:
     code, out, _ = lorank("evaluate", trained, "--data", text, "--sequence-length", 32, "--json")
     figures = json.loads(out)
     assert code == 0 and figures["perplexity"] > 1
-    # the biased figure is lower whenever the loss is positive
-    assert figures["published_compatible_perplexity"] < figures["perplexity"]
     code, out, _ = lorank("evaluate", trained, "--data", text, "--sequence-length", 32)
+    biased = figures["published_compatible_perplexity"]  # lower whenever the loss is positive; left out for few batches
+    assert biased is None or biased < figures["perplexity"]
+    assert ("published-compatible" in out) == (biased is not None)
     assert code == 0 and "perplexity (unbiased)" in out and "bits per byte" in out
     code, first, _ = lorank("generate", trained, "--prompt", "line 1", "--max-new-tokens", 8, "--seed", 1)
     assert code == 0 and first.startswith("line 1")

@@ -47,6 +47,18 @@ def test_the_card_of_a_run_says_what_is_known(run: Path, text: Path) -> None:
     assert text.name in card.text and str(text.parent) not in card.text, "places on this machine are nobody's business"
 
 
+def test_a_model_that_was_trained_on_names_what_it_began_with(tmp_path: Path) -> None:
+    def said(base: str | None) -> str:
+        recipe = Recipe(start_from=base, tokenizer="bytes")
+        return card_text(dataclasses.replace(CARD, recipe=recipe, corpus="some texts", summary={}))
+
+    assert "Pre-trained from scratch with lorank on some texts." in said(None) and "base_model" not in said(None)
+    assert "Trained on from org/base with lorank on some texts." in (hub := said("org/base"))
+    assert "base_model: org/base" in hub
+    assert f"Trained on from {tmp_path.name}/ with lorank" in (local := said(str(tmp_path)))
+    assert str(tmp_path) not in local and "base_model" not in local
+
+
 def test_an_exported_card_is_of_what_was_exported(run: Path, tmp_path: Path) -> None:
     export(str(run), tmp_path / "dense", as_dense, license="mit")
     card = ModelCard.load(tmp_path / "dense/README.md")
