@@ -31,7 +31,7 @@ from lorank.train.export import check_folder
 from lorank.train.folder import locked, prepare_folder, write_whole
 from lorank.train.model import check_causal
 from lorank.train.saved import load_model, whole_files
-from lorank.train.text import text_of
+from lorank.train.text import keep_text, text_of
 from lorank.train.watching import tell
 from lorank.train.yamls import load
 from lorank.whole import made_whole
@@ -210,6 +210,7 @@ def compress_folder(
             model.save_pretrained(staging)
             words.save_pretrained(staging)
             names = sorted(file.name for file in staging.iterdir())
+        keep_text(job.model, out)
         write_card(out, Card.of(model, names, run=job.model, method=method_of(model)))
         write_whole(out / RESULTS, json.dumps(results))
     return results

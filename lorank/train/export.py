@@ -24,6 +24,7 @@ from lorank.train.folder import prepare_folder
 from lorank.train.push import check_push, push
 from lorank.train.recipe import check_license
 from lorank.train.saved import load_model, whole_files
+from lorank.train.text import TRAINED_ON, keep_text
 
 Write = Callable[[PreTrainedModel, Path], PreTrainedModel]
 """Writes a model to a folder in one of the formats, and returns what it wrote."""
@@ -59,6 +60,7 @@ def export(
             written = write(loaded, staging)
             reader.save_pretrained(staging)
             names = sorted(file.name for file in staging.iterdir())
+        keep_text(model, out)
         card = Card.of(written, names, run=model, method=method, license=license)
         write_card(out, dataclasses.replace(card, place=place or card.place))
     finally:
@@ -66,7 +68,8 @@ def export(
             out.rmdir()
     if place is None:
         return None
-    return push(out, [*names, NAME], place, again=f"hf upload {place} {shlex.quote(str(out))} . --private")
+    again = f"hf upload {place} {shlex.quote(str(out))} . --private --exclude {TRAINED_ON}"
+    return push(out, [*names, NAME], place, again=again)
 
 
 def check_folder(model: str, out: Path) -> None:

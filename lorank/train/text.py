@@ -2,13 +2,14 @@
 for another one."""
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any, Literal
 
 from lorank.train.data import files_of
 from lorank.train.data.sources import name_of
-from lorank.train.folder import read_recipe
+from lorank.train.folder import read_recipe, write_whole
 from lorank.train.recipe import Recipe
 
 
@@ -33,12 +34,12 @@ class Text:
     stream: bool = False
     batch_size: int = 16
     run: str | None = None
-    """The run whose recipe says this; None: not a run, or another text than its own."""
+    """The run whose recipe says this, or what was made of it; None: no run is known, or another text than its own."""
     trained_on: int = 0
     """How many of its files the run was trained on."""
 
     def __str__(self) -> str:
-        part = "held-out part of " if self.held_out or self.data == "embedded" else ""
+        part = "held-out part of " if self.held_out else "part of " if self.data == "embedded" else ""
         said = f"{part}{name_of(self.data)}" + (", as in the run's recipe" if self.run else "")
         if self.sequence_length:
             said += f", in sequences of {self.sequence_length} tokens"
@@ -56,6 +57,39 @@ def recipe_of_run(model: str) -> Recipe | None:
     return read_recipe(written) if written.exists() else None
 
 
+TRAINED_ON = "trained_on.json"
+"""Stands next to a model that was made of a run, such as an export: what the run's recipe says of its text. It names places on this
+machine, and is not pushed."""
+_OF_TEXT = (
+    *("data", "validation", "validation_tokens", "text_column", "stream", "sequence_length", "documents", "start_from"),
+    *("seed", "data_seed", "batch_size", "micro_batch_size", "eval_tokens", "eval_all_at_end"),
+)
+
+
+def keep_text(model: str, out: Path) -> None:
+    """Write to the folder `out`, of a model that was made of another one, what that one was trained on, if this is known."""
+    if (recipe := recipe_of_text(model)) is not None:
+        known = {name: getattr(recipe, name) for name in _OF_TEXT}
+        write_whole(out / TRAINED_ON, json.dumps(known, indent=2))
+
+
+def recipe_of_text(model: str) -> Recipe | None:
+    """A recipe that says what a saved model was trained on, and what was held out: a run's own, or that of the run it was made of.
+
+    Raises:
+        ValueError: there is one that cannot be read.
+    """
+    if (recipe := recipe_of_run(model)) is not None:
+        return recipe
+    kept = Path(model).expanduser() / TRAINED_ON
+    if not kept.exists():
+        return None
+    try:
+        return Recipe.from_dict(json.loads(kept.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{kept} must say what the model was trained on, as lorank wrote it, but: {error}") from None
+
+
 def limits_of(recipe: Recipe) -> tuple[int, int | None]:
     """Predicted tokens after which a run's evaluations stop: during training, and at the end. None: it reads all."""
     during = 100_000 if recipe.eval_tokens is None else recipe.eval_tokens
@@ -63,7 +97,7 @@ def limits_of(recipe: Recipe) -> tuple[int, int | None]:
 
 
 def text_of(model: str, **asked: Any) -> Text:
-    """The text for a saved model: what is asked for, by default the run's held-out text; or embedded, if there is no run.
+    """The text for a saved model: what is asked for, by default what its run held out; or embedded, if no run is known.
 
     Args:
         asked: fields of `Text`; those that are None are not asked for.
@@ -72,7 +106,7 @@ def text_of(model: str, **asked: Any) -> Text:
         ValueError: the seed would hold out another part of the run's text than training did.
     """
     asked = {name: value for name, value in asked.items() if value is not None}
-    recipe = recipe_of_run(model)
+    recipe = recipe_of_text(model)
     if recipe is None:
         return Text(**asked)
     own = _of_run(recipe, model)

@@ -11,6 +11,8 @@ import pytest
 
 from lorank.train.analysis import analyze_folder
 from lorank.train.evaluation import evaluate_folder
+from lorank.train.export import as_trained, export
+from lorank.train.folder import read_run
 from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
 from lorank.train.text import recipe_of_run, text_of
@@ -62,6 +64,23 @@ def test_a_run_on_a_stream_resumes_where_it_was(
     assert summary is not None and resumed is not None and losses(tmp_path / "part") == losses(tmp_path / "whole")
     assert resumed.validation_loss_nats_per_token == summary.validation_loss_nats_per_token
     assert evaluate_folder(str(tmp_path / "whole")).loss == summary.validation_loss_nats_per_token
+
+
+def test_an_export_is_read_on_the_text_of_its_run(run: Path, tmp_path: Path) -> None:
+    """Also when it was exported again, and it is no run that could be resumed."""
+    for model, name in ((run, "once"), (tmp_path / "once", "twice")):
+        export(str(model), tmp_path / name, as_trained)
+    found, own = evaluate_folder(str(tmp_path / "twice")), evaluate_folder(str(run))
+    assert (found.loss, found.tokens, found.text) == (own.loss, own.tokens, own.text)
+    with pytest.raises(ValueError, match=r"--seed must be 7, .* got 8: .*trained"):
+        text_of(str(tmp_path / "twice"), seed=8)
+    with pytest.raises(ValueError, match="contains no run to resume"):
+        read_run(tmp_path / "twice")
+    (tmp_path / "twice/trained_on.json").write_text("[1]")
+    with pytest.raises(ValueError, match=r"trained_on.json must say what the model was trained on"):
+        text_of(str(tmp_path / "twice"))
+    (tmp_path / "twice/trained_on.json").unlink()
+    assert str(text_of(str(tmp_path / "twice"))) == "part of embedded", "nothing says that this is held out"
 
 
 def test_analyze_reads_the_same_text(run: Path, tmp_path: Path) -> None:
