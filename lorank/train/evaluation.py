@@ -152,7 +152,7 @@ def evaluate_folder(
         text: fields of `lorank.train.text.Text`, from `data` to `batch_size`.
 
     Raises:
-        ValueError: there is no model or no text; the seed holds out what the run was trained on; the model sees the tokens it
+        ValueError: there is no model or no text; the seed, or text that has changed, holds out what the run was trained on; the model sees the tokens it
             predicts, or has weights that are not finite; or sequences are longer than its positions.
     """
     chosen = text_of(model, **text)
@@ -197,6 +197,7 @@ def text_for(
         stream=text.stream,
         seed=text.seed,
         held_out=text.held_out,
+        held_out_hash=text.held_out_hash,
         validation_tokens=text.validation_tokens,
         max_tokens=max_tokens,
     )

@@ -1,6 +1,7 @@
 """Which text a saved model is read on. A run is read on the text that it held out, cut as in training, unless the user asks
 for another one."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,6 +22,8 @@ class Text:
     """As in a recipe. Of embedded and hub data, the part that training holds out is read."""
     held_out: bool = False
     """Whether also of local files only that part is read."""
+    held_out_hash: str | None = None
+    """Of that part, as it was when the run began; None: not known, or it does not matter."""
     seed: int = 42
     """Decides which part is held out: the run's data_seed, or its seed if it has none."""
     validation_tokens: int | None = 10_000_000
@@ -60,6 +63,7 @@ def recipe_of_run(model: str) -> Recipe | None:
 TRAINED_ON = "trained_on.json"
 """Stands next to a model that was made of a run, such as an export: what the run's recipe says of its text. It names places on this
 machine, and is not pushed."""
+HASH = "held_out_hash"
 _OF_TEXT = (
     *("data", "validation", "validation_tokens", "text_column", "stream", "sequence_length", "documents", "start_from"),
     *("seed", "data_seed", "batch_size", "micro_batch_size", "eval_tokens", "eval_all_at_end"),
@@ -70,7 +74,7 @@ def keep_text(model: str, out: Path) -> None:
     """Write to the folder `out`, of a model that was made of another one, what that one was trained on, if this is known."""
     if (recipe := recipe_of_text(model)) is not None:
         known = {name: getattr(recipe, name) for name in _OF_TEXT}
-        write_whole(out / TRAINED_ON, json.dumps(known, indent=2))
+        write_whole(out / TRAINED_ON, json.dumps({**known, HASH: _hash_of(model)}, indent=2))
 
 
 def recipe_of_text(model: str) -> Recipe | None:
@@ -85,9 +89,20 @@ def recipe_of_text(model: str) -> Recipe | None:
     if not kept.exists():
         return None
     try:
-        return Recipe.from_dict(json.loads(kept.read_text(encoding="utf-8")))
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        return Recipe.from_dict({name: value for name, value in known.items() if name != HASH})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{kept} must say what the model was trained on, as lorank wrote it, but: {error}") from None
+
+
+def _hash_of(model: str) -> str | None:
+    """Of what the run of a saved model held out; None for one that began before this was written down."""
+    folder = Path(model).expanduser()
+    for file in (folder / "run.json", folder / TRAINED_ON, folder.parent / "run.json"):
+        if file.exists() and (file.parent == folder or folder.name.startswith("checkpoint-")):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                return json.loads(file.read_text(encoding="utf-8")).get(HASH)
+    return None
 
 
 def limits_of(recipe: Recipe) -> tuple[int, int | None]:
@@ -111,17 +126,20 @@ def text_of(model: str, **asked: Any) -> Text:
         return Text(**asked)
     own = _of_run(recipe, model)
     source = asked.get("data")
-    if source is not None and not any(_same(source, one) for one in (own.data, recipe.data)):
-        found = dataclasses.replace(own, data=source, held_out=False, run=None)
+    if source is not None and not _same(source, own.data):
+        found = dataclasses.replace(own, data=source, held_out=False, held_out_hash=None, run=None)
         return dataclasses.replace(found, trained_on=len(files_of(source) & files_of(recipe.data)), **asked)
-    if source is not None and _same(source, recipe.data):
-        own = dataclasses.replace(own, data=recipe.data, held_out=True)
     seed = asked.get("seed", own.seed)
     if seed != own.seed:
         raise ValueError(
             f"--seed must be {own.seed}, with which {model} held out part of data={recipe.data!r}, got {seed}: the run was trained "
             "on the part that this seed holds out; leave --seed out"
         )
+    if any(
+        asked.get(name, getattr(own, name)) != getattr(own, name)
+        for name in ("text_column", "validation_tokens", "stream")
+    ):
+        own = dataclasses.replace(own, held_out_hash=None)  # other text by intent
     return dataclasses.replace(own, **{**asked, "data": own.data})
 
 
@@ -131,6 +149,7 @@ def _of_run(recipe: Recipe, model: str) -> Text:
     return Text(
         data=recipe.validation if other else recipe.data,  # type: ignore[arg-type]
         held_out=not other,
+        held_out_hash=None if other else _hash_of(model),
         seed=recipe.split_seed,
         validation_tokens=recipe.validation_tokens,
         last_tokens=limits_of(recipe)[1],

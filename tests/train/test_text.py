@@ -83,6 +83,31 @@ def test_an_export_is_read_on_the_text_of_its_run(run: Path, tmp_path: Path) -> 
     assert str(text_of(str(tmp_path / "twice"))) == "part of embedded", "nothing says that this is held out"
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_that_has_changed_is_refused(
+    folder: Path, recipe: Callable[..., Recipe], tmp_path: Path, stream: bool
+) -> None:
+    """It would hold out what the run was trained on. A run that began before the hash was written goes on as it was."""
+    shutil.copytree(folder / "data", tmp_path / "data")
+    changes = {"data": str(tmp_path / "data"), "text_column": "body", "steps": 1, "warmup_steps": 0, "eval_every": 0}
+    pretrain(recipe(**changes, stream=stream), tmp_path / "run")
+    export(str(tmp_path / "run"), tmp_path / "export", as_trained)
+    before = evaluate_folder(str(tmp_path / "export")).loss
+    assert before == evaluate_folder(str(tmp_path / "run"), sequence_length=None).loss
+    for name in ("a", "b"):
+        with (tmp_path / f"data/{name}.jsonl").open("r+") as file:
+            rows = file.readlines()
+            file.seek(0)
+            file.writelines([*(json.dumps({"body": f"new {i}"}) + "\n" for i in range(20)), *rows])
+    for model in ("run", "export"):
+        with pytest.raises(ValueError, match=r"data=.* must be the text .* has changed since, .*trained on"):
+            evaluate_folder(str(tmp_path / model))
+    about = json.loads((tmp_path / "run/run.json").read_text())
+    del about["held_out_hash"]
+    (tmp_path / "run/run.json").write_text(json.dumps(about))
+    assert evaluate_folder(str(tmp_path / "run")).tokens
+
+
 def test_analyze_reads_the_same_text(run: Path, tmp_path: Path) -> None:
     found = analyze_folder(str(run), tmp_path / "analysis", gradient_batches=0)
     assert found["text"] == evaluate_folder(str(run)).text and found["sequence_length"] == 24
@@ -118,3 +143,4 @@ def test_validation_text_of_its_own_is_read_whole(
     (tmp_path / "recipe.yaml").write_text(Recipe(data="t.txt", data_seed=5, **recipe_says).to_yaml())
     found = text_of(str(tmp_path))
     assert (found.data, found.held_out, found.seed) == (data, held_out, 5)
+    assert text_of(str(tmp_path), data="t.txt").held_out is held_out, "else all of it was trained on"

@@ -7,18 +7,20 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from datasets import Dataset, IterableDataset
 from transformers import PreTrainedTokenizerBase
 
 from lorank.train.data.form import Documents as PerRow
 from lorank.train.data.form import Form
 from lorank.train.data.sequences import bytes_per_token_of, check_form, ids_of, make_sequences
-from lorank.train.data.sources import amount, cache_folder, is_held_out, name_of, open_data, quiet, texts_of
+from lorank.train.data.sources import Documents, amount, cache_folder, is_held_out, name_of, open_data, quiet, texts_of
 from lorank.train.data.streams import FileStream
 from lorank.train.data.tokenizers import identity, load_tokenizer
 from lorank.train.watching import told
 
 MOST_TOKENS = 10_000_000  # that are evaluated if it is not said how many
+HASHED_BYTES = 256_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Corpus:
     """UTF-8 bytes of validation text per token (tokens that end documents included), for bits per byte."""
     description: str
     """One line for humans: "embedded: 612 documents, 11.8 MB, 3.4 M tokens"."""
+    held_out: Documents | None = None
+    """The documents that were held out of the training text; None if validation has a source of its own."""
 
     @functools.cached_property
     def fill(self) -> float:
@@ -60,6 +64,25 @@ class Corpus:
         for ids in told("hashing tokens", chunks, len, sum(map(len, chunks)), "tokens"):
             digest.update(ids.astype(np.int32, copy=False).tobytes())
         return digest.hexdigest()
+
+    @functools.cached_property
+    def held_out_hash(self) -> str | None:
+        """`hash_of` what was held out of the training text, if anything was."""
+        return None if self.held_out is None else hash_of(self.held_out)
+
+
+def hash_of(documents: Documents) -> str | None:
+    """Of the first 256 MB of text, whatever reads it; None for a data set of the hub."""
+    if isinstance(documents, IterableDataset):
+        return None
+    digest, size = xxhash.xxh3_128(), 0
+    for text in texts_of(documents):
+        whole = text.encode(errors="surrogatepass")
+        digest.update(len(whole).to_bytes(8, "little") + whole)
+        size += len(whole)
+        if size >= HASHED_BYTES:
+            break
+    return digest.hexdigest()
 
 
 @quiet()
@@ -133,7 +156,8 @@ def load_corpus(
     if isinstance(rows, Dataset):
         tokens = amount(len(rows) * sequence_length, "tokens")
         description += f", {tokens if form.cut is None else f'{len(rows):,} sequences'} to train on"
-    return Corpus(tok, rows, held_out_rows, bytes_per_token_of(held_out, form, cache), description)
+    ratio = bytes_per_token_of(held_out, form, cache)
+    return Corpus(tok, rows, held_out_rows, ratio, description, held_out if validation in (None, data) else None)
 
 
 @quiet()
@@ -147,6 +171,7 @@ def load_evaluation(
     stream: bool = False,
     seed: int = 42,
     held_out: bool = False,
+    held_out_hash: str | None = None,
     validation_tokens: int | None = 10_000_000,
     max_tokens: int = 10_000_000,
     cache_dir: Path | None = None,
@@ -154,12 +179,18 @@ def load_evaluation(
     """Rows to evaluate on and their bytes per token: the validation part of embedded and hub data; of local files all, or
     if `held_out` the part that `load_corpus` holds out with the same seed and `validation_tokens`.
 
-    Rows end when `max_tokens` are predicted. Other arguments and errors are those of `load_corpus`.
+    Rows end when `max_tokens` are predicted. With `held_out_hash` it is a ValueError if what is held out is not what it was. Other
+    arguments and errors are those of `load_corpus`.
     """
     check_form(documents, sequence_length)
     cache = cache_folder(cache_dir)
     opened = open_data(data, text_column, seed, cache, validation_tokens, stream=stream)
     documents_read = opened.validation if held_out or is_held_out(data) else opened.whole
+    if held_out and held_out_hash not in (None, hash_of(documents_read)):
+        raise ValueError(
+            f"data={data!r} must be the text of which the run held out a part, but it has changed since, and the run was trained on "
+            "part of what would be held out now; restore it, or name another text with --data"
+        )
     form = Form.of(tokenizer, sequence_length, documents)
     rows = make_sequences(documents_read, form, f"the text of {name_of(data)}", cache, max_tokens)
     return rows, bytes_per_token_of(documents_read, form, cache)
