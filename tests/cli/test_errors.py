@@ -122,7 +122,7 @@ BAD = {
     ),
     "evaluation on fewer than no tokens": (
         ["pretrain", "--set", "eval_tokens=-5"],
-        "eval_tokens must be a positive integer, got -5",
+        "eval_tokens must be a positive integer or None, got -5",
     ),
     "no vocabulary": (["pretrain", "--set", "vocab_size=0"], "vocab_size must be a positive integer"),
     "a vocabulary smaller than the tokenizer's": (

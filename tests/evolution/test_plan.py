@@ -41,8 +41,20 @@ def test_a_step_includes_what_the_optimizer_does() -> None:
 def test_integers_are_planned_by_recipe_and_by_flags(in_this_process: Any) -> None:
     integers = ["weight_decay=0", "clip=0", "warmup_steps=0", "precision=fp32", "lr=1", "tokenizer=bytes"]
     settings = [word for setting in integers for word in ("--set", setting)]
+    small = [
+        "--option",
+        "population=4",
+        "--option",
+        "chunk=4",
+        "--batch-size",
+        "8",
+        "--micro-batch-size",
+        "8",
+        "--sequence-length",
+        "16",
+    ]
     for asked in (["egg"], ["--model", "lorank_egg", "--method", "eggroll+votes", *settings]):
-        code, said, error = in_this_process("plan", *asked, "--tokens", "1M", "--json")
+        code, said, error = in_this_process("plan", *asked, *small, "--tokens", "1M", "--json")
         assert code == 0, error
         (found,) = json.loads(said)["forecasts"]
         assert (found["method"], found["optimizer_flops_per_step"]) == ("eggroll+votes", 0)
