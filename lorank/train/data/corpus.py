@@ -40,7 +40,7 @@ class Corpus:
     description: str
     """One line for humans: "embedded: 612 documents, 11.8 MB, 3.4 M tokens"."""
     held_out: Documents | None = None
-    """The documents that were held out of the training text; None if validation has a source of its own."""
+    """The documents that were held out of the training text; None if `validation` is another text."""
 
     @functools.cached_property
     def fill(self) -> float:
