@@ -217,7 +217,8 @@ class Recipe:
     )
     data_seed: Seed | None = _setting(
         None,
-        "Fixes which text is held out and the trained tokenizer, so that runs of several seeds share them. Default: seed.",
+        "Fixes which text is held out and the trained tokenizer, so that runs of several seeds share them. Default: that of the run in start_from if "
+        "the data are the same, else seed.",
         shared=True,
         free=True,
     )

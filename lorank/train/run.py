@@ -57,7 +57,7 @@ from lorank.train.shape import reason_of
 from lorank.train.signals import on_stop
 from lorank.train.start import Start, started
 from lorank.train.summary import Summary, environment
-from lorank.train.text import limits_of
+from lorank.train.text import limits_of, with_split_of_start
 from lorank.train.trainer import PretrainTrainer
 from lorank.train.vocabulary import keep_vocabulary
 
@@ -93,6 +93,7 @@ def pretrain(
     """
     recipe = started(recipe)
     out, recipe = Path(out).expanduser(), absolute(recipe if resume else with_changed_defaults(resolved(recipe)))
+    recipe = _with_split(recipe, out, resume=resume)
     finished = resume and (out / "summary.json").exists() and read_json(out / "summary.json")["steps"] >= recipe.steps
     if finished and budget is None:
         raise ValueError(
@@ -157,6 +158,15 @@ def pretrain(
                 again = f"lorank export {shlex.quote(str(out))} --format trained --push-to-hub {place}"
                 push(out, [*names, NAME], place, again=again)
         return summary
+
+
+def _with_split(recipe: Recipe, out: Path, *, resume: bool) -> Recipe:
+    """The recipe with the split of the run that it starts from, or with the one that it began with."""
+    if not resume:
+        return with_split_of_start(recipe)
+    if recipe.start_from is None or recipe.data_seed is not None or not (out / "recipe.yaml").exists():
+        return recipe
+    return dataclasses.replace(recipe, data_seed=read_recipe(out / "recipe.yaml").data_seed)
 
 
 def _text_and_shape(

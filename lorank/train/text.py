@@ -39,7 +39,7 @@ class Text:
     run: str | None = None
     """The run whose recipe says this, or what was made of it; None: no run is known, or another text than its own."""
     trained_on: int = 0
-    """How many of its files the run was trained on."""
+    """How many of its files the run, or one that it started from, was trained on."""
 
     def __str__(self) -> str:
         part = "held-out part of " if self.held_out else "part of " if self.data == "embedded" else ""
@@ -47,7 +47,7 @@ class Text:
         if self.sequence_length:
             said += f", in sequences of {self.sequence_length} tokens"
         if self.trained_on:
-            said += f" (the run was trained on most of {self.trained_on} of its files, so these figures are too good)"
+            said += f" (the run, or one that it started from, was trained on most of {self.trained_on} of its files, so these figures are too good)"
         return said
 
 
@@ -128,19 +128,57 @@ def text_of(model: str, **asked: Any) -> Text:
     source = asked.get("data")
     if source is not None and not _same(source, own.data):
         found = dataclasses.replace(own, data=source, held_out=False, held_out_hash=None, run=None)
-        return dataclasses.replace(found, trained_on=len(files_of(source) & files_of(recipe.data)), **asked)
+        trained_on = len(files_of(source) & files_of(recipe.data)) or _trained_before(recipe, found)
+        return dataclasses.replace(found, trained_on=trained_on, **asked)
     seed = asked.get("seed", own.seed)
     if seed != own.seed:
         raise ValueError(
             f"--seed must be {own.seed}, with which {model} held out part of data={recipe.data!r}, got {seed}: the run was trained "
             "on the part that this seed holds out; leave --seed out"
         )
-    if any(
-        asked.get(name, getattr(own, name)) != getattr(own, name)
-        for name in ("text_column", "validation_tokens", "stream")
-    ):
+    if any(asked.get(name, getattr(own, name)) != getattr(own, name) for name in DECIDE):
         own = dataclasses.replace(own, held_out_hash=None)  # other text by intent
+    own = dataclasses.replace(own, trained_on=_trained_before(recipe, own))
     return dataclasses.replace(own, **{**asked, "data": own.data})
+
+
+def with_split_of_start(recipe: Recipe) -> Recipe:
+    """A recipe that starts from a run on the same text, with the split of that run, unless it says another: what that run was trained on is
+    not held out then."""
+    base = recipe_of_text(recipe.start_from) if recipe.start_from is not None else None
+    if base is None or recipe.data_seed is not None or not _same(recipe.data, base.data):
+        return recipe
+    return dataclasses.replace(recipe, data_seed=base.split_seed)
+
+
+def _trained_before(recipe: Recipe, text: Text) -> int:
+    """How many files of a text the runs were trained on that this one started from, if they did not hold out the same part."""
+    seen, found = set[str](), set[Path]()
+    while (start := recipe.start_from) is not None and start not in seen:
+        seen.add(start)
+        try:
+            base = recipe_of_text(start)
+        except ValueError:  # it was changed, and is not what is asked about
+            base = None
+        if base is None:
+            break
+        recipe = base
+        if not _same_part(text, _of_run(base, start)):
+            found |= files_of(text.data) & files_of(base.data)
+    return len(found)
+
+
+def _same_part(one: Text, other: Text) -> bool:
+    """Whether two texts are the same held-out part of the same data."""
+    if not (one.held_out and other.held_out and _same(one.data, other.data)):
+        return False
+    if one.held_out_hash is not None and other.held_out_hash is not None:
+        return one.held_out_hash == other.held_out_hash
+    return all(getattr(one, name) == getattr(other, name) for name in ("seed", *DECIDE))
+
+
+DECIDE = ("text_column", "validation_tokens", "stream")
+"""What decides, besides the seed, what is held out of data."""
 
 
 def _of_run(recipe: Recipe, model: str) -> Text:

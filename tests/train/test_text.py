@@ -108,6 +108,32 @@ def test_text_that_has_changed_is_refused(
     assert evaluate_folder(str(tmp_path / "run")).tokens
 
 
+def test_a_run_that_starts_from_another_holds_out_the_same(run: Path, tmp_path: Path) -> None:
+    """With a split of its own it holds out what that one was trained on, which is said."""
+    changes: dict[str, Any] = {
+        "data": str(run.parent / "data"),
+        "text_column": "body",
+        "validation_tokens": 120,
+        "seed": 3,
+    }
+    changes |= {"steps": 2, "warmup_steps": 1, "eval_every": 0, "sequence_length": 24, "batch_size": 4}
+    asked = Recipe(start_from=str(run), save_every=1, **changes)
+    pretrain(asked, tmp_path / "tuned")
+    found, own = text_of(str(tmp_path / "tuned")), text_of(str(run))
+    assert (found.seed, found.held_out_hash, found.trained_on) == (7, own.held_out_hash, 0) and own.held_out_hash
+    for name in ("summary.json", "model.safetensors"):
+        (tmp_path / "tuned" / name).unlink()
+    shutil.rmtree(tmp_path / "tuned/checkpoint-2")
+    assert pretrain(asked, tmp_path / "tuned", resume=True), "it goes on with the split with which it began"
+    pretrain(dataclasses.replace(asked, data_seed=3, save_every=0), tmp_path / "other")
+    pretrain(dataclasses.replace(asked, start_from=str(tmp_path / "other"), save_every=0), tmp_path / "third")
+    for name in ("other", "third"):
+        said = evaluate_folder(str(tmp_path / name)).text
+        assert said and "one that it started from, was trained on most of 2 of its files" in said
+    apart = text_of(str(tmp_path / "other"), data=str(run.parent / "other.jsonl"))
+    assert (apart.trained_on, text_of(str(run)).trained_on) == (0, 0)
+
+
 def test_analyze_reads_the_same_text(run: Path, tmp_path: Path) -> None:
     found = analyze_folder(str(run), tmp_path / "analysis", gradient_batches=0)
     assert found["text"] == evaluate_folder(str(run)).text and found["sequence_length"] == 24
