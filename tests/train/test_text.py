@@ -109,7 +109,7 @@ def test_text_that_has_changed_is_refused(
 
 
 def test_a_run_that_starts_from_another_holds_out_the_same(run: Path, tmp_path: Path) -> None:
-    """With a split of its own it holds out what that one was trained on, which is said."""
+    """With another split it holds out what that one was trained on, which is said."""
     changes: dict[str, Any] = {
         "data": str(run.parent / "data"),
         "text_column": "body",
