@@ -42,7 +42,10 @@ def evaluate(model: str, tasks: str, as_json: bool, **settings: Any) -> None:
     with shown_work():
         found = evaluate_folder(model, **settings)
     if as_json:
-        click.echo(json.dumps({"text": found.text, **found.to_dict()}, indent=2))
+        figures = found.to_dict()
+        if not found.is_comparable:
+            figures["published_compatible_perplexity"] = None
+        click.echo(json.dumps({"text": found.text, **figures}, indent=2))
     else:
         console.print(evaluation_table(found), highlight=False)
 

@@ -67,12 +67,11 @@ class Evaluation(NamedTuple):
         return self.loss / math.log(2) / self.bytes_per_token if self.bytes_per_token else None
 
     def to_dict(self) -> dict[str, float | None]:
-        """The figures by name; the published-compatible one is None where it means nothing."""
         return {
             "loss_nats_per_token": self.loss,
             "perplexity": self.perplexity,
             "bits_per_byte": self.bits_per_byte,
-            "published_compatible_perplexity": self.published_compatible_perplexity if self.is_comparable else None,
+            "published_compatible_perplexity": self.published_compatible_perplexity,
             "tokens": self.tokens,
             "batches": self.batches,
         }
