@@ -224,9 +224,14 @@ def with_structure(name: str) -> str:
     return f"{structure}+{name}" if structure else name
 
 
+def on_any_model(names: list[str]) -> list[str]:
+    """Those that are not for one type of model alone."""
+    return [name for name in names if not hasattr(find(name), "model_type")]
+
+
 def usage(names: list[str]) -> str:
     """How each is run and how it is called; every block is executed by the tests."""
-    usual = [name for name in names if not hasattr(find(name), "model_type")]
+    usual = on_any_model(names)
     shell = [f"lorank pretrain --method {with_structure(name)}" for name in usual if not find(name).adapts]
     if not usual:  # it is for models that a recipe builds
         shell = [f"lorank pretrain {path.stem}" for path, recipe in shipped().items() if uses(recipe, names)]
@@ -282,7 +287,7 @@ def options(names: list[str]) -> str:
 def cost(names: list[str]) -> str:
     """What `lorank plan` prints for the 60M shape."""
     alone = " --devices 1" if find(names[0]).key == "gradient" else ""
-    usual = [name for name in names if not hasattr(find(name), "model_type")]
+    usual = on_any_model(names)
     if not usual:
         return ""
     command = f"lorank plan --size 60m --method {','.join(['dense', *map(with_structure, usual)])}{alone}"

@@ -184,6 +184,11 @@ def measure_step(model: nn.Module, build: Callable[[nn.Module], Optimizer]) -> S
         return Step(meter.now, meter.most)
 
 
+def held_bytes(model: nn.Module) -> int:
+    """What a model's parameters and buffers take, each once."""
+    return sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+
+
 def rests_bytes(model: nn.Module) -> int:
     """What hooks keep of 16-bit weights that they edit in place (`lorank.rounding`): ReLoRA, SwitchLoRA and SST in bf16."""
     return sum(getattr(module, "rest_bytes", 0) for module in model.modules())
@@ -222,7 +227,7 @@ def memory_estimate(
         padded=padded,
         kept_gradients=kept_gradients,
     )
-    held = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+    held = held_bytes(model)
     peak, when = held + (moments if step is None else step.kept_bytes) + found.most_bytes, found.when
     if step is not None and held + step.most_bytes > peak:
         peak, when = held + step.most_bytes, "step"

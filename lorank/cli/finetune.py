@@ -4,7 +4,17 @@ from typing import Any
 
 import click
 
-from lorank.cli.flags import LONGEST, SETTINGS, Folder, InGroups, changes_of, recipe_flags, recipe_of, split_budget
+from lorank.cli.flags import (
+    LONGEST,
+    SETTINGS,
+    Folder,
+    InGroups,
+    changes_of,
+    recipe_flags,
+    recipe_of,
+    resume_flag,
+    split_budget,
+)
 from lorank.cli.pretrain import resumed, show_plan, train
 
 OWN = {"start_from": "MODEL", "size": "MODEL", "model": "MODEL", "method": "--method", "data": "--data"}
@@ -49,13 +59,7 @@ DEFAULTS = {
     "with that weight.",
 )
 @click.option("--out", type=Folder(), default=None, help="Folder of the run.", show_default="runs/METHOD-MODEL")
-@click.option(
-    "--resume",
-    type=Folder(),
-    metavar="RUN",
-    default=None,
-    help="Continue this run from its newest checkpoint, exactly as it began; or with --steps or the like, train it for more.",
-)
+@resume_flag
 @click.option("--dry-run", is_flag=True, help="Print what would be trained, parameters, memory and tokens, and stop.")
 def finetune(
     model: str | None,

@@ -123,6 +123,15 @@ class Assignments(click.Option):
         return f"--set {name}.NAME=VALUE" if name in field_types(Recipe) else None
 
 
+resume_flag = click.option(
+    "--resume",
+    type=Folder(),
+    metavar="RUN",
+    default=None,
+    help="Continue this run from its newest checkpoint, exactly as it began; or with --steps or the like, train it for more.",
+)
+
+
 def recipe_flags(
     *, own: Mapping[str, str] | None = None, only: Mapping[str, Any] | None = None
 ) -> Callable[[Any], Any]:

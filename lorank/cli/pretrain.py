@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from lorank.cli.flags import BUDGETS, SETTINGS, Folder, InGroups, changes_of, recipe_flags, recipe_of, split_budget
+from lorank.cli.flags import (
+    BUDGETS,
+    SETTINGS,
+    Folder,
+    InGroups,
+    changes_of,
+    recipe_flags,
+    recipe_of,
+    resume_flag,
+    split_budget,
+)
 
 if TYPE_CHECKING:
     from lorank.train.budget import Budget
@@ -20,13 +30,7 @@ if TYPE_CHECKING:
 @click.argument("recipe", required=False)
 @recipe_flags()
 @click.option("--out", type=Folder(), default=None, help="Folder of the run.", show_default="runs/METHOD-SIZE")
-@click.option(
-    "--resume",
-    type=Folder(),
-    metavar="RUN",
-    default=None,
-    help="Continue this run from its newest checkpoint, exactly as it began; or with --steps or the like, train it for more.",
-)
+@resume_flag
 @click.option(
     "--dry-run",
     is_flag=True,

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lorank.accounting import Memory
+from lorank.accounting import Memory, held_bytes
 
 
 def in_words(estimate: Any, batch_size: int, sequence_length: int, *, rank: int, per_entry: int = 1) -> str:
@@ -31,5 +31,4 @@ def step_memory(
 ) -> Memory:
     """Of a step that keeps no activations and holds at most `most` bytes besides weights and optimizer state."""
     weights = sum(t.numel() * t.element_size() for t in set(model.state_dict(keep_vars=True).values()))
-    held = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
-    return Memory(weights, gradients, optimizer_bytes, 0, held + optimizer_bytes + most, when)
+    return Memory(weights, gradients, optimizer_bytes, 0, held_bytes(model) + optimizer_bytes + most, when)

@@ -57,7 +57,7 @@ def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts
             optimizer_bytes=optimizer_bytes(recipe, model),
             autocast=recipe.precision == "bf16",
         )
-        weights = sum(t.numel() * t.element_size() for t in {*model.parameters(), *model.buffers()})
+        weights = accounting.held_bytes(model)
         if weights + step.most_bytes > held.peak_bytes:
             held = held._replace(peak_bytes=weights + step.most_bytes, peak_when="step")
         tokens = recipe.batch_size * recipe.sequence_length
