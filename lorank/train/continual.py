@@ -32,12 +32,15 @@ from lorank.loop import lr_schedule, next_task, optimizer, step_hook
 from lorank.loss import next_token_loss
 from lorank.method import Method, seeded_generator
 from lorank.table import find, method_names
-from lorank.train.data import collate
-from lorank.train.data.corpus import Corpus, load_corpus
+from lorank.train.data import cache_folder, collate
+from lorank.train.data.corpus import Corpus, hash_of, load_corpus
+from lorank.train.data.sources import open_data
 from lorank.train.evaluation import evaluate
 from lorank.train.folder import read_json, write_whole
 from lorank.train.model import check_causal, check_positions
+from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model, save_model
+from lorank.train.text import write_text
 from lorank.train.watching import tell
 
 FULL = "full"
@@ -158,6 +161,7 @@ def continual(
             if save:
                 (out / f"{name}-{seed}").mkdir(exist_ok=True)
                 save_model(trained, tokenizer, out / f"{name}-{seed}")
+                _write_text(model, tasks, settings, out / f"{name}-{seed}")
             done.append(stream)
             results = {**asked, "streams": [one.to_dict() for one in done]}
             write_whole(out / FILE, json.dumps(results, indent=1))
@@ -257,6 +261,15 @@ def _corpus(task: str, model: str, settings: Settings) -> Corpus:
             f"task {task!r} must be local text that fills a batch of {settings.batch_size} sequences, got {rows}"
         )
     return corpus
+
+
+def _write_text(model: str, tasks: Sequence[str], settings: Settings, out: Path) -> None:
+    """Write next to a trained model what it was trained on, and what was held out."""
+    data = [*tasks] if len(tasks) > 1 else tasks[0]
+    read = {"sequence_length": settings.sequence_length, "text_column": settings.text_column}
+    recipe = Recipe(data=data, start_from=model, batch_size=settings.batch_size, **read)  # type: ignore[arg-type]
+    opened = open_data(data, recipe.text_column, recipe.split_seed, cache_folder(), recipe.validation_tokens)
+    write_text(recipe, out, hash_of(opened.validation), opened.digests)
 
 
 def method_named(name: str, options: Mapping[str, Any]) -> Method | None:

@@ -51,6 +51,7 @@ def environment(corpus: Corpus) -> dict[str, Any]:
         "corpus": corpus.description,
         "data_hash": corpus.hash,
         "held_out_hash": corpus.held_out_hash,
+        "files": corpus.files,
         "python": platform.python_version(),
         "packages": {"lorank": lorank.__version__, **{name: version(name) for name in packages}},
         "device": torch.cuda.get_device_name()

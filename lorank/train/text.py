@@ -5,12 +5,13 @@ import contextlib
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from lorank.train.data import files_of
+from lorank.train.data import files_of, same_content
 from lorank.train.data.sources import name_of
-from lorank.train.folder import read_recipe, write_whole
+from lorank.train.folder import absolute, read_recipe, write_whole
 from lorank.train.recipe import Recipe
 
 
@@ -63,7 +64,8 @@ def recipe_of_run(model: str) -> Recipe | None:
 TRAINED_ON = "trained_on.json"
 """Stands next to a model that was made of a run, such as an export: what the run's recipe says of its text. It names places on this
 machine, and is not pushed."""
-HASH = "held_out_hash"
+HASH, FILES = "held_out_hash", "files"
+"""What run.json and `TRAINED_ON` know besides: what was held out, and the contents of files that were trained on."""
 _OF_TEXT = (
     *("data", "validation", "validation_tokens", "text_column", "stream", "sequence_length", "documents", "start_from"),
     *("seed", "data_seed", "batch_size", "micro_batch_size", "eval_tokens", "eval_all_at_end"),
@@ -73,8 +75,13 @@ _OF_TEXT = (
 def keep_text(model: str, out: Path) -> None:
     """Write to the folder `out`, of a model that was made of another one, what that one was trained on, if this is known."""
     if (recipe := recipe_of_text(model)) is not None:
-        known = {name: getattr(recipe, name) for name in _OF_TEXT}
-        write_whole(out / TRAINED_ON, json.dumps({**known, HASH: _hash_of(model)}, indent=2))
+        write_text(recipe, out, _known_of(model, HASH), _known_of(model, FILES) or ())
+
+
+def write_text(recipe: Recipe, out: Path, held_out_hash: str | None, files: Iterable[str]) -> None:
+    """Write to the folder `out` of a model what it was trained on: what a recipe says, and digests of files."""
+    known = {name: getattr(absolute(recipe), name) for name in _OF_TEXT}
+    write_whole(out / TRAINED_ON, json.dumps({**known, HASH: held_out_hash, FILES: [*files]}, indent=2))
 
 
 def recipe_of_text(model: str) -> Recipe | None:
@@ -90,18 +97,18 @@ def recipe_of_text(model: str) -> Recipe | None:
         return None
     try:
         known = json.loads(kept.read_text(encoding="utf-8"))
-        return Recipe.from_dict({name: value for name, value in known.items() if name != HASH})
+        return Recipe.from_dict({name: value for name, value in known.items() if name not in (HASH, FILES)})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{kept} must say what the model was trained on, as lorank wrote it, but: {error}") from None
 
 
-def _hash_of(model: str) -> str | None:
-    """Of what the run of a saved model held out; None for one that began before this was written down."""
+def _known_of(model: str, name: str) -> Any:
+    """`HASH` or `FILES` of the run of a saved model; None for one that began before this was written down."""
     folder = Path(model).expanduser()
     for file in (folder / "run.json", folder / TRAINED_ON, folder.parent / "run.json"):
         if file.exists() and (file.parent == folder or folder.name.startswith("checkpoint-")):
             with contextlib.suppress(OSError, ValueError, AttributeError):
-                return json.loads(file.read_text(encoding="utf-8")).get(HASH)
+                return json.loads(file.read_text(encoding="utf-8")).get(name)
     return None
 
 
@@ -128,7 +135,7 @@ def text_of(model: str, **asked: Any) -> Text:
     source = asked.get("data")
     if source is not None and not _same(source, own.data):
         found = dataclasses.replace(own, data=source, held_out=False, held_out_hash=None, run=None)
-        trained_on = len(files_of(source) & files_of(recipe.data)) or _trained_before(recipe, found)
+        trained_on = len(_seen(source, recipe, model)) or _trained_before(recipe, found)
         return dataclasses.replace(found, trained_on=trained_on, **asked)
     seed = asked.get("seed", own.seed)
     if seed != own.seed:
@@ -164,8 +171,16 @@ def _trained_before(recipe: Recipe, text: Text) -> int:
             break
         recipe = base
         if not _same_part(text, _of_run(base, start)):
-            found |= files_of(text.data) & files_of(base.data)
+            found |= _seen(text.data, base, start)
     return len(found)
+
+
+def _seen(source: str | list[str], recipe: Recipe, model: str) -> set[Path]:
+    """The files of a source that a model's run was trained on, or copies of which."""
+    ours, theirs = files_of(source), files_of(recipe.data)
+    with contextlib.suppress(OSError):  # of a file that cannot be read
+        return (ours & theirs) | same_content(ours - theirs, theirs, _known_of(model, FILES) or ())
+    return ours & theirs
 
 
 def _same_part(one: Text, other: Text) -> bool:
@@ -187,7 +202,7 @@ def _of_run(recipe: Recipe, model: str) -> Text:
     return Text(
         data=recipe.validation if other else recipe.data,  # type: ignore[arg-type]
         held_out=not other,
-        held_out_hash=None if other else _hash_of(model),
+        held_out_hash=None if other else _known_of(model, HASH),
         seed=recipe.split_seed,
         validation_tokens=recipe.validation_tokens,
         last_tokens=limits_of(recipe)[1],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from transformers import BartConfig, BartForCausalLM, LlamaConfig, LlamaForCausa
 from lorank.train import continual as streams
 from lorank.train.continual import Settings, Stream, continual
 from lorank.train.data.tokenizers import byte_tokenizer
+from lorank.train.evaluation import evaluate_folder
+from lorank.train.text import TRAINED_ON, text_of
 
 LOSSES = [[4.0, 5.0, 6.0], [2.0, 4.5, 6.5], [2.5, 1.0, 6.25], [3.0, 0.5, 2.0]]
 QUICK = Settings(steps=3, batch_size=4, sequence_length=16, eval_tokens=200)
@@ -53,6 +56,17 @@ def test_a_stream_is_trained_once(base: Path, tmp_path: Path, monkeypatch: pytes
     assert len(found[0].losses) == 3 and all(one.learned > 0 for one in found)
     assert found[0].trained == 4 * 2 * (4 * 64 + 3 * 96) < found[1].trained == found[1].parameters
     assert json.loads((tmp_path / "moram-0" / "config.json").read_text())["lorank"]["arguments"]["tasks"] == 2
+    corpora = [streams._corpus(task, str(base), QUICK) for task in tasks]
+    held_out = sum(len(corpus.validation) for corpus in corpora)
+    text = text_of(str(tmp_path / "full-0"))
+    assert (
+        text.data == tasks
+        and text.held_out
+        and len(json.loads((tmp_path / "full-0" / TRAINED_ON).read_text())["files"]) == 2
+    )
+    assert evaluate_folder(str(tmp_path / "full-0")).tokens == held_out * 15, "of both tasks what was held out"
+    shutil.copy(tasks[0], tmp_path / "copy.jsonl")
+    assert text_of(str(tmp_path / "full-0"), data=str(tmp_path / "copy.jsonl")).trained_on == 1
     monkeypatch.setattr(streams, "run_stream", None)
     assert continual(str(base), tasks, ["full", "moram"], tmp_path, **given) == found
     with pytest.raises(ValueError, match=r"has results of steps=3, got 4; choose another folder"):

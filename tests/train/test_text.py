@@ -18,6 +18,7 @@ from lorank.train.run import pretrain
 from lorank.train.text import recipe_of_run, text_of
 
 pytestmark = pytest.mark.usefixtures("quick")
+ROWS_AS_LINES = '{"body": "one more"}\n'
 ROWS = [{"body": f"row {i} says {i * i} in {'abc'[i % 3]} and {i % 7}"} for i in range(300)]
 
 
@@ -157,6 +158,28 @@ def test_text_that_was_trained_on_is_refused_or_said(run: Path) -> None:
     part = text_of(str(run), data=str(run.parent / "data/b.jsonl"))
     assert part.trained_on == 1 and "trained on most of 1 of its files" in str(part)
     assert text_of(str(run), data=str(run.parent / "*.jsonl")).trained_on == 0
+
+
+def test_a_copy_of_text_that_was_trained_on_is_said(run: Path, tmp_path: Path) -> None:
+    """By what it contains, under any name: next to the run's text, and where only the run or its export remains."""
+    trained, copy = run.parent / "data/a.jsonl", tmp_path / "copies/renamed.jsonl"
+    copy.parent.mkdir()
+    shutil.copy(trained, copy)
+    (copy.parent / "longer.jsonl").write_text(trained.read_text() + ROWS_AS_LINES)
+    (copy.parent / "empty.jsonl").write_text("")
+    assert text_of(str(run), data=str(copy.parent)).trained_on == 1
+    export(str(run), tmp_path / "export", as_trained)
+    for model in (run, tmp_path / "export"):
+        shutil.copytree(model, moved := tmp_path / f"moved {model.name}")
+        for name in ("recipe.yaml", "trained_on.json"):
+            if (moved / name).exists():  # as if on another machine
+                told = (moved / name).read_text()
+                (moved / name).write_text(told.replace(str(run.parent), "/elsewhere"))
+        assert "trained on most of 1 of its files" in str(text_of(str(moved), data=str(copy.parent)))
+    about = json.loads((moved := tmp_path / "moved run/run.json").read_text())
+    assert len(about.pop("files")) == 2
+    moved.write_text(json.dumps(about))
+    assert text_of(str(moved.parent), data=str(copy)).trained_on == 0, "a run of an earlier lorank, without its text"
 
 
 @pytest.mark.parametrize(

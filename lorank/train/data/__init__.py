@@ -8,6 +8,7 @@ No document is on both sides of the split. Packing loses only the tokens that do
 """
 
 from lorank.train.data.corpus import Corpus, load_corpus, load_evaluation
+from lorank.train.data.documents import same_content
 from lorank.train.data.form import end_of
 from lorank.train.data.sequences import check_ids, collate
 from lorank.train.data.sources import cache_folder, files_of
@@ -27,4 +28,5 @@ __all__ = [
     "load_tokenizer",
     "padding_id",
     "rows_of",
+    "same_content",
 ]

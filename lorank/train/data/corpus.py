@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lorank.train.watching import told
 
 MOST_TOKENS = 10_000_000  # that are evaluated if it is not said how many
 HASHED_BYTES = 256_000_000
+MOST_FILES = 1000  # by whose contents text is recognised
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Corpus:
     """One line for humans: "embedded: 612 documents, 11.8 MB, 3.4 M tokens"."""
     held_out: Documents | None = None
     """The documents that were held out of the training text; None if `validation` is another text."""
+    files: Sequence[str] = ()
+    """Digests of the contents of the files that are trained on, 1,000 at most; none of a stream."""
 
     @functools.cached_property
     def fill(self) -> float:
@@ -157,7 +161,9 @@ def load_corpus(
         tokens = amount(len(rows) * sequence_length, "tokens")
         description += f", {tokens if form.cut is None else f'{len(rows):,} sequences'} to train on"
     ratio = bytes_per_token_of(held_out, form, cache)
-    return Corpus(tok, rows, held_out_rows, ratio, description, held_out if validation in (None, data) else None)
+    apart = validation not in (None, data)
+    files = sorted(source.digests)[:MOST_FILES]
+    return Corpus(tok, rows, held_out_rows, ratio, description, None if apart else held_out, files)
 
 
 @quiet()

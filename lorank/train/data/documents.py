@@ -42,6 +42,8 @@ class Group(NamedTuple):
     files: list[Path]
     states: list[list[int]]
     """What they were like just before they were hashed."""
+    digests: list[str]
+    """Of their contents."""
     column: str
     key: str
     folder: Path
@@ -95,8 +97,8 @@ class Group(NamedTuple):
         return found
 
 
-def read_documents(files: Sequence[Path], column: str, cache: Path) -> tuple[Dataset, Tally]:
-    """The documents of files in their order, one column, text; and what was read and left out.
+def read_documents(files: Sequence[Path], column: str, cache: Path) -> tuple[Dataset, Tally, list[str]]:
+    """The documents of files in their order, one column, text; what was read and left out; and the digests of the files' contents.
 
     Raises:
         ValueError: a file holds no text, or not where it was looked for.
@@ -116,7 +118,8 @@ def read_documents(files: Sequence[Path], column: str, cache: Path) -> tuple[Dat
             raise OSError(f"the disk of the cache {cache} is full; free some space or set XDG_CACHE_HOME") from error
         raise
     tallies = [Tally(**json.loads(group.counts.read_text())) for group in groups]
-    return datasets.concatenate_datasets([group.documents() for group in groups]), sum(tallies, Tally())
+    documents = datasets.concatenate_datasets([group.documents() for group in groups])
+    return documents, sum(tallies, Tally()), [digest for group in groups for digest in group.digests]
 
 
 def _groups(files: Sequence[Path], column: str, folder: Path) -> Iterator[Group]:
@@ -128,7 +131,7 @@ def _groups(files: Sequence[Path], column: str, folder: Path) -> Iterator[Group]
             contents.append((kind_of(file), file.suffix.lower(), _digest(file, hashed, total)))
             hashed += states[-1][0]
         key = hashlib.blake2b(repr((VERSION, column, contents)).encode(), digest_size=16).hexdigest()
-        yield Group(some, states, column, key, folder)
+        yield Group(some, states, [digest for _, _, digest in contents], column, key, folder)
 
 
 def _divided(files: Iterable[Path]) -> Iterator[list[Path]]:
@@ -142,6 +145,15 @@ def _divided(files: Iterable[Path]) -> Iterator[list[Path]]:
             group, size = [], 0
     if group:
         yield group
+
+
+def same_content(files: Iterable[Path], others: Iterable[Path], digests: Iterable[str] = ()) -> set[Path]:
+    """Those of some files whose content is that of one of the others, or has one of these digests. Empty files are left out."""
+    sizes = {file: file.stat().st_size for file in files}
+    wanted = {size for size in sizes.values() if size}
+    alike = [file for file in others if file.stat().st_size in wanted]
+    known = {*digests, *(_digest(file, 0, file.stat().st_size) for file in alike)}
+    return {file for file, size in sizes.items() if size and known and _digest(file, 0, size) in known}
 
 
 def _digest(file: Path, done: int, total: int) -> str:

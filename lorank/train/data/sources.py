@@ -37,6 +37,8 @@ class Source(NamedTuple):
     train: Documents
     validation: Documents
     description: str
+    digests: list[str]
+    """Of the contents of files; none of a stream and of embedded ones."""
 
 
 def open_data(
@@ -68,7 +70,7 @@ def open_source(source: str, text_column: str, seed: int, cache: Path, validatio
     files, left = (embedded_files(), 0) if source == "embedded" else local_files(source)
     kinds = list(dict.fromkeys(kind_of(file) for file in files if file.stat().st_size))
     files.sort(key=lambda file: kinds.index(kind_of(file)) if kind_of(file) in kinds else len(kinds))
-    documents, tally = read_documents(files, text_column, cache)
+    documents, tally, digests = read_documents(files, text_column, cache)
     sizes = pyarrow.compute.binary_length(documents.data.column("text")).to_numpy()  # bytes [documents]
     order = np.random.default_rng(seed).permutation(len(sizes))
     if not order.size:
@@ -77,7 +79,9 @@ def open_source(source: str, text_column: str, seed: int, cache: Path, validatio
     description = f"{source}: {_counted(tally.documents, 'document')}, {amount(tally.bytes, 'B')}"
     if source != "embedded":
         description += _said(tally, left)
-    return Source(documents, *_split(documents, sizes, validation_tokens), description)
+    return Source(
+        documents, *_split(documents, sizes, validation_tokens), description, digests if source != "embedded" else []
+    )
 
 
 def _open_stream(source: str, text_column: str, seed: int, validation_tokens: int | None) -> Source:
@@ -90,7 +94,7 @@ def _open_stream(source: str, text_column: str, seed: int, validation_tokens: in
         VALIDATION_SHARE if validation_tokens is None else min(VALIDATION_SHARE, LONG_TOKEN * validation_tokens / total)
     )
     said = f"{source}: {_counted(len(files), 'file')}, {amount(total, 'B')}, streamed{_said(Tally(), left)}"
-    return Source(*streams_of(files, text_column, seed, share), said)
+    return Source(*streams_of(files, text_column, seed, share), said, [])
 
 
 def open_sources(
@@ -124,9 +128,8 @@ def open_sources(
             [getattr(one, side) for one, _ in opened] for side in ("whole", "train", "validation")
         )
         weights = [weight for _, weight in opened]
-        return Source(
-            mixed(whole, weights, seed), mixed(train, weights, seed), mixed(validation, [1.0] * len(opened), seed), said
-        )
+        sides = mixed(whole, weights, seed), mixed(train, weights, seed), mixed(validation, [1.0] * len(opened), seed)
+        return Source(*sides, said, [])
     parts = {
         "whole": [_as_often(one.whole, weight) for one, weight in opened],
         "train": [_as_often(one.train, weight) for one, weight in opened],
@@ -136,7 +139,7 @@ def open_sources(
     for part, documents in parts.items():
         every = datasets.concatenate_datasets(documents)
         joined[part] = every.select(np.random.default_rng(seed).permutation(len(every)))
-    return Source(**joined, description=said)
+    return Source(**joined, description=said, digests=[digest for one, _ in opened for digest in one.digests])
 
 
 def weighted(source: str) -> tuple[str, float]:
@@ -240,7 +243,7 @@ def _open_hub(source: str, text_column: str, seed: int) -> Source:
         count = max(1, int(VALIDATION_SHARE * seen))
         train, validation = whole.skip(count), whole.take(count)
     whole, train = (stream.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER) for stream in (whole, train))
-    return Source(whole, train, validation, f"{source}: streamed")
+    return Source(whole, train, validation, f"{source}: streamed", [])
 
 
 def texts_of(documents: Documents) -> Iterator[str]:
