@@ -95,12 +95,13 @@ def method_names(key: str | None = None) -> list[str]:
 
 
 def names_joined(text: str) -> list[str]:
-    """The names in "cola+galore"; ValueError for one that is empty or stands there twice."""
+    """The names in "cola+galore"; ValueError for one that is empty or stands there twice, or if commas are between them."""
     names = text.split("+")
     if "," in text:
-        raise ValueError(
-            f"methods must be joined by '+', got {text!r}; use {text.replace(',', '+')!r} for one model with all of them"
-        )
+        listed = [name for part in names for name in part.split(",") if name]
+        one = len({find(name).key for name in listed}) == len(listed) > 1
+        way = f"use {'+'.join(listed)!r} for one model with all of them" if one else "train a model with each"
+        raise ValueError(f"methods must be joined by '+', got {text!r}; {way}")
     if "" in names or len(set(names)) < len(names):
         raise ValueError(f"a method must be a name, or different names joined by '+', got {text!r}")
     return names

@@ -19,10 +19,15 @@ def defaults(model: str, method: str | None = None) -> dict[str, Any]:
         method: as in a recipe, or with "full" for all weights. Default: the model's own, or a LoRA for a dense one.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: there is no such model, or it cannot have this method.
     """
     own = method_of_start(model)
-    names = names_joined(method or ("lora" if own == "dense" else own))
+    names = _names(method, "lora" if own == "dense" else own)
+    if FULL in names and find(own).adapts:
+        raise ValueError(
+            f"method must be left out for {model}, got {FULL}: it has {own}, under which the weights are frozen; lorank export --format "
+            "dense merges it"
+        )
     names = [own if name == FULL else name for name in names]
     first = names[0]
     usual = RATE if find(first).adapts else RATES[FULL]
@@ -35,3 +40,20 @@ def defaults(model: str, method: str | None = None) -> dict[str, Any]:
         "clip": 1.0,
         "sequence_length": min(LENGTH, positions),
     }
+
+
+def _names(method: str | None, usual: str) -> list[str]:
+    """Names in a recipe's `method`, FULL among them; `usual` for None."""
+    if method is None:
+        return [usual]
+    if "," in method:
+        raise ValueError(
+            f"method must be that of one model, such as lora or lora+muon, got {method!r}; run finetune for each, or lorank continual for all"
+        )
+    names = names_joined(method)
+    kinds = [name for name in names if name != FULL and find(name).key == "method"]
+    if FULL in names and kinds:
+        raise ValueError(
+            f"method must be {FULL} or {kinds[0]}, got {method!r}: {FULL} trains the weights that the model has"
+        )
+    return names

@@ -123,6 +123,7 @@ def test_written_out_it_means_the_same_at_any_size(name: str) -> None:
             {"method": "cola,galore"},
             "methods must be joined by '\\+', got 'cola,galore'; use 'cola\\+galore' for one model",
         ),
+        ({"method": "cola,lora"}, "methods must be joined by '\\+', got 'cola,lora'; train a model with each"),
         ({"method": "muon+trion"}, "muon and trion cannot be combined: both decide how the weights move"),
         ({"method": "adafactor", "rank": 2}, "^adafactor has no setting 'rank'; its settings are: stochastic_rounding"),
         ({"rank": 4, "options": {"rank": 5}}, "rank is given twice, as rank=4 and among the options; give it once"),
