@@ -17,12 +17,14 @@ ROWS: tuple[dict[str, str], ...] = (
         "comparison": "several methods on the same tokens, and published runs repeated",
         "report": "dictionaries in, pictures and text out",
     },
-    {"plan": "what a run would cost, counted on models without data"},
+    {
+        "plan": "what a run would cost, counted on models without data",
+        "federated": "one model from several owners of text: one rule, one file",
+    },
     {"train": "recipes, data, the trainer, run folders, evaluation and generation"},
     {"papers": "published costs next to ours"},
     {
         "fit": "from trained dense weights to factors",
-        "federated": "means of low-rank updates",
         "analysis": "how many of its dimensions a matrix uses",
         "distributed": "models that several devices share",
         "testing": "what every method must satisfy",
@@ -101,8 +103,10 @@ LAZY = ("cli", "auto")
 """Rooms whose functions may import: `lorank --help` and `import lorank` answer at once."""
 BY_NAME = ("lorank", "lorank.table", "lorank.optim", "lorank.papers")
 """Modules that import others by a name in a table."""
-EXTRAS = ("bitsandbytes", "lm_eval")
+EXTRAS = ("bitsandbytes", "lm_eval", "flwr", "opacus")
 """Packages that may be missing, so that only a function can import them."""
+ASKED_BY = {"federated": "cli"}
+"""Rooms that one other room alone may import, so that they weigh on nothing else."""
 DATA_ONLY = ("train", "plan", "comparison")
 """Rooms of which `report` may import names for annotations, and nothing else."""
 LONGEST, LONGEST_PAPER = 400, 250
@@ -286,6 +290,8 @@ def _wrong_arrows(modules: Mapping[str, Module]) -> Iterator[str]:
         if start == "report" and end in DATA_ONLY:
             if not one.for_types:
                 yield f"{one.file}:{one.line} imports {one.target}; report may import {end} for annotations only"
+        elif start not in (end, ASKED_BY.get(end, start)):
+            yield f"{one.file}:{one.line} imports {one.target}; only {ASKED_BY[end]} may import {end}"
         elif ROW[end] < ROW[start]:
             yield f"{one.file}:{one.line} imports {one.target}; {end} is above {start}"
     for module in modules.values():

@@ -32,6 +32,7 @@ def test_the_sources_keep_to_the_plan() -> None:
         ({"methods/a": "from . import b", "methods/b": "from .a import x"}, "these modules import each other in a circle: lorank.methods.a, lorank.methods.b"),
         ({"methods/a": "import lorank.methods.b", "methods/b": "import lorank.methods.a"}, "these modules import each other in a circle: lorank.methods.a, lorank.methods.b"),
         ({"methods/a": "import lorank.optim.b", "optim/b": "", "optim/c": "import lorank.methods.a"}, "these rooms of one row import each other in a circle: methods, optim"),
+        ({"comparison/a": "import lorank.federated.b", "federated/b": ""}, "lorank/comparison/a.py:1 imports lorank.federated.b; only cli may import federated"),
         ({"table": "def f():\n    import json"}, "lorank/table.py:2 imports json in a function; import it at the top"),
         ({"train/a": "f = lambda: __import__('json')"}, "lorank/train/a.py:1 imports 'json' by name; import it at the top"),
         ({"train/a": "def f():\n    import bitsandbytes"}, None),
