@@ -11,7 +11,7 @@ from lorank.cli.flags import SETTINGS, Folder, name_and_value, of_saved_model
 
 @click.command(context_settings=SETTINGS)
 @click.argument("model", required=False)
-@click.option("--method", default="svd", help="The form: svd, eora, cola, dictionary or pela.")
+@click.option("--method", default="svd", help="The form: svd, eora, cola, dictionary, pela or masa.")
 @click.option(
     "--budget",
     default=None,

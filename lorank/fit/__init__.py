@@ -8,6 +8,7 @@ from lorank.fit.cola import FittedCoLA
 from lorank.fit.dictionary import SparseDictionary
 from lorank.fit.door import STRUCTURES, Fitted, as_structure, fit
 from lorank.fit.eora import EoRA
+from lorank.fit.matrix_pca import MatrixPCA
 from lorank.fit.pela import PELA
 from lorank.fit.structure import Structure
 from lorank.fit.svd import SVD
@@ -19,6 +20,7 @@ __all__ = [
     "EoRA",
     "Fitted",
     "FittedCoLA",
+    "MatrixPCA",
     "SparseDictionary",
     "Structure",
     "as_structure",

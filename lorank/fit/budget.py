@@ -1,11 +1,10 @@
 """One rank for each projection, so that all factors together fit a budget.
 
-uniform      every matrix keeps the same part c of its parameters:  r = ⌊c m n / p⌋, with p = m + n for each rank of two factors
+uniform      every matrix keeps the same part c of its parameters, for two factors  r = ⌊c m n / (m + n)⌋
 energy       ranks go where they keep the most energy per parameter, as `lorank analyze --budget` chooses them
 break-even   the largest rank at which the form is smaller than the matrix; no budget
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
@@ -47,9 +46,22 @@ def choose_ranks(
         ValueError: a budget that cannot be read, or that no ranks fit.
     """
     shapes = [(site.d_in, site.d_out) for site in sites]
+    members = {site.name: len(group) for group in structure.gathered(sites) for site in group}
+
+    def within(site: Site, room: float) -> int:
+        return max(1, structure.rank_within(room, site.d_in, site.d_out, members[site.name]))
+
+    def cost(rank: int) -> int:
+        """Parameters if all projections have that rank."""
+        return sum(structure.parameters(rank, site.d_in, site.d_out, members[site.name]) for site in sites)
+
     if policy == "break-even":
-        return {site.name: max(1, math.ceil(largest(structure, site)) - 1) for site in sites}
+        return {site.name: within(site, site.d_in * site.d_out - 1) for site in sites}
     wanted = check_budget(str(budget), shapes)
+    if cost(1) > wanted:
+        raise ValueError(
+            f"budget must be at least {cost(1):,} parameters with these settings of {structure.name}, got {budget} ({wanted:,})"
+        )
     if policy == "energy":
         values = spectra()
         described = [
@@ -61,14 +73,9 @@ def choose_ranks(
             }
             for site in sites
         ]
-        return suggest_ranks(described, str(budget)).ranks
-    part = wanted / sum(d_in * d_out for d_in, d_out in shapes)
-    return {site.name: max(1, math.floor(part * largest(structure, site))) for site in sites}
-
-
-def largest(structure: Structure, site: Site) -> float:
-    """The rank at which a projection has as many parameters as the dense matrix."""
-    return site.d_in * site.d_out / structure.per_rank(site.d_in, site.d_out)
+        return suggest_ranks(described, str(wanted - cost(0)) if cost(0) else str(budget)).ranks
+    part = wanted / sum(d_in * d_out for d_in, d_out in shapes) * (1 + 1e-12)
+    return {site.name: within(site, part * site.d_in * site.d_out) for site in sites}
 
 
 def table(sites: Sequence[Site], ranks: Mapping[str, int]) -> int | dict[str, int]:

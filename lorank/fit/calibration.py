@@ -4,11 +4,12 @@
 
 Blocks are visited in order. The projections of a block that is done give what their replacement computes, so each block is fitted to
 the inputs that it will have. A visit runs the model up to the block and no further; in memory are the sums of one block, 8 d_in² bytes
-for each different input.
+for each different input. Blocks with matrices that are fitted together are visited together: within them the inputs are those of
+the dense model.
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +28,11 @@ Computes = Callable[[Tensor], Tensor]
 
 
 class Block(NamedTuple):
-    """One block of a model with the projections in it that are fitted."""
+    """One block of a model with the projections in it that are fitted, or several that are visited together."""
 
     name: str
     module: nn.Module
+    """The last block."""
     places: list[Place]
 
 
@@ -45,6 +47,25 @@ def blocks_with(model: nn.Module, places: Sequence[Place]) -> list[Block]:
         name = f"{stack}.{depth}"
         if inside := [place for place in places if place.name.startswith(f"{name}.")]:
             found.append(Block(name, module, inside))
+    return found
+
+
+def joined(chain: Sequence[Block], groups: Iterable[Collection[str]]) -> list[Block]:
+    """The blocks, so that all projections of a group, given by name, are in the same one."""
+    number = {place.name: i for i, block in enumerate(chain) for place in block.places}
+    last = [*range(len(chain))]  # that is visited together with each block
+    for group in groups:
+        first, end = (choose(number[name] for name in group) for choose in (min, max))
+        last[first] = max(last[first], end)
+    found: list[Block] = []
+    end = -1
+    for i, block in enumerate(chain):
+        if i <= end:
+            before = found.pop()
+            name = f"{before.name.partition(' to ')[0]} to {block.name}"
+            block = Block(name, block.module, [*before.places, *block.places])
+        found.append(block)
+        end = max(end, last[i])
     return found
 
 

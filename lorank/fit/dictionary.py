@@ -25,6 +25,7 @@ number; matrices do not share dictionaries.
 """
 
 import dataclasses
+import math
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -147,11 +148,11 @@ class SparseDictionary(Structure):
     update: Literal["ksvd", "mod"] = "ksvd"
     """How the dictionary is: atom after atom, or all at once."""
 
-    def per_rank(self, d_in: int, d_out: int) -> float:
-        return d_in + d_out / self.ratio
+    def parameters(self, rank: int, d_in: int, d_out: int, members: int = 1) -> int:
+        return round(rank * d_in / members) + entries(rank, self.ratio) * d_out
 
-    def parameters(self, rank: int, d_in: int, d_out: int) -> int:
-        return rank * d_in + entries(rank, self.ratio) * d_out
+    def rank_within(self, room: float, d_in: int, d_out: int, members: int = 1) -> int:
+        return math.floor(room / (d_in / members + d_out / self.ratio))
 
     def method(self, rank: int | dict[str, int]) -> Method:
         return SparseCodes(rank=rank, ratio=self.ratio)

@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
@@ -14,10 +14,11 @@ from lorank.analysis.batches import Batch
 from lorank.conversion import check_module, convert, sites_to_convert
 from lorank.fields import unknown
 from lorank.fit.budget import Policy, check_policy, choose_ranks, table
-from lorank.fit.calibration import Block, Calibration, Computes, blocks_with
+from lorank.fit.calibration import Calibration, Computes, blocks_with, joined
 from lorank.fit.cola import FittedCoLA
 from lorank.fit.dictionary import SparseDictionary
 from lorank.fit.eora import EoRA
+from lorank.fit.matrix_pca import MatrixPCA
 from lorank.fit.pela import PELA
 from lorank.fit.structure import Found, Metric, Structure, as_matrix, spectrum
 from lorank.fit.svd import SVD
@@ -25,7 +26,9 @@ from lorank.method import Method, Patterns, Site
 from lorank.sites import places
 
 Model = TypeVar("Model", bound=nn.Module)
-STRUCTURES: dict[str, type[Structure]] = {kind.name: kind for kind in (SVD, EoRA, FittedCoLA, SparseDictionary, PELA)}
+STRUCTURES: dict[str, type[Structure]] = {
+    kind.name: kind for kind in (SVD, EoRA, FittedCoLA, SparseDictionary, PELA, MatrixPCA)
+}
 """By the name that `fit` and the command line take."""
 
 
@@ -37,7 +40,7 @@ class Fitted(NamedTuple):
     d_out: int
     rank: int
     parameters: int
-    """In the factors."""
+    """In the factors, with its part of what several projections share."""
     weight_error: float | None
     """|W − W̃| / |W|; None if what stands for W is not linear."""
     output_error: float | None
@@ -75,7 +78,7 @@ def fit(
     factors, and for one block's sums over inputs.
 
     Args:
-        method: "svd", "eora", "cola", "dictionary" or "pela", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
+        method: "svd", "eora", "cola", "dictionary", "pela" or "masa", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
         data: batches of token ids [b, n], or dictionaries with them under ``input_ids``, of text like that on which the model is used.
             Its activations say which errors matter; a projection of d inputs needs many more than d tokens. None: all
             errors of a weight count alike.
@@ -84,8 +87,8 @@ def fit(
         policy: "uniform", the same part of every matrix; "energy", ranks where they keep most; "break-even", the largest rank at
             which the form is smaller than the matrix.
         targets, exclude: as in `lorank.convert`.
-        finished: what was found for projections, by name. Those in it are not fitted again, and new ones are added, so that a
-            mapping that writes to a disk lets an interrupted fit go on.
+        finished: what was found for projections, by name, or for those that are fitted together, by the name of the first. They are
+            not fitted again, and new ones are added, so that a mapping that writes to a disk lets an interrupted fit go on.
         see: called with each projection that is done.
 
     Raises:
@@ -111,16 +114,20 @@ def fit(
             f"data must be given with {structure.name}, which is fitted to what layers give on a text, got None"
         )
     calibration = None if data is None else Calibration(model, data, structure.sample)
+    structure = structure.before(model, calibration.batches if calibration else [], sites)
     wanted = {site.name: site for site in sites}
-    chain = blocks_with(model, [place for place in places(model) if place.name in wanted])
+    groups = [[site.name for site in group] for group in structure.gathered(sites)]
+    chain = joined(blocks_with(model, [place for place in places(model) if place.name in wanted]), groups)
+    inside = [[group for group in groups if group[0] in {place.name for place in block.places}] for block in chain]
 
     def spectra() -> dict[str, Tensor]:
         found = {}
-        for block in chain:
+        for block, here in zip(chain, inside, strict=True):
             metrics = {} if calibration is None else calibration.visit(block, {}, ())
-            for place in block.places:
-                weight, metric = wanted[place.name].linear.weight.detach(), metrics.get(place.name, Metric())
-                found[place.name] = spectrum(structure, weight, metric.R).cpu()
+            for group in here:
+                targets = structure.targets([wanted[name].linear.weight.detach() for name in group])
+                for name, target in zip(group, targets, strict=True):
+                    found[name] = spectrum(target, metrics.get(name, Metric()).R).cpu()
         return found
 
     if policy != "break-even" and budget is None:
@@ -131,13 +138,14 @@ def fit(
     finished = {} if finished is None else finished
     found: dict[str, Found] = {}
     computes: dict[str, Computes] = {}
-    for number, block in enumerate(chain):
+    for number, (block, here) in enumerate(zip(chain, inside, strict=True)):
         behind = [place for one in chain[:number] for place in one.places]
         metrics = {} if calibration is None else calibration.visit(block, computes, behind)
-        for name, each in _solved(structure, block, wanted, ranks, metrics, finished):
-            found[name] = each
-            computes[name] = partial(structure.apply, each)
-            see(_judged(structure, wanted[name], each, ranks[name], metrics.get(name, Metric())))
+        for group in here:
+            for name, each in _solved(structure, group, wanted, ranks, metrics, finished):
+                found[name] = each
+                computes[name] = partial(structure.apply, each)
+                see(_judged(structure, wanted[name], each, ranks[name], metrics.get(name, Metric()), len(group)))
     biases = {name: None if (b := site.linear.bias) is None else b.detach().clone() for name, site in wanted.items()}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that trained weights are dropped; `_try` has shown the others
@@ -171,25 +179,44 @@ def _try(model: nn.Module, method: Method, targets: Patterns, exclude: Patterns)
 @torch.no_grad()
 def _solved(
     structure: Structure,
-    block: Block,
-    wanted: dict[str, Site],
-    ranks: dict[str, int],
-    metrics: dict[str, Metric],
+    group: Sequence[str],
+    wanted: Mapping[str, Site],
+    ranks: Mapping[str, int],
+    metrics: Mapping[str, Metric],
     finished: MutableMapping[str, Found],
 ) -> Iterable[tuple[str, Found]]:
-    for place in block.places:
-        weight = wanted[place.name].linear.weight.detach()
-        each = finished.get(place.name)
-        if each is None:
-            each = structure.solve(weight, metrics.get(place.name, Metric()), ranks[place.name])
-            finished[place.name] = each
-        yield place.name, {key: tensor.to(weight.device) for key, tensor in each.items()}
+    """What stands for each matrix of a group: found before, or now."""
+    weights = [wanted[name].linear.weight.detach() for name in group]
+    whole = finished.get(group[0])
+    if whole is None:
+        mine = [metrics.get(name, Metric()) for name in group]
+        whole = together(structure.solve_together(weights, mine, [ranks[name] for name in group]))
+        finished[group[0]] = whole
+    moved = {key: tensor.to(weights[0].device) for key, tensor in whole.items()}
+    yield from zip(group, apart(moved, len(group)), strict=True)
+
+
+def together(found: Sequence[Found]) -> Found:
+    """The tensors of a group's members as one dictionary: those that are the same tensor in all once, others as "0.A", "1.A", ..."""
+    shared = {key: one for key, one in found[0].items() if all(each[key] is one for each in found)}
+    own = {f"{i}.{key}": one for i, each in enumerate(found) for key, one in each.items() if key not in shared}
+    return {**shared, **own}
+
+
+def apart(whole: Mapping[str, Tensor], members: int) -> list[Found]:
+    """The tensors of each member again."""
+    shared = {key: one for key, one in whole.items() if "." not in key}
+    own = {key: one for key, one in whole.items() if "." in key}
+    return [
+        {**shared, **{key.partition(".")[2]: one for key, one in own.items() if key.startswith(f"{i}.")}}
+        for i in range(members)
+    ]
 
 
 @torch.no_grad()
-def _judged(structure: Structure, site: Site, found: Found, rank: int, metric: Metric) -> Fitted:
+def _judged(structure: Structure, site: Site, found: Found, rank: int, metric: Metric, members: int) -> Fitted:
     weight, R = site.linear.weight.detach().double(), metric.R
-    parameters = structure.parameters(rank, site.d_in, site.d_out)
+    parameters = structure.parameters(rank, site.d_in, site.d_out, members)
     if not structure.is_linear:
         assert metric.rows is not None
         wanted = metric.rows @ weight.to(metric.rows.dtype).mT

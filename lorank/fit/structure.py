@@ -1,17 +1,20 @@
 """What a structure is: the form in which `lorank.fit` writes a trained matrix, and the method that a model of that form has.
 
-A structure never sees the model. It gets one matrix W [m, n] at a time, with a metric (`Metric`). What it finds is a dictionary of tensors, which can be saved.
+A structure gets matrices W [m, n] with a metric each (`Metric`): one at a time, or those together that share something (`gathered`).
+What it finds for a matrix is a dictionary of tensors, which can be saved.
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import ClassVar, NamedTuple
+import math
+from collections.abc import Mapping, Sequence
+from typing import ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
 
+from lorank.analysis.batches import Batch
 from lorank.fields import check_fields
-from lorank.method import Method
+from lorank.method import Method, Site
 
 Found = dict[str, Tensor]
 """The tensors that stand for a matrix."""
@@ -46,13 +49,17 @@ class Structure:
     def __post_init__(self) -> None:
         check_fields(self)
 
-    def per_rank(self, d_in: int, d_out: int) -> float:
-        """Parameters of a projection for each rank, about."""
-        return d_in + d_out
+    def gathered(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
+        """The matrices that are fitted together. Each is alone unless they share tensors; then their blocks are visited at once."""
+        return [[site] for site in sites]
 
-    def parameters(self, rank: int, d_in: int, d_out: int) -> int:
-        """Parameters of a projection of that rank."""
+    def parameters(self, rank: int, d_in: int, d_out: int, members: int = 1) -> int:
+        """Parameters of a projection of that rank, with its part of what so many members of a group share."""
         return rank * (d_in + d_out)
+
+    def rank_within(self, room: float, d_in: int, d_out: int, members: int = 1) -> int:
+        """The largest rank with at most so many parameters."""
+        return math.floor(room / (d_in + d_out))
 
     def method(self, rank: int | dict[str, int]) -> Method:
         """The method of a model whose projections have these ranks, as in `lorank.fields.Rank`."""
@@ -62,9 +69,19 @@ class Structure:
         """The matrix that the factors approximate, in double precision: the weight itself, or what another part of it lacks."""
         return weight.double()
 
+    def targets(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """`target` of each matrix of a group."""
+        return [self.target(weight) for weight in weights]
+
     def solve(self, weight: Tensor, metric: Metric, rank: int) -> Found:
         """The tensors of a weight [m, n]."""
         raise NotImplementedError
+
+    def solve_together(
+        self, weights: Sequence[Tensor], metrics: Sequence[Metric], ranks: Sequence[int]
+    ) -> Sequence[Found]:
+        """The tensors of each weight of a group. What the group shares is one tensor in all of them."""
+        return [self.solve(*one) for one in zip(weights, metrics, ranks, strict=True)]
 
     def apply(self, found: Found, x: Tensor) -> Tensor:
         """Outputs [..., m] of the tensors for inputs [..., n], without a bias."""
@@ -74,13 +91,16 @@ class Structure:
         """Copy the tensors and the dense layer's bias into the layer that `method` built."""
         raise NotImplementedError
 
+    def before(self, model: nn.Module, data: Sequence[Batch], sites: Sequence[Site]) -> Self:
+        """The structure with the settings that a look at the dense model decides; `data` is empty without text."""
+        return self
+
     def settings(self) -> dict[str, object]:
         return dataclasses.asdict(self)
 
 
-def spectrum(structure: Structure, weight: Tensor, R: Tensor | None) -> Tensor:
+def spectrum(target: Tensor, R: Tensor | None) -> Tensor:
     """Singular values, descending, of what the factors approximate, as the metric sees it."""
-    target = structure.target(weight)
     return torch.linalg.svdvals(target if R is None else target @ R)
 
 
