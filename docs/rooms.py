@@ -90,6 +90,7 @@ COMMANDS = (
     "demo",
     "evaluate",
     "export",
+    "federated",
     "finetune",
     "generate",
     "papers",
@@ -103,7 +104,7 @@ LAZY = ("cli", "auto")
 """Rooms whose functions may import: `lorank --help` and `import lorank` answer at once."""
 BY_NAME = ("lorank", "lorank.table", "lorank.optim", "lorank.papers")
 """Modules that import others by a name in a table."""
-EXTRAS = ("bitsandbytes", "lm_eval", "flwr", "opacus")
+EXTRAS = ("bitsandbytes", "lm_eval", "flwr", "opacus", "ray")
 """Packages that may be missing, so that only a function can import them."""
 ASKED_BY = {"federated": "cli"}
 """Rooms that one other room alone may import, so that they weigh on nothing else."""

@@ -57,7 +57,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
         "base": {
             "architecture": _dense_class(model).__name__,
             "name": _public_name(model),
-            "sha256": _hash_without(model, own),
+            "sha256": hash_without(model, own),
         },
     }
     state = model.state_dict()
@@ -92,7 +92,7 @@ def load_adapter(folder: str | Path, base: PreTrainedModel | str | None = None) 
     trained = {p for p in model.parameters() if p.requires_grad}
     convert(model, from_record(about), targets=about["targets"], exclude=about["exclude"])
     state = model.state_dict()
-    if tensors.keys() - state.keys() or _hash_without(model, tensors) != expected["sha256"]:
+    if tensors.keys() - state.keys() or hash_without(model, tensors) != expected["sha256"]:
         forget(model)
         for module, children in before.items():
             module._modules = children  # type: ignore[assignment]
@@ -181,7 +181,7 @@ def _own(model: PreTrainedModel, method: Adapter) -> tuple[list[str], list[str]]
     return [*inside, *more], more
 
 
-def _hash_without(model: PreTrainedModel, own: Any) -> str:
+def hash_without(model: PreTrainedModel, own: Any) -> str:
     """SHA-256 of the names and values of all weights but the adapter's."""
     digest, own = hashlib.sha256(), set(own)
     for name, tensor in sorted(model.state_dict().items()):

@@ -19,6 +19,7 @@ clipped and counted. Orders are whole numbers, so ε is an upper bound, somewhat
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -117,6 +118,7 @@ def epsilon(sigma: float, q: float, steps: int, delta: float, *, accountant: str
     )
 
 
+@functools.lru_cache(maxsize=1024)
 def noise_for(target: float, q: float, steps: int, delta: float, *, accountant: str = "rdp") -> float:
     """The least σ, within 1e-4 of itself, that costs at most `target`.
 

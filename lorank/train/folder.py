@@ -46,22 +46,22 @@ def write_whole(path: Path, text: str) -> None:
 def absolute(recipe: Recipe) -> Recipe:
     """The recipe with local paths made absolute, so that the run can be resumed from anywhere."""
     changes: dict[str, Any] = {
-        name: _absolute(value)
+        name: absolute_name(value)
         for name in ("validation", "tokenizer", "model", "start_from")
         if (value := getattr(recipe, name)) is not None
     }
     if recipe.distil is not None:
         name, _ = weighted(recipe.distil)
-        changes["distil"] = _absolute(name) + recipe.distil[len(name) :]
+        changes["distil"] = absolute_name(name) + recipe.distil[len(name) :]
     if isinstance(recipe.data, str):
-        return dataclasses.replace(recipe, data=_absolute(recipe.data), **changes)
+        return dataclasses.replace(recipe, data=absolute_name(recipe.data), **changes)
     several = [(source, *weighted(source)) for source in recipe.data]
     return dataclasses.replace(
-        recipe, data=[_absolute(name) + source[len(name) :] for source, name, _ in several], **changes
+        recipe, data=[absolute_name(name) + source[len(name) :] for source, name, _ in several], **changes
     )
 
 
-def _absolute(name: str) -> str:
+def absolute_name(name: str) -> str:
     """A path that exists, or that something matches, from the root; any other name as it is."""
     path = os.path.expanduser(name)
     return os.path.abspath(path) if name != "embedded" and (os.path.exists(path) or glob.glob(path)) else name
