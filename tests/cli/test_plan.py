@@ -86,29 +86,17 @@ def test_a_plan_has_the_length_that_is_asked_for(lorank, unit: str, text: Path) 
 
 
 def test_plan_says_what_devices_that_share_a_model_send(lorank) -> None:
-    shape = [
-        "--size",
-        "60m",
-        "--method",
-        "cola,crnet",
-        "--sequence-length",
-        32,
-        "--micro-batch-size",
-        2,
-        "--set",
-        "vocab_size=300",
-    ]
-    code, out, err = lorank("plan", *shape, "--tensor-parallel", 2, "--devices", 1)
+    shape = ["--size", "tiny", "--sequence-length", 32, "--micro-batch-size", 2, "--set", "vocab_size=300"]
+    code, out, err = lorank(
+        "plan", *shape, "--method", "cola,crnet", "--rank", 64, "--tensor-parallel", 2, "--devices", 1
+    )
     assert code == 0, err
     said = " ".join(out.split())
-    assert "cola 1,024 5,312 896 " in said and "crnet cannot be shared by 2 devices: " in said
-    assert "not advised" not in said, "7 times 128 is below 2 times 512"
-    code, out, err = lorank(
-        "plan", *shape[:2], "--method", "cola", *shape[4:], "--rank", 160, "--tensor-parallel", 3, "--json"
-    )
+    assert "cola 512 2,656 448 " in said and "crnet cannot be shared by 2 devices: " in said
+    assert "not advised" not in said, "7 times 64 is below 2 times 256"
+    code, out, err = lorank("plan", *shape, "--method", "cola", "--rank", 80, "--tensor-parallel", 3, "--json")
     [row] = json.loads(out)["forecasts"]
     assert (row["tensor_parallel_numbers_per_token_dense"], row["tensor_parallel_numbers_per_token_at_bottleneck"]) == (
-        1024,
-        7 * 160,
+        512,
+        7 * 80,
     )
-    assert row["tensor_parallel_refusal"].startswith("hidden_size must be a multiple of the 3 processes")
