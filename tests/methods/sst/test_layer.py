@@ -218,5 +218,7 @@ def test_its_settings_are_saved_with_the_model(small: Callable[..., Any], tokens
     for one, moving in ((model, optimizer), (loaded, again)):
         train(one.eval(), moving, tokens, range(7))
     assert all(map(torch.equal, model.state_dict().values(), loaded.state_dict().values()))
-    counted = [plan(Recipe(method="sst", rank=8, vocab_size=64, options=options)) for options in ({}, fields)]
+    counted = [
+        plan(Recipe(size="tiny", method="sst", rank=8, vocab_size=64, options=options)) for options in ({}, fields)
+    ]
     assert counted[0].model == counted[1].model

@@ -169,8 +169,7 @@ def test_without_exchanges_the_hook_changes_no_bit(small: Callable[..., Any], to
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("policy", ["none", "blocks"])
+@pytest.mark.parametrize(("dtype", "policy"), [(torch.float32, "blocks"), (torch.bfloat16, "none")])
 def test_training_with_accumulation_and_clipping_learns(
     dtype: torch.dtype, policy: str, small: Callable[..., Any], tokens: Tensor
 ) -> None:
@@ -216,13 +215,13 @@ def test_the_z_frequency_is_a_falling_sigmoid() -> None:
 
 
 def test_exchanges_are_as_many_as_the_frequency_says_on_average() -> None:
-    bench = Bench(40, 40, rank=16, interval=40, ratio=0.5).attach(steps=2_000)
+    bench = Bench(40, 40, rank=16, interval=40, ratio=0.5).attach(steps=600)
     moved = 0
-    for _ in range(2_000):
+    for _ in range(600):
         before = int(bench.a.pointer)
         bench.step()
         moved += int(bench.a.pointer - before) % 16
-    expected = sum(16 / 40 * 0.3 ** ((s + 1) / 1_000) for s in range(2_000))  # 302
+    expected = sum(16 / 40 * 0.3 ** ((s + 1) / 300) for s in range(600))  # 91
     assert moved == pytest.approx(expected, abs=4 * math.sqrt(expected))
 
 
