@@ -82,13 +82,13 @@ def test_a_budget_may_be_longer_than_the_recipe(lorank, text: Path, tmp_path: Pa
 
 
 def test_dry_run_shows_what_becomes_what_and_writes_nothing(lorank, text: Path, tmp_path: Path) -> None:
-    flags = ["--size", "60m", "--set", "vocab_size=32000", "--set", "tokenizer=bytes", "--data", text]
+    flags = ["--set", "vocab_size=32000", "--set", "tokenizer=bytes", "--data", text]
     code, out, _ = lorank("pretrain", *flags, "--tokens-per-parameter", 20, "--dry-run")
     assert code == 0 and not list(tmp_path.iterdir())
-    assert "58,073,600" in out and "42,770,944" in out and "q_proj" in out and "rank=128" in out
+    assert "17,966,336" in out and "17,244,160" in out and "q_proj" in out and "rank=88" in out
     assert "weights" in out and "activations" in out
-    steps = math.ceil(20 * 42_770_944 / (8 * 256))
-    assert f"{steps:,} steps: 855.4 M tokens, " in out and "20 per parameter (42.8 M)" in out and "1 document" in out
+    steps = math.ceil(20 * 17_244_160 / (8 * 256))
+    assert f"{steps:,} steps: 344.9 M tokens, " in out and "20 per parameter (17.2 M)" in out and "1 document" in out
 
 
 def test_dry_run_of_another_architecture(lorank, text: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from lorank import accounting
 from lorank.optim.dct import dct_matrix
 from lorank.papers import formulas
-from lorank.plan.counts import count, optimizer_bytes, optimizer_step
+from lorank.plan.counts import memory, optimizer_bytes, optimizer_step
 from lorank.plan.forecast import with_method
 from lorank.sizes import SIZES
 from lorank.train.methods import optimizer_groups
@@ -29,8 +29,8 @@ TINY: dict[str, Any] = {"vocab_size": 300, "sequence_length": 32, "batch_size": 
 
 
 def closed_form(method: str, batch: int, n: int = 256) -> int:
-    """Training FLOPs of a 20m with a vocabulary of 8,000 on [batch, n] tokens."""
-    d, f, layers, _, r = SIZES["20m"]
+    """Training FLOPs of a 20m of two blocks with a vocabulary of 8,000 on [batch, n] tokens."""
+    (d, f, _, _, r), layers = SIZES["20m"], 2
     each = {m: formulas.block_training_flops(m, d, f, r, n) for m in ("dense", "cola", "relora")}  # type: ignore[arg-type]
     head = 6 * n * d * 8_000
     atoms = round(layers / 3)
@@ -50,7 +50,7 @@ def closed_form(method: str, batch: int, n: int = 256) -> int:
 
 @pytest.mark.parametrize("method", ["dense", "low-rank", "cola", "relora", "switchlora", "crnet", "sltrain", "masa"])
 def test_flops_equal_the_closed_forms(method: str) -> None:
-    recipe = with_method(Recipe(size="20m", rank=64, vocab_size=8_000), method)
+    recipe = with_method(Recipe(size="20m", shape={"num_hidden_layers": 2}, rank=64, vocab_size=8_000), method)
     found = accounting.measure_flops(empty_model(recipe), batch=3)
     assert found.total == closed_form(method, batch=3)
     assert found.recompute == 0
@@ -60,7 +60,13 @@ def test_flops_equal_the_closed_forms(method: str) -> None:
 
 
 GALORE = {"method": "galore", "rank": 64, "options": {"in_backward": True}}
-SMALL = {"size": "20m", "vocab_size": 8000, "sequence_length": 128, "micro_batch_size": 2}
+SMALL = {
+    "size": "20m",
+    "shape": {"num_hidden_layers": 2},
+    "vocab_size": 8000,
+    "sequence_length": 128,
+    "micro_batch_size": 2,
+}
 PEAKS: list[dict[str, Any]] = [
     {**SMALL, "method": "dense", "batch_size": 2},
     {**SMALL, "method": "cola", "batch_size": 2},
@@ -108,7 +114,8 @@ def test_predicted_peaks_are_those_of_real_steps(tmp_path: Path, save_mixture: C
     real = json.loads(subprocess.run(command, capture_output=True, check=True, text=True, env=environment).stdout)
     whens = []
     for settings, measured in zip(cases, real, strict=True):
-        found = count(recipe := Recipe.from_dict(settings), empty_model(recipe)).memory
+        recipe = Recipe.from_dict(settings)
+        found = memory(recipe, empty_model(recipe), recipe.micro_batch_size or recipe.batch_size, devices=1)
         whens.append(found.peak_when)
         assert found.peak_bytes == pytest.approx(measured, rel=0.1), settings
     assert whens[:3] == ["backward"] * 3
