@@ -15,7 +15,7 @@ import torch
 from lorank import accounting
 from lorank.optim.dct import dct_matrix
 from lorank.papers import formulas
-from lorank.plan.counts import memory, optimizer_bytes, optimizer_step
+from lorank.plan.counts import count, memory, optimizer_bytes, optimizer_step
 from lorank.plan.forecast import with_method
 from lorank.sizes import SIZES
 from lorank.train.methods import optimizer_groups
