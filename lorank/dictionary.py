@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorank.layers import like, loaded, wide
+from lorank.method import Site
 
 STD = 0.02
 WIDTHS = 32, 64
@@ -45,6 +46,26 @@ def group_numbers(depths: Sequence[int], groups: int | Sequence[int]) -> list[in
         order = sorted(set(depths))
         return [order.index(depth) * groups // len(order) for depth in depths]
     return [bisect_right(groups, depth) - 1 for depth in depths]
+
+
+def in_groups(stack: Sequence[Site], groups: int | Sequence[int]) -> list[list[Site]]:
+    """The sites of one projection in `groups` of consecutive blocks; ValueError if a group has no block."""
+    found: list[list[Site]] = [[] for _ in (range(groups) if isinstance(groups, int) else groups)]
+    for site, number in zip(stack, group_numbers([site.depth for site in stack], groups), strict=True):
+        found[number].append(site)
+    if not all(found):
+        blocks = f"blocks {stack[0].depth} to {stack[-1].depth} of {stack[0].role}"
+        raise ValueError(f"each group must contain at least one of the {blocks}, got groups={groups}; use fewer groups")
+    return found
+
+
+def first_blocks(groups: Any) -> Any:
+    """A setting of groups, with the first block of each as a tuple; ValueError if these do not ascend from 0."""
+    if not isinstance(groups, Sequence):
+        return groups
+    if tuple(groups) != tuple(sorted({0, *groups})):
+        raise ValueError(f"groups must ascend from 0, the first block of each group, got {groups!r}")
+    return tuple(groups)
 
 
 def matrix_pca(weights: Tensor, atoms: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -121,9 +121,10 @@ class Calibration:
         for name, gram in streams.inputs.items():
             if not gram.isfinite().all():
                 raise ValueError(f"the inputs of {name} must be finite numbers; use an earlier checkpoint")
-        roots = {name: whitening(gram / (gram.diagonal().mean() or 1.0)) for name, gram in streams.inputs.items()}
+        sizes = {name: gram.diagonal().mean().item() or 1.0 for name, gram in streams.inputs.items()}
+        roots = {name: whitening(gram / sizes[name]) for name, gram in streams.inputs.items()}
         samples = {place.name: torch.cat(rows[place.module]) for place in block.places if place.module in rows}
-        return {name: Metric(roots[reader], samples.get(name)) for name, reader in streams.reads.items()}
+        return {name: Metric(roots[reader], samples.get(name), sizes[reader]) for name, reader in streams.reads.items()}
 
     @torch.no_grad()
     def _run(self, batch: Batch, call: Callable[[Batch], None], hooks: Mapping[nn.Module, Callable[..., None]]) -> None:

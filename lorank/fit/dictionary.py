@@ -11,7 +11,8 @@ alternate, and neither raises the error:
     dictionary  "ksvd": each atom in turn becomes the leading direction of what the rows that use it lack without it, with their entries
                 "mod": all atoms at once by least squares, B fixed
 
-A = A' R⁻¹ then has the same error on the text. Without text R = I. The start is the k leading right singular vectors of T, where the
+A = A' R⁻¹ then has the same error on the text. Without text R = I. With `groups` the matrices W_l of a group of blocks share A: T is the
+stack of the W_l R, and R Rᵀ = Σ_l X_lᵀX_l. The start is the k leading right singular vectors of T, where the
 codes are each row's s largest coordinates. The fitted model is `lorank.SparseCodes`.
 
 Cost of a layer: k n + s m parameters and m ⌈k / 8⌉ bytes for the places; at ρ = 2 k is above the rank of plain factors of equal size,
@@ -21,19 +22,21 @@ Source: Shopkhoev et al., "CoSpaDi: Compressing LLMs via Calibration-Guided Spar
 
 Departures: a row's old places may stay, so that the error cannot rise; the start is the singular vectors, and the paper's is not known
 to us; blocks are fitted in order, each behind the fitted ones; places are further bits, where the paper takes two bits from each
-number; matrices do not share dictionaries.
+number; which blocks share a dictionary is the user's choice.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lorank.fields import Bounds, Whole
+from lorank.factors import whitening
+from lorank.fields import Bounds, Count, Whole
 from lorank.fit.structure import Found, Metric, Structure
-from lorank.method import Method
+from lorank.method import Method, Site, by_role
 from lorank.methods.sparse_codes import SparseCodes, SparseCodesLinear, dense_codes, entries, packed
 
 AT_ONCE = 2**25
@@ -133,6 +136,16 @@ def learned(T: Tensor, k: int, s: int, sweeps: int, update: str) -> tuple[Tensor
     return A, places, values
 
 
+def summed(metrics: Sequence[Metric]) -> Tensor | None:
+    """R with R Rᵀ = Σ_l X_lᵀX_l up to a factor; None without text."""
+    roots = [(metric.R, metric.size) for metric in metrics if metric.R is not None]
+    if len(roots) < 2:
+        return roots[0][0] if roots else None
+    total = sum(size for _, size in roots)
+    grams = [size / total * R @ R.mT for R, size in roots]
+    return whitening(torch.stack(grams).sum(0))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SparseDictionary(Structure):
     """Atoms and sparse codes for each matrix; ``lorank.fit(model, "dictionary", batches, budget=0.5)``."""
@@ -147,6 +160,17 @@ class SparseDictionary(Structure):
     """How often codes and dictionary are improved; the paper's: 60."""
     update: Literal["ksvd", "mod"] = "ksvd"
     """How the dictionary is: atom after atom, or all at once."""
+    groups: Count | Sequence[int] | None = None
+    """Consecutive blocks that share the dictionary of a projection: how many groups, or the first block of each; None: no blocks do."""
+
+    def gathered(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
+        codes = self.method(1)
+        assert isinstance(codes, SparseCodes)
+        return (
+            [group for stack in by_role(sites).values() for group in codes.split(stack)]
+            if self.groups
+            else [[s] for s in sites]
+        )
 
     def parameters(self, rank: int, d_in: int, d_out: int, members: int = 1) -> int:
         return round(rank * d_in / members) + entries(rank, self.ratio) * d_out
@@ -155,19 +179,20 @@ class SparseDictionary(Structure):
         return math.floor(room / (d_in / members + d_out / self.ratio))
 
     def method(self, rank: int | dict[str, int]) -> Method:
-        return SparseCodes(rank=rank, ratio=self.ratio)
+        return SparseCodes(rank=rank, ratio=self.ratio, groups=self.groups)
 
-    def solve(self, weight: Tensor, metric: Metric, rank: int) -> Found:
-        T = self.target(weight) if metric.R is None else self.target(weight) @ metric.R
+    def solve_together(
+        self, weights: Sequence[Tensor], metrics: Sequence[Metric], ranks: Sequence[int]
+    ) -> Sequence[Found]:
+        R, rank, dtype = summed(metrics), ranks[0], weights[0].dtype
+        T = torch.cat(self.targets(weights))
+        T = T if R is None else T @ R
         A, places, values = learned(T, rank, entries(rank, self.ratio), self.sweeps, self.update)
         places, order = places.sort(1)
-        if metric.R is not None:
-            A = torch.linalg.solve_triangular(metric.R, A, upper=False, left=False)
-        return {
-            "A": A.to(weight.dtype),
-            "values": values.gather(1, order).to(weight.dtype),
-            "bits": packed(places, rank),
-        }
+        A = (A if R is None else torch.linalg.solve_triangular(R, A, upper=False, left=False)).to(dtype)
+        rows = [len(weight) for weight in weights]
+        codes = zip(values.gather(1, order).to(dtype).split(rows), packed(places, rank).split(rows), strict=True)
+        return [{"A": A, "values": own.clone(), "bits": bits.clone()} for own, bits in codes]
 
     def apply(self, found: Found, x: Tensor) -> Tensor:
         return x @ found["A"].mT @ dense_codes(found["values"], found["bits"], len(found["A"])).mT

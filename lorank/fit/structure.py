@@ -24,9 +24,11 @@ class Metric(NamedTuple):
     """What decides how much an error counts."""
 
     R: Tensor | None = None
-    """[n, n], lower triangular, R Rᵀ = XᵀX / n up to a factor; None: the identity, every entry of the matrix counts alike."""
+    """[n, n], lower triangular, R Rᵀ = XᵀX / size; None: the identity, every entry of the matrix counts alike."""
     rows: Tensor | None = None
     """Some of the inputs X [N, n], for a structure that asks for a `sample`."""
+    size: float = 1.0
+    """Mean of the diagonal of XᵀX."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

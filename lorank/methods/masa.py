@@ -41,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lorank.architectures import projection_type
-from lorank.dictionary import WIDTHS, Dictionary, group_numbers
+from lorank.dictionary import WIDTHS, Dictionary, first_blocks, in_groups
 from lorank.fields import Bounds, Count, Rank
 from lorank.layers import like, linear
 from lorank.method import Method, Site, by_role, check_table, rank_at
@@ -121,10 +121,7 @@ class MASA(Method):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if isinstance(self.groups, Sequence):
-            if tuple(self.groups) != tuple(sorted({0, *self.groups})) or self.groups[0] != 0:
-                raise ValueError(f"groups must ascend from 0, the first block of each group, got {self.groups!r}")
-            object.__setattr__(self, "groups", tuple(self.groups))
+        object.__setattr__(self, "groups", first_blocks(self.groups))
         if self.coefficients == "table" and (widths := (self.embedding_width, self.mlp_width)) != WIDTHS:
             raise ValueError(
                 f"embedding_width and mlp_width must be left out with coefficients='table', which has no network, got {widths}"
@@ -144,15 +141,7 @@ class MASA(Method):
 
     def split(self, stack: Sequence[Site]) -> list[list[Site]]:
         """One of the `stacks` in groups, each with a dictionary; ValueError if a group has no block."""
-        found: list[list[Site]] = [[] for _ in (range(self.groups) if isinstance(self.groups, int) else self.groups)]
-        for site, number in zip(stack, group_numbers([site.depth for site in stack], self.groups), strict=True):
-            found[number].append(site)
-        if not all(found):
-            blocks = f"blocks {stack[0].depth} to {stack[-1].depth} of {stack[0].role}"
-            raise ValueError(
-                f"each group must contain at least one of the {blocks}, got groups={self.groups}; use fewer groups"
-            )
-        return found
+        return in_groups(stack, self.groups)
 
     def wants(self, site: Site) -> bool:
         return projection_type(site.name) in VARIANTS[self.variant]

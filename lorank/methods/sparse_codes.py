@@ -8,8 +8,11 @@ The rows of A are k atoms, and each output adds s of them, so that outputs lie i
 factors have one subspace for all. It is the form in which `lorank.fit(model, "dictionary")` writes trained weights. The places are
 drawn once and never change: a buffer of one bit for each entry of B, which is saved with the model.
 
-Cost of one layer, k = rank: k d_in + s d_out parameters, and d_out ⌈k / 8⌉ bytes of places. The forward FLOPs are those of plain
-factors of rank k. B is formed in each call, d_out k entries, and kept for the backward pass.
+With `groups` the blocks of a group share the atoms of a projection, and each has its own codes. The shared atoms are registered once,
+at the root of the model's body, as `lorank_atoms`.
+
+Cost of one layer, k = rank: k d_in + s d_out parameters, and d_out ⌈k / 8⌉ bytes of places; of k d_in its part, where atoms are shared.
+The forward FLOPs are those of plain factors of rank k. B is formed in each call, d_out k entries, and kept for the backward pass.
 
 Source: Shopkhoev et al., "CoSpaDi: Compressing LLMs via Calibration-Guided Sparse Dictionary Learning", arXiv 2509.22075.
 
@@ -27,9 +30,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lorank.fields import Bounds, Rank
+from lorank.dictionary import first_blocks, in_groups
+from lorank.fields import Bounds, Count, Rank
 from lorank.layers import entry_std, like, loaded
-from lorank.method import Method, Site, check_table, rank_at, seeded_generator
+from lorank.method import Method, Site, by_role, check_table, rank_at, seeded_generator
+from lorank.sites import body_of
 
 # ---- the mathematics
 
@@ -70,13 +75,29 @@ def dense_codes(values: Tensor, bits: Tensor, atoms: int) -> Tensor:
 
 
 class SparseCodesLinear(nn.Module):
-    """y = B A x + b with `per_row` entries in each row of B."""
+    """y = B A x + b with `per_row` entries in each row of B; A is its own, or of the group that has `key`."""
 
+    A: nn.Linear
     bits: Tensor
 
-    def __init__(self, d_in: int, d_out: int, rank: int, per_row: int, *, bias: bool = False, **new: Any):
+    def __init__(
+        self,
+        d_in: int,
+        d_out: int,
+        rank: int,
+        per_row: int,
+        *,
+        bias: bool = False,
+        shared: nn.Linear | None = None,
+        key: str | None = None,
+        **new: Any,
+    ):
         super().__init__()
-        self.A = nn.Linear(d_in, rank, bias=False, **new)
+        self.key = key
+        if shared is None:
+            self.A = nn.Linear(d_in, rank, bias=False, **new)
+        else:
+            object.__setattr__(self, "A", shared)  # not a submodule: the body owns it
         self.values = nn.Parameter(torch.empty(d_out, per_row, **new))
         self.bias = nn.Parameter(torch.empty(d_out, **new)) if bias else None
         self.register_buffer("bits", torch.empty(d_out, -(-rank // 8), dtype=torch.uint8, device=new.get("device")))
@@ -124,19 +145,55 @@ class SparseCodes(Method):
     """Atoms k, width of the bottleneck: an integer, a fraction of the width, or {pattern: either}."""
     ratio: Annotated[float, Bounds(least=1)] = 2.0
     """ρ = k / s: how many atoms there are for each one that an output uses. With 1 the layer is B A."""
+    groups: Count | Sequence[int] | None = None
+    """Consecutive blocks that share the atoms of a projection: the number of groups, or the first block of each; None: no blocks do."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "groups", first_blocks(self.groups))
+
+    def split(self, stack: Sequence[Site]) -> list[list[Site]]:
+        """The sites of one projection in groups that share atoms; ValueError if a group has no block."""
+        return [[site] for site in stack] if self.groups is None else in_groups(stack, self.groups)
 
     def check(self, sites: Sequence[Site]) -> None:
         check_table(self.rank, sites)
         beyond = []
-        for site in sites:
-            k = rank_at(self.rank, site)
-            if k * site.d_in + entries(k, self.ratio) * site.d_out >= site.d_in * site.d_out:
-                beyond.append(f"{site.role} (rank {k})")
+        for group in [group for stack in by_role(sites).values() for group in self.split(stack)]:
+            first = group[0]
+            if len({(site.d_in, rank_at(self.rank, site)) for site in group}) > 1:
+                raise ValueError(
+                    f"{first.role} must have the same inputs and rank in all blocks that share atoms; use other groups, or none"
+                )
+            k = rank_at(self.rank, first)
+            if k * first.d_in / len(group) + entries(k, self.ratio) * first.d_out >= first.d_in * first.d_out:
+                beyond.append(f"{first.role} (rank {k})")
         if beyond:
             listed = ", ".join(dict.fromkeys(beyond))
             warnings.warn(f"the factors are not smaller than the dense layer in {listed}; lower the rank", stacklevel=2)
 
-    def build(self, site: Site) -> nn.Module:
+    def build_stack(self, sites: Sequence[Site]) -> Sequence[nn.Module]:
+        layers = []
+        for number, group in enumerate(self.split(sites)):
+            shared, key = None, None
+            if self.groups is not None:
+                first, rank = group[0], rank_at(self.rank, group[0])
+                key = f"{first.role.replace('*.', '').replace('.', '_')}_{number}"
+                shared = nn.Linear(first.d_in, rank, bias=False, **like(first.linear.weight))
+            layers += [self.build(site, shared=shared, key=key) for site in group]
+        return layers
+
+    def build(self, site: Site, **sharing: Any) -> nn.Module:
         rank = rank_at(self.rank, site)
-        options: dict[str, Any] = {"bias": site.linear.bias is not None, **like(site.linear.weight)}
+        options: dict[str, Any] = {"bias": site.linear.bias is not None, **like(site.linear.weight), **sharing}
         return SparseCodesLinear(site.d_in, site.d_out, rank, entries(rank, self.ratio), **options)
+
+    def finish(self, model: nn.Module) -> None:
+        """Register shared atoms once, on the body, so that a model with a head and one without have the same."""
+        if self.groups is not None:
+            layers = [layer for layer in model.modules() if isinstance(layer, SparseCodesLinear)]
+            body_of(model).lorank_atoms = nn.ModuleDict({layer.key: layer.A for layer in layers if layer.key})
+
+    def undo(self, model: nn.Module) -> None:
+        if self.groups is not None:
+            del body_of(model).lorank_atoms

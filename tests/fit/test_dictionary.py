@@ -30,7 +30,7 @@ def trained_like(m: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def lack(structure: SparseDictionary, W: Tensor, R: Tensor | None, rank: int) -> Tensor:
-    found = structure.solve(W, Metric(R), rank)
+    found = structure.solve_together([W], [Metric(R)], [rank])[0]
     rest = W - as_matrix(structure, found, W.shape[1])
     return torch.linalg.norm(rest if R is None else rest @ R)
 
@@ -53,7 +53,9 @@ def test_as_many_entries_as_atoms_is_the_svd() -> None:
     W, R = trained_like(12, 10)
     structure = SparseDictionary(ratio=1, sweeps=1)
     B, A = nearest(W, 4, R)
-    torch.testing.assert_close(as_matrix(structure, structure.solve(W, Metric(R), 4), 10), B @ A, rtol=0, atol=1e-8)
+    torch.testing.assert_close(
+        as_matrix(structure, structure.solve_together([W], [Metric(R)], [4])[0], 10), B @ A, rtol=0, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("move", [by_ksvd, by_mod])
@@ -93,6 +95,42 @@ def test_matching_pursuit_is_greedy_and_entries_are_best() -> None:
             for c in combinations(range(10), 3)
         )
         assert least <= rest.norm() * (1 + 1e-12)
+
+
+def test_a_group_shares_its_atoms(small: Callable[..., Any], tmp_path: Path) -> None:
+    """The dictionary is that of the stacked matrices, on the sum of their inputs' squares."""
+    data = [torch.randint(3, 96, (4, 20), generator=torch.Generator().manual_seed(5)) for _ in range(2)]
+    dense, seen, rows = small("llama").double(), [], {}
+    structure, name = SparseDictionary(sweeps=3, groups=1), "mlp.down_proj"
+    model = fit(copy.deepcopy(dense), structure, data, budget=0.5, see=seen.append)
+    layers = [block.get_submodule(name) for block in model.model.layers]
+    assert layers[0].A is layers[1].A is model.base_model.lorank_atoms["model_layers_mlp_down_proj_0"]
+    one = next(one for one in seen if name in one.name)
+    whole = 2 * one.d_in * one.d_out
+    k, s = layers[0].A.out_features, layers[0].values.shape[1]
+    assert 0.45 * whole < k * one.d_in + 2 * s * one.d_out <= 0.5 * whole and s == k // 2
+
+    hooks = [
+        block.get_submodule(name).register_forward_pre_hook(lambda m, args: rows.setdefault(m, []).append(args[0]))
+        for block in dense.model.layers
+    ]
+    for batch in data:
+        dense(batch)
+    for hook in hooks:
+        hook.remove()
+    inputs = [torch.cat(found).flatten(0, -2) for found in rows.values()]
+    R = torch.linalg.cholesky(sum(X.T @ X for X in inputs))
+    W = torch.cat([module.weight for module in rows])
+    wanted = structure.solve_together([W], [Metric(R)], [k])[0]
+    found = torch.cat([layer.merged()[0] for layer in layers])
+    error, least = (torch.linalg.norm((W - one) @ R) for one in (found, as_matrix(structure, wanted, W.shape[1])))
+    torch.testing.assert_close(error, least, rtol=1e-3, atol=0)
+    alone = fit(copy.deepcopy(dense), SparseDictionary(sweeps=3), data, budget=0.5)
+    assert "lorank_atoms" not in dict(alone.base_model.named_children())
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(data[0]).logits, model(data[0]).logits)
+    torch.testing.assert_close(lorank.merge(loaded)(data[0]).logits, model(data[0]).logits)
 
 
 def test_sizes_are_those_of_the_paper() -> None:
