@@ -85,7 +85,7 @@ class AdaptedConv2d(nn.Module):
     def kernel(self) -> Tensor:
         """W', which a plain convolution would have."""
         kernel = self.W.weight + self.scale * self.update()
-        return kernel if self.mu is None else self.mu * kernel / channel_norms(kernel)
+        return kernel if self.mu is None else kernel * (self.mu / channel_norms(kernel))
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.W
