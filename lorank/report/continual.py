@@ -1,7 +1,8 @@
 """What a stream of tasks left: a row for each method, and the losses behind it."""
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import TYPE_CHECKING, Any
@@ -31,14 +32,22 @@ def continual_tables(streams: Sequence["Stream"], tasks: Sequence[str]) -> Rende
     for one in streams:
         by_method.setdefault(f"{one.method}, lr {one.lr:g}", []).append(one)
     first = streams[0]
-    figures, last = _table("", "trained", *FIGURES), _table("loss after all tasks", *tasks)
+    figures, stages = _table("", "trained", *FIGURES), _table("perplexity", *tasks)
     figures.add_row("as it came", "", f"{mean(first.losses[0]):.3f}", *[""] * (len(FIGURES) - 1))
-    last.add_row("as it came", *(f"{x:.3f}" for x in first.losses[0]))
+    stages.add_row("as it came", *(_figure([x], 2) for x in first.perplexities[0]))
     for name, seeds in by_method.items():
         found = [_figure([getattr(one, field) for one in seeds]) for field in FIGURES.values()]
         figures.add_row(escape(name), quantity(seeds[0].trained), *found)
-        last.add_row(escape(name), *(_figure([one.losses[-1][j] for one in seeds]) for j in range(len(tasks))))
-    return Group(figures, "", last, "", NOTE)
+        for label, cells in _stages(name, [one.losses for one in seeds], tasks):
+            stages.add_row(escape(label), *cells)
+    return Group(figures, "", stages, "", NOTE)
+
+
+def _stages(name: str, losses: Sequence[Any], tasks: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Rows of a method's perplexity on each task after each, from L of each seed."""
+    for i, task in enumerate(tasks, start=1):
+        of_seeds = [[math.exp(min(one[i][j], 700.0)) for one in losses] for j in range(len(tasks))]
+        yield f"{name}, after {task}", [_figure(values, 2) for values in of_seeds]
 
 
 def _table(*columns: str) -> Table:
@@ -64,6 +73,11 @@ def continual_page(results: Mapping[str, Any], made_by: str) -> str:
     for name, seeds in by_method.items():
         cells = [markup.cell(_figure([one[field] for one in seeds])) for field in FIGURES.values()]
         rows.append(markup.name_cell(name, style[name]) + markup.cell(quantity(seeds[0]["trained"])) + "".join(cells))
+    stages = [
+        markup.name_cell(label, style[name]) + "".join(map(markup.cell, cells))
+        for name, seeds in by_method.items()
+        for label, cells in _stages(name, [one["losses"] for one in seeds], tasks)
+    ]
     charts = []
     for j, task in enumerate(tasks):
         lines = []
@@ -95,6 +109,11 @@ def continual_page(results: Mapping[str, Any], made_by: str) -> str:
             ),
             f'<div class="two">{"".join(charts)}</div>',
         ),
+        markup.section(
+            "Perplexity on each task after each stage",
+            "The same losses, as e to their power.",
+            markup.table(["", *tasks], stages, stacks=True),
+        ),
     ]
     return markup.page("One task after another", sections, f"Made by {made_by}; the same figures are in results.json.")
 
@@ -104,6 +123,6 @@ def _whole(x: float) -> str:
     return f"{x:.0f}" if x == round(x) else ""
 
 
-def _figure(values: Sequence[float]) -> str:
-    spread = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{spread}"
+def _figure(values: Sequence[float], digits: int = 3) -> str:
+    spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{spread}"

@@ -82,6 +82,11 @@ class Stream:
     seconds: float
 
     @property
+    def perplexities(self) -> list[list[float]]:
+        """exp L."""
+        return [[math.exp(min(loss, 700.0)) for loss in row] for row in self.losses]
+
+    @property
     def learned(self) -> float:
         return _mean(self.losses[0][j] - self.losses[j + 1][j] for j in range(self._tasks))
 
@@ -102,7 +107,7 @@ class Stream:
         return len(self.losses[0])
 
     def to_dict(self) -> dict[str, Any]:
-        derived = ("loss", "learned", "forgotten", "forward_transfer")
+        derived = ("perplexities", "loss", "learned", "forgotten", "forward_transfer")
         return {**dataclasses.asdict(self), **{name: getattr(self, name) for name in derived}}
 
 

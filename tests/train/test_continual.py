@@ -42,7 +42,7 @@ def test_figures_follow_from_the_losses() -> None:
     assert one.learned == pytest.approx((2 + 4 + 4) / 3)
     assert one.forgotten == pytest.approx((1.0 - 0.5) / 2)
     assert one.forward_transfer == pytest.approx((0.5 - 0.25) / 2)
-    assert one.loss == pytest.approx(5.5 / 3)
+    assert one.loss == pytest.approx(5.5 / 3) and one.perplexities[3][1] == pytest.approx(1.6487, abs=1e-4)
 
 
 def test_a_stream_is_trained_once(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +106,12 @@ def test_the_command_prints_a_table(base: Path, tmp_path: Path, in_this_process:
     flags += ["--tasks", f"{base / 'a.jsonl'},{base / 'b.jsonl'}", "--method", "lora", "--seeds", "2"]
     code, printed, error = in_this_process("continual", base, *flags)
     assert code == 0, error
-    assert all(word in printed for word in ("as it came", "lora, lr 0.001", "forgotten", "±"))
+    assert all(word in printed for word in ("as it came", "lora, lr 0.001", "forgotten", "±", "perplexity", "after b"))
     page = (tmp_path / "report.html").read_text()
     assert (
         page.count("<svg") == 2 * 2
         and "loss on b" in page
+        and "lora, lr 0.001, after b" in page
         and "lora, lr 0.001" in page
         and "lowest to the highest" in page
     )
