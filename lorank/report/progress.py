@@ -6,10 +6,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress, Task, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from lorank.report.lines import Line, LineColumn
 from lorank.report.markup import duration
 from lorank.report.work import WorkProgress
 
@@ -35,12 +36,12 @@ class TerminalProgress(TrainerCallback):
             if self.work is not None:
                 self.work(what, done, total, unit)
         elif total is not None and done < total:
-            self.bar.update(self.task, text=f"{what} {done / total:.0%}")
+            self.bar.update(self.task, figures=[f"{what} {done / total:.0%}"])
         else:
-            self.bar.update(self.task, text=self._line())
+            self.bar.update(self.task, figures=self._figures())
 
-    def _line(self) -> str:
-        return "  ".join(self.text[key] for key in ("loss", "eval", "rate", "mfu") if key in self.text)
+    def _figures(self) -> list[str]:
+        return [self.text[key] for key in ("loss", "eval", "rate", "mfu") if key in self.text]
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -49,18 +50,9 @@ class TerminalProgress(TrainerCallback):
             self.work.close()
         if not state.is_world_process_zero or not self.console.is_terminal:
             return
-        self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=self.console,
-        )
+        self.bar = Progress(LineColumn(self.console, _line_of), console=self.console)
         self.bar.start()
-        self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, text="")
+        self.task = self.bar.add_task(self.title, total=state.max_steps, completed=state.global_step, figures=[])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if self.bar is not None:
@@ -84,12 +76,12 @@ class TerminalProgress(TrainerCallback):
             self.text["mfu"] = f"MFU {logs['mfu']:.0%}"
         if "eval_perplexity" in logs:
             self.text["eval"] = f"val ppl {logs['eval_perplexity']:.2f}"
-        line = self._line()
         if self.bar is not None:
-            self.bar.update(self.task, text=line)
+            self.bar.update(self.task, figures=self._figures())
         elif "eval_perplexity" in logs or time.monotonic() - self._printed > 10:
             self._printed = time.monotonic()
-            self.console.print(f"{self.title}  step {state.global_step}/{state.max_steps}  {line}", highlight=False)
+            line = "  ".join([self.title, f"step {state.global_step}/{state.max_steps}", *self._figures()])
+            self.console.print(line, highlight=False)
 
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self.close()
@@ -101,6 +93,12 @@ class TerminalProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def _line_of(task: Task) -> Line:
+    steps = f"{task.completed:.0f}/{task.total:.0f}"
+    figures = [steps, *task.fields["figures"], TimeElapsedColumn().render(task).plain]
+    return Line(task.description, task.percentage / 100, figures, f"left {TimeRemainingColumn().render(task).plain}")
 
 
 class ComparisonProgress:

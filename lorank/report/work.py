@@ -4,8 +4,10 @@ import time
 from typing import NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import Progress, Task
+from rich.spinner import Spinner
 
+from lorank.report.lines import Line, LineColumn
 from lorank.report.markup import duration
 
 SHORT_SECONDS = 1
@@ -41,32 +43,49 @@ class WorkProgress:
         elif self.work is None or self.work.what != what:
             self.close()
             self.work, self._printed = Work(what, now, done), now
+            if not unit:
+                self._begun()
         elif self.console.is_terminal:
             self._draw(now, done, total, unit)
         elif now - self._printed > QUIET_SECONDS:
             self._printed = now
             self.console.print(f"{what}: {self._line(now, done, total, unit)}", highlight=False, soft_wrap=True)
 
+    def _begun(self) -> None:
+        """Show at once what will not say how far it is."""
+        assert self.work is not None
+        if self.console.is_terminal:
+            self._start()
+        else:
+            self.console.print(self.work.what, highlight=False, soft_wrap=True)
+
+    def _start(self) -> Progress:
+        assert self.work is not None
+        self.bar = Progress(LineColumn(self.console, _line_of), console=self.console, transient=True)
+        self.bar.start()
+        self.task = self.bar.add_task(self.work.what, total=None, figures=[], left="")
+        return self.bar
+
     def _draw(self, now: float, done: int, total: int | None, unit: str) -> None:
         assert self.work is not None
-        if self.bar is None:
-            if now - self.work.begun < SHORT_SECONDS:
-                return
-            columns = TextColumn("[bold]{task.description}"), BarColumn(), TextColumn("{task.fields[text]}")
-            self.bar = Progress(*columns, console=self.console, transient=True)
-            self.bar.start()
-            self.task = self.bar.add_task(self.work.what, total=total, text="")
-        self.bar.update(self.task, completed=done, total=total, text=self._line(now, done, total, unit))
+        if self.bar is None and now - self.work.begun < SHORT_SECONDS:
+            return
+        figures, left = self._figures(now, done, total, unit)
+        (self.bar or self._start()).update(self.task, completed=done, total=total, figures=figures, left=left)
 
     def _line(self, now: float, done: int, total: int | None, unit: str) -> str:
+        figures, left = self._figures(now, done, total, unit)
+        return ", ".join(filter(None, [*figures, left]))
+
+    def _figures(self, now: float, done: int, total: int | None, unit: str) -> tuple[list[str], str]:
         """How much is done, how fast, and the time left if it is known how much there is."""
         assert self.work is not None
         rate = (done - self.work.first) / max(now - self.work.begun, 1e-9)
         parts = [amount(done, unit) if total is None else f"{amount(done, unit)} of {amount(total, unit)}"]
         parts.append(f"{amount(rate, unit)}/s")
-        if total is not None and rate > 0:
-            parts.append(f"about {duration(max(0.0, (total - done) / rate))} left")
-        return ", ".join(parts)
+        if total is None or rate <= 0:
+            return parts, ""
+        return parts, f"about {duration(max(0.0, (total - done) / rate))} left"
 
     def close(self) -> None:
         """Give the terminal back, also after an error."""
@@ -74,6 +93,15 @@ class WorkProgress:
         if self.bar is not None:
             self.bar.stop()
             self.bar = None
+
+
+def _line_of(task: Task) -> Line:
+    """Where it is not known how much there is, a spinner shows that something is done."""
+    fields = {"figures": task.fields["figures"], "left": task.fields["left"]}
+    if task.total is not None:
+        return Line(task.description, task.completed / max(task.total, 1), **fields)
+    frames = Spinner("dots").frames
+    return Line(f"{frames[int(12 * (task.elapsed or 0)) % len(frames)]} {task.description}", None, **fields)
 
 
 def amount(number: float, unit: str) -> str:

@@ -16,7 +16,8 @@ class Watch(Protocol):
     """Called often, from the thread that works; it must be quick."""
 
     def __call__(self, what: str, done: int, total: int | None, unit: str) -> object:
-        """`done` of `total` units of work ("B", "characters", "tokens") are done; None: it is not known how many there are."""
+        """`done` of `total` units of work ("B", "characters", "tokens") are done; None: it is not known how many there are.
+        Without a unit, `what` begins and will not say how far it is."""
 
 
 def _nobody(what: str, done: int, total: int | None, unit: str) -> None:

@@ -1,6 +1,7 @@
 """Progress on the terminal."""
 
 import io
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -31,6 +32,24 @@ def test_the_time_left_counts_steps_and_all_else(monkeypatch: pytest.MonkeyPatch
     assert left[0] is None, "one step does not show how long they take"
     assert left[1:6] == pytest.approx([4 * 2 + 10 + 12, 3 * 2 + 10 + 12, 2 * 2 + 10 + 12, 2 + 10 + 12, 10 + 12])
     assert left[7:] == pytest.approx([4 * 2, 3 * 2, 2 * 2, 2, 0])
+
+
+@pytest.mark.parametrize("width", [44, 60])
+def test_a_narrow_terminal_keeps_the_time_left(tmp_path: Path, width: int) -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    progress = TerminalProgress("cola-m+galore 60m", console)
+    arguments, state, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl()
+    state.max_steps, state.is_world_process_zero = 10_000, True
+    progress.on_train_begin(arguments, state, control)
+    for step in range(1, 4):
+        state.global_step = step
+        progress.on_step_end(arguments, state, control)
+        progress.on_log(arguments, state, control, logs={"loss": 5.0, "tokens_per_second": 1e4, "eval_perplexity": 9.0})
+    assert progress.bar is not None
+    progress.bar.refresh()
+    progress.close()
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())  # type: ignore[attr-defined]
+    assert re.search(r"3/10000  .*left [\d:-]{7}\s", shown) and max(map(len, re.split(r"[\r\n]", shown))) <= width
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(tmp_path: Path) -> None:

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from datasets.fingerprint import Hasher
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lorank.train.bpe import END, PAD, at_spaces, learnt, learnt_apart
 from lorank.train.data.cache import use
-from lorank.train.data.sources import cache_folder, first_line
+from lorank.train.data.sources import amount, cache_folder, first_line
 from lorank.train.hub import asked_if_reachable
 from lorank.train.tokens import pieces_of
-from lorank.train.watching import told
+from lorank.train.watching import tell, told
 
 logger = logging.getLogger(__name__)
 VERSION = 2  # part of every cache key; raise it when the same text must give other tokens or sequences
@@ -25,6 +26,7 @@ ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "[SEP]")
 """What ends a text, by names in use."""
 PADS = ("<|pad|>", "<pad>", "[PAD]")
 TOKENIZER_CHARACTERS = 50_000_000  # of training text that a tokenizer learns from
+LONG_CHARACTERS = 4_000_000  # from which it learns for seconds
 
 
 def load_tokenizer(
@@ -74,7 +76,7 @@ def load_tokenizer(
     folder = cache_folder(cache_dir) / "tokenizers" / Hasher.hash((VERSION, texts_name, vocab_size))
     use(folder)
     if not folder.exists():
-        tokenizer = _train_tokenizer(told("learning a vocabulary", texts, len, size, "characters"), vocab_size)
+        tokenizer = _train_tokenizer(texts, vocab_size, size)
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder.parent) as part:
@@ -119,22 +121,27 @@ def byte_tokenizer() -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, split_special_tokens=True)
 
 
-def _train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    end, pad = "<|endoftext|>", "<|pad|>"
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        min_frequency=2,
-        special_tokens=[end, pad],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
+def _train_tokenizer(texts: Iterable[str], vocab_size: int, size: int | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer learnt from texts of that many characters, if it is known how many; from long ones in a process that can be ended."""
+    remaining, first, seen = iter(texts), list[str](), 0
+    while seen < LONG_CHARACTERS and (text := next(remaining, None)) is not None:
+        first.append(text)
+        seen += len(text)
+    if seen < LONG_CHARACTERS:
+        rules = learnt(first, vocab_size)
+    else:
+        said = f"up to {amount(TOKENIZER_CHARACTERS, 'characters')}" if size is None else amount(size, "characters")
+        tell(f"learning a vocabulary of {vocab_size:,} tokens from {said}", 0, None, "")
+        parts = (part for text in itertools.chain(first, remaining) for part in at_spaces(text))
+        rules = learnt_apart(_told(parts, size), vocab_size)
     return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=pad, split_special_tokens=True
+        tokenizer_object=rules, bos_token=END, eos_token=END, pad_token=PAD, split_special_tokens=True
     )
+
+
+def _told(parts: Iterable[str], size: int | None) -> Iterator[str]:
+    yield from told("learning a vocabulary", parts, len, size, "characters")
+    tell("merging tokens to a vocabulary", 0, None, "")
 
 
 def identity(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -4,11 +4,14 @@ import itertools
 import os
 import shutil
 
+import numpy as np
 import pytest
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig
 
-from lorank.train import tokens
+from lorank.train import bpe, tokens
 from lorank.train.data import load_tokenizer, tokenizers
+from lorank.train.watching import watched_by
 
 
 def test_a_trained_tokenizer(prose):
@@ -33,6 +36,63 @@ def test_a_tokenizer_learns_from_a_limited_sample(monkeypatch, prose):
     monkeypatch.setattr(tokens, "PIECE", 20)
     assert sum(map(len, tokenizers.first_pieces(itertools.repeat("x" * 7), 50))) == 56
     assert len(load_tokenizer(None, itertools.repeat(prose(20)), vocab_size=300)) <= 300
+
+
+def test_parts_have_the_words_of_the_text():
+    """A vocabulary is learnt from words and how often they occur, so it is the same."""
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    random = np.random.default_rng(0)
+    signs = [
+        *"ab1'.s",
+        " ",
+        "\n",
+        "\t",
+        "\r",
+        "\x0b",
+        "\x1c",
+        "\x1f",
+        "\x85",
+        "\xa0",
+        "\u2028",
+        "\u3000",
+        "\u200b",
+        "日",
+        "é",
+        "'ll",
+    ]
+    for _ in range(300):
+        text = "".join(random.choice(signs, random.integers(1, 40)))
+        parts = list(bpe.at_spaces(text, int(random.integers(1, 6))))
+        assert "".join(parts) == text
+        assert [word for part in parts for word, _ in words.pre_tokenize_str(part)] == [
+            word for word, _ in words.pre_tokenize_str(text)
+        ]
+    assert max(map(len, bpe.at_spaces("some words and more\n" * 1000))) < 5000
+
+
+def test_learning_from_long_text_says_so_and_can_be_stopped(monkeypatch, prose):
+    """It is the vocabulary that is learnt in this process."""
+    texts, said = [prose(2000, seed) for seed in range(10)], []
+    size = sum(map(len, texts))
+    short = load_tokenizer(None, texts, vocab_size=300, texts_name="short")
+    monkeypatch.setattr(tokenizers, "LONG_CHARACTERS", 20_000)
+    with watched_by(lambda what, done, total, unit: said.append((what, done, total))):
+        long = load_tokenizer(None, texts, vocab_size=300)
+    assert long.backend_tokenizer.to_str() == short.backend_tokenizer.to_str()
+    assert [what for what, done, _ in said if not done] == [
+        f"learning a vocabulary of 300 tokens from {size / 1000:.1f} k characters",
+        "merging tokens to a vocabulary",
+    ]
+    assert ("learning a vocabulary", size, size) in said
+
+    def stop(what, done, total, unit):
+        if what.startswith("merging"):
+            raise KeyboardInterrupt
+
+    with watched_by(stop), pytest.raises(KeyboardInterrupt):
+        load_tokenizer(None, texts, vocab_size=301)
+    with pytest.raises(OSError, match=r"learnt a vocabulary died \(exit code 1\)"):
+        bpe.learnt_apart(texts, "none")
 
 
 def test_pieces_make_up_the_text(monkeypatch):
