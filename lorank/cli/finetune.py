@@ -5,7 +5,6 @@ from typing import Any
 import click
 
 from lorank.cli.flags import (
-    LONGEST,
     SETTINGS,
     Folder,
     InGroups,
@@ -16,6 +15,7 @@ from lorank.cli.flags import (
     split_budget,
 )
 from lorank.cli.pretrain import resumed, show_plan, train
+from lorank.train.recipe import LONGEST
 
 OWN = {"start_from": "MODEL", "size": "MODEL", "model": "MODEL", "method": "--method", "data": "--data"}
 """Settings that the argument and the command's other flags decide."""

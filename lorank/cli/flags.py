@@ -10,7 +10,7 @@ import click
 import yaml
 
 from lorank.fields import alternatives_of, field_types
-from lorank.train.recipe import Recipe, full_name, settings_with
+from lorank.train.recipe import LONGEST, Recipe, full_name, settings_with
 from lorank.train.yamls import load
 
 if TYPE_CHECKING:
@@ -300,8 +300,17 @@ def split_budget(flags: Mapping[str, Any]) -> tuple["Budget | None", dict[str, A
     return Budget.read(**given), {**rest, "steps": LONGEST}
 
 
-LONGEST = 2**32 - 1
-"""Steps of a recipe until its budget has been turned into steps."""
+def _from_file(path: str, changes: dict[str, Any]) -> Recipe:
+    """A file's recipe with changes. If it becomes shorter, so does its warm-up, unless that is changed too."""
+    steps = changes.get("steps")
+    if type(steps) is not int or steps < 1 or {"warmup_steps", "schedule_steps"} & changes.keys():
+        return Recipe.read(path, **changes)
+    found = Recipe.read(path, **{name: value for name, value in changes.items() if name != "steps"})
+    if steps >= found.steps:  # LONGEST: its budget will say
+        return found if steps == LONGEST else dataclasses.replace(found, steps=steps)
+    from lorank.train.budget import of_length
+
+    return of_length(found, steps)
 
 
 def recipe_of(
@@ -321,7 +330,7 @@ def recipe_of(
         if name in (own or {}):
             raise ValueError(f"--set {name}=... is not possible here; use {(own or {})[name]}")
     if path:
-        return Recipe.read(path, **changes)
+        return _from_file(path, changes)
     entries = {name: value for name, value in changes.items() if "." in full_name(name)}
     whole = {name: value for name, value in changes.items() if name not in entries}
     return Recipe.from_dict({**(base or {}), **whole}).but(entries)

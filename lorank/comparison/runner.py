@@ -35,7 +35,7 @@ from lorank.comparison.rows import (
 )
 from lorank.comparison.settings import ComparisonSettings, slug
 from lorank.train import data
-from lorank.train.budget import Budget
+from lorank.train.budget import Budget, of_length
 from lorank.train.folder import LOCK, ONCE, absolute, locked, write_whole
 from lorank.train.model import build_config, warn_of_weights
 from lorank.train.recipe import Recipe
@@ -268,7 +268,7 @@ def with_budget(settings: ComparisonSettings, budget: Budget) -> ComparisonSetti
     name, (recipe, _) = next(iter(find_rows(dataclasses.replace(settings, base=base)).items()))
     [(_, first), *_], _ = candidates_of(settings, name, recipe)
     steps = budget.steps_of(first, corpus, round(Costs(corpus.tokenizer).of("parameters", first)))
-    return dataclasses.replace(settings, base=dataclasses.replace(settings.base, steps=steps))
+    return dataclasses.replace(settings, base=of_length(settings.base, steps))
 
 
 def _corpus(base: Recipe) -> data.Corpus:

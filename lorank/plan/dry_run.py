@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lorank import accounting
 from lorank.plan.counts import Counts, count
 from lorank.sites import expert_sites, find_sites, other_matrices, owners_of
-from lorank.train.budget import Budget, Extent, extent_of, saved_parameters
+from lorank.train.budget import Budget, Extent, extent_of, of_length, saved_parameters
 from lorank.train.build import build_estimator
 from lorank.train.folder import absolute
 from lorank.train.methods import methods_of, optimizer_groups, schedule_of
@@ -108,7 +108,7 @@ def plan_with_data(recipe: Recipe, found: Plan, budget: Budget | None = None) ->
     if vocab_size != found.vocab_size:  # of a small text, which fills no vocabulary
         found = plan(dataclasses.replace(recipe, vocab_size=vocab_size))
     if budget is not None:
-        recipe = dataclasses.replace(recipe, steps=budget.steps_of(recipe, corpus, found.saved_parameters))
+        recipe = of_length(recipe, budget.steps_of(recipe, corpus, found.saved_parameters))
     schedule_of(recipe)
     return dataclasses.replace(
         found,

@@ -4,6 +4,7 @@ A recipe knows steps alone. A budget becomes steps once the data and the model a
 """
 
 import dataclasses
+import logging
 import math
 import os
 import re
@@ -19,7 +20,9 @@ from lorank.fields import Count, Positive, check_value
 from lorank.method import Method
 from lorank.train.data import Corpus
 from lorank.train.data.sources import amount
-from lorank.train.recipe import Recipe
+from lorank.train.recipe import LONGEST, Recipe
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,6 +76,25 @@ class Budget:
                 f"data={recipe.data!r} is a stream, whose length is not known, so epochs of it cannot be counted; give --tokens"
             )
         return max(1, math.floor(self.epochs * each + 1e-9))
+
+
+def of_length(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with another number of steps. A shorter run keeps the share of its warm-up, also if that is a number of steps, which is
+    logged; in a longer one the warm-up stays as it is."""
+    warmup = recipe.warmup_steps
+    if (
+        steps >= recipe.steps
+        or recipe.steps == LONGEST
+        or recipe.schedule_steps is not None
+        or not (isinstance(warmup, int) and warmup)
+    ):
+        return dataclasses.replace(recipe, steps=steps)
+    scaled = min(max(1, round(warmup * steps / recipe.steps)), steps - 1)
+    logger.warning(
+        "warmup_steps is %s of %s steps, the same share as %s of %s in the recipe; --warmup-steps sets another",
+        *(f"{number:,}" for number in (scaled, steps, warmup, recipe.steps)),
+    )
+    return dataclasses.replace(recipe, steps=steps, warmup_steps=scaled)
 
 
 class Extent(NamedTuple):

@@ -31,6 +31,8 @@ from lorank.train.shipped import recipe_names, recipe_path
 from lorank.train.yamls import load
 
 Seed = Annotated[int, Bounds(least=0, below=2**32)]
+LONGEST = 2**32 - 1
+"""Steps of a recipe whose budget has not been turned into steps yet."""
 KEYS = ("method", "optimizer", "gradient")
 """The keys that name methods."""
 

@@ -27,7 +27,7 @@ from lorank.adapter_files import save_adapter
 from lorank.adapters.gated import Adapter
 from lorank.conversion import method_of
 from lorank.train import data
-from lorank.train.budget import Budget, extent_of, saved_parameters
+from lorank.train.budget import Budget, extent_of, of_length, saved_parameters
 from lorank.train.build import build_trainer
 from lorank.train.callbacks import MetricsFile, StopOnSignal
 from lorank.train.card import NAME, Card, write_card
@@ -122,7 +122,7 @@ def pretrain(
             parameters = saved_parameters(model)
             if budget is not None:
                 steps = budget.steps_of(recipe, corpus, parameters)
-                recipe = longer(recipe, steps) if resume else dataclasses.replace(recipe, steps=steps)
+                recipe = longer(recipe, steps) if resume else of_length(recipe, steps)
             say(str(extent_of(recipe, corpus, parameters)))
             if recipe.scheduled < recipe.steps:
                 say(f"the learning rate stays where its schedule ends, at step {recipe.scheduled:,}")

@@ -15,8 +15,8 @@ import pytest
 import yaml
 
 from lorank.cli import PACKAGES, cli
-from lorank.cli.flags import BUDGETS, GROUPS, changes_of, recipe_of, value_of
-from lorank.train.recipe import Recipe, settings_with
+from lorank.cli.flags import BUDGETS, GROUPS, changes_of, recipe_of, split_budget, value_of
+from lorank.train.recipe import LONGEST, Recipe, settings_with
 from lorank.train.shipped import recipe_names, recipe_path
 
 OTHERS: dict[str, Any] = {
@@ -130,6 +130,22 @@ def test_dotted_names_are_entries_of_mappings() -> None:
 def test_flags_win_over_a_recipe_by_name() -> None:
     recipe = recipe_of("cola-60m", {"lr": 1.0, "assignments": ("clip=0",)})
     assert (recipe.lr, recipe.clip, recipe.batch_size) == (1.0, 0, Recipe.read("cola-60m").batch_size)
+
+
+def test_a_recipe_that_becomes_shorter_keeps_the_share_of_its_warm_up(caplog: pytest.LogCaptureFixture) -> None:
+    full = Recipe.read("cola-60m")
+    assert recipe_of("cola-60m", {}) == full == recipe_of("cola-60m", {"steps": full.steps})
+    assert recipe_of("cola-60m", {"steps": 20_000}).warmup_steps == full.warmup_steps == 2000 and not caplog.text
+    assert recipe_of("cola-60m", {"steps": 50}) == dataclasses.replace(full, steps=50, warmup_steps=10)
+    assert "warmup_steps is 10 of 50 steps, the same share as 2,000 of 10,000 in the recipe" in caplog.text
+    assert recipe_of("cola-60m", {"steps": 50, "warmup_steps": 7}).warmup_steps == 7
+    with pytest.raises(ValueError, match="warmup_steps must be below steps=50, got 60"):
+        recipe_of("cola-60m", {"steps": 50, "assignments": ("warmup_steps=60",)})
+    with pytest.raises(ValueError, match="steps must be a positive integer, got 0"):
+        recipe_of("cola-60m", {"steps": 0})
+    budget, flags = split_budget({"tokens": "10M", "lr": 1e-3})
+    assert budget is not None and recipe_of("cola-60m", flags) == dataclasses.replace(full, lr=1e-3)
+    assert recipe_of("cola-60m", {**flags, "warmup_steps": 7}).steps == LONGEST
 
 
 @pytest.mark.parametrize(

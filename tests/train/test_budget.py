@@ -1,5 +1,6 @@
 """Budgets: tokens, epochs and tokens per parameter become steps, and a run says how long it is in all units."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,12 @@ import pytest
 from datasets import Dataset, IterableDataset
 
 from lorank.accounting import count_parameters
-from lorank.train.budget import Budget, extent_of, read_tokens, saved_parameters, steps_per_epoch
+from lorank.train.budget import Budget, extent_of, of_length, read_tokens, saved_parameters, steps_per_epoch
 from lorank.train.data import Corpus
 from lorank.train.folder import read_json, read_run
 from lorank.train.methods import methods_of
 from lorank.train.model import empty_model
-from lorank.train.recipe import Recipe
+from lorank.train.recipe import LONGEST, Recipe
 from lorank.train.run import pretrain
 
 
@@ -40,6 +41,18 @@ def test_a_budget_is_steps_of_forty_tokens(budget: Budget, steps: int) -> None:
     recipe = Recipe(batch_size=4, sequence_length=10, steps=steps)
     assert budget.steps_of(recipe, corpus, 100) == steps
     assert extent_of(recipe, corpus, 100) == (steps, 40 * steps, steps / 25, 100)
+
+
+def test_a_shorter_run_keeps_the_share_of_its_warm_up() -> None:
+    recipe = Recipe(steps=1000, warmup_steps=100)
+    assert [of_length(recipe, steps).warmup_steps for steps in (1, 2, 50, 999, 1000, 2000)] == [0, 1, 5, 100, 100, 100]
+    for same in (
+        Recipe(),
+        Recipe(warmup_steps=0),
+        Recipe(steps=LONGEST, warmup_steps=30),
+        Recipe(warmup_steps=30, schedule_steps=200),
+    ):
+        assert of_length(same, 50) == dataclasses.replace(same, steps=50)
 
 
 def test_padding_is_no_token() -> None:
