@@ -3,5 +3,6 @@
 from lorank.analysis.effective_rank import analyze
 from lorank.analysis.ranks import Suggestion, suggest_ranks
 from lorank.analysis.result import Analysis, Projection
+from lorank.analysis.spectrum import feature_rank
 
-__all__ = ["Analysis", "Projection", "Suggestion", "analyze", "suggest_ranks"]
+__all__ = ["Analysis", "Projection", "Suggestion", "analyze", "feature_rank", "suggest_ranks"]

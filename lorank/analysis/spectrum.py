@@ -40,3 +40,26 @@ def svdvals(matrix: Tensor) -> Tensor:
     if not matrix.isfinite().all():
         raise ValueError("a weight or its gradient is not finite; the model has diverged, use an earlier checkpoint")
     return torch.linalg.svdvals(matrix.to(torch.promote_types(matrix.dtype, torch.float32))).double().cpu()
+
+
+def feature_rank(features: Tensor, alpha: float = 1.0) -> int:
+    """How many directions features Z [n, d] vary in: r(α) of Z minus its mean; scale, rotation and order of rows do not matter.
+
+    With α = 1 it is the rank up to round-off. DeiT-LT (arXiv 2404.02900) compares tokens of a transformer by it.
+
+    Raises:
+        ValueError: fewer than two rows, or numbers that are not finite.
+
+    >>> feature_rank(torch.tensor([[3.0, 1.0], [1.0, 1.0], [-1.0, 1.0]]))
+    1
+    """
+    if features.dim() != 2 or len(features) < 2:
+        raise ValueError(f"features must be a matrix of two rows or more, got shape {list(features.shape)}")
+    if not 0 < alpha <= 1:
+        raise ValueError(f"alpha must be above 0 and at most 1, got {alpha}")
+    if not features.isfinite().all():
+        raise ValueError("features must be finite; the model has diverged, use an earlier checkpoint")
+    Z = features.detach().to(torch.promote_types(features.dtype, torch.float32))
+    sigma = torch.linalg.svdvals(Z - Z.mean(0)).double().cpu()
+    below = sigma <= sigma[0] * max(Z.shape) * torch.finfo(Z.dtype).eps  # as torch.linalg.matrix_rank
+    return effective_rank(sigma.masked_fill(below, 0.0), alpha)
