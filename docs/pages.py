@@ -7,6 +7,7 @@ In a page, a Markdown file of this folder, these lines stand for:
     % results                  what the benchmarks printed
     % pages                    the names of all methods' pages
     % methods                  the table of methods
+    % listing                the table of papers, see listing.py
     % rooms, % map             the folders of lorank, and what imports what
 
 A page in methods/ is written by hand down to when to use the method. Its use, options, cost and figures come from the code.
@@ -19,6 +20,7 @@ import sys
 from pathlib import Path
 
 import drawing
+import listing
 import rooms
 from click.testing import CliRunner
 
@@ -126,16 +128,8 @@ def expand(docname: str, text: str) -> str:
     depth = docname.count("/")
 
     def include(found: re.Match[str]) -> str:
-        if found[1] == "pages":
-            return "\n".join(method_pages())
-        if found[1] == "methods":
-            return relinked(methods_table(), depth)
-        if found[1] == "rooms":
-            return f"```text\n{rooms.tree(rooms.read())}\n```"
-        if found[1] == "map":
-            return f"```{{raw}} html\n{drawing.svg(rooms.read())}\n```"
-        if found[1] == "results":
-            return "\n\n".join(f"### {path.stem}\n\n```text\n{path.read_text().rstrip()}\n```" for path in RESULTS)
+        if generated := GENERATED.get(found[1]):
+            return generated(depth)
         shown = relinked(section(ROOT / found[1], found[2]), depth)
         under_title = not re.search("^## ", text[: found.start()], re.M)
         return re.sub("^###", "##", shown, flags=re.M) if under_title else shown
@@ -195,6 +189,14 @@ def relinked(text: str, depth: int) -> str:
     return LINK.sub(link, text)
 
 
+GENERATED = {
+    "pages": lambda depth: "\n".join(method_pages()),
+    "methods": lambda depth: relinked(methods_table(), depth),
+    "listing": lambda depth: listing.tables(method_pages()),
+    "rooms": lambda depth: f"```text\n{rooms.tree(rooms.read())}\n```",
+    "map": lambda depth: f"```{{raw}} html\n{drawing.svg(rooms.read())}\n```",
+    "results": lambda depth: "\n\n".join(f"### {p.stem}\n\n```text\n{p.read_text().rstrip()}\n```" for p in RESULTS),
+}
 SITE = {
     "CONTRIBUTING.md": "add-a-method.md",
     "README.md": "index.md",
