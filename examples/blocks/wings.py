@@ -14,8 +14,9 @@ the model alone.
 
     python examples/blocks/wings.py [STEPS]     (150 steps take a minute and a half of one core; needs scikit-learn)
 
-A model that has read Python's standard library sees handwritten digits (16 patches each) and learns to say which one it is. Its loss on text is
-compared before and after, and with a model that learns the same by training all its weights, with the patches in front of the text.
+A model that has read Python's standard library sees handwritten digits, as 16 features of a small convolutional encoder that learns along, and
+learns to say which one it is. Its loss on text is compared before and after, and with a model that learns the same by training all its weights,
+with the features in front of the text.
 """
 
 import copy
@@ -86,15 +87,13 @@ class Wings(nn.Module):
 
 
 class Multimodal(nn.Module):
-    """A frozen causal model whose blocks have wings, and a linear map from patches [b, S, p] to its features."""
+    """A frozen causal model whose blocks have wings, and an encoder of images to `features` vectors [b, S, d]."""
 
-    def __init__(self, model: nn.Module, patches: int, size: int, rank: int):
+    def __init__(self, model: nn.Module, encoder: nn.Module, features: int, rank: int):
         super().__init__()
         d, heads = model.config.hidden_size, model.config.num_attention_heads
-        self.model = model.requires_grad_(False)
-        self.look = nn.Linear(size, d)
-        self.places = nn.Parameter(torch.randn(patches, d) * 0.1)
-        self.wings = nn.ModuleList(Wings(d, rank, heads, patches) for _ in model.model.layers)
+        self.model, self.encoder = model.requires_grad_(False), encoder
+        self.wings = nn.ModuleList(Wings(d, rank, heads, features) for _ in model.model.layers)
         self.stage, self._image = 1, None
         for block, wing in zip(model.model.layers, self.wings, strict=True):
             block.self_attn.register_forward_hook(self._next_to(wing), with_kwargs=True)
@@ -107,7 +106,7 @@ class Multimodal(nn.Module):
         return add
 
     def forward(self, ids: Tensor, image: Tensor | None = None) -> Tensor:
-        self._image = None if image is None else self.look(image) + self.places
+        self._image = None if image is None else self.encoder(image)
         try:
             return self.model(ids).logits
         finally:
@@ -120,9 +119,18 @@ NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight",
 QUESTION = b"digit: "
 
 
-def patches(images: Tensor) -> Tensor:
-    """Images [n, 8, 8] as 16 patches of four numbers [n, 16, 4]."""
-    return images.unfold(1, 2, 2).unfold(2, 2, 2).flatten(3).flatten(1, 2)
+class Encoder(nn.Module):
+    """Images [b, 1, 8, 8] to 16 features [b, 16, d], each of a part of the image and with its place."""
+
+    def __init__(self, d: int):
+        super().__init__()
+        self.parts = nn.Sequential(
+            nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, d, 3, stride=2, padding=1), nn.ReLU()
+        )
+        self.places = nn.Parameter(torch.randn(16, d) * 0.1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.parts(images).flatten(2).mT + self.places
 
 
 def said(digits: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +152,7 @@ def main() -> None:
         for some in ([f for i, f in enumerate(files) if i % 10], files[::10])
     )
     images, digits = (torch.tensor(one) for one in load_digits(return_X_y=True))
-    X, names, asked = patches(images.float().view(-1, 8, 8) / 16), digits, torch.arange(len(digits)) % 4 == 3
+    X, names, asked = images.float().view(-1, 1, 8, 8) / 16, digits, torch.arange(len(digits)) % 4 == 3
     torch.manual_seed(0)
 
     def piece(source: Tensor, rows: int, draw: torch.Generator | None = None) -> Tensor:
@@ -186,32 +194,34 @@ def main() -> None:
         ids = piece(text, 16)
         return F.cross_entropy(base(ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
-    trained(base.parameters(), reading, 2 * steps, 5e-3)
+    trained(base.parameters(), reading, steps, 5e-3)
     before = loss_on_text(lambda ids: base(ids).logits)
     print(f"text loss of the model {before:.4f} nats per byte")
 
-    model = Multimodal(copy.deepcopy(base), 16, 4, rank=16)
+    model = Multimodal(copy.deepcopy(base), Encoder(64), 16, rank=16)
     learned = [p for p in model.parameters() if p.requires_grad]
     for stage in (1, 2):
         model.stage = stage
         trained(learned, lambda: naming(model), steps // stage, 5e-3)
         moved = loss_on_text(model) - before
-        blank = loss_on_text(lambda ids: model(ids, X[:1].expand(len(ids), -1, -1))) - before
+        blank = loss_on_text(lambda ids: model(ids, X[:1].expand(len(ids), -1, -1, -1))) - before
         print(
             f"wings, stage {stage}: {right(model):.1%} of digits named; text loss moved by {moved:.4f}, next to an image by {blank:+.4f}"
         )
     print(f"{sum(p.numel() for p in learned):,} parameters trained")
 
     whole = copy.deepcopy(base).requires_grad_(True)
-    look, places = nn.Linear(4, 64), nn.Parameter(torch.randn(16, 64) * 0.1)
+    encoder = Encoder(64)
 
     def in_front(ids: Tensor, image: Tensor) -> Tensor:
-        inputs = torch.cat([look(image) + places, whole.get_input_embeddings()(ids)], 1)
+        inputs = torch.cat([encoder(image), whole.get_input_embeddings()(ids)], 1)
         return whole(inputs_embeds=inputs).logits[:, 16:]
 
-    trained([*whole.parameters(), *look.parameters(), places], lambda: naming(in_front), steps + steps // 2, 5e-3)
+    trained([*whole.parameters(), *encoder.parameters()], lambda: naming(in_front), steps + steps // 2, 5e-3)
     moved = loss_on_text(lambda ids: whole(ids).logits) - before
-    print(f"all weights trained: {right(in_front):.1%} of digits named; text loss moved by {moved:+.4f}")
+    print(
+        f"all weights trained, features in front: {right(in_front):.1%} of digits named; text loss moved by {moved:+.4f}"
+    )
 
 
 if __name__ == "__main__":

@@ -182,7 +182,7 @@ def test_wings_start_as_the_model_alone_and_count_their_factors() -> None:
     base = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).double()
     ids, image = torch.randint(20, (2, 5)), torch.randn(2, 3, 4)
     wanted = base(ids).logits
-    model = wings.Multimodal(base, patches=3, size=4, rank=4)
+    model = wings.Multimodal(base, torch.nn.Linear(4, 16), features=3, rank=4)
     for model.stage in (1, 2):
         assert torch.equal(model(ids, image), wanted), "O is zero"
     assert size(model.wings[0].visual) == 8 * 4 * 16
