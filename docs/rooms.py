@@ -67,6 +67,7 @@ ROWS: tuple[dict[str, str], ...] = (
     },
     {
         "fields": "checks a dataclass by its annotations",
+        "patterns": "regular expressions that cannot take hours",
         "hooks": "StepHook: what happens between two steps",
         "rounding": "what 16-bit weights lose when they are edited in place",
         "renamed": "where the names of version 0.1 are",

@@ -18,6 +18,8 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
+from lorank.patterns import compiled
+
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
@@ -224,10 +226,10 @@ def check_rank_table(table: Mapping[Any, Any], option: str = "rank") -> None:
 
 
 def compile_pattern(pattern: Any, option: str) -> re.Pattern[str]:
-    """A compiled regular expression; ValueError with the option's name if it is not one."""
+    """A compiled regular expression; ValueError with the option's name if it is not one, or one that could take hours."""
     try:
-        return re.compile(pattern)
-    except (re.error, TypeError) as error:
+        return compiled(pattern)
+    except (re.error, TypeError, ValueError, RecursionError, OverflowError) as error:
         raise ValueError(f"{option} must hold regular expressions as strings, got {pattern!r}: {error}") from None
 
 

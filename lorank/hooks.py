@@ -76,13 +76,17 @@ class StepHook:
         the same. Evaluations during training report them too."""
         return {}
 
-    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A closure makes the gradients inside the step, so what comes before the step follows its first call."""
-        if any(isinstance(p, DTensor) for module in self.edits for p in module.parameters()):  # since the hook was made
+    def check_whole(self) -> None:
+        """Raises ValueError if parameters of `edits` are sharded."""
+        if any(isinstance(p, DTensor) for module in self.edits for p in module.parameters()):
             raise ValueError(
                 f"{type(self).__name__} changes whole weights between steps, but they are sharded (FSDP2 or tensor parallelism); use DDP or one "
                 "device"
             )
+
+    def _before_step(self, _: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A closure makes the gradients inside the step, so what comes before the step follows its first call."""
+        self.check_whole()  # they may have been sharded since the hook was made
         given = (*args[1:], kwargs.get("closure"))[0]  # args[0] is the optimizer
         if given is None:
             return self.before_step()

@@ -32,11 +32,31 @@ if TYPE_CHECKING:
 @click.option("--out", type=Folder(), default=None, help="Folder of the run.", show_default="runs/METHOD-SIZE")
 @resume_flag
 @click.option(
+    "--fsdp",
+    is_flag=True,
+    help="Under torchrun: each process has a part of the model and of its optimizer's state (FSDP2).",
+)
+@click.option(
+    "--tensor-parallel",
+    type=click.IntRange(min=1),
+    metavar="N",
+    default=1,
+    help="Under torchrun: N processes share every matrix of a cola, cola-m or low-rank model.",
+)
+@click.option(
     "--dry-run",
     is_flag=True,
     help="Read the data, print what each layer becomes, parameters, FLOPs, memory and tokens, and stop.",
 )
-def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: bool, **flags: Any) -> None:
+def pretrain(
+    recipe: str | None,
+    out: str | None,
+    resume: str | None,
+    fsdp: bool,
+    tensor_parallel: int,
+    dry_run: bool,
+    **flags: Any,
+) -> None:
     """Pre-train a language model from scratch, or with --start-from train a saved one on.
 
     RECIPE is a YAML file, or the name of one that comes with lorank (cola-60m). Flags have the same names as its settings
@@ -46,8 +66,9 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
     Without any argument a tiny CoLA model learns Python's standard library in a few minutes on a CPU.
     """
     changes = changes_of(flags)
+    engine = {"fsdp": fsdp, "tensor_parallel": tensor_parallel}
     if resume:
-        return resumed(resume, flags, {recipe or "": recipe, "--out": out, "--dry-run": dry_run})
+        return resumed(resume, flags, {recipe or "": recipe, "--out": out, "--dry-run": dry_run}, engine)
     budget, flags = split_budget(flags)
     if "start_from" in changes:
         from lorank.train.start import method_of_start, started
@@ -59,10 +80,12 @@ def pretrain(recipe: str | None, out: str | None, resume: str | None, dry_run: b
         settings = started(settings)
     if dry_run:
         return show_plan(settings, budget)
-    train(settings, out, budget, None)
+    train(settings, out, budget, None, engine)
 
 
-def resumed(run: str, flags: Mapping[str, Any], others: Mapping[str, Any]) -> None:
+def resumed(
+    run: str, flags: Mapping[str, Any], others: Mapping[str, Any], engine: Mapping[str, Any] | None = None
+) -> None:
     """Go on with a run. `flags` may say how long it becomes; ValueError for any other, and for one of `others` that is given."""
     changes = changes_of(flags)
     given = [name for name, value in others.items() if value]
@@ -74,7 +97,7 @@ def resumed(run: str, flags: Mapping[str, Any], others: Mapping[str, Any]) -> No
         from lorank.train.budget import Budget
 
         budget = Budget(steps=changes["steps"])
-    train(None, None, budget, run)
+    train(None, None, budget, run, engine)
 
 
 def show_plan(settings: "Recipe", budget: "Budget | None") -> None:
@@ -93,12 +116,19 @@ def show_plan(settings: "Recipe", budget: "Budget | None") -> None:
     warn_of_weights(settings.model)
 
 
-def train(settings: "Recipe | None", out: str | None, budget: "Budget | None", resume: str | None) -> None:
-    """Run a recipe, or go on with the run `resume`, and print what came of it."""
+def train(
+    settings: "Recipe | None",
+    out: str | None,
+    budget: "Budget | None",
+    resume: str | None,
+    engine: Mapping[str, Any] | None = None,
+) -> None:
+    """Run a recipe, or go on with the run `resume`, and print what came of it. `engine` has the fields of an `Engine`."""
     from lorank.cli.console import results_console, shown_run
     from lorank.report.markup import visible
     from lorank.report.tables import runs_table
     from lorank.train import run
+    from lorank.train.engine import Engine
     from lorank.train.folder import read_json, read_run
     from lorank.train.methods import title_of
 
@@ -116,6 +146,7 @@ def train(settings: "Recipe | None", out: str | None, budget: "Budget | None", r
             resume=resume is not None,
             say=partial(console.print, markup=False, highlight=False, soft_wrap=True),
             callbacks=[progress],
+            engine=Engine(**(engine or {})),
         )
     if summary is None:
         console.print(f"stopped; continue with [bold]lorank pretrain --resume {folder}[/bold]", highlight=False)

@@ -6,7 +6,6 @@ A recipe knows steps alone. A budget becomes steps once the data and the model a
 import dataclasses
 import logging
 import math
-import os
 import re
 from typing import Any, NamedTuple, Self
 
@@ -20,6 +19,7 @@ from lorank.fields import Count, Positive, check_value
 from lorank.method import Method
 from lorank.train.data import Corpus
 from lorank.train.data.sources import amount
+from lorank.train.engine import processes
 from lorank.train.recipe import LONGEST, Recipe
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Budget:
         """With the tokens as a user writes them."""
         return cls(tokens=None if tokens is None else read_tokens(tokens), **others)  # type: ignore[arg-type]
 
-    def steps_of(self, recipe: Recipe, corpus: Corpus, parameters: int) -> int:
+    def steps_of(self, recipe: Recipe, corpus: Corpus, parameters: int, groups: int | None = None) -> int:
         """The least number of optimizer steps that spends it, and of epochs the whole steps in them.
 
         Raises:
@@ -70,7 +70,7 @@ class Budget:
         if self.epochs is None:
             tokens = (self.tokens_per_parameter or 0) * parameters if self.tokens is None else self.tokens
             return math.ceil(tokens / tokens_per_step(recipe, corpus))
-        each = steps_per_epoch(recipe, corpus)
+        each = steps_per_epoch(recipe, corpus, groups)
         if each is None:
             raise ValueError(
                 f"data={recipe.data!r} is a stream, whose length is not known, so epochs of it cannot be counted; give --tokens"
@@ -115,9 +115,9 @@ class Extent(NamedTuple):
         return f"{self.steps:,} steps: {amount(self.tokens, 'tokens')}, {epochs}{each} per parameter ({all_of_them})"
 
 
-def extent_of(recipe: Recipe, corpus: Corpus, parameters: int) -> Extent:
+def extent_of(recipe: Recipe, corpus: Corpus, parameters: int, groups: int | None = None) -> Extent:
     """What a recipe's steps amount to."""
-    each = steps_per_epoch(recipe, corpus)
+    each = steps_per_epoch(recipe, corpus, groups)
     tokens = round(recipe.steps * tokens_per_step(recipe, corpus))
     return Extent(recipe.steps, tokens, None if each is None else recipe.steps / each, parameters)
 
@@ -127,12 +127,12 @@ def tokens_per_step(recipe: Recipe, corpus: Corpus) -> float:
     return recipe.batch_size * recipe.sequence_length * corpus.fill
 
 
-def steps_per_epoch(recipe: Recipe, corpus: Corpus) -> int | None:
-    """Optimizer steps of a pass over the data, of which micro-batches that are not full are left out; None for a stream."""
+def steps_per_epoch(recipe: Recipe, corpus: Corpus, groups: int | None = None) -> int | None:
+    """Optimizer steps of a pass over the data, of which micro-batches that are not full are left out; None for a stream. `groups` is the
+    number of parts of a batch that are computed at once, by default that of processes."""
     if isinstance(corpus.train, IterableDataset):
         return None
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
-    together = min(recipe.batch_size, (recipe.micro_batch_size or recipe.batch_size) * devices)
+    together = min(recipe.batch_size, (recipe.micro_batch_size or recipe.batch_size) * (groups or processes()))
     return max(1, math.ceil(len(corpus.train) // together / (recipe.batch_size // together)))
 
 

@@ -1,5 +1,6 @@
 """A recipe as a trainer."""
 
+import copy
 import dataclasses
 import logging
 import os
@@ -14,11 +15,13 @@ from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, Trai
 from transformers.integrations import get_available_reporting_integrations
 
 from lorank import accounting
+from lorank.distributed.sharding import emptied, fill, shard
 from lorank.loss import balances_experts
 from lorank.method import Gradient
 from lorank.train import data
 from lorank.train.callbacks import StopOnNonFinite
 from lorank.train.distil import Teacher
+from lorank.train.engine import Engine, processes
 from lorank.train.methods import build_optimizer, methods_of, schedule_of
 from lorank.train.recipe import Recipe
 from lorank.train.text import limits_of
@@ -43,13 +46,16 @@ def build_trainer(
     corpus: data.Corpus,
     callbacks: Sequence[TrainerCallback] = (),
     on_cpu: bool = False,
+    engine: Engine | None = None,
 ) -> PretrainTrainer:
-    """The recipe as a Trainer, ready to train."""
-    devices = int(os.environ.get("WORLD_SIZE", "1"))
-    micro = recipe.micro_batch_size or max(1, recipe.batch_size // devices)
-    if recipe.batch_size % (micro * devices):
+    """The recipe as a Trainer, ready to train. If processes share the model, it is split, whether it has weights or is on the meta device."""
+    engine = engine or Engine()
+    groups = engine.groups
+    micro = recipe.micro_batch_size or max(1, recipe.batch_size // groups)
+    if recipe.batch_size % (micro * groups):
+        each = "processes" if engine.tensor_parallel == 1 else f"groups of {engine.tensor_parallel} processes"
         raise ValueError(
-            f"batch_size must be a multiple of micro_batch_size={micro} times {devices} processes, got {recipe.batch_size}"
+            f"batch_size must be a multiple of micro_batch_size={micro} times {groups} {each}, got {recipe.batch_size}"
         )
     if recipe.batch_size != micro and balances_experts(model):  # which runs the model
         raise ValueError(
@@ -78,7 +84,7 @@ def build_trainer(
         max_steps=recipe.steps,
         per_device_train_batch_size=micro,
         per_device_eval_batch_size=micro,
-        gradient_accumulation_steps=recipe.batch_size // (micro * devices),
+        gradient_accumulation_steps=recipe.batch_size // (micro * groups),
         learning_rate=recipe.lr,
         lr_scheduler_type="cosine_with_min_lr",
         lr_scheduler_kwargs={"min_lr_rate": recipe.min_lr_ratio},
@@ -102,8 +108,17 @@ def build_trainer(
         disable_tqdm=True,
     )
     peak, source = accounting.achievable_flops()
+    flops = _flops_per_token(recipe, model, estimator, micro)
+    mesh, outline = engine.mesh(arguments.device), None
+    if mesh is not None:
+        model, held = emptied(model)
+        outline = copy.deepcopy(model)
+        shard(model, mesh)
+        fill(model, held if engine.draws else None, arguments.device)
     trainer = PretrainTrainer(
         model=model,
+        mesh=mesh,
+        outline=outline,
         args=arguments,
         train_dataset=corpus.train,
         eval_dataset=corpus.validation,
@@ -118,8 +133,8 @@ def build_trainer(
         estimator=estimator,
         tokens_per_step=recipe.batch_size * recipe.sequence_length * corpus.fill,
         fill=corpus.fill,
-        flops_per_token=_flops_per_token(recipe, model, estimator, micro),
-        peak_flops=(peak * devices, source),
+        flops_per_token=flops,
+        peak_flops=(peak * processes(), source),
         eval_tokens=limits_of(recipe)[0],
         bytes_per_token=corpus.validation_bytes_per_token,
         skips_nan=recipe.on_nan == "skip",
@@ -154,7 +169,7 @@ def build_estimator(recipe: Recipe, model: PreTrainedModel) -> Gradient | None:
         seed=recipe.seed,
         compile=recipe.compile,
     )
-    if estimator is not None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if estimator is not None and processes() > 1:
         raise ValueError(f"gradient={method.name} runs in one process; start it without torchrun")
     if estimator is not None and recipe.micro_batch_size not in (None, recipe.batch_size):
         raise ValueError(

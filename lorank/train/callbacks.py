@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from lorank.train.folder import write_whole
@@ -84,7 +86,7 @@ def _step(line: str) -> float:
 
 class StopOnSignal(TrainerCallback):
     """A signal that asks to stop (`lorank.train.signals`) ends training after the current step, with a checkpoint. A second one, or one
-    outside of training, interrupts at once."""
+    outside of training, interrupts at once. Of several processes all end after the same step if one is asked."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -102,6 +104,10 @@ class StopOnSignal(TrainerCallback):
         self._training = False
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            asked = torch.tensor(self.received or 0, device=args.device)
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX)
+            self.received = int(asked) or None
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True

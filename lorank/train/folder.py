@@ -21,6 +21,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
+from lorank.distributed.saving import OPTIMIZER, OPTIMIZER_FILE, WEIGHTS
 from lorank.train.data.sources import weighted
 from lorank.train.methods import schedule_of, with_changed_defaults
 from lorank.train.recipe import Recipe
@@ -209,14 +210,17 @@ def _damaged_file(checkpoint: Path) -> Path | None:
         json.loads(state.read_text())
     except (OSError, ValueError):
         return state
-    tensors = [*checkpoint.glob("*.safetensors")] or [checkpoint / "model.safetensors"]
+    tensors = [*checkpoint.rglob("*.safetensors")] or [checkpoint / "model.safetensors"]
     for file in tensors:
         try:
             with safe_open(file, "pt"):
                 pass
         except (OSError, SafetensorError):
             return file
-    needed = {checkpoint / name for name in ("optimizer.pt", "scheduler.pt")}
+    several = checkpoint / OPTIMIZER_FILE  # processes have written it
+    if several.exists() and not all(any((checkpoint / part).glob("*.safetensors")) for part in (WEIGHTS, OPTIMIZER)):
+        return checkpoint / WEIGHTS
+    needed = {checkpoint / name for name in ("scheduler.pt", *([] if several.exists() else ["optimizer.pt"]))}
     needed |= set(checkpoint.glob("rng_state*.pth")) or {checkpoint / "rng_state.pth"}
     return next((file for file in sorted(needed | {*checkpoint.glob("*.pt*")}) if not zipfile.is_zipfile(file)), None)
 

@@ -9,6 +9,7 @@ RUN/adapter/          what an adapter added, without the model, for lorank.load_
 RUN/summary.json, README.md                              its figures and its model card
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -31,6 +32,7 @@ from lorank.train.budget import Budget, extent_of, of_length, saved_parameters
 from lorank.train.build import build_trainer
 from lorank.train.callbacks import MetricsFile, StopOnSignal
 from lorank.train.card import NAME, Card, write_card
+from lorank.train.engine import Engine
 from lorank.train.evaluation import Evaluation
 from lorank.train.folder import (
     absolute,
@@ -74,11 +76,13 @@ def pretrain(
     say: Callable[[str], object] = logger.info,
     callbacks: Sequence[TrainerCallback] = (),
     on_cpu: bool = False,
+    engine: Engine | None = None,
 ) -> Summary | None:
     """Train a model by a recipe and save it, its checkpoints and its history in the folder `out`. `on_cpu` ignores
     accelerators.
 
     Args:
+        engine: how processes share the model; a run may go on with another. Default: each has all of it.
         budget: how long the run is, in place of the recipe's steps. A run that resumes may be longer than it was; its schedule
             stays that of the steps with which it began, and after these the learning rate stays where it has ended.
         say: called once with how long the run is, in one line.
@@ -99,7 +103,8 @@ def pretrain(
         raise ValueError(
             f"{out} is finished, so there is nothing to resume; train it longer with --steps, or start another run with --out"
         )
-    first = os.environ.get("RANK", "0") == "0"
+    first, engine = os.environ.get("RANK", "0") == "0", Engine.of(engine)
+    engine.check(recipe)
     check_start(recipe)
     place = check_push(recipe.push_to_hub) if recipe.push_to_hub is not None and first else None
     prepare_folder(out, resume)
@@ -114,24 +119,29 @@ def pretrain(
         stop = StopOnSignal()
         with PeakMemory() as memory, on_stop(stop.receive):
             set_seed(recipe.seed)
-            start = Start(recipe) if recipe.start_from is not None and start_from is None else None
-            model = build_model(recipe, config, saved, start)
-            check_causal(model, recipe.shape)
-            if recipe.documents == "separate":
-                check_separate(model)
+            begins = recipe.start_from is not None and start_from is None and engine.draws
+            start = Start(recipe) if begins else None
+            with contextlib.nullcontext() if engine.draws else torch.device("meta"):
+                model = build_model(recipe, config, saved, start)
+            engine.check_model(model)
+            if engine.draws:
+                check_causal(model, recipe.shape)
+                if recipe.documents == "separate":
+                    check_separate(model)
             parameters = saved_parameters(model)
             if budget is not None:
-                steps = budget.steps_of(recipe, corpus, parameters)
+                steps = budget.steps_of(recipe, corpus, parameters, engine.groups)
                 recipe = longer(recipe, steps) if resume else of_length(recipe, steps)
-            say(str(extent_of(recipe, corpus, parameters)))
+            say(str(extent_of(recipe, corpus, parameters, engine.groups)))
             if recipe.scheduled < recipe.steps:
                 say(f"the learning rate stays where its schedule ends, at step {recipe.scheduled:,}")
             trainer = build_trainer(
-                recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop], on_cpu
+                recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop], on_cpu, engine
             )
             rehearse_saving(model, corpus.tokenizer, out)
             if trainer.is_world_process_zero() and not resume:
-                write_whole(out / "run.json", json.dumps({**environment(corpus), "recipe": recipe.to_dict()}, indent=2))
+                about = {**environment(corpus), "engine": str(engine), "recipe": recipe.to_dict()}
+                write_whole(out / "run.json", json.dumps(about, indent=2))
                 write_whole(out / "recipe.yaml", recipe.to_yaml())  # written last: it makes the folder a run
             if trainer.is_world_process_zero() and resume and budget is not None:  # run.json keeps how it began
                 write_whole(out / "recipe.yaml", longer(read_recipe(out / "recipe.yaml"), recipe.steps).to_yaml())
@@ -142,16 +152,17 @@ def pretrain(
                     trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
             if stop.received is not None:
                 return None
-            if (method := method_of(model)) is not None:
-                method.finalize(model)
-            if trainer.is_world_process_zero():
-                names = save_model(model, corpus.tokenizer, out)  # before anything that may fail
-                if isinstance(method, Adapter) and method.inseparable(model) is None:
-                    save_adapter(model, out / ADAPTER)
+            trained, method = trainer.whole_model(), method_of(model)
+            if trained is not None and method is not None:
+                method.finalize(trained)
+            if trained is not None and trainer.is_world_process_zero():
+                names = save_model(trained, corpus.tokenizer, out)  # before anything that may fail
+                if isinstance(method, Adapter) and method.inseparable(trained) is None:
+                    save_adapter(trained, out / ADAPTER)
             found = trainer.evaluation(limits_of(recipe)[1])
-        summary = _summary(recipe, out, trainer, found, memory.gib)
-        if trainer.is_world_process_zero():
-            card = Card.of(model, names, run=out, method=method)
+        summary = _summary(recipe, out, trainer, found, memory.gib, trained)
+        if trained is not None and trainer.is_world_process_zero():
+            card = Card.of(trained, names, run=out, method=method)
             write_card(out, dataclasses.replace(card, summary=dataclasses.asdict(summary), place=place or card.place))
             write_whole(out / "summary.json", json.dumps(dataclasses.asdict(summary), indent=2))
             if place is not None:
@@ -190,18 +201,24 @@ def _text_and_shape(
     return corpus, config, saved
 
 
-def _summary(recipe: Recipe, out: Path, trainer: PretrainTrainer, found: Evaluation, memory_gib: float) -> Summary:
-    """The figures of a run that has ended, with a text of its model.
+def _summary(
+    recipe: Recipe,
+    out: Path,
+    trainer: PretrainTrainer,
+    found: Evaluation,
+    memory_gib: float,
+    trained: PreTrainedModel | None,
+) -> Summary:
+    """The figures of a run that has ended, with a text of its model, where this process has all of it.
 
     Raises:
         FloatingPointError: the validation loss is not finite.
     """
     if not math.isfinite(found.loss):
         raise FloatingPointError(f"the validation loss became {found.loss}; lower lr={recipe.lr} or warm up longer")
-    model: Any = trainer.model
     tokenizer: Any = trainer.processing_class
     rate = trainer.throughput.typical_tokens_per_second() or logged_rate(out)
-    counts = accounting.count_parameters(model)
+    counts = accounting.count_parameters(trainer.outline if trained is None else trained)  # type: ignore[arg-type]
     return Summary(
         method=title_of(recipe),
         parameters=counts.total,
@@ -218,7 +235,7 @@ def _summary(recipe: Recipe, out: Path, trainer: PretrainTrainer, found: Evaluat
         validation_bits_per_byte=found.bits_per_byte,
         published_compatible_perplexity=found.published_compatible_perplexity,
         evaluated_tokens=found.tokens,
-        sample=sample_of(model, tokenizer, recipe.seed),
+        sample="" if trained is None else sample_of(trained, tokenizer, recipe.seed),
     )
 
 

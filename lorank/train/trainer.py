@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
-from transformers import Trainer, TrainerState
+from transformers import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from lorank.loop import step_hook
@@ -23,13 +23,14 @@ from lorank.train.distil import Teacher
 from lorank.train.evaluation import Evaluation, evaluate
 from lorank.train.finite import Guard
 from lorank.train.folder import STAGING, write_sums
+from lorank.train.sharded import ShardedTrainer
 from lorank.trainer import TrainerMixin
 
 ESTIMATOR_FILE = "estimator.safetensors"
 """File of a checkpoint with the state of a gradient that carries any between steps."""
 
 
-class PretrainTrainer(TrainerMixin, Trainer):
+class PretrainTrainer(TrainerMixin, ShardedTrainer):
     """A Trainer that logs tokens per second and model FLOPs utilisation, and evaluates by token.
 
     Args:
@@ -93,12 +94,14 @@ class PretrainTrainer(TrainerMixin, Trainer):
             assert trained is not None
             self.optimizer = self.make_optimizer(trained)
             self.hook = step_hook(trained, self.optimizer, steps=self.schedule_steps, seed=self.args.seed)
+            if self.hook is not None:
+                self.hook.check_whole()  # before the first step
         return self.optimizer
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Under DDP, gradients stay in the buckets that are sent, from before the first step. The usual zero_grad drops them, and
         micro-batches would then be summed in a second copy of all gradients."""
-        replicated = self.accelerator.distributed_type.startswith("MULTI_")  # on whatever device
+        replicated = self.mesh is None and self.accelerator.distributed_type.startswith("MULTI_")  # on whatever device
         if replicated:
             for p in self.model.parameters():  # type: ignore[union-attr]
                 p.grad = torch.zeros_like(p) if p.requires_grad else None
@@ -214,11 +217,7 @@ class PretrainTrainer(TrainerMixin, Trainer):
         """Raises ValueError if a checkpoint lacks weights, which would stay as they were drawn. Tied ones are in it once."""
         tensors = dict(self.model.state_dict(keep_vars=True))  # type: ignore[union-attr]
         there = {id(tensor) for name, tensor in tensors.items() if name not in load_result.missing_keys}
-        if lost := [name for name in load_result.missing_keys if id(tensors[name]) not in there]:
-            raise ValueError(
-                f"the checkpoint must have all weights of the model, but it lacks {lost[0]} and {len(lost) - 1} more; it cannot be "
-                "resumed by this version of lorank, start another run"
-            )
+        self.check_lost([name for name in load_result.missing_keys if id(tensors[name]) not in there])
         super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -230,7 +229,8 @@ class PretrainTrainer(TrainerMixin, Trainer):
         """Load model and history of a checkpoint of the last step."""
         self._load_from_checkpoint(str(checkpoint))
         assert self.model is not None
-        self.model_wrapped = self.accelerator.prepare_model(self.model)  # autocast, as training would have left it
+        # autocast, as training would have left it
+        self.model_wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=self.mesh is not None)
         self.state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

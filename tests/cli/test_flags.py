@@ -62,9 +62,13 @@ def test_every_setting_is_reached_by_set(field: "dataclasses.Field[Any]") -> Non
     assert getattr(recipe, field.name) == wanted != getattr(Recipe(), field.name)
 
 
+OF_A_START = ("recipe", "out", "resume", "fsdp", "tensor_parallel", "dry_run")
+"""Flags of pretrain that are no settings of a recipe."""
+
+
 def test_the_help_lists_the_everyday_flags() -> None:
     options = [option for option in cli.commands["pretrain"].params if not getattr(option, "hidden", False)]
-    flags = {option.name for option in options} - {"recipe", "out", "resume", "dry_run", *BUDGETS}
+    flags = {option.name for option in options} - {*OF_A_START, *BUDGETS}
     assert flags == {*settings_with("everyday"), "assignments"} and 18 <= len(flags) <= 24
 
 
@@ -84,9 +88,7 @@ def test_flags_of_version_0_1_still_work(command: str) -> None:
 def test_hidden_flags_mean_what_set_means() -> None:
     words = "--betas 0.8 0.99 --compile --weight-decay 0.5 --documents padded --micro-batch-size 2 --report-to wandb"
     context = cli.commands["pretrain"].make_context("pretrain", [*words.split(), "--batch-size", "4"])
-    recipe = recipe_of(
-        None, {n: v for n, v in context.params.items() if n not in ("recipe", "out", "resume", "dry_run", *BUDGETS)}
-    )
+    recipe = recipe_of(None, {n: v for n, v in context.params.items() if n not in (*OF_A_START, *BUDGETS)})
     found = (
         recipe.betas,
         recipe.compile,

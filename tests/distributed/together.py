@@ -1,5 +1,6 @@
 """Several gloo processes that are forked after one import of torch, which takes longer than most of what they check."""
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -33,8 +34,10 @@ def together(function: Callable[[], Any], processes: int) -> list[Any]:
         dist.destroy_process_group()
 
     all_of_them = [context.Process(target=run, args=(rank,), daemon=True) for rank in range(processes)]
+    gc.freeze()  # what is collected in a fork is copied
     for process in all_of_them:
         process.start()
+    gc.unfreeze()
     try:
         found = {}
         for _ in all_of_them:

@@ -1,0 +1,111 @@
+"""Run by test_engines.py: a run in one process, and the same one by several in turn; says what it found as JSON."""
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import load_file
+from transformers import TrainerCallback
+
+from lorank import accounting
+from lorank.train import run
+from lorank.train.engine import Engine
+from lorank.train.folder import history
+from lorank.train.recipe import Recipe
+from tests.distributed.together import together
+
+warnings.simplefilter("ignore")
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+accounting.flops_per_token = lambda *_, **__: 1.0  # type: ignore[assignment]
+accounting.achievable_flops = lambda: (1e12, "assumed")  # type: ignore[assignment]
+run.generate_text = lambda *_, **__: ""  # type: ignore[assignment]
+
+SHAPE = {"model_type": "llama", "hidden_size": 24, "intermediate_size": 45, "num_hidden_layers": 2}
+SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}  # type: ignore[dict-item]
+SETTINGS: dict[str, Any] = {"tokenizer": "bytes", "vocab_size": 300, "sequence_length": 16, "batch_size": 4, "rank": 6}
+SETTINGS |= {"steps": 6, "warmup_steps": 1, "lr": 1e-2, "log_every": 1, "eval_every": 0, "save_every": 2, "keep": 9}
+ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "two by fsdp": (2, {"fsdp": True}),
+    "two by tensor parallel": (2, {"tensor_parallel": 2}),
+    "four by both": (4, {"fsdp": True, "tensor_parallel": 2}),
+}
+CHAINS: dict[str, Sequence[str]] = {
+    "two, one, two": ("two by tensor parallel", "one", "two by fsdp"),
+    "two, four, one": ("two by fsdp", "four by both", "one"),
+}
+"""By which processes a run is trained for two steps each, and then killed; the last ones end it."""
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise MemoryError("killed by the test")
+
+
+def trained(recipe: Recipe, out: Path, engine: str, *, resume: bool = False, stop: int | None = None) -> list[Any]:
+    """What each process held: the share of all parameters, and whether it began on the meta device."""
+    processes, settings = ENGINES[engine]
+
+    def one() -> Any:
+        os.environ |= {"LOCAL_RANK": os.environ["RANK"], "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"]}
+        callbacks = [Shares(), *([] if stop is None else [Kill(stop)])]
+        try:
+            run.pretrain(recipe, out, on_cpu=True, resume=resume, callbacks=callbacks, engine=Engine(**settings))
+        except MemoryError:
+            assert stop is not None
+        return callbacks[0].held
+
+    return together(one, processes)
+
+
+class Shares(TrainerCallback):
+    held = 1.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        parts = [getattr(p, "_local_tensor", p).numel() for p in model.parameters()]
+        self.held = sum(parts) / sum(p.numel() for p in model.parameters())
+
+
+def losses(out: Path) -> list[float]:
+    return [one["loss_nats_per_token"] for one in history(out) if "loss_nats_per_token" in one]
+
+
+def apart(one: Path, other: Path) -> dict[str, float]:
+    """The largest differences of losses, relative, and of weights."""
+    weights = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert weights[0].keys() == weights[1].keys()
+    return {
+        "losses": max(abs(a - b) / a for a, b in zip(losses(one), losses(other), strict=True)),
+        "weights": max((weights[0][name] - weights[1][name]).abs().max().item() for name in weights[0]),
+    }
+
+
+def main(folder: Path, name: str) -> dict[str, Any]:
+    (folder / "text.txt").write_text("".join(f"line {i}: {i * i} lazy dogs\n" for i in range(100)))
+    (folder / "config.json").write_text(json.dumps(SHAPE))
+    recipe = Recipe(data=str(folder / "text.txt"), model=str(folder / "config.json"), **SETTINGS)
+    run.pretrain(recipe, folder / "alone", on_cpu=True)  # in this process, so that others find everything imported
+    held, chain = {}, CHAINS[name]
+    for i, engine in enumerate(chain):
+        last = i == len(chain) - 1
+        held[engine] = trained(recipe, folder / "run", engine, resume=i > 0, stop=None if last else 2 * i + 3)
+    files = [sorted(p.name for p in (folder / run).iterdir() if p.is_file()) for run in ("alone", "run")]
+    return {**apart(folder / "alone", folder / "run"), "held": held, "same files": files[0] == files[1]}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))
