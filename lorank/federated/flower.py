@@ -148,7 +148,10 @@ def apps(
     def answer(message: Any, context: Any) -> Any:
         package = package_of(message.content)
         memory = _memory(context)
-        found = answered(_client(package, context, repeatable), package, memory)
+        try:
+            found = answered(_client(package, context, repeatable), package, memory)
+        except (ValueError, OSError) as error:
+            found = str(error)
         _remember(context, memory)
         reply = found if isinstance(found, Package) else Package({"error": found})
         return flwr.app.Message(content=record_of(reply), reply_to=message)
@@ -160,11 +163,17 @@ def apps(
 
 
 def _client(package: Package, context: Any, repeatable: bool) -> Client:
-    """Who answers: its own model, data and name if its node's config has them, else what the server says and its partition."""
+    """Who answers: its own model, data and name if its node's config has them, else what the server says and its partition.
+
+    Raises:
+        ValueError: it is no simulation, and the node has no data: a server is not let choose files of another machine.
+    """
     node, settings = {**context.node_config}, Settings.from_dict(package.values["settings"])
     index = int(node.get("partition-id", 0))
     if "data" in node:
         share = Share(tuple(str(node["data"]).split(",")))
+    elif "num-partitions" not in node:
+        raise ValueError("its SuperNode must be started with its text: --node-config \"data='...' partition-id=0\"")
     else:
         share = shares_of_text(settings.data, settings.clients)[index]
     name = str(node.get("name", f"client {index}"))
