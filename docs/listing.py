@@ -84,14 +84,14 @@ ADAPTERS = [
     Row("ALLoRA", "2410.09692", ("row-adaptive",), "a rule of the backward pass", "a third party's reading of the paper; η is not the paper's"),
 ]
 FEDERATED = [
-    Row("Averaging (FedIT)", "2305.05644", ("lorank/federated/average.py",), "the control, with what it loses", "none"),
-    Row("FLoRA", "2409.05976", ("lorank/federated/flora.py",), "exact sum; ranks may differ", "the clients' scales are folded in"),
-    Row("FFA-LoRA", "2403.12313", ("lorank/federated/ffa.py",), "A is frozen; half of the bytes", "none"),
-    Row("FedSVD", "2505.12805", ("lorank/federated/fedsvd.py",), "orthonormal A after each round", "none; never forms the product"),
-    Row("FlexLoRA", "2402.11505", ("lorank/federated/best.py",), "the best rank r of the mean; not in the listing", "none"),
-    Row("DP-LoRA", "2312.17493", ("lorank/federated/private.py",), "clipping of each sample, noise, accountant; under any rule", "per sample, where a third party finds the paper's per batch"),
-    Row("CELLM (FLASC)", "2407.20557", ("lorank/federated/sparse.py",), "largest numbers down and up, counted; under any rule", "taken to be FLASC (2406.05233), with which all that is published agrees"),
-    Row("FedPGP", "2405.09771", ("lorank/federated/fedpgp.py",), "shared prompt, personal term, contrastive loss; on any encoder", "none"),
+    Row("Averaging (FedIT)", "2305.05644", ("lorank/federated/average.py",), "`lorank federated --method average`: the control, with what it loses", "none"),
+    Row("FLoRA", "2409.05976", ("lorank/federated/flora.py",), "`lorank federated --method flora`: the exact sum; ranks may differ", "the clients' scales are folded in"),
+    Row("FFA-LoRA", "2403.12313", ("lorank/federated/ffa.py",), "`lorank federated --method ffa`: A is frozen, which halves the bytes of a square layer", "none"),
+    Row("FedSVD", "2505.12805", ("lorank/federated/fedsvd.py",), "`lorank federated --method fedsvd`: orthonormal A after each round", "none; never forms the product"),
+    Row("FlexLoRA", "2402.11505", ("lorank/federated/best.py",), "`lorank federated --method best`: the best rank r of the mean; not in the listing", "none"),
+    Row("DP-LoRA", "2312.17493", ("lorank/federated/private.py",), "`lorank federated --epsilon 8`: clipping of each sample, noise and an accountant, under any rule", "per sample, where a third party finds the paper's per batch"),
+    Row("CELLM (FLASC)", "2407.20557", ("lorank/federated/sparse.py",), "`lorank federated --down 0.25 --up 0.25`: the largest numbers, counted, under any rule", "taken to be FLASC (2406.05233), with which all that is published agrees"),
+    Row("FedPGP", "2405.09771", ("lorank/federated/fedpgp.py",), "functions: shared prompt, personal term, contrastive loss, on any encoder; no command", "none"),
 ]
 LOOPS = [
     Row("PERK", "2507.06415", ("lorank/adapters/perk.py", "examples/perk.py"), "gradients through the last steps of an inner loop, and a toy", "inner steps are plain, not AdamW's; no long-context model was trained"),

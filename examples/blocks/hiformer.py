@@ -16,7 +16,7 @@ Cost of K̂ per head: r (L d + L d_k) parameters instead of L² d d_k: 1.14 M in
 Source: Gui et al., "Hiformer: Heterogeneous Feature Interactions Learning with Transformers for Recommender Systems", arXiv 2311.05884. There is no code
 of the authors. Our reading: queries are made per feature, and heads share the factors A.
 
-    python examples/blocks/hiformer.py [STEPS]     (100 steps take a minute of one core; needs scikit-learn)
+    python examples/blocks/hiformer.py [STEPS]     (60 steps take half a minute of one core; needs scikit-learn)
 
 A click-like task from a real table, scikit-learn's breast cancer one: two samples are shown, ten measured features each, and they "click"
 if both have the same diagnosis. A sum of effects of single features cannot say that both are ill. Pairs of held-out samples are asked about.
@@ -154,7 +154,7 @@ def main() -> None:
         from sklearn.datasets import load_breast_cancer
     except ImportError:
         raise SystemExit("scikit-learn is missing; get it with: pip install scikit-learn") from None
-    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    steps = int(sys.argv[1]) if len(sys.argv) > 1 else 60
     table, diagnosis = load_breast_cancer(return_X_y=True)
     values, classes = torch.tensor(table[:, :10]), torch.tensor(diagnosis)
     order = torch.randperm(len(values), generator=torch.Generator().manual_seed(0))
