@@ -84,7 +84,7 @@ ADAPTERS = [
     Row("ALLoRA", "2410.09692", ("row-adaptive",), "a rule of the backward pass", "a third party's reading of the paper; η is not the paper's"),
 ]
 FEDERATED = [
-    Row("Averaging (FedIT)", "2305.05644", ("lorank/federated/average.py",), "`lorank federated --method average`: the control, with what it loses", "none"),
+    Row("Averaging (FedIT)", "2305.05644", ("lorank/federated/average.py",), "`lorank federated --method average` ([page](federated.md)): the control, with what it loses", "none"),
     Row("FLoRA", "2409.05976", ("lorank/federated/flora.py",), "`lorank federated --method flora`: the exact sum; ranks may differ", "the clients' scales are folded in"),
     Row("FFA-LoRA", "2403.12313", ("lorank/federated/ffa.py",), "`lorank federated --method ffa`: A is frozen, which halves the bytes of a square layer", "none"),
     Row("FedSVD", "2505.12805", ("lorank/federated/fedsvd.py",), "`lorank federated --method fedsvd`: orthonormal A after each round", "none; never forms the product"),

