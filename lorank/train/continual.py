@@ -144,6 +144,8 @@ def continual(
     """
     settings, rates = settings or Settings(), rates or {}
     made = {name: method_named(name, options or {}) for name in methods}
+    if not made:
+        raise ValueError("methods must be one or more names, such as lora or full, got none")
     check_options(made, options or {})
     if unused := [name for name in rates if name and name not in made]:
         raise ValueError(f"a learning rate must be for one of {', '.join(made)}, got one for {unused[0]}")

@@ -89,6 +89,7 @@ def test_bad_input_is_refused_before_training(base: Path, tmp_path: Path, in_thi
     task = str(base / "a.jsonl")
     for more, words in (
         (["--method", "cola"], "methods must be of full, lora, .*, which keep what a model knows, got 'cola'"),
+        (["--method", ","], "methods must be one or more names, such as lora or full, got none"),
         (["--method", "lora", "--option", "x=1"], "none of lora has a setting 'x'"),
         (["--method", "lora", "--lr", "full=1e-3"], "a learning rate must be for one of lora, got one for full"),
         (["--lr", "fast"], "--lr must be a positive number, or NAME=NUMBER, got 'fast'"),
