@@ -165,6 +165,12 @@ ARCHITECTURES = {
 }
 
 
+def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    """The same tensors under the same names, bit by bit."""
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _what_was_imported_stays() -> None:
     """Trainer and measurements collect garbage, which takes long with all of PyTorch and transformers to look through, and

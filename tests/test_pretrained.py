@@ -22,12 +22,7 @@ from transformers import (
 
 from lorank import CoLA, CoLAM, LowRank, convert
 from lorank.pretrained import config_class
-
-
-def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
+from tests.conftest import same_weights
 
 # ---- a process that starts from nothing
 

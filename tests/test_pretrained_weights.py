@@ -25,11 +25,7 @@ from lorank import CoLA, convert, merge
 from lorank.layers import entry_std
 from lorank.methods.cola import CoLALinear
 from lorank.pretrained import config_class
-
-
-def same_weights(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+from tests.conftest import same_weights
 
 
 def relative_deviation(model: torch.nn.Module) -> dict[str, float]:
