@@ -74,7 +74,10 @@ def continual(
     from lorank.train.folder import read_json, write_whole
 
     given = dict(name_and_value(text, "--option") for text in options)
-    given |= {} if rank is None else {"rank": value_of(rank)}
+    if rank is not None:
+        if "rank" in given:
+            raise ValueError(f"rank is given twice, as --rank {rank} and among the options; give it once")
+        given["rank"] = value_of(rank)
     names = [name for text in methods or ("codyra,osft,moram,full",) for name in text.split(",") if name]
     sources = [task for task in tasks.split(",") if task]
     folder = Path(out or f"runs/continual-{model.rstrip('/').split('/')[-1]}")

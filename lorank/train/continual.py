@@ -157,6 +157,8 @@ def continual(
     corpora = [_corpus(task, model, settings) for task in tasks]
     asked = {"model": model, "tasks": [*tasks], "options": dict(options or {}), **dataclasses.asdict(settings)}
     done = _earlier(out, asked)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"out must be a folder for the results, got the file {out}")
     for seed in seeds:
         for name, method in made.items():
             lr = rates.get(name, rates.get("", RATES.get(name, RATE)))

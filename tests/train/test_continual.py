@@ -90,6 +90,8 @@ def test_bad_input_is_refused_before_training(base: Path, tmp_path: Path, in_thi
     for more, words in (
         (["--method", "cola"], "methods must be of full, lora, .*, which keep what a model knows, got 'cola'"),
         (["--method", ","], "methods must be one or more names, such as lora or full, got none"),
+        (["--method", "lora", "--option", "rank=2", "--rank", "4"], "rank is given twice, as --rank 4 and among the"),
+        (["--out", task], "out must be a folder for the results, got the file"),
         (["--method", "lora", "--option", "x=1"], "none of lora has a setting 'x'"),
         (["--method", "lora", "--lr", "full=1e-3"], "a learning rate must be for one of lora, got one for full"),
         (["--lr", "fast"], "--lr must be a positive number, or NAME=NUMBER, got 'fast'"),
@@ -97,7 +99,7 @@ def test_bad_input_is_refused_before_training(base: Path, tmp_path: Path, in_thi
         (["--sequence-length", "99999"], "sequence_length=99999 exceeds the model's 2048 positions"),
         (["--tasks", f"{task},{task}"], "tasks must be different sources of text"),
     ):
-        code, _, error = in_this_process("continual", base, "--tasks", task, *more, "--out", tmp_path / "out")
+        code, _, error = in_this_process("continual", base, "--out", tmp_path / "out", "--tasks", task, *more)
         assert code == 2 and re.search(words, error), error
     assert not (tmp_path / "out").exists()
 
