@@ -1,7 +1,10 @@
 """How the processes of a run share its model: not at all (DDP), by FSDP2, cut at the bottleneck (tensor parallel), or both."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Self
 
 import torch
@@ -14,6 +17,23 @@ from lorank.train.recipe import Recipe
 
 OF_ACCELERATE = "ACCELERATE_USE_FSDP"
 """What ``accelerate launch --use_fsdp`` sets; its own wrapping would hold the whole model in every process."""
+
+
+LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "remote process exited", "was aborted")
+"""What gloo and NCCL say of a process that does not answer."""
+
+
+@contextlib.contextmanager
+def in_company(out: Path) -> Iterator[None]:
+    """Around training: ConnectionError in one sentence if another process of the run has ended."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        if processes() == 1 or not any(words in str(error) for words in LOST):
+            raise
+        raise ConnectionError(
+            f"another process of this run was killed or has failed, and says why if it could; continue with --resume {out}"
+        ) from error
 
 
 def processes() -> int:

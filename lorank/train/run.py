@@ -32,7 +32,7 @@ from lorank.train.budget import Budget, extent_of, of_length, saved_parameters
 from lorank.train.build import build_trainer
 from lorank.train.callbacks import MetricsFile, StopOnSignal
 from lorank.train.card import NAME, Card, write_card
-from lorank.train.engine import Engine
+from lorank.train.engine import Engine, in_company
 from lorank.train.evaluation import Evaluation
 from lorank.train.folder import (
     absolute,
@@ -148,7 +148,7 @@ def pretrain(
             if start_from and step_of(start_from) >= recipe.steps:  # the run died after its last step
                 trainer.restore(start_from)
             else:
-                with only_tensors(start_from):
+                with in_company(out), only_tensors(start_from):
                     trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
             if stop.received is not None:
                 return None

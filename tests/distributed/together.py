@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 
-def together(function: Callable[[], Any], processes: int) -> list[Any]:
-    """What a function returns in each of that many processes. RuntimeError with the traceback of one that failed."""
+def together(function: Callable[[], Any], processes: int, timeout: int = 240, killed: int = 0) -> list[Any]:
+    """What a function returns in each of that many processes, of which the last ones may be killed. RuntimeError with the traceback of
+    one that failed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -40,8 +41,8 @@ def together(function: Callable[[], Any], processes: int) -> list[Any]:
     gc.unfreeze()
     try:
         found = {}
-        for _ in all_of_them:
-            rank, value, error = queue.get(timeout=240)
+        for _ in all_of_them[killed:]:
+            rank, value, error = queue.get(timeout=timeout)
             if error is not None:
                 raise RuntimeError(f"process {rank}:\n{error}")
             found[rank] = value
@@ -49,4 +50,4 @@ def together(function: Callable[[], Any], processes: int) -> list[Any]:
         for process in all_of_them:
             process.join(5)
             process.kill()
-    return [found[rank] for rank in range(processes)]
+    return [found[rank] for rank in range(processes - killed)]

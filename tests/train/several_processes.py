@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,28 +49,36 @@ CHAINS: dict[str, Sequence[str]] = {
 
 
 class Kill(TrainerCallback):
+    """Kills the last process; one alone leaves by an error."""
+
     def __init__(self, step: int):
-        self.step = step
+        self.step, self.at = step, 0.0
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step == self.step:
-            raise MemoryError("killed by the test")
+            self.at = time.monotonic()
+            if args.world_size == 1:
+                raise MemoryError("killed by the test")
+            if args.process_index == args.world_size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 def trained(recipe: Recipe, out: Path, engine: str, *, resume: bool = False, stop: int | None = None) -> list[Any]:
-    """What each process held: the share of all parameters, and whether it began on the meta device."""
+    """What each process held of all parameters, and with what it ended; at `stop` the last process is killed."""
     processes, settings = ENGINES[engine]
 
     def one() -> Any:
         os.environ |= {"LOCAL_RANK": os.environ["RANK"], "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"]}
-        callbacks = [Shares(), *([] if stop is None else [Kill(stop)])]
+        shares, kill, said = Shares(), Kill(stop or 0), ""
+        callbacks: list[TrainerCallback] = [shares, *([] if stop is None else [kill])]
         try:
             run.pretrain(recipe, out, on_cpu=True, resume=resume, callbacks=callbacks, engine=Engine(**settings))
-        except MemoryError:
-            assert stop is not None
-        return callbacks[0].held
+        except (MemoryError, ConnectionError) as error:
+            assert stop is not None and time.monotonic() - kill.at < 60, "the others end soon"
+            said = str(error)
+        return {"held": shares.held, "said": said}
 
-    return together(one, processes)
+    return together(one, processes, killed=int(stop is not None and processes > 1))
 
 
 class Shares(TrainerCallback):
@@ -98,12 +108,12 @@ def main(folder: Path, name: str) -> dict[str, Any]:
     (folder / "config.json").write_text(json.dumps(SHAPE))
     recipe = Recipe(data=str(folder / "text.txt"), model=str(folder / "config.json"), **SETTINGS)
     run.pretrain(recipe, folder / "alone", on_cpu=True)  # in this process, so that others find everything imported
-    held, chain = {}, CHAINS[name]
+    ends, chain = {}, CHAINS[name]
     for i, engine in enumerate(chain):
         last = i == len(chain) - 1
-        held[engine] = trained(recipe, folder / "run", engine, resume=i > 0, stop=None if last else 2 * i + 3)
+        ends[engine] = trained(recipe, folder / "run", engine, resume=i > 0, stop=None if last else 2 * i + 3)
     files = [sorted(p.name for p in (folder / run).iterdir() if p.is_file()) for run in ("alone", "run")]
-    return {**apart(folder / "alone", folder / "run"), "held": held, "same files": files[0] == files[1]}
+    return {**apart(folder / "alone", folder / "run"), "ends": ends, "same files": files[0] == files[1]}
 
 
 if __name__ == "__main__":
