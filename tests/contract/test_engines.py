@@ -1,0 +1,24 @@
+"""The table of engines in docs/distributed.md says what trains."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.contract import engines
+
+
+def test_every_method_and_optimizer_has_a_row() -> None:
+    """adamw-8bit needs bitsandbytes, and votes move integers."""
+    text = engines.PAGE.read_text(encoding="utf-8").partition(engines.BEGIN)[2].partition(engines.END)[0]
+    rows = [line.split("|")[1].strip() for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [*engines.STRUCTURES, *engines.OPTIMIZERS]
+
+
+@pytest.mark.slow
+def test_the_table_is_what_two_processes_find() -> None:
+    command = [sys.executable, "-W", "ignore", engines.__file__, "check"]
+    env = {**os.environ, "PYTHONPATH": str(engines.PAGE.parents[1])}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-3000:]
