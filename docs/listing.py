@@ -62,9 +62,9 @@ FIT = [
     Row("PELA", "2310.10700", ("lorank/fit/pela.py",), "`lorank compress --method pela`, and both terms of its loss", "all heads stay dense"),
     Row("EoRA", "2410.21271", ("lorank/fit/eora.py",), "`lorank compress --method eora` over int2 to int8 or pruned weights", "rounding to the nearest and pruning by magnitude stand for GPTQ and SparseGPT"),
     Row("CoSpaDi", "2509.22075", ("lorank/fit/dictionary.py", "sparse-codes"), "`lorank compress --method dictionary`", "the start; no kernel for the codes is public, so it saves memory, not time"),
-    Row("INT2.1", "2306.08162", ("lorank/fit/int2.py", "lorank/train/distil.py"), "a rounded base with EoRA's factors, then `--distil TEACHER`", "the loss: weights, ranks and data are not published"),
-    Row("LR²VQ", "2211.11397", ("lorank/fit/vector_quantised.py",), "a codebook after a learned linear map", "the map and the relaxation are not published"),
-    Row("Matrix PCA (MASA)", "2508.04581", ("lorank/fit/matrix_pca.py", "lorank/fit/pca.py"), "trained attention as MASA's atoms", "grouping and ranks"),
+    Row("INT2.1", "2306.08162", ("lorank/fit/int2.py", "lorank/train/distil.py"), "factors next to a base of few bits, trained to the float parent", "the loss: its terms, ranks and data are not published"),
+    Row("LR²VQ", "2211.11397", ("lorank/fit/vector_quantised.py", "codebook"), "`lorank compress --method codebook`: a codebook after a learned linear map", "much: the map and the relaxed clustering are not published, so codes are hard"),
+    Row("Matrix PCA (MASA)", "2508.04581", ("lorank/fit/matrix_pca.py", "lorank/fit/pca.py"), "`lorank compress --method masa`: trained attention as MASA's atoms", "grouping and ranks"),
     Row("CoLA from dense weights", "2502.10940", ("lorank/fit/cola.py",), "`lorank compress --method cola`", "ours; no paper does it"),
 ]
 ADAPTERS = [
