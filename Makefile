@@ -59,6 +59,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/gathered.py
 	$(BIN)/python benchmarks/continual.py
+	$(BIN)/python benchmarks/federated.py
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/rounding.py
 	$(BIN)/python benchmarks/demo_sweep.py

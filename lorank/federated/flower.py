@@ -83,7 +83,8 @@ def _read(reply: Any) -> Package | str:
     """A package from anybody's message, or why it is none."""
     if reply.has_error():
         lines = [line for line in str(reply.error.reason).splitlines() if line.strip()]
-        return lines[-1].strip(" '>") if lines else "its app failed"
+        reason = lines[-1].rpartition("Message: ")[2].strip(" '>") if lines else "its app failed"
+        return reason if len(reason) < 200 else f"{reason[:200]} ..."
     try:
         package = package_of(reply.content)
     except Exception as error:  # whatever somebody sent
