@@ -8,12 +8,14 @@ from lorank.fit.cola import FittedCoLA
 from lorank.fit.dictionary import SparseDictionary
 from lorank.fit.door import STRUCTURES, Fitted, as_structure, fit
 from lorank.fit.eora import EoRA
+from lorank.fit.int2 import INT2
 from lorank.fit.matrix_pca import MatrixPCA
 from lorank.fit.pela import PELA
 from lorank.fit.structure import Structure
 from lorank.fit.svd import SVD
 
 __all__ = [
+    "INT2",
     "PELA",
     "STRUCTURES",
     "SVD",

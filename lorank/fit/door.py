@@ -18,6 +18,7 @@ from lorank.fit.calibration import Calibration, Computes, blocks_with, joined
 from lorank.fit.cola import FittedCoLA
 from lorank.fit.dictionary import SparseDictionary
 from lorank.fit.eora import EoRA
+from lorank.fit.int2 import INT2
 from lorank.fit.matrix_pca import MatrixPCA
 from lorank.fit.pela import PELA
 from lorank.fit.structure import Found, Metric, Structure, as_matrix, spectrum
@@ -27,7 +28,7 @@ from lorank.sites import places
 
 Model = TypeVar("Model", bound=nn.Module)
 STRUCTURES: dict[str, type[Structure]] = {
-    kind.name: kind for kind in (SVD, EoRA, FittedCoLA, SparseDictionary, PELA, MatrixPCA)
+    kind.name: kind for kind in (SVD, EoRA, FittedCoLA, SparseDictionary, PELA, MatrixPCA, INT2)
 }
 """By the name that `fit` and the command line take."""
 
@@ -78,7 +79,7 @@ def fit(
     factors, and for one block's sums over inputs.
 
     Args:
-        method: "svd", "eora", "cola", "dictionary", "pela" or "masa", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
+        method: "svd", "eora", "cola", "dictionary", "pela", "masa" or "int2", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
         data: batches of token ids [b, n], or dictionaries with them under ``input_ids``, of text like that on which the model is used.
             Its activations say which errors matter; a projection of d inputs needs many more than d tokens. None: all
             errors of a weight count alike.
@@ -109,7 +110,7 @@ def fit(
     check_module(model)
     sites = sites_to_convert(model, structure.method(1), targets, exclude)
     _check_sites(sites)
-    if data is None and structure.sample:
+    if data is None and structure.needs_text:
         raise ValueError(
             f"data must be given with {structure.name}, which is fitted to what layers give on a text, got None"
         )
@@ -147,11 +148,14 @@ def fit(
                 computes[name] = partial(structure.apply, each)
                 see(_judged(structure, wanted[name], each, ranks[name], metrics.get(name, Metric()), len(group)))
     biases = {name: None if (b := site.linear.bias) is None else b.detach().clone() for name, site in wanted.items()}
+    parent = copy.deepcopy(model) if structure.needs_parent else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that trained weights are dropped; `_try` has shown the others
         convert(model, chosen, targets=targets, exclude=exclude)
     for name, each in found.items():
         structure.fill(model.get_submodule(name), each, biases[name])
+    if parent is not None and calibration is not None:
+        structure.after(model, parent, calibration.batches)
     return model
 
 

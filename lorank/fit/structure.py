@@ -45,11 +45,18 @@ class Structure:
     """Whether what stands for a matrix is a linear map."""
     has_spectrum: ClassVar[bool] = True
     """Whether its error is a tail of singular values, as policy "energy" needs."""
+    needs_parent: ClassVar[bool] = False
+    """Whether the fitted model is trained to give what the dense one gives, of which a copy is then kept; it needs text."""
     counts: ClassVar[str] = "factors"
     """What the budget is of, for messages and tables."""
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether nothing can be fitted without text."""
+        return self.sample > 0 or self.needs_parent
 
     def gathered(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
         """The matrices that are fitted together. Each is alone unless they share tensors; then their blocks are visited at once."""
@@ -96,6 +103,9 @@ class Structure:
     def before(self, model: nn.Module, data: Sequence[Batch], sites: Sequence[Site]) -> Self:
         """The structure with the settings that a look at the dense model decides; `data` is empty without text."""
         return self
+
+    def after(self, model: nn.Module, parent: nn.Module, data: Sequence[Batch]) -> None:
+        """What is done with the whole fitted model, in place, if the structure `needs_parent`, the dense one."""
 
     def settings(self) -> dict[str, object]:
         return dataclasses.asdict(self)

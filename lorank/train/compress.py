@@ -66,7 +66,7 @@ class Job:
         check_fields(self)
         structure = self.structure()
         check_policy(structure, self.policy, self.budget)
-        if structure.sample and self.metric == "identity":
+        if structure.needs_text and self.metric == "identity":
             raise ValueError(
                 f"metric must be 'gram' with {self.method}, which is fitted to what layers give on the text, got 'identity'"
             )
