@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto import configuration_auto, modeling_auto
+from transformers.utils import output_capturing
 
 from lorank.auto import PREFIX
 from lorank.checkpointing import POLICIES, checkpoint, has_tapes, policy_is_on
@@ -133,10 +134,17 @@ def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
     _keep_names(model)
     _mark_method(model, recorded["method"])
     model.__class__ = model_class(type(model), derived)  # type: ignore[arg-type]
+    _keep_recording(model)
     _mark_drawn(model)
     for module in model.modules():
         if getattr(module, "config", None) is dense:
             module.config = config  # type: ignore[assignment]
+
+
+def _keep_recording(model: PreTrainedModel) -> None:
+    """Let transformers record hidden states and attentions of the new class; otherwise it does so when a model of it is built."""
+    if registry := getattr(output_capturing, "_CAN_RECORD_REGISTRY", None):
+        registry[model] = model._can_record_outputs
 
 
 def _refuse_dense_classes() -> None:

@@ -217,6 +217,14 @@ def test_a_body_without_head_converts_saves_and_loads(
     assert torch.equal(body(tokens).last_hidden_state, loaded(tokens).last_hidden_state)
 
 
+def test_a_converted_body_gives_hidden_states(small: Callable[..., Any], tokens: Tensor) -> None:
+    """Of a class that was never built before."""
+    body = small("bert", num_hidden_layers=3).base_model
+    body.__class__ = type("OtherBertModel", (type(body),), {})
+    found = convert(body, CoLA(rank=8))(tokens, output_hidden_states=True).hidden_states
+    assert found is not None and len(found) == 4
+
+
 def test_a_pretrained_body_gets_a_new_head(small: Callable[..., Any], tmp_path: Path) -> None:
     model = convert(small("bert"), CoLA(rank=6))
     model.save_pretrained(tmp_path)
