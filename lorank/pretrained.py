@@ -23,6 +23,7 @@ from transformers.utils import output_capturing
 from lorank.auto import PREFIX
 from lorank.checkpointing import POLICIES, checkpoint, has_tapes, policy_is_on
 from lorank.kernels import check_kernels, without_missing
+from lorank.method import in_tables
 from lorank.needed import not_copied
 from lorank.portable import write_modelling_file
 from lorank.rewriting import rewrite
@@ -90,7 +91,7 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         sites = [site._replace(name=then(site.name), role=then(site.role)) for site in own]
         names = {then(site.name): site.name for site in own}
         chosen = choose_sites(wanted_sites(method, sites), recorded["targets"], recorded["exclude"])
-        rewrite(self, method, chosen, names)
+        rewrite(self, method, [site for site in chosen if in_tables(method, site)], names)
         _mark_method(self, method.name)
         _mark_drawn(self)
         self._frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]

@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForCausalLM,
     LlamaForCausalLM,
     pipeline,
 )
@@ -223,6 +225,19 @@ def test_a_converted_body_gives_hidden_states(small: Callable[..., Any], tokens:
     body.__class__ = type("OtherBertModel", (type(body),), {})
     found = convert(body, CoLA(rank=8))(tokens, output_hidden_states=True).hidden_states
     assert found is not None and len(found) == 4
+
+
+def test_parts_that_a_table_of_ranks_does_not_name_stay_dense(tokens: Tensor, tmp_path: Path) -> None:
+    """A decoder alone, whose file AutoModel reads as a whole encoder-decoder."""
+    sizes = {f"{side}_{name}": n for side in ("encoder", "decoder") for name, n in (("layers", 1), ("ffn_dim", 64))}
+    shape = BartConfig(vocab_size=96, d_model=32, encoder_attention_heads=4, decoder_attention_heads=4, **sizes)
+    ranks = {r"decoder.*fc1$": 7, r"decoder.*self_attn": 5, r"decoder.*fc2$": 6}
+    model = convert(BartForCausalLM(shape).eval(), LowRank(rank=ranks), exclude="encoder_attn")
+    model.save_pretrained(tmp_path)
+    whole = AutoModel.from_pretrained(tmp_path)
+    assert isinstance(whole.encoder.layers[0].fc1, torch.nn.Linear)
+    found = whole.decoder(tokens).last_hidden_state
+    assert torch.equal(found, model.model.decoder(tokens).last_hidden_state)
 
 
 def test_a_pretrained_body_gets_a_new_head(small: Callable[..., Any], tmp_path: Path) -> None:
