@@ -84,6 +84,10 @@ class FittedCoLA(Structure):
     steps: Whole = 300
     """Of the regression of a layer; 0: the linear start alone."""
 
+    @classmethod
+    def making(cls, method: Method) -> Structure | None:
+        return cls() if type(method) is CoLA and method == CoLA(rank=method.rank) else None
+
     def method(self, rank: int | dict[str, int]) -> Method:
         return CoLA(rank=rank)
 

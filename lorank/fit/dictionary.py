@@ -163,6 +163,10 @@ class SparseDictionary(Structure):
     groups: Count | Sequence[int] | None = None
     """Consecutive blocks that share the dictionary of a projection: how many groups, or the first block of each; None: no blocks do."""
 
+    @classmethod
+    def making(cls, method: Method) -> Structure | None:
+        return cls(ratio=method.ratio, groups=method.groups) if isinstance(method, SparseCodes) else None
+
     def gathered(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
         codes = self.method(1)
         assert isinstance(codes, SparseCodes)

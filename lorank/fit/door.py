@@ -23,7 +23,7 @@ from lorank.fit.matrix_pca import MatrixPCA
 from lorank.fit.pela import PELA
 from lorank.fit.structure import Found, Metric, Structure, as_matrix, spectrum
 from lorank.fit.svd import SVD
-from lorank.method import Method, Patterns, Site
+from lorank.method import Method, Patterns, Site, rank_at
 from lorank.sites import places
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -60,6 +60,11 @@ def as_structure(method: Structure | type[Structure] | str) -> Structure:
     return made
 
 
+def structure_making(method: Method) -> Structure | None:
+    """The first structure that can make a model of a method from trained weights, None if there is none."""
+    return next((found for kind in STRUCTURES.values() if (found := kind.making(method)) is not None), None)
+
+
 def fit(
     model: Model,
     method: Structure | type[Structure] | str,
@@ -67,6 +72,7 @@ def fit(
     *,
     budget: float | str | None = None,
     policy: Policy = "uniform",
+    becomes: Method | None = None,
     targets: Patterns = None,
     exclude: Patterns = None,
     finished: MutableMapping[str, Found] | None = None,
@@ -87,6 +93,7 @@ def fit(
             structure's `usual`.
         policy: "uniform", the same part of every matrix; "energy", ranks where they keep most; "break-even", the largest rank at
             which the form is smaller than the matrix.
+        becomes: the method of the fitted model, with ranks, in place of a budget; one that `structure_making` knows the structure for.
         targets, exclude: as in `lorank.convert`.
         finished: what was found for projections, by name, or for those that are fitted together, by the name of the first. They are
             not fitted again, and new ones are added, so that a mapping that writes to a disk lets an interrupted fit go on.
@@ -133,8 +140,11 @@ def fit(
 
     if policy != "break-even" and budget is None:
         budget = structure.usual
-    ranks = choose_ranks(structure, sites, budget, policy, spectra)
-    chosen = structure.method(table(sites, ranks))
+    if becomes is not None:
+        ranks, chosen = {site.name: rank_at(becomes.rank, site) for site in sites}, becomes  # type: ignore[attr-defined]
+    else:
+        ranks = choose_ranks(structure, sites, budget, policy, spectra)
+        chosen = structure.method(table(sites, ranks))
     _try(model, chosen, targets, exclude)
     finished = {} if finished is None else finished
     found: dict[str, Found] = {}

@@ -58,6 +58,11 @@ class Structure:
         """Whether nothing can be fitted without text."""
         return self.sample > 0 or self.needs_parent
 
+    @classmethod
+    def making(cls, method: Method) -> "Structure | None":
+        """The structure whose fitted model has that method, with its settings; None if this one does not make it."""
+        return None
+
     def gathered(self, sites: Sequence[Site]) -> Sequence[Sequence[Site]]:
         """The matrices that are fitted together. Each is alone unless they share tensors; then their blocks are visited at once."""
         return [[site] for site in sites]

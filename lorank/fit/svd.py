@@ -65,6 +65,10 @@ class SVD(Structure):
     solver: Literal["exact", "randomised"] = "exact"
     """How the factors are found: by a full SVD, or faster and almost as well from a random sketch."""
 
+    @classmethod
+    def making(cls, method: Method) -> Structure | None:
+        return cls() if isinstance(method, LowRank) and method == LowRank(rank=method.rank) else None
+
     def method(self, rank: int | dict[str, int]) -> Method:
         return LowRank(rank=rank)
 

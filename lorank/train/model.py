@@ -172,7 +172,7 @@ def build_model(
         recorded = getattr(saved, "lorank", None)
         method = found.method if recorded is None else from_record(recorded)
         method = dataclasses.replace(method, **{name: getattr(found.method, name) for name in method.progress})
-        convert(model, method, targets=recipe.targets, exclude=recipe.exclude)
+        (convert if start is None else start.convert)(model, method, targets=recipe.targets, exclude=recipe.exclude)
         if start is not None and start.converted:
             start.fill(model)
     elif (recipe.targets or recipe.exclude) and not hasattr(found.mover, "rank"):

@@ -120,7 +120,7 @@ def pretrain(
         with PeakMemory() as memory, on_stop(stop.receive):
             set_seed(recipe.seed)
             begins = recipe.start_from is not None and start_from is None and engine.draws
-            start = Start(recipe) if begins else None
+            start = Start(recipe, corpus.train) if begins else None
             with contextlib.nullcontext() if engine.draws else torch.device("meta"):
                 model = build_model(recipe, config, saved, start)
             engine.check_model(model)

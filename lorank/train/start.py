@@ -4,14 +4,17 @@ The model's shape, its vocabulary and, if it is converted, its method are its ow
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from lorank.conversion import method_of
+from lorank.analysis.batches import Batch, until
+from lorank.conversion import convert, method_of
+from lorank.fit.door import fit, structure_making
+from lorank.method import Method, Patterns
 from lorank.rewriting import converted_with
 from lorank.table import from_record
 from lorank.train.data.sources import first_line
@@ -20,6 +23,8 @@ from lorank.train.methods import methods_of, resolved
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model
 
+FITTED_ON = 100_000
+"""Tokens of the training text to which factors are fitted, if a method needs them."""
 OWN: dict[str, Any] = {"model": None, "shape": {}, "vocab_size": None}
 """Settings that the saved model decides."""
 
@@ -47,10 +52,10 @@ def started(recipe: Recipe) -> Recipe:
     recipe = dataclasses.replace(recipe, tokenizer=recipe.tokenizer or recipe.start_from)
     method = methods_of(recipe).method
     if recorded is None:
-        if method.name != "dense" and not method.keeps_outputs:
+        if method.name != "dense" and not method.keeps_outputs and structure_making(method) is None:
             raise ValueError(
-                f"method must keep the trained weights of start_from={recipe.start_from!r}, got {method.name}, whose new layers compute "
-                f"something else; make factors of them with lorank compress, and start from the result"
+                f"method must keep the trained weights of start_from={recipe.start_from!r}, got {method.name} with settings for which "
+                "nothing finds factors of them; make factors with lorank compress, and start from the result"
             )
         return recipe
     saved = from_record(recorded)
@@ -90,16 +95,39 @@ def _config_of(name: str) -> tuple[PretrainedConfig, Mapping[str, Any] | None]:
     return AutoConfig.for_model(config.model_type.removeprefix("lorank_"), **settings), recorded
 
 
-class Start:
-    """The weights of a saved model, for one of the same kind."""
+def batched(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[Batch]:
+    """Rows of a corpus as batches without labels."""
+    some: list[Mapping[str, Any]] = []
+    for row in rows:
+        some.append(row)
+        if len(some) == size:
+            yield {name: torch.tensor([[*one[name]] for one in some]) for name in some[0] if name != "labels"}
+            some = []
 
-    def __init__(self, recipe: Recipe):
+
+class Start:
+    """The weights of a saved model, for one of the same kind; and text, if a method needs factors of them."""
+
+    def __init__(self, recipe: Recipe, text: Iterable[Mapping[str, Any]] = ()):
         assert recipe.start_from is not None and recipe.tokenizer is not None
         model, _ = load_model(recipe.start_from, tokenizer=recipe.tokenizer)
         self.name = recipe.start_from
         self.converted = converted_with(model) is not None
         self.method = method_of(model)
         self.weights: dict[str, Tensor] = model.state_dict()
+        self.text = text
+        self.batch_size = recipe.batch_size
+
+    def convert(self, model: PreTrainedModel, method: Method, targets: Patterns, exclude: Patterns) -> None:
+        """Convert a model that has the weights, with a method that keeps them, or factors that are fitted to them on the text."""
+        structure = None if self.converted or method.keeps_outputs else structure_making(method)
+        if structure is None:
+            convert(model, method, targets=targets, exclude=exclude)
+            return
+        if torch.cuda.is_available():
+            model.to("cuda")  # type: ignore[arg-type]
+        batches = until(batched(self.text, self.batch_size), FITTED_ON)
+        fit(model, structure, batches, becomes=method, targets=targets, exclude=exclude)
 
     @torch.no_grad()
     def fill(self, model: PreTrainedModel) -> None:

@@ -66,10 +66,24 @@ def test_a_compressed_model_is_trained_on(
     assert lorank.merge(after).config.model_type == "llama"
 
 
+def test_a_method_with_new_factors_is_fitted_first(dense: Path) -> None:
+    """To the training text, with the recipe's ranks."""
+    assert started(Recipe(start_from=str(dense), method="cola", rank=0.4)).method == "cola"
+    recipe = started(Recipe(start_from=str(dense), method="low-rank", rank=0.4, sequence_length=32, batch_size=4))
+    rows = [{"input_ids": torch.randint(250, (32,)).tolist()} for _ in range(40)]
+    ids = torch.tensor([row["input_ids"] for row in rows[:8]])
+    wanted = AutoModelForCausalLM.from_pretrained(dense)(ids).logits
+    model = build_model(recipe, build_config(recipe), start=Start(recipe, rows)).eval()
+    assert model.config.lorank["arguments"]["rank"] == 0.4 and model.config.lorank["method"] == "low-rank"
+    fresh = build_model(recipe, build_config(recipe)).eval()
+    errors = [torch.linalg.norm(one(ids).logits - wanted) / torch.linalg.norm(wanted) for one in (model, fresh)]
+    assert errors[0] < 0.5 * errors[1]
+
+
 @pytest.mark.parametrize(
     ("which", "settings", "message"),
     [
-        ("dense", {"method": "cola"}, "method must keep the trained weights of start_from='.*', got cola"),
+        ("dense", {"method": "sltrain"}, "method must keep the trained weights of start_from='.*', got sltrain"),
         ("dense", {"method": "dense", "model": "gpt2"}, "model must be left out with start_from"),
         ("dense", {"method": "dense", "shape": {"hidden_size": 8}}, "shape must be left out with start_from"),
         ("small", {"method": "cola"}, r"is converted \(low-rank\) and keeps its settings; leave out cola"),
