@@ -351,12 +351,6 @@ def check_table(rank: Rank, sites: Sequence[Site], option: str = "rank") -> None
                 )
 
 
-def in_tables(method: Method, site: Site) -> bool:
-    """Whether all tables of ranks of a method have a pattern for a site. Parts that a saved model did not have may be without one."""
-    tables = [getattr(method, field.name) for field in dataclasses.fields(method)]
-    return all(any(re.search(p, site.name) for p in table) for table in tables if isinstance(table, Mapping))
-
-
 def check_ranks(rank: Rank, sites: Sequence[Site]) -> None:
     """Checks a rank for the sites of a method that has two factors of that rank.
 

@@ -9,8 +9,11 @@ before it fills them, and a transformers without lorank reports an unknown type 
 
 import contextvars
 import copy
+import dataclasses
 import functools
 import inspect
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -23,7 +26,7 @@ from transformers.utils import output_capturing
 from lorank.auto import PREFIX
 from lorank.checkpointing import POLICIES, checkpoint, has_tapes, policy_is_on
 from lorank.kernels import check_kernels, without_missing
-from lorank.method import in_tables
+from lorank.method import Method, Site
 from lorank.needed import not_copied
 from lorank.portable import write_modelling_file
 from lorank.rewriting import rewrite
@@ -91,7 +94,7 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
         sites = [site._replace(name=then(site.name), role=then(site.role)) for site in own]
         names = {then(site.name): site.name for site in own}
         chosen = choose_sites(wanted_sites(method, sites), recorded["targets"], recorded["exclude"])
-        rewrite(self, method, [site for site in chosen if in_tables(method, site)], names)
+        rewrite(self, method, [site for site in chosen if _in_tables(method, site)], names)
         _mark_method(self, method.name)
         _mark_drawn(self)
         self._frozen = [name for name, parameter in self.named_parameters() if not parameter.requires_grad]
@@ -140,6 +143,12 @@ def record(model: PreTrainedModel, recorded: dict[str, Any]) -> None:
     for module in model.modules():
         if getattr(module, "config", None) is dense:
             module.config = config  # type: ignore[assignment]
+
+
+def _in_tables(method: Method, site: Site) -> bool:
+    """Whether all tables of ranks of a method have a pattern for a site. Parts that a saved model did not have may be without one."""
+    tables = [getattr(method, field.name) for field in dataclasses.fields(method)]
+    return all(any(re.search(p, site.name) for p in table) for table in tables if isinstance(table, Mapping))
 
 
 def _keep_recording(model: PreTrainedModel) -> None:
