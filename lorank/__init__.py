@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.fit.pca import fit_masa
     from lorank.loop import lr_schedule, next_task, optimizer, set_context, step_hook
     from lorank.method import Autograd, Dense, Method, Site, StepHook
+    from lorank.methods.codebook import Codebook
     from lorank.methods.cola import CoLA, CoLAM
     from lorank.methods.crnet import CRNet
     from lorank.methods.low_rank import LowRank

@@ -29,6 +29,7 @@ METHODS = {
     "switchlora": "lorank.methods.switchlora:SwitchLoRA",
     "sst": "lorank.methods.sst:SST",
     "masa": "lorank.methods.masa:MASA",
+    "codebook": "lorank.methods.codebook:Codebook",
     "sparse-codes": "lorank.methods.sparse_codes:SparseCodes",
     # what is added to trained ones, which stay
     "lora": "lorank.adapters.lora:LoRA",

@@ -197,7 +197,7 @@ def read(name: str) -> Recipe:
     return Recipe.read(FOLDER / f"{name}.yaml")
 
 
-WITHOUT = ("cola-m", "votes", "self-guided", "sparse-codes")
+WITHOUT = ("cola-m", "votes", "self-guided", "sparse-codes", "codebook")
 """CoLA-M has CoLA's recipe; votes train EGG, whose recipe is egg; of self-guided training no run of a Llama is published; sparse codes
 are fitted to trained weights."""
 

@@ -11,13 +11,13 @@ from lorank.cli.flags import SETTINGS, Folder, name_and_value, of_saved_model
 
 @click.command(context_settings=SETTINGS)
 @click.argument("model", required=False)
-@click.option("--method", default="svd", help="The form: svd, eora, cola, dictionary, pela, masa or int2.")
+@click.option("--method", default="svd", help="The form: svd, eora, cola, dictionary, pela, masa, int2 or codebook.")
 @click.option(
     "--budget",
     default=None,
     metavar="N",
     help="Parameters in the factors: a part of those of the dense matrices such as 0.5, or a number such as 10M.",
-    show_default="0.5; eora, int2: 0.1; pela: 1/3",
+    show_default="0.5; eora, int2: 0.1; codebook: 0.05; pela: 1/3",
 )
 @click.option(
     "--policy",

@@ -13,6 +13,7 @@ from lorank.fit.matrix_pca import MatrixPCA
 from lorank.fit.pela import PELA
 from lorank.fit.structure import Structure
 from lorank.fit.svd import SVD
+from lorank.fit.vector_quantised import VectorQuantised
 
 __all__ = [
     "INT2",
@@ -25,6 +26,7 @@ __all__ = [
     "MatrixPCA",
     "SparseDictionary",
     "Structure",
+    "VectorQuantised",
     "as_structure",
     "fit",
 ]

@@ -23,12 +23,13 @@ from lorank.fit.matrix_pca import MatrixPCA
 from lorank.fit.pela import PELA
 from lorank.fit.structure import Found, Metric, Structure, as_matrix, spectrum
 from lorank.fit.svd import SVD
+from lorank.fit.vector_quantised import VectorQuantised
 from lorank.method import Method, Patterns, Site, rank_at
 from lorank.sites import places
 
 Model = TypeVar("Model", bound=nn.Module)
 STRUCTURES: dict[str, type[Structure]] = {
-    kind.name: kind for kind in (SVD, EoRA, FittedCoLA, SparseDictionary, PELA, MatrixPCA, INT2)
+    kind.name: kind for kind in (SVD, EoRA, FittedCoLA, SparseDictionary, PELA, MatrixPCA, INT2, VectorQuantised)
 }
 """By the name that `fit` and the command line take."""
 
@@ -85,7 +86,8 @@ def fit(
     factors, and for one block's sums over inputs.
 
     Args:
-        method: "svd", "eora", "cola", "dictionary", "pela", "masa" or "int2", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
+        method: "svd", "eora", "cola", "dictionary", "pela", "masa", "int2" or
+            "codebook", or a structure with settings, `lorank.fit.EoRA(base="int3")`.
         data: batches of token ids [b, n], or dictionaries with them under ``input_ids``, of text like that on which the model is used.
             Its activations say which errors matter; a projection of d inputs needs many more than d tokens. None: all
             errors of a weight count alike.

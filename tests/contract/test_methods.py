@@ -29,7 +29,7 @@ FURTHER = [ARCHITECTURES[name] for name in ARCHITECTURES if name not in ("llama"
 def examined(name: str) -> list[Check]:
     """All adapters are one layer with other gates: LoRA stands for what they share, and the compiler sees all gates in
     tests/adapters. Sparse codes are plain factors with a mask, compiled in tests/methods."""
-    if (find(name).adapts and name != "lora") or name == "sparse-codes":
+    if (find(name).adapts and name != "lora") or name in ("sparse-codes", "codebook"):
         found = checks(find(name)())
         return [c for c in found if c.subject.architecture.name == "llama" and "compiler" not in str(c)]
     method, fp32 = find(name)(**WITHOUT_NOISE.get(name, {})), IN_FP32.get(name)
