@@ -9,13 +9,16 @@ With R Rᵀ = XᵀX and W R = U Σ Vᵀ the solution is B = U_r Σ_r^½, A = Σ_
 With solver "randomised" U_r comes from the range of W R (RᵀWᵀ W R)² Ω, Ω [n, r + 10] random (Halko et al., arXiv 0909.4061). That takes
 about 12 m n r operations instead of the SVD's ~20 m n min(m, n), and the error is slightly above the tail.
 
+"semi-nmf" gives an A without negative entries and "nmf" both factors, for matrices without (`lorank.fit.nmf`); their error is above the tail.
+
 Cost of a layer: r (m + n) parameters instead of m n, less if r is below the break-even rank m n / (m + n).
 
 Source: Cahyawijaya, "Greenformers: Improving Computation and Memory Efficiency in Transformer Models via Low-Rank Approximation",
 arXiv 2108.10808, for the factors and the break-even rule; without text, these are also the factors of PELA (arXiv 2310.10700),
 with a budget of 1/3. The metric is that of EoRA (arXiv 2410.21271).
 
-Departures: the singular values are divided between the factors, as in PELA; Greenformers puts them all into one. Convolutions stay dense.
+Departures: the singular values are divided between the factors, as in PELA; Greenformers puts them all into one. Convolutions are
+replaced by `lorank.fit.convolutions`.
 """
 
 import dataclasses
@@ -25,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from lorank.factors import Pair, nearest
+from lorank.fit.nmf import nmf, semi_nmf
 from lorank.fit.structure import Found, Metric, Structure
 from lorank.layers import LowRankLinear
 from lorank.method import Method, seeded_generator
@@ -62,8 +66,8 @@ class SVD(Structure):
 
     name: ClassVar[str] = "svd"
 
-    solver: Literal["exact", "randomised"] = "exact"
-    """How the factors are found: by a full SVD, or faster and almost as well from a random sketch."""
+    solver: Literal["exact", "randomised", "semi-nmf", "nmf"] = "exact"
+    """How the factors are found: by a full SVD; faster and almost as well from a random sketch; or with signs that are fixed."""
 
     @classmethod
     def making(cls, method: Method) -> Structure | None:
@@ -73,7 +77,14 @@ class SVD(Structure):
         return LowRank(rank=rank)
 
     def solve(self, weight: Tensor, metric: Metric, rank: int) -> Found:
-        B, A = (nearest if self.solver == "exact" else randomised)(self.target(weight), rank, metric.R)
+        target = self.target(weight)
+        if self.solver == "nmf":
+            if metric.R is not None:
+                raise ValueError("data must be left out with solver 'nmf', which has no metric; use 'semi-nmf'")
+            B, A = nmf(target, rank)
+        else:
+            solvers = {"exact": nearest, "randomised": randomised, "semi-nmf": semi_nmf}
+            B, A = solvers[self.solver](target, rank, metric.R)
         return {"B": B.to(weight.dtype), "A": A.to(weight.dtype)}
 
     def apply(self, found: Found, x: Tensor) -> Tensor:

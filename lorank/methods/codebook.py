@@ -59,7 +59,7 @@ class CodebookLinear(nn.Module):
         self.C = nn.Parameter(torch.empty(codewords, dimensions, **new))
         self.M = nn.Parameter(torch.empty(dimensions, size, **new))
         self.bias = nn.Parameter(torch.empty(d_out, **new)) if bias else None
-        kind = {"dtype": code_type(codewords), "device": new.get("device")}
+        kind: dict[str, Any] = {"dtype": code_type(codewords), "device": new.get("device")}
         self.register_buffer("codes", torch.empty(d_out, -(-d_in // size), **kind))
         self.reset_parameters()
 
