@@ -60,6 +60,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/gathered.py
 	$(BIN)/python benchmarks/continual.py
 	$(BIN)/python benchmarks/federated.py
+	$(BIN)/python benchmarks/ratings.py
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/rounding.py
 	$(BIN)/python benchmarks/demo_sweep.py
