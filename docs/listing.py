@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from lorank.fit.door import STRUCTURES
 from lorank.table import METHODS, find
 
 ROOT = Path(__file__).parents[1]
@@ -58,14 +59,14 @@ MOVES = [
     Row("EGG (EGGROLL in integers)", "2511.16652", ("votes",), "recipe `egg`; weights, states and sums are integers", "noise comes from seeds, not from a table"),
 ]
 FIT = [
-    Row("Greenformers", "2108.10808", ("lorank/fit/svd.py",), "`lorank compress --method svd`; exact and randomised; linear layers of transformers", "singular values are divided evenly. Convolutions, NMF and Linformer are not here"),
-    Row("PELA", "2310.10700", ("lorank/fit/pela.py",), "`lorank compress --method pela`, and both terms of its loss", "all heads stay dense"),
-    Row("EoRA", "2410.21271", ("lorank/fit/eora.py",), "`lorank compress --method eora` over int2 to int8 or pruned weights", "rounding to the nearest and pruning by magnitude stand for GPTQ and SparseGPT"),
-    Row("CoSpaDi", "2509.22075", ("lorank/fit/dictionary.py", "sparse-codes"), "`lorank compress --method dictionary`", "the start; no kernel for the codes is public, so it saves memory, not time"),
+    Row("Greenformers", "2108.10808", ("lorank/fit/svd.py", "lorank/fit/convolutions.py", "lorank/fit/nmf.py", "examples/linformer.py"), "exact and randomised; `svd.py` is for linear layers, and other files, where they are named, for convolutions, NMF and Linformer's attention", "singular values are divided evenly"),
+    Row("PELA", "2310.10700", ("lorank/fit/pela.py",), "both terms of its loss", "all heads stay dense"),
+    Row("EoRA", "2410.21271", ("lorank/fit/eora.py",), "over int2 to int8 or pruned weights", "rounding to the nearest and pruning by magnitude stand for GPTQ and SparseGPT"),
+    Row("CoSpaDi", "2509.22075", ("lorank/fit/dictionary.py", "sparse-codes"), "", "the start; no kernel for the codes is public, so it saves memory, not time"),
     Row("INT2.1", "2306.08162", ("lorank/fit/int2.py", "lorank/train/distil.py"), "factors next to a base of few bits, trained to the float parent", "the loss: its terms, ranks and data are not published"),
-    Row("LR²VQ", "2211.11397", ("lorank/fit/vector_quantised.py", "codebook"), "`lorank compress --method codebook`: a codebook after a learned linear map", "much: the map and the relaxed clustering are not published, so codes are hard"),
-    Row("Matrix PCA (MASA)", "2508.04581", ("lorank/fit/matrix_pca.py", "lorank/fit/pca.py"), "`lorank compress --method masa`: trained attention as MASA's atoms", "grouping and ranks"),
-    Row("CoLA from dense weights", "2502.10940", ("lorank/fit/cola.py",), "`lorank compress --method cola`", "ours; no paper does it"),
+    Row("LR²VQ", "2211.11397", ("lorank/fit/vector_quantised.py", "codebook"), "a codebook after a learned linear map", "much: the map and the relaxed clustering are not published, so codes are hard"),
+    Row("Matrix PCA (MASA)", "2508.04581", ("lorank/fit/matrix_pca.py", "lorank/fit/pca.py"), "trained attention as MASA's atoms", "grouping and ranks"),
+    Row("CoLA from dense weights", "2502.10940", ("lorank/fit/cola.py",), "", "ours; no paper does it"),
 ]
 ADAPTERS = [
     Row("LoRA", "2106.09685", ("lora",), "saves in peft's format", "all projections by default"),
@@ -149,12 +150,16 @@ def files(row: Row) -> list[str]:
 
 
 def commands(row: Row) -> Iterator[str]:
-    """How its methods in the table are run."""
+    """How its methods in the table are run, and models of its structure made."""
     for name in (one for one in row.where if one in METHODS):
         command = "lorank finetune MODEL" if find(name).adapts else "lorank pretrain"
         if not hasattr(find(name), "model_type"):
             structure = getattr(find(name), "structure", None)
             yield f"`{command} --method {f'{structure}+' if structure else ''}{name}`"
+    here = files(row)
+    for name, structure in STRUCTURES.items():
+        if f"{structure.__module__.replace('.', '/')}.py" in here:
+            yield f"`lorank compress MODEL --method {name}`"
 
 
 @cache
