@@ -72,6 +72,7 @@ _HOME = {
     "load_adapter": "lorank.adapter_files",
     "save_adapter": "lorank.adapter_files",
     "lr_schedule": "lorank.loop",
+    "loss_without_logits": "lorank.speed.linear_cross_entropy",
     "merge": "lorank.conversion",
     "next_task": "lorank.loop",
     "set_context": "lorank.loop",

@@ -58,7 +58,7 @@ def next_token_loss(
     items: Tensor | int | None = None,
     *,
     owner: nn.Module | None = None,
-    nats: Any = cross_entropy,
+    nats: Any = None,
     **settings: Any,
 ) -> Loss:
     """The loss of a causal language model on a batch of ``input_ids`` and ``labels`` [b, n].
@@ -66,17 +66,27 @@ def next_token_loss(
     Args:
         items: predicted tokens of all the batches over which the loss is a mean; None: of this one.
         owner: the model itself, if `model` is a wrapper around it.
-        nats: `cross_entropy`, perhaps compiled.
+        nats: a function of logits, labels and items such as `cross_entropy`; None: the model's own head where that gives the
+            loss without logits (`gives_loss`), else `cross_entropy`.
         settings: more arguments of the model.
 
     Raises:
         ValueError: the model adds a term whose weight is not known.
     """
-    labels = batch["labels"]
-    output = model(**{name: value for name, value in batch.items() if name != "labels"}, **settings)
-    return Loss(
-        nats(output.logits, labels, items), auxiliary_loss(model if owner is None else owner, output, labels, items)
-    )
+    labels, owner = batch["labels"], model if owner is None else owner
+    if nats is None and gives_loss(owner) and not isinstance(model, nn.DataParallel):  # which joins logits, not losses
+        output = model(**batch, num_items_in_batch=items, **settings)
+        found = output.loss
+    else:
+        output = model(**{name: value for name, value in batch.items() if name != "labels"}, **settings)
+        found = (nats or cross_entropy)(output.logits, labels, items)
+    return Loss(found, auxiliary_loss(owner, output, labels, items))
+
+
+def gives_loss(model: nn.Module) -> bool:
+    """Whether a model computes the loss for its labels without logits (`lorank.loss_without_logits`)."""
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return getattr(head, "gives_loss", False) is True
 
 
 def auxiliary_loss(model: nn.Module, output: Any, labels: Tensor, items: Tensor | int | None = None) -> Tensor | None:
@@ -95,11 +105,16 @@ def auxiliary_loss(model: nn.Module, output: Any, labels: Tensor, items: Tensor 
                 "shape.output_router_logits=false"
             )
         found.append(weight * balance.mean())  # of several devices in one process
-    if weight := _setting(model, "z_loss_coefficient"):
+    if weight := has_z_loss(model):
         wanted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:] != IGNORED
         squares = output.logits.float().logsumexp(-1).square() * wanted.to(output.logits.device)
         found.append(weight * squares.sum() / (predicted_tokens(labels) if items is None else items))
     return torch.stack(found).sum() if found else None
+
+
+def has_z_loss(model: nn.Module) -> Any:
+    """The weight of a term that pulls at the logits' sums (Bamba), or nothing."""
+    return _setting(model, "z_loss_coefficient")
 
 
 def balances_experts(model: nn.Module) -> bool:

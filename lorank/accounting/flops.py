@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from lorank.accelerators import ACCELERATORS
 from lorank.accounting.twin import example, twin_of, without_data
 from lorank.layers import PartTime
-from lorank.loss import next_token_loss
+from lorank.loss import cross_entropy, next_token_loss
 
 
 class Flops(NamedTuple):
@@ -74,7 +74,8 @@ def _counted(model: nn.Module, batch: int, sequence_length: int, *, parts: bool)
 
     def count(model: nn.Module) -> tuple[int, int]:
         with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:
-            loss = next_token_loss(model, example(batch, sequence_length)).total
+            # with logits: a head that gives the loss makes its gradients in the forward pass
+            loss = next_token_loss(model, example(batch, sequence_length), nats=cross_entropy).total
             forward = counter.get_total_flops()
             loss.backward()
         return forward, counter.get_total_flops() - forward

@@ -1,0 +1,163 @@
+"""The loss of a language model without its logits: head and cross-entropy together, some tokens at a time.
+
+    z = x Wᵀ (+ b)    loss = 1/N Σᵢ (log Σᵥ exp zᵢᵥ − zᵢ,yᵢ)        x [n, d]   W [V, d]   y [n] labels, N of which are predicted
+
+A chunk of c tokens has its logits [c, V] only while they are used. With p = softmax(z) the gradient of the logits is
+G = (p − onehot(y)) / N, so that the chunk also gives
+
+    dx = G W [c, d]        dW += Gᵀ x [V, d]        db += Σᵢ Gᵢ
+
+in the forward pass; the backward pass multiplies them by the gradient of the loss. That is the same three products as with logits,
+and instead of the logits [n, V], their logarithms in fp32 and their gradient there are dW, which is needed anyway, and one chunk.
+
+`loss_without_logits` gives a model such a head. It then takes ``labels`` and returns ``loss`` with ``logits=None``, as models with
+Liger's kernels do. Without labels it returns logits.
+
+The idea is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009, whose kernels also leave
+out entries of p that are nearly zero; here all are there.
+"""
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from lorank.accounting.twin import twin_of, without_data
+from lorank.loss import IGNORED, cross_entropy, has_z_loss
+
+Model = TypeVar("Model", bound=nn.Module)
+AT_ONCE = 2**24
+"""Logits of a chunk: 64 MiB in fp32."""
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, labels: Tensor, items: Tensor) -> Tensor:
+        number = torch.promote_types(x.dtype, torch.float32)
+        wanted, predicted = labels.clamp(min=0), (labels != IGNORED).to(number)
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dW = torch.zeros_like(W, dtype=number) if ctx.needs_input_grad[1] else None
+        db = None if b is None or not ctx.needs_input_grad[2] else torch.zeros_like(b, dtype=number)
+        nats, many = x.new_zeros((), dtype=number), max(1, AT_ONCE // len(W))
+        for first in range(0, len(x), many):
+            rows = slice(first, first + many)
+            z, y = F.linear(x[rows], W, b).to(number), wanted[rows, None]
+            whole = z.logsumexp(-1, keepdim=True)
+            nats += ((whole - z.gather(1, y))[:, 0] * predicted[rows]).sum()
+            if not any(ctx.needs_input_grad):
+                continue
+            G = z.sub_(whole).exp_().scatter_add_(1, y, z.new_full((1, 1), -1.0).expand_as(y))
+            G = G.mul_((predicted[rows] / items)[:, None]).to(x.dtype)
+            if dx is not None:
+                dx[rows] = G @ W
+            if dW is not None:
+                _add_product(dW, G, x[rows])
+            if db is not None:
+                db += G.sum(0)
+        ctx.kept = dx, None if dW is None else dW.to(W.dtype), None if b is None or db is None else db.to(b.dtype)
+        return nats / items
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.kept is None:
+            raise RuntimeError(
+                "the gradients of this loss were used already; call the model again instead of retain_graph"
+            )
+        kept, ctx.kept = ctx.kept, None
+        return *(None if one is None else one.mul_(grad) for one in kept), None, None
+
+
+def _add_product(dW: Tensor, G: Tensor, x: Tensor) -> None:
+    """dW += Gᵀ x, without the product in a tensor of its own where the kernels can."""
+    if G.dtype == dW.dtype and not torch.is_autocast_enabled(x.device.type):
+        dW.addmm_(G.mT, x)
+    else:
+        dW += G.mT @ x
+
+
+def linear_cross_entropy(
+    x: Tensor, W: Tensor, b: Tensor | None, labels: Tensor, items: Tensor | int | None = None
+) -> Tensor:
+    """`lorank.loss.cross_entropy` of the logits x Wᵀ + b [b, n, V], which are never there as a whole.
+
+    Args:
+        x: [b, n, d], what the head gets.
+        W, b: [V, d] and [V], the head's.
+        labels: [b, n]; position i predicts label i + 1.
+        items: what the sum is divided by; None: the predicted labels.
+
+    >>> linear_cross_entropy(torch.zeros(1, 3, 4), torch.zeros(8, 4), None, torch.tensor([[1, 2, 3]]))  # log 8
+    tensor(2.0794)
+    """
+    wanted = F.pad(labels, (0, 1), value=IGNORED)[:, 1:].to(x.device).flatten()
+    count = (wanted != IGNORED).sum() if items is None else torch.as_tensor(items, device=x.device)
+    return _LinearCrossEntropy.apply(x.flatten(0, -2), W, b, wanted, count)  # type: ignore[no-any-return]
+
+
+class LossHead(nn.Linear):
+    """A head that gives the loss in the place of logits while it has labels."""
+
+    gives_loss: ClassVar[bool] = True
+    labels: Tensor | None = None
+    """[b, n], for the call that is running."""
+    items: Tensor | int | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.labels is None:
+            return super().forward(x)
+        if torch.compiler.is_compiling() or hasattr(self.weight, "device_mesh"):  # or one of several devices' parts
+            return cross_entropy(super().forward(x), self.labels, self.items)
+        return linear_cross_entropy(x, self.weight, self.bias, self.labels, self.items)
+
+
+def loss_without_logits(model: Model) -> Model:
+    """Let a causal language model compute the loss for ``labels`` without making its logits, in place.
+
+    A model whose logits are more than its head's outputs (scaled, capped, cut) stays as it is, and so does one whose loss is more than
+    the cross-entropy of the next token.
+
+    Returns:
+        The model.
+    """
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    if type(head) is nn.Linear and not has_z_loss(model) and _gives_the_logits(model):
+        head.__class__ = LossHead
+        model.forward = types.MethodType(_forward_of(type(model)), model)  # a deep copy of the model has its own
+    return model
+
+
+def _gives_the_logits(model: nn.Module) -> bool:
+    """Whether the head's outputs are the model's logits, the same tensor, by a call without data on two tokens."""
+    seen: list[Tensor] = []
+    try:
+        with without_data("tried"), torch.no_grad():
+            twin: Any = twin_of(model).eval()
+            twin.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
+            logits = twin(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
+    except ValueError:
+        return False
+    return len(seen) == 1 and logits is seen[0] and logits.shape[:2] == (1, 2)
+
+
+def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
+    """A class's forward, which hands labels to the head, and what comes from there on as the loss."""
+
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("labels") is None or kwargs.get("return_dict") is False:
+            return kind.forward(self, *args, **kwargs)
+        head = self.get_output_embeddings()
+        head.labels, head.items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
+        try:
+            output = kind.forward(self, *args, **kwargs)
+        finally:
+            head.labels = head.items = None
+        return type(output)(**{**output, "loss": output.logits, "logits": None})
+
+    return forward
