@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorank.accounting.twin import twin_of, without_data
 from lorank.loss import IGNORED, cross_entropy, has_z_loss
+from lorank.sites import body_of
 
 Model = TypeVar("Model", bound=nn.Module)
 AT_ONCE = 2**24
@@ -126,22 +126,44 @@ def loss_without_logits(model: Model) -> Model:
         The model.
     """
     head = getattr(model, "get_output_embeddings", lambda: None)()
-    if type(head) is nn.Linear and not has_z_loss(model) and _gives_the_logits(model):
+    if (
+        type(head) is nn.Linear
+        and body_of(model) is not model
+        and not has_z_loss(model)
+        and _gives_the_logits(model, head)
+    ):
         head.__class__ = LossHead
         model.forward = types.MethodType(_forward_of(type(model)), model)  # a deep copy of the model has its own
     return model
 
 
-def _gives_the_logits(model: nn.Module) -> bool:
-    """Whether the head's outputs are the model's logits, the same tensor, by a call without data on two tokens."""
-    seen: list[Tensor] = []
+class _States(dict[str, Tensor]):
+    """What a body may return: hidden states, and nothing else that a model may ask for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__("last_hidden_state") if key == 0 else super().__getitem__(key)
+
+
+def _gives_the_logits(model: Any, head: nn.Linear) -> bool:
+    """Whether the head's outputs are the model's logits, the same tensor: what follows the body is run on two tokens of zeros."""
+    body, seen = body_of(model), []
+    before = body.__dict__.get("forward")
+    zeros = torch.zeros(1, 2, head.in_features, dtype=head.weight.dtype, device=head.weight.device)
+    hook = head.register_forward_hook(lambda module, args, output: seen.append(output))
+    body.forward = lambda *args, **kwargs: _States(last_hidden_state=zeros)
     try:
-        with without_data("tried"), torch.no_grad():
-            twin: Any = twin_of(model).eval()
-            twin.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output))
-            logits = twin(input_ids=torch.zeros(1, 2, dtype=torch.int64), use_cache=False).logits
-    except ValueError:
+        with torch.no_grad():
+            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=zeros.device)).logits
+    except Exception:  # modelling code that wants more of its body
         return False
+    finally:
+        hook.remove()
+        del body.forward
+        if before is not None:
+            body.forward = before
     return len(seen) == 1 and logits is seen[0] and logits.shape[:2] == (1, 2)
 
 
