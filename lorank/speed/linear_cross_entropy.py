@@ -47,12 +47,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for first in range(0, len(x), many):
             rows = slice(first, first + many)
             z, y = F.linear(x[rows], W, b).to(number), wanted[rows, None]
-            whole = z.logsumexp(-1, keepdim=True)
-            nats += ((whole - z.gather(1, y))[:, 0] * predicted[rows]).sum()
+            at_label, most = z.gather(1, y), z.amax(-1, keepdim=True)
+            total = z.sub_(most).exp_().sum(-1, keepdim=True)
+            nats += ((total.log() + most - at_label)[:, 0] * predicted[rows]).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            G = z.sub_(whole).exp_().scatter_add_(1, y, z.new_full((1, 1), -1.0).expand_as(y))
-            G = G.mul_((predicted[rows] / items)[:, None]).to(x.dtype)
+            share = predicted[rows, None] / items
+            G = z.mul_(share / total).scatter_add_(1, y, -share).to(x.dtype)
             if dx is not None:
                 dx[rows] = G @ W
             if dW is not None:
