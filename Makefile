@@ -58,6 +58,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/data.py
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/gathered.py
+	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/continual.py
 	$(BIN)/python benchmarks/federated.py
 	$(BIN)/python benchmarks/ratings.py
