@@ -23,6 +23,7 @@ import drawing
 import listing
 import rooms
 from click.testing import CliRunner
+from markup import PICTURE, escaped, relinked, section, twins
 
 from lorank.cli import cli
 from lorank.comparison import repro
@@ -38,10 +39,6 @@ ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks/results").glob("*.txt"))
 PLAIN = ("dense", "adamw", "autograd")
 """Names that need no page: what PyTorch does anyway."""
-PICTURE = re.compile(
-    r"""<picture>\s*<source media="[^"]*dark[^"]*" srcset="([^"]*)">\s*<img src="([^"]*)" alt="([^"]*)">\s*</picture>"""
-)
-LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)#\s]+)\)")
 
 
 # ---- which method is on which page: one per paper's file
@@ -152,43 +149,6 @@ def expand(docname: str, text: str) -> str:
     return linked_tables(text) if docname == "methods/index" else text
 
 
-def twins(found: re.Match[str]) -> str:
-    """A picture for light and one for dark screens, as the theme of the site tells them apart."""
-    dark, light, words = found.groups()
-    both = ((light, "only-light"), (dark, "only-dark"))
-    return "\n\n".join(f"```{{image}} {file}\n:class: {kind}\n:alt: {words}\n```" for file, kind in both)
-
-
-def section(path: Path, title: str | None) -> str:
-    """What stands under a heading of a file, or without one between its first line and its first section."""
-    start = rf"## {re.escape(title)}" if title else r"# [^\n]+"
-    found = re.search(rf"^{start}\n+(.*?)\s*(?=^## |\Z)", path.read_text(), re.M | re.S)
-    if found is None:
-        raise ValueError(f"{path.name} has no section {title!r}")
-    return found[1]
-
-
-def relinked(text: str, depth: int) -> str:
-    """Links within the repository as links within the site, from a page that lies `depth` folders down."""
-    up = "../" * depth
-
-    def link(found: re.Match[str]) -> str:
-        picture, label, target = found.groups()
-        if target.startswith("https://"):
-            return found[0]
-        if target.startswith("docs/"):
-            return f"{picture}[{label}]({up}{target.removeprefix('docs/')})"
-        if target.startswith("lorank/"):
-            return f'<a href="{up}_modules/{target.removesuffix(".py")}.html">{label}</a>'
-        if target.startswith("benchmarks/results/"):
-            return f"[{label}]({up}results.md#{slug(Path(target).stem)})"
-        if target in SITE:
-            return f"[{label}]({up}{SITE[target]})"
-        raise ValueError(f"the documentation has no page for {target}; give it one in docs/pages.py")
-
-    return LINK.sub(link, text)
-
-
 GENERATED = {
     "pages": lambda depth: "\n".join(method_pages()),
     "methods": lambda depth: relinked(methods_table(), depth),
@@ -197,16 +157,6 @@ GENERATED = {
     "map": lambda depth: f"```{{raw}} html\n{drawing.svg(rooms.read())}\n```",
     "results": lambda depth: "\n\n".join(f"### {p.stem}\n\n```text\n{p.read_text().rstrip()}\n```" for p in RESULTS),
 }
-SITE = {
-    "CONTRIBUTING.md": "add-a-method.md",
-    "README.md": "index.md",
-    "examples/": "own-loop.md",
-    "recipes/": "methods/index.md",
-}
-
-
-def slug(heading: str) -> str:
-    return heading.lower().replace(" ", "-")
 
 
 def linked_tables(text: str) -> str:
@@ -383,12 +333,6 @@ def notes(names: list[str]) -> str:
         f'## What the source says\n\nThe head of <a href="{href}">{module.replace(".", "/")}.py</a>:\n\n'
         + "\n\n".join(blocks)
     )
-
-
-def escaped(text: str) -> str:
-    """Prose that is no Markdown, between its code in backticks, as Markdown."""
-    parts = re.split(r"(``?[^`]+``?)", text)
-    return "".join(part if i % 2 else re.sub(r"([\\*_\[\]<>$|{}])", r"\\\1", part) for i, part in enumerate(parts))
 
 
 @functools.cache

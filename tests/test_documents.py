@@ -24,6 +24,7 @@ from lorank.train.shipped import recipe_names
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "docs"))
+import markup  # noqa: E402
 import pages  # noqa: E402
 import rooms  # noqa: E402
 
@@ -209,7 +210,7 @@ def test_links_within_the_repository_lead_somewhere(document: str) -> None:
         assert found.exists(), target
         if anchor:
             headings = re.findall(r"^#+ (.+)", pages.expand(found.stem, found.read_text()), re.M)
-            assert anchor in [pages.slug(heading) for heading in headings], target
+            assert anchor in [markup.slug(heading) for heading in headings], target
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -315,7 +316,7 @@ def test_a_page_includes_sections_with_their_links() -> None:
     with pytest.raises(ValueError, match=r"README\.md has no section 'Where to gone'"):
         pages.expand("page", "% README.md: Where to gone")
     with pytest.raises(ValueError, match=r"no page for tests/conftest\.py"):
-        pages.relinked("[a test](tests/conftest.py)", 0)
+        markup.relinked("[a test](tests/conftest.py)", 0)
 
 
 def test_the_readme_has_the_table_of_methods() -> None:
