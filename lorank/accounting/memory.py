@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorank.accounting.flops import MORE_FLOPS
 from lorank.accounting.meter import Meter, storage_of, tensors_alive
 from lorank.accounting.twin import example, twin_of, without_data
-from lorank.loss import next_token_loss
+from lorank.loss import gives_loss, next_token_loss
 
 
 class Saved(NamedTuple):
@@ -75,7 +75,16 @@ def saved_by(model: nn.Module, forward: Callable[[], Tensor], inputs: Iterable[T
         loss = forward()  # noqa: F841 (keeps the graph alive)
     for tensor in tensors_alive():
         note(tensor)
+    for gradient in _made_in_forward(model):
+        same = (key for key, (_, shape) in found.items() if shape == tuple(gradient.shape))
+        found.pop(next(same, -1), None)
     return Saved(sum(size for size, _ in found.values()), [shape for _, shape in found.values()])
+
+
+def _made_in_forward(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters whose gradients a head makes with the loss: they wait for the backward pass, but as gradients."""
+    head = model.get_output_embeddings() if gives_loss(model) else None  # type: ignore[operator]
+    return [] if head is None else [p for p in head.parameters() if p.requires_grad]
 
 
 class Peak(NamedTuple):
@@ -131,7 +140,7 @@ def measure_peak(
             before = meter.now
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = next_token_loss(twin, inputs).total
-            activations = meter.now - before
+            activations = meter.now - before - sum(p.numel() * p.element_size() for p in _made_in_forward(twin))
             meter.phase = "backward"
             loss.backward()
         when = "step" if meter.now >= 0.99 * meter.most else meter.when

@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _add_product(dW: Tensor, G: Tensor, x: Tensor) -> None:
-    """dW += Gᵀ x, without the product in a tensor of its own where the kernels can."""
+    """dW += Gᵀ x, and no tensor for the product alone where the kernels can."""
     if G.dtype == dW.dtype and not torch.is_autocast_enabled(x.device.type):
         dW.addmm_(G.mT, x)
     else:

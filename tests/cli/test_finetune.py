@@ -60,7 +60,7 @@ def test_full_trains_all_weights_and_a_run_becomes_longer(lorank, base: Path, tm
     [
         ("MODEL", "a model and a text must be given: lorank finetune MODEL --data TEXT"),
         ("nowhere --data TEXT", "start_from must be a run, a folder with a model or a hub name, got 'nowhere'"),
-        ("MODEL --data TEXT --method cola", "method must keep the trained weights of start_from="),
+        ("MODEL --data TEXT --method sltrain", "method must keep the trained weights of start_from="),
         ("MODEL --data TEXT --method full,lora", "got 'full,lora'; run finetune for each, or lorank continual for all"),
         ("MODEL --data TEXT --method full+lora", "method must be full or lora, got 'full+lora'"),
         ("MODEL --data TEXT --model gpt2", "no such option: --model; use MODEL"),
