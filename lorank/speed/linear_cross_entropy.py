@@ -10,7 +10,7 @@ G = (p − onehot(y)) / N, so that the chunk also gives
 in the forward pass; the backward pass multiplies them by the gradient of the loss. That is the same three products as with logits,
 and instead of the logits [n, V], their logarithms in fp32 and their gradient there are dW, which is needed anyway, and one chunk.
 
-`loss_without_logits` gives a model such a head. It then takes ``labels`` and returns ``loss`` with ``logits=None``, as models with
+`loss_without_logits` gives a model a head like this. It then takes ``labels`` and returns ``loss`` with ``logits=None``, as models with
 Liger's kernels do. Without labels it returns logits.
 
 The idea is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009, whose kernels also leave
