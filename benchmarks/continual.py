@@ -13,14 +13,12 @@ All figures are nats per held-out token, mean ± standard deviation over seeds; 
 
 import argparse
 import copy
-import importlib
-import json
-import unicodedata
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from kinds import base_in, three_kinds, written
 from torch.utils.data import DataLoader
 
 from lorank.table import find
@@ -28,8 +26,6 @@ from lorank.train.continual import FULL, RATE, RATES, Settings, Stream, run_stre
 from lorank.train.data import collate
 from lorank.train.data.corpus import Corpus, load_corpus
 from lorank.train.evaluation import evaluate
-from lorank.train.recipe import Recipe
-from lorank.train.run import pretrain
 from lorank.train.saved import load_model
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -41,46 +37,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "codyra": {"rank": 16},
     "comp-lora": {"rank": 16},
 }
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 172,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
 MOST = 400_000
 """Characters of each task."""
-
-
-def texts() -> dict[str, list[str]]:
-    """Rows of each task, some hundreds of characters or a file each."""
-    headers = sorted(Path(torch.__file__).parent.glob("include/ATen/core/*.h"))
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    names = [f"{chr(c)} {unicodedata.name(chr(c))}" for c in range(0x100, 0x3000) if unicodedata.name(chr(c), "")]
-    return {
-        "headers": [path.read_text(encoding="utf-8", errors="replace") for path in headers],
-        "reference": [topics[name] for name in sorted(topics)],
-        "names": ["\n".join(names[i : i + 20]) for i in range(0, len(names), 20)],
-    }
-
-
-def written(out: Path) -> dict[str, Path]:
-    files = {}
-    for name, rows in texts().items():
-        files[name] = out / f"{name}.jsonl"
-        kept, size = [], 0
-        for row in rows:
-            if (size := size + len(row)) <= MOST:
-                kept.append(json.dumps({"text": row}))
-        files[name].write_text("\n".join(kept))
-    return files
-
-
-def base_in(out: Path) -> Path:
-    if not (out / "base/summary.json").exists():
-        settings: dict[str, Any] = {"method": "dense", "vocab_size": 1024, "sequence_length": 64, "batch_size": 16}
-        pretrain(Recipe(**settings, shape=SHAPE, steps=1000, lr=1e-2, save_every=0), out / "base")
-    return out / "base"
 
 
 def held_out(model: Any, corpus: Corpus, settings: Settings) -> float:
@@ -100,13 +58,13 @@ def main() -> None:
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     folder, settings = (
-        base_in(asked.out),
+        base_in(asked.out, blocks=3),
         Settings(steps=asked.steps, batch_size=8, sequence_length=64, eval_tokens=5000),
     )
     base, _ = load_model(str(folder))
     tasks = {
         name: load_corpus(str(file), tokenizer=str(folder), sequence_length=64)
-        for name, file in written(asked.out).items()
+        for name, file in written(three_kinds(), asked.out, MOST).items()
     }
     known = load_corpus("embedded", tokenizer=str(folder), sequence_length=64)
     before = held_out(base, known, settings)

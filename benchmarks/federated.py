@@ -14,31 +14,20 @@ deviation over seeds. The clients run one after another in one process; Flower's
 import argparse
 import ast
 import dataclasses
-import importlib
-import json
 import os
 import shutil
 import time
-import unicodedata
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from kinds import base_in, three_kinds, written
 
 from lorank.federated.local import Local, clients_of
 from lorank.federated.server import Server
 from lorank.federated.settings import Settings
-from lorank.train.recipe import Recipe
-from lorank.train.run import pretrain
 
-SHAPE = {
-    "hidden_size": 64,
-    "intermediate_size": 172,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-}
 MOST = 300_000
 """Characters of each client."""
 STEPS = 5
@@ -51,40 +40,13 @@ EPSILONS = (1.0, 10.0)
 
 def texts() -> dict[str, list[str]]:
     """Rows of each client."""
-    headers = sorted(Path(torch.__file__).parent.glob("include/ATen/core/*.h"))
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    names = [f"{chr(c)} {unicodedata.name(chr(c))}" for c in range(0x100, 0x3000) if unicodedata.name(chr(c), "")]
     docstrings = []
     for path in sorted((Path(torch.__file__).parent / "nn").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
             if isinstance(node, kinds) and len(text := ast.get_docstring(node) or "") > 200:
                 docstrings.append(text)
-    return {
-        "headers": [path.read_text(encoding="utf-8", errors="replace") for path in headers],
-        "reference": [topics[name] for name in sorted(topics)],
-        "names": ["\n".join(names[i : i + 20]) for i in range(0, len(names), 20)],
-        "docstrings": docstrings,
-    }
-
-
-def written(out: Path) -> list[Path]:
-    files = []
-    for name, rows in texts().items():
-        kept, size = [], 0
-        for row in rows:
-            if (size := size + len(row)) <= MOST:
-                kept.append(json.dumps({"text": row}))
-        files.append(out / f"{name}.jsonl")
-        files[-1].write_text("\n".join(kept))
-    return files
-
-
-def base_in(out: Path) -> Path:
-    if not (out / "base/summary.json").exists():
-        settings: dict[str, Any] = {"method": "dense", "vocab_size": 1024, "sequence_length": 64, "batch_size": 16}
-        pretrain(Recipe(**settings, shape=SHAPE, steps=1000, lr=1e-2, save_every=0), out / "base")
-    return out / "base"
+    return {**three_kinds(), "docstrings": docstrings}
 
 
 class Bench:
@@ -93,10 +55,16 @@ class Bench:
     def __init__(self, out: Path, rounds: int, seeds: int):
         out.mkdir(parents=True, exist_ok=True)
         self.out, self.seeds = out, range(seeds)
-        data = ",".join(map(str, written(out)))
+        data = ",".join(map(str, written(texts(), out, MOST).values()))
         shared: dict[str, Any] = {"rank": "4", "alpha": 8.0, "steps": STEPS, "batch_size": 8, "sequence_length": LENGTH}
         self.common = Settings(
-            model=str(base_in(out)), data=data, rounds=rounds, clients=4, eval_tokens=800, delta=1e-4, **shared
+            model=str(base_in(out, blocks=2)),
+            data=data,
+            rounds=rounds,
+            clients=4,
+            eval_tokens=800,
+            delta=1e-4,
+            **shared,
         )
 
     def run(self, **changes: Any) -> list[dict[str, Any]]:
