@@ -23,14 +23,6 @@ from lorank.train.folder import history
 from lorank.train.recipe import Recipe
 from tests.distributed.together import together
 
-warnings.simplefilter("ignore")
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
-accounting.flops_per_token = lambda *_, **__: 1.0  # type: ignore[assignment]
-accounting.achievable_flops = lambda: (1e12, "assumed")  # type: ignore[assignment]
-run.generate_text = lambda *_, **__: ""  # type: ignore[assignment]
-
 SHAPE = {"model_type": "llama", "hidden_size": 24, "intermediate_size": 45, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}  # type: ignore[dict-item]
 SETTINGS: dict[str, Any] = {"tokenizer": "bytes", "vocab_size": 300, "sequence_length": 16, "batch_size": 4, "rank": 6}
@@ -103,6 +95,18 @@ def apart(one: Path, other: Path) -> dict[str, float]:
     }
 
 
+def alone_in_this_process() -> None:
+    """Quiet, and without what takes longer than the steps; not at import, since pytest imports this file too."""
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    accounting.flops_per_token = lambda *_, **__: 1.0  # type: ignore[assignment]
+    accounting.achievable_flops = lambda: (1e12, "assumed")  # type: ignore[assignment]
+    run.generate_text = lambda *_, **__: ""  # type: ignore[assignment]
+    torch.set_num_threads(1)
+
+
 def main(folder: Path, name: str) -> dict[str, Any]:
     (folder / "text.txt").write_text("".join(f"line {i}: {i * i} lazy dogs\n" for i in range(100)))
     (folder / "config.json").write_text(json.dumps(SHAPE))
@@ -117,5 +121,5 @@ def main(folder: Path, name: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
+    alone_in_this_process()
     print(json.dumps(main(Path(sys.argv[1]), sys.argv[2])))
