@@ -83,10 +83,14 @@ def next_token_loss(
     return Loss(found, auxiliary_loss(owner, output, labels, items))
 
 
+def head_of(model: nn.Module) -> Any:
+    """The layer that gives a language model's logits; None for a model without one."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
 def gives_loss(model: nn.Module) -> bool:
     """Whether a model computes the loss for its labels without logits (`lorank.loss_without_logits`)."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return getattr(head, "gives_loss", False) is True
+    return getattr(head_of(model), "gives_loss", False) is True
 
 
 def auxiliary_loss(model: nn.Module, output: Any, labels: Tensor, items: Tensor | int | None = None) -> Tensor | None:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lorank.accounting.flops import MORE_FLOPS
 from lorank.accounting.meter import Meter, storage_of, tensors_alive
 from lorank.accounting.twin import example, twin_of, without_data
-from lorank.loss import gives_loss, next_token_loss
+from lorank.loss import gives_loss, head_of, next_token_loss
 
 
 class Saved(NamedTuple):
@@ -83,8 +83,7 @@ def saved_by(model: nn.Module, forward: Callable[[], Tensor], inputs: Iterable[T
 
 def _made_in_forward(model: nn.Module) -> list[nn.Parameter]:
     """Parameters whose gradients a head makes with the loss: they wait for the backward pass, but as gradients."""
-    head = model.get_output_embeddings() if gives_loss(model) else None  # type: ignore[operator]
-    return [] if head is None else [p for p in head.parameters() if p.requires_grad]
+    return [p for p in head_of(model).parameters() if p.requires_grad] if gives_loss(model) else []
 
 
 class Peak(NamedTuple):

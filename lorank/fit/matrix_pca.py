@@ -32,6 +32,7 @@ from lorank.factors import nearest
 from lorank.fields import Bounds, Count
 from lorank.fit.pca import calibrate
 from lorank.fit.structure import Found, Metric, Structure
+from lorank.loss import head_of
 from lorank.method import Method, Site
 from lorank.methods.masa import MASA, MASALinear
 
@@ -57,7 +58,7 @@ class MatrixPCA(Structure):
 
     def before(self, model: nn.Module, data: Sequence[Batch], sites: Sequence[Site]) -> Self:
         found = self
-        if isinstance(self.groups, int) and self.groups > 1 and data and _predicts(model):
+        if isinstance(self.groups, int) and self.groups > 1 and data and head_of(model) is not None:
             drift = calibrate(model, [batch["input_ids"] for batch in data], {s.name for s in sites}, inputs=False)[0]
             found = dataclasses.replace(self, groups=self._cuts(drift.tolist()))
         for group in found.gathered(sites):
@@ -126,9 +127,3 @@ class MatrixPCA(Structure):
         layer.B.weight.copy_(found["B"])
         if layer.bias is not None and bias is not None:
             layer.bias.copy_(bias)
-
-
-def _predicts(model: nn.Module) -> bool:
-    """Whether a model has a head that predicts tokens."""
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head is not None

@@ -34,6 +34,7 @@ import torch
 from torch import nn
 
 from lorank.fields import Count, Positive
+from lorank.loss import head_of
 from lorank.method import Patterns
 from lorank.optim.driver import ByGroups
 from lorank.optim.groups import hidden_matrices, transposed
@@ -126,7 +127,7 @@ class FactorLR(ByGroups):
         muon = self.rule == "muon"
         width = width_of(model) if muon or self.base_width else 1
         base = self.base_width or width
-        head = getattr(model, "get_output_embeddings", lambda: None)()
+        head = head_of(model)
         found = {p: base / width for p in ([] if head is None else head.parameters()) if p.ndim > 1}
         turned = transposed(model)
         for p in hidden_matrices(model):

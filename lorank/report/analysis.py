@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
-from lorank.report.charts import Series, line_chart
+from lorank.report.charts import Series, line_chart, whole_number
 from lorank.report.effective_ranks import (
     Found,
     Pick,
@@ -191,11 +191,6 @@ def _mean_curve(curves: Sequence[Sequence[float]], points: int = 60) -> list[tup
     return found
 
 
-def _whole(value: float) -> str:
-    """A block's number; empty between two blocks."""
-    return f"{value:.0f}" if abs(value - round(value)) < 1e-6 else ""
-
-
 def legend(styles: Mapping[str, str]) -> str:
     keys = "".join(f'<span><i class="key {style}"></i>{escape(name)}</span>' for name, style in styles.items())
     return f'<div class="legend">{keys}</div>'
@@ -214,7 +209,7 @@ def _differences(results: Results, found: Mapping[str, Quantity], names: Mapping
         for (label, style), one in zip(styles.items(), kinds, strict=True):
             points = [(float(depth), 100 * value) for depth, value in sorted(one.by_role.get(role, {}).items())]
             series.append(Series(label, style, points))
-        titles, formats = ("block", f"{name}, % of width"), (_whole, "{:.3g} %".format)
+        titles, formats = ("block", f"{name}, % of width"), (whole_number, "{:.3g} %".format)
         look = {"y_range": (0.0, 1.08 * highest), "label_lines": False}
         drawn = [one for one in series if one.points]
         panels.append(figure(line_chart, drawn, (PANEL, SMALL_PANEL), titles, formats, **look))

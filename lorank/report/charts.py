@@ -62,6 +62,11 @@ class Axis(NamedTuple):
         return [k * step for k in range(first, math.floor(self.high / step + 1e-9) + 1)]
 
 
+def whole_number(x: float) -> str:
+    """A format for an axis of blocks, rounds or tasks: between two of them a tick has no number."""
+    return f"{x:.0f}" if abs(x - round(x)) < 1e-6 else ""
+
+
 def line_chart(
     series: Sequence[Series],
     *,

@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorank.report import markup
-from lorank.report.charts import Series, line_chart
+from lorank.report.charts import Series, line_chart, whole_number
 from lorank.report.figures import HALF, PHONE, figure
 from lorank.report.tables import quantity
 
@@ -86,7 +86,7 @@ def continual_page(results: Mapping[str, Any], made_by: str) -> str:
             band = [(i, min(losses), max(losses)) for i, losses in after] if len(seeds) > 1 else []
             lines.append(Series(name, style[name], [(i, mean(losses)) for i, losses in after], band))
         titles = ("tasks done", f"loss on {task}")
-        charts.append(figure(line_chart, lines, (HALF, PHONE), titles, (_whole, "{:.3f}".format)))
+        charts.append(figure(line_chart, lines, (HALF, PHONE), titles, (whole_number, "{:.3f}".format)))
     facts = {
         "model": results["model"],
         "tasks": ", ".join(tasks),
@@ -116,11 +116,6 @@ def continual_page(results: Mapping[str, Any], made_by: str) -> str:
         ),
     ]
     return markup.page("One task after another", sections, f"Made by {made_by}; the same figures are in results.json.")
-
-
-def _whole(x: float) -> str:
-    """Ticks between two tasks have no number."""
-    return f"{x:.0f}" if x == round(x) else ""
 
 
 def _figure(values: Sequence[float], digits: int = 3) -> str:

@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lorank.report import markup
-from lorank.report.charts import Series, line_chart
+from lorank.report.charts import Series, line_chart, whole_number
 from lorank.report.figures import HALF, PHONE, figure
 from lorank.report.work import amount
 
@@ -58,7 +58,7 @@ def federated_page(results: Mapping[str, Any], made_by: str) -> str:
         (sum(one["down"] + one["up"] for one in rounds[: i + 1]) / 1e6, row["loss"]) for i, row in enumerate(measured)
     ]
     charts = [
-        figure(line_chart, lines, (HALF, PHONE), ("rounds", "loss of each client"), (_whole, "{:.3f}".format)),
+        figure(line_chart, lines, (HALF, PHONE), ("rounds", "loss of each client"), (whole_number, "{:.3f}".format)),
         figure(
             line_chart,
             [Series("mean", "s0", sent)],
@@ -106,8 +106,3 @@ def _is_private(results: Mapping[str, Any]) -> bool:
 
 def _left_out(results: Mapping[str, Any]) -> list[tuple[int, str, str]]:
     return [(row["round"], name, why) for row in results["rounds"] for name, why in row["left_out"].items()]
-
-
-def _whole(x: float) -> str:
-    """Ticks between two rounds have no number."""
-    return f"{x:.0f}" if x == round(x) else ""

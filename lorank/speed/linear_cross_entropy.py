@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorank.loss import IGNORED, cross_entropy, has_z_loss
+from lorank.loss import IGNORED, cross_entropy, has_z_loss, head_of
 from lorank.sites import body_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -126,7 +126,7 @@ def loss_without_logits(model: Model) -> Model:
     Returns:
         The model.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = head_of(model)
     if (
         type(head) is nn.Linear
         and body_of(model) is not model
@@ -175,7 +175,7 @@ def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("labels") is None or kwargs.get("return_dict") is False:
             return kind.forward(self, *args, **kwargs)
-        head = self.get_output_embeddings()
+        head = head_of(self)
         head.labels, head.items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
         try:
             output = kind.forward(self, *args, **kwargs)
