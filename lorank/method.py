@@ -1,8 +1,8 @@
 """What a method of lorank is: a frozen dataclass that answers up to five questions about training.
 
-    method      What is W?                           `build`, `build_stack`: CoLA, SLTrain, CR-Net, ReLoRA, SST, MASA
+    method      What is W?                           `build`, `build_stack`: CoLA, SLTrain, CR-Net, ReLoRA, SST, MASA, adapters
     optimizer   How does W move?                     `optimizer`: GaLore, Fira, DCT-AdamW, Trion, Muon, SwitchLoRA
-    hook        What happens between two steps?      `hook`: ReLoRA, SwitchLoRA, SST
+    hook        What happens between two steps?      `hook`: ReLoRA, SwitchLoRA, SST, SMoRA, CoDyRA, OSFT
     memory      What is kept for the backward pass?  `policy`: CoLA-M
     gradient    Where does the gradient come from?   `gradient`: EGGROLL
 

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 import re
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
 
@@ -65,3 +66,9 @@ def test_a_name_of_version_0_1_says_where_it_is(old: str, now: str) -> None:
         getattr(importlib.import_module(module), name)
     if "(" not in now:
         assert pkgutil.resolve_name(now) is not None
+
+
+def test_the_page_on_loops_names_all_that_acts_between_steps() -> None:
+    page = (Path(__file__).parents[1] / "docs/own-loop.md").read_text()
+    rows = " ".join(re.findall(r"^\| (`.+`) \|", page, re.M))
+    assert sorted(re.findall("`([^`]+)`", rows)) == sorted(name for name in METHODS if "hook" in find(name).answers())

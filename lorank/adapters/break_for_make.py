@@ -7,7 +7,8 @@
 
 Saves: gradients, optimizer state.
 
-Q_A is the first half of A's columns, and Q_B the first half of B's rows. They are separate parameters, so that no weight decay
+Q_A is the first half of A's columns, and Q_B the first half of B's rows; where r exceeds both halves together, rows of (2) are orthonormal
+instead of columns. They are separate parameters, so that no weight decay
 moves them. `join` makes the second stage of two first ones, with (3), which does not depend on how a product is split into B and A.
 
 Cost of a layer: half of r (d_in + d_out) trained parameters, rounded up for each side, and the rest frozen; for n tokens 2 n (d_in d_out

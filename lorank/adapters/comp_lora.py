@@ -95,6 +95,10 @@ class CompLoRA(Adapter):
     def check(self, sites: Any) -> None:
         super().check(sites)
         check_table(self.keep, sites, "keep")
+        for site in sites:
+            free = min([site.d_out] * (self.sides != "input") + [site.d_in] * (self.sides != "output"))
+            if (k := rank_at(self.keep, site)) >= free:
+                raise ValueError(f"keep must leave directions to train, so be below {free} at {site.name}, got {k}")
 
     def options(self, site: Site) -> dict[str, Any]:
         scale = scale_at(self.alpha, None, rank_at(self.rank, site))

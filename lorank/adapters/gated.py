@@ -139,6 +139,7 @@ class Adapter(Method):
 
     def check(self, sites: Sequence[Site]) -> None:
         check_table(self.rank, sites)
+        check_width(self.rank, sites)
 
     def options(self, site: Site) -> dict[str, Any]:
         """Arguments of `layer` besides the dense layer and the rank."""
@@ -196,6 +197,19 @@ class Adapter(Method):
             if layer.next_task() and optimizer is not None:
                 for p in layer.trained():
                     optimizer.state.pop(p, None)
+
+
+def check_width(rank: Rank, sites: Sequence[Site], option: str = "rank") -> None:
+    """Raises ValueError for a rank above all inputs and outputs of the sites that have it: no product of two factors can use it."""
+    widest: dict[int, int] = {}
+    for site in sites:
+        r = rank_at(rank, site)
+        widest[r] = max(widest.get(r, 0), site.d_in, site.d_out)
+    for r, width in widest.items():
+        if r > width:
+            raise ValueError(
+                f"{option} must be at most {width}, the longest side of a projection that would have it, got {r}"
+            )
 
 
 def count_task(model: nn.Module) -> None:

@@ -20,8 +20,8 @@ Source: Nayak et al., "Sculpting Subspaces: Constrained Full Fine-Tuning in LLMs
 authors' repository.
 
 Confirmed in the authors' code: the split and (1), and that it is made anew for each task; all projections. Departures. (2) is ours:
-theirs, as peft's OSF, stops at (1), and under Adam the protected part is lost (peft 0.21.2 with 1,000 steps of AdamW: up to 11 % of
-the change lies in it). They choose k of each matrix by (3), between half of m and m; here `rank` is k, one share for all unless a table
+theirs, as peft's OSF, stops at (1), and under Adam the protected part is lost (peft 0.21.2 after 1,000 steps of AdamW: up to 7 % of
+the change lies in it, by `benchmarks/protected_core.py`). They choose k of each matrix by (3), between half of m and m; here `rank` is k, one share for all unless a table
 says otherwise, such as `lorank.adapters.importance` makes. There (3) is of a block, our reading, as x and W x of a matrix that is not square
 cannot be compared. `form="weight"` is ours. Embeddings, norms and biases are frozen.
 """

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from lorank.adapters.blocks import BlockAdapter, Contextual
-from lorank.adapters.gated import Adapted, blockwise
+from lorank.adapters.gated import Adapted, blockwise, check_width
 from lorank.fields import Positive, Rank, compile_pattern
 from lorank.layers import wide
 from lorank.method import Site, check_table, rank_at
@@ -101,6 +101,7 @@ class SplitFlux(Contextual):
     def check(self, sites: Sequence[Site]) -> None:
         super().check(sites)
         check_table(self.residual_rank, sites, "residual_rank")
+        check_width(self.residual_rank, sites, "residual_rank")
         pattern = None if self.boundary is None else compile_pattern(self.boundary, "boundary")
         if pattern is not None and not any(pattern.search(site.name) for site in sites):
             raise ValueError(f"boundary must match a layer, got {self.boundary!r}, which matches none")

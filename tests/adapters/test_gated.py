@@ -92,6 +92,25 @@ def test_counts_are_the_closed_forms(name: str) -> None:
     assert count_parameters(empty_model(recipe)).trainable == 2 * expected
 
 
+def test_a_rank_beyond_all_projections_is_refused(small: Any) -> None:
+    """And directions that leave nothing to train."""
+    for method, words in (
+        (
+            lorank.LoRA(rank=1_000_000),
+            "rank must be at most 80, the longest side of a projection that would have it, got",
+        ),
+        (lorank.SMoRA(rank={"mlp": 80, ".*": 33}), "rank must be at most 32, the longest side of"),
+        (lorank.SplitFlux(residual_rank=81), "residual_rank must be at most 80, the longest side of"),
+        (
+            lorank.CompLoRA(keep=1.0),
+            r"keep must leave directions to train, so be below 32 at model\.layers\.0\..*q_proj, got 32",
+        ),
+    ):
+        with pytest.raises(ValueError, match=words):
+            lorank.convert(small("llama"), method)
+    lorank.convert(small("llama"), lorank.CompLoRA(keep=16, sides="input"))
+
+
 def test_the_compiler_gets_one_graph_of_all_gates() -> None:
     torch.manual_seed(0)
     dense = [nn.Linear(12, 12) for _ in range(4)]
