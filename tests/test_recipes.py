@@ -9,13 +9,16 @@ import pytest
 
 from lorank import accounting
 from lorank.plan import dry_run
+from lorank.sizes import SIZES
 from lorank.table import METHODS, find
+from lorank.train.best import best_for
 from lorank.train.methods import schedule_of
 from lorank.train.recipe import Recipe
 from tests.contract.test_published import own_test
 
 FOLDER = Path(__file__).parents[1] / "recipes"
-NAMES = sorted(path.stem for path in FOLDER.glob("*-*.yaml"))
+BEST = sorted(path.stem for path in FOLDER.glob("*-best.yaml"))
+NAMES = sorted({path.stem for path in FOLDER.glob("*-*.yaml")} - {*BEST})
 OURS = [name for name in NAMES if not name.startswith("cola-")]  # CoLA's are in tests/train/test_recipe.py
 
 # rank, options, lr, clip, epsilon, steps, warm-up, sequences of a micro-batch, perplexity, as each paper or its code has it
@@ -242,6 +245,16 @@ def test_reloras_warm_start_has_half_its_learning_rate() -> None:
 def comment(name: str) -> str:
     lines = (FOLDER / f"{name}.yaml").read_text().splitlines()
     return " ".join(line[2:] for line in lines if line.startswith("# "))
+
+
+@pytest.mark.parametrize("name", BEST)
+def test_a_best_recipe_has_what_the_study_found(name: str) -> None:
+    r = read(name)
+    method, _, size = name.removesuffix("-best").rpartition("-")
+    found = best_for(method, SIZES[size].hidden_size)
+    assert found is not None and (r.method, r.size, r.optimizer, r.lr) == (method, size, found.optimizer, found.lr)
+    assert Recipe(size=size, method=method, optimizer=r.optimizer, lr=r.lr, vocab_size=4096, warmup_steps=80) == r
+    assert f"Run: lorank pretrain recipes/{name}.yaml" in comment(name)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -61,7 +61,8 @@ def pretrain(
 
     RECIPE is a YAML file, or the name of one that comes with lorank (cola-60m). Flags have the same names as its settings
     and override it; --set changes the settings that have no flag. Methods that answer different questions combine:
-    --method cola+galore, or --method cola --optimizer galore.
+    --method cola+galore, or --method cola --optimizer galore. Without RECIPE, the optimizer and the learning rate that are
+    not given are the best known for the method.
 
     Without any argument a tiny CoLA model learns Python's standard library in a few minutes on a CPU.
     """
@@ -78,6 +79,13 @@ def pretrain(
     settings = recipe_of(recipe, flags)
     if settings.start_from is not None:
         settings = started(settings)
+    elif recipe is None:
+        from lorank.cli.console import results_console
+        from lorank.train.best import with_best
+
+        settings, chosen = with_best(settings, changes)
+        if chosen is not None:
+            results_console().print(chosen, highlight=False)
     if dry_run:
         return show_plan(settings, budget)
     train(settings, out, budget, None, engine)

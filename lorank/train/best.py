@@ -1,0 +1,78 @@
+"""The optimizer and learning rate of a run that names neither: what the study (docs/study.md) found best for its method.
+
+    lr(d) = lr(d₀) (d₀ / d)^p        d width of the model   d₀ the nearest width of the study   p of `POWERS`
+
+With these p an update changes what a layer puts out equally much at every width (Yang et al., "A Spectral Condition for Feature Learning",
+arXiv 2310.17813). AdamW's update of a layer [d, d] has entries of size lr, which may add up to lr d. Muon's has singular
+values of 0.2 lr √d. Spectron bounds the update of B A by lr.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from lorank.train.model import build_config
+from lorank.train.recipe import Recipe
+
+COLA = {"muon": {256: 5e-3}, "spectron": {256: 5e-2}, "adamw": {256: 2.5e-3}}
+RATES: Mapping[str, Mapping[str, Mapping[int, float]]] = {
+    "dense": {"muon": {256: 5e-3}, "adamw": {256: 2.5e-3}},
+    "cola": COLA,
+    "cola-m": COLA,
+    "low-rank": {"muon": {256: 5e-3}, "adamw": {256: 2.5e-3}},
+}
+"""Method -> optimizer, the best first -> width -> its best rate."""
+POWERS = {"adamw": 1.0, "muon": 0.5, "spectron": 0.0}
+
+
+class Best(NamedTuple):
+    """An optimizer with its rate, and where they come from."""
+
+    optimizer: str
+    lr: float
+    source: str
+
+
+def best_for(method: str, width: int, optimizer: str | None = None) -> Best | None:
+    """What to train a method with at a width, with the best optimizer or the given one; None: the study says nothing about it.
+
+    >>> best_for("cola", 256)
+    Best(optimizer='muon', lr=0.005, source='the best for cola in docs/study.md')
+    >>> best_for("cola", 1024, "adamw")
+    Best(optimizer='adamw', lr=0.000625, source='from the best for cola in docs/study.md, 0.0025 at a width of 256')
+    """
+    rates = RATES.get(method, {})
+    optimizer = optimizer or next(iter(rates), "")
+    if optimizer not in rates:
+        return None
+    near = min(rates[optimizer], key=lambda known: abs(known - width))
+    found, source = rates[optimizer][near], f"the best for {method} in docs/study.md"
+    if near == width:
+        return Best(optimizer, found, source)
+    lr = float(f"{found * (near / width) ** POWERS[optimizer]:.3g}")
+    return Best(optimizer, lr, f"from {source}, {found:g} at a width of {near}")
+
+
+def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | None]:
+    """A recipe from flags alone with the optimizer and the rate that it does not name.
+
+    Args:
+        given: the settings that were named.
+
+    Returns:
+        The recipe, and what was chosen and why in a sentence; None if nothing was.
+
+    Raises:
+        ValueError: the model has no such configuration.
+    """
+    named = {name.partition(".")[0] for name in given}
+    left = [name for name in ("optimizer", "lr") if name not in named]
+    method, optimizer = recipe.method, recipe.optimizer if "optimizer" in named else None
+    if not left or recipe.start_from is not None or recipe.gradient != "autograd" or str(method) not in RATES:
+        return recipe, None
+    width = getattr(build_config(recipe), "hidden_size", None)
+    best = None if width is None or isinstance(optimizer, dict) else best_for(str(method), width, optimizer)
+    if best is None:
+        return recipe, None
+    chosen = {name: getattr(best, name) for name in left}
+    words = {"optimizer": f"optimizer {best.optimizer}", "lr": f"learning rate {best.lr:g}"}
+    return recipe.but(chosen), f"{' and '.join(words[name] for name in left)}: {best.source}"
