@@ -14,6 +14,7 @@ import functools
 import inspect
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import transformers
@@ -32,6 +33,7 @@ from lorank.portable import write_modelling_file
 from lorank.rewriting import rewrite
 from lorank.sites import base_prefix, choose_sites, sites_of, wanted_sites
 from lorank.table import find, from_record
+from lorank.whole import open_to_others
 
 OWN_NAMES = "own"
 """What `record` notes of the names of weights in files. Files without it (lorank 0.2 and before) have transformers' older names."""
@@ -117,7 +119,9 @@ def model_class(base: type[PreTrainedModel], config: type[PretrainedConfig]) -> 
                 auto.__name__ for auto in _auto_classes() if base in _classes_of(auto, type(self.config).__bases__[0])
             ]
             write_modelling_file(self, save_directory, autos)
-        return base.save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[arg-type]
+        result: Any = base.save_pretrained(self, save_directory, *args, **kwargs)  # type: ignore[arg-type]
+        open_to_others(Path(save_directory).glob("*.safetensors"))
+        return result
 
     own = (__init__, initialize_weights, save_pretrained)
     return _derive(base, {"config_class": config, **{function.__name__: function for function in own}})

@@ -29,6 +29,7 @@ from lorank.auto import type_of
 from lorank.train.data import load_tokenizer
 from lorank.train.entries import last_line
 from lorank.train.hub import ForeignCode, asked_if_reachable, is_reachable, own_code, read_config
+from lorank.whole import open_to_others
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, out: Path) -> list[str]:
@@ -50,7 +51,9 @@ def whole_files(out: Path) -> Iterator[Path]:
     try:
         with _staging(out) as staging:
             yield staging
-            for file in staging.iterdir():
+            files = [*staging.iterdir()]
+            open_to_others(files)
+            for file in files:
                 os.replace(file, out / file.name)
     except (OSError, SafetensorError) as error:
         raise OSError(f"could not write the model to {out}: {str(error).splitlines()[0]}") from error

@@ -25,6 +25,7 @@ from lorank.train.finite import Guard
 from lorank.train.folder import STAGING, write_sums
 from lorank.train.sharded import ShardedTrainer
 from lorank.trainer import TrainerMixin
+from lorank.whole import open_to_others
 
 ESTIMATOR_FILE = "estimator.safetensors"
 """File of a checkpoint with the state of a gradient that carries any between steps."""
@@ -289,6 +290,7 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
+                open_to_others((self._staging / folder.name).iterdir())
                 write_sums(self._staging / folder.name)
                 shutil.rmtree(folder, ignore_errors=True)  # one that could not be read, or the same again
                 os.replace(self._staging / folder.name, folder)

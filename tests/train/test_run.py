@@ -74,6 +74,12 @@ def test_what_training_switches_off_is_not_saved(finished: Any) -> None:
         assert seen == [8, 1, 1, 1, 1]
 
 
+def test_others_may_read_what_they_may_read_of_any_file(finished: Any, tmp_path: Path) -> None:
+    (tmp_path / "new").touch()
+    usual = (tmp_path / "new").stat().st_mode
+    assert {file.stat().st_mode for file in finished[1].rglob("*") if file.is_file()} == {usual}
+
+
 def test_a_finished_run_is_not_changed(finished: Any, recipe: Any) -> None:
     out = finished[1]
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
