@@ -1,7 +1,9 @@
 """Adapters without the model that they adapt: saved, loaded, and in peft's format.
 
-FOLDER/adapter.safetensors   what the adapter added to the model, and other parameters that were trained
+FOLDER/adapter.safetensors   what the adapter added to the model, other parameters that were trained, and statistics of BatchNorm
 FOLDER/adapter.json          the method with its settings, and which weights it belongs to, by their hash
+
+An adapter is a method's (`lorank.convert`), or that of convolutions (`lorank.adapt_convolutions`) in any model.
 
 The hash is that of all other weights, as single precision, so an adapter is never put on weights that it was not trained on.
 """
@@ -10,7 +12,8 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +21,17 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lorank.adapters.cp_conv import adapt_convolutions, adapted
 from lorank.adapters.gated import Adapter
 from lorank.conversion import convert, method_of
 from lorank.factors import Pair
 from lorank.fusion import FusedProjections, join_rows
+from lorank.method import SHARED
 from lorank.pretrained import dense_config, forget
 from lorank.rewriting import converted_with
 from lorank.table import from_record
@@ -34,25 +40,33 @@ from lorank.whole import made_whole
 WEIGHTS, ABOUT = "adapter.safetensors", "adapter.json"
 PEFT_WEIGHTS, PEFT_ABOUT = "adapter_model.safetensors", "adapter_config.json"
 RECORDED = ("method", "arguments", "targets", "exclude")
+CONVOLUTIONS = "convolutions"
+"""In place of these: the settings of `adapt_convolutions`, and names."""
 
 
-def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
     """Write what an adapter added to a model, without the model, to a folder.
 
-    Parameters outside the adapter that you let train, such as a classifier's new head, are saved with it.
+    Parameters outside the adapter that you let train, such as a classifier's new head, are saved with it, and so are the statistics of
+    BatchNorm layers, which training changes.
 
     Raises:
         ValueError: the model has no adapter, or the adapter has changed the weights that it was put on, so that it means nothing
             without them (OSFT, and CoDyRA after its first task).
         OSError: a file cannot be written.
     """
-    method = adapter_of(model)
-    if (why := method.inseparable(model)) is not None:
-        raise ValueError(f"{method.name} cannot be saved alone, because {why}; save the model with save_pretrained")
-    own, more = _own(model, method)
-    recorded: Any = converted_with(model)
+    layers: Mapping[str, nn.Module] = adapted(model)
+    if layers:
+        recorded: Any = {CONVOLUTIONS: {**next(iter(adapted(model).values())).settings(), "names": [*layers]}}
+    else:
+        method = adapter_of(model)
+        if (why := method.inseparable(model)) is not None:
+            raise ValueError(f"{method.name} cannot be saved alone, because {why}; save the model with save_pretrained")
+        layers, converted = method.layers(model), converted_with(model) or {}
+        recorded = {name: converted[name] for name in RECORDED}
+    own, more = _own(model, layers)
     about = {
-        **{name: recorded[name] for name in RECORDED},
+        **recorded,
         "trained_too": more,
         "base": {
             "architecture": _dense_class(model).__name__,
@@ -64,7 +78,7 @@ def save_adapter(model: PreTrainedModel, folder: str | Path) -> None:
     _write(Path(folder).expanduser(), WEIGHTS, {name: state[name].contiguous() for name in own}, ABOUT, about)
 
 
-def load_adapter(folder: str | Path, base: PreTrainedModel | str | None = None) -> PreTrainedModel:
+def load_adapter(folder: str | Path, base: nn.Module | str | None = None) -> Any:
     """The model that `save_adapter` had, from the adapter and the dense model it belongs to.
 
     Args:
@@ -76,9 +90,9 @@ def load_adapter(folder: str | Path, base: PreTrainedModel | str | None = None) 
     folder = Path(folder).expanduser()
     about = _read(folder)
     expected = about["base"]
-    if isinstance(base, PreTrainedModel):
+    if isinstance(base, nn.Module):
         model = base
-    elif (name := base or expected["name"]) is None:
+    elif (name := base or expected.get("name")) is None or not hasattr(transformers, expected["architecture"]):
         raise ValueError(
             f"base must be the {expected['architecture']} that {folder} adapts; its adapter records no name"
         )
@@ -90,17 +104,28 @@ def load_adapter(folder: str | Path, base: PreTrainedModel | str | None = None) 
         raise ValueError(f"{folder / WEIGHTS} cannot be read: {str(error).splitlines()[0]}") from None
     before = {module: dict(module._modules) for module in model.modules()}
     trained = {p for p in model.parameters() if p.requires_grad}
-    convert(model, from_record(about), targets=about["targets"], exclude=about["exclude"])
-    state = model.state_dict()
-    if tensors.keys() - state.keys() or hash_without(model, tensors) != expected["sha256"]:
-        forget(model)
+    _adapt(model, about, folder)
+    try:
+        state, names = model.state_dict(), {name for name, _ in model.named_parameters()}
+        if tensors.keys() - state.keys() or hash_without(model, tensors) != expected["sha256"]:
+            raise ValueError(
+                f"base must have the weights that {folder} was trained on (SHA-256 {expected['sha256'][:12]}...), got others"
+            )
+        if wrong := [name for name in tensors if tensors[name].shape != state[name].shape]:
+            raise ValueError(
+                f"{folder / WEIGHTS} must fit {ABOUT}, but {wrong[0]} must have the shape {[*state[wrong[0]].shape]}, got "
+                f"{[*tensors[wrong[0]].shape]}"
+            )
+        if unknown := [name for name in about["trained_too"] if name not in names]:
+            raise ValueError(f"{folder / ABOUT} must name parameters of the model as trained, got {unknown[0]!r}")
+    except ValueError:
+        if isinstance(model, PreTrainedModel) and CONVOLUTIONS not in about:
+            forget(model)
         for module, children in before.items():
             module._modules = children  # type: ignore[assignment]
         for p in model.parameters():
             p.requires_grad_(p in trained)
-        raise ValueError(
-            f"base must have the weights that {folder} was trained on (SHA-256 {expected['sha256'][:12]}...), got others"
-        )
+        raise
     with torch.no_grad():
         for name, tensor in tensors.items():
             state[name].copy_(tensor)
@@ -109,17 +134,75 @@ def load_adapter(folder: str | Path, base: PreTrainedModel | str | None = None) 
     return model
 
 
-def export_peft(model: PreTrainedModel, folder: str | Path) -> None:
+def _adapt(model: nn.Module, about: Mapping[str, Any], folder: Path) -> None:
+    """Put the recorded adapter, with new values, on a model; ValueError, and nothing is changed, if it cannot be."""
+    try:
+        if CONVOLUTIONS in about:
+            settings = dict(about[CONVOLUTIONS])
+            targets = "|".join(f"^{re.escape(name)}$" for name in settings.pop("names"))
+            adapt_convolutions(model, targets=targets, **settings)
+        else:
+            convert(model, from_record(about), targets=about["targets"], exclude=about["exclude"])  # type: ignore[type-var]
+    except (TypeError, AttributeError, KeyError):
+        raise ValueError(
+            f"{folder / ABOUT} must be as lorank.save_adapter wrote it, but its settings cannot be used"
+        ) from None
+
+
+def export_peft(model: nn.Module, folder: str | Path) -> None:
     """Write an adapter as a LoRA of peft, which loads it on the dense model with equal outputs.
 
     The scale is in the factors, and ranks that a gate has made zero are left out. A fused matrix, as GPT-2's query, key and value, gets
-    one pair of factors of the sum of ranks.
+    one pair of factors of the sum of ranks. A CP form of a convolution is written as peft's two convolutions, and magnitudes as DoRA.
+    Statistics of BatchNorm layers, which training changes, have no place in a LoRA: freeze them if you need the file.
 
     Raises:
-        ValueError: the model has no adapter, or it is not a pair of factors for each matrix (its gate depends on the input, or it
-            changes all of W).
+        ValueError: the model has no adapter, it is not a pair of factors for each matrix (its gate depends on the input, or it changes
+            all of W), or parameters outside it train too.
         OSError: a file cannot be written.
     """
+    convolutions = adapted(model)
+    layers, pairs = (
+        _pairs(model) if not convolutions else (convolutions, {n: m.pair() for n, m in convolutions.items()})
+    )
+    if more := [name for name in _own(model, layers)[1] if SHARED not in name]:
+        raise ValueError(
+            f"only the adapter may train for a LoRA of peft, but {more[0]} does too; use save_adapter, or lorank.merge"
+        )
+    ranks = {name: A.shape[0] for name, (_, A) in pairs.items()}
+    usual = max(ranks.values(), key=[*ranks.values()].count)
+    others = {name: r for name, r in ranks.items() if r != usual}
+    magnitudes = {
+        name: layer.mu.detach().transpose(0, 1) for name, layer in convolutions.items() if layer.mu is not None
+    }
+    about = {
+        "peft_type": "LORA",
+        "task_type": _task(model),
+        "base_model_name_or_path": _public_name(model),
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": [*pairs],
+        "fan_in_fan_out": not convolutions and _is_transposed(model, pairs),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "use_rslora": False,
+        "use_dora": bool(magnitudes),
+        "inference_mode": True,
+    }
+    tensors = {
+        f"base_model.model.{name}.lora_{side}.weight": factor.detach().contiguous()
+        for name, (B, A) in pairs.items()
+        for side, factor in (("A", A), ("B", B))
+    }
+    for name, mu in magnitudes.items():
+        tensors[f"base_model.model.{name}.lora_magnitude_vector"] = mu.contiguous()
+    _write(Path(folder).expanduser(), PEFT_WEIGHTS, tensors, PEFT_ABOUT, about)
+
+
+def _pairs(model: nn.Module) -> tuple[Mapping[str, nn.Module], dict[str, Pair]]:
+    """Layers of a method's adapter, and B and A of each matrix of the dense model."""
     method = adapter_of(model)
     if (why := method.inseparable(model)) is not None:
         raise ValueError(f"{method.name} cannot be a LoRA of peft, because {why}; merge it with lorank.merge")
@@ -131,36 +214,17 @@ def export_peft(model: PreTrainedModel, folder: str | Path) -> None:
             pairs[name] = method.pair(layer)
         elif (fused := name.rpartition(".")[0]) not in pairs:
             pairs[fused] = _fused_pair(method, parent)
-    ranks = {name: A.shape[0] for name, (_, A) in pairs.items()}
-    usual = max(ranks.values(), key=[*ranks.values()].count)
-    others = {name: r for name, r in ranks.items() if r != usual}
+    return layers, pairs
+
+
+def _is_transposed(model: Any, names: Iterable[str]) -> bool:
+    """Whether the dense model keeps these matrices as [d_in, d_out], as GPT-2 does."""
     with torch.device("meta"):
         dense = _dense_class(model)._from_config(dense_config(copy.deepcopy(model.config)))
-    about = {
-        "peft_type": "LORA",
-        "task_type": _task(model),
-        "base_model_name_or_path": _public_name(model),
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": [*pairs],
-        "fan_in_fan_out": any(isinstance(dense.get_submodule(name), Conv1D) for name in pairs),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "inference_mode": True,
-    }
-    tensors = {
-        f"base_model.model.{name}.lora_{side}.weight": factor.detach().contiguous()
-        for name, (B, A) in pairs.items()
-        for side, factor in (("A", A), ("B", B))
-    }
-    _write(Path(folder).expanduser(), PEFT_WEIGHTS, tensors, PEFT_ABOUT, about)
+    return any(isinstance(dense.get_submodule(name), Conv1D) for name in names)
 
 
-def adapter_of(model: PreTrainedModel) -> Adapter:
+def adapter_of(model: nn.Module) -> Adapter:
     """The adapter of a model; ValueError if it has none."""
     method = method_of(model)
     if not isinstance(method, Adapter) or not isinstance(model, PreTrainedModel):
@@ -169,19 +233,17 @@ def adapter_of(model: PreTrainedModel) -> Adapter:
     return method
 
 
-def _own(model: PreTrainedModel, method: Adapter) -> tuple[list[str], list[str]]:
+def _own(model: nn.Module, layers: Mapping[str, nn.Module]) -> tuple[list[str], list[str]]:
     """Names of what belongs to the adapter, and of those among them that train outside its layers."""
     inside = [
-        f"{name}.{key}"
-        for name, layer in method.layers(model).items()
-        for key in layer.state_dict()
-        if not key.startswith("W.")
+        f"{name}.{key}" for name, layer in layers.items() for key in layer.state_dict() if not key.startswith("W.")
     ]
     more = [name for name, p in model.named_parameters() if p.requires_grad and name not in set(inside)]
-    return [*inside, *more], more
+    norms = [(name, module) for name, module in model.named_modules() if isinstance(module, _NormBase)]
+    return [*inside, *more, *(f"{name}.{key}" for name, norm in norms for key, _ in norm.named_buffers())], more
 
 
-def hash_without(model: PreTrainedModel, own: Any) -> str:
+def hash_without(model: nn.Module, own: Any) -> str:
     """SHA-256 of the names and values of all weights but the adapter's."""
     digest, own = hashlib.sha256(), set(own)
     for name, tensor in sorted(model.state_dict().items()):
@@ -205,19 +267,19 @@ def _fused_pair(method: Adapter, fused: FusedProjections) -> Pair:
     return join_rows(rows, fused.heads), A
 
 
-def _dense_class(model: PreTrainedModel) -> Any:
-    return type(model).__bases__[0]
+def _dense_class(model: nn.Module) -> Any:
+    return type(model) if converted_with(model) is None else type(model).__bases__[0]
 
 
-def _public_name(model: PreTrainedModel) -> str | None:
+def _public_name(model: nn.Module) -> str | None:
     """The hub name that the model came from; None for a folder, which means nothing elsewhere."""
-    name = getattr(model.config, "_name_or_path", "") or None
+    name = getattr(getattr(model, "config", None), "_name_or_path", "") or None
     return (
         None if name is None or os.path.exists(os.path.expanduser(name)) or name.startswith((".", "/", "~")) else name
     )
 
 
-def _task(model: PreTrainedModel) -> str | None:
+def _task(model: nn.Module) -> str | None:
     """peft's name of what the model is for, if it has one."""
     ends = {"ForCausalLM": "CAUSAL_LM", "LMHeadModel": "CAUSAL_LM", "ForSequenceClassification": "SEQ_CLS"}
     return next((task for end, task in ends.items() if type(model).__name__.endswith(end)), None)
@@ -226,12 +288,10 @@ def _task(model: PreTrainedModel) -> str | None:
 def _read(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
-        if (
-            isinstance(about["base"], Mapping)
-            and isinstance(about["base"]["sha256"], str)
-            and about["trained_too"] is not None
-        ):
-            return {**{name: about[name] for name in RECORDED}, **about}
+        base, trained_too = about["base"], about["trained_too"]
+        of_strings = [base["sha256"], base["architecture"], *trained_too]
+        if isinstance(trained_too, list) and all(isinstance(one, str) for one in of_strings):
+            return about if CONVOLUTIONS in about else {**{name: about[name] for name in RECORDED}, **about}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise ValueError(f"folder must be one that lorank.save_adapter wrote, got {folder}")

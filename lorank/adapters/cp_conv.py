@@ -98,6 +98,27 @@ class AdaptedConv2d(nn.Module):
         z = F.conv2d(z, self.d.T[:, None, None, :], None, (1, sw), (0, pw), (1, dw), self.rank)
         return torch.add(conv(x), F.conv2d(z, self.a[:, :, None, None]), alpha=self.scale)
 
+    def settings(self) -> dict[str, Any]:
+        """Arguments of `adapt_convolutions` that make this layer."""
+        return {
+            "rank": self.rank,
+            "structure": self.structure,
+            "scale": self.scale,
+            "magnitude": self.mu is not None,
+        }
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """B [c_out, r, 1, 1] and A [r, c_in, k_h, k_w] of two convolutions whose product s ΔW is: (2), of which (1) is a special case.
+
+        Raises:
+            ValueError: its structure is "matrix".
+        """
+        if self.structure == "matrix":
+            raise ValueError("structure 'matrix' is no pair of convolutions; use 'cp' or 'conv'")
+        A = torch.einsum("iq,hq,wq->qihw", self.b, self.c, self.d) if self.structure == "cp" else self.A
+        B = self.a if self.structure == "cp" else self.B
+        return self.scale * B[:, :, None, None].detach(), A.detach()
+
     def merged(self) -> nn.Conv2d:
         """The convolution that computes the same; it is the frozen one, changed in place."""
         with torch.no_grad():
@@ -128,12 +149,17 @@ def adapt_convolutions(
         targets: a regular expression searched in names of modules; only matching convolutions are adapted.
 
     Raises:
-        ValueError: nothing matches, or a matching convolution has groups, or pads with something else than a number of zeros.
+        ValueError: nothing matches, a matching convolution has groups or pads with something else than a number of zeros, or the model
+            has adapted convolutions already.
     """
     if structure not in ("cp", "conv", "matrix"):
         raise ValueError(f"structure must be 'cp', 'conv' or 'matrix', got {structure!r}")
     if not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank must be a positive integer, got {rank!r}")
+    if adapted(model):
+        raise ValueError(
+            "model must have no adapted convolutions yet; name all in one call, or use merge_convolutions first"
+        )
     found = {name: m for name, m in model.named_modules() if type(m) is nn.Conv2d and re.search(targets or "", name)}
     if not found:
         raise ValueError(f"targets must match an nn.Conv2d of the model, got {targets!r}, which matches none")
@@ -149,9 +175,13 @@ def adapt_convolutions(
     return model
 
 
+def adapted(model: nn.Module) -> dict[str, AdaptedConv2d]:
+    """The adapted convolutions of a model, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedConv2d)}
+
+
 def merge_convolutions(model: nn.Module) -> nn.Module:
     """Turn adapted convolutions, in place, into ordinary ones with the same outputs; everything trains again."""
-    for name, module in [*model.named_modules()]:
-        if isinstance(module, AdaptedConv2d):
-            put(model, name, module.merged())
+    for name, module in adapted(model).items():
+        put(model, name, module.merged())
     return model.requires_grad_()

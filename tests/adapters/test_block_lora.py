@@ -30,6 +30,7 @@ def test_parameters_are_those_of_one_block_down_and_all_up() -> None:
     block, plain = pair()
     assert sum(p.numel() for p in block.trained()) == 408 == RANK * 24 + 40 * RANK // N
     assert sum(p.numel() for p in plain.trained()) == 192
+    assert sum(p.numel() for p in LoRALinear(nn.Linear(40, 24), RANK, scale=0.5).trained()) == 768
 
 
 def test_it_is_the_lora_whose_up_projection_is_the_sum() -> None:

@@ -54,6 +54,30 @@ def test_other_weights_are_refused_and_stay_as_they_are(small: Any, tmp_path: Pa
     lorank.convert(other, "lora")
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"arguments": {"rank": 2}}, "adapter.safetensors must fit adapter.json, but .* must have the shape"),
+        ({"arguments": None}, "adapter.json must be as lorank.save_adapter wrote it, but its settings cannot be used"),
+        (
+            {"trained_too": ["model.head"]},
+            "adapter.json must name parameters of the model as trained, got 'model.head'",
+        ),
+        ({"base": {"sha256": "0", "architecture": 3}}, "folder must be one that lorank.save_adapter wrote"),
+        ({"convolutions": {"names": ["x"], "kind": 1}}, "its settings cannot be used"),
+    ],
+)
+def test_a_damaged_file_changes_no_model(change: Any, words: str, small: Any, tmp_path: Path) -> None:
+    base = small("llama", num_hidden_layers=1)
+    lorank.save_adapter(lorank.convert(copy.deepcopy(base), lorank.LoRA(rank=4)), tmp_path)
+    file = tmp_path / "adapter.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    with pytest.raises(ValueError, match=words):
+        lorank.load_adapter(tmp_path, base)
+    assert "Lorank" not in type(base).__name__ and type(base.model.layers[0].mlp.up_proj) is torch.nn.Linear
+    assert all(p.requires_grad for p in base.parameters())
+
+
 def test_half_precision_weights_are_the_same_weights(small: Any, tmp_path: Path) -> None:
     base = small("llama").bfloat16()
     lorank.save_adapter(trained(copy.deepcopy(base), "lora"), tmp_path)
@@ -106,6 +130,30 @@ def test_peft_gets_factors_of_the_merged_update(name: str, architecture: str, sm
         warnings.simplefilter("ignore")  # of transformers, about names that peft uses
         found = peft.PeftModel.from_pretrained(base, str(tmp_path)).eval()(TOKENS).logits
     torch.testing.assert_close(found, model(TOKENS).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_lora_trains_as_pefts(small: Any) -> None:
+    """Five steps of AdamW from equal factors."""
+    peft = pytest.importorskip("peft")
+    base = small("llama", num_hidden_layers=1).double()
+    ours = lorank.convert(copy.deepcopy(base), lorank.LoRA(rank=4, alpha=8.0))
+    names = [name for name, module in ours.named_modules() if hasattr(module, "stands_for_linear")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=4, lora_alpha=8, target_modules=names))
+    theirs.double()
+    for name in names:
+        module = theirs.base_model.model.get_submodule(name)
+        module.lora_A["default"].weight.data.copy_(ours.get_submodule(name).A.weight)
+    ends = []
+    for model in (ours, theirs):
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(5):
+            model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(model(input_ids=TOKENS).logits)
+    torch.testing.assert_close(*ends, rtol=1e-12, atol=1e-12)
 
 
 def test_what_cannot_be_separated_is_refused(small: Any, tmp_path: Path) -> None:

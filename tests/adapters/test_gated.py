@@ -79,17 +79,24 @@ COUNTS: dict[str, Callable[[int, int], int]] = {
     "break-for-make": lambda d_in, d_out: 4 * (d_in + d_out) // 2,
     "osft": lambda d_in, d_out: (d_in + d_out + 1) * (min(d_in, d_out) - 4),
     "comp-lora": lambda d_in, d_out: 4 * (d_in + d_out),
+    "mtlora": lambda d_in, d_out: 4 * (d_in + d_out),
+    "reclora": lambda d_in, d_out: 4 * 4 * (d_in + d_out),
 }
-"""Trained parameters of a layer at rank 4. MTLoRA's and RecLoRA's are in test_contexts.py."""
+"""Trained parameters of a layer at rank 4."""
+MORE = {
+    "mtlora": sum(4 * 4 * sum(sizes) for name, sizes in LLAMA_BLOCK.items() if name.split(".")[1][0] not in "qkv"),
+    "reclora": 4 * (64 + 1) + 64,
+}
+"""Of a whole model: four tasks' parts in its last block; a gate over four adapters, whatever the number of users."""
 
 
-@pytest.mark.parametrize("name", [name for name in ADAPTERS if name not in ("mtlora", "reclora")])
+@pytest.mark.parametrize("name", ADAPTERS)
 def test_counts_are_the_closed_forms(name: str) -> None:
     """`lorank plan` counts them so."""
     shape = {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
     recipe = Recipe(method=name, model="llama", rank=4, shape={**shape, "num_key_value_heads": 2, "head_dim": 8})
     expected = sum(COUNTS[name](*sizes) for sizes in LLAMA_BLOCK.values())
-    assert count_parameters(empty_model(recipe)).trainable == 2 * expected
+    assert count_parameters(empty_model(recipe)).trainable == 2 * expected + MORE.get(name, 0)
 
 
 def test_a_rank_beyond_all_projections_is_refused(small: Any) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import lorank
+from lorank.adapters.gated import gathered
 from lorank.adapters.moram import MoRAMLinear, scores, weights
 
 
@@ -44,6 +45,12 @@ def test_a_zero_input_weighs_all_alike() -> None:
     assert torch.equal(w, torch.full((1, 3), 1 / 3)) and len(set(chosen[0].tolist())) == 3
     made(x).sum().backward()
     assert all(p.grad.isfinite().all() for p in (x, *made.trained()))  # type: ignore[union-attr]
+
+
+def test_gathered_ranks_give_the_layer_too() -> None:
+    made, x = layer(rank=8, top_k=3, threshold=0.2).eval(), torch.randn(20, 12)
+    w, chosen = weights(scores(made.A(x)), 3, 0.3, threshold=0.2)
+    torch.testing.assert_close(made.W(x) + gathered(x, made.A.weight, made.B.weight, chosen, w), made(x))
 
 
 def test_at_most_k_ranks_answer_and_at_least_two() -> None:

@@ -101,6 +101,10 @@ def test_adapters_train_in_two_processes_as_in_one(found: dict[str, Any], name: 
         assert fsdp < 1e-9
 
 
+def test_adapted_convolutions_train_in_two_processes_as_in_one(found: dict[str, Any]) -> None:
+    assert max(found["convolutions"]) < 1e-9
+
+
 def test_members_are_judged_by_the_rows_of_all_processes(found: dict[str, Any]) -> None:
     assert found["eggroll"]["same"] and found["eggroll"]["ddp"] < 1e-6
 

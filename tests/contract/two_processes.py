@@ -17,7 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorank import MASA, GaLore, Method, Muon, SelfGuided, convert, optimizer, step_hook
+from lorank import MASA, GaLore, Method, Muon, SelfGuided, adapt_convolutions, convert, optimizer, step_hook
 from lorank.evolution.egg_model import EggConfig, EggForCausalLM
 from lorank.evolution.eggroll import Eggroll
 from lorank.evolution.integers import IntegerEggroll
@@ -270,6 +270,21 @@ def adapted(half: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     return found
 
 
+def convolved(half: Callable[[Tensor], Tensor]) -> list[float]:
+    """The same of adapted convolutions."""
+    ends, as_it_is = [], lambda x: x
+    for wrap, part in ((as_it_is, as_it_is), (DistributedDataParallel, half), (fully_shard, half)):
+        torch.manual_seed(0)
+        model: Any = adapt_convolutions(nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 2, 3)).double(), magnitude=True)
+        wrapped, moving = wrap(model), torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for _ in range(3):
+            wrapped(part(torch.randn(4, 2, 8, 8, dtype=torch.float64))).square().mean().backward()
+            moving.step()
+            moving.zero_grad()
+        ends.append(torch.cat([whole(p).detach().flatten() for p in model.parameters()]))
+    return [((ends[0] - other).norm() / ends[0].norm()).item() for other in ends[1:]]
+
+
 def evolved(part: Callable[[Tensor], Tensor]) -> Tensor:
     """Weights after three steps of EGGROLL, in which each process judges its part of a batch."""
     torch.manual_seed(0)
@@ -358,6 +373,7 @@ def main() -> None:
     found |= {
         "masa": masa(half),
         "adapters": adapted(half),
+        "convolutions": convolved(half),
         "kept in": kept_in(),
         "by chance": by_chance(),
         **evolution(half),
