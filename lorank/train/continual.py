@@ -33,7 +33,7 @@ from lorank.loss import next_token_loss
 from lorank.method import Method, seeded_generator
 from lorank.table import find, method_names
 from lorank.train.data import cache_folder, collate
-from lorank.train.data.corpus import Corpus, hash_of, load_corpus
+from lorank.train.data.corpus import Corpus, hash_of, load_corpus, seen_of
 from lorank.train.data.sources import open_data
 from lorank.train.evaluation import evaluate
 from lorank.train.folder import read_json, write_whole
@@ -278,7 +278,7 @@ def _write_text(model: str, tasks: Sequence[str], settings: Settings, out: Path)
     read = {"sequence_length": settings.sequence_length, "text_column": settings.text_column}
     recipe = Recipe(data=data, start_from=model, batch_size=settings.batch_size, **read)  # type: ignore[arg-type]
     opened = open_data(data, recipe.text_column, recipe.split_seed, cache_folder(), recipe.validation_tokens)
-    write_text(recipe, out, hash_of(opened.validation), opened.digests)
+    write_text(recipe, out, hash_of(opened.validation), opened.digests, seen_of(opened, opened.validation))
 
 
 def method_named(name: str, options: Mapping[str, Any]) -> Method | None:

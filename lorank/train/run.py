@@ -59,7 +59,7 @@ from lorank.train.shape import reason_of
 from lorank.train.signals import on_stop
 from lorank.train.start import Start, started
 from lorank.train.summary import Summary, environment
-from lorank.train.text import limits_of, with_split_of_start
+from lorank.train.text import DOCUMENTS, limits_of, with_split_of_start
 from lorank.train.trainer import PretrainTrainer
 from lorank.train.vocabulary import keep_vocabulary
 
@@ -140,7 +140,12 @@ def pretrain(
             )
             rehearse_saving(model, corpus.tokenizer, out)
             if trainer.is_world_process_zero() and not resume:
-                about = {**environment(corpus), "engine": str(engine), "recipe": recipe.to_dict()}
+                about = {
+                    **environment(corpus),
+                    "engine": str(engine),
+                    "recipe": recipe.to_dict(),
+                    DOCUMENTS: corpus.seen,
+                }
                 write_whole(out / "run.json", json.dumps(about, indent=2))
                 write_whole(out / "recipe.yaml", recipe.to_yaml())  # written last: it makes the folder a run
             if trainer.is_world_process_zero() and resume and budget is not None:  # run.json keeps how it began

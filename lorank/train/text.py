@@ -5,11 +5,11 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lorank.train.data import files_of, same_content
+from lorank.train.data import files_of, same_content, share_trained_on
 from lorank.train.data.sources import name_of
 from lorank.train.folder import absolute, read_recipe, write_whole
 from lorank.train.recipe import Recipe
@@ -41,6 +41,8 @@ class Text:
     """The run whose recipe says this, or what was made of it; None: no run is known, or another text than its own."""
     trained_on: int = 0
     """How many of its files the run, or one that it started from, was trained on."""
+    share_trained_on: float = 0.0
+    """About which share of its documents they were trained on, in whatever files; 0 where files are known."""
 
     def __str__(self) -> str:
         part = "held-out part of " if self.held_out else "part of " if self.data == "embedded" else ""
@@ -49,6 +51,9 @@ class Text:
             said += f", in sequences of {self.sequence_length} tokens"
         if self.trained_on:
             said += f" (the run, or one that it started from, was trained on most of {self.trained_on} of its files, so these figures are too good)"
+        elif self.share_trained_on >= FEW:
+            part = f"about {self.share_trained_on:.0%} of its documents"
+            said += f" ({part} are in what the run, or one that it started from, was trained on, so these figures are too good)"
         return said
 
 
@@ -64,8 +69,11 @@ def recipe_of_run(model: str) -> Recipe | None:
 TRAINED_ON = "trained_on.json"
 """Stands next to a model that was made of a run, such as an export: what the run's recipe says of its text. It names places on this
 machine, and is not pushed."""
-HASH, FILES = "held_out_hash", "files"
-"""What run.json and `TRAINED_ON` know besides: what was held out, and the contents of files that were trained on."""
+HASH, FILES, DOCUMENTS = "held_out_hash", "files", "document_sample"
+"""What run.json and `TRAINED_ON` know besides: what was held out, and the contents of files and a sample of the documents that were trained
+on."""
+FEW = 0.01
+"""Share of documents that are in any two texts, such as an error message of a web server, and are not worth a word."""
 _OF_TEXT = (
     *("data", "validation", "validation_tokens", "text_column", "stream", "sequence_length", "documents", "start_from"),
     *("seed", "data_seed", "batch_size", "micro_batch_size", "eval_tokens", "eval_all_at_end"),
@@ -75,13 +83,18 @@ _OF_TEXT = (
 def keep_text(model: str, out: Path) -> None:
     """Write to the folder `out`, of a model that was made of another one, what that one was trained on, if this is known."""
     if (recipe := recipe_of_text(model)) is not None:
-        write_text(recipe, out, _known_of(model, HASH), _known_of(model, FILES) or ())
+        write_text(recipe, out, *(_known_of(model, name) for name in (HASH, FILES, DOCUMENTS)))
 
 
-def write_text(recipe: Recipe, out: Path, held_out_hash: str | None, files: Iterable[str]) -> None:
-    """Write to the folder `out` of a model what it was trained on: what a recipe says, and digests of files."""
+def write_text(
+    recipe: Recipe, out: Path, held_out_hash: str | None, files: Iterable[str] | None, documents: str | None
+) -> None:
+    """Write to the folder `out` of a model what it was trained on: what a recipe says, digests of files, and a sample of documents."""
     known = {name: getattr(absolute(recipe), name) for name in _OF_TEXT}
-    write_whole(out / TRAINED_ON, json.dumps({**known, HASH: held_out_hash, FILES: [*files]}, indent=2))
+    write_whole(
+        out / TRAINED_ON,
+        json.dumps({**known, HASH: held_out_hash, FILES: [*(files or ())], DOCUMENTS: documents}, indent=2),
+    )
 
 
 def recipe_of_text(model: str) -> Recipe | None:
@@ -97,13 +110,13 @@ def recipe_of_text(model: str) -> Recipe | None:
         return None
     try:
         known = json.loads(kept.read_text(encoding="utf-8"))
-        return Recipe.from_dict({name: value for name, value in known.items() if name not in (HASH, FILES)})
+        return Recipe.from_dict({name: value for name, value in known.items() if name not in (HASH, FILES, DOCUMENTS)})
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{kept} must say what the model was trained on, as lorank wrote it, but: {error}") from None
 
 
 def _known_of(model: str, name: str) -> Any:
-    """`HASH` or `FILES` of the run of a saved model; None for one that began before this was written down."""
+    """`HASH`, `FILES` or `DOCUMENTS` of the run of a saved model; None for one that began before this was written down."""
     folder = Path(model).expanduser()
     for file in (folder / "run.json", folder / TRAINED_ON, folder.parent / "run.json"):
         if file.exists() and (file.parent == folder or folder.name.startswith("checkpoint-")):
@@ -136,7 +149,9 @@ def text_of(model: str, **asked: Any) -> Text:
     if source is not None and not _same(source, own.data):
         found = dataclasses.replace(own, data=source, held_out=False, held_out_hash=None, run=None)
         trained_on = len(_seen(source, recipe, model)) or _trained_before(recipe, found)
-        return dataclasses.replace(found, trained_on=trained_on, **asked)
+        return _with_share(
+            dataclasses.replace(found, trained_on=trained_on, **asked), [model, *_names(_bases(recipe, found))]
+        )
     seed = asked.get("seed", own.seed)
     if seed != own.seed:
         raise ValueError(
@@ -146,7 +161,7 @@ def text_of(model: str, **asked: Any) -> Text:
     if any(asked.get(name, getattr(own, name)) != getattr(own, name) for name in DECIDE):
         own = dataclasses.replace(own, held_out_hash=None)  # other text by intent
     own = dataclasses.replace(own, trained_on=_trained_before(recipe, own))
-    return dataclasses.replace(own, **{**asked, "data": own.data})
+    return _with_share(dataclasses.replace(own, **{**asked, "data": own.data}), _names(_bases(recipe, own)))
 
 
 def with_split_of_start(recipe: Recipe) -> Recipe:
@@ -158,9 +173,27 @@ def with_split_of_start(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, data_seed=base.split_seed)
 
 
+def _with_share(text: Text, models: Sequence[str]) -> Text:
+    """A text with the share of its documents that the runs of these models were trained on, if no files are known."""
+    samples = [sample for model in models if (sample := _known_of(model, DOCUMENTS))]
+    if text.trained_on or not samples or not files_of(text.data):
+        return text
+    read = {name: getattr(text, name) for name in ("held_out", "seed", *DECIDE)}
+    return dataclasses.replace(text, share_trained_on=share_trained_on(text.data, samples, **read))
+
+
 def _trained_before(recipe: Recipe, text: Text) -> int:
     """How many files of a text the runs were trained on that this one started from, if they did not hold out the same part."""
-    seen, found = set[str](), set[Path]()
+    return len({file for base, name in _bases(recipe, text) for file in _seen(text.data, base, name)})
+
+
+def _names(bases: Iterable[tuple[Recipe, str]]) -> list[str]:
+    return [name for _, name in bases]
+
+
+def _bases(recipe: Recipe, text: Text) -> Iterator[tuple[Recipe, str]]:
+    """The runs that this one started from and that did not hold out the same part of a text, with the names of their models."""
+    seen = set[str]()
     while (start := recipe.start_from) is not None and start not in seen:
         seen.add(start)
         try:
@@ -171,8 +204,7 @@ def _trained_before(recipe: Recipe, text: Text) -> int:
             break
         recipe = base
         if not _same_part(text, _of_run(base, start)):
-            found |= _seen(text.data, base, start)
-    return len(found)
+            yield base, start
 
 
 def _seen(source: str | list[str], recipe: Recipe, model: str) -> set[Path]:

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from lorank.train import reading
 from lorank.train.reading import Tally, blocks
+from lorank.train.seen import with_hashes, write_sample
 from lorank.train.workers import answer
 from lorank.whole import made_whole
 
@@ -27,7 +28,7 @@ SCHEMA = pa.schema({"text": pa.string()})
 
 
 class Unit(NamedTuple):
-    """What is read at once, to one Arrow file and a file of counts next to it."""
+    """What is read at once, to one Arrow file, with its counts and a sample of its documents next to it."""
 
     files: list[str]
     states: list[list[int]]
@@ -65,6 +66,7 @@ def write_unit(unit: Unit, say: Callable[[int], object]) -> Found:
     """Read a unit and write its files; `say` hears how many bytes have been read. Errors are those of `blocks`, and OSError for a
     file that changed meanwhile."""
     tally, done = Tally(), 0
+    hashes: list[int] = []
     part = (unit.part[0], unit.part[1]) if unit.part else None
     with (
         _lines_left_out() as left_out,
@@ -76,12 +78,14 @@ def write_unit(unit: Unit, say: Callable[[int], object]) -> Found:
             for block, position in blocks(Path(name), unit.column, tally, part):
                 if len(block):
                     writer.write_batch(pa.record_batch([block], schema=SCHEMA))
+                    hashes = with_hashes(hashes, block.to_pylist())
                 say(done + position)
             done += state[0]
             if state_of(Path(name)) != state:
                 raise OSError(f"{name} changed while it was read; start again when it is complete")
         with made_whole(unit.counts) as counts:
             counts.write_text(json.dumps(dataclasses.asdict(tally)))
+        write_sample(Path(unit.kept), hashes)
     return Found(tally, left_out)
 
 

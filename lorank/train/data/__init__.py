@@ -7,7 +7,7 @@ streamed. `files` finds and caches files, `reading` reads one; `datasets` keeps 
 No document is on both sides of the split. Packing loses only the tokens that do not fill the last sequence.
 """
 
-from lorank.train.data.corpus import Corpus, load_corpus, load_evaluation
+from lorank.train.data.corpus import Corpus, load_corpus, load_evaluation, share_trained_on
 from lorank.train.data.documents import same_content
 from lorank.train.data.form import end_of
 from lorank.train.data.sequences import check_ids, collate
@@ -29,4 +29,5 @@ __all__ = [
     "padding_id",
     "rows_of",
     "same_content",
+    "share_trained_on",
 ]

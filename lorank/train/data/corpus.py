@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -15,9 +16,20 @@ from transformers import PreTrainedTokenizerBase
 from lorank.train.data.form import Documents as PerRow
 from lorank.train.data.form import Form
 from lorank.train.data.sequences import bytes_per_token_of, check_form, ids_of, make_sequences
-from lorank.train.data.sources import Documents, amount, cache_folder, is_held_out, name_of, open_data, quiet, texts_of
+from lorank.train.data.sources import (
+    Documents,
+    Source,
+    amount,
+    cache_folder,
+    is_held_out,
+    name_of,
+    open_data,
+    quiet,
+    texts_of,
+)
 from lorank.train.data.streams import FileStream
 from lorank.train.data.tokenizers import identity, load_tokenizer
+from lorank.train.seen import packed, share_of
 from lorank.train.watching import told
 
 MOST_TOKENS = 10_000_000  # that are evaluated if it is not said how many
@@ -45,6 +57,8 @@ class Corpus:
     """The documents that were held out of the training text; None if `validation` is another text."""
     files: Sequence[str] = ()
     """Digests of the contents of the files that are trained on, 1,000 at most; none of a stream."""
+    seen: str | None = None
+    """A sample of the documents that are trained on, see `lorank.train.seen`; None for a stream."""
 
     @functools.cached_property
     def fill(self) -> float:
@@ -87,6 +101,13 @@ def hash_of(documents: Documents) -> str | None:
         if size >= HASHED_BYTES:
             break
     return digest.hexdigest()
+
+
+def seen_of(source: Source, held_out: Documents | Sequence[str]) -> str | None:
+    """A sample of the documents that are trained on; None for a stream."""
+    if source.sample is None:
+        return None
+    return packed(source.sample, held_out if isinstance(held_out, list) else texts_of(held_out))  # type: ignore[arg-type]
 
 
 @quiet()
@@ -163,7 +184,8 @@ def load_corpus(
     ratio = bytes_per_token_of(held_out, form, cache)
     apart = validation not in (None, data)
     files = sorted(source.digests)[:MOST_FILES]
-    return Corpus(tok, rows, held_out_rows, ratio, description, None if apart else held_out, files)
+    seen = seen_of(source, [] if apart else source.validation)
+    return Corpus(tok, rows, held_out_rows, ratio, description, None if apart else held_out, files, seen)
 
 
 @quiet()
@@ -190,8 +212,7 @@ def load_evaluation(
     """
     check_form(documents, sequence_length)
     cache = cache_folder(cache_dir)
-    opened = open_data(data, text_column, seed, cache, validation_tokens, stream=stream)
-    documents_read = opened.validation if held_out or is_held_out(data) else opened.whole
+    documents_read = _read(data, text_column, seed, cache, validation_tokens, stream=stream, held_out=held_out)
     if held_out and held_out_hash not in (None, hash_of(documents_read)):
         raise ValueError(
             f"data={data!r} must be the text of which the run held out a part, but it has changed since, and the run was trained on "
@@ -200,3 +221,26 @@ def load_evaluation(
     form = Form.of(tokenizer, sequence_length, documents)
     rows = make_sequences(documents_read, form, f"the text of {name_of(data)}", cache, max_tokens)
     return rows, bytes_per_token_of(documents_read, form, cache)
+
+
+def _read(data: str | list[str], *place: Any, held_out: bool, **how: Any) -> Documents:
+    """The documents of an evaluation; arguments are those of `open_data`."""
+    opened = open_data(data, *place, **how)
+    return opened.validation if held_out or is_held_out(data) else opened.whole
+
+
+@quiet()
+def share_trained_on(
+    data: str | list[str],
+    samples: Sequence[str],
+    *,
+    text_column: str = "text",
+    stream: bool = False,
+    seed: int = 42,
+    held_out: bool = False,
+    validation_tokens: int | None = 10_000_000,
+) -> float:
+    """About which share of the documents of an evaluation is in a text that was trained on, of which `Corpus.seen` is a sample; 0 for a data set of
+    the hub, which would be downloaded for it. Other arguments and errors are those of `load_evaluation`."""
+    documents = _read(data, text_column, seed, cache_folder(), validation_tokens, stream=stream, held_out=held_out)
+    return 0.0 if isinstance(documents, IterableDataset) else share_of(texts_of(documents), samples)

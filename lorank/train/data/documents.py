@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import datasets
+import numpy as np
 import xxhash
 from datasets import Dataset
 from filelock import FileLock
 
 from lorank.train.data.cache import use
 from lorank.train.reading import BUFFER, FEW, INVALID_SHARE, Tally, cuts_of, kind_of, warn_of_lines
+from lorank.train.seen import joined, kept_sample
 from lorank.train.texts import Found, Unit, attempted, state_of, write_unit
 from lorank.train.watching import tell
 from lorank.train.workers import Workers, cores
@@ -90,15 +92,18 @@ class Group(NamedTuple):
                 units.append(Unit([file], [state], None, self.column, kept))
         return units
 
+    def arrows(self) -> list[Path]:
+        return [self.kept] if self.kept.exists() else sorted(self.parts.glob("*.arrow"))
+
     def documents(self) -> Dataset:
-        files = [self.kept] if self.kept.exists() else sorted(self.parts.glob("*.arrow"))
-        found = datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in files])
+        found = datasets.concatenate_datasets([Dataset.from_file(str(file)) for file in self.arrows()])
         found._fingerprint = self.key  # what is made from them is known by what they contain
         return found
 
 
-def read_documents(files: Sequence[Path], column: str, cache: Path) -> tuple[Dataset, Tally, list[str]]:
-    """The documents of files in their order, one column, text; what was read and left out; and the digests of the files' contents.
+def read_documents(files: Sequence[Path], column: str, cache: Path) -> tuple[Dataset, Tally, list[str], np.ndarray]:
+    """The documents of files in their order, one column, text; what was read and left out; the digests of the files' contents; and a
+    sample of the documents' hashes, see `lorank.train.seen`.
 
     Raises:
         ValueError: a file holds no text, or not where it was looked for.
@@ -119,7 +124,8 @@ def read_documents(files: Sequence[Path], column: str, cache: Path) -> tuple[Dat
         raise
     tallies = [Tally(**json.loads(group.counts.read_text())) for group in groups]
     documents = datasets.concatenate_datasets([group.documents() for group in groups])
-    return documents, sum(tallies, Tally()), [digest for group in groups for digest in group.digests]
+    sample = joined(kept_sample(file) for group in groups for file in group.arrows())
+    return documents, sum(tallies, Tally()), [digest for group in groups for digest in group.digests], sample
 
 
 def _groups(files: Sequence[Path], column: str, folder: Path) -> Iterator[Group]:

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.compute
 from datasets import Dataset, IterableDataset
 
+from lorank.train import seen
 from lorank.train.data.documents import read_documents
 from lorank.train.data.files import embedded_files, found_files, local_files
 from lorank.train.data.streams import FileStream, held_out_of, mixed, streams_of
@@ -39,6 +40,8 @@ class Source(NamedTuple):
     description: str
     digests: list[str]
     """Of the contents of files; none of a stream and of embedded ones."""
+    sample: np.ndarray | None = None
+    """Hashes of documents, see `lorank.train.seen`; None for a stream."""
 
 
 def open_data(
@@ -70,7 +73,7 @@ def open_source(source: str, text_column: str, seed: int, cache: Path, validatio
     files, left = (embedded_files(), 0) if source == "embedded" else local_files(source)
     kinds = list(dict.fromkeys(kind_of(file) for file in files if file.stat().st_size))
     files.sort(key=lambda file: kinds.index(kind_of(file)) if kind_of(file) in kinds else len(kinds))
-    documents, tally, digests = read_documents(files, text_column, cache)
+    documents, tally, digests, sample = read_documents(files, text_column, cache)
     sizes = pyarrow.compute.binary_length(documents.data.column("text")).to_numpy()  # bytes [documents]
     order = np.random.default_rng(seed).permutation(len(sizes))
     if not order.size:
@@ -79,9 +82,8 @@ def open_source(source: str, text_column: str, seed: int, cache: Path, validatio
     description = f"{source}: {_counted(tally.documents, 'document')}, {amount(tally.bytes, 'B')}"
     if source != "embedded":
         description += _said(tally, left)
-    return Source(
-        documents, *_split(documents, sizes, validation_tokens), description, digests if source != "embedded" else []
-    )
+    digests = digests if source != "embedded" else []
+    return Source(documents, *_split(documents, sizes, validation_tokens), description, digests, sample)
 
 
 def _open_stream(source: str, text_column: str, seed: int, validation_tokens: int | None) -> Source:
@@ -139,7 +141,9 @@ def open_sources(
     for part, documents in parts.items():
         every = datasets.concatenate_datasets(documents)
         joined[part] = every.select(np.random.default_rng(seed).permutation(len(every)))
-    return Source(**joined, description=said, digests=[digest for one, _ in opened for digest in one.digests])
+    digests = [digest for one, _ in opened for digest in one.digests]
+    sample = seen.joined(one.sample for one, _ in opened if one.sample is not None)
+    return Source(**joined, description=said, digests=digests, sample=sample)
 
 
 def weighted(source: str) -> tuple[str, float]:

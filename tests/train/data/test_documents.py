@@ -24,7 +24,7 @@ def test_the_cache_knows_files_by_what_they_contain(tmp_path, write, monkeypatch
         assert found["text"][:] == [f"the {word} sat"]
     moved = write(tmp_path / "deep" / "b.txt", "the dog sat")
     monkeypatch.setattr(texts, "blocks", None)
-    again, tally, _ = read_documents([moved], "text", cache)
+    again, tally, *_ = read_documents([moved], "text", cache)
     assert again["text"][:] == ["the dog sat"] and (tally.documents, tally.bytes) == (1, 11)
     assert again._fingerprint == found._fingerprint
 
@@ -36,7 +36,7 @@ def test_only_groups_with_changes_are_read_again(tmp_path, write, monkeypatch):
     write(shards[2], "changed")
     read, blocks = [], texts.blocks
     monkeypatch.setattr(texts, "blocks", lambda file, *rest: read.append(file.name) or blocks(file, *rest))
-    found, tally, _ = read_documents(shards, "text", tmp_path / "cache")
+    found, tally, *_ = read_documents(shards, "text", tmp_path / "cache")
     assert found["text"][:] == ["document 0", "document 1", "changed", "document 3", "document 4"]
     assert "2.txt" in read and not {"0.txt", "1.txt", "4.txt"} & set(read) and tally.files == 5
 
@@ -86,7 +86,7 @@ def read_both(files, cache, monkeypatch, caplog):
         caplog.clear()
         monkeypatch.setattr(documents, "PART", size)
         try:
-            made, tally, _ = read_documents(files, "text", cache / name)
+            made, tally, *_ = read_documents(files, "text", cache / name)
             found.append((made["text"][:], tally, made._fingerprint, caplog.messages[:]))
         except (ValueError, OSError) as error:
             found.append((type(error), str(error)))
@@ -153,7 +153,7 @@ def test_an_interruption_keeps_the_parts_that_are_finished(tmp_path, write, part
     monkeypatch.setattr(Workers, "one", lambda self, number: asked.append(number) or one(self, number))
     heard = []
     with watched_by(lambda what, done, total, unit: heard.append((what, done, total))):
-        found, tally, _ = read_documents([file], "text", tmp_path / "cache")
+        found, tally, *_ = read_documents([file], "text", tmp_path / "cache")
     assert tally == Tally(files=1, documents=len(found), bytes=tally.bytes, empty=300 - len(found))
     assert len(asked) + len(kept) == len(found.cache_files)
     size = file.stat().st_size
