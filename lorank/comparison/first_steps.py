@@ -34,8 +34,9 @@ WIDTH, MLP_WIDTH, BLOCKS, HEADS = 64, 172, 2, 4
 TOLERANCE = 0.003
 """Relative, of each loss: four times the largest deviation that another CPU's instructions cause, except for methods whose
 basis is a singular value decomposition. benchmarks/results/first_steps.txt has the measurements, and what faults do."""
-WIDER = {"galore": 0.01, "fira": 0.01, "apollo": 0.04, "low-rank+loro": 0.01}
-"""The same by method, where it is not `TOLERANCE`. A CPU without AVX-512 moves apollo by 2 % and loro by 0.4 %."""
+WIDER = {"galore": 0.01, "fira": 0.02, "apollo": 0.04, "low-rank+loro": 0.01}
+"""The same by method, where it is not `TOLERANCE`. A CPU without AVX-512 moves apollo by 2 % and loro by 0.4 %, and a loss whose
+sums have another order moves fira by 1.1 %."""
 RECORDED: dict[str, dict[str, Any]] = {"galore": {"update_gap": 6}, "fira": {"update_gap": 6}, "dct-adamw": {}}
 """Settings with which a curve was recorded, where they are not the method's `soon`. Within `STEPS` GaLore and Fira change
 their basis three times, ReLoRA merges eleven times, SwitchLoRA exchanges vectors in the first few steps, SST draws eleven

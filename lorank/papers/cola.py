@@ -178,7 +178,7 @@ def again(row: str, column: str) -> float:
 
 @functools.cache
 def measured_gb(row: str, column: str) -> float:
-    """The peak of `lorank plan`. All blocks are alike, so that models of two and three give the rest, to the byte."""
+    """The peak of `lorank plan` with whole logits. All blocks are alike, so that models of two and three give the rest, to the byte."""
     size, batch = {"1b, 64": ("1b", 64), "7b, 16": ("7b", 16)}[column]
     config = llama_config(size)
     layers, peaks = config.num_hidden_layers, []
@@ -316,7 +316,7 @@ PAPER = Paper(
                 "CoLA-M": ("17.33", "26.82"),
             },
             ours=measured_gb,
-            formula="the peak of lorank plan in 10^9 bytes: pure bf16, attention not fused, one batch at a time, AdamW",
+            formula="the peak of lorank plan with whole logits, in 10^9 bytes: pure bf16, attention not fused, one batch at a time, AdamW",
             source="the paper's measurements on a 94 GB H100 (unconfirmed)",
             within=0.1,
             strays={

@@ -2,12 +2,12 @@
 
     z = x Wᵀ (+ b)    loss = 1/N Σᵢ (log Σᵥ exp zᵢᵥ − zᵢ,yᵢ)        x [n, d]   W [V, d]   y [n] labels, N of which are predicted
 
-A chunk of c tokens has its logits [c, V] only while they are used. With p = softmax(z) the gradient of the logits is
-G = (p − onehot(y)) / N, so that the chunk also gives
+A chunk of c tokens has its logits [c, V] only while they are used. With p = softmax(z) the gradient of the logits, times N, is
+G = p − onehot(y), so that the chunk also gives
 
     dx = G W [c, d]        dW += Gᵀ x [V, d]        db += Σᵢ Gᵢ
 
-in the forward pass; the backward pass multiplies them by the gradient of the loss. That is the same three products as with logits,
+in the forward pass; the backward pass multiplies them by the gradient of the loss and 1/N. That is the same three products as with logits,
 and instead of the logits [n, V], their logarithms in fp32 and their gradient there are dW, which is needed anyway, and one chunk.
 
 `loss_without_logits` gives a model a head like this. It then takes ``labels`` and returns ``loss`` with ``logits=None``, as models with
@@ -39,28 +39,27 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, labels: Tensor, items: Tensor) -> Tensor:
         number = torch.promote_types(x.dtype, torch.float32)
-        wanted, predicted = labels.clamp(min=0), (labels != IGNORED).to(number)
-        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        dW = torch.zeros_like(W, dtype=number) if ctx.needs_input_grad[1] else None
-        db = None if b is None or not ctx.needs_input_grad[2] else torch.zeros_like(b, dtype=number)
+        wanted, predicted = labels.clamp(min=0), (labels != IGNORED).to(x.dtype)[:, None]
+        for_x, for_W, for_b = ctx.needs_input_grad[:3]
+        dx = torch.empty_like(x) if for_x else None
+        dW = db = None
         nats, many = x.new_zeros((), dtype=number), max(1, AT_ONCE // len(W))
         for first in range(0, len(x), many):
             rows = slice(first, first + many)
-            z, y = F.linear(x[rows], W, b).to(number), wanted[rows, None]
-            at_label, most = z.gather(1, y), z.amax(-1, keepdim=True)
-            total = z.sub_(most).exp_().sum(-1, keepdim=True)
-            nats += ((total.log() + most - at_label)[:, 0] * predicted[rows]).sum()
+            z, y, mask = F.linear(x[rows], W, b).to(number), wanted[rows, None], predicted[rows]
+            log_p = torch.log_softmax(z, -1, out=z)
+            nats -= (log_p.gather(1, y) * mask).sum()
             if not any(ctx.needs_input_grad):
                 continue
-            share = predicted[rows, None] / items
-            G = z.mul_(share / total).scatter_add_(1, y, -share).to(x.dtype)
+            G = log_p.exp_().scatter_add_(1, y, -torch.ones_like(y, dtype=number)).to(x.dtype)
             if dx is not None:
-                dx[rows] = G @ W
-            if dW is not None:
-                _add_product(dW, G, x[rows])
-            if db is not None:
-                db += G.sum(0)
-        ctx.kept = dx, None if dW is None else dW.to(W.dtype), None if b is None or db is None else db.to(b.dtype)
+                dx[rows] = (G @ W) * mask
+            if for_W:
+                dW = _plus_product(dW, G, x[rows] * mask, number)
+            if for_b:
+                db = _plus_product(db, G, mask, number)
+        ctx.kept = dx, None if dW is None else dW.to(W.dtype), None if b is None or db is None else db[:, 0].to(b.dtype)
+        ctx.items = items
         return nats / items
 
     @staticmethod
@@ -71,15 +70,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 "the gradients of this loss were used already; call the model again instead of retain_graph"
             )
         kept, ctx.kept = ctx.kept, None
-        return *(None if one is None else one.mul_(grad) for one in kept), None, None
+        share = grad / ctx.items
+        return *(None if one is None else one.mul_(share) for one in kept), None, None
 
 
-def _add_product(dW: Tensor, G: Tensor, x: Tensor) -> None:
-    """dW += Gᵀ x, and no tensor for the product alone where the kernels can."""
-    if G.dtype == dW.dtype and not torch.is_autocast_enabled(x.device.type):
-        dW.addmm_(G.mT, x)
-    else:
-        dW += G.mT @ x
+def _plus_product(total: Tensor | None, G: Tensor, x: Tensor, number: torch.dtype) -> Tensor:
+    """The total + Gᵀ x, in place, and no tensor for the product alone where the kernels can."""
+    if total is None:
+        return (G.mT @ x).to(number)
+    if G.dtype == number and not torch.is_autocast_enabled(x.device.type):
+        return total.addmm_(G.mT, x)
+    return total.add_(G.mT @ x)
 
 
 def linear_cross_entropy(

@@ -22,6 +22,7 @@ from lorank.conversion import convert
 from lorank.evolution.egg_model import EggConfig
 from lorank.kernels import check_kernels, implementations
 from lorank.pretrained import positions_of
+from lorank.speed.linear_cross_entropy import loss_without_logits
 from lorank.table import from_record
 from lorank.train.data import load_tokenizer
 from lorank.train.hub import ForeignCode, read_config
@@ -97,7 +98,7 @@ def empty_model(recipe: Recipe, *, layers: int | None = None) -> PreTrainedModel
 def empty_dense(recipe: Recipe) -> PreTrainedModel:
     """The dense model of the recipe's shape on the meta device, whatever its methods are."""
     with torch.device("meta"):
-        return _dense_model(recipe, _counted_config(recipe))
+        return loss_without_logits(_dense_model(recipe, _counted_config(recipe)))
 
 
 def _counted_config(recipe: Recipe) -> PretrainedConfig:
@@ -185,7 +186,7 @@ def build_model(
     if policy is not None:
         checkpoint(model, POLICIES[policy], every=recipe.checkpoint_every)
     model.config.use_cache = False  # not before: settings of generation are made from the configuration
-    return model
+    return model if found.gradient.answers() else loss_without_logits(model)
 
 
 def _check_integers(recipe: Recipe, found: Methods) -> None:

@@ -16,7 +16,7 @@ from transformers import TrainerState
 from transformers.trainer_utils import rotate_checkpoints
 
 from lorank.loop import step_hook
-from lorank.loss import Loss, cross_entropy, next_token_loss, predicted_tokens
+from lorank.loss import Loss, cross_entropy, gives_loss, next_token_loss, predicted_tokens
 from lorank.method import Gradient
 from lorank.train.callbacks import Throughput
 from lorank.train.distil import Teacher
@@ -75,7 +75,8 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.loss_is_scaled_for_ga = True
-        self._cross_entropy = torch.compile(cross_entropy) if self.args.torch_compile else cross_entropy
+        whole = self.args.torch_compile and not gives_loss(self.model)  # type: ignore[arg-type]
+        self._nats = torch.compile(cross_entropy) if whole else None
         self.make_optimizer = make_optimizer
         self.schedule = schedule
         self.schedule_steps = schedule_steps
@@ -154,7 +155,7 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
         items = num_items_in_batch / self.accelerator.num_processes
         owner = self.accelerator.unwrap_model(model)
         if self.teacher is None:
-            found = next_token_loss(model, inputs, items, owner=owner, nats=self._cross_entropy)
+            found = next_token_loss(model, inputs, items, owner=owner, nats=self._nats)
         else:
             found = self._taught(self.teacher, model, inputs, items, owner)
         self._last = found.detach()
@@ -166,7 +167,7 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
 
         def nats(logits: torch.Tensor, *given: Any) -> torch.Tensor:
             seen.append(logits)
-            return self._cross_entropy(logits, *given)
+            return (self._nats or cross_entropy)(logits, *given)
 
         found = next_token_loss(model, inputs, items, owner=owner, nats=nats)
         term = teacher.term(seen[0], inputs, items)
