@@ -135,11 +135,13 @@ def train(
     from lorank.cli.console import results_console, shown_run
     from lorank.report.markup import visible
     from lorank.report.tables import runs_table
+    from lorank.speed.allocator import keep_freed_memory
     from lorank.train import run
     from lorank.train.engine import Engine
     from lorank.train.folder import read_json, read_run
     from lorank.train.methods import title_of
 
+    keep_freed_memory()
     console = results_console()
     settings = settings or read_run(resume or "")
     named = settings.start_from or settings.model

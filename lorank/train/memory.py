@@ -7,6 +7,8 @@ from typing import Any
 import psutil
 import torch
 
+from lorank.speed.allocator import give_back
+
 
 class PeakMemory:
     """Largest growth of memory inside a ``with``: allocated on CUDA, resident (sampled every 5 ms) on CPU."""
@@ -14,6 +16,7 @@ class PeakMemory:
     gib: float = math.nan
 
     def __enter__(self) -> "PeakMemory":
+        give_back()
         self._before = self._peak = psutil.Process().memory_info().rss
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
