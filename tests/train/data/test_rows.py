@@ -125,7 +125,9 @@ def test_words_that_are_remembered_give_the_same_tokens(tokenizer, prose):
     odd = " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2000\u200a\u200b\u2028\u2029\u202f\u3000\ufeff'a1é日_.,!²\u0301"
     chosen = random.Random(0)
     texts = ["".join(chosen.choices(odd, k=chosen.randint(0, 40))) for _ in range(2000)]
-    texts += ["it's  they'll\n\n  <|endoftext|> 12345", prose(50)]
+    code = "'sretxZ09_=(.,!\" \né²\x1c"
+    texts += ["".join(chosen.choices(code, k=chosen.randint(0, 40))) for _ in range(2000)]
+    texts += ["it's  they'll\n\n  <|endoftext|> 12345", "self.x1 ='re'[3:]#²", prose(50)]
     by_words = tokens.encoder(specials.rules_of(tokenizer, None), cut=False)
     assert isinstance(by_words, tokens.ByWords)
     for _ in range(2):  # forgotten and remembered
