@@ -66,9 +66,10 @@ def started(recipe: Recipe) -> Recipe:
         wrong = (
             method.name if method.name != saved.name else next(name for name in given if given[name] != fields[name])
         )
+        peft = ", or put a LoRA of peft on the loaded model" if method.adapts else ""
         raise ValueError(
-            f"start_from={recipe.start_from!r} is converted ({saved.name}) and keeps its settings; leave out {wrong}, or export it with "
-            "lorank export and start from the dense model"
+            f"start_from={recipe.start_from!r} is converted ({saved.name}) and keeps its settings; leave out {wrong}{peft}; if {saved.name} can "
+            "be merged, lorank export makes a dense model to start from"
         )
     patterns: dict[str, Any] = {name: recorded[name] or [] for name in ("targets", "exclude")}
     return dataclasses.replace(whole, method={saved.name: fields}, **patterns)

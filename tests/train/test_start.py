@@ -86,7 +86,16 @@ def test_a_method_with_new_factors_is_fitted_first(dense: Path) -> None:
         ("dense", {"method": "sltrain"}, "method must keep the trained weights of start_from='.*', got sltrain"),
         ("dense", {"method": "dense", "model": "gpt2"}, "model must be left out with start_from"),
         ("dense", {"method": "dense", "shape": {"hidden_size": 8}}, "shape must be left out with start_from"),
-        ("small", {"method": "cola"}, r"is converted \(low-rank\) and keeps its settings; leave out cola"),
+        (
+            "small",
+            {"method": "cola"},
+            r"is converted \(low-rank\) and keeps its settings; leave out cola; if low-rank can",
+        ),
+        (
+            "small",
+            {"method": "lora"},
+            r"keeps its settings; leave out lora, or put a LoRA of peft on the loaded model; if",
+        ),
         (
             "small",
             {"method": "low-rank", "rank": 3},
