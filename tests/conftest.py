@@ -31,7 +31,7 @@ import transformers
 from torch import Tensor
 
 import lorank
-from lorank import table
+from lorank import conversion, table
 from lorank.cli import main
 from lorank.testing.structure import SMALL, TOKENS, VOCABULARY
 
@@ -233,6 +233,15 @@ def fresh_python() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="module")
+def untried() -> Iterator[None]:
+    """Conversions of known shapes without the trial on shapes, which takes most of their time. tests/conversion/test_trial.py is
+    about it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conversion, "try_on_shapes", lambda *_: None)
+        yield
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from lorank.plan.forecast import forecast_all
 from lorank.train.budget import Budget
 from lorank.train.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("untried")
+
 FLEET = Fleet(accelerator=find_accelerator("h100"), devices=1)
 SHAPE = Recipe(size="20m", batch_size=4, micro_batch_size=2, sequence_length=32)
 
