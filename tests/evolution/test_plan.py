@@ -41,7 +41,18 @@ def test_a_step_includes_what_the_optimizer_does() -> None:
 def test_integers_are_planned_by_recipe_and_by_flags(in_this_process: Any) -> None:
     integers = ["weight_decay=0", "clip=0", "warmup_steps=0", "precision=fp32", "lr=1", "tokenizer=bytes"]
     settings = [word for setting in integers for word in ("--set", setting)]
-    small = "--option population=2 --option chunk=2 --batch-size 2 --micro-batch-size 2 --sequence-length 4".split()
+    small = [
+        "--option",
+        "population=2",
+        "--option",
+        "chunk=2",
+        "--batch-size",
+        "2",
+        "--micro-batch-size",
+        "2",
+        "--sequence-length",
+        "4",
+    ]
     for asked in (["egg"], ["--model", "lorank_egg", "--method", "eggroll+votes", *settings]):
         code, said, error = in_this_process("plan", *asked, *small, "--tokens", "1M", "--json")
         assert code == 0, error
