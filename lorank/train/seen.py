@@ -67,7 +67,7 @@ def packed(sample: np.ndarray, held_out: Iterable[str]) -> str:
 
 
 def share_of(texts: Iterable[str], samples: Iterable[str]) -> float:
-    """About which share of some documents, of 64 MB at most, is in a text of which `packed` wrote a sample; of several, the largest."""
+    """About which share of some documents, of 64 MB at most, is in the texts of which `packed` wrote samples."""
     known = [sample for one in samples if len(sample := _unpacked(one)) > 1]
     hashes, size = [], 0
     for text in texts if known else ():
@@ -76,8 +76,10 @@ def share_of(texts: Iterable[str], samples: Iterable[str]) -> float:
         if size >= ENOUGH:
             break
     found = np.unique(np.array(hashes, np.uint64))
-    shares = [np.isin(found[found <= sample[-1]], sample[:-1]) for sample in known]
-    return max((float(share.mean()) for share in shares if share.size), default=0.0)
+    found = found[
+        found <= min((sample[-1] for sample in known), default=LARGEST)
+    ]  # up to there all samples have all documents
+    return float(np.isin(found, np.concatenate([sample[:-1] for sample in known])).mean()) if found.size else 0.0
 
 
 def _unpacked(sample: str) -> np.ndarray:

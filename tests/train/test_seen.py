@@ -31,6 +31,8 @@ def test_a_sample_estimates_the_share_that_two_texts_have_in_common() -> None:
     mixed = [*many[1:9000:10], *(f"another {i}" for i in range(2700))]
     assert seen.share_of(mixed, [kept]) == pytest.approx(0.25, abs=0.1)
     assert seen.share_of(many, []) == seen.share_of(many, ["damaged"]) == 0
+    both = [kept, seen.packed(seen.sample_of(held_out[::2]), [])]
+    assert seen.share_of(many, both) == pytest.approx(0.95, abs=0.02), "in one of them"
     few = seen.packed(seen.sample_of(many[:10]), [])
     assert seen.share_of([*many[:1], *many[100:200]], [few]) == pytest.approx(1 / 101), "all hashes are kept"
 
