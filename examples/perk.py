@@ -66,6 +66,7 @@ start = parameters_of(model)
 rates = [{name: torch.tensor(RATE, requires_grad=True) for name in start} for _ in range(INNER)]
 learned = [*start.values(), *(rate for step in rates for rate in step.values())]
 optimizer = torch.optim.Adam(learned, lr=1e-3)
+schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, STEPS)
 print(f"right answers: {right():.0%} from an untrained adapter, {1 / VALUES:.0%} by chance")
 for step in range(1, STEPS + 1):
     loss, _ = after_writing(*text_and_questions(draw), kept=KEPT)
@@ -73,6 +74,7 @@ for step in range(1, STEPS + 1):
     loss.backward()
     torch.nn.utils.clip_grad_norm_(learned, 1.0)
     optimizer.step()
+    schedule.step()
     if step % 50 == 0:
         print(f"step {step}: loss of answers {loss.item():.3f}")
 print(f"right answers: {right():.0%} from the start that was learned")
