@@ -59,6 +59,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/gathered.py
 	$(BIN)/python benchmarks/loss.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/continual.py
 	$(BIN)/python benchmarks/federated.py
 	$(BIN)/python benchmarks/ratings.py
