@@ -62,6 +62,10 @@ def load_tokenizer(
                 if "trust_remote_code" in str(error)
                 else first_line(error)
             )
+            if name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(".json"):
+                reason = (
+                    reason if os.path.exists(os.path.expanduser(name_or_path)) else "there is no such file or folder"
+                )
             raise OSError(f"{name_or_path}: no tokenizer could be loaded ({reason})") from error
         if found.get_vocab().keys() <= found.get_added_vocab().keys():  # some types load without files
             raise OSError(f"{name_or_path}: no tokenizer could be loaded (its vocabulary is empty)")

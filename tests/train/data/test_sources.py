@@ -242,7 +242,18 @@ def wrong_files(tmp_path, prose, documents, write, write_jsonl):
         ),
         ("good.jsonl", {"sequence_length": 1}, ValueError, "sequence_length must be at least 2, got 1"),
         ("good.jsonl", {"vocab_size": 257}, ValueError, "vocab_size must be at least 258 .*, got 257"),
-        ("good.jsonl", {"tokenizer": "./nowhere"}, OSError, r"\./nowhere: no tokenizer could be loaded"),
+        (
+            "good.jsonl",
+            {"tokenizer": "./nowhere"},
+            OSError,
+            r"\./nowhere: no tokenizer could be loaded .there is no such",
+        ),
+        (
+            "good.jsonl",
+            {"tokenizer": "my/t.json"},
+            OSError,
+            r"my/t.json: no tokenizer could be loaded .there is no such",
+        ),
         (
             "good.jsonl",
             {"tokenizer": "gpt2"},
