@@ -30,7 +30,7 @@ print(memory.gib * 1024)
 
 @pytest.mark.skipif(allocator._glibc() is None, reason="the C library is not glibc")
 @pytest.mark.parametrize("decided", [False, True])
-def test_memory_of_a_freed_tensor_is_used_again_without_new_pages(decided: bool) -> None:
+def test_memory_of_a_freed_tensor_is_used_again(decided: bool) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     environment |= {"MALLOC_MMAP_THRESHOLD_": "65536"} if decided else {}
     command = [sys.executable, "-c", PROGRAM]
