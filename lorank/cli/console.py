@@ -12,6 +12,7 @@ from transformers.utils import logging
 from lorank.report.progress import TerminalProgress
 from lorank.report.work import WorkProgress
 from lorank.train.watching import watched_by
+from lorank.train.world import is_first
 
 NARROWEST = 70
 """Columns of results at least. In fewer, tables would have letters below each other; a narrower terminal breaks their lines itself."""
@@ -23,14 +24,14 @@ def results_console() -> Console:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.formatwarning = lambda message, *args, **kwargs: f"lorank: {message}\n"  # without the line of the code
     logging.disable_progress_bar()
-    console = Console(quiet=os.environ.get("RANK", "0") != "0")  # under torchrun the first process prints
+    console = Console(quiet=not is_first())  # under torchrun the first process prints
     console.width = max(console.width, NARROWEST)
     return console
 
 
 def errors_console() -> Console:
     """A console for progress that leaves no trace in what is piped on."""
-    return Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
+    return Console(stderr=True, quiet=not is_first())
 
 
 @contextlib.contextmanager

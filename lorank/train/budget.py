@@ -19,8 +19,8 @@ from lorank.fields import Count, Positive, check_value
 from lorank.method import Method
 from lorank.train.data import Corpus
 from lorank.train.data.sources import amount
-from lorank.train.engine import processes
 from lorank.train.recipe import LONGEST, Recipe
+from lorank.train.world import processes
 
 logger = logging.getLogger(__name__)
 

@@ -21,11 +21,12 @@ from lorank.method import Gradient
 from lorank.train import data
 from lorank.train.callbacks import StopOnNonFinite
 from lorank.train.distil import Teacher
-from lorank.train.engine import Engine, processes
+from lorank.train.engine import Engine
 from lorank.train.methods import build_optimizer, methods_of, schedule_of
 from lorank.train.recipe import Recipe
 from lorank.train.text import limits_of
 from lorank.train.trainer import PretrainTrainer
+from lorank.train.world import processes
 
 logger = logging.getLogger(__name__)
 PROJECT = "lorank"

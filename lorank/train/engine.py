@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from lorank.distributed.sharding import DATA, TENSOR
 from lorank.distributed.tensor_parallel import check
 from lorank.train.recipe import Recipe
+from lorank.train.world import is_first, processes
 
 OF_ACCELERATE = "ACCELERATE_USE_FSDP"
 """What ``accelerate launch --use_fsdp`` sets; its own wrapping would hold the whole model in every process."""
@@ -34,11 +35,6 @@ def in_company(out: Path) -> Iterator[None]:
         raise ConnectionError(
             f"another process of this run was killed or has failed, and says why if it could; continue with --resume {out}"
         ) from error
-
-
-def processes() -> int:
-    """Of this run, as torchrun says."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +67,7 @@ class Engine:
     @property
     def draws(self) -> bool:
         """Whether this process draws the initial weights. Others begin without."""
-        return not self.shares or os.environ.get("RANK", "0") == "0"
+        return not self.shares or is_first()
 
     def __str__(self) -> str:
         if not self.shares:

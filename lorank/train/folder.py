@@ -25,6 +25,7 @@ from lorank.distributed.saving import OPTIMIZER, OPTIMIZER_FILE, WEIGHTS
 from lorank.train.data.sources import weighted
 from lorank.train.methods import schedule_of, with_changed_defaults
 from lorank.train.recipe import Recipe
+from lorank.train.world import is_first
 from lorank.train.yamls import load
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ def prepare_folder(out: Path, resume: bool) -> None:
             probe.write(b"lorank")
     except OSError as error:
         raise OSError(f"cannot write to {out}: {error.strerror}") from None
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         shutil.rmtree(out / STAGING, ignore_errors=True)  # of a run that was killed while it saved
 
 
@@ -96,7 +97,7 @@ def locked(out: Path, *, keep: bool = False) -> Iterator[None]:
     """ValueError if another process is inside for the same folder; of those of a distributed run the first is inside for all. `keep` leaves
     the file there, as a sign that lorank made the folder."""
     lock = FileLock(out / LOCK, timeout=0)
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         try:
             lock.acquire()
         except Timeout:

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -62,6 +61,7 @@ from lorank.train.summary import Summary, environment
 from lorank.train.text import DOCUMENTS, limits_of, with_split_of_start
 from lorank.train.trainer import PretrainTrainer
 from lorank.train.vocabulary import keep_vocabulary
+from lorank.train.world import is_first
 
 logger = logging.getLogger(__name__)
 ADAPTER = "adapter"
@@ -103,7 +103,7 @@ def pretrain(
         raise ValueError(
             f"{out} is finished, so there is nothing to resume; train it longer with --steps, or start another run with --out"
         )
-    first, engine = os.environ.get("RANK", "0") == "0", Engine.of(engine)
+    first, engine = is_first(), Engine.of(engine)
     engine.check(recipe)
     check_start(recipe)
     place = check_push(recipe.push_to_hub) if recipe.push_to_hub is not None and first else None
