@@ -267,7 +267,7 @@ def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
         if owner is None:
             own_first = sorted(kinds, key=lambda kind: kind.name in DEFAULTS)
             fields = dict.fromkeys(f for kind in own_first for f in _fields(kind))
-            asked = "+".join(kind.name for kind in kinds if kind.name not in DEFAULTS) or "dense"
+            asked = "+".join(name for name in _named(recipe) if name not in DEFAULTS[1:]) or "dense"
             raise ValueError(f"{asked} has no setting {name!r}; its settings are: {', '.join(fields)}")
         kinds[owner][name] = value
     for kind, given in kinds.items():
