@@ -3,12 +3,14 @@
 python benchmarks/study/report.py
 """
 
+import json
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fits import Points, crossing, exponent
 from grid import SEEDS, SIZES, TEXTS
 from run import RESULTS, lines_of
 
@@ -83,9 +85,71 @@ def reach(row: Row, other: Row) -> float | None:
     return None if found is None else found["flops"] / other.flops
 
 
-def table(rows: Mapping[str, Row]) -> str:
+def seconds_of(size: str) -> dict[str, float]:
+    """Row -> seconds of a step, as speed.py has measured them; empty if it has not."""
+    path = RESULTS / f"speed-{size}.json"
+    return json.loads(path.read_text())["seconds"] if path.exists() else {}
+
+
+def at_equal_time(rows: Mapping[str, Row], seconds: Mapping[str, float]) -> str | None:
+    """How far dense-muon is when cola+muon has finished."""
+    if not {"cola+muon", "dense-muon"} <= rows.keys() & seconds.keys():
+        return None
+    cola, dense = rows["cola+muon"], rows["dense-muon"]
+    steps = next(iter(cola.runs.values()))["steps"] * seconds["cola+muon"] / seconds["dense-muon"]
+    reached = []
+    for run in dense.runs.values():
+        points = [(int(step), loss) for step, loss in run["curve"].items()]
+        after = next((k for k, (step, _) in enumerate(points) if step >= steps), None)
+        if not after:
+            return None
+        (x0, y0), (x1, y1) = points[after - 1], points[after]
+        reached.append(y0 + (y1 - y0) * (steps - x0) / (x1 - x0))
+    last = statistics.fmean([*run["curve"].values()][-1] for run in cola.runs.values())
+    return (
+        f"A step of dense-muon takes {seconds['dense-muon'] / seconds['cola+muon']:.2f} times as long as one of cola+muon on one core of this "
+        f"machine. When cola+muon ends, at {last:.3f} nats per token, dense-muon has done {steps:.0f} steps and is at "
+        f"{statistics.fmean(reached):.3f}, with its learning rate not yet at the end."
+    )
+
+
+def over_sizes(text: str, found: Mapping[str, Mapping[str, Row]]) -> str | None:
+    """Loss against compute of one text, over sizes -> rows; None for fewer than two sizes."""
+    rows: dict[str, dict[int, list[tuple[float, float]]]] = {}
+    for of_size in found.values():
+        for name, row in of_size.items():
+            for seed, loss in row.losses.items():
+                rows.setdefault(name, {}).setdefault(seed, []).append((row.flops, loss))
+    whole: dict[str, Points] = {}
+    for name, seeds in rows.items():
+        if kept := {seed: points for seed, points in seeds.items() if len(points) == len(found) > 1}:
+            whole[name] = kept
+    if not whole:
+        return None
+    lines = ["| row | seeds | b in loss = exp(a) FLOPs^-b | crosses dense-muon at |", "|---|---|---|---|"]
+    for name, points in whole.items():
+        b = exponent(points)
+        at = crossing(points, whole["dense-muon"]) if name != "dense-muon" and "dense-muon" in whole else None
+        shown = (
+            "" if at is None else quantity(math.exp(at.mean)) + interval(math.exp(at.low), math.exp(at.high), quantity)
+        )
+        lines.append(f"| {name} | {len(points)} | {b.mean:.3f}{interval(b.low, b.high, '{:.3f}'.format)} | {shown} |")
+    sizes = ", ".join(found)
+    return (
+        f"## Loss against compute, {text}\n\nOver {sizes}, at equal tokens (`benchmarks/study/fits.py`).\n\n"
+        + "\n".join(lines)
+        + "\n"
+    )
+
+
+def interval(low: float, high: float, form: Callable[[float], str]) -> str:
+    return "" if math.isnan(low) else f" ({form(low)} to {form(high)})"
+
+
+def table(rows: Mapping[str, Row], seconds: Mapping[str, float]) -> str:
     """Rows of a size and a text as Markdown."""
     titles = ["row", "in blocks", "FLOPs", "rate", "seeds", "perplexity", "against dense-muon", "FLOPs to dense's loss"]
+    titles += ["time to it"] if seconds else []
     lines = ["| " + " | ".join(titles) + " |", "|" + "---|" * len(titles)]
     muon, dense = rows.get("dense-muon"), rows.get("dense")
     for row in rows.values():
@@ -102,8 +166,18 @@ def table(rows: Mapping[str, Row]) -> str:
             "" if gap is None else said(gap),
             "not reached" if share is None else f"{share:.2f}",
         ]
+        if seconds:
+            cells.append(time_to(row, dense, seconds))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def time_to(row: Row, dense: Row | None, seconds: Mapping[str, float]) -> str:
+    """Until `row` has the last loss of dense with AdamW, as a share of the time of that run."""
+    if dense is None or not {row.name, "dense"} <= seconds.keys() or (share := reach(row, dense)) is None:
+        return ""
+    steps = share * dense.flops / row.flops  # as a share of the row's
+    return f"{steps * seconds[row.name] / seconds['dense']:.2f}"
 
 
 def said(gap: Interval) -> str:
@@ -173,13 +247,18 @@ as many steps as give them the same training FLOPs. "Against dense" compares per
 def page() -> str:
     """docs/study.md."""
     parts = [(Path(__file__).with_name("page.md")).read_text(encoding="utf-8")]
+    found: dict[str, dict[str, Mapping[str, Row]]] = {}
     for size in SIZES:
+        seconds = seconds_of(size)
         for text in TEXTS:
             if rows := rows_of([*lines_of(RESULTS / f"{size}-{text}.jsonl").values()]):
+                found.setdefault(text, {})[size] = rows
                 name = f"study-{size}-{text}.svg"
                 write_whole(DOCS / name, picture(rows, f"{size}, {text}: validation loss against training FLOPs"))
-                parts.append(f"## {size}, {text}\n\n![Loss against FLOPs]({name})\n\n{table(rows)}\n")
-                parts += [" ".join(verdict(rows)) + "\n"] if verdict(rows) else []
+                parts.append(f"## {size}, {text}\n\n![Loss against FLOPs]({name})\n\n{table(rows, seconds)}\n")
+                sentences = [*verdict(rows), *filter(None, [at_equal_time(rows, seconds)])]
+                parts += [" ".join(sentences) + "\n"] if sentences else []
+    parts += filter(None, (over_sizes(text, sizes) for text, sizes in found.items()))
     if nano := rows_of([*lines_of(RESULTS / "nano-shakespeare.jsonl").values()]):
         parts.append(published(nano))
     return "\n".join(parts)
