@@ -22,6 +22,7 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -55,6 +56,7 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
             without them (OSFT, and CoDyRA after its first task).
         OSError: a file cannot be written.
     """
+    _check_whole(model)
     layers: Mapping[str, nn.Module] = adapted(model)
     if layers:
         recorded: Any = {CONVOLUTIONS: {**next(iter(adapted(model).values())).settings(), "names": [*layers]}}
@@ -161,6 +163,7 @@ def export_peft(model: nn.Module, folder: str | Path) -> None:
             all of W), or parameters outside it train too.
         OSError: a file cannot be written.
     """
+    _check_whole(model)
     convolutions = adapted(model)
     layers, pairs = (
         _pairs(model) if not convolutions else (convolutions, {n: m.pair() for n, m in convolutions.items()})
@@ -199,6 +202,15 @@ def export_peft(model: nn.Module, folder: str | Path) -> None:
     for name, mu in magnitudes.items():
         tensors[f"base_model.model.{name}.lora_magnitude_vector"] = mu.contiguous()
     _write(Path(folder).expanduser(), PEFT_WEIGHTS, tensors, PEFT_ABOUT, about)
+
+
+def _check_whole(model: nn.Module) -> None:
+    """Raises ValueError for sharded weights."""
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise ValueError(
+            "weights must be whole, but they are sharded (FSDP2); save them with torch.distributed.checkpoint, load them in one process, and "
+            "save the adapter there"
+        )
 
 
 def _pairs(model: nn.Module) -> tuple[Mapping[str, nn.Module], dict[str, Pair]]:

@@ -53,6 +53,9 @@ class StepHook:
         ValueError: the optimizer has a hook already, both of which would act; or before a step, parameters of `edits` are sharded.
     """
 
+    owner: str | None = None
+    """The method whose hook it is, as `lorank.step_hook` says."""
+
     def __init__(self, optimizer: Optimizer, edits: Iterable[nn.Module] = ()):
         if getattr(optimizer, "lorank_hook", None) is not None:
             raise ValueError("optimizer must have one hook, but it has one already; use that or make another optimizer")
@@ -80,7 +83,7 @@ class StepHook:
         """Raises ValueError if parameters of `edits` are sharded."""
         if any(isinstance(p, DTensor) for module in self.edits for p in module.parameters()):
             raise ValueError(
-                f"{type(self).__name__} changes whole weights between steps, but they are sharded (FSDP2 or tensor parallelism); use DDP or one "
+                f"{self.owner or type(self).__name__} changes whole weights between steps, but they are sharded (FSDP2 or tensor parallelism); use DDP or one "
                 "device"
             )
 

@@ -110,6 +110,7 @@ def step_hook(model: nn.Module, optimizer: Optimizer, *, steps: int, seed: int =
                 f"{method.name} cannot act on parameters that FullyShardedDataParallel has flattened; use DDP or train on one device"
             )
         if (hook := method.hook(model if inner is None else inner, moving, steps=steps, seed=seed)) is not None:
+            hook.owner = method.name
             return hook
     return None
 

@@ -3,7 +3,8 @@
     y = W x + s Σ_i g_i B_i A_i x (+ b)     g [N], or [batch, N] with a row for each sample; block i has r_i ranks
 
 `lorank.set_context` says what g follows; it holds until it is called again, also while blocks are computed a second time for the backward
-pass. Where g is the same for all samples, a layer merges.
+pass. So with activation checkpointing call ``backward`` before the next `lorank.set_context`: a sum of losses of several contexts would be
+differentiated at the last one. Where g is the same for all samples, a layer merges.
 """
 
 from collections.abc import Sequence

@@ -42,6 +42,10 @@ def cp_kernel(a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
     return torch.einsum("oq,iq,hq,wq->oihw", a, b, c, d)
 
 
+LEAST = 1e-12
+"""|kernel| of a channel is at least this."""
+
+
 def channel_norms(kernel: Tensor) -> Tensor:
     """|.| of (4), [c_out, 1, 1, 1]."""
     return torch.linalg.vector_norm(kernel, dim=(1, 2, 3), keepdim=True)
@@ -85,7 +89,7 @@ class AdaptedConv2d(nn.Module):
     def kernel(self) -> Tensor:
         """W', which a plain convolution would have."""
         kernel = self.W.weight + self.scale * self.update()
-        return kernel if self.mu is None else kernel * (self.mu / channel_norms(kernel))
+        return kernel if self.mu is None else kernel * (self.mu / channel_norms(kernel).clamp(min=LEAST))
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self.W

@@ -7,7 +7,9 @@ of A_i (`blockwise`). So adapters that choose by rank, by task, by user or by wh
 A gate that is the same for all inputs merges, W + s B diag(g) A; one that depends on x does not.
 """
 
+import contextlib
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar
 
@@ -194,9 +196,23 @@ class Adapter(Method):
                 f"{self.name} ends a task on whole weights, but they are sharded (FSDP2 or tensor parallelism); use DDP or one device"
             )
         for layer in self.layers(model).values():
-            if layer.next_task() and optimizer is not None:
+            with draws_that_follow([*layer.trained()]):
+                began = layer.next_task()
+            if began and optimizer is not None:
                 for p in layer.trained():
                     optimizer.state.pop(p, None)
+
+
+@contextlib.contextmanager
+def draws_that_follow(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Random draws inside are decided by the values of some parameters: replicas that are equal stay so, and a resumed run draws what it
+    would have drawn. The global generator stays as it is."""
+    digest = hashlib.sha256()
+    for p in parameters:
+        digest.update(p.detach().to("cpu", torch.float32).numpy().tobytes())
+    with torch.random.fork_rng({p.device.index for p in parameters if p.is_cuda}):
+        torch.manual_seed(int.from_bytes(digest.digest()[:8], "big") >> 1)
+        yield
 
 
 def check_width(rank: Rank, sites: Sequence[Site], option: str = "rank") -> None:

@@ -53,7 +53,8 @@ class UserGate(Gate):
         nn.init.normal_(self.unknown)
 
     def forward(self, u: Tensor | None) -> Tensor:
-        users = self.unknown if u is None else u.to(self.weight)
+        # a gradient of zero for the unknown user, since DDP waits for one of every parameter
+        users = self.unknown if u is None else u.to(self.weight) + 0 * self.unknown
         return torch.softmax(nn.functional.linear(users, self.weight, self.bias), dim=-1)
 
 

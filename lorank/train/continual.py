@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from lorank import accounting
+from lorank.adapter_files import hash_without
 from lorank.conversion import convert
 from lorank.fields import field_types
 from lorank.loop import lr_schedule, next_task, optimizer, step_hook
@@ -155,7 +156,14 @@ def continual(
     check_causal(base)
     check_positions(base, settings.sequence_length)
     corpora = [_corpus(task, model, settings) for task in tasks]
-    asked = {"model": model, "tasks": [*tasks], "options": dict(options or {}), **dataclasses.asdict(settings)}
+    hashes = {"weights": hash_without(base, ()), "texts": [corpus.hash for corpus in corpora]}
+    asked = {
+        "model": model,
+        "tasks": [*tasks],
+        **hashes,
+        "options": dict(options or {}),
+        **dataclasses.asdict(settings),
+    }
     done = _earlier(out, asked)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder for the results, got the file {out}")
@@ -304,12 +312,20 @@ def _earlier(out: Path, asked: Mapping[str, Any]) -> list[Stream]:
     if not (out / FILE).exists():
         return []
     found = read_json(out / FILE)
-    if other := next((name for name, value in asked.items() if found.get(name) != value), None):
+    if other := next((name for name, value in asked.items() if name in found and found[name] != value), None):
+        if other in ("weights", "texts"):
+            what = asked["model"] if other == "weights" else _changed(asked, found)
+            raise ValueError(f"{out} has results from before {what} changed; choose another folder with --out")
         raise ValueError(
             f"{out} has results of {other}={found.get(other)!r}, got {asked[other]!r}; choose another folder with --out"
         )
     names = {field.name for field in dataclasses.fields(Stream)}
     return [Stream(**{name: one[name] for name in names}) for one in found["streams"]]
+
+
+def _changed(asked: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The first task with another text than before."""
+    return next(t for t, now, then in zip(asked["tasks"], asked["texts"], found["texts"], strict=True) if now != then)
 
 
 def _mean(values: Any) -> float:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import lorank
+from lorank.adapters.gated import Adapted
 from lorank.table import find, method_names
 
 ADAPTERS = [name for name in method_names("method") if find(name).adapts]
@@ -56,3 +57,21 @@ def test_micro_batches_add_up_and_a_resumed_run_is_the_same(name: str, small: An
         its.zero_grad()
     assert all(torch.equal(p, q) for p, q in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
     assert hook is None or hook.step == other.step == 4
+
+
+@pytest.mark.parametrize("name", [name for name in ADAPTERS if find(name).layer.next_task is not Adapted.next_task])
+def test_the_next_task_begins_alike_in_every_replica(name: str, small: Any) -> None:
+    """Whatever the state of the global generator, which stays as it is; other weights begin otherwise."""
+    models = [copy.deepcopy(start(small, name)[0]) for _ in range(3)]
+    with torch.no_grad():
+        for p in models[2].parameters():
+            p.add_(0.01)
+    for seed, model in enumerate(models):
+        torch.manual_seed(seed)
+        lorank.next_task(model)
+        assert torch.initial_seed() == seed and torch.equal(
+            torch.rand(2), torch.rand(2, generator=torch.Generator().manual_seed(seed))
+        )
+    one, same, other = ([*model.state_dict().values()] for model in models)
+    assert all(torch.equal(p, q) for p, q in zip(one, same, strict=True))
+    assert not all(torch.equal(p, q) for p, q in zip(one, other, strict=True))

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -122,9 +123,20 @@ def test_sharded_weights_are_refused_before_a_step(
     for block in model.model.layers:
         fully_shard(block, mesh=mesh)
     before = whole(next(iter(model.model.layers.parameters()))).clone()
-    with pytest.raises(ValueError, match=r"Hook changes whole weights between steps, but they are sharded \(FSDP2"):
+    with pytest.raises(
+        ValueError, match=rf"^{method.name} changes whole weights between steps, but they are sharded \(FSDP2"
+    ):
         optimizer.step()
     assert torch.equal(before, whole(next(iter(model.model.layers.parameters()))))
+
+
+def test_a_sharded_adapter_is_not_saved_alone(small: Callable[..., Any], tmp_path: Path, one_process: None) -> None:
+    model: Any = convert(small("llama"), "lora")
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    for write in (lorank.save_adapter, lorank.export_peft):
+        with pytest.raises(ValueError, match=r"^weights must be whole, but they are sharded \(FSDP2\)"):
+            write(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_another_holder_of_the_parameters_is_refused(small: Callable[..., Any], tokens: Tensor) -> None:

@@ -71,6 +71,16 @@ def test_a_stream_is_trained_once(base: Path, tmp_path: Path, monkeypatch: pytes
     assert continual(str(base), tasks, ["full", "moram"], tmp_path, **given) == found
     with pytest.raises(ValueError, match=r"has results of steps=3, got 4; choose another folder"):
         continual(str(base), tasks, ["moram"], tmp_path, **{**given, "settings": replace(QUICK, steps=4)})
+    changed = [str(tmp_path / "copy.jsonl"), *tasks[1:]]
+    before = json.loads((tmp_path / "results.json").read_text())
+    (tmp_path / "results.json").write_text(json.dumps({**before, "tasks": changed}))
+    assert continual(str(base), changed, ["full", "moram"], tmp_path, **given) == found, (
+        "the same text in another place"
+    )
+    rows = Path(changed[0]).read_text().splitlines(keepends=True)
+    Path(changed[0]).write_text("".join(rows[: len(rows) // 2]))
+    with pytest.raises(ValueError, match=r"has results from before .*copy\.jsonl changed; choose another folder"):
+        continual(str(base), changed, ["full", "moram"], tmp_path, **given)
 
 
 def test_the_loss_is_that_of_the_next_token(base: Path, tmp_path: Path) -> None:
