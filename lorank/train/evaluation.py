@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorank.auto import type_of
 from lorank.loss import next_token_loss, predicted_tokens
 from lorank.pretrained import positions_of
+from lorank.speed.linear_cross_entropy import loss_without_logits
 from lorank.train.data import collate, end_of, load_evaluation
 from lorank.train.data.corpus import MOST_TOKENS
 from lorank.train.model import check_causal, check_positions, check_separate
@@ -163,7 +164,7 @@ def evaluate_folder(
     rows = max_tokens or chosen.validation_tokens or MOST_TOKENS
     batches, bytes_per_token = text_for(loaded, own, chosen, max_tokens=rows)
     stop = max_tokens or chosen.last_tokens or rows
-    found = evaluate(loaded, batches, max_tokens=stop, bytes_per_token=bytes_per_token)
+    found = evaluate(loss_without_logits(loaded), batches, max_tokens=stop, bytes_per_token=bytes_per_token)
     return found._replace(text=str(chosen))
 
 
