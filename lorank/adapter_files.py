@@ -22,7 +22,6 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _NormBase
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -33,6 +32,7 @@ from lorank.conversion import convert, method_of
 from lorank.factors import Pair
 from lorank.fusion import FusedProjections, join_rows
 from lorank.method import SHARED
+from lorank.optim.shards import is_sharded
 from lorank.pretrained import dense_config, forget
 from lorank.rewriting import converted_with
 from lorank.table import from_record
@@ -57,9 +57,10 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
         OSError: a file cannot be written.
     """
     _check_whole(model)
-    layers: Mapping[str, nn.Module] = adapted(model)
-    if layers:
-        recorded: Any = {CONVOLUTIONS: {**next(iter(adapted(model).values())).settings(), "names": [*layers]}}
+    convolutions = adapted(model)
+    layers: Mapping[str, nn.Module] = convolutions
+    if convolutions:
+        recorded: Any = {CONVOLUTIONS: {**next(iter(convolutions.values())).settings(), "names": [*convolutions]}}
     else:
         method = adapter_of(model)
         if (why := method.inseparable(model)) is not None:
@@ -165,9 +166,7 @@ def export_peft(model: nn.Module, folder: str | Path) -> None:
     """
     _check_whole(model)
     convolutions = adapted(model)
-    layers, pairs = (
-        _pairs(model) if not convolutions else (convolutions, {n: m.pair() for n, m in convolutions.items()})
-    )
+    layers, pairs = (convolutions, {n: m.pair() for n, m in convolutions.items()}) if convolutions else _pairs(model)
     if more := [name for name in _own(model, layers)[1] if SHARED not in name]:
         raise ValueError(
             f"only the adapter may train for a LoRA of peft, but {more[0]} does too; use save_adapter, or lorank.merge"
@@ -206,7 +205,7 @@ def export_peft(model: nn.Module, folder: str | Path) -> None:
 
 def _check_whole(model: nn.Module) -> None:
     """Raises ValueError for sharded weights."""
-    if any(isinstance(p, DTensor) for p in model.parameters()):
+    if is_sharded(model.parameters()):
         raise ValueError(
             "weights must be whole, but they are sharded (FSDP2); save them with torch.distributed.checkpoint, load them in one process, and "
             "save the adapter there"

@@ -15,13 +15,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lorank.factors import Pair, prune
 from lorank.fields import Rank
 from lorank.layers import FrozenPlusLowRank, wide
 from lorank.method import Method, Site, check_table, rank_at
+from lorank.optim.shards import is_sharded
 from lorank.rewriting import converted_with
 
 # ---- the product
@@ -191,7 +191,7 @@ class Adapter(Method):
             ValueError: something would change, but weights are sharded.
         """
         changes = any(type(layer).next_task is not Adapted.next_task for layer in self.layers(model).values())
-        if changes and any(isinstance(p, DTensor) for p in model.parameters()):
+        if changes and is_sharded(model.parameters()):
             raise ValueError(
                 f"{self.name} ends a task on whole weights, but they are sharded (FSDP2 or tensor parallelism); use DDP or one device"
             )

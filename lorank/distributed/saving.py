@@ -22,8 +22,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
 
-from lorank.distributed.sharding import is_sharded
-from lorank.optim.shards import like, sharded
+from lorank.optim.shards import is_sharded, like, sharded
 
 WEIGHTS, OPTIMIZER, OPTIMIZER_FILE = "weights", "optimizer", "optimizer.json"
 WHOLE_OPTIMIZER = "optimizer.pt"
@@ -43,7 +42,11 @@ def load_weights(model: nn.Module, checkpoint: Path) -> list[str]:
     """
     folder = checkpoint / WEIGHTS if (checkpoint / WEIGHTS).exists() else checkpoint
     kept, there = _kept(model), _shapes(folder)
-    _read({name: tensor for name, tensor in kept.items() if name in there}, folder, alone=not is_sharded(model))
+    _read(
+        {name: tensor for name, tensor in kept.items() if name in there},
+        folder,
+        alone=not is_sharded(model.parameters()),
+    )
     return [name for name in kept if name not in there]
 
 
@@ -71,7 +74,7 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     if (checkpoint / OPTIMIZER_FILE).exists():
         names = {name: p for name, p in model.named_parameters()}
-        state, groups = _of_several(names, parameters, checkpoint, alone=not is_sharded(model))
+        state, groups = _of_several(names, parameters, checkpoint, alone=not is_sharded(model.parameters()))
     else:
         whole = torch.load(checkpoint / WHOLE_OPTIMIZER, map_location="cpu", weights_only=True, mmap=True)
         groups = whole["param_groups"]

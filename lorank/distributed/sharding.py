@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lorank.distributed.tensor_parallel import parallelize
@@ -111,7 +110,3 @@ def gathered(model: nn.Module) -> dict[str, Tensor] | None:
         if first:
             found[name] = every.to("cpu", copy=True)
     return found if first else None
-
-
-def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(p, DTensor) for p in model.parameters())

@@ -20,6 +20,11 @@ def processes() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_sharded(parameters: Iterable[Tensor]) -> bool:
+    """Whether any of them is a part of a tensor."""
+    return any(isinstance(p, DTensor) for p in parameters)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor; all processes must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

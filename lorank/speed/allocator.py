@@ -3,7 +3,8 @@
 glibc returns the memory of a large tensor to the system as soon as it is freed. The next operation fetches as much again, and
 the system clears and maps it page by page, 4 KiB each: in a step of the 60M Llama with CoLA on 4 x 256 tokens, some 140,000
 times, which take a tenth of its time. `keep_freed_memory` ends this. With small batches of small models, whose memory glibc
-keeps anyway, it gains nothing (`benchmarks/step.py --give-back`). The peak stays as it is, but for holes between tensors. Memory on accelerators has PyTorch's own allocator.
+keeps anyway, it gains nothing (`benchmarks/step.py --give-back`). The peak stays as it is, but for holes between tensors. Memory
+on accelerators has PyTorch's own allocator.
 """
 
 import ctypes

@@ -76,9 +76,8 @@ def share_of(texts: Iterable[str], samples: Iterable[str]) -> float:
         if size >= ENOUGH:
             break
     found = np.unique(np.array(hashes, np.uint64))
-    found = found[
-        found <= min((sample[-1] for sample in known), default=LARGEST)
-    ]  # up to there all samples have all documents
+    limit = min((sample[-1] for sample in known), default=LARGEST)
+    found = found[found <= limit]  # up to there all samples have all documents
     return float(np.isin(found, np.concatenate([sample[:-1] for sample in known])).mean()) if found.size else 0.0
 
 
