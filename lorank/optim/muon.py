@@ -12,8 +12,7 @@ With this s an update has the root mean square of AdamW's, so that one learning 
 
 Saves: optimizer state.
 
-State: m n numbers per matrix instead of Adam's 2 m n. A step costs 5 (4 m² n + 2 m³) FLOPs. torch's function does it, with NS₅ in
-bfloat16.
+State: m n numbers per matrix instead of Adam's 2 m n. A step costs 5 (4 m² n + 2 m³) FLOPs, in newton_schulz.py.
 
 Source: Liu et al., "Muon is Scalable for LLM Training", arXiv 2502.16982; Jordan et al., "Muon: An optimizer for hidden layers in
 neural networks", 2024.
@@ -27,10 +26,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.optim._muon import DEFAULT_A, DEFAULT_B, DEFAULT_C, muon
 
 from lorank.fields import Bounds, NonNegative
+from lorank.optim.newton_schulz import newton_schulz, newton_schulz_flops, products_in
 from lorank.optim.rule import Group, Rule, State
+from lorank.optim.stacks import at_once
 
 Scale = Literal["dion", "kj", "kimi", "none"]
 SCALES: dict[str, Callable[[int, int], float]] = {
@@ -43,7 +43,7 @@ SCALES: dict[str, Callable[[int, int], float]] = {
 
 
 class Muon(Rule):
-    """torch's Muon with Nesterov momentum and five steps of Newton-Schulz in bfloat16."""
+    """Of each matrix for itself."""
 
     kept = typed = ("momentum_buffer",)
     defaults: ClassVar[Mapping[str, Any]] = {"momentum": 0.95, "eps": 1e-7, "scaling": "kimi"}
@@ -59,26 +59,17 @@ class Muon(Rule):
 
     def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
         buffers = [state["momentum_buffer"] for state in states]
-        weights, gradients, buffers = map(_matrices, (weights, gradients, buffers))
-        alike: dict[torch.Size, list[int]] = {}
-        for i, W in enumerate(weights):
-            alike.setdefault(W.shape if group["scaling"] != "kimi" else torch.Size(), []).append(i)
-        for shape, some in alike.items():
-            longer = SCALES[group["scaling"]](*shape) / SCALES["kimi"](*shape) if shape else 1.0  # torch's has kimi's
-            muon(
-                [weights[i] for i in some],
-                [gradients[i] for i in some],
-                [buffers[i] for i in some],
-                lr=group["lr"] * longer,
-                weight_decay=group["weight_decay"] / longer,
-                momentum=group["momentum"],
-                nesterov=True,
-                ns_coefficients=(DEFAULT_A, DEFAULT_B, DEFAULT_C),
-                ns_steps=5,
-                eps=group["eps"],
-                adjust_lr_fn="match_rms_adamw",
-                has_complex=False,
-            )
+        W, G, M = map(_matrices, (weights, gradients, buffers))
+        alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
+        for i, matrix in enumerate(W):
+            alike.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(i)
+        for (shape, dtype, device), indices in alike.items():
+            length = group["lr"] * SCALES[group["scaling"]](*shape)
+            for some in at_once(indices, shape.numel(), device):
+                N = torch.stack([G[i].lerp(M[i].lerp_(G[i], 1 - group["momentum"]), group["momentum"]) for i in some])
+                moves = newton_schulz(N.to(products_in(dtype, device)), eps=group["eps"]).to(dtype)
+                for i, move in zip(some, moves, strict=True):
+                    W[i].mul_(1 - group["lr"] * group["weight_decay"]).sub_(move, alpha=length)
 
     def bytes(self, shape: Sequence[int], itemsize: int) -> int:
         return math.prod(shape) * itemsize
@@ -91,13 +82,3 @@ class Muon(Rule):
 def _matrices(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Each matrix, and the matrices of each stack [k, m, n]."""
     return [matrix for tensor in tensors for matrix in (tensor.unbind() if tensor.ndim == 3 else (tensor,))]
-
-
-def newton_schulz_flops(m: int, n: int, steps: int = 5) -> int:
-    """Of Newton-Schulz on [m, n] with the shorter side s and the longer l: steps (4 s² l + 2 s³).
-
-    >>> newton_schulz_flops(20, 3)
-    3870
-    """
-    short, long = min(m, n), max(m, n)
-    return steps * (4 * short * short * long + 2 * short**3)

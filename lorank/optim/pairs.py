@@ -11,7 +11,7 @@ from lorank.layers import factor
 from lorank.method import SHARED
 from lorank.optim.groups import hidden_matrices
 from lorank.optim.rule import Group, Rule, State
-from lorank.optim.stacks import STACKED, each, stacked
+from lorank.optim.stacks import at_once, each, stacked
 from lorank.sites import expert_stacks, linear_layers
 
 
@@ -125,9 +125,8 @@ class PairRule(Rule):
             )
             alike.setdefault((A.shape, B.shape, A.dtype, A.device, counts), []).append(i)
         for (a, b, dtype, device, _), indices in alike.items():
-            most = 1 if len(a) == 3 else max(1, STACKED.get(device.type, 1 << 26) // (a.numel() + b.numel()))
-            for start in range(0, len(indices), most):
-                sides = [[i + side for i in indices[start : start + most]] for side in range(2)]
+            for firsts in at_once(indices, a.numel() + b.numel(), device, ndim=len(a)):
+                sides = [[i + side for i in firsts] for side in range(2)]
                 wide = torch.promote_types(dtype, torch.float32)
                 W = [stacked([weights[i] for i in some], len(a)).to(wide, copy=True) for some in sides]
                 G = [stacked([gradients[i] for i in some], len(a)).to(wide) for some in sides]

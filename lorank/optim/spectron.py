@@ -34,11 +34,10 @@ from torch import Tensor, nn
 from lorank.fields import Fraction, NonNegative
 from lorank.method import Patterns
 from lorank.optim.driver import ByGroups
-from lorank.optim.muon import newton_schulz_flops
+from lorank.optim.newton_schulz import newton_schulz, newton_schulz_flops
 from lorank.optim.pairs import PairRule, pair_groups
 from lorank.optim.rule import Group, Rule, State
 from lorank.optim.stacks import as_stack
-from lorank.optim.trion import newton_schulz
 
 LARGEST = 1.2024
 """Of the singular values that five steps of Newton-Schulz make of those in (0, 1]."""

@@ -12,7 +12,7 @@ What is computed is computed in single precision at least, and stored in the typ
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +24,9 @@ from lorank.optim.shards import Waiting, add_product, like, local, sharded, whol
 if TYPE_CHECKING:
     from lorank.optim.driver import ByGroups
 
+T = TypeVar("T")
 STACKED = {"cpu": 1 << 18}
-"""Numbers in one stack, at most: a CPU is busy with one large product, which a copy into a stack would only delay."""
+"""Numbers in one stack, at most, by device; elsewhere 2²⁶. A CPU is busy with one large product, which a copy would only delay."""
 LIKE_PARAMETERS = ("exp_avg", "exp_avg_sq", "momentum", "momentum_buffer", "left", "right", "error", "arrived")
 """Entries of a state that have the parameters' type."""
 
@@ -161,6 +162,12 @@ def each(values: Tensor, ndim: int) -> Sequence[Tensor]:
     return [values] if ndim == 3 else values.unbind()
 
 
+def at_once(alike: list[T], numbers: int, device: torch.device, ndim: int = 2) -> list[list[T]]:
+    """Those of equal shapes, so many numbers each, by the stack they belong to; parameters [E, m, n] are stacks already."""
+    most = 1 if ndim == 3 else max(1, STACKED.get(device.type, 1 << 26) // numbers)
+    return [alike[start : start + most] for start in range(0, len(alike), most)]
+
+
 def as_stack(shape: Sequence[int]) -> tuple[int, int, int]:
     """(k, m, n) of a weight [m, n] or [k, m, n].
 
@@ -188,8 +195,7 @@ def stacks(
             steps = int(state[p].setdefault("steps", torch.zeros((), dtype=torch.int64, device="cpu")))
             alike.setdefault((p.shape, p.dtype, p.device, steps), []).append(p)
     for (shape, _, device, _), parameters in alike.items():
-        most = 1 if len(shape) == 3 else max(1, STACKED.get(device.type, 1 << 26) // shape.numel())
-        for some in (parameters[start : start + most] for start in range(0, len(parameters), most)):
+        for some in at_once(parameters, shape.numel(), device, ndim=len(shape)):
             found.append(
                 Stack(method, some, group, [state[p] for p in some], [phases.get(p, 0) for p in some], waiting)
             )

@@ -34,28 +34,15 @@ from lorank.method import Patterns, Published
 from lorank.optim.dct import Transform, back, columns, select, transform, transform_flops, vectors
 from lorank.optim.driver import Projected
 from lorank.optim.groups import with_lengths
-from lorank.optim.muon import SCALES, Scale, newton_schulz_flops
+from lorank.optim.muon import SCALES, Scale
+from lorank.optim.newton_schulz import newton_schulz, newton_schulz_flops
 from lorank.optim.stacks import Product, Stack, as_stack
 from lorank.optim.step import LowRankOptimizer
-
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 def state_elements(m: int, n: int, r: int) -> int:
     """Numbers kept for a matrix [m, n]: the momentum, whatever the rank."""
     return m * n
-
-
-def newton_schulz(b: Tensor, steps: int = 5) -> Tensor:
-    """b [k, m, r] with singular values near 1 (0.68 to 1.16 where they were not below 0.005 of its norm)."""
-    x, y, z = COEFFICIENTS
-    X = b / (b.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    wide = X.shape[-2] <= X.shape[-1]
-    X = X if wide else X.mT
-    for _ in range(steps):
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=y, alpha=z), X, beta=x)  # x X + (y A + z A A) X
-    return X if wide else X.mT
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

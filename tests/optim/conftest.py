@@ -3,11 +3,18 @@
 from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lorank.optim.driver import ByGroups
 from lorank.optim.step import LowRankOptimizer
+
+
+@pytest.fixture
+def as_torchs_muon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Muon's products in bfloat16, as torch's on every device and ours on accelerators."""
+    monkeypatch.setattr("lorank.optim.muon.products_in", lambda dtype, device: torch.bfloat16)
 
 
 def matrices(*shapes: tuple[int, int], dtype: torch.dtype = torch.float64) -> list[nn.Parameter]:

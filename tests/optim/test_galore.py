@@ -221,7 +221,7 @@ def test_every_rule_moves_within_the_subspace(rule: Any) -> None:
 
 
 @pytest.mark.parametrize("rule", ["adafactor", "muon"])
-def test_at_full_rank_a_rule_is_torchs_own(rule: Any) -> None:
+def test_at_full_rank_a_rule_is_torchs_own(rule: Any, as_torchs_muon: None) -> None:
     """With the identity as basis; Adafactor's step grows with the size of the weights also from inside."""
     ours, theirs = matrices((12, 20), (12, 20)), matrices((12, 20), (12, 20))
     eye = lambda G, rank: torch.eye(G.shape[1], dtype=G.dtype).expand(len(G), -1, -1)  # noqa: E731

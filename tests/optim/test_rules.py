@@ -35,7 +35,7 @@ class Both:
             optimizer.zero_grad()
 
 
-def test_muon_and_adamw_together_equal_the_two_apart() -> None:
+def test_muon_and_adamw_together_equal_the_two_apart(as_torchs_muon: None) -> None:
     together, separate = net(), net()
     matrix, vector = apart(together)
     one = made(Muon, [{"params": matrix, "rule": "muon"}, {"params": vector}], lr=0.01, weight_decay=0.1)
@@ -49,7 +49,7 @@ def test_muon_and_adamw_together_equal_the_two_apart() -> None:
 
 
 @pytest.mark.parametrize("scaling", ["kj", "dion", "none"])
-def test_muons_scaling_is_the_length_of_an_update(scaling: str) -> None:
+def test_muons_scaling_is_the_length_of_an_update(scaling: str, as_torchs_muon: None) -> None:
     """torch has "kj" as "original"; the others differ from it by a factor of each shape, and decay is the same."""
     shapes = [(12, 20), (20, 5), (16, 16), (12, 20)]
     ours, theirs = matrices(*shapes), matrices(*shapes)

@@ -10,9 +10,9 @@ from transformers import BertConfig, BertForMaskedLM, MixtralConfig, MixtralForC
 
 import lorank
 from lorank import Spectron
+from lorank.optim.newton_schulz import newton_schulz
 from lorank.optim.pairs import pairs
 from lorank.optim.spectron import LARGEST, iterated_norm, leading, polar, radius
-from lorank.optim.trion import newton_schulz
 from tests.conftest import ARCHITECTURES
 
 
