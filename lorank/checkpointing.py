@@ -126,6 +126,17 @@ def checkpoint(model: nn.Module, policy: Policy | None, *, every: int = 1) -> No
     model.disable_input_require_grads()  # removes a hook for reentrant checkpointing, which each call adds
 
 
+def first_run() -> int | None:
+    """Autograd's number of an operation in the first run of a block, while the block runs again for the backward pass; else None.
+
+    It holds for every kind of ``torch.utils.checkpoint``. In a compiled model the compiler decides what is computed again, and from
+    what the first run saw.
+    """
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() < 0:  # not inside a backward pass
+        return None
+    return torch._C._current_autograd_node()._sequence_nr()
+
+
 def has_tapes(model: nn.Module) -> bool:
     """Whether layers read what the block before left for them (CR-Net, LaX)."""
     return any(isinstance(getattr(module, "tape", None), Tape) for module in model.modules())

@@ -2,23 +2,56 @@
 
     y = W x + s Σ_i g_i B_i A_i x (+ b)     g [N], or [batch, N] with a row for each sample; block i has r_i ranks
 
-`lorank.set_context` says what g follows; it holds until it is called again, also while blocks are computed a second time for the backward
-pass. So with activation checkpointing call ``backward`` before the next `lorank.set_context`: a sum of losses of several contexts would be
-differentiated at the last one. Where g is the same for all samples, a layer merges.
+`lorank.set_context` says what g follows; it holds until it is called again. A block that is computed a second time for the backward pass
+(activation checkpointing) follows what its first run did, so losses of several contexts may be summed; then compile the whole model, if
+at all, and not parts of checkpointed blocks. Where g is the same for all samples, a layer merges.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lorank.adapters.gated import Adapter, GatedAdapter, blockwise
+from lorank.checkpointing import first_run
+
+KEPT = 64
+"""Contexts whose losses one backward pass may have under activation checkpointing."""
 
 
 class Context:
     """What `lorank.set_context` was given, one for all layers of a model."""
 
-    value: Tensor | None = None
+    def __init__(self) -> None:
+        self.now: Tensor | None = None
+        self.since: deque[tuple[int, Tensor | None]] = deque([(0, None)], maxlen=KEPT)
+        """Contexts, and autograd's number of the first operation that could follow each; autograd counts upwards."""
+
+    @property
+    def value(self) -> Tensor | None:
+        """The last one that was set; in the second run of a checkpointed block, that of its first run.
+
+        Raises:
+            RuntimeError: the first run was more than `KEPT` contexts ago.
+        """
+        if (number := first_run()) is None:
+            return self.now
+        for since, value in reversed(self.since):
+            if since <= number:
+                return value
+        raise RuntimeError(
+            f"with activation checkpointing a backward pass must follow at most {KEPT} calls of lorank.set_context, got more; call "
+            "backward more often"
+        )
+
+    @value.setter
+    def value(self, value: Tensor | None) -> None:
+        self.now, number = value, torch._C._autograd._get_sequence_nr()  # type: ignore[attr-defined]
+        if self.since[-1][0] == number:  # no operation has followed the one before
+            self.since.pop()
+        self.since.append((number, value))
 
 
 class BlockAdapter(GatedAdapter):

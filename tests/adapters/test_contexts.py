@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import SwinConfig, SwinForImageClassification
 
 import lorank
-from lorank.adapters.blocks import by_sample
+from lorank.adapters.blocks import KEPT, by_sample
 from lorank.adapters.mtlora import MTLoRALinear
 from lorank.adapters.petalface import PETALfaceLinear
 from lorank.adapters.reclora import RecLoRALinear
@@ -151,3 +152,47 @@ def test_users_with_one_mixture_have_one_model(small: Any) -> None:
 def test_a_context_must_fit(method: str, value: Any, words: str, small: Any) -> None:
     with pytest.raises(ValueError, match=words):
         lorank.set_context(lorank.convert(small("llama"), method), value)
+
+
+@pytest.mark.parametrize(
+    ("method", "values"),
+    [
+        (lorank.MTLoRA(tasks=2, rank=4, task_rank=2), [1, 0]),
+        (lorank.PETALface(rank=3), [torch.tensor([0.9, 0.3]), 0.2]),
+        (lorank.RecLoRA(rank=2, user_width=2), [torch.tensor([1.0, -2.0]), torch.tensor([[0.0, 1.0], [2.0, 1.0]])]),
+        (lorank.SplitFlux(rank=4, residual_rank=2), [0.2, torch.linspace(0, 1, 24).view(2, 12)]),
+    ],
+)
+def test_checkpointed_losses_of_several_contexts(method: Any, values: list[Any], small: Any) -> None:
+    """One backward pass follows two forward passes, each with a context, and a third context; float64."""
+    model = lorank.convert(small("llama"), method).double()
+    torch.manual_seed(1)
+    moved = [nn.init.normal_(p, std=0.3) for p in model.parameters() if p.requires_grad]
+    gradients = []
+    for kind in ("none", "policy", "reentrant"):
+        if kind == "policy":
+            lorank.checkpoint(model.train(), lorank.keep_bottlenecks)
+        elif kind != "none":
+            model.train().activation_checkpointing_disable()
+            model.activation_checkpointing_enable({"use_reentrant": True})
+        total = torch.tensor(0.0)
+        for weight, value in enumerate(values, start=1):
+            lorank.set_context(model, value)
+            total = total + weight * model(TOKENS, labels=TOKENS).loss
+        lorank.set_context(model, None)
+        model.zero_grad()
+        total.backward()
+        gradients.append([p.grad for p in moved])
+    for found in gradients[1:]:
+        torch.testing.assert_close(found, gradients[0], rtol=1e-12, atol=1e-14)
+
+
+def test_contexts_of_long_ago_are_refused() -> None:
+    layer = filled(MTLoRALinear(nn.Linear(4, 4), [2, 2, 2], scale=1.0, with_shared=True))
+    layer.context.value = torch.tensor(0)
+    y = checkpoint(layer, torch.randn(3, 4, requires_grad=True), use_reentrant=False)
+    for _ in range(KEPT):
+        layer.context.value = torch.tensor(1)
+        y = y + layer(torch.randn(3, 4))
+    with pytest.raises(RuntimeError, match=f"must follow at most {KEPT} calls of lorank.set_context"):
+        y.sum().backward()
