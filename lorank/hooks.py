@@ -74,6 +74,10 @@ class StepHook:
     def after_step(self) -> None:
         """Called after each optimizer step."""
 
+    def next_task(self) -> None:
+        """Called where a new task begins (`lorank.next_task`): `step` counts from 0 again."""
+        self.step = 0
+
     def aside(self) -> Mapping[str, AbstractContextManager[None]]:
         """Other models that this one contains, such as that at which a run will end: by name, a context in which it computes
         the same. Evaluations during training report them too."""

@@ -133,7 +133,7 @@ def next_task(model: nn.Module, optimizer: Optimizer | None = None) -> None:
     for method in _methods(inner, moving):
         method.next_task(model if inner is None else inner, moving)
     if (hook := getattr(moving, "lorank_hook", None)) is not None:
-        hook.step = 0
+        hook.next_task()
 
 
 def set_context(model: nn.Module, value: Any) -> None:

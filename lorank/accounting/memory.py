@@ -198,7 +198,7 @@ def held_bytes(model: nn.Module) -> int:
 
 
 def rests_bytes(model: nn.Module) -> int:
-    """What hooks keep of 16-bit weights that they edit in place (`lorank.rounding`): ReLoRA, SwitchLoRA and SST in bf16."""
+    """What hooks keep of 16-bit weights that they edit in place (`lorank.rounding`): ReLoRA, SwitchLoRA, SST and CoDyRA in bf16."""
     return sum(getattr(module, "rest_bytes", 0) for module in model.modules())
 
 

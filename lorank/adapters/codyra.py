@@ -17,7 +17,8 @@ Rank-Selective LoRA", arXiv 2412.01004, and the authors' repository jeff024/cody
 
 Confirmed in the authors' code: r = 16, scale 1, κ = 0.005, the dense first half, the linear rise, LoRA's start of A and B, all
 projections. Departures. (1) is the closed form; the authors' three lines compare a value that they have shrunk already once more with
-κ, so that all below 2 κ becomes zero. A γ that is zero may grow again by a larger step than κ, as in theirs.
+κ, so that all below 2 κ becomes zero. A γ that is zero may grow again by a larger step than κ, as in theirs. What rounding to 16 bits
+takes from (1), of which κ is often less than one unit, is kept for the next step (`lorank.rounding`).
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ from lorank.adapters.gated import Adapted, Adapter, GatedAdapter, count_task, ta
 from lorank.fields import Count, Fraction, NonNegative
 from lorank.layers import like
 from lorank.method import StepHook
+from lorank.optim import shards
+from lorank.rounding import Rests, rest_bytes
 
 # ---- the mathematics
 
@@ -70,6 +73,11 @@ class CoDyRALinear(GatedAdapter):
 
     def static_gate(self) -> Tensor:
         return self.gamma
+
+    @property
+    def rest_bytes(self) -> int:
+        """What `Shrink` keeps of γ."""
+        return rest_bytes(self.rank, self.gamma.dtype)
 
     @torch.no_grad()
     def next_task(self) -> bool:
@@ -122,10 +130,18 @@ class Shrink(StepHook):
     def __init__(self, method: CoDyRA, model: nn.Module, optimizer: Optimizer, steps: int):
         super().__init__(optimizer)
         self.method, self.steps = method, steps
-        self.gammas = [module.gamma for module in model.modules() if isinstance(module, CoDyRALinear)]
+        self.gammas = {name: module.gamma for name, module in model.named_modules() if isinstance(module, CoDyRALinear)}
 
     @torch.no_grad()
     def after_step(self) -> None:
         kappa = threshold(self.step, self.steps, self.method.dense, self.method.kappa)
-        for gamma in self.gammas if kappa else ():
-            gamma.copy_(shrunk(gamma, kappa))
+        for name, gamma in self.gammas.items() if kappa else ():
+            exact = shrunk(self.rests.exact(name, shards.whole(gamma)), kappa)
+            stored = exact.to(gamma.dtype)
+            gamma.copy_(shards.like(stored, gamma))
+            self.rests.settle(name, exact, stored, gamma.dtype)
+
+    def next_task(self) -> None:
+        """Each γ is drawn anew, and lacks nothing."""
+        super().next_task()
+        self.rests = Rests()

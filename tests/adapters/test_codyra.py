@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -58,3 +59,26 @@ def test_the_second_half_shrinks_and_kappa_zero_never() -> None:
             spent = {3: 0.15, 4: 0.45}.get(step, 0.0) if kappa else 0.0
             expected: Any = torch.sign(before) * (before.abs() - spent).clamp(min=0)
             torch.testing.assert_close(made.gamma.detach(), expected)
+
+
+def test_sixteen_bits_shrink_as_much_as_more_do() -> None:
+    """κ_t is below half a unit of the largest γ throughout; also where a run is resumed, and a new task lacks nothing."""
+    ends, steps = [], 40
+    for dtype in (torch.float64, torch.bfloat16):
+        made = layer().to(dtype)
+        with torch.no_grad():
+            made.gamma.copy_(torch.tensor([3.0, -2.0, 1.0, 0.5, 0.03, 0.0]))
+        hook = Shrink(lorank.CoDyRA(kappa=0.007, dense=0.0), made, torch.optim.SGD([made.gamma], lr=0.0), steps)
+        for step in range(1, steps + 1):
+            if step == 20:
+                saved = hook.state_dict()
+                hook = Shrink(hook.method, made, torch.optim.SGD([made.gamma], lr=0.0), steps)
+                hook.load_state_dict(saved)
+            hook.step = step
+            hook.after_step()
+        ends.append(made.gamma.detach().double())
+    assert ends[0][0] == pytest.approx(3.0 - 0.007 * (steps + 1) / 2) and not ends[1][4:].any()
+    torch.testing.assert_close(ends[1], ends[0], rtol=2**-8, atol=0)
+    assert sum(rest.nbytes for rest in hook.rests.tensors.values()) == made.rest_bytes == 2 * 6
+    hook.next_task()
+    assert not hook.rests.tensors
