@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lorank.adapters.gated import Adapted, Adapter, GatedAdapter, blockwise, kept, spread
+from lorank.checkpointing import first_run
 from lorank.fields import Count, NonNegative, Positive, Rank
 from lorank.layers import Gate, like, wide
 from lorank.method import Site, StepHook, rank_at
@@ -58,27 +59,29 @@ class Router(Gate):
 
     steps: Tensor
     counts: Tensor
+    """Of this process since the last step; no buffer, since DDP would overwrite it with the first process's before a micro-batch."""
 
     def __init__(self, d_in: int, experts: int, speed: float, **options: Any):
         super().__init__()
         self.speed = speed
         self.weight = nn.Parameter(torch.empty(experts, d_in, **options))
         self.register_buffer("steps", torch.zeros(experts, dtype=torch.int32, device=options["device"]))
-        self.register_buffer(
-            "counts", torch.zeros(experts, dtype=torch.int64, device=options["device"]), persistent=False
-        )
+        self.counts = torch.zeros_like(self.steps, dtype=torch.int64)
 
     def draw(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
         nn.init.zeros_(self.steps)
-        nn.init.zeros_(self.counts)
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.sigmoid(wide(F.linear(x, self.weight))) + self.speed * self.steps
 
     @torch.no_grad()
     def count(self, chosen: Tensor) -> None:
-        """Blocks that are computed again for the backward pass count twice, all experts alike, which no sign shows."""
+        """Once, also in blocks that are computed again for the backward pass."""
+        if first_run() is not None:
+            return
+        if self.counts.device != chosen.device:  # the layer has moved
+            self.counts = torch.zeros_like(self.counts, device=chosen.device)
         self.counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
 
     @torch.no_grad()

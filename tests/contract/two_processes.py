@@ -237,7 +237,7 @@ def masa(half: Callable[[Tensor], Tensor]) -> float:
 
 
 def adapted(half: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """For every adapter, how far two processes are from one, under DDP and under FSDP2, or the sentence with which that is refused."""
+    """For every adapter, how far two processes are from one (with buffers), under DDP and FSDP2, or the sentence that refuses it."""
     torch.manual_seed(0)
     shape = {"vocab_size": 24, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     dense, found = LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=2)).double(), {}
@@ -248,11 +248,11 @@ def adapted(half: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         wrapped, moving = wrap(model), optimizer(model, lr=1e-2)
         step_hook(model, moving, steps=3)
         for step in range(3):
-            ids = part(torch.randint(0, 24, (4, 10), generator=torch.Generator().manual_seed(step)))
-            wrapped(input_ids=ids, labels=ids).loss.backward()
+            for ids in torch.randint(0, 24, (2, 4, 10), generator=torch.Generator().manual_seed(step)):
+                wrapped(input_ids=part(ids), labels=part(ids)).loss.backward()
             moving.step()
             moving.zero_grad()
-        return [whole(p).detach() for p in model.parameters()]
+        return [whole(p).detach().double() for p in (*model.parameters(), *model.buffers())]
 
     def sharded(model: Any) -> Any:
         fully_shard(model.model.layers[0], mesh=mesh)
