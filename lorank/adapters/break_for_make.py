@@ -140,10 +140,10 @@ class BreakForMake(Adapter):
 def join(model: nn.Module, other: nn.Module) -> None:
     """Give a model A_t of another, in place, so that it has both concepts, and let (3) act from the next `lorank.step_hook` on.
 
-    Q_A and Q_B stay the model's own; start both from one adapter, or one seed, so that they are the other's too.
+    Both must have learned with the same Q_A and Q_B, so start both from one adapter, or one seed.
 
     Raises:
-        ValueError: they do not both have this adapter, on the same layers and with the same ranks.
+        ValueError: they do not both have this adapter, on the same layers and with the same ranks and frozen halves.
     """
     mine, theirs = (
         {name: m for name, m in each.named_modules() if isinstance(m, BreakForMakeLinear)} for each in (model, other)
@@ -155,6 +155,11 @@ def join(model: nn.Module, other: nn.Module) -> None:
         or [(n, m.A.weight.shape) for n, m in mine.items()] != [(n, m.A.weight.shape) for n, m in theirs.items()]
     ):
         raise ValueError("both models must have the adapter break-for-make, on the same layers and with the same ranks")
+    for name, layer in mine.items():
+        if not all(torch.equal(getattr(layer, Q), getattr(theirs[name], Q).to(layer.Q_A)) for Q in ("Q_A", "Q_B")):
+            raise ValueError(
+                f"both models must have the same frozen halves, but those of {name} differ; start both from one adapter or one seed"
+            )
     for name, layer in mine.items():
         layer.A.weight.copy_(theirs[name].A.weight)
     record["arguments"]["precondition"] = True

@@ -99,3 +99,9 @@ def test_two_adapters_are_joined_and_preconditioned(small: Any) -> None:
     torch.testing.assert_close(one.A.weight, before - expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="both models must have the adapter break-for-make"):
         join(style, small("llama"))
+    with torch.no_grad():
+        other.Q_B[0, 0] += 1
+        content.model.layers[0].mlp.up_proj.A.weight.zero_()
+    with pytest.raises(ValueError, match=f"must have the same frozen halves, but those of {name} differ"):
+        join(style, content)
+    assert style.model.layers[0].mlp.up_proj.A.weight.any(), "nothing was joined"
