@@ -37,7 +37,7 @@ from lorank.fields import Count, Positive
 from lorank.loss import head_of
 from lorank.method import Patterns
 from lorank.optim.driver import ByGroups
-from lorank.optim.groups import hidden_matrices, transposed
+from lorank.optim.groups import hidden_matrices, input_embeddings, transposed
 from lorank.optim.pairs import draw, pairs
 
 
@@ -76,8 +76,7 @@ def initialise(model: nn.Module, generator: torch.Generator | None = None) -> No
 
 def width_of(model: nn.Module) -> int:
     """w, of the token embeddings; ValueError if there are none."""
-    get = getattr(model, "get_input_embeddings", None)
-    weight = None if get is None else getattr(get(), "weight", None)
+    weight = getattr(input_embeddings(model), "weight", None)
     if weight is None:
         raise ValueError(
             "the model must have input embeddings, whose width is the model's, got none; leave out base_width"

@@ -72,10 +72,18 @@ def with_lengths(
 def _outside(model: nn.Module) -> set[nn.Parameter]:
     """Parameters of embeddings and head."""
     outside = {p for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    for get in (getattr(model, "get_input_embeddings", None), getattr(model, "get_output_embeddings", None)):
-        if get is not None and (module := get()) is not None:
+    for module in (input_embeddings(model), getattr(model, "get_output_embeddings", lambda: None)()):
+        if module is not None:
             outside |= set(module.parameters())  # may be one tensor
     return outside
+
+
+def input_embeddings(model: nn.Module) -> Any:
+    """The model's, as transformers names them; None if it names none, as for CLIP, which has two towers."""
+    try:
+        return getattr(model, "get_input_embeddings", lambda: None)()
+    except NotImplementedError:
+        return None
 
 
 def ranks(

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import CLIPConfig, CLIPModel
 
 import lorank
 from lorank.adapters.codyra import CoDyRALinear, Shrink, shrunk
@@ -82,3 +83,19 @@ def test_sixteen_bits_shrink_as_much_as_more_do() -> None:
     assert sum(rest.nbytes for rest in hook.rests.tensors.values()) == made.rest_bytes == 2 * 6
     hook.next_task()
     assert not hook.rests.tensors
+
+
+def test_a_model_of_two_towers_learns() -> None:
+    """CLIP, for which the method was made: it names no input embeddings."""
+    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text, vision = {"vocab_size": 64, **tower}, {"image_size": 8, "patch_size": 4, **tower}
+    model = lorank.convert(CLIPModel(CLIPConfig(text_config=text, vision_config=vision)), lorank.CoDyRA(rank=4)).train()
+    optimizer = lorank.optimizer(model, lr=1e-2)
+    lorank.step_hook(model, optimizer, steps=2)
+    batch = {"input_ids": torch.arange(12).view(2, 6), "pixel_values": torch.randn(2, 3, 8, 8), "return_loss": True}
+    losses = []
+    for _ in range(2):
+        losses.append(model(**batch).loss)
+        losses[-1].backward()
+        optimizer.step()
+    assert losses[1] < losses[0]
