@@ -34,6 +34,7 @@ import lorank
 from lorank import conversion, table
 from lorank.cli import main
 from lorank.testing.structure import SMALL, TOKENS, VOCABULARY
+from tests.prepared import prepared
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -233,6 +234,13 @@ def fresh_python() -> Callable[..., str]:
         return done.stdout
 
     return run
+
+
+@pytest.fixture(scope="module")
+def forked_processes() -> Iterator[None]:
+    """Python processes that a test starts need not import torch and transformers again."""
+    with prepared():
+        yield
 
 
 @pytest.fixture(scope="module")

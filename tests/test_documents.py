@@ -28,6 +28,8 @@ import markup  # noqa: E402
 import pages  # noqa: E402
 import rooms  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md"))
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", *PAGES]
 TEXT = "".join(f"line {i} of a text that counts {i * i}\n" for i in range(900))

@@ -80,7 +80,8 @@ class PretrainProcess:
 
     def _running(self) -> bool:
         if isinstance(self.process, psutil.Popen):
-            return self.process.poll() is None
+            self.code = self.process.poll()
+            return self.code is None
         return self.process.is_running() and self.process.status() != psutil.STATUS_ZOMBIE
 
     def kill(self) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 PLAN = ["plan", "--size", "tiny", "--set", "vocab_size=300", "--sequence-length", "32", "--method", "dense,cola-m"]
 
 BAD = {

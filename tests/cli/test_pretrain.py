@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 
 def test_pretrain_evaluate_generate(lorank, trained: Path, text: Path) -> None:
     code, out, _ = lorank("evaluate", trained, "--data", text, "--sequence-length", 32, "--json")

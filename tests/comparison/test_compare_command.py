@@ -13,6 +13,8 @@ from lorank.comparison.runner import Comparison
 from lorank.comparison.settings import ComparisonSettings
 from lorank.train.folder import LOCK
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 BAD = {
     "no method": ([], "no method is named"),
     "unknown method": (["--method", "colla"], "did you mean 'cola'"),

@@ -13,6 +13,8 @@ from lorank.train.data import sources
 from lorank.train.methods import methods_of
 from lorank.train.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 
 def test_all_rows_see_the_same_tokens_in_the_same_order() -> None:
     dense = demo_recipe("dense").to_dict()

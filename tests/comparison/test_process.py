@@ -11,6 +11,8 @@ import pytest
 
 from lorank.comparison.process import PretrainProcess, begun, signals_later, stop_on_signal
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 
 @pytest.mark.parametrize("error", [OSError, KeyboardInterrupt, None])
 def test_whatever_ends_the_block_ends_the_run(tmp_path: Path, error: type[BaseException] | None) -> None:

@@ -13,6 +13,8 @@ from lorank.comparison.settings import ComparisonSettings
 from lorank.report.comparison import comparison_page, comparison_table
 from lorank.train.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 
 @pytest.fixture
 def rows(finished) -> list[dict[str, Any]]:

@@ -19,6 +19,8 @@ from lorank.train.methods import title_of
 from lorank.train.model import build_config
 from lorank.train.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 
 def test_the_control_costs_what_the_cheapest_method_costs(base: Recipe, costs: Costs, tmp_path: Path) -> None:
     (*_, control, with_muon), missing = plan_rows(

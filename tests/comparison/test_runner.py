@@ -27,6 +27,8 @@ from lorank.train.folder import LOCK, history
 from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 
 def test_equal_flops_are_planned(finished) -> None:
     candidates = [candidate for one in finished.comparison.rows for candidate in one.candidates]
@@ -131,14 +133,14 @@ def test_stopped_then_killed_and_nothing_is_lost(
     base: Recipe, watcher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_this_process
 ) -> None:
     """SIGTERM: the run in progress saves and stops. SIGKILL: it goes on alone and is found again. In real processes."""
-    long = dataclasses.replace(base, steps=150, warmup_steps=4, eval_every=0, save_every=50)
+    long = dataclasses.replace(base, steps=60, warmup_steps=4, eval_every=0, save_every=20)
     comparison = Comparison.plan(ComparisonSettings(base=long, methods=["dense"]), tmp_path / "out", watcher)
     first, second = comparison.runs()
     folder, records = comparison.folder(first), []
 
     def impatient(found: Any) -> None:
         records.append(dict(found))
-        if found.get("step", 0) >= 20:
+        if found.get("step", 0) >= 10:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(watcher, "update", impatient)
@@ -162,7 +164,7 @@ def test_stopped_then_killed_and_nothing_is_lost(
     assert started == [comparison.folder(second)]  # the first was left to the process that had it already
     assert "[1/2] dense seed 42 validation perplexity" in " ".join(out.split())
     for run in (first, second):
-        assert [one["step"] for one in history(comparison.folder(run)) if "lr" in one] == list(range(1, 151))
+        assert [one["step"] for one in history(comparison.folder(run)) if "lr" in one] == list(range(1, 61))
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])

@@ -8,6 +8,8 @@ import pytest
 
 from tests.contract import engines
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 
 def test_every_method_and_optimizer_has_a_row() -> None:
     """adamw-8bit needs bitsandbytes, and votes move integers."""

@@ -14,6 +14,8 @@ from lorank import Method
 from lorank.table import find, method_names
 from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, named
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 PROGRAM = Path(__file__).parent / "two_processes.py"
 
 

@@ -16,6 +16,8 @@ from lorank.architectures import llama_config
 from lorank.distributed.tensor_parallel import check
 from lorank.distributed.traffic import traffic
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 PROGRAM = Path(__file__).parent / "four_processes.py"
 
 

@@ -15,6 +15,8 @@ from lorank.train import run
 from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 PROGRAM = r"""
 import gc, json, sys
 import torch

@@ -16,6 +16,8 @@ from lorank.train import run
 from lorank.train.engine import Engine
 from lorank.train.recipe import Recipe
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 PROGRAM = Path(__file__).with_name("several_processes.py")
 
 

@@ -10,6 +10,8 @@ from filelock import FileLock
 
 from lorank.train.data import cache
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 HOUR = 3600
 
 

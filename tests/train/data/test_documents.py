@@ -13,6 +13,8 @@ from lorank.train.reading import Tally
 from lorank.train.watching import watched_by
 from lorank.train.workers import Workers
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 
 def test_the_cache_knows_files_by_what_they_contain(tmp_path, write, monkeypatch):
     """Neither the time of change nor the size tells that a file was written anew; a name or place changes nothing."""

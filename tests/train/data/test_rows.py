@@ -13,6 +13,8 @@ from lorank.train.data.form import Form
 from lorank.train.watching import watched_by
 from lorank.train.workers import Workers
 
+pytestmark = pytest.mark.usefixtures("forked_processes")
+
 L = 16
 
 
