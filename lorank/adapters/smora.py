@@ -58,7 +58,7 @@ class Router(Gate):
     """p = sigmoid(W_r x) + u n, in single precision or better."""
 
     steps: Tensor
-    counts: Tensor
+    counts: Tensor | None = None
     """Of this process since the last step; no buffer, since DDP would overwrite it with the first process's before a micro-batch."""
 
     def __init__(self, d_in: int, experts: int, speed: float, **options: Any):
@@ -66,7 +66,6 @@ class Router(Gate):
         self.speed = speed
         self.weight = nn.Parameter(torch.empty(experts, d_in, **options))
         self.register_buffer("steps", torch.zeros(experts, dtype=torch.int32, device=options["device"]))
-        self.counts = torch.zeros_like(self.steps, dtype=torch.int64)
 
     def draw(self) -> None:
         nn.init.kaiming_uniform_(self.weight, a=5**0.5)
@@ -80,16 +79,17 @@ class Router(Gate):
         """Once, also in blocks that are computed again for the backward pass."""
         if first_run() is not None:
             return
-        if self.counts.device != chosen.device:  # the layer has moved
-            self.counts = torch.zeros_like(self.counts, device=chosen.device)
-        self.counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
+        found = torch.zeros_like(self.steps, dtype=torch.int64)
+        found.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
+        self.counts = found if self.counts is None else self.counts + found
 
     @torch.no_grad()
     def balance(self) -> None:
+        counts = torch.zeros_like(self.steps, dtype=torch.int64) if self.counts is None else self.counts
         if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(self.counts)
-        self.steps.copy_(balanced(self.steps, self.counts))
-        self.counts.zero_()
+            torch.distributed.all_reduce(counts)
+        self.steps.copy_(balanced(self.steps, counts))
+        self.counts = None
 
 
 class SMoRALinear(GatedAdapter):
