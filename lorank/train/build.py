@@ -104,6 +104,7 @@ def build_trainer(
         save_total_limit=recipe.keep,
         report_to=recipe.report_to or "none",
         remove_unused_columns=False,
+        ignore_data_skip=corpus.begins > 0,  # the stream has skipped it
         dataloader_drop_last=True,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,

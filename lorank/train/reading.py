@@ -93,7 +93,7 @@ def blocks(
     the file have been read (of Parquet: 0).
 
     Args:
-        part: which bytes are read, between two of `cuts_of`; None: all.
+        part: which bytes are read, from the beginning of a line to that of another or the end of the file; None: all.
 
     Raises:
         ValueError: the file is not what its name says, or `column` holds no text.
@@ -107,7 +107,7 @@ def blocks(
     try:
         with (
             open(file, "rb", buffering=BUFFER) as raw,
-            _opened(file, raw) if part is None else _part(raw, *part) as stream,
+            _opened(file, raw) if part is None else _part(file, raw, *part) as stream,
         ):
             json_ = functools.partial(_json, start=start if part else None)
             read: Any = {"text": _text, "json": json_, "parquet": _parquet, "csv": _csv}[kind]
@@ -150,24 +150,31 @@ class _Bytes(io.RawIOBase):
         return len(found)
 
 
-def _part(raw: BinaryIO, start: int, end: int) -> BinaryIO:
+def _part(file: Path, raw: BinaryIO, start: int, end: int) -> BinaryIO:
     raw.seek(start)
-    return io.BufferedReader(_Bytes(raw, end), BUFFER)
+    return raw if end == file.stat().st_size else io.BufferedReader(_Bytes(raw, end), BUFFER)
 
 
 def cuts_of(file: Path, size: int) -> list[int]:
     """Bytes between which parts of a file of about `size` bytes can be read each by itself: 0, ends of lines, and the end of the
-    file. Only files of JSON with a row a line have such parts."""
+    file. Only files with `rows_at_lines` have such parts."""
     whole = file.stat().st_size
     cuts = [0]
-    if whole >= 2 * size and file.suffix.lower() in (".jsonl", ".json"):
+    if whole >= 2 * size and rows_at_lines(file):
         with open(file, "rb") as stream:
-            if _is_by_line(file, stream.read(BUFFER)):
-                for at in range(size, whole, size):
-                    stream.seek(max(at, cuts[-1]))
-                    if stream.readline(ROW).endswith(b"\n") and stream.tell() < whole:
-                        cuts.append(stream.tell())
+            for at in range(size, whole, size):
+                stream.seek(max(at, cuts[-1]))
+                if stream.readline(ROW).endswith(b"\n") and stream.tell() < whole:
+                    cuts.append(stream.tell())
     return [*cuts, whole]
+
+
+def rows_at_lines(file: Path) -> bool:
+    """Whether a file is JSON with a row a line, not compressed: it can be read from any line on."""
+    if file.suffix.lower() not in (".jsonl", ".json"):
+        return False
+    with open(file, "rb") as stream:
+        return _is_by_line(file, stream.read(BUFFER))
 
 
 def _counted(block: pa.Array, tally: Tally) -> pa.Array:
@@ -325,7 +332,7 @@ def _several_columns(file: Path, column: str) -> UnreadableError:
 def _lines(
     file: Path, stream: Iterable[bytes], column: str, tally: Tally, start: int | None
 ) -> Iterator[tuple[int, Any]]:
-    """A row for each line that is not empty. Few lines that are no object are left out; of a part of a file, `FEW` at most."""
+    """A row for each line that is not empty. Few lines that are no object are left out; of a part of a file, `FEW` whatever its length."""
     count = invalid = 0
     first = ""
     for number, line in enumerate(stream, 1):
@@ -348,7 +355,7 @@ def _lines(
                 break
         else:
             yield number, row
-    if invalid > (INVALID_SHARE * count if start is None else FEW):
+    if invalid > max(INVALID_SHARE * count, FEW if start is not None else 0):
         raise UnreadableError(f"{file} is not readable as json ({first}); repair it or leave it out")
     if invalid:
         tally.invalid += invalid

@@ -5,6 +5,7 @@ RUN/run.json          versions, device, commit, hash of the data: what else a re
 RUN/metrics.jsonl     one record per log line and evaluation, units in the names
 RUN/checkpoint-N/     what --resume continues from (its optimizer state is read as tensors only)
 RUN/model.safetensors, config.json, tokenizer.json ...   the trained model, for from_pretrained(RUN)
+RUN/stream.jsonl      where pools of a streamed text begin, see lorank.train.data.marks
 RUN/adapter/          what an adapter added, without the model, for lorank.load_adapter
 RUN/summary.json, README.md                              its figures and its model card
 """
@@ -189,7 +190,8 @@ def _text_and_shape(
     recipe: Recipe, out: Path, start_from: Path | None, *, resume: bool
 ) -> tuple[data.Corpus, PretrainedConfig, PretrainedConfig | None]:
     """What a run in a folder is trained on, the configuration of its model, and the one that it began with if it goes on."""
-    corpus = corpus_of(recipe)
+    done = step_of(start_from) * recipe.batch_size if start_from else 0
+    corpus = corpus_of(recipe, marks=out / "stream.jsonl", begin=done)
     config = build_config(recipe, corpus.tokenizer)
     saved = read_config(str(start_from)) if start_from else None
     if saved is not None:
@@ -263,8 +265,8 @@ def check_start(recipe: Recipe) -> None:
         )
 
 
-def corpus_of(recipe: Recipe) -> data.Corpus:
-    """The data of a recipe; errors are those of `lorank.train.data.load_corpus`."""
+def corpus_of(recipe: Recipe, **place: Any) -> data.Corpus:
+    """The data of a recipe, a stream of it from a place on; errors are those of `lorank.train.data.load_corpus`."""
     return data.load_corpus(
         recipe.data,
         validation=recipe.validation,
@@ -277,6 +279,7 @@ def corpus_of(recipe: Recipe) -> data.Corpus:
         seed=recipe.split_seed,
         order_seed=recipe.seed,
         validation_tokens=recipe.validation_tokens,
+        **place,
     )
 
 

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lorank.train.data.form import Documents as PerRow
 from lorank.train.data.form import Form
+from lorank.train.data.marks import Marks
 from lorank.train.data.sequences import bytes_per_token_of, check_form, ids_of, make_sequences
 from lorank.train.data.sources import (
     Documents,
@@ -31,6 +32,7 @@ from lorank.train.data.streams import FileStream
 from lorank.train.data.tokenizers import identity, load_tokenizer
 from lorank.train.seen import packed, share_of
 from lorank.train.watching import told
+from lorank.train.world import is_first
 
 MOST_TOKENS = 10_000_000  # that are evaluated if it is not said how many
 HASHED_BYTES = 256_000_000
@@ -59,6 +61,8 @@ class Corpus:
     """Digests of the contents of the files that are trained on, 1,000 at most; none of a stream."""
     seen: str | None = None
     """A sample of the documents that are trained on, see `lorank.train.seen`; None for a stream."""
+    begins: int = 0
+    """Before which row a training stream begins."""
 
     @functools.cached_property
     def fill(self) -> float:
@@ -125,6 +129,8 @@ def load_corpus(
     order_seed: int | None = None,
     validation_tokens: int | None = 10_000_000,
     cache_dir: Path | None = None,
+    marks: Path | None = None,
+    begin: int = 0,
 ) -> Corpus:
     """Read `data`, hold out validation text, find or train a tokenizer, and cut both parts into sequences.
 
@@ -146,6 +152,8 @@ def load_corpus(
         validation_tokens: predicted tokens after which validation ends. None: 10 million, but 5 % are held out however many they are,
             as lorank 0.1 did.
         cache_dir: default $XDG_CACHE_HOME/lorank, or ~/.cache/lorank.
+        marks: file of `lorank.train.data.marks`, by which a stream of local files finds a row again.
+        begin: the first row of a training stream of local files that is wanted.
 
     Raises:
         ValueError: an argument or the text cannot be used.
@@ -174,7 +182,11 @@ def load_corpus(
         train = again.whole if train is source.whole else again.train
     elif isinstance(train, FileStream) and order_seed is not None:
         train = dataclasses.replace(train, seed=order_seed)
-    rows = make_sequences(train, form, f"the training text of {name_of(data)}", cache)
+    place: dict[str, Any] = {}
+    if isinstance(train, FileStream):
+        of_what = repr((train.state, train.seed, identity(tok), sequence_length, documents))
+        place = {"begin": begin, "marks": marks and Marks(marks, of_what, writes=is_first())}
+    rows = make_sequences(train, form, f"the training text of {name_of(data)}", cache, **place)
     what = f"the validation text of {what}"
     held_out_rows = make_sequences(held_out, form, what, cache, validation_tokens or MOST_TOKENS)
     description = source.description
@@ -185,7 +197,9 @@ def load_corpus(
     apart = validation not in (None, data)
     files = sorted(source.digests)[:MOST_FILES]
     seen = seen_of(source, [] if apart else source.validation)
-    return Corpus(tok, rows, held_out_rows, ratio, description, None if apart else held_out, files, seen)
+    return Corpus(
+        tok, rows, held_out_rows, ratio, description, None if apart else held_out, files, seen, place.get("begin", 0)
+    )
 
 
 @quiet()

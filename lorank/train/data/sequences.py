@@ -2,7 +2,7 @@
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
@@ -16,6 +16,7 @@ from lorank.train import tokens
 from lorank.train.data.cache import use
 from lorank.train.data.form import Documents as PerRow
 from lorank.train.data.form import Form
+from lorank.train.data.marks import Mark, Marks
 from lorank.train.data.rows import key_of, make_rows
 from lorank.train.data.sources import Documents, texts_of
 from lorank.train.data.streams import FileStream
@@ -26,9 +27,10 @@ Row: TypeAlias = dict[str, list[int]]
 
 
 def make_sequences(
-    documents: Documents, form: Form, what: str, cache: Path, max_tokens: int | None = None
+    documents: Documents, form: Form, what: str, cache: Path, max_tokens: int | None = None, **place: Any
 ) -> Dataset | IterableDataset:
-    """Documents as rows, cached on disk. Rows of a stream are a stream too, unless `max_tokens` ends it."""
+    """Documents as rows, cached on disk. Rows of a stream are a stream too, unless `max_tokens` ends it; of local files, they begin at
+    a `place`: a row `begin`, by `marks`."""
     if form.tokenizer.eos_token_id is None:
         name = form.tokenizer.name_or_path
         raise ValueError(f"tokenizer must have an end-of-sequence token, and {name!r} has none; use another")
@@ -36,7 +38,9 @@ def make_sequences(
     if not isinstance(documents, Dataset):
         if max_tokens is None:
             features = Features({name: List(Value("int32"), length=form.sequence_length) for name in form.columns})
-            return IterableDataset.from_generator(_endless, features, arguments)
+            if isinstance(documents, FileStream):
+                return IterableDataset.from_generator(_endless, features, {**arguments, **place})
+            return IterableDataset.from_generator(_endless_of_hub, features, arguments)
         return _kept(_rows(**arguments), form)
     rows = make_rows(documents, form, max_tokens, cache / "rows")
     if not len(rows):
@@ -57,7 +61,28 @@ def _kept(rows: Iterator[Row], form: Form) -> Dataset:
     return Dataset(pa.concat_tables(tables))
 
 
-def _endless(documents: IterableDataset | FileStream, **arguments: Any) -> Iterator[Row]:
+def _endless(
+    documents: FileStream, form: Form, what: str, max_tokens: int | None, begin: int = 0, marks: Marks | None = None
+) -> Iterator[Row]:
+    """The rows of all passes from row `begin` on, which marks help to find."""
+    mark = marks and marks.last(begin)
+    count, rest, place = (mark.row, [*mark.rest], mark.place) if mark else (0, [], None)
+    for epoch in itertools.count(place.epoch if place else 0):
+        documents.set_epoch(epoch)  # another order
+        before = count if place is None else -1
+        for here, texts in documents.pools(place):
+            if marks is not None:
+                marks.add(Mark(count, [*map(int, rest)], here))
+            for row in _rows_of(_tokens(texts, form), form, rest):
+                if count >= begin:
+                    yield row
+                count += 1
+        if count == before:
+            raise _too_few(documents, form, what)
+        rest, place = [], None
+
+
+def _endless_of_hub(documents: IterableDataset, **arguments: Any) -> Iterator[Row]:
     for epoch in itertools.count():
         documents.set_epoch(epoch)  # another order
         yield from _rows(documents, **arguments)
@@ -66,7 +91,7 @@ def _endless(documents: IterableDataset | FileStream, **arguments: Any) -> Itera
 def _rows(documents: Documents, form: Form, what: str, max_tokens: int | None) -> Iterator[Row]:
     """Rows until `max_tokens` tokens are predicted. Raises ValueError if there is no row."""
     predicted = 0
-    for row in (_packed if form.documents == "packed" else _padded)(documents, form):
+    for row in _rows_of(_tokens(documents, form), form, []):
         yield row
         predicted += sum(row.get("attention_mask", [1] * form.sequence_length)) - 1
         if max_tokens is not None:
@@ -83,10 +108,14 @@ def _too_few(documents: Documents, form: Form, what: str) -> ValueError:
     return ValueError(f"{what} has {count:,} tokens, too few for {needs}; give more text or a shorter sequence_length")
 
 
-def _packed(documents: Documents, form: Form) -> Iterator[Row]:
+def _rows_of(pieces: Iterable[tuple[tokens.Piece, tokens.Ids]], form: Form, rest: list[int]) -> Iterator[Row]:
+    """Rows of documents after those whose last tokens are `rest`, which becomes the tokens that fill no row."""
+    return _packed(pieces, form, rest) if form.documents == "packed" else _padded(pieces, form)
+
+
+def _packed(pieces: Iterable[tuple[tokens.Piece, tokens.Ids]], form: Form, rest: list[int]) -> Iterator[Row]:
     """Windows over documents laid end to end."""
-    rest: list[int] = []
-    for _, ids in _tokens(documents, form):
+    for _, ids in pieces:
         rest += ids
         whole = len(rest) - len(rest) % form.sequence_length
         for start in range(0, whole, form.sequence_length):
@@ -94,9 +123,9 @@ def _packed(documents: Documents, form: Form) -> Iterator[Row]:
         del rest[:whole]
 
 
-def _padded(documents: Documents, form: Form) -> Iterator[Row]:
+def _padded(pieces: Iterable[tuple[tokens.Piece, tokens.Ids]], form: Form) -> Iterator[Row]:
     """One row per document."""
-    for _, ids in _tokens(documents, form):
+    for _, ids in pieces:
         if len(ids) > 1:  # one token predicts nothing
             n = form.sequence_length - len(ids)
             mask = [1] * len(ids) + [0] * n
@@ -132,10 +161,11 @@ def _bytes_per_token(documents: Documents, form: Form) -> float:
 
 
 def _tokens(
-    documents: Documents, form: Form, encode: tokens.Encode | None = None
+    documents: Documents | list[str], form: Form, encode: tokens.Encode | None = None
 ) -> Iterator[tuple[tokens.Piece, tokens.Ids]]:
     """Documents with the tokens that a row may have of them: packed piece by piece, padded the beginning of each."""
-    texts, eos, encode = texts_of(documents), form.tokenizer.eos_token_id, encode or form.encode
+    texts = filter(None, documents) if isinstance(documents, list) else texts_of(documents)
+    eos, encode = form.tokenizer.eos_token_id, encode or form.encode
     if form.documents == "packed":
         return tokens.whole(texts, encode, eos)
     return tokens.beginnings(texts, encode, eos, form.sequence_length)

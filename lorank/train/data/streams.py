@@ -1,8 +1,8 @@
 """Local files as a stream: text that is read while a model trains, and neither prepared, nor kept, nor whole in memory.
 
-    files, in an order of the seed and the pass  ->  some of them at a time, block by block  ->  a pool, from which documents are drawn
+    files, in an order of the seed and the pass  ->  some of them at a time, block by block  ->  pools, each in a random order
 
-Held out are the first documents of each large file of rows, and of other files some are held out whole. So what is held out can be
+Between two pools little has to be known to go on (`Place`), so that a run resumes without reading again what it has seen. Held out are the first documents of each large file of rows, and of other files some are held out whole. So what is held out can be
 read without the rest, and is the same in each pass.
 """
 
@@ -10,17 +10,17 @@ import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
 
-from lorank.train.reading import Tally, blocks, kind_of
+from lorank.train.reading import Tally, blocks, kind_of, rows_at_lines
 
 OPEN = 8
 """Files that are read at a time."""
 POOL = 1 << 26
-"""Characters of documents that wait to be drawn."""
+"""Characters of documents that are mixed with one another."""
 LARGE = 1 << 16
 """A file of rows is large if so many bytes of it are held out."""
 
@@ -33,6 +33,28 @@ class Part(NamedTuple):
     """How much text at its beginning is held out, in bytes; the last document of it is held out whole."""
     keep: float = 1.0
     """The chance that a document is seen."""
+
+
+class Reached(NamedTuple):
+    """How far a file has been read."""
+
+    blocks: int = 0
+    byte: int = 0
+    """Where the next block begins, if the file has a row a line; 0: this is not known."""
+    text: int = 0
+    """Bytes of text so far, by which is known what is held out."""
+
+
+class Place(NamedTuple):
+    """Where a pass stands between two pools, as JSON keeps it."""
+
+    epoch: int
+    random: dict[str, Any]
+    """State of the generator."""
+    opened: int
+    """How many files of the pass's order have been opened."""
+    reading: list[tuple[int, Reached]]
+    """The open ones: their numbers among the parts."""
 
 
 @dataclasses.dataclass
@@ -57,7 +79,7 @@ class FileStream:
     def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
         """Documents of one pass, so many at a time."""
         some: list[str] = []
-        for text in self._drawn(np.random.default_rng((self.seed, self.epoch))):
+        for text in (text for _, pool in self.pools() for text in pool):
             some.append(text)
             if len(some) == batch_size:
                 yield {"text": some}
@@ -71,43 +93,59 @@ class FileStream:
         files = {part.file: part.file.stat() for part in self.parts}
         return repr((self.side, self.parts, [(found.st_size, found.st_mtime_ns) for found in files.values()]))
 
-    def _drawn(self, random: np.random.Generator) -> Iterator[str]:
-        waiting = [self.parts[i] for i in random.permutation(len(self.parts))]
-        reading: list[Iterator[list[str]]] = []
-        pool: list[str] = []
-        size = 0
-        while waiting or reading:
-            while waiting and len(reading) < OPEN:
-                reading.append(self._texts(waiting.pop(), random))
-            at = int(random.integers(len(reading)))
-            found = next(reading[at], None)
-            if found is None:
-                del reading[at]
-                continue
-            pool += found
-            size += sum(map(len, found))
-            while size > POOL:
-                chosen = int(random.integers(len(pool)))
-                pool[chosen], pool[-1] = pool[-1], pool[chosen]
-                size -= len(pool[-1])
-                yield pool.pop()
-        for i in random.permutation(len(pool)):
-            yield pool[i]
+    def pools(self, place: Place | None = None) -> Iterator[tuple[Place, list[str]]]:
+        """The documents of the pass, pool by pool in random orders, each with the place where it begins; from a place on."""
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(len(self.parts))
+        opened, reading = 0, []
+        if place is not None:
+            random.bit_generator.state = place.random
+            opened, reading = place.opened, [Reader(self, number, reached, random) for number, reached in place.reading]
+        while opened < len(order) or reading:
+            state, reached = random.bit_generator.state, [(one.number, one.reached) for one in reading]
+            here, pool, size = Place(self.epoch, dict(state), opened, reached), [], 0
+            while size <= POOL and (opened < len(order) or reading):
+                while opened < len(order) and len(reading) < OPEN:
+                    reading.append(Reader(self, int(order[opened]), Reached(), random))
+                    opened += 1
+                at = int(random.integers(len(reading)))
+                found: list[str] | None = next(reading[at].texts, None)
+                if found is None:
+                    del reading[at]
+                    continue
+                pool += found
+                size += sum(map(len, found))
+            if pool:
+                yield here, [pool[i] for i in random.permutation(len(pool))]
 
-    def _texts(self, part: Part, random: np.random.Generator) -> Iterator[list[str]]:
-        """The documents of a file that are on this side, block by block."""
-        if (self.side, part.held_out) in (("validation", 0), ("train", math.inf)):
+
+class Reader:
+    """A file of a pass, of which some blocks have been read."""
+
+    def __init__(self, stream: FileStream, number: int, reached: Reached, random: np.random.Generator):
+        self.number, self.reached = number, reached
+        self.texts = self._texts(stream, stream.parts[number], random)
+
+    def _texts(self, stream: FileStream, part: Part, random: np.random.Generator) -> Iterator[list[str]]:
+        """The documents that are on this side and not read yet, block by block."""
+        if (stream.side, part.held_out) in (("validation", 0), ("train", math.inf)):
             return
-        before = 0
-        for block, _ in blocks(part.file, self.column, Tally()):
+        begun, lines = self.reached, rows_at_lines(part.file)
+        span = (begun.byte, part.file.stat().st_size) if begun.byte else None
+        for number, (block, read) in enumerate(
+            blocks(part.file, stream.column, Tally(), span), begun.blocks if span else 0
+        ):
+            if number < begun.blocks:
+                continue  # no byte says where the next block begins
             sizes = pc.binary_length(block).to_numpy().astype(np.int64)
+            before = self.reached.text
             held_out = before + np.cumsum(sizes) - sizes < part.held_out
-            before += int(sizes.sum())
-            chosen = {"whole": np.ones_like(held_out), "train": ~held_out, "validation": held_out}[self.side]
+            chosen = {"whole": np.ones_like(held_out), "train": ~held_out, "validation": held_out}[stream.side]
             if part.keep < 1:
                 chosen &= random.random(len(chosen)) < part.keep
+            self.reached = Reached(number + 1, begun.byte + read if lines else 0, before + int(sizes.sum()))
             yield block.filter(chosen).to_pylist()
-            if self.side == "validation" and before >= part.held_out:
+            if stream.side == "validation" and self.reached.text >= part.held_out:
                 return
 
 

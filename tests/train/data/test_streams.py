@@ -2,11 +2,14 @@
 
 import gzip
 import itertools
+import json
 import re
 
 import pytest
 
+from lorank.train import reading
 from lorank.train.data import load_corpus, load_evaluation, streams
+from lorank.train.data.marks import Marks
 
 NUMBER = re.compile(r"document (\d+)\n")
 
@@ -72,16 +75,16 @@ def test_the_pool_bounds_what_is_in_memory(corpus, monkeypatch):
     """However large files are, no more documents wait than the pool and a block of each open file hold."""
     whole, *_ = corpus
     taken, given = 0, 0
-    texts = streams.FileStream._texts
+    texts = streams.Reader._texts
 
-    def counting(self, part, random):
+    def counting(self, *what):
         nonlocal taken
-        for some in texts(self, part, random):
+        for some in texts(self, *what):
             for i in range(0, len(some), 5):
                 taken += sum(map(len, some[i : i + 5]))
                 yield some[i : i + 5]
 
-    monkeypatch.setattr(streams.FileStream, "_texts", counting)
+    monkeypatch.setattr(streams.Reader, "_texts", counting)
     most = 0
     for block in whole.iter(1):
         given += len(block["text"][0])
@@ -106,6 +109,34 @@ def test_a_corpus_of_a_stream(tmp_path, documents, write_jsonl, load, numbers, t
     evaluated, bytes_per_token = load_evaluation(both, corpus.tokenizer, sequence_length=16, stream=True, held_out=True)
     assert tokens(evaluated) == tokens(corpus.validation)
     assert bytes_per_token == corpus.validation_bytes_per_token
+
+
+@pytest.mark.parametrize("documents_per_row", ["packed", "padded"])
+def test_a_stream_goes_on_from_its_marks(tmp_path, corpus, load, monkeypatch, documents_per_row):
+    """From any row, in the pass or the next, as if it had been read from its beginning; at most a pool and what lies before it in the open
+    files is read again, and of rows of JSON not even that."""
+    monkeypatch.setattr(reading, "BLOCK", 400)
+    settings = {"vocab_size": 300, "sequence_length": 16, "stream": True, "documents": documents_per_row}
+    whole = list(itertools.islice(load_corpus("c", **settings, marks=tmp_path / "marks").train, 900))
+    assert len(Marks(tmp_path / "marks", "another", writes=True).known) == 0
+    rows = [json.loads(line)["row"] for line in (tmp_path / "marks").read_text().splitlines()[1:]]
+    assert rows[0] == 0 and len(rows) > 8
+    with (tmp_path / "marks").open("a") as file:
+        file.write('\n{"row": 5, "rest"')  # cut off by a crash
+    read = []
+    before = streams.blocks
+    monkeypatch.setattr(
+        streams, "blocks", lambda file, *rest: read.append((file.name, rest[-1])) or before(file, *rest)
+    )
+    for begin in (1, rows[3] - 1, rows[3], 500, 880):
+        read.clear()
+        later = load_corpus("c", **settings, marks=tmp_path / "marks", begin=begin)
+        assert later.begins == begin
+        assert list(itertools.islice(later.train, 900 - begin)) == whole[begin:], begin
+    assert any(span and span[0] > 0 for name, span in read if name == "a.jsonl"), "at a byte, not from its beginning"
+    (tmp_path / "marks").unlink()
+    again = load_corpus("c", **settings, marks=tmp_path / "marks", begin=880).train
+    assert list(itertools.islice(again, 20)) == whole[880:], "without marks it is only slow"
 
 
 def test_one_text_cannot_be_a_stream(tmp_path, prose, write, load):

@@ -1,0 +1,80 @@
+"""Marks in a stream: which row of a run begins where, so that it is not read again from its beginning when the run resumes.
+
+RUN/stream.jsonl     {"stream": what is read, and into which rows}, then a line for each pool: {"row", "rest", "place"}
+
+A mark is a fact of the stream, not of the training: rows are made ahead of the steps that need them. A run that has done some rows
+goes on from the last mark before them; at most the rows of a pool are made again. Lines that a crash cut off, and marks of
+another stream, do not count.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lorank.train.data.streams import Place, Reached
+
+logger = logging.getLogger(__name__)
+
+
+class Mark(NamedTuple):
+    """The beginning of a pool."""
+
+    row: int
+    """How many rows the documents before it have filled."""
+    rest: list[int]
+    """Their last tokens, which fill none."""
+    place: Place
+
+
+class Marks:
+    """A file of marks.
+
+    Args:
+        stream: says what is read, and into which rows.
+        writes: whether this process adds marks.
+    """
+
+    def __init__(self, file: Path, stream: str, *, writes: bool):
+        self.file, self.writes = file, writes
+        self.title = json.dumps({"stream": hashlib.blake2b(stream.encode(), digest_size=16).hexdigest()})
+        self.known = list(_marks(file, self.title))
+
+    def last(self, row: int) -> Mark | None:
+        """The last mark that is not behind a row; None, with a warning, if there is none."""
+        found = max((mark for mark in self.known if mark.row <= row), key=lambda mark: mark.row, default=None)
+        if found is None and row:
+            logger.warning(
+                "where row %d of the stream begins is not known, because its files have changed or the run is older than version 0.4; it "
+                "is read again from its beginning, in the order that it has now",
+                row,
+            )
+        return found
+
+    def add(self, mark: Mark) -> None:
+        """Keep a mark, if none of its row is there. Without it only time is lost, so a full disk ends nothing."""
+        if not self.writes or any(mark.row == one.row for one in self.known):
+            return
+        line = json.dumps(mark._asdict())
+        with contextlib.suppress(OSError), self.file.open("a" if self.known else "w", encoding="utf-8") as file:
+            file.write(f"{'' if self.known else self.title}\n{line}")  # on another line than what a crash has left
+            self.known.append(mark)
+
+
+def _marks(file: Path, title: str) -> Iterator[Mark]:
+    """Those of a file; none if they are of another stream, and without lines that are cut off."""
+    with contextlib.suppress(OSError, UnicodeDecodeError), file.open(encoding="utf-8") as lines:
+        if next(lines, "").strip() != title:
+            return
+        for line in lines:
+            with contextlib.suppress(ValueError, KeyError, TypeError):
+                one = json.loads(line)
+                epoch, random, opened, reading = one["place"]
+                np.random.default_rng().bit_generator.state = random  # refuses what is none
+                place = Place(epoch, random, opened, [(number, Reached(*reached)) for number, reached in reading])
+                yield Mark(one["row"], one["rest"], place)
