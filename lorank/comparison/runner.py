@@ -36,7 +36,7 @@ from lorank.comparison.rows import (
 from lorank.comparison.settings import ComparisonSettings, slug
 from lorank.train import data
 from lorank.train.budget import Budget, of_length
-from lorank.train.folder import LOCK, ONCE, absolute, locked, write_whole
+from lorank.train.folder import LOCK, ONCE, absolute, check_apart, locked, write_whole
 from lorank.train.model import build_config, warn_of_weights
 from lorank.train.recipe import Recipe
 from lorank.train.run import check_corpus, corpus_of
@@ -127,6 +127,7 @@ class Comparison:
         if (out / "comparison.json").exists():
             return _same(cls.open(out), settings)
         _check_free(out)
+        check_apart(out, base.data, base.validation)
         find_rows(settings)
         if settings.tasks:
             check_tasks(settings.tasks)

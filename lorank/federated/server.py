@@ -24,7 +24,7 @@ from lorank.federated.exchange import MERGED, Package, factors_of, number, tenso
 from lorank.federated.rule import begin, shortened
 from lorank.federated.settings import Settings
 from lorank.method import seeded_generator
-from lorank.train.folder import read_json, write_whole
+from lorank.train.folder import check_apart, read_json, write_whole
 from lorank.train.saved import save_model
 from lorank.whole import made_whole
 
@@ -53,6 +53,7 @@ class Server:
     """
 
     def __init__(self, settings: Settings, out: Path, say: Callable[[str], object] = lambda line: None):
+        check_apart(out, settings.data)
         self.settings, self.out, self.say, self.rule = settings, out, say, settings.rule
         self.base = base_of(settings.model, max(settings.ranks), settings.alpha)
         self.layers = [*self.base.layers]

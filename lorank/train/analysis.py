@@ -18,7 +18,7 @@ from lorank.rewriting import converted_with
 from lorank.sites import base_prefix, find_sites, weight_reader
 from lorank.train.data import collate
 from lorank.train.evaluation import text_for, with_length
-from lorank.train.folder import absolute, write_whole
+from lorank.train.folder import absolute, check_apart, write_whole
 from lorank.train.methods import methods_of, written_out
 from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
@@ -69,6 +69,7 @@ def analyze_folder(
         read_budget(budget, 0)  # an error here comes before the work
     say("loading the model and the text")
     chosen = text_of(model, **text)
+    check_apart(out, chosen.data)
     loaded, words = load_model(model, tokenizer=tokenizer, of_any_kind=True)
     if words.eos_token_id is None and words.sep_token is not None:
         words.eos_token = words.sep_token  # ends a text for BERT and its kin

@@ -28,7 +28,7 @@ from lorank.sites import body_of
 from lorank.train.card import Card, write_card
 from lorank.train.evaluation import evaluate, text_for, with_length
 from lorank.train.export import check_folder
-from lorank.train.folder import locked, prepare_folder, write_whole
+from lorank.train.folder import check_apart, locked, prepare_folder, write_whole
 from lorank.train.model import check_causal
 from lorank.train.saved import load_model, whole_files
 from lorank.train.text import keep_text, text_of
@@ -142,6 +142,7 @@ def compress_folder(
         raise ValueError(f"{out} has a fit that was stopped; continue it with --resume {out}, or choose another --out")
     say("loading the model and the text")
     chosen = text_of(job.model, **job.text)
+    check_apart(out, chosen.data)
     model, words = load_model(job.model, tokenizer=job.tokenizer, of_any_kind=True)
     if words.eos_token_id is None and words.sep_token is not None:
         words.eos_token = words.sep_token  # ends a text for BERT and its kin

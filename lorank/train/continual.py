@@ -37,7 +37,7 @@ from lorank.train.data import cache_folder, collate
 from lorank.train.data.corpus import Corpus, hash_of, load_corpus, seen_of
 from lorank.train.data.sources import open_data
 from lorank.train.evaluation import evaluate
-from lorank.train.folder import read_json, write_whole
+from lorank.train.folder import check_apart, read_json, write_whole
 from lorank.train.model import check_causal, check_positions
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model, save_model
@@ -152,6 +152,7 @@ def continual(
         raise ValueError(f"a learning rate must be for one of {', '.join(made)}, got one for {unused[0]}")
     if len(tasks) < 1 or len(set(tasks)) < len(tasks):
         raise ValueError(f"tasks must be different sources of text, got {', '.join(tasks) or 'none'}")
+    check_apart(out, *tasks)
     base, tokenizer = load_model(model)
     check_causal(base)
     check_positions(base, settings.sequence_length)

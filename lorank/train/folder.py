@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.trainer_pt_utils import safe_globals
 
 from lorank.distributed.saving import OPTIMIZER, OPTIMIZER_FILE, WEIGHTS
+from lorank.train.data.files import would_read
 from lorank.train.data.sources import weighted
 from lorank.train.methods import schedule_of, with_changed_defaults
 from lorank.train.recipe import Recipe
@@ -67,6 +68,17 @@ def absolute_name(name: str) -> str:
     """A path that exists, or that something matches, from the root; any other name as it is."""
     path = os.path.expanduser(name)
     return os.path.abspath(path) if name != "embedded" and (os.path.exists(path) or glob.glob(path)) else name
+
+
+def check_apart(out: Path, *data: str | list[str] | None) -> None:
+    """ValueError if what is written to a folder would be read as part of some text: then the text would be another one when a run goes on,
+    and for all other runs."""
+    for source in (one for some in data if some is not None for one in ([some] if isinstance(some, str) else some)):
+        if source != "embedded" and would_read(weighted(source)[0], out):
+            raise ValueError(
+                f"--out must be outside of the text, because its files would be read as text from then on, got {out} in {source!r}; choose "
+                "another --out, or one whose name begins with a dot"
+            )
 
 
 def prepare_folder(out: Path, resume: bool) -> None:

@@ -36,6 +36,7 @@ from lorank.train.engine import Engine, in_company
 from lorank.train.evaluation import Evaluation
 from lorank.train.folder import (
     absolute,
+    check_apart,
     last_whole_checkpoint,
     locked,
     logged_rate,
@@ -108,6 +109,7 @@ def pretrain(
     engine.check(recipe)
     check_start(recipe)
     place = check_push(recipe.push_to_hub) if recipe.push_to_hub is not None and first else None
+    check_apart(out, recipe.data, recipe.validation)
     prepare_folder(out, resume)
     torch.set_float32_matmul_precision("high")
     with locked(out):

@@ -192,6 +192,12 @@ def test_a_failing_last_evaluation_costs_no_model(recipe: Any, tmp_path: Path) -
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+def test_a_run_is_not_written_into_its_text(recipe: Any, text: Path) -> None:
+    with pytest.raises(ValueError, match=r"--out must be outside of the text, .* got .*/run in "):
+        pretrain(recipe(data=[str(text.parent), f"{text.parent}/other:0.5"]), text.parent / "run")
+    assert not (text.parent / "run").exists()
+
+
 def test_a_batch_larger_than_the_corpus_is_refused(recipe: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="batch_size must be at most .* got 100000"):
         pretrain(recipe(batch_size=100_000, micro_batch_size=1), tmp_path / "run")

@@ -73,6 +73,28 @@ def found_files(source: str) -> tuple[list[Path], list[Path]]:
     return files, [file for file in found if file not in read and not (kind_of(file) and file.is_file())]
 
 
+WRITTEN = ("metrics.jsonl", "config.json", "README.md", "checkpoint-1/config.json", "runs/one/metrics.jsonl")
+"""Files like those that a run or a comparison writes, which are of kinds that are read."""
+
+
+def would_read(source: str, folder: Path) -> bool:
+    """Whether what a run writes to a folder would be read as text of a source, now or when the source is read again.
+
+    >>> would_read("/texts", Path("/texts/runs/one")), would_read("/texts/*.txt", Path("/texts")), would_read("/texts", Path("/texts/.runs"))
+    (True, False, False)
+    """
+    place, path = Path(os.path.realpath(folder.expanduser())), Path(source).expanduser()
+    if set("*?[") & set(source) and not path.exists():
+        pattern = Path(os.path.abspath(path)).parts
+        return any(_matches((place / name).parts, pattern) for name in WRITTEN)
+    top = Path(os.path.realpath(path))
+    return not top.is_file() and place.is_relative_to(top) and not _is_hidden(place.relative_to(top))
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(name.startswith(".") for name in path.parts)
+
+
 def _glob(pattern: Path) -> Iterator[Path]:
     """What matches a pattern. `**` stands for folders at any depth, links included."""
     parts = pattern.parts

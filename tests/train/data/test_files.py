@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from lorank.train.data.files import local_files
+from lorank.train.data.files import local_files, would_read
 
 
 @pytest.fixture
@@ -54,3 +54,23 @@ def test_a_folder_that_cannot_be_searched_is_no_empty_one(tmp_path, write, monke
     monkeypatch.setattr(os, "listdir", locked)
     with pytest.raises(OSError, match="data cannot be searched: Permission denied"):
         local_files(str(tmp_path / "data"))
+
+
+def test_where_files_would_become_text_of_a_source(tmp_path, write, monkeypatch):
+    write(tmp_path / "data" / "a.txt", "a")
+    (tmp_path / "linked").symlink_to("data")
+    monkeypatch.chdir(tmp_path / "data")
+    inside = tmp_path / "linked" / "runs" / "one"
+    for source in (
+        ".",
+        "..",
+        "../linked",
+        "**/*.jsonl",
+        "../data/**",
+        "runs/*/*.json",
+        str(tmp_path / "*" / "runs" / "one" / "*.md"),
+    ):
+        assert would_read(source, inside), source
+    for source in ("a.txt", "*.txt", "*.jsonl", "runs/*.md", "**/*.txt", str(tmp_path / "other")):
+        assert not would_read(source, inside), source
+    assert not would_read(".", tmp_path / "data" / ".runs" / "one") and not would_read(".", tmp_path / "runs")
