@@ -138,7 +138,7 @@ def build_trainer(
         flops_per_token=flops,
         peak_flops=(peak * processes(), source),
         eval_tokens=limits_of(recipe)[0],
-        bytes_per_token=corpus.validation_bytes_per_token,
+        bytes_per_token=corpus.validation_size.per_token,
         skips_nan=recipe.on_nan == "skip",
         teacher=None if recipe.distil is None else Teacher(recipe, model, corpus.tokenizer),
     )

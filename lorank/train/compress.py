@@ -7,6 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, MutableMapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from lorank.fields import check_fields
 from lorank.fit import STRUCTURES, Fitted, Structure, as_structure, fit
 from lorank.fit.budget import Policy, check_policy
 from lorank.fit.structure import Found
+from lorank.loss import predicted_tokens
 from lorank.pretrained import positions_of
 from lorank.sites import body_of
 from lorank.train.card import Card, write_card
@@ -148,8 +150,9 @@ def compress_folder(
         words.eos_token = words.sep_token  # ends a text for BERT and its kin
     total = len(sites_to_convert(model, structure.method(1), job.targets or None, job.exclude or None))
     chosen = with_length(chosen, model)
-    batches, bytes_per_token = text_for(model, words, chosen, max_tokens=job.tokens + job.eval_tokens)
+    batches, size = text_for(model, words, chosen, max_tokens=job.tokens + job.eval_tokens)
     calibration, held = divided(until(batches, job.tokens + job.eval_tokens), job.eval_tokens)
+    before_held = sum(int(predicted_tokens(batch["labels"])) for batch in calibration)
     if torch.cuda.is_available():
         model.to("cuda")  # type: ignore[arg-type]
     is_causal = _is_causal(model)
@@ -161,7 +164,7 @@ def compress_folder(
         }
         if is_causal:
             say("evaluating")
-            found |= evaluate(model, held, bytes_per_token=bytes_per_token).to_dict()
+            found |= evaluate(model, held, bytes_per_token=partial(size.per_token, after=before_held)).to_dict()
             say("generating")
             found["decoded_tokens_per_second"] = decode_speed(model)
         return found

@@ -15,7 +15,7 @@ from lorank.auto import type_of
 from lorank.loss import next_token_loss, predicted_tokens
 from lorank.pretrained import positions_of
 from lorank.speed.linear_cross_entropy import loss_without_logits
-from lorank.train.data import collate, end_of, load_evaluation
+from lorank.train.data import TextSize, collate, end_of, load_evaluation
 from lorank.train.data.corpus import MOST_TOKENS
 from lorank.train.model import check_causal, check_positions, check_separate
 from lorank.train.saved import load_model
@@ -98,10 +98,10 @@ def evaluate(
     batches: Iterable[dict[str, Any]],
     *,
     max_tokens: int | None = None,
-    bytes_per_token: float | None = None,
+    bytes_per_token: Callable[[int], float] | None = None,
 ) -> Evaluation:
     """Evaluate a causal language model of transformers on batches of ``input_ids`` and ``labels`` [b, n] (-100: not
-    counted).
+    counted). `bytes_per_token` gives the UTF-8 bytes per token of the text in which the first so many tokens are predicted.
 
     Stops after the batch in which `max_tokens` predicted tokens are reached. The model's training mode is restored.
 
@@ -128,7 +128,7 @@ def evaluate(
         model.train(training)
     if tokens == 0:
         raise ValueError("the evaluation data contain no token to predict")
-    return Evaluation(nats, tokens, count, losses, bytes_per_token)
+    return Evaluation(nats, tokens, count, losses, bytes_per_token and bytes_per_token(tokens))
 
 
 def _all_of(batches: Iterable[Any], tokens: int, count: int, max_tokens: int | None) -> int | None:
@@ -162,9 +162,9 @@ def evaluate_folder(
         check_separate(loaded)
     chosen = with_length(chosen, loaded)
     rows = max_tokens or chosen.validation_tokens or MOST_TOKENS
-    batches, bytes_per_token = text_for(loaded, own, chosen, max_tokens=rows)
+    batches, size = text_for(loaded, own, chosen, max_tokens=rows)
     stop = max_tokens or chosen.last_tokens or rows
-    found = evaluate(loss_without_logits(loaded), batches, max_tokens=stop, bytes_per_token=bytes_per_token)
+    found = evaluate(loss_without_logits(loaded), batches, max_tokens=stop, bytes_per_token=size.per_token)
     return found._replace(text=str(chosen))
 
 
@@ -180,7 +180,7 @@ def text_for(
     *,
     max_tokens: int,
     make_batch: Callable[..., dict[str, Any]] | None = None,
-) -> tuple[DataLoader, float]:
+) -> tuple[DataLoader, TextSize]:
     """A text for a model in batches, and its bytes per token. Errors are `evaluate_folder`'s. `make_batch` makes a batch from
     rows, by default `lorank.train.data.collate`."""
     embeddings = getattr(model.get_input_embeddings(), "weight", None)
@@ -188,7 +188,7 @@ def text_for(
         raise ValueError(f"the model must read tokens, got type {type_of(model.config)!r}; use a language model")
     assert text.sequence_length is not None
     check_positions(model, text.sequence_length)
-    rows, bytes_per_token = load_evaluation(
+    rows, size = load_evaluation(
         text.data,
         tokenizer,
         sequence_length=text.sequence_length,
@@ -202,4 +202,4 @@ def text_for(
         max_tokens=max_tokens,
     )
     make = make_batch or partial(collate, vocab_size=embeddings.shape[0], end=end_of(text.documents, tokenizer))
-    return DataLoader(rows, batch_size=text.batch_size, collate_fn=make), bytes_per_token  # type: ignore[arg-type]
+    return DataLoader(rows, batch_size=text.batch_size, collate_fn=make), size  # type: ignore[arg-type]

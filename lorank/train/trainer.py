@@ -44,7 +44,7 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
         flops_per_token: of training this model, without recomputation (MFU, arXiv 2204.02311). None: not known, and no MFU is logged.
         peak_flops: the most FLOP/s of all devices together, and where that number comes from.
         eval_tokens: predicted tokens after which an evaluation during training stops.
-        bytes_per_token: of the validation text.
+        bytes_per_token: of the validation text, by the number of predicted tokens.
         teacher: what it says is a term of the loss, logged as the auxiliary loss.
         skips_nan: leave out a step whose gradient is not finite, instead of ending the run.
     """
@@ -61,7 +61,7 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
         flops_per_token: float | None,
         peak_flops: tuple[float, str],
         eval_tokens: int,
-        bytes_per_token: float,
+        bytes_per_token: Callable[[int], float],
         teacher: Teacher | None = None,
         skips_nan: bool = False,
         **kwargs: Any,

@@ -10,13 +10,14 @@ No document is on both sides of the split. Packing loses only the tokens that do
 from lorank.train.data.corpus import Corpus, load_corpus, load_evaluation, share_trained_on
 from lorank.train.data.documents import same_content
 from lorank.train.data.form import end_of
-from lorank.train.data.sequences import check_ids, collate
+from lorank.train.data.sequences import TextSize, check_ids, collate
 from lorank.train.data.sources import cache_folder, files_of
 from lorank.train.data.specials import padding_id, rows_of
 from lorank.train.data.tokenizers import byte_tokenizer, load_tokenizer
 
 __all__ = [
     "Corpus",
+    "TextSize",
     "byte_tokenizer",
     "cache_folder",
     "check_ids",

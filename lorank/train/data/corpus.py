@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lorank.train.data.form import Documents as PerRow
 from lorank.train.data.form import Form
 from lorank.train.data.marks import Marks
-from lorank.train.data.sequences import bytes_per_token_of, check_form, ids_of, make_sequences
+from lorank.train.data.sequences import TextSize, check_form, ids_of, make_sequences, text_size_of
 from lorank.train.data.sources import (
     Documents,
     Source,
@@ -51,7 +51,7 @@ class Corpus:
     train: Dataset | IterableDataset
     """A stream never ends: it starts again in another order, so that any run can resume by skipping rows."""
     validation: Dataset
-    validation_bytes_per_token: float
+    validation_size: TextSize
     """UTF-8 bytes of validation text per token (tokens that end documents included), for bits per byte."""
     description: str
     """One line for humans: "embedded: 612 documents, 11.8 MB, 3.4 M tokens"."""
@@ -193,12 +193,12 @@ def load_corpus(
     if isinstance(rows, Dataset):
         tokens = amount(len(rows) * sequence_length, "tokens")
         description += f", {tokens if form.cut is None else f'{len(rows):,} sequences'} to train on"
-    ratio = bytes_per_token_of(held_out, form, cache)
+    size = text_size_of(held_out, form, cache)
     apart = validation not in (None, data)
     files = sorted(source.digests)[:MOST_FILES]
     seen = seen_of(source, [] if apart else source.validation)
     return Corpus(
-        tok, rows, held_out_rows, ratio, description, None if apart else held_out, files, seen, place.get("begin", 0)
+        tok, rows, held_out_rows, size, description, None if apart else held_out, files, seen, place.get("begin", 0)
     )
 
 
@@ -217,7 +217,7 @@ def load_evaluation(
     validation_tokens: int | None = 10_000_000,
     max_tokens: int = 10_000_000,
     cache_dir: Path | None = None,
-) -> tuple[Dataset, float]:
+) -> tuple[Dataset, TextSize]:
     """Rows to evaluate on and their bytes per token: the validation part of embedded and hub data; of local files all, or
     if `held_out` the part that `load_corpus` holds out with the same seed and `validation_tokens`.
 
@@ -234,7 +234,7 @@ def load_evaluation(
         )
     form = Form.of(tokenizer, sequence_length, documents)
     rows = make_sequences(documents_read, form, f"the text of {name_of(data)}", cache, max_tokens)
-    return rows, bytes_per_token_of(documents_read, form, cache)
+    return rows, text_size_of(documents_read, form, cache)
 
 
 def _read(data: str | list[str], *place: Any, held_out: bool, **how: Any) -> Documents:

@@ -2,9 +2,10 @@
 
 import contextlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias, get_args
+from typing import Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from lorank.train.data.rows import key_of, make_rows
 from lorank.train.data.sources import Documents, texts_of
 from lorank.train.data.streams import FileStream
 from lorank.train.watching import tell
+from lorank.whole import made_whole
 
 MEASURED_BYTES = 10_000_000  # of validation text in which tokens are counted
 Row: TypeAlias = dict[str, list[int]]
@@ -132,32 +134,54 @@ def _padded(pieces: Iterable[tuple[tokens.Piece, tokens.Ids]], form: Form) -> It
             yield {"input_ids": [*ids, *[form.padding] * n], "attention_mask": mask, "labels": [*ids, *[IGNORED] * n]}
 
 
-def bytes_per_token_of(documents: Documents, form: Form, cache: Path) -> float:
-    """UTF-8 bytes per token of the text in the rows; of documents on disk it is measured once."""
+class TextSize(NamedTuple):
+    """How much text the tokens of some documents stand for, counted from the first document to the end of each piece."""
+
+    predicted: np.ndarray
+    """Tokens that rows predict, [pieces], float64."""
+    tokens: np.ndarray
+    bytes: np.ndarray
+    """Of UTF-8."""
+
+    def per_token(self, predicted: float = math.inf, after: float = 0) -> float:
+        """Bytes per token of the text in which so many tokens are predicted, those that come `after` so many others; interpolated between
+        the ends of pieces. Where that is not measured, it is that of all."""
+        x, tokens, size = (np.concatenate([[0.0], column]) for column in self)
+        ends = np.minimum([after, after + predicted], x[-1])
+        read = np.diff(np.interp(ends, x, tokens))[0]
+        return float(np.diff(np.interp(ends, x, size))[0] / read if read else size[-1] / tokens[-1])
+
+
+def text_size_of(documents: Documents, form: Form, cache: Path) -> TextSize:
+    """How much text is in the rows; of documents on disk it is measured once."""
     if not isinstance(documents, Dataset):
-        return _bytes_per_token(documents, form)
-    kept = cache / "rows" / f"{key_of(documents, form, None)}.ratio"
+        return _measured(documents, form)
+    kept = cache / "rows" / f"{key_of(documents, form, None)}.size.npy"
     use(kept)
     with contextlib.suppress(OSError, ValueError):
-        return float(kept.read_text())
-    found = _bytes_per_token(documents, form)
-    with contextlib.suppress(OSError):  # it is only measured again
-        kept.write_text(repr(found))
+        return TextSize(*np.load(kept))
+    found = _measured(documents, form)
+    with contextlib.suppress(OSError), made_whole(kept) as half, half.open("wb") as file:  # it is only measured again
+        np.save(file, np.stack(found))
     return found
 
 
-def _bytes_per_token(documents: Documents, form: Form) -> float:
-    size = tokens = 0
-    packed = form.documents == "packed"
+def _measured(documents: Documents, form: Form) -> TextSize:
+    packed, length = form.documents == "packed", form.sequence_length
+    size = tokens = predicted = 0.0
+    ends = []
     for piece, ids in _tokens(documents, form, form.quick(1)):
-        fits = packed or len(ids) < form.sequence_length
-        text = piece.text if fits else form.tokenizer.decode(ids, skip_special_tokens=True)
+        if not packed and len(ids) < 2:  # which fills no row
+            continue
+        text = piece.text if packed or len(ids) < length else form.tokenizer.decode(ids, skip_special_tokens=True)
         size += len(str(text).encode())
         tokens += len(ids)
-        tell("measuring bytes per token", size, MEASURED_BYTES, "B")
+        predicted += len(ids) * (length - 1) / length if packed else len(ids) - 1
+        ends.append((predicted, tokens, size))
+        tell("measuring bytes per token", int(size), MEASURED_BYTES, "B")
         if size >= MEASURED_BYTES:
             break
-    return size / tokens
+    return TextSize(*np.array(ends).T)
 
 
 def _tokens(

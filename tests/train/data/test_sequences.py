@@ -32,14 +32,34 @@ def test_packing_loses_nothing_but_the_last_remainder(
             whole = [t for text in source["text"] for t in [*corpus.tokenizer(text)["input_ids"], eos]]
             assert packed == whole[: len(whole) // L * L]
             if rows is corpus.validation:
-                assert corpus.validation_bytes_per_token == len(text) / len(whole)
+                assert corpus.validation_size.per_token() == len(text) / len(whole)
 
 
 def test_bytes_per_token_counts_bytes(tmp_path, write_jsonl):
     write_jsonl(tmp_path / "a.jsonl", ["ä" * 20, "ö" * 20])
     tokenizer = load_tokenizer(None, [], vocab_size=258)
-    _, ratio = load_evaluation("a.jsonl", tokenizer, sequence_length=L)
-    assert ratio == 40 / 41
+    _, size = load_evaluation("a.jsonl", tokenizer, sequence_length=L)
+    assert size.per_token() == 40 / 41
+
+
+@pytest.mark.parametrize("form", ["packed", "padded"])
+def test_bytes_are_those_of_the_tokens_that_are_read(tmp_path, form, documents, write_jsonl, load):
+    """Half of the documents are in letters of three bytes: over all of them, a token is not what it is in the first."""
+    write_jsonl(tmp_path / "a.jsonl", [text if i % 2 else "語" * 30 for i, text in enumerate(documents(60))])
+    corpus = load("a.jsonl", documents=form)
+    rows, size = load_evaluation("a.jsonl", corpus.tokenizer, sequence_length=L, documents=form, max_tokens=200)
+    for start, stop in ((0, 3), (0, 8), (3, 8)):
+        before, read = (
+            sum(sum(row.get("attention_mask", [1] * L)) - 1 for row in rows.select(range(*some)))
+            for some in ((0, start), (start, stop))
+        )
+        ids = [
+            [t for t, label in zip(row["input_ids"], row.get("labels", row["input_ids"]), strict=True) if label >= 0]
+            for row in rows.select(range(start, stop))
+        ]
+        text = corpus.tokenizer.decode([t for row in ids for t in row], skip_special_tokens=True)
+        assert size.per_token(read, after=before) == pytest.approx(len(text.encode()) / sum(map(len, ids)), rel=0.05)
+    assert size.per_token(1, after=10**9) == size.per_token()
 
 
 def test_bytes_of_padded_rows_are_those_of_the_text_they_hold(tmp_path, prose, write_jsonl, load):
@@ -49,9 +69,9 @@ def test_bytes_of_padded_rows_are_those_of_the_text_they_hold(tmp_path, prose, w
     padded, packed = (load(source, sequence_length=16, documents=form) for form in ("padded", "packed"))
     rows = padded.validation["input_ids"]
     held = "".join(padded.tokenizer.decode(row, skip_special_tokens=True) for row in rows)
-    assert padded.validation_bytes_per_token == pytest.approx(len(held.encode()) / sum(map(len, rows)))
+    assert padded.validation_size.per_token() == pytest.approx(len(held.encode()) / sum(map(len, rows)))
     # the same kind of text: the same bytes per token, where whole documents over cut rows would give many times more
-    assert padded.validation_bytes_per_token == pytest.approx(packed.validation_bytes_per_token, rel=0.1)
+    assert padded.validation_size.per_token() == pytest.approx(packed.validation_size.per_token(), rel=0.1)
 
 
 def test_padded_rows(tmp_path, write_jsonl, load):

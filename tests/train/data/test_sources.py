@@ -36,9 +36,9 @@ def test_embedded_is_the_standard_library_without_its_tests(
     assert set(numbers(corpus, corpus.train)) < set(range(30))
     assert re.fullmatch(r"embedded: 30 documents, 4\.\d kB, \d\.\d k tokens to train on", corpus.description)
 
-    rows, bytes_per_token = load_evaluation("embedded", corpus.tokenizer, sequence_length=L)
+    rows, size = load_evaluation("embedded", corpus.tokenizer, sequence_length=L)
     assert tokens(rows) == tokens(corpus.validation)
-    assert bytes_per_token == corpus.validation_bytes_per_token
+    assert size.per_token() == corpus.validation_size.per_token()
 
 
 @pytest.mark.parametrize("suffix", [".txt", ".md", ".py", ".jsonl", ".json", ".parquet", ".csv", ".txt.gz", ".csv.gz"])
@@ -146,8 +146,8 @@ def test_hub_data_are_streamed(hub, name, held_out, form, load, tokens, numbers)
     assert found == list(held_out)[: len(found)] and len(found) >= len(held_out) - 1
     trained = set(numbers(corpus, corpus.train.take(1000)))
     assert trained == set(range(100)) - set(held_out)
-    rows, ratio = load_evaluation(name, corpus.tokenizer, sequence_length=L, documents=form, text_column="body")
-    assert tokens(rows) == tokens(corpus.validation) and ratio == corpus.validation_bytes_per_token
+    rows, size = load_evaluation(name, corpus.tokenizer, sequence_length=L, documents=form, text_column="body")
+    assert tokens(rows) == tokens(corpus.validation) and size.per_token() == corpus.validation_size.per_token()
 
 
 def test_a_hub_data_set_must_have_enough(monkeypatch, load):

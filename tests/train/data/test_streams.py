@@ -106,9 +106,9 @@ def test_a_corpus_of_a_stream(tmp_path, documents, write_jsonl, load, numbers, t
     assert held_out and not held_out & {*numbers(corpus, rows)} and not held_out & {*numbers(corpus, elsewhere)}
     assert corpus.description == "a.jsonl: 1 file, 8.5 kB, streamed; b.jsonl: 1 file, 1.7 kB, streamed, times 2"
     assert {path.name for path in (tmp_path / "xdg/lorank").iterdir()} <= {"tokenizers", "users"}
-    evaluated, bytes_per_token = load_evaluation(both, corpus.tokenizer, sequence_length=16, stream=True, held_out=True)
+    evaluated, size = load_evaluation(both, corpus.tokenizer, sequence_length=16, stream=True, held_out=True)
     assert tokens(evaluated) == tokens(corpus.validation)
-    assert bytes_per_token == corpus.validation_bytes_per_token
+    assert size.per_token() == corpus.validation_size.per_token()
 
 
 @pytest.mark.parametrize("documents_per_row", ["packed", "padded"])
