@@ -51,13 +51,8 @@ def build_trainer(
 ) -> PretrainTrainer:
     """The recipe as a Trainer, ready to train. If processes share the model, it is split, whether it has weights or is on the meta device."""
     engine = engine or Engine()
-    groups = engine.groups
-    micro = recipe.micro_batch_size or max(1, recipe.batch_size // groups)
-    if recipe.batch_size % (micro * groups):
-        each = "processes" if engine.tensor_parallel == 1 else f"groups of {engine.tensor_parallel} processes"
-        raise ValueError(
-            f"batch_size must be a multiple of micro_batch_size={micro} times {groups} {each}, got {recipe.batch_size}"
-        )
+    check_settings(recipe, engine)
+    groups, micro = engine.groups, _micro_batch(recipe, engine)
     if recipe.batch_size != micro and balances_experts(model):  # which runs the model
         raise ValueError(
             f"batch_size must be one batch of one process ({micro}) for a model that balances its experts over the batch, got "
@@ -68,15 +63,7 @@ def build_trainer(
         raise ValueError(
             f"data={recipe.data} is a stream, whose rows do not continue from batch to batch; add --option carry=false"
         )
-    if estimator is not None and recipe.distil is not None:
-        raise ValueError(
-            f"distil must be left out with gradient={methods_of(recipe).gradient.name}, which has another loss"
-        )
-    if recipe.on_nan == "skip" and getattr(methods_of(recipe).optimizer, "in_backward", False):
-        raise ValueError(
-            "on_nan must be stop with in_backward=true, which has used a gradient before the whole of it is known, got skip"
-        )
-    _check_trackers(recipe.report_to)
+    _name_project()
     arguments = RunArguments(
         output_dir=str(out),
         run_name=out.resolve().name,
@@ -185,11 +172,33 @@ def build_estimator(recipe: Recipe, model: PreTrainedModel) -> Gradient | None:
     return estimator
 
 
-def _check_trackers(names: Sequence[str]) -> None:
+def check_settings(recipe: Recipe, engine: Engine) -> None:
+    """Raises ValueError for settings that do not go together or not on this machine, as far as it is known without text and model: preparing
+    text may take an hour."""
+    micro, groups = _micro_batch(recipe, engine), engine.groups
+    if recipe.batch_size % (micro * groups):
+        each = "processes" if engine.tensor_parallel == 1 else f"groups of {engine.tensor_parallel} processes"
+        raise ValueError(
+            f"batch_size must be a multiple of micro_batch_size={micro} times {groups} {each}, got {recipe.batch_size}"
+        )
+    methods = methods_of(recipe)
+    if methods.gradient.answers() and recipe.distil is not None:
+        raise ValueError(f"distil must be left out with gradient={methods.gradient.name}, which has another loss")
+    if recipe.on_nan == "skip" and getattr(methods.optimizer, "in_backward", False):
+        raise ValueError(
+            "on_nan must be stop with in_backward=true, which has used a gradient before the whole of it is known, got skip"
+        )
     known = get_available_reporting_integrations()  # those of transformers whose packages are installed
-    for name in names:
+    for name in recipe.report_to:
         if name not in (*known, "none", "all"):
             raise ValueError(f"report_to must name installed trackers ({', '.join(known) or 'none'}), got {name!r}")
+
+
+def _micro_batch(recipe: Recipe, engine: Engine) -> int:
+    return recipe.micro_batch_size or max(1, recipe.batch_size // engine.groups)
+
+
+def _name_project() -> None:
     for variable in (
         "WANDB_PROJECT",
         "MLFLOW_EXPERIMENT_NAME",

@@ -286,7 +286,11 @@ def longer(recipe: Recipe, steps: int) -> Recipe:
 
 
 def history(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a run's metrics.jsonl."""
-    with (Path(folder) / "metrics.jsonl").open() as file:
+    """The records of a run's metrics.jsonl, without one that is half written, because the process died."""
+    with (Path(folder) / "metrics.jsonl").open(errors="replace") as file:
         for line in file:
-            yield json.loads(line)
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            yield record

@@ -29,7 +29,7 @@ from lorank.adapters.gated import Adapter
 from lorank.conversion import method_of
 from lorank.train import data
 from lorank.train.budget import Budget, extent_of, of_length, saved_parameters
-from lorank.train.build import build_trainer
+from lorank.train.build import build_trainer, check_settings
 from lorank.train.callbacks import MetricsFile, StopOnSignal
 from lorank.train.card import NAME, Card, write_card
 from lorank.train.engine import Engine, in_company
@@ -108,6 +108,7 @@ def pretrain(
     first, engine = is_first(), Engine.of(engine)
     engine.check(recipe)
     check_start(recipe)
+    check_settings(recipe, engine)
     place = check_push(recipe.push_to_hub) if recipe.push_to_hub is not None and first else None
     check_apart(out, recipe.data, recipe.validation)
     prepare_folder(out, resume)

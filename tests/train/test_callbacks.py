@@ -8,6 +8,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorank.train import callbacks
 from lorank.train.callbacks import MetricsFile, StopOnNonFinite, Throughput
+from lorank.train.folder import logged_rate
 
 
 @pytest.fixture
@@ -47,6 +48,12 @@ def test_metrics_have_units_and_only_the_main_process_writes(tmp_path: Any) -> N
     file.on_log(arguments, state, control, {"loss": 1.5, "grad_norm": 0.5, "learning_rate": 1e-3, "epoch": 0.1})
     file.on_log(arguments, state, control, {"train_runtime": 3.0})
     assert file.path.read_text() == '{"step": 7, "loss_nats_per_token": 1.5, "gradient_norm": 0.5, "lr": 0.001}\n'
+
+
+def test_half_a_line_is_no_record(tmp_path: Any) -> None:
+    """Of a run that was killed after its last checkpoint, which trains no further step that would remove it."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens_per_second": 5.0}\n{"step": 2, "tokens_per')
+    assert logged_rate(tmp_path) == 5.0
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])

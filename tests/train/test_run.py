@@ -192,6 +192,15 @@ def test_a_failing_last_evaluation_costs_no_model(recipe: Any, tmp_path: Path) -
     assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
+def test_settings_are_judged_before_text_is_read(recipe: Any, tmp_path: Path) -> None:
+    for changes, message in (
+        ({"report_to": ["nobody"]}, "report_to must name installed trackers"),
+        ({"gradient": "eggroll", "distil": "nowhere"}, "distil must be left out with gradient=eggroll"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            pretrain(recipe(data=str(tmp_path / "no.txt"), **changes), tmp_path / "run")
+
+
 def test_a_run_is_not_written_into_its_text(recipe: Any, text: Path) -> None:
     with pytest.raises(ValueError, match=r"--out must be outside of the text, .* got .*/run in "):
         pretrain(recipe(data=[str(text.parent), f"{text.parent}/other:0.5"]), text.parent / "run")
