@@ -1,5 +1,6 @@
 """lorank plan: what training would take, method by method."""
 
+import math
 from typing import Any
 
 import click
@@ -171,6 +172,8 @@ def _shapes(sizes: list[str], models: tuple[str, ...], flags: dict[str, Any]) ->
     for size in sizes:  # an empty one too
         find_size(size)
     defaults = {name: value for name, value in PLANNED.items() if value is not None}
+    if batch_size := changes_of(flags).get("batch_size"):
+        defaults["micro_batch_size"] = math.gcd(int(defaults["micro_batch_size"]), batch_size)
     if changes_of(flags).get("tokenizer") is None:
         defaults["vocab_size"] = VOCAB_SIZE
     shapes = [{"size": size} for size in sizes] + [{"model": model} for model in models] or [{"size": "60m"}]

@@ -8,8 +8,11 @@ import torch
 from torch import nn
 
 import lorank
+from lorank.accounting import memory_estimate
 from lorank.adapters.gated import gathered
 from lorank.adapters.smora import Balance, SMoRALinear, choose
+from lorank.train.model import empty_model
+from lorank.train.recipe import Recipe
 
 
 def layer(**changes: Any) -> SMoRALinear:
@@ -85,6 +88,15 @@ def test_balance_is_saved_and_an_expert_at_the_mean_stays(tmp_path: Any, small: 
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert torch.equal(loaded.model.layers[0].mlp.up_proj.router.steps, router.steps)
+
+
+def test_its_memory_is_planned_on_shapes_alone() -> None:
+    """Counts of the load come about in the forward pass, on whatever the layer is then."""
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    shape |= {"num_key_value_heads": 2, "head_dim": 8}
+    model = empty_model(Recipe(method="smora", model="llama", rank=4, vocab_size=64, shape=shape))
+    found = memory_estimate(model, batch=2, sequence_length=8)
+    assert found.activations_bytes > 0 and model.model.layers[0].mlp.up_proj.router.counts is None
 
 
 def test_an_expert_has_whole_ranks(small: Any) -> None:

@@ -59,8 +59,9 @@ def test_plan_for_programs(lorank) -> None:
 def test_plan_of_a_configuration(lorank, tmp_path: Path) -> None:
     shape = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    code, out, err = lorank("plan", "--model", tmp_path / "config.json", "--method", "cola", "--sequence-length", 32)
-    assert code == 0 and "cola" in out, err
+    flags = ("--method", "cola", "--sequence-length", 32, "--batch-size", 24, "--devices", 1)
+    code, out, err = lorank("plan", "--model", tmp_path / "config.json", *flags)
+    assert code == 0 and "cola" in out and "8 sequences of 32 at a time" in out, err
 
 
 def test_plan_of_recipes(lorank, tmp_path: Path) -> None:
