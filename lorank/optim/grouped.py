@@ -78,7 +78,8 @@ class Grouped(Optimizer):
             if p.ndim not in (2, 3) and (group["rank"] is not None or rule.matrices_only):
                 other = "without rank" if group["rank"] is not None else f"with another rule than {group['rule']!r}"
                 raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} is neither a matrix nor a stack of matrices; put it in a group {other}"
+                    f"a parameter of shape {tuple(p.shape)} is neither a matrix nor a stack of matrices; put it in a group {other}, "
+                    "or shard by FSDP2 where DeepSpeed's ZeRO has made one vector of all weights"
                 )
             _check_type(p)
         rule.check(group["params"])
