@@ -60,6 +60,8 @@ def load_tokenizer(
             reason = (
                 "it needs code from its folder, which lorank never runs"
                 if "trust_remote_code" in str(error)
+                else "it has no tokenizer.json that transformers can read"
+                if "instantiate the backend tokenizer" in str(error)
                 else first_line(error)
             )
             if name_or_path.startswith((".", "/", "~")) or name_or_path.endswith(".json"):

@@ -149,3 +149,7 @@ def test_a_tokenizer_by_its_file(tmp_path, prose):
     (tmp_path / "alone" / "broken.json").write_text("{}")
     with pytest.raises(OSError, match="broken.json: no tokenizer could be loaded"):
         load_tokenizer(str(tmp_path / "alone" / "broken.json"))
+    with pytest.raises(
+        OSError, match="alone: no tokenizer could be loaded .it has no tokenizer.json that transformers can read"
+    ):
+        load_tokenizer(str(tmp_path / "alone"))
