@@ -78,6 +78,7 @@ def _start(usual: Callable[..., int], server: socket.socket, *given: Any) -> int
         return usual(*given)
     streams = [own if fd == -1 else fd for own, fd in enumerate((p2c, c2p, err))]
     asked = {"words": words[1:], "env": env, "folder": os.fsdecode(folder or os.getcwd()), "session": bool(session)}
+    asked["deaf"] = signal.getsignal(signal.SIGINT) == signal.SIG_IGN  # as what a shell runs behind the terminal
     message = json.dumps(asked).encode()
     socket.send_fds(server, [len(message).to_bytes(4, "big")], streams)
     server.sendall(message)
@@ -141,6 +142,7 @@ def _run(asked: dict[str, Any], streams: list[int]) -> int:
     sys.stdin = sys.__stdin__ = os.fdopen(0, closefd=False)
     sys.stdout = sys.__stdout__ = os.fdopen(1, "w", closefd=False)
     sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, errors="backslashreplace", closefd=False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if asked["deaf"] else signal.default_int_handler)
     os.environ.clear()
     os.environ.update(asked["env"])
     os.chdir(asked["folder"])
