@@ -117,8 +117,8 @@ def settings_of(size: str, text: str, stage: str, texts: Path) -> ComparisonSett
         base = Recipe().but({**NANO, **split(data), "save_every": 0})
         rates: dict[str, Any] = {"sweep": {"lr": NANO_RATES}, "own": {"dense": {"lr": [1e-3]}}}
         return ComparisonSettings(base=base, seeds=NANO_SEEDS, tuned="all", **rates, **chosen)
-    common = {"steps": STEPS, "eval_every": 50, "eval_tokens": 65_000, "save_every": 0, "data": data}
-    base = Recipe().but({**common, **SIZES[size]})
+    common = {"steps": STEPS, "eval_every": 50, "eval_tokens": 65_000, "eval_all_at_end": True, "save_every": 0}
+    base = Recipe().but({**common, **SIZES[size], "data": data})
     if stage == "core" and size != "tiny":
         return ComparisonSettings(base=base, seeds=SEEDS, tuned="all", **LARGER_RATES, **chosen)
     own: dict[str, Any] = {name: {"lr": SPECTRON_RATES} for name in chosen["methods"] if name.endswith("+spectron")}
