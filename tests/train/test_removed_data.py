@@ -24,7 +24,7 @@ def test_a_stream_whose_files_vanish_ends_with_their_name_and_a_checkpoint(
     (folder := tmp_path / "texts").mkdir()
     for i in range(12):
         (folder / f"{i}.txt").write_text(f"a text of number {i}\n" * 50)
-    streamed = recipe(data=str(folder), stream=True, tokenizer="bytes", save_every=40, steps=120, eval_every=0)
+    streamed = recipe(data=str(folder), stream=True, tokenizer="bytes", save_every=4, steps=120, eval_every=0)
     gone = before_step(3, lambda: shutil.rmtree(folder))
     with pytest.raises((OSError, ValueError)) as error:
         run.pretrain(streamed, tmp_path / "run", on_cpu=True, callbacks=[gone])
