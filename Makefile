@@ -6,7 +6,7 @@ STAMP := .venv/installed
 .PHONY: help demo test install lint types docs table check bench curves clean
 
 help:
-	@echo "make demo     train CoLA and its dense twin on two CPU cores and compare them (about eight minutes)"
+	@echo "make demo     train CoLA and its dense twin on two CPU cores and compare them (eight to sixteen minutes)"
 	@echo "make test     run the test suite"
 	@echo "make docs     build the documentation into build/docs"
 	@echo "make table    write the tables of methods and of their combinations again"
