@@ -180,23 +180,6 @@ def time_to(row: Row, dense: Row | None, seconds: Mapping[str, float]) -> str:
     return f"{steps * seconds[row.name] / seconds['dense']:.2f}"
 
 
-def rounded(rows: Mapping[str, Row], text: str) -> str | None:
-    """How runs whose Newton-Schulz products were in bfloat16 differ from those of a row in float32, if all ran again."""
-    pairs = []
-    for line in lines_of(RESULTS / f"bfloat16-{text}.jsonl").values():
-        row = rows.get(line["row"])
-        if row is None or line["settings"]["lr"] != row.rate or line["seed"] not in row.losses:
-            return None
-        pairs.append(line["validation_loss_nats_per_token"] - row.losses[line["seed"]])
-    if not pairs:
-        return None
-    mean, most = (100 * math.expm1(x) for x in (statistics.fmean(pairs), max(map(abs, pairs))))
-    return (
-        "Muon's rates were tried while its products were in bfloat16, as in torch; the runs counted here multiply in float32. With the "
-        f"same rates and seeds, perplexity in bfloat16 was {mean:+.1f} % in the mean of {len(pairs)} runs and at most {most:.1f} % apart."
-    )
-
-
 def said(gap: Interval) -> str:
     """A difference of losses as one of perplexities in percent, with its interval."""
     mean, low, high = (100 * math.expm1(x) for x in (gap.mean, gap.low, gap.high))
@@ -274,7 +257,6 @@ def page() -> str:
                 write_whole(DOCS / name, picture(rows, f"{size}, {text}: validation loss against training FLOPs"))
                 parts.append(f"## {size}, {text}\n\n![Loss against FLOPs]({name})\n\n{table(rows, seconds)}\n")
                 sentences = [*verdict(rows), *filter(None, [at_equal_time(rows, seconds)])]
-                sentences += filter(None, [rounded(rows, text) if size == "tiny" else None])
                 parts += [" ".join(sentences) + "\n"] if sentences else []
     parts += filter(None, (over_sizes(text, sizes) for text, sizes in found.items()))
     if nano := rows_of([*lines_of(RESULTS / "nano-shakespeare.jsonl").values()]):
