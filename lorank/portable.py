@@ -82,7 +82,7 @@ class {config.__name__}({base_config.__name__}):
 
 def _class(name: str, base: type, prefix: str, config: type[PretrainedConfig]) -> str:
     layers = f"{{name.removeprefix({prefix!r}): layers for name, layers in LAYERS.items()}}" if prefix else "LAYERS"
-    return f"""class {name}({base.__name__}):
+    return f"""class {name}(Chained, {base.__name__}):
     config_class = {config.__name__}
 
     def __init__(self, config, *args, **kwargs):

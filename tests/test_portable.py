@@ -36,7 +36,7 @@ METHODS = {
     ("gpt2", "crnet"): lorank.CRNet(rank=8, first_block="low-rank"),
 }
 ELSEWHERE = """
-import json, sys, torch
+import copy, json, sys, torch
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM
 for folder in json.loads(sys.argv[1]):
@@ -48,6 +48,27 @@ for folder in json.loads(sys.argv[1]):
     body, loading = AutoModel.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     assert not loading["missing_keys"] and "lorank" not in sys.modules, folder
     assert torch.allclose(body.eval()(want["ids"]).last_hidden_state, want["states"], atol=1e-5), folder
+    def gradients():
+        model.zero_grad()
+        outputs = [model(want["ids"] + n, labels=want["ids"]).loss for n in range(2)]  # two before their backward passes
+        sum(outputs).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+    kept = gradients()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model.activation_checkpointing_enable()
+    assert torch.allclose(gradients(), kept, rtol=1e-4, atol=1e-6), folder
+    copy.deepcopy(model)
+    blocks = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    for block in blocks:  # turned on in another way
+        block._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
+    try:
+        gradients()
+        assert "cola" in folder, folder
+    except RuntimeError as error:
+        assert "gradient_checkpointing_enable" in str(error), error
 """
 NEEDED = """
 import sys, torch
@@ -157,9 +178,9 @@ def test_a_merged_model_names_no_file() -> None:
 
 @pytest.mark.parametrize("beta", [-0.5, 0.0, 2.0])
 def test_a_chain_adds_the_block_before(beta: float) -> None:
-    chain: dict[str, Any] = {}
-    first = standalone.ChainStart(chain, 4, 6, True)
-    link = standalone.ChainLink(chain, d_in=4, d_out=6, rank=2, bias=True)
+    chain = standalone.Chain()
+    first = standalone.ChainStart(standalone.Place(chain, 0), 4, 6, True)
+    link = standalone.ChainLink(standalone.Place(chain, 1), d_in=4, d_out=6, rank=2, bias=True)
     link.beta.data.fill_(beta)
     x = torch.randn(3, 4)
     b = beta - 1e-6 if beta < 0 else beta + 1e-6
