@@ -20,6 +20,7 @@ from transformers import (
 
 import lorank
 from lorank import accounting
+from lorank.accounting.twin import twin_of, without_data
 from lorank.architectures import llama_config
 from lorank.checkpointing import POLICIES
 from lorank.papers import formulas
@@ -182,6 +183,18 @@ def test_a_measurement_leaves_the_model_as_it_was() -> None:
     accounting.memory_estimate(model, batch=2, sequence_length=16)
     assert model.is_activation_checkpointing and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_model_in_use_has_a_twin() -> None:
+    """Also where it keeps tensors that are neither parameters nor buffers: counts of experts, a context."""
+    ids = torch.zeros(1, 16, dtype=torch.int64)
+    for method in (lorank.SMoRA(rank=8), lorank.MTLoRA(rank=8)):
+        model = lorank.convert(small(), method).train()
+        if method.name == "mtlora":
+            lorank.set_context(model, torch.tensor([1]))
+        model(ids)
+        with without_data("counted"):
+            twin_of(model)(torch.zeros(1, 16, dtype=torch.int64))  # all in it is without data, or this fails
 
 
 def test_memory_estimate_equals_what_a_real_step_keeps() -> None:

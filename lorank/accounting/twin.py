@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from transformers import masking_utils
 
 
@@ -47,14 +48,22 @@ def without_data(action: str) -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = find
 
 
+class _Emptied(TorchFunctionMode):
+    """Gives a new tensor where one is copied that is no parameter: a buffer, or what a module keeps otherwise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__deepcopy__:
+            return torch.empty(args[0].shape, dtype=args[0].dtype)
+        return func(*args, **(kwargs or {}))
+
+
 def twin_of(model: nn.Module) -> nn.Module:
     """A copy in training mode whose tensors are on the CPU and have no data; call it inside `without_data`."""
-    tensors = [*model.parameters(), *model.buffers()]
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        empty = torch.empty(tensor.shape, dtype=tensor.dtype)
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    return copy.deepcopy(model, memo).train()
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty(p.shape, dtype=p.dtype), p.requires_grad) for p in model.parameters()
+    }
+    with _Emptied():
+        return copy.deepcopy(model, memo).train()
 
 
 def example(batch: int, sequence_length: int, padded: bool = False) -> dict[str, Tensor]:
