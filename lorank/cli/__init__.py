@@ -88,7 +88,7 @@ def _device() -> str:
         return f"unknown: {errors.sentence(error)}"
 
 
-@click.group(context_settings=SETTINGS)
+@click.group(context_settings=SETTINGS, invoke_without_command=True)
 @click.option(
     "--version",
     is_flag=True,
@@ -98,8 +98,11 @@ def _device() -> str:
     show_default=False,
     help="Print the versions of lorank and of the packages that it uses, and exit.",
 )
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Train language models whose structure is low rank, from the first token on."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 for _command in COMMANDS:

@@ -113,8 +113,10 @@ def show_plan(settings: "Recipe", budget: "Budget | None") -> None:
     from lorank.cli.console import results_console, shown_work
     from lorank.plan.dry_run import plan, plan_with_data
     from lorank.report.plans import plan_tables
+    from lorank.train.data.sources import check_sources
     from lorank.train.model import warn_of_weights
 
+    check_sources(settings.data, settings.validation)  # before the seconds that counting takes
     found = plan(settings)
     try:
         with shown_work():

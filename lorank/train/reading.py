@@ -22,9 +22,9 @@ from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from lorank.train.csv_rows import ROW, column_of
 from lorank.train.json_rows import BUFFER, JSON, check_once, is_json, is_utf8, values
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,6 @@ KINDS = {
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = f"{', '.join(KINDS)} (or these with {', '.join(COMPRESSED)})"
 BLOCK = 1 << 22  # characters of a block
-ROW = 1 << 25  # bytes that the longest row of a .csv file may have
 INVALID_SHARE = 0.01
 FEW = 10  # lines that cannot be read, however few lines there are so far
 CONTROLS = bytes(code for code in (*range(32), 127) if code not in b"\t\n\r\f\b\x1b")
@@ -258,12 +257,7 @@ def _csv(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa
         raise _no_column(file, column, names)
     if names.count(column) > 1:
         raise _several_columns(file, column)
-    wanted = pa_csv.ConvertOptions(include_columns=[column], column_types={column: pa.string()})
-    rows = pa_csv.ParseOptions(newlines_in_values=True)
-    size = pa_csv.ReadOptions(block_size=ROW)
-    with pa_csv.open_csv(stream, read_options=size, parse_options=rows, convert_options=wanted) as reader:
-        for batch in reader:
-            yield batch.column(0)
+    yield from column_of(stream, column, names[-1])
 
 
 def _holds_text(kind: pa.DataType) -> bool:

@@ -253,3 +253,8 @@ def test_data_is_one_source_or_several(given: tuple[str, ...], data: str | list[
     recipe = recipe_of(None, {"data": given})
     assert recipe.data == data
     assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_the_name_alone_shows_the_commands(lorank) -> None:
+    code, out, err = lorank()
+    assert code == 0 and out.startswith("Usage: lorank") and "pretrain" in out and not err

@@ -102,7 +102,6 @@ def test_dry_run_of_another_architecture(lorank, text: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--data", "nowhere/"], "file not found: nowhere/"),
         (["--batch-size", 100_000], "batch_size must be at most"),
         (["--method", "relora", "--option", "cycle=7"], "must be a multiple of cycle=7"),
     ],
@@ -112,6 +111,12 @@ def test_dry_run_says_what_the_run_would(lorank, quick: list[str], text: Path, f
     code, out, err = lorank("pretrain", "--data", text, *quick, *flags, "--dry-run")
     assert code == 2 and said in err and len(err.splitlines()) == 1
     assert "memory at the peak of a step" in out and "epochs" not in out
+
+
+def test_dry_run_looks_for_the_data_before_it_counts(lorank) -> None:
+    for data in (["nowhere/"], [".:2"]):
+        code, out, err = lorank("pretrain", "--method", "cola", "--lr", 1e-3, "--data", *data, "--dry-run")
+        assert code == 2 and data[0] in err and "parameters" not in out
 
 
 def test_dry_run_counts_what_the_run_does(lorank, text: Path, tmp_path: Path) -> None:

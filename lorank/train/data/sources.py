@@ -26,6 +26,7 @@ from lorank.train.reading import Tally, kind_of
 
 logger = logging.getLogger(__name__)
 VALIDATION_SHARE = 0.05
+MOST_OFTEN = 1000  # the largest weight of a source
 LONG_TOKEN = 8  # bytes; no usual vocabulary has tokens as long on average, in any language
 SHUFFLE_BUFFER = 10_000  # documents of a stream
 Documents: TypeAlias = Dataset | IterableDataset | FileStream  # one column, text; one row, one document
@@ -54,11 +55,32 @@ def open_data(
     stream: bool = False,
 ) -> Source:
     """A source, or several as one; see `open_source` and `open_sources`. As a `stream`, local files are read when they are needed."""
+    check_sources(data)
     if isinstance(data, list):
         return open_sources(data, text_column, seed, cache, validation_tokens, stream=stream)
     if stream and not _is_hub(data):
         return _open_stream(data, text_column, seed, validation_tokens)
     return open_source(data, text_column, seed, cache, validation_tokens)
+
+
+def check_sources(*data: str | list[str] | None) -> None:
+    """What can be said of sources before one is read.
+
+    Raises:
+        ValueError: a weight is none, or no file can be read.
+        OSError: there is no such file.
+    """
+    for some in (some for some in data if some is not None):
+        for one in [some] if isinstance(some, str) else some:
+            name, weight = weighted(one) if isinstance(some, list) else (one, 1.0)
+            path = Path(one.rpartition(":")[0] or ".").expanduser()
+            given = ":" in one and path.exists() and not Path(one).expanduser().exists()
+            if given and (name == one or not 0 < weight <= MOST_OFTEN):
+                raise ValueError(
+                    f"data must be a path, or of several sources PATH:WEIGHT with a number up to {MOST_OFTEN:,} such as 0.3, got {one!r}"
+                )
+            if name != "embedded" and not _is_hub(name):
+                found_files(name)
 
 
 def name_of(data: str | list[str]) -> str:

@@ -244,6 +244,11 @@ def test_large_values_are_read_piece_by_piece(read, monkeypatch):
         ("n,body\n1,one\n", r"a.csv has no column 'text'; set text_column to one of \['n', 'body'\]"),
         ("text,text\none,two\n", "a.csv must have one column 'text'"),
         ("n,text\n1,one\ntwo\n", "a.csv is not readable as csv .*Expected 2 columns, got 1"),
+        (
+            'n,text\n1,one\n2,"two\n3,three\n',
+            "a.csv is not readable as csv .*a quote before the last value is never closed",
+        ),
+        ('text,n\none,1\ntwo,"2\nthree,3\nsaid ""so""', "a.csv is not readable as csv .*is never closed"),
         ("n,text\n1,caf\xe9\n".encode("latin-1"), "a.csv is not readable as csv .*UTF8"),
         ("n,text\n".encode("utf-16"), "UTF-16"),
     ],
@@ -251,3 +256,8 @@ def test_large_values_are_read_piece_by_piece(read, monkeypatch):
 def test_a_table_that_is_no_table(read, rows, message):
     with pytest.raises(ValueError, match=message):
         read("a.csv", rows)
+
+
+@pytest.mark.parametrize("end", ["", "\n", "\r\n\r\n"])
+def test_the_last_value_of_a_table_may_have_lines_and_quotes(read, end):
+    assert read("a.csv", f'text,n\n"one\n""two""",1\nthree,"4\n""5"""{end}')[0] == ['one\n"two"', "three"]

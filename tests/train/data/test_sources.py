@@ -311,7 +311,10 @@ def test_several_sources_are_mixed_by_their_weights(tmp_path, documents, write_j
     [
         (["a.jsonl", "owner/split:en"], "data must be local if it is several sources, got 'owner/split:en'"),
         (["a.jsonl", "a.jsonl:2"], "data must name each source once, with a positive weight"),
-        (["a.jsonl", "b.jsonl:0"], "data must name each source once, with a positive weight"),
+        (["a.jsonl", "b.jsonl:0"], "PATH:WEIGHT with a number up to 1,000 such as 0.3, got 'b.jsonl:0'"),
+        (["a.jsonl", "b.jsonl:1e9"], "got 'b.jsonl:1e9'"),
+        (["a.jsonl", "b.jsonl:5000"], "got 'b.jsonl:5000'"),
+        ("b.jsonl:2", "data must be a path, or of several sources PATH:WEIGHT .*, got 'b.jsonl:2'"),
         (["a.jsonl", "nowhere.jsonl:3"], "file not found: nowhere.jsonl"),
     ],
 )
