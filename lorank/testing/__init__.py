@@ -45,9 +45,12 @@ def checks(method: Method | type[Method], *, fp32: str | None = None, lr: float 
         lr: a learning rate with which an optimizer trains two matrices of 12 to 80 rows.
 
     Raises:
+        TypeError: it is no method.
         ValueError: it decides neither what the weights are nor how they move.
     """
     method = method() if isinstance(method, type) else method
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a subclass of lorank.method.Method or an instance of one, got {method!r}")
     answers, found = method.answers(), []
     if "method" in answers:
         llama, *others = (structure.Subject(method, small, fp32) for small in structure.SMALL)

@@ -257,4 +257,4 @@ def test_data_is_one_source_or_several(given: tuple[str, ...], data: str | list[
 
 def test_the_name_alone_shows_the_commands(lorank) -> None:
     code, out, err = lorank()
-    assert code == 0 and out.startswith("Usage: lorank") and "pretrain" in out and not err
+    assert code == 0 and out.startswith("Usage: ") and "pretrain" in out and not err

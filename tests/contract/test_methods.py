@@ -81,3 +81,10 @@ def test_a_method_that_falls_short_is_told_where() -> None:
     assert caught.value.__notes__[0].startswith("This was found by the check forgets-llama-")
     with pytest.raises(ValueError, match="^method must decide what the weights are or how they move, got Dense"):
         check_method(find("dense")())
+
+
+def test_what_is_no_method_is_refused_in_a_sentence() -> None:
+    with pytest.raises(
+        TypeError, match="method must be a subclass of lorank.method.Method or an instance of one, got 'cola'"
+    ):
+        checks("cola")  # type: ignore[arg-type]
