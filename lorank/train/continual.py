@@ -15,7 +15,8 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -168,13 +169,18 @@ def continual(
     done = _earlier(out, asked)
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder for the results, got the file {out}")
-    for seed in seeds:
-        for name, method in made.items():
-            lr = rates.get(name, rates.get("", RATES.get(name, RATE)))
-            if any((one.method, one.seed, one.lr) == (name, seed, lr) for one in done):
-                continue
+    _check_suited(base, made.values())
+    trained_already = {(one.method, one.seed, one.lr) for one in done}
+    planned = [(seed, name, rates.get(name, rates.get("", RATES.get(name, RATE)))) for seed in seeds for name in made]
+    for seed, name, lr in planned:
+        if save and (name, seed, lr) in trained_already and not (out / f"{name}-{seed}").is_dir():
+            raise ValueError(
+                f"{out} has results of {name}, seed {seed}, but its model was not kept; choose another folder with --out to train it again"
+            )
+    for seed, name, lr in planned:
+        if (name, seed, lr) not in trained_already:
             trained = copy.deepcopy(base)
-            stream = run_stream(trained, name, method, corpora, lr, seed, settings, say)
+            stream = run_stream(trained, name, made[name], corpora, lr, seed, settings, say)
             out.mkdir(parents=True, exist_ok=True)
             if save:
                 (out / f"{name}-{seed}").mkdir(exist_ok=True)
@@ -185,6 +191,16 @@ def continual(
             write_whole(out / FILE, json.dumps(results, indent=1))
     wanted = {(name, seed) for name in made for seed in seeds}
     return [one for one in done if (one.method, one.seed) in wanted]
+
+
+def _check_suited(base: PreTrainedModel, methods: Iterable[Method | None]) -> None:
+    """Raises ValueError for a method that the model cannot have, before any other trains for hours."""
+    shapes = copy.deepcopy(base).to("meta")  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again where it trains
+        for method in methods:
+            if method is not None:
+                convert(copy.deepcopy(shapes), method)
 
 
 def run_stream(

@@ -69,6 +69,9 @@ def test_a_stream_is_trained_once(base: Path, tmp_path: Path, monkeypatch: pytes
     assert text_of(str(tmp_path / "full-0"), data=str(tmp_path / "copy.jsonl")).trained_on == 1
     monkeypatch.setattr(streams, "run_stream", None)
     assert continual(str(base), tasks, ["full", "moram"], tmp_path, **given) == found
+    shutil.rmtree(tmp_path / "moram-0")
+    with pytest.raises(ValueError, match=r"results of moram, seed 0, but its model was not kept; choose another"):
+        continual(str(base), tasks, ["moram"], tmp_path, save=True, **given)
     with pytest.raises(ValueError, match=r"has results of steps=3, got 4; choose another folder"):
         continual(str(base), tasks, ["moram"], tmp_path, **{**given, "settings": replace(QUICK, steps=4)})
     changed = [str(tmp_path / "copy.jsonl"), *tasks[1:]]
@@ -103,6 +106,11 @@ def test_bad_input_is_refused_before_training(base: Path, tmp_path: Path, in_thi
         (["--method", "lora", "--option", "rank=2", "--rank", "4"], "rank is given twice, as --rank 4 and among the"),
         (["--out", task], "out must be a folder for the results, got the file"),
         (["--method", "lora", "--option", "x=1"], "none of lora has a setting 'x'"),
+        (
+            ["--method", "full,smora", "--rank", "8", "--option", "expert_rank=3"],
+            "expert_rank must divide the rank 8 of",
+        ),
+        (["--method", "full,lora", "--rank", "999"], "rank must be at most 64, the longest side"),
         (["--method", "lora", "--lr", "full=1e-3"], "a learning rate must be for one of lora, got one for full"),
         (["--lr", "fast"], "--lr must be a positive number, or NAME=NUMBER, got 'fast'"),
         (["--batch-size", "999"], "must be local text that fills a batch of 999 sequences, got"),
