@@ -20,11 +20,11 @@ from lorank.adapter_files import export_peft, save_adapter
 from lorank.auto import type_of
 from lorank.conversion import merge, method_of
 from lorank.train.card import NAME, Card, write_card
-from lorank.train.folder import prepare_folder
+from lorank.train.folder import check_apart, prepare_folder
 from lorank.train.push import check_push, push
 from lorank.train.recipe import check_license
 from lorank.train.saved import load_model, whole_files
-from lorank.train.text import TRAINED_ON, keep_text
+from lorank.train.text import TRAINED_ON, keep_text, recipe_of_text
 
 Write = Callable[[PreTrainedModel, Path], PreTrainedModel]
 """Writes a model to a folder in one of the formats, and returns what it wrote."""
@@ -45,11 +45,13 @@ def export(
         Where it is on the hub, if it was pushed to `push_to_hub`.
 
     Raises:
-        ValueError: `out` contains a model, there is none to export, it has not that format, or nothing can be pushed.
+        ValueError: `out` contains a model or is in the text that it was trained on, there is none to export, it has not that format, or nothing can be pushed.
         OSError: a file could not be written, or not be pushed.
     """
     check_license(license)
     check_folder(model, out)
+    if (recipe := recipe_of_text(model)) is not None:
+        check_apart(out, recipe.data, recipe.validation)
     place = None if push_to_hub is None else check_push(push_to_hub)
     loaded, reader = load_model(model, tokenizer=tokenizer, of_any_kind=True)
     prepare_folder(out, resume=True)

@@ -1,5 +1,6 @@
 """lorank export, and what it needs for ONNX."""
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +15,16 @@ def test_a_run_is_exported_as_it_is(lorank, trained: Path, tmp_path: Path) -> No
     assert lorank("generate", folder, "--prompt", "line", "--max-new-tokens", 2)[0] == 0
     code, _, err = lorank("export", trained, "--format", "trained")
     assert code == 2 and "must be a folder without a model" in err
+
+
+def test_nothing_is_exported_into_the_text(lorank, trained: Path, text: Path, tmp_path: Path) -> None:
+    """Its files would be read as text from then on."""
+    run = shutil.copytree(trained, tmp_path / "run")
+    recipe = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(recipe.replace(str(text), str(shutil.copytree(text.parent, tmp_path / "texts"))))
+    code, _, err = lorank("export", run, "--format", "trained", "--out", "texts")
+    assert code == 2 and "--out must be outside of the text" in err
+    assert [one.name for one in (tmp_path / "texts").iterdir()] == [text.name]
 
 
 def test_onnx_is_an_extra(lorank, trained: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
