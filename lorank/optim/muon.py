@@ -60,16 +60,12 @@ class Muon(Rule):
     def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
         buffers = [state["momentum_buffer"] for state in states]
         W, G, M = map(_matrices, (weights, gradients, buffers))
-        alike: dict[tuple[torch.Size, torch.dtype, torch.device], list[int]] = {}
-        for i, matrix in enumerate(W):
-            alike.setdefault((matrix.shape, matrix.dtype, matrix.device), []).append(i)
-        for (shape, dtype, device), indices in alike.items():
-            length = group["lr"] * SCALES[group["scaling"]](*shape)
-            for some in at_once(indices, shape.numel(), device):
-                N = torch.stack([G[i].lerp(M[i].lerp_(G[i], 1 - group["momentum"]), group["momentum"]) for i in some])
-                moves = newton_schulz(N.to(products_in(dtype, device)), eps=group["eps"]).to(dtype)
-                for i, move in zip(some, moves, strict=True):
-                    W[i].mul_(1 - group["lr"] * group["weight_decay"]).sub_(move, alpha=length)
+        for some in at_once(range(len(W)), lambda i: [W[i]]):
+            N = torch.stack([G[i].lerp(M[i].lerp_(G[i], 1 - group["momentum"]), group["momentum"]) for i in some])
+            moves = newton_schulz(N.to(products_in(N.dtype, N.device)), eps=group["eps"]).to(N.dtype)
+            for i, move in zip(some, moves, strict=True):
+                length = group["lr"] * SCALES[group["scaling"]](*move.shape)
+                W[i].mul_(1 - group["lr"] * group["weight_decay"]).sub_(move, alpha=length)
 
     def bytes(self, shape: Sequence[int], itemsize: int) -> int:
         return math.prod(shape) * itemsize

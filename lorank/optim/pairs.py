@@ -117,28 +117,24 @@ class PairRule(Rule):
                 raise ValueError(f"a group of pairs must hold A [r, d_in], B [d_out, r], A, B, ... in order, got {got}")
 
     def step(self, weights: list[Tensor], gradients: list[Tensor], states: list[State], group: Group) -> None:
-        alike: dict[Any, list[int]] = {}
-        for i in range(0, len(weights), 2):
-            A, B = weights[i : i + 2]
-            counts = tuple(
-                int(state[name]) for state in states[i : i + 2] for name in ("step", "steps") if name in state
-            )
-            alike.setdefault((A.shape, B.shape, A.dtype, A.device, counts), []).append(i)
-        for (a, b, dtype, device, _), indices in alike.items():
-            for firsts in at_once(indices, a.numel() + b.numel(), device, ndim=len(a)):
-                sides = [[i + side for i in firsts] for side in range(2)]
-                wide = torch.promote_types(dtype, torch.float32)
-                W = [stacked([weights[i] for i in some], len(a)).to(wide, copy=True) for some in sides]
-                G = [stacked([gradients[i] for i in some], len(a)).to(wide) for some in sides]
-                kept = [self._stacked([states[i] for i in some], len(a), wide) for some in sides]
-                self.move(W, G, kept, group)
-                for some, moved, its in zip(sides, W, kept, strict=True):
-                    for i, value in zip(some, each(moved, len(a)), strict=True):
-                        weights[i].copy_(value)
-                    for name, values in its.items():
-                        own = each(values, len(a)) if name in self.kept else [values] * len(some)
-                        for i, value in zip(some, own, strict=True):
-                            states[i][name].copy_(value)
+        def counts(first: int) -> tuple[int, ...]:
+            both = states[first : first + 2]
+            return tuple(int(state[name]) for state in both for name in ("step", "steps") if name in state)
+
+        for firsts in at_once(range(0, len(weights), 2), lambda i: weights[i : i + 2], counts):
+            ndim, wide = weights[firsts[0]].ndim, torch.promote_types(weights[firsts[0]].dtype, torch.float32)
+            sides = [[i + side for i in firsts] for side in range(2)]
+            W = [stacked([weights[i] for i in some], ndim).to(wide, copy=True) for some in sides]
+            G = [stacked([gradients[i] for i in some], ndim).to(wide) for some in sides]
+            kept = [self._stacked([states[i] for i in some], ndim, wide) for some in sides]
+            self.move(W, G, kept, group)
+            for some, moved, its in zip(sides, W, kept, strict=True):
+                for i, value in zip(some, each(moved, ndim), strict=True):
+                    weights[i].copy_(value)
+                for name, values in its.items():
+                    own = each(values, ndim) if name in self.kept else [values] * len(some)
+                    for i, value in zip(some, own, strict=True):
+                        states[i][name].copy_(value)
 
     def _stacked(self, states: list[State], ndim: int, dtype: torch.dtype) -> State:
         """One state for all: what is kept [k, ...] in this type, and the counters, which are equal."""

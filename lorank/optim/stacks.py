@@ -11,7 +11,7 @@ What is computed is computed in single precision at least, and stored in the typ
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -162,10 +162,19 @@ def each(values: Tensor, ndim: int) -> Sequence[Tensor]:
     return [values] if ndim == 3 else values.unbind()
 
 
-def at_once(alike: list[T], numbers: int, device: torch.device, ndim: int = 2) -> list[list[T]]:
-    """Those of equal shapes, so many numbers each, by the stack they belong to; parameters [E, m, n] are stacks already."""
-    most = 1 if ndim == 3 else max(1, STACKED.get(device.type, 1 << 26) // numbers)
-    return [alike[start : start + most] for start in range(0, len(alike), most)]
+def at_once(
+    items: Iterable[T], tensors: Callable[[T], Sequence[Tensor]], apart: Callable[[T], Hashable] = lambda item: None
+) -> Iterator[list[T]]:
+    """The items by the stack they belong to: those whose tensors have equal shapes and types, and that `apart` does not tell apart, as
+    many as `STACKED` lets into one. Those with tensors [E, m, n] are stacks already."""
+    alike: dict[tuple[Hashable, ...], list[T]] = {}
+    for item in items:
+        alike.setdefault((apart(item), *((t.shape, t.dtype, t.device) for t in tensors(item))), []).append(item)
+    for some in alike.values():
+        first = tensors(some[0])
+        numbers = sum(tensor.numel() for tensor in first)
+        most = 1 if first[0].ndim == 3 else max(1, STACKED.get(first[0].device.type, 1 << 26) // numbers)
+        yield from (some[start : start + most] for start in range(0, len(some), most))
 
 
 def as_stack(shape: Sequence[int]) -> tuple[int, int, int]:
@@ -188,15 +197,13 @@ def stacks(
     waiting: Waiting,
 ) -> list[Stack]:
     """The matrices of a group that are among `moved`; their states count `steps`."""
-    wanted, found = set(moved), []
-    alike: dict[tuple[Any, ...], list[nn.Parameter]] = {}
-    for p in group["params"]:
-        if p in wanted and p.numel():
-            steps = int(state[p].setdefault("steps", torch.zeros((), dtype=torch.int64, device="cpu")))
-            alike.setdefault((p.shape, p.dtype, p.device, steps), []).append(p)
-    for (shape, _, device, _), parameters in alike.items():
-        for some in at_once(parameters, shape.numel(), device, ndim=len(shape)):
-            found.append(
-                Stack(method, some, group, [state[p] for p in some], [phases.get(p, 0) for p in some], waiting)
-            )
-    return found
+    wanted = set(moved)
+    matrices = [p for p in group["params"] if p in wanted and p.numel()]
+
+    def steps(p: nn.Parameter) -> int:
+        return int(state[p].setdefault("steps", torch.zeros((), dtype=torch.int64, device="cpu")))
+
+    return [
+        Stack(method, some, group, [state[p] for p in some], [phases.get(p, 0) for p in some], waiting)
+        for some in at_once(matrices, lambda p: [p], steps)
+    ]
