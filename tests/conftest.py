@@ -243,12 +243,16 @@ def forked_processes() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(scope="module")
-def untried() -> Iterator[None]:
-    """Conversions of known shapes without the trial on shapes, which takes most of their time. tests/conversion/test_trial.py is
-    about it."""
+TRIED = ("tests/conversion/*", "tests/contract/test_methods.py", "tests/hostile/*")
+"""Tests whose conversions are tried on shapes, as all are outside the tests."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def untried(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Elsewhere they are not, because that takes a third of a conversion's time and most of a large model's."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(conversion, "try_on_shapes", lambda *_: None)
+        if not any(request.path.match(pattern) for pattern in TRIED):
+            patch.setattr(conversion, "try_on_shapes", lambda *_: None)
         yield
 
 

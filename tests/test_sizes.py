@@ -8,8 +8,6 @@ import lorank
 from lorank.architectures import llama_config
 from lorank.sizes import SIZES, find_size
 
-pytestmark = pytest.mark.usefixtures("untried")
-
 # d, d_ff, layers, heads, r, and the totals of the dense and of the CoLA model (arXiv 2502.10940; the totals re-derived)
 PUBLISHED = {
     "60m": (512, 1376, 8, 8, 128, 58_073_600, 42_770_944),

@@ -67,7 +67,7 @@ def test_a_sweep_goes_beyond_the_edge_where_its_best_is(base: Recipe) -> None:
 
 
 def test_the_control_of_a_gpt2_is_a_gpt2(of_type: Callable[..., Recipe], costs: Costs, tmp_path: Path) -> None:
-    recipe = of_type("gpt2", tmp_path / "m", n_embd=64, n_layer=2, n_head=2)
+    recipe = of_type("gpt2", tmp_path / "m", n_embd=64, n_layer=1, n_head=2)
     (*_, control, _), _ = plan_rows(ComparisonSettings(base=recipe, methods=["cola"]), costs, tmp_path)
     assert control.name == "dense-small" and control.like == "training FLOPs per token of cola"
     assert build_config(control.candidates[0].recipe, costs.tokenizer).model_type == "gpt2"

@@ -14,8 +14,6 @@ from lorank.train.methods import methods_of
 from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("untried")
-
 # Typed from the papers and the authors' scripts, also where a number is the default of its field.
 PRINTED: dict[str, dict[str, dict[str, Any]]] = {
     "cola": {

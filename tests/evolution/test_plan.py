@@ -13,8 +13,6 @@ from lorank.plan.forecast import forecast_all
 from lorank.train.budget import Budget
 from lorank.train.recipe import Recipe
 
-pytestmark = pytest.mark.usefixtures("untried")
-
 FLEET = Fleet(accelerator=find_accelerator("h100"), devices=1)
 SHAPE = Recipe(size="tiny", batch_size=4, micro_batch_size=2, sequence_length=8)
 

@@ -26,8 +26,6 @@ from lorank.methods.crnet import (
 from lorank.papers.formulas import cola_parameters, crnet_parameters
 from tests.methods.crnet.conftest import D_FF, D, N, R, a_batch, chain, gradients, loss_of, numbers, tapes
 
-pytestmark = pytest.mark.usefixtures("untried")
-
 PROJECTIONS = [*(f"self_attn.{p}_proj" for p in "qkvo"), *(f"mlp.{p}_proj" for p in ("gate", "up", "down"))]
 
 

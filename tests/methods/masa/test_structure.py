@@ -21,8 +21,6 @@ from lorank.plan.dry_run import plan
 from lorank.train.recipe import Recipe
 from tests.methods.masa.conftest import TABLE, deep, dictionaries, elements, layers, loss_of
 
-pytestmark = pytest.mark.usefixtures("untried")
-
 # ---- 1, 5: sizes
 
 

@@ -23,8 +23,6 @@ from lorank.papers import formulas
 from lorank.sizes import SIZES
 from tests.methods.sltrain.conftest import layer, numbers
 
-pytestmark = pytest.mark.usefixtures("untried")
-
 PUBLISHED = {  # density, entries of all supports
     "60m": (0.03, 758_888),
     "130m": (0.03, 2_547_972),
