@@ -149,10 +149,8 @@ class Method:
         return [self.build(site) for site in sites]
 
     def finish(self, model: nn.Module) -> None:
-        """Changes outside the method's layers; called once, after all stacks are in place.
-
-        Register here what blocks share, once, under a name that begins with `SHARED`, and not in a block.
-        """
+        """Changes outside the method's layers; called once, after all stacks are in place. Register here what blocks share,
+        once, under a name that begins with `SHARED`, and not in a block."""
 
     def merged(self, module: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Weight [d_out, d_in] and bias of the dense layer that computes the same as `module`; by default its own `merged()`.
@@ -190,6 +188,10 @@ class Method:
     def state_bytes(self, p: Tensor, group: Mapping[str, Any]) -> int:
         """Bytes that the optimizer keeps between steps for a parameter of the group; counters are not included."""
         return 2 * p.numel() * p.element_size()  # Adam's two moments
+
+    def gathered_bytes(self, p: Tensor, group: Mapping[str, Any]) -> float:
+        """Bytes of a sharded parameter's matrices that a process gathers in an average step; sums over processes count twice."""
+        return 0.0
 
     def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
         """FLOPs of the matrix products in one optimizer step on a parameter; those of some steps only are averaged.

@@ -65,6 +65,14 @@ class AdamW8bit(Rule):
         numel = math.prod(shape)
         return 2 * numel * 4 if numel < self.least else 2 * (numel + 4 * math.ceil(numel / 256)) + 2 * 256 * 4
 
+    def gathered(self, shape: Sequence[int], itemsize: int) -> int:
+        return 2 * math.prod(shape) * itemsize + self.gathered_inside(shape, itemsize)
+
+    def gathered_inside(self, shape: Sequence[int], itemsize: int) -> int:
+        """Moments; scales and codes are whole in all processes."""
+        numel = math.prod(shape)
+        return 2 * numel * (4 if numel < self.least else 1)
+
 
 @functools.cache
 def _levels(signed: bool, device: torch.device) -> Tensor:

@@ -132,6 +132,15 @@ class APOLLO(Projected):
         (k, m, n), norm = as_stack(p.shape), 0 if self.growth is None else max(p.element_size(), 4)
         return k * ((state_elements(m, n, group["rank"]) - 2) * p.element_size() + norm) + 8
 
+    def gathered_bytes(self, p: Tensor, group: Mapping[str, Any]) -> float:
+        """G and R̃."""
+        if group.get("rank") is None:
+            return super().gathered_bytes(p, group)
+        (k, m, n), itemsize = as_stack(p.shape), p.element_size()
+        sketched = (k, min(group["rank"], m, n), max(m, n))
+        rule = self.rules[self.settings(group)["rule"]]
+        return p.numel() * itemsize + rule.gathered_inside(sketched, itemsize)
+
     def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
         """P G."""
         if group.get("rank") is None:

@@ -2,9 +2,11 @@
 in lorank/optim/step.py."""
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from lorank.fields import Rank, joined_by_or
@@ -84,6 +86,17 @@ class ByGroups(Method):
 
     def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
         return self.rules[self.settings(group)["rule"]].flops(p.shape)
+
+    def gathered_bytes(self, p: Tensor, group: Mapping[str, Any]) -> float:
+        """Of a group without rank what its rule says, nothing if that is elementwise and rounds nothing by chance. Of one with a rank
+        the gradient, and once each matrix that is kept; a method that gathers anything else says so."""
+        group = self.settings(group)
+        rule, itemsize = self.rules[group["rule"]], p.element_size()
+        if group.get("rank") is None:
+            by_chance = self.stochastic_rounding and p.dtype == torch.bfloat16
+            return rule.gathered(p.shape, itemsize) if by_chance or not rule.elementwise else 0
+        kept = (self.state_shapes(p.shape, group) or {}).values()
+        return (p.numel() + sum(math.prod(shape) for shape in kept if len(shape) > 1)) * itemsize
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

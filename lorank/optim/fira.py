@@ -26,6 +26,7 @@ paper's form one of rank r, would keep S near 0 for hundreds of steps.
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +36,7 @@ from torch import Tensor
 from lorank import renamed
 from lorank.method import Published
 from lorank.optim import galore
-from lorank.optim.bases import sides
+from lorank.optim.bases import basis_shapes, sides
 from lorank.optim.galore import GaLore
 from lorank.optim.stacks import Product, Stack, as_stack
 
@@ -154,6 +155,17 @@ class Fira(GaLore):
         return super().state_bytes(p, group) + (
             0 if group.get("rank") is None else as_stack(p.shape)[0] * max(p.element_size(), 4)
         )
+
+    def gathered_bytes(self, p: Tensor, group: Mapping[str, Any]) -> float:
+        """GaLore's; the basis once more where E is formed because P is rounded. Where little of G is left it is too, which is left out."""
+        found = super().gathered_bytes(p, group)
+        if group.get("rank") is None or p.element_size() >= 4:
+            return found
+        (k, m, n), group = as_stack(p.shape), self.settings(group)
+        part = group["scale"] if group["residual"] == "repo" else 1.0
+        bases = basis_shapes(group["projection"], m, n, min(group["rank"], m, n)).values()
+        formed = (1 - part) ** 2 < LEAST_SHARE
+        return found + (k * sum(map(math.prod, bases)) * p.element_size() if formed else 0)
 
 
 renamed.hint(__name__)

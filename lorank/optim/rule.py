@@ -71,6 +71,19 @@ class Rule:
         """FLOPs of the matrix products in a step."""
         return 0
 
+    def gathered(self, shape: Sequence[int], itemsize: int) -> int:
+        """Bytes that become whole in each process when a sharded weight is gathered to move: the weight, its gradient, and what is
+        kept in their shape."""
+        alike = sum(kept == tuple(shape) for kept in self.shapes(shape).values())
+        return (2 + alike) * math.prod(shape) * itemsize
+
+    def gathered_inside(self, shape: Sequence[int], itemsize: int) -> int:
+        """The same where zeros move in place of a weight: the move, in single precision at least, by a rule that is `elementwise`;
+        by another one the matrices that are kept."""
+        if self.elementwise:
+            return math.prod(shape) * max(itemsize, 4)
+        return sum(math.prod(kept) for kept in self.shapes(shape).values() if len(kept) > 1) * itemsize
+
 
 @functools.lru_cache(maxsize=1024)
 def _shapes(rule: Rule, shape: tuple[int, ...]) -> tuple[tuple[str, tuple[int, ...]], ...]:

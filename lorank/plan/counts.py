@@ -14,6 +14,7 @@ from lorank.train.build import build_estimator
 from lorank.train.methods import (
     Methods,
     build_optimizer,
+    gathered_bytes,
     kept_gradients,
     methods_of,
     state_bytes,
@@ -40,6 +41,8 @@ class Counts:
     """Bytes of the optimizer's step."""
     step_flops: float
     """Of the optimizer's own matrix products in an average step."""
+    gathered_bytes: float = 0.0
+    """What the optimizer makes whole on each device in an average step, if weights are sharded."""
 
     @property
     def flops_per_token(self) -> float:
@@ -74,6 +77,7 @@ def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts
         memory(recipe, model, batch, devices=devices, step=step),
         step,
         optimizer_flops(recipe, model, devices=devices),
+        gathered_bytes(recipe, model),
     )
 
 

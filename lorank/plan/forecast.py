@@ -114,6 +114,11 @@ class Forecast:
         return accounting.all_reduce_bytes(self.counts.memory.gradients_bytes, self.fleet.devices)
 
     @property
+    def gathered_bytes(self) -> float:
+        """Sent by each device in a step, more than with AdamW, if weights are sharded (FSDP2) and the optimizer needs whole matrices."""
+        return (self.fleet.devices - 1) / self.fleet.devices * self.counts.gathered_bytes
+
+    @property
     def run(self) -> Run:
         flops = self.counts.flops_per_token * self.tokens + self.optimizer_flops * self.steps
         return self.fleet.run(flops, self.recipe.precision)
@@ -155,6 +160,7 @@ class Forecast:
             "devices": fleet.devices,
             "utilisation": fleet.utilisation,
             "all_reduce_bytes_per_step": self.all_reduce_bytes,
+            "optimizer_gather_bytes_per_step": self.gathered_bytes,
             "tokens": self.tokens,
             "steps": self.steps,
             **self.run._asdict(),

@@ -207,7 +207,10 @@ def _run(found: "Sequence[Forecast]") -> Group:
         on = f"{max(fleets)} × {name}" if len(fleets) == 1 else f"{name} devices"
     title = f"A run of {quantity(found[0].tokens)} tokens on {on}" if len(budgets) == 1 else f"A run on {on}"
     more = [*(["tokens"] if len(budgets) > 1 else []), *(["devices"] if len(fleets) > 1 else [])]
-    table = _table(*more, "steps", "sent per step", "time", "energy", "price", "")
+    gather = any(f.gathered_bytes for f in found)
+    table = _table(
+        *more, "steps", "sent per step", *(["optimizer, FSDP2"] if gather else []), "time", "energy", "price", ""
+    )
     for name, f in zip(_names(found), found, strict=True):
         hours, energy, dollars = f.run
         table.add_row(
@@ -216,6 +219,7 @@ def _run(found: "Sequence[Forecast]") -> Group:
             *([str(f.fleet.devices)] if len(fleets) > 1 else []),
             f"{f.steps:,}",
             f"{quantity(f.all_reduce_bytes)}B" if f.fleet.devices > 1 else "-",
+            *([f"{quantity(f.gathered_bytes)}B" if f.gathered_bytes else "-"] if gather else []),
             _duration(hours),
             f"{quantity(energy * 1000)}Wh" if energy >= 1 else f"{energy * 1000:.3g} Wh",
             f"${dollars:,.0f}" if dollars >= 100 else f"${dollars:.2f}",

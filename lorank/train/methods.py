@@ -192,6 +192,13 @@ def step_flops(recipe: Recipe, model: nn.Module, *, micro_batches: int = 1) -> f
     return sum(mover.step_flops(p, group, micro_batches=micro_batches) for group in groups for p in group["params"])
 
 
+def gathered_bytes(recipe: Recipe, model: nn.Module) -> float:
+    """Bytes that the recipe's optimizer makes whole in each process in an average step, if the model is sharded; see
+    `Method.gathered_bytes`."""
+    mover, groups = methods_of(recipe).mover, optimizer_groups(recipe, model)
+    return sum(mover.gathered_bytes(p, group) for group in groups for p in group["params"])
+
+
 def kept_gradients(recipe: Recipe, model: nn.Module) -> dict[nn.Parameter, tuple[int, ...]]:
     """Shape of what waits for the step, for each parameter whose gradient does not wait whole."""
     mover, groups = methods_of(recipe).mover, optimizer_groups(recipe, model)

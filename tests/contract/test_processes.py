@@ -48,6 +48,8 @@ def test_two_processes_do_what_one_does(found: dict[str, Any], method: Method) -
     assert result.get("saved", 0) < tolerance, (
         "saved whole with torch.distributed.checkpoint, and loaded by one process or two"
     )
+    said, gathered = result["gathered"]
+    assert said == gathered, "bytes that are gathered in a step"
     most = 0.95 if method.name == "adafactor" else 0.6  # whose state is counters, a row and a column
     assert result["bytes"] < most, (
         "of three experts one process has two; else each keeps half, but for counters and scales"

@@ -27,34 +27,35 @@ from lorank.optim.bases import singular_basis
 from lorank.optim.shards import local, whole
 from lorank.table import find, method_names
 from tests.contract.conftest import METHODS, NEED_BITSANDBYTES, OPTIONS, mover, named
+from tests.contract.gathering import Gathered
 
 
 class Experts(nn.Module):
     """A pair of factors for each of three experts, which two processes cannot share evenly; their outputs are added."""
 
-    def __init__(self, d: int):
+    def __init__(self, d: int, E: int = 3):
         super().__init__()
-        self.A, self.B = nn.Parameter(torch.randn(3, 6, d) / d), nn.Parameter(torch.randn(3, d, 6) / 6)
+        self.A, self.B = nn.Parameter(torch.randn(E, 6, d) / d), nn.Parameter(torch.randn(E, d, 6) / 6)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + (x @ self.A.mT @ self.B.mT).sum(0)
 
 
-def net(wide: bool) -> nn.Sequential:
+def net(wide: bool, experts: int = 3) -> nn.Sequential:
     """If `wide`, then enough for moments of a byte."""
     torch.manual_seed(0)
     d = (80, 70) if wide else (20, 10)
-    layers = [nn.Linear(12, d[0]), nn.Tanh(), nn.Linear(*d), nn.Tanh(), Experts(d[1]), nn.Linear(d[1], 8)]
+    layers = [nn.Linear(12, d[0]), nn.Tanh(), nn.Linear(*d), nn.Tanh(), Experts(d[1], experts), nn.Linear(d[1], 8)]
     return nn.Sequential(*layers).to(torch.float32 if wide else torch.float64)
 
 
-def groups(model: nn.Module, method: Method) -> list[dict[str, Any]]:
+def groups(model: nn.Module, method: Method, rank: int = 3) -> list[dict[str, Any]]:
     matrices, vectors = ([p for p in model.parameters() if (p.ndim > 1) == wanted] for wanted in (True, False))
-    chosen = mover(method).chosen(rank=3)
-    if getattr(
-        method, "structure", None
-    ):  # two layers are a pair of factors, and the experts' are; the last layer is in none
-        vectors.append(matrices.pop())
+    chosen = mover(method).chosen(rank=rank)
+    if getattr(method, "structure", None):
+        vectors.append(
+            matrices.pop()
+        )  # two layers are a pair of factors, and the experts' are; the last layer is in none
     return [{"params": matrices, "weight_decay": 0.1, **chosen}, {"params": vectors, "weight_decay": 0.1}]
 
 
@@ -69,6 +70,7 @@ def shard(model: nn.Sequential) -> nn.Module:
 def train(model: nn.Module, method: Method, part: Callable[[Tensor], Tensor], stop: int = 3) -> list[Tensor]:
     """Weights after three steps; at `stop` the optimizer is made anew and loads its state."""
     optimizer: Any = method.optimizer(groups(model, method), lr=0.01, betas=(0.9, 0.99), eps=1e-8)
+    seen = Gathered()
     for step in range(3):
         if step == stop:
             saved = optimizer.state_dict()
@@ -77,16 +79,17 @@ def train(model: nn.Module, method: Method, part: Callable[[Tensor], Tensor], st
         x = part(torch.randn(8, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(step)))
         x = x.to(next(model.parameters()).dtype)
         (model(x) - x[:, :8].sin()).square().mean().backward()
-        optimizer.step()
+        seen.bytes *= step != 1
+        with seen:
+            optimizer.step()
         optimizer.zero_grad()
-    kept.append(
-        sum(local(v).nbytes for state in optimizer.state.values() for v in state.values() if torch.is_tensor(v))
-    )
+    states = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
+    kept.append((sum(local(value).nbytes for value in states), seen.bytes / 2))
     return [whole(p).detach() for p in model.parameters()]
 
 
-kept: list[int] = []
-"""Bytes of state in this process, by run."""
+kept: list[tuple[int, float]] = []
+"""Bytes of state in this process, and what became whole in it in the second and third step on average, by run."""
 
 
 def saved_whole(method: Method, half: Callable[[Tensor], Tensor]) -> float:
@@ -140,6 +143,14 @@ def shared_out() -> list[int]:
     return [int(count) for count in both]
 
 
+def error_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (ValueError, FloatingPointError) as error:
+        return str(error)
+    return "nothing"
+
+
 def stages(rank: int) -> str:
     """Each process is a pipeline stage of its own with another number of matrices, next to a layer that both share; only the second
     sees what is not finite."""
@@ -152,11 +163,7 @@ def stages(rank: int) -> str:
     optimizer.step()
     optimizer.zero_grad()
     model(torch.full((2, 4), float("nan") if rank else 1.0)).sum().backward()
-    try:
-        optimizer.step()
-    except FloatingPointError:
-        return "stopped"
-    return "stepped"
+    return "stepped" if error_of(optimizer.step) == "nothing" else "stopped"
 
 
 def kept_in() -> list[str]:
@@ -335,12 +342,7 @@ def evolution(half: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         "eggroll-fsdp": lambda: Eggroll(shard(net(False)), population=4, sigma=0.1),
         "egg-fsdp": lambda: IntegerEggroll(integers, population=4),
     }
-    for name, make in refused.items():
-        try:
-            make()
-        except ValueError as refusal:
-            found[name] = str(refusal)
-    return found
+    return found | {name: error_of(make) for name, make in refused.items()}
 
 
 def main() -> None:
@@ -355,7 +357,8 @@ def main() -> None:
         alone = train(net(wide), method, lambda x: x)
         replicated = train(DistributedDataParallel(net(wide)), method, half)
         sharded, resumed = (train(shard(net(wide)), method, half, stop) for stop in (3, 1))
-        state = kept[-4:]
+        state, made = kept[-4:], groups(net(wide), method)
+        said = sum(method.gathered_bytes(p, group) for group in made for p in group["params"])
         both = [torch.empty_like(replicated[0]) for _ in range(2)]
         dist.all_gather(both, replicated[0])
         error = lambda other: max(((a - b).norm() / a.norm()).item() for a, b in zip(alone, other, strict=True))  # noqa: E731, B023
@@ -364,7 +367,8 @@ def main() -> None:
             "fsdp": error(sharded),
             "same": torch.equal(*both),
             "resumed": all(map(torch.equal, sharded, resumed)),
-            "bytes": state[2] / state[0],
+            "bytes": state[2][0] / state[0][0],
+            "gathered": [said, state[2][1]],
         }
         if not wide:
             found[named(method)]["parallel"] = error(train(parallel(net(False)), method, lambda x: x))
@@ -378,20 +382,13 @@ def main() -> None:
         "by chance": by_chance(),
         **evolution(half),
     }
-    try:
-        GaLore(in_backward=True).optimizer(groups(net(False), GaLore()), lr=0.01)
-    except ValueError as refusal:
-        found["refusal"] = str(refusal)
+    found["refusal"] = error_of(lambda: GaLore(in_backward=True).optimizer(groups(net(False), GaLore()), lr=0.01))
     bad = shard(net(False).append(nn.Linear(8, 1).double()))  # of which one process has nothing
     optimizer = GaLore().optimizer(groups(bad, GaLore()), lr=0.01)
     bad(torch.ones(2, 12, dtype=torch.float64)).sum().backward()
     if rank == 1:
         next(bad.parameters()).grad.to_local()[0, 0] = float("nan")  # type: ignore[union-attr]
-    try:
-        optimizer.step()
-        found["nan"] = "nothing"
-    except FloatingPointError as error:
-        found["nan"] = str(error)
+    found["nan"] = error_of(optimizer.step)
     print(json.dumps(found) if rank == 0 else f"{found['stage']}; {found['nan']}", flush=True)
     dist.destroy_process_group()
 

@@ -55,7 +55,7 @@ def test_the_budget_is_the_dense_models(tiny: list[forecast.Forecast]) -> None:
     assert found.budget_is_default and not tiny[0].budget_is_default
 
 
-def test_the_optimizers_products_are_part_of_the_run() -> None:
+def test_the_optimizers_products_are_part_of_the_run(printed) -> None:
     methods = ["dense", "galore", "trion", "relora"]
     found = forecast.forecast_all([Recipe(**TINY, rank=16)], methods, fleet=FLEET, budget=Budget(tokens=10_000_000))
     dense, galore, trion, _ = found
@@ -73,6 +73,12 @@ def test_the_optimizers_products_are_part_of_the_run() -> None:
         extra = spent * one.steps / (8 * 494e12 * 0.4) / 3600
         assert one.run.hours - dense.run.hours == pytest.approx(extra)
     assert [one.moves_between_steps for one in found] == [False, False, False, True]
+    # FSDP2: G, the basis twice and R; every 200 steps G and the sum of the basis. Trion G and its momentum
+    basis, inside = (layers * 16 * (4 * d + 3 * side) for side in (d, f))
+    sent = numbers + 2 * basis + inside + (numbers + 2 * basis) / 200, 2 * numbers
+    assert [one.gathered_bytes for one in found] == pytest.approx([0, *(7 / 8 * 4 * n for n in sent), 0])
+    assert "optimizer, FSDP2" in printed(plans.forecast_tables(found))
+    assert "optimizer, FSDP2" not in printed(plans.forecast_tables(found[:1]))
 
 
 def test_gradients_wait_for_other_micro_batches_or_devices() -> None:
