@@ -1,10 +1,10 @@
 """Is a bottleneck faster as one autograd function, or q, k and v as one group? Forward and backward of three CoLA layers on a CPU, fp32.
 
-    OMP_NUM_THREADS=1 python benchmarks/bottleneck.py [--rounds 30]
+    OMP_NUM_THREADS=1 python benchmarks/fused.py [--rounds 30]
 
 "layers" are three `lorank.methods.cola.CoLALinear`. "functions" keep x and z = A x alone, and compute SiLU again in the backward pass.
 "group" does the same with one product for the three A and batched products for the three B. All take turns in one process, on the same
-weights and 512 tokens, and their outputs and gradients are compared first. Seconds are of processor time. Kept in results/bottleneck.json.
+weights and 512 tokens, and their outputs and gradients are compared first. Seconds are of processor time. Kept in results/fused.json.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from lorank.methods.cola import CoLALinear
 from lorank.sizes import SIZES
 from lorank.speed.allocator import keep_freed_memory
 
-FILE = Path(__file__).with_name("results") / "bottleneck.json"
+FILE = Path(__file__).with_name("results") / "fused.json"
 TOKENS, LAYERS = 512, 3
 
 
