@@ -107,7 +107,7 @@ def federated(
                 f"--resume goes on with the settings of {resume}; leave out {wrong[0]}, or begin another run"
             )
         folder = Path(resume)
-        saved = read_json(folder / FILE)["settings"]
+        saved = read_json(folder / FILE, settings=dict)["settings"]
         chosen = Settings.from_dict({**saved, **{name: settings[name] for name in given}})
     elif model is None or data is None:
         raise ValueError("a model and text must be given: lorank federated MODEL --data SHARDS, or --resume RUN")

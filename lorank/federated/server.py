@@ -302,7 +302,7 @@ class Server:
         """Go on with what the folder has."""
         if not (self.out / FILE).exists():
             return
-        saved = read_json(self.out / FILE)
+        saved = read_json(self.out / FILE, settings=dict, rounds=list, asked=dict, merged=int, has_factors=bool)
         asked = self.settings.to_dict()
         if saved.get("base") != self.base.sha256:
             raise ValueError(

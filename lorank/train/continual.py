@@ -328,7 +328,7 @@ def _earlier(out: Path, asked: Mapping[str, Any]) -> list[Stream]:
     """The streams that `out` has."""
     if not (out / FILE).exists():
         return []
-    found = read_json(out / FILE)
+    found = read_json(out / FILE, streams=list)
     if other := next((name for name, value in asked.items() if name in found and found[name] != value), None):
         if other in ("weights", "texts"):
             what = asked["model"] if other == "weights" else _changed(asked, found)
@@ -336,13 +336,35 @@ def _earlier(out: Path, asked: Mapping[str, Any]) -> list[Stream]:
         raise ValueError(
             f"{out} has results of {other}={found.get(other)!r}, got {asked[other]!r}; choose another folder with --out"
         )
-    names = {field.name for field in dataclasses.fields(Stream)}
-    return [Stream(**{name: one[name] for name in names}) for one in found["streams"]]
+    try:
+        return [_stream(one, len(asked["tasks"])) for one in found["streams"]]
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{out / FILE} is damaged; choose another folder with --out") from None
+
+
+def _stream(one: Mapping[str, Any], tasks: int) -> Stream:
+    """Of a file; KeyError, TypeError or ValueError if it is none."""
+    made = Stream(**{field.name: one[field.name] for field in dataclasses.fields(Stream)})
+    numbers = [
+        made.seed,
+        made.lr,
+        made.parameters,
+        made.trained,
+        made.seconds,
+        *(x for row in made.losses for x in row),
+    ]
+    if not isinstance(made.method, str) or not all(isinstance(x, int | float) for x in numbers):
+        raise ValueError
+    if [len(row) for row in made.losses] != [tasks] * (tasks + 1):
+        raise ValueError
+    return made
 
 
 def _changed(asked: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """The first task with another text than before."""
-    return next(t for t, now, then in zip(asked["tasks"], asked["texts"], found["texts"], strict=True) if now != then)
+    before = found["texts"] if isinstance(found["texts"], list) else []
+    texts = zip(asked["tasks"], asked["texts"], before, strict=False)
+    return next((task for task, now, then in texts if now != then), asked["tasks"][0])
 
 
 def _mean(values: Any) -> float:

@@ -208,12 +208,20 @@ def logged_rate(out: Path) -> float | None:
     return statistics.median(rates) if rates else None
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file of a run; ValueError if it cannot be read."""
+def read_json(path: Path, **kinds: Any) -> dict[str, Any]:
+    """A JSON file of a run, with entries of these types; ValueError if it cannot be read or has others."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read ({error}); the run cannot be resumed without it") from None
+    if not isinstance(found, dict):
+        raise ValueError(
+            f"{path} must hold names and values, got {type(found).__name__}; restore it, or begin another run"
+        )
+    for name, kind in kinds.items():
+        if not isinstance(found.get(name), kind):
+            raise ValueError(f"{path} is damaged: it has no proper {name!r}; restore it, or begin another run")
+    return found
 
 
 def _damaged_file(checkpoint: Path) -> Path | None:
@@ -245,7 +253,7 @@ def read_run(folder: str | Path) -> Recipe:
     if not path.exists():
         raise ValueError(f"{folder} contains no run to resume: {path} does not exist")
     recipe = read_recipe(path)
-    saved = read_json(folder / "run.json").get("recipe")
+    saved = read_json(folder / "run.json", recipe=dict | None).get("recipe")
     if saved:
         first = Recipe.from_dict({**ONCE, **saved})
         began, now = first.to_dict(), recipe.to_dict()

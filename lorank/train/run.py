@@ -100,7 +100,11 @@ def pretrain(
     recipe = started(recipe)
     out, recipe = Path(out).expanduser(), absolute(recipe if resume else with_changed_defaults(resolved(recipe)))
     recipe = _with_split(recipe, out, resume=resume)
-    finished = resume and (out / "summary.json").exists() and read_json(out / "summary.json")["steps"] >= recipe.steps
+    finished = (
+        resume
+        and (out / "summary.json").exists()
+        and read_json(out / "summary.json", steps=int)["steps"] >= recipe.steps
+    )
     if finished and budget is None:
         raise ValueError(
             f"{out} is finished, so there is nothing to resume; train it longer with --steps, or start another run with --out"
@@ -202,7 +206,7 @@ def _text_and_shape(
     check_corpus(recipe, corpus, config.vocab_size)
     if not resume:
         warn_of_weights(recipe.model)
-    began = read_json(out / "run.json")["data_hash"] if resume else corpus.hash
+    began = read_json(out / "run.json", data_hash=str)["data_hash"] if resume else corpus.hash
     if began != corpus.hash:
         raise ValueError(
             f"data={recipe.data!r} must be the text with which {out} began (hash {began}), got other text (hash {corpus.hash}); "

@@ -20,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorank import CoLA, convert
 from lorank.cli.errors import sentence
+from lorank.train import continual
 from lorank.train.data import load_corpus, load_tokenizer
 from lorank.train.folder import last_whole_checkpoint
 from lorank.train.model import empty_model
@@ -227,6 +228,43 @@ def test_a_saved_model(data: Any, saved: Path, tmp_path: Path) -> None:
     else:
         file.write_bytes(data.draw(broken(file.read_bytes())))
     answered(lambda: load_model(str(place)), place)
+
+
+ASKED: dict[str, Any] = {"model": "m", "tasks": ["a", "b"], "weights": "w", "texts": ["x", "y"]}
+STREAM = {
+    "method": "full",
+    "seed": 0,
+    "lr": 1e-3,
+    "parameters": 9,
+    "trained": 9,
+    "losses": [[1.0, 2.0]] * 3,
+    "seconds": 1.0,
+}
+
+
+@fuzz
+@given(data=st.data())
+def test_results(data: Any, tmp_path: Path) -> None:
+    """results.json of `lorank continual`, the only one that is read again; a stream that it has is one."""
+    place = tmp_path / "in"
+    place.mkdir(exist_ok=True)
+    streams = [data.draw(st.just(STREAM) | changed(STREAM) | values)]
+    whole = data.draw(st.just({**ASKED, "streams": streams}) | changed({**ASKED, "streams": streams}) | values)
+    text = json.dumps(whole).encode()
+    (place / "results.json").write_bytes(data.draw(st.just(text) | broken(text) | st.just(b"[" * 100_000)))
+
+    def read() -> None:
+        for one in continual._earlier(place, ASKED):
+            assert len(one.perplexities) == 3 and isinstance(one.learned, float)
+
+    answered(read, place)
+
+
+@pytest.mark.parametrize("written", ["{}", "3", '{"streams": [{}]}', '{"streams": 1}'])
+def test_damaged_results_are_named(written: str, tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text(written)
+    with pytest.raises(ValueError, match=r"results\.json (is damaged|must hold names)"):
+        continual._earlier(tmp_path, ASKED)
 
 
 @pytest.fixture(scope="module")
