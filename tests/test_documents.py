@@ -145,19 +145,11 @@ def test_an_example_added_here_passes_its_contract(tmp_path: Path) -> None:
         (tmp_path / f"docs/methods/{name}.md").write_text(example.page)
         table.write_text(table.read_text().replace("METHODS = {\n", f"METHODS = {{\n    {example.line}"))
 
-    def run(*command: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-        done = subprocess.run([sys.executable, *command], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
     for end in ("yaml", "json"):  # of low-rank, whose settings a gain shares
         text = (ROOT / f"recipes/low-rank-60m.{end}").read_text()
         (tmp_path / f"recipes/gained-60m.{end}").write_text(text.replace("low-rank", "gained"))
     with (tmp_path / "tests/methods/test_gained.py").open("a") as file:
         file.write(code("CONTRIBUTING.md", "python")[4])
-    assert "gained-60m" in run("benchmarks/first_steps.py", "record", "gained-60m")
-    run("docs/pages.py")
     files, asked = ["tests/test_documents.py"], "every_page_ or everything_public or table_of_methods or gained-60m"
     files += ["tests/test_recipes.py", "tests/comparison/test_first_steps.py"]
     expected = ["test_documents.py::test_the_readme_has_the_table_of_methods", "test_the_recipe_is_that_of_the_paper"]
@@ -166,7 +158,21 @@ def test_an_example_added_here_passes_its_contract(tmp_path: Path) -> None:
         files += [f"tests/contract/{contract}", f"tests/{EXAMPLES[name].folder}/test_{name}.py"]
         asked += f" or ({name} and {part} and not example) or test_{name}"
         expected += [rf"{contract}::test_\w+\[{name}", rf"test_{name}.py::", rf"page_runs\[docs/methods/{name}.md\]"]
-    said = run("-m", "pytest", "-q", "-rA", "-p", "no:cacheprovider", "-k", asked, *files)
+    program = """
+        import runpy, sys
+        for path, *words in (["benchmarks/first_steps.py", "record", "gained-60m"], ["docs/pages.py"]):
+            sys.argv, sys.path[0] = [path, *words], path.partition("/")[0]
+            runpy.run_path(path, run_name="__main__")
+        sys.path[0] = ""
+        import pytest
+        sys.exit(pytest.main(%r))
+    """ % ["-q", "-rA", "-p", "xdist.plugin", "-p", "no:cacheprovider", "-k", asked, *files]
+    command = [sys.executable, "-c", textwrap.dedent(program)]  # one process, as each imports torch and transformers
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    said = done.stdout
+    assert done.returncode == 0, said + done.stderr
+    assert "gained-60m" in said
     for passed in expected:
         assert re.search(rf"PASSED tests/.*{passed}", said), said
 
