@@ -16,7 +16,7 @@ from lorank.comparison.settings import STRUCTURAL
 from lorank.comparison.spectra import learned_spectra
 from lorank.comparison.statistics import LEVEL, mean_interval
 from lorank.train.data.sources import first_line
-from lorank.train.folder import history, write_whole
+from lorank.train.folder import history, read_json, write_whole
 from lorank.train.tasks import run_tasks
 from lorank.train.text import limits_of
 
@@ -130,7 +130,7 @@ def _run(comparison: Comparison, run: Run, failures: Mapping[str, str]) -> dict[
             end |= {"flops": run.candidate.flops, "seconds": clock(found["tokens"])}
             for name, value in end.items():
                 found["curve"][name].append(value)
-        about = json.loads((folder / "run.json").read_text())
+        about = read_json(folder / "run.json", data_hash=str)
         found["data_hash"], found["environment"] = about["data_hash"], about
     return found
 
@@ -305,7 +305,7 @@ def _environment(comparison: Comparison) -> dict[str, Any]:
     for run in comparison.runs():
         path = comparison.folder(run) / "run.json"
         if path.exists():
-            return json.loads(path.read_text())
+            return read_json(path)
     return {}
 
 

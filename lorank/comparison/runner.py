@@ -36,7 +36,7 @@ from lorank.comparison.rows import (
 from lorank.comparison.settings import ComparisonSettings, slug
 from lorank.train import data
 from lorank.train.budget import Budget, of_length
-from lorank.train.folder import LOCK, ONCE, absolute, check_apart, locked, write_whole
+from lorank.train.folder import LOCK, ONCE, absolute, check_apart, locked, read_json, write_whole
 from lorank.train.model import build_config, warn_of_weights
 from lorank.train.recipe import Recipe
 from lorank.train.run import check_corpus, corpus_of
@@ -204,12 +204,12 @@ class Comparison:
     def summary(self, run: Run) -> dict[str, Any] | None:
         """Of a run; None if it has not finished."""
         path = self.folder(run) / "summary.json"
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(path, steps=int, tokens=int) if path.exists() else None
 
     def failures(self) -> dict[str, str]:
         """Run -> why it failed."""
         path = self.out / "failed.json"
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_json(path) if path.exists() else {}
 
     def count(self) -> int:
         """Runs of the whole comparison, as far as is known, if no run fails."""

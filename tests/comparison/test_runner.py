@@ -18,8 +18,8 @@ import torch
 from lorank.comparison import runner as module
 from lorank.comparison.matching import Costs
 from lorank.comparison.process import PretrainProcess
-from lorank.comparison.rows import plan_rows
-from lorank.comparison.runner import Comparison, with_budget
+from lorank.comparison.rows import Candidate, Row, plan_rows
+from lorank.comparison.runner import Comparison, Run, with_budget
 from lorank.comparison.settings import ComparisonSettings
 from lorank.train import data
 from lorank.train.budget import Budget
@@ -28,6 +28,17 @@ from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
 
 pytestmark = pytest.mark.usefixtures("forked_processes")
+
+
+@pytest.mark.parametrize("written", ["", "[]", '{"steps": 6}'])
+def test_a_damaged_summary_is_named(written: str, base: Recipe, tmp_path: Path) -> None:
+    row = Row("cola", "cola", "method", "", [candidate := Candidate({"lr": 1e-2}, base, 1.0, None)])
+    comparison = Comparison(tmp_path, ComparisonSettings(base=base, methods=["cola"]), [row], {})
+    folder = comparison.folder(run := Run(row, candidate, seed=1))
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(written)
+    with pytest.raises(ValueError, match=r"summary\.json (cannot be read|must hold names|is damaged)"):
+        comparison.summary(run)
 
 
 def test_equal_flops_are_planned(finished) -> None:
