@@ -81,7 +81,8 @@ def at_spaces(text: str, characters: int = 1 << 12) -> Iterator[str]:
 def main() -> None:
     """Be the process. Ctrl-C is for the one that started it, which then ends it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.stdout.write(learnt(map(json.loads, sys.stdin.buffer), int(sys.argv[1])).to_str())
+    made = learnt(map(json.loads, sys.stdin.buffer), int(sys.argv[1])).to_str()
+    sys.stdout.buffer.write(made.encode())
 
 
 if __name__ == "__main__":

@@ -76,6 +76,7 @@ def test_learning_from_long_text_says_so_and_can_be_stopped(monkeypatch, prose):
     size = sum(map(len, texts))
     short = load_tokenizer(None, texts, vocab_size=300, texts_name="short")
     monkeypatch.setattr(tokenizers, "LONG_CHARACTERS", 20_000)
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")  # as where a pipe is not UTF-8; tokens are
     with watched_by(lambda what, done, total, unit: said.append((what, done, total))):
         long = load_tokenizer(None, texts, vocab_size=300)
     assert long.backend_tokenizer.to_str() == short.backend_tokenizer.to_str()
