@@ -143,8 +143,8 @@ def _changed_file(checkpoint: Path) -> Path | None:
         return None
     for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
         wanted, _, name = line.partition("  ")
-        file = checkpoint / name
-        if not name or ".." in file.parts or not file.is_file() or _sha256(file) != wanted:
+        file, inside = checkpoint / name, Path(name)
+        if inside.is_absolute() or ".." in inside.parts or not file.is_file() or _sha256(file) != wanted:
             return file if name else sums
     return None
 

@@ -1,5 +1,6 @@
 """Stopping and resuming changes nothing, whatever stopped the run; a checkpoint is whole or not there."""
 
+import hashlib
 import json
 import os
 import resource
@@ -279,6 +280,21 @@ def test_a_changed_byte_is_found(
         assert "model.safetensors is not as it was written" in caplog.text
         resume(killed)
         assert losses(killed) == losses(whole[1])
+
+
+def test_a_run_is_found_from_another_folder(killed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Through a link, and by a path that leads up; a name in the checksums may not, and is no file of the checkpoint."""
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    (tmp_path / "linked").symlink_to(killed)
+    monkeypatch.chdir(elsewhere)
+    assert last_whole_checkpoint(Path("../linked")) == Path("../linked/checkpoint-6")
+    for name in ("../checkpoint-3/model.safetensors", killed / "checkpoint-3/model.safetensors"):
+        write_sums(killed / "checkpoint-6")
+        with (killed / "checkpoint-6/SHA256SUMS").open("a") as sums:
+            sums.write(
+                f"{hashlib.sha256((killed / 'checkpoint-3/model.safetensors').read_bytes()).hexdigest()}  {name}\n"
+            )
+        assert last_whole_checkpoint(killed) == killed / "checkpoint-3"
 
 
 def test_a_checkpoint_without_checksums_is_used(killed: Path) -> None:
