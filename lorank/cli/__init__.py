@@ -32,6 +32,7 @@ from lorank.cli import (
     repro,
 )
 from lorank.cli.flags import SETTINGS
+from lorank.fields import unknown
 
 COMMANDS = (
     analyze.analyze,
@@ -88,7 +89,17 @@ def _device() -> str:
         return f"unknown: {errors.sentence(error)}"
 
 
-@click.group(context_settings=SETTINGS, invoke_without_command=True)
+class Commands(click.Group):
+    """Commands, the nearest of which is named when one is mistyped."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name, known = args[0], self.list_commands(ctx)
+        if name not in known and not name.startswith("-") and not ctx.resilient_parsing:
+            raise ValueError(unknown("command", name, known))
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=Commands, context_settings=SETTINGS, invoke_without_command=True)
 @click.option(
     "--version",
     is_flag=True,

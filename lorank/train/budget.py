@@ -165,7 +165,9 @@ def read_tokens(text: str) -> int:
         )
     except ValueError:  # 1.2.3
         number = 0
-    if number < 1 or math.isinf(number):
+    if number > 1e18:
+        raise ValueError(f"tokens must be at most 1e18, got {text!r}")
+    if number < 1:
         raise ValueError(f"tokens must be a number of tokens such as 1.1B or 819200, got {text!r}")
     return round(number)
 

@@ -79,7 +79,7 @@ BAD = {
     "broken YAML": (["pretrain", "{broken}"], "not valid YAML"),
     "a missing recipe": (["pretrain", "absent.yaml"], "absent.yaml"),
     "an unknown flag": (["pretrain", "--learning-rate", "1"], "--learning-rate"),
-    "an unknown command": (["train"], "train"),
+    "an unknown command": (["pretrian"], "unknown command 'pretrian'; did you mean 'pretrain'"),
     "an unwritable place": (["pretrain", "--data", "{text}", "{quick}", "--out", "{text}/run"], "fox.txt/run"),
     "a run that is there": (
         ["pretrain", "--data", "{text}", "{quick}", "--out", "{trained}"],
