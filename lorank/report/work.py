@@ -82,7 +82,8 @@ class WorkProgress:
         assert self.work is not None
         rate = (done - self.work.first) / max(now - self.work.begun, 1e-9)
         parts = [amount(done, unit) if total is None else f"{amount(done, unit)} of {amount(total, unit)}"]
-        parts.append(f"{amount(rate, unit)}/s")
+        if rate == 0 or rate >= 0.95:  # of slow work the time left says more
+            parts.append(f"{amount(rate, unit)}/s")
         if total is None or rate <= 0:
             return parts, ""
         return parts, f"about {duration(max(0.0, (total - done) / rate))} left"

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import lorank as library
 from lorank.cli import cli
+from lorank.conversion import method_of
 from lorank.fit.svd import SVD
 from lorank.train.compress import divided
 from lorank.train.saved import load_model
@@ -47,6 +48,28 @@ def test_a_run_is_compressed_and_loaded(lorank: Run, dense: Path, tmp_path: Path
     assert not (tmp_path / "small/projections").exists() and not (tmp_path / "small/unfinished.json").exists()
     code, _, error = lorank("compress", dense, *SHORT, "--out", "small")
     assert code == 2 and "must be a folder without a model" in error
+
+
+@pytest.mark.parametrize(
+    ("method", "becomes", "flags"),
+    [
+        ("masa", "masa", ("--option", "atoms=1", "--budget", 0.8, "--targets", "attn")),
+        ("int2", "lora", ("--option", "steps=2", "--targets", "q_proj")),
+        ("codebook", "codebook", ("--option", "steps=2", "--targets", "q_proj")),
+    ],
+)
+def test_what_other_structures_write_is_loaded(
+    lorank: Run, dense: Path, tmp_path: Path, method: str, becomes: str, flags: tuple[object, ...]
+) -> None:
+    short = ("--tokens", 600, "--eval-tokens", 150, "--batch-size", 4)
+    code, shown, error = lorank("compress", dense, *short, "--method", method, *flags, "--out", "small")
+    assert code == 0, error
+    assert "q_proj" in shown and "perplexity on held-out text" in shown
+    found = json.loads((tmp_path / "small/compress.json").read_text())
+    small = AutoModelForCausalLM.from_pretrained("small")
+    assert method_of(small).name == becomes and found["method"] == method
+    assert found["after"]["parameters"] == sum(p.numel() for p in small.parameters())
+    assert type(library.merge(small)) is type(load_model(str(dense))[0])
 
 
 def test_what_was_finished_is_kept_and_goes_on(

@@ -201,6 +201,21 @@ def test_bases_are_what_their_formats_can_hold() -> None:
     assert (few != 0).sum() == 36 and few.abs()[few != 0].min() > W[few == 0].abs().max()
 
 
+def test_torchao_packs_rounded_bases_as_they_are() -> None:
+    """They are on the grid of its asymmetric configuration, so that its tensors of so many bits stand for the same numbers."""
+    ao = pytest.importorskip("torchao.quantization", reason="optional: pip install torchao")
+    W = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    for bits in (2, 3, 4, 8):
+        layer = nn.Linear(64, 6, bias=False)
+        layer.weight = nn.Parameter(base := rounded(W.double(), bits, 32).float())
+        kind = ao.IntxWeightOnlyConfig(
+            getattr(torch, f"int{bits}"), ao.PerGroup(32), mapping_type=ao.MappingType.ASYMMETRIC
+        )
+        ao.quantize_(layer, kind)
+        assert type(layer.weight) is not nn.Parameter
+        torch.testing.assert_close(layer.weight.dequantize(), base, rtol=1e-6, atol=1e-6)
+
+
 # ---- going on, and what is refused
 
 

@@ -38,7 +38,14 @@ def test_without_a_terminal_it_is_a_line_every_half_minute(clock: list[float]) -
     show("evaluating", 5, None, "tokens")
     clock[0] += 31
     show("evaluating", 316, None, "tokens")
-    assert out.getvalue().splitlines()[2:] == ["evaluating: 316 tokens, 10 tokens/s"]
+    for layer in (1, 2, 3):
+        show("fitting", layer, 14, "layers")
+        clock[0] += 50
+    assert out.getvalue().splitlines()[2:] == [
+        "evaluating: 316 tokens, 10 tokens/s",
+        "fitting: 2 layers of 14 layers, about 10 min left",
+        "fitting: 3 layers of 14 layers, about 9.2 min left",
+    ]
 
 
 def test_on_a_terminal_it_is_a_bar_that_leaves_no_trace(clock: list[float]) -> None:
