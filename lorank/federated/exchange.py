@@ -1,7 +1,7 @@
 """What server and clients send each other, and whether it can be used."""
 
 import json
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,16 +83,23 @@ def why_unfit(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> str 
     for name, tensor in tensors.items():
         if tensor.shape != like[name].shape:
             return f"{name} must have the shape {list(like[name].shape)}, got {list(tensor.shape)}"
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            return f"{name} must be finite numbers, got {'others' if tensor.is_floating_point() else tensor.dtype}"
+        if tensor.dtype != like[name].dtype:
+            return f"{name} must be numbers of {like[name].dtype}, got {tensor.dtype}"
+        if not tensor.square().sum().isfinite():  # then a product of two factors is finite, too
+            return f"{name} must be finite numbers, got {'too large ones' if tensor.isfinite().all() else 'others'}"
     return None
 
 
 def number(value: Any) -> float | None:
     """A finite number that a client sent; None if it is something else."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         return float(value)
     return None
+
+
+def whole(value: Any, least: int, most: int = 2**53) -> bool:
+    """Whether a client sent a whole number from `least` to `most`."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def as_json(values: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ OUT/merged-0003.safetensors    what round 3 merged (flora)
 """
 
 import json
+import reprlib
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from lorank.conversion import merge
 from lorank.factors import Pair
 from lorank.federated import sparse
 from lorank.federated.client import base_of
-from lorank.federated.exchange import MERGED, Package, factors_of, number, tensors_of, why_unfit, with_prefix
+from lorank.federated.exchange import MERGED, Package, factors_of, number, tensors_of, whole, why_unfit, with_prefix
 from lorank.federated.rule import begin, shortened
 from lorank.federated.settings import Settings
 from lorank.method import seeded_generator
@@ -49,11 +50,13 @@ class Server:
         out: folder of the run; what it has already is gone on with.
 
     Raises:
-        ValueError: the model cannot be used, or `out` has a run with other settings.
+        ValueError: the model or the settings cannot be used, or `out` is a file or has a run with other settings.
     """
 
     def __init__(self, settings: Settings, out: Path, say: Callable[[str], object] = lambda line: None):
         check_apart(out, settings.data)
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is a file; give --out a folder")
         self.settings, self.out, self.say, self.rule = settings, out, say, settings.rule
         self.base = base_of(settings.model, max(settings.ranks), settings.alpha)
         self.layers = [*self.base.layers]
@@ -72,6 +75,7 @@ class Server:
         self.names: dict[Node, dict[str, Any]] = {}
         """What each node said of itself."""
         self.refused: dict[Node, str] = {}
+        self._check_densities()
         self._resume()
 
     @property
@@ -127,7 +131,7 @@ class Server:
         for node in nodes:
             about, answer = self.names[node], answers.get(node, "it did not answer")
             why = self._why_unfit(about, answer, train)
-            if isinstance(answer, Package) and isinstance(answer.values.get("version"), int):
+            if isinstance(answer, Package) and whole(answer.values.get("version"), 0, len(self.merged)):
                 about["version"] = answer.values["version"]
             if why is not None:
                 notes[about["name"]] = why
@@ -136,7 +140,10 @@ class Server:
             losses[about["name"]] = answer.values["loss"]
             good.append((about, answer))
         if not good:
-            reasons = "; ".join(f"{name}: {why}" for name, why in notes.items())
+            reasons = "; ".join(
+                f"{', '.join(name for name, one in notes.items() if one == why)}: {why}"
+                for why in dict.fromkeys(notes.values())
+            )
             raise ValueError(f"no client could be used in round {round + 1} ({reasons})")
         row = self.rounds[-1]
         row |= {"losses": losses, "loss": mean(losses.values())}
@@ -148,7 +155,7 @@ class Server:
         after |= {
             "down": sum(packages[node].bytes for node in nodes),
             "up": sum(answer.bytes for _, answer in good),
-            "epsilon": {about["name"]: answer.values["epsilon"] for about, answer in good},
+            "epsilon": {about["name"]: answer.values.get("epsilon") for about, answer in good},
             "left_out": notes,
         }
         self._reduce(good)
@@ -174,7 +181,7 @@ class Server:
             why = None
             if said.get("base") != self.base.sha256:
                 why = f"it has another base model, with SHA-256 {str(said.get('base'))[:12]}... and not {self.base.sha256[:12]}..."
-            elif not isinstance(index, int) or not isinstance(said.get("version"), int):
+            elif not whole(index, 0) or not whole(said.get("version"), 0):
                 why = "it did not say its place and version"
             elif name in taken:
                 why = "another client has its name"
@@ -224,17 +231,18 @@ class Server:
             return answer
         if answer.values.get("base") != self.base.sha256:
             return "it has another base model"
+        if not whole(answer.values.get("version"), 0, len(self.merged)):
+            return f"its version must be an integer from 0 to {len(self.merged)}, got {_short(answer.values.get('version'))}"
         if answer.values.get("behind"):
             return "it has missed what earlier rounds merged, and gets it next"
         if number(answer.values.get("loss")) is None:
-            return f"its loss must be a finite number, got {answer.values.get('loss')!r}"
+            return f"its loss must be a finite number, got {_short(answer.values.get('loss'))}"
         if not train:
             return None
-        samples = number(answer.values.get("samples"))
-        if samples is None or samples < 1:
-            return f"its samples must be a positive number, got {answer.values.get('samples')!r}"
+        if not whole(answer.values.get("samples"), 1):
+            return f"its samples must be a positive integer, got {_short(answer.values.get('samples'))}"
         if (cost := answer.values.get("epsilon")) is not None and number(cost) is None:
-            return f"its epsilon must be a number, got {cost!r}"
+            return f"its epsilon must be a number, got {_short(cost)}"
         like = tensors_of(self._now(self.settings.rank_of(about["index"])), self.rule.trains)
         try:
             return why_unfit(sparse.unpacked(answer.tensors, like), like)
@@ -259,6 +267,16 @@ class Server:
                 pairs = factors_of(sparse.unpacked(sparse.packed(tensors, self.settings.down), tensors), self.layers)
             self.merged.append(pairs)
         self.factors = found.factors
+
+    def _check_densities(self) -> None:
+        now, trains = self._now(min(self.settings.ranks)), self.rule.trains
+        for name, density, sides in (
+            ("down", self.settings.down, self.rule.sends or trains),
+            ("up", self.settings.up, trains),
+        ):
+            numbers = sum(tensor.numel() for tensor in tensors_of(now, sides).values())
+            if density * numbers + 1e-9 < 1:
+                raise ValueError(f"{name} must be at least 1 / {numbers:,}, so that a number is sent, got {density:g}")
 
     # ---- the folder
 
@@ -319,6 +337,11 @@ class Server:
         self.rounds, self.asked = saved["rounds"], saved["asked"]
         self.merged = [self._read(f"merged-{version + 1:04d}") for version in range(saved["merged"])]
         self.factors = self._read(f"factors-{self.done:04d}") if saved["has_factors"] else None
+
+
+def _short(value: Any) -> str:
+    """What a client sent, for a message."""
+    return reprlib.repr(value)
 
 
 def _row(round: int) -> dict[str, Any]:

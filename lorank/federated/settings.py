@@ -107,10 +107,11 @@ class Settings:
             ValueError: a setting is unknown or does not fit.
         """
         fields = {field.name: field for field in dataclasses.fields(cls)}
-        settings = {name.replace("-", "_"): value for name, value in given.items() if value != ""}
+        settings = {name.replace("-", "_"): value for name, value in given.items()}
         for name in settings:
             if name not in fields:
                 raise ValueError(unknown("setting", name, [*fields]))
+        settings = {n: value for n, value in settings.items() if value != "" or fields[n].default is not None}
         if missing := [name for name in ("model", "data") if name not in settings]:
             raise ValueError(f"{missing[0]} must be given")
         if "rank" in settings:

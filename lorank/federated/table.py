@@ -23,7 +23,12 @@ def register(rule: Rule) -> Rule:
 
 
 def find(name: str) -> Rule:
-    """The rule of a name; ValueError that lists the known names if there is none."""
+    """The rule of a name; ValueError that lists the known names if there is none, or says where FedPGP is."""
+    if name == "fedpgp" and name not in RULES:
+        raise ValueError(
+            "fedpgp trains a prompt, of which a part stays with each client, and no factors; use the functions of "
+            "lorank.federated.fedpgp in a loop of yours"
+        )
     if name not in RULES:
         raise ValueError(unknown("rule", name, [*RULES]))
     return RULES[name]

@@ -5,6 +5,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorank.federated.client import Client, base_of
 from lorank.federated.exchange import Memory, Package
+from lorank.federated.flower import _client
 from lorank.federated.local import Local, clients_of
 from lorank.federated.private import epsilon
 from lorank.federated.server import FILE, Server
@@ -153,11 +155,16 @@ def raises(package: Package) -> Package:
 ODD: Mapping[str, tuple[Callable[[Package], Any], str]] = {
     "shape": (lambda p: wrong(p, lambda t: t[:-1]), r"must have the shape \[\d+, 4\], got \[\d+, 4\]"),
     "nan": (lambda p: wrong(p, lambda t: t * torch.nan), "must be finite numbers, got others"),
-    "type": (lambda p: wrong(p, lambda t: t.long()), "must be finite numbers, got torch.int64"),
+    "large": (lambda p: wrong(p, lambda t: 0 * t + 1e30), "must be finite numbers, got too large ones"),
+    "type": (lambda p: wrong(p, lambda t: t.long()), "must be numbers of torch.float32, got torch.int64"),
+    "double": (lambda p: wrong(p, lambda t: t.double()), "must be numbers of torch.float32, got torch.float64"),
     "name": (lambda p: Package(p.values, {**p.tensors, "x": torch.ones(1)}), "sent x, which nobody asked for"),
     "nothing": (lambda p: Package(p.values), "it sent no "),
     "loss": (lambda p: Package(p.values | {"loss": "low"}, p.tensors), "its loss must be a finite number, got 'low'"),
-    "samples": (lambda p: Package(p.values | {"samples": -3}, p.tensors), "its samples must be a positive number, got -3"),
+    "samples": (lambda p: Package(p.values | {"samples": -3}, p.tensors), "its samples must be a positive integer, got -3"),
+    "many": (lambda p: Package(p.values | {"samples": 10**400}, p.tensors), r"a positive integer, got 10+\.\.\.0+$"),
+    "version": (lambda p: Package(p.values | {"version": -5}, p.tensors), "its version must be an integer from 0 to 0, got -5"),
+    "cost": (lambda p: Package(p.values | {"epsilon": "none"}, p.tensors), "its epsilon must be a number, got 'none'"),
     "base": (lambda p: Package(p.values | {"base": "0"}, p.tensors), "it has another base model"),
     "dropped": (raises, "out of memory"),
 }  # fmt: skip
@@ -182,7 +189,8 @@ def test_another_model_and_a_missed_merge_are_noticed(settings: Any, base: Path,
     chosen = settings(method="flora", steps=1, rounds=3)
     one, two = clients_of(chosen)
     other = Client(str(base / "other"), Share((str(base / "text/a.jsonl"),)), "stranger", 2)
-    server, link = Server(chosen, tmp_path), Local([one, two, other])
+    silent = Odd(one, lambda p: Package({n: v for n, v in p.values.items() if n != "epsilon"}, p.tensors))
+    server, link = Server(chosen, tmp_path), Local([silent, two, other])
     server._round(link, train=True)
     assert re.match("it has another base model, with SHA-256", server.rounds[1]["left_out"]["stranger"])
     link.memories[1] = Memory()  # a machine that was replaced
@@ -194,6 +202,17 @@ def test_another_model_and_a_missed_merge_are_noticed(settings: Any, base: Path,
     assert set(server.rounds[3]["losses"]) == {"client 0", "client 1"}, "it is back for the last evaluation"
     with pytest.raises(ValueError, match=r"no client could be used in round 1 \(stranger: it has another base model"):
         ran(chosen, tmp_path / "none", Local([other]))
+
+
+def test_a_server_cannot_choose_files_of_another_machine(settings: Any, base: Path) -> None:
+    """A node of a deployment reads its own text or none; a simulated one reads its part of the run's."""
+    package = Package({"settings": settings().to_dict()})
+    with pytest.raises(ValueError, match="its SuperNode must be started with its text: --node-config"):
+        _client(package, SimpleNamespace(node_config={"partition-id": 1}), False)
+    own = _client(package, SimpleNamespace(node_config={"partition-id": 1, "data": "mine.txt", "name": "alice"}), False)
+    assert (own.share, own.name, own.index) == (Share(("mine.txt",)), "alice", 1)
+    simulated = _client(package, SimpleNamespace(node_config={"partition-id": 1, "num-partitions": 2}), True)
+    assert simulated.share == Share((str(base / "text/b.jsonl"),))
 
 
 # ---- text, and the command
@@ -226,6 +245,10 @@ def test_the_command(base: Path, tmp_path: Path, in_this_process: Callable[..., 
         (["--resume", tmp_path / "out", "--lr", 1], "goes on with the settings of .*; leave out lr"),
         ([*flags, "--method", "florra"], "unknown rule 'florra'; did you mean 'flora'"),
         ([*flags, "--down", 2], "down must be a number in"),
+        ([*flags, "--up", 1e-9], r"up must be at least 1 / [\d,]+, so that a number is sent, got 1e-09"),
+        ([*flags, "--method", ""], "unknown rule ''"),
+        ([*flags, "--method", "fedpgp"], "fedpgp trains a prompt, .* use the functions of lorank.federated.fedpgp"),
+        ([*flags, "--text-column", "x"], r"in round 1 \(client 0: .* has no column 'x'"),
         ([*flags, "--rank", "x"], "rank must be a positive integer, or several with commas, got 'x'"),
         ([*flags, "--rank", "20"], "rank must be at most 16, the width of "),
         ([*flags, "--clients", "3"], "a source for each of 3 clients, got 2"),
