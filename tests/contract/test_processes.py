@@ -31,7 +31,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         subprocess.Popen([sys.executable, PROGRAM], env={**shared, "RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for r in "01"
     ]  # fmt: skip
-    (said, error), (other, _) = (process.communicate(timeout=240) for process in both)
+    (said, error), (other, _) = (process.communicate(timeout=600) for process in both)
     assert both[0].returncode == 0, error
     return {**json.loads(said), "other": other.strip()}
 
