@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import re
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -24,10 +23,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from turns import ratios
 
 FILE = Path(__file__).with_name("results") / "authors.json"
 BATCH, LENGTH = 2, 256
-KINDS = {"cola": "none", "cola-m": "bottlenecks"}
+KINDS = ("cola", "cola-m")
 
 
 def main() -> None:
@@ -69,14 +69,8 @@ def compared(asked: Any, size: str, folder: Path) -> dict[str, Any]:
     for process in processes.values():
         process.communicate("")
     assert max(losses.values()) - min(losses.values()) < 1e-4, losses
-    found: dict[str, Any] = {"loss": round(losses["cola", "ours"], 4)}
-    for kind in KINDS:
-        a, b = times[kind, "theirs"], times[kind, "ours"]
-        found[f"{kind}, theirs / ours"] = {
-            "of medians": round(statistics.median(a) / statistics.median(b), 2),
-            "of shortest": round(min(a) / min(b), 2),
-        }
-    return found
+    found = {f"{kind}, theirs / ours": ratios(times[kind, "theirs"], times[kind, "ours"]) for kind in KINDS}
+    return {"loss": round(losses["cola", "ours"], 4), **found}
 
 
 # ---- in a process
@@ -119,7 +113,8 @@ def theirs(kind: str, size: str, file: Path, clone: str) -> Any:
 
     settings = json.loads(Path(clone, f"cola_configs/{kind.replace('-', '')}_{size}.json").read_text())
     model = (ColaMForCausalLM if kind == "cola-m" else ColaForCausalLM)(ColaConfig(**{**settings, "use_cache": False}))
-    model.load_state_dict({renamed(name, model): tensor_of(name, t) for name, t in load_file(file).items()})
+    last = model.config.num_hidden_layers - 1
+    model.load_state_dict({renamed(name, kind, last): tensor_of(name, t) for name, t in load_file(file).items()})
     model.train()
 
     def step(ids: torch.Tensor) -> Any:
@@ -129,31 +124,32 @@ def theirs(kind: str, size: str, file: Path, clone: str) -> Any:
     return step
 
 
-def renamed(name: str, model: Any) -> str:
-    """Their name of our weight. In their CoLA-M a block's last factor belongs to the next block."""
-    found = re.match(r"(model\.layers\.)(\d+)\.\w+\.(\w+)_proj\.([AB])\.weight$", name)
+HOMES = {
+    "cola": {
+        **dict.fromkeys("qkvo", ("self_attn", "self_attn")),
+        **dict.fromkeys(("gate", "up", "down"), ("mlp", "mlp")),
+    },
+    "cola-m": {
+        **dict.fromkeys("qkv", ("pre_attn", "self_attn")),
+        "o": ("self_attn", "post_attn"),
+        **dict.fromkeys(("gate", "up"), ("pre_mlp", "self_mlp")),
+        "down": ("self_mlp", "last_layer_post_mlp"),
+    },
+}
+"""Where their models have A and B of a projection."""
+
+
+def renamed(name: str, kind: str, last: int) -> str:
+    """Their name of our weight. In their CoLA-M a block's last B is in the next block, but in the `last` block that block's own."""
+    found = re.match(r"model\.layers\.(\d+)\.\w+\.(\w+)_proj\.([AB])\.weight$", name)
     if found is None:
         return name
-    layers, block, projection, factor = found[1], int(found[2]), found[3], found[4]
-    own = {**dict.fromkeys("qkvo", "self_attn"), **dict.fromkeys(("gate", "up", "down"), "mlp")}[projection]
-    plain = f"{layers}{block}.{own}.{projection}_proj.cola_{factor.lower()}"
-    if "M" not in type(model).__name__.removeprefix("Cola")[:1]:
-        return plain
-    last = block == model.config.num_hidden_layers - 1
-    place = {
-        ("o", "A"): "self_attn",
-        ("o", "B"): "post_attn",
-        ("down", "A"): "self_mlp",
-        ("down", "B"): "post_mlp" if last else "last_layer_post_mlp",
-    }
-    groups = {
-        "A": "pre_attn" if own == "self_attn" else "pre_mlp",
-        "B": "self_attn" if own == "self_attn" else "self_mlp",
-    }
-    home = place.get((projection, factor), groups[factor])
-    if (projection, factor) == ("down", "B") and not last:
-        block += 1
-    return f"{layers}{block}.{home}.{'pre' if factor == 'A' else 'post'}_{projection}_proj.cola_{factor.lower()}"
+    block, projection, factor = int(found[1]), found[2], found[3]
+    home = HOMES[kind][projection]["AB".index(factor)]
+    if home == "last_layer_post_mlp":
+        block, home = (block, "post_mlp") if block == last else (block + 1, home)
+    half = {"cola": "", "cola-m": "pre_" if factor == "A" else "post_"}[kind]
+    return f"model.layers.{block}.{home}.{half}{projection}_proj.cola_{factor.lower()}"
 
 
 def tensor_of(name: str, tensor: torch.Tensor) -> torch.Tensor:

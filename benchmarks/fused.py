@@ -9,8 +9,6 @@ weights and 512 tokens, and their outputs and gradients are compared first. Seco
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from turns import in_turns, ratios
 
 from lorank.methods.cola import CoLALinear
 from lorank.sizes import SIZES
@@ -80,20 +79,8 @@ def measure(d: int, r: int, rounds: int) -> dict[str, Any]:
     calls = ways(d, r)
     flat = {name: torch.cat([t.flatten() for t in call()]) for name, call in calls.items()}
     assert all(torch.allclose(flat["layers"], other, rtol=1e-4, atol=1e-5) for other in flat.values())
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.process_time()
-            call()
-            times[name].append(time.process_time() - start)
-    return {
-        f"layers / {name}": {
-            "of medians": round(statistics.median(times["layers"]) / statistics.median(each), 2),
-            "of shortest": round(min(times["layers"]) / min(each), 2),
-        }
-        for name, each in times.items()
-        if name != "layers"
-    }
+    times = in_turns(calls, rounds)
+    return {f"layers / {name}": ratios(times["layers"], each) for name, each in times.items() if name != "layers"}
 
 
 def main() -> None:

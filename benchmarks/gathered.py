@@ -12,6 +12,7 @@ import statistics
 import time
 
 import torch
+from turns import in_turns
 
 from lorank.adapters.gated import gated, gathered, spread
 
@@ -27,12 +28,7 @@ def ratio(width: int, rank: int, k: int, tokens: int, rounds: int) -> float:
         "chosen": lambda: gathered(x, A, rows, chosen, weights),
     }
     torch.testing.assert_close(forms["chosen"](), forms["all"](), rtol=1e-3, atol=1e-2)
-    times: dict[str, list[float]] = {name: [] for name in forms}
-    for _ in range(rounds):
-        for name, form in forms.items():
-            began = time.perf_counter()
-            form()
-            times[name].append(time.perf_counter() - began)
+    times = in_turns(forms, rounds, clock=time.perf_counter)
     return statistics.median(times["all"]) / statistics.median(times["chosen"])
 
 

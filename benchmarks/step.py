@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM, LlamaModel
+from turns import ratios
 
 import lorank
 from lorank.accounting import measure_flops
@@ -108,10 +109,7 @@ def measure(size: str, rounds: int) -> dict[str, Any]:
         found["FLOPs, dense / cola"] = round(sums["dense"] / sums["cola"], 2)
     pairs = [("dense", "cola"), ("dense", "cola-m"), ("cola", "cola-m"), ("cola, blocks again", "cola-m")]
     for one, other in pairs:
-        found[f"{one} / {other}"] = {
-            "of medians": round(statistics.median(times[one]) / statistics.median(times[other]), 2),
-            "of shortest": round(min(times[one]) / min(times[other]), 2),
-        }
+        found[f"{one} / {other}"] = ratios(times[one], times[other])
     return {**found, "rounds": rounds}
 
 

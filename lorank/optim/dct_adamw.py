@@ -149,13 +149,8 @@ class DCTAdamW(Projected):
             return super().gathered_bytes(p, group)
         k, m, n = as_stack(p.shape)
         indices = 4 * k * min(group["rank"], m, n)
-        if self.rotate or (gap := self.settings(group)["update_gap"]) == 1:
-            read = 1.0 if self.rotate else 0.0
-        else:
-            read = 1 - 1 / gap
-        return (
-            p.numel() * p.element_size() + self.state_bytes(p, group) - indices + (read * indices if p.ndim == 3 else 0)
-        )
+        read = 0.0 if p.ndim == 2 else 1.0 if self.rotate else 1 - 1 / self.settings(group)["update_gap"]
+        return p.numel() * p.element_size() + self.state_bytes(p, group) - (1 - read) * indices
 
     def step_flops(self, p: Tensor, group: Mapping[str, Any], *, micro_batches: int = 1) -> float:
         """A Qᵀ every T steps and A Q[I]ᵀ in the others, by an FFT without products; u Q[I], and for error feedback a Q[I].
