@@ -73,7 +73,9 @@ def _title(results: Mapping[str, Any]) -> str:
     if not names:
         return "Dense models compared"
     listed = names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-    return f"{listed} against dense training"
+    if len(names) < len(results["rows"]):
+        return f"{listed} against dense training"
+    return f"{listed} compared" if len(names) > 1 else f"{listed}, setting by setting"
 
 
 def _head(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
@@ -108,6 +110,9 @@ def verdict(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
 def _winner(results: Mapping[str, Any], rows: Sequence[Row]) -> str:
     """The row with the lowest loss, dense ones included."""
     first, *others = sorted(rows, key=lambda row: row["loss"]["mean"])
+    if len(results["rows"]) == 1:
+        best = f", its best, with {escape(settings_text(first['settings']))}" if len(first["tried"]) > 1 else ""
+        return f"<b>{escape(first['name'])}</b> reaches a validation perplexity of <b>{_ppl(first)}</b>{best}."
     said = f"<b>{escape(first['name'])}</b> has the lowest validation perplexity, <b>{_ppl(first)}</b>"
     if not others:
         return f"{said}."

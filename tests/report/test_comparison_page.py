@@ -145,6 +145,15 @@ def test_the_verdict_is_careful(results: dict[str, Any]) -> None:
     assert verdict(results, []) == "No run has finished."
 
 
+def test_methods_without_dense_rows_are_not_called_a_comparison_with_them(results: dict[str, Any]) -> None:
+    results["rows"] = results["rows"][:2]
+    assert "against dense" not in comparison_page(results)
+    results.update(rows=results["rows"][:1], baseline="cola")
+    assert "<h1>cola, setting by setting</h1>" in comparison_page(results)
+    said = verdict(results, results["rows"])
+    assert said == "<b>cola</b> reaches a validation perplexity of <b>66.69</b>, its best, with lr 0.003."
+
+
 def test_what_failed_or_has_not_run_yet_has_its_row(results: dict[str, Any]) -> None:
     for one, status in zip(results["rows"][1:3], ("failed", "not started"), strict=True):
         one.update(loss=None, perplexity=None, settings=None, difference=None, edge=[])
