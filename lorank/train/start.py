@@ -4,6 +4,7 @@ The model's shape, its vocabulary and, if it is converted, its method are its ow
 """
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from lorank.analysis.batches import Batch, until
-from lorank.conversion import convert, method_of
+from lorank.conversion import convert, method_of, sites_to_convert
 from lorank.fit.door import fit, structure_making
 from lorank.method import Method, Patterns
 from lorank.rewriting import converted_with
@@ -22,6 +23,7 @@ from lorank.train.hub import read_config
 from lorank.train.methods import methods_of, resolved
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model
+from lorank.train.watching import tell
 
 FITTED_ON = 100_000
 """Tokens of the training text to which factors are fitted, if a method needs them."""
@@ -127,8 +129,19 @@ class Start:
             return
         if torch.cuda.is_available():
             model.to("cuda")  # type: ignore[arg-type]
+        what, done = f"fitting the factors of {method.name} to the trained weights", itertools.count(1)
+        total = len(sites_to_convert(model, method, targets, exclude))
+        tell(what, 0, None, "")
         batches = until(batched(self.text, self.batch_size), FITTED_ON)
-        fit(model, structure, batches, becomes=method, targets=targets, exclude=exclude)
+        fit(
+            model,
+            structure,
+            batches,
+            becomes=method,
+            targets=targets,
+            exclude=exclude,
+            see=lambda fitted: tell(what, next(done), total, "projections"),
+        )
 
     @torch.no_grad()
     def fill(self, model: PreTrainedModel) -> None:

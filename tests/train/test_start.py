@@ -13,6 +13,7 @@ from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
 from lorank.train.run import pretrain
 from lorank.train.start import Start, started
+from lorank.train.watching import watched_by
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,12 @@ def test_a_method_with_new_factors_is_fitted_first(dense: Path) -> None:
     rows = [{"input_ids": torch.randint(250, (32,)).tolist()} for _ in range(40)]
     ids = torch.tensor([row["input_ids"] for row in rows[:8]])
     wanted = AutoModelForCausalLM.from_pretrained(dense)(ids).logits
-    model = build_model(recipe, build_config(recipe), start=Start(recipe, rows)).eval()
+    heard: list[tuple[int, int | None]] = []
+    with watched_by(lambda what, done, total, unit: heard.append((done, total))):
+        model = build_model(recipe, build_config(recipe), start=Start(recipe, rows)).eval()
+    assert (
+        heard[0] == (0, None) and heard[-1][0] == heard[-1][1] == len(heard) - 1
+    )  # nobody waits before a blank screen
     assert model.config.lorank["arguments"]["rank"] == 0.4 and model.config.lorank["method"] == "low-rank"
     fresh = build_model(recipe, build_config(recipe)).eval()
     errors = [torch.linalg.norm(one(ids).logits - wanted) / torch.linalg.norm(wanted) for one in (model, fresh)]
