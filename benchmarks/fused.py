@@ -2,25 +2,27 @@
 
     OMP_NUM_THREADS=1 python benchmarks/fused.py [--rounds 30]
 
-"layers" are three `lorank.methods.cola.CoLALinear`. "functions" keep x and z = A x alone, and compute SiLU again in the backward pass.
-"group" does the same with one product for the three A and batched products for the three B. All take turns in one process, on the same
+"layers" are three `lorank.methods.cola.CoLALinear`, and "fused" the same after `lorank.fuse_bottlenecks`. "functions" keep x and z = A x alone too, but
+are one autograd function each. "group" does the same with one product for the three A and batched products for the three B. All take turns in one process, on the same
 weights and 512 tokens, and their outputs and gradients are compared first. Seconds are of processor time. Kept in results/fused.json.
 """
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from turns import in_turns, ratios
 
 from lorank.methods.cola import CoLALinear
 from lorank.sizes import SIZES
 from lorank.speed.allocator import keep_freed_memory
+from lorank.speed.bottleneck import fuse_bottlenecks
 
 FILE = Path(__file__).with_name("results") / "fused.json"
 TOKENS, LAYERS = 512, 3
@@ -52,6 +54,7 @@ def ways(d: int, r: int) -> dict[str, Callable[[], list[Tensor]]]:
     """Each computes outputs and all gradients, and returns them as one list in one order."""
     torch.manual_seed(0)
     layers = [CoLALinear(d, d, r) for _ in range(LAYERS)]
+    fused = fuse_bottlenecks(nn.ModuleList(copy.deepcopy(layers)))
     data, g = torch.randn(TOKENS, d), torch.randn(TOKENS, d)
     A = [layer.A.weight.detach().clone().requires_grad_() for layer in layers]
     B = [layer.B.weight.detach()[None].clone().requires_grad_() for layer in layers]
@@ -69,6 +72,10 @@ def ways(d: int, r: int) -> dict[str, Callable[[], list[Tensor]]]:
         "layers": lambda: run(
             lambda x: [layer(x) for layer in layers],
             [layer.A.weight for layer in layers] + [layer.B.weight for layer in layers],
+        ),
+        "fused": lambda: run(
+            lambda x: [layer(x) for layer in fused],
+            [layer.A.weight for layer in fused] + [layer.B.weight for layer in fused],
         ),
         "functions": lambda: run(pairs, A + B),
         "group": lambda: run(lambda x: [*Bottleneck.apply(x, A_all, B_all)], [A_all, B_all]),  # type: ignore[no-untyped-call]

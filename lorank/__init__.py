@@ -60,6 +60,8 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.optim.plain import Adafactor, AdamW, AdamW8bit, Muon
     from lorank.optim.spectron import Spectron
     from lorank.optim.trion import Trion
+    from lorank.speed.bottleneck import fuse_bottlenecks
+    from lorank.speed.linear_cross_entropy import loss_without_logits
     from lorank.trainer import TrainerMixin
 
 __version__ = "0.3.0"
@@ -73,6 +75,7 @@ _HOME = {
     "save_adapter": "lorank.adapter_files",
     "lr_schedule": "lorank.loop",
     "loss_without_logits": "lorank.speed.linear_cross_entropy",
+    "fuse_bottlenecks": "lorank.speed.bottleneck",
     "merge": "lorank.conversion",
     "next_task": "lorank.loop",
     "set_context": "lorank.loop",

@@ -22,6 +22,7 @@ from lorank.conversion import convert
 from lorank.evolution.egg_model import EggConfig
 from lorank.kernels import check_kernels, implementations
 from lorank.pretrained import positions_of
+from lorank.speed.bottleneck import fuse_bottlenecks
 from lorank.speed.linear_cross_entropy import loss_without_logits
 from lorank.table import from_record
 from lorank.train.data import load_tokenizer
@@ -176,6 +177,8 @@ def build_model(
         (convert if start is None else start.convert)(model, method, targets=recipe.targets, exclude=recipe.exclude)
         if start is not None and start.converted:
             start.fill(model)
+        if recipe.fused:
+            fuse_bottlenecks(model)
     elif (recipe.targets or recipe.exclude) and not hasattr(found.mover, "rank"):
         raise ValueError(f"{found.title} converts no layer and projects no gradient; leave out targets and exclude")
     policy = recipe.checkpoint or found.method.policy

@@ -111,6 +111,7 @@ class Recipe:
         everyday=True,
     )
     compile: bool = _setting(False, "Compile the model with torch.compile.")
+    fused: bool = _setting(False, "Bottlenecks with SiLU keep A x alone: less memory; on GPUs σ inside the products.")
 
     # the data
     data: str | list[str] = _setting(
