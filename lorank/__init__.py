@@ -61,6 +61,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.optim.spectron import Spectron
     from lorank.optim.trion import Trion
     from lorank.speed.bottleneck import fuse_bottlenecks
+    from lorank.speed.decoding import fast_decoding
     from lorank.speed.linear_cross_entropy import loss_without_logits
     from lorank.trainer import TrainerMixin
 
@@ -76,6 +77,7 @@ _HOME = {
     "lr_schedule": "lorank.loop",
     "loss_without_logits": "lorank.speed.linear_cross_entropy",
     "fuse_bottlenecks": "lorank.speed.bottleneck",
+    "fast_decoding": "lorank.speed.decoding",
     "merge": "lorank.conversion",
     "next_task": "lorank.loop",
     "set_context": "lorank.loop",

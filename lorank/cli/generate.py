@@ -20,8 +20,10 @@ from lorank.cli.flags import SEED, SETTINGS
 def generate(model: str, **settings: Any) -> None:
     """Generate text with a model: MODEL is a run, a folder or a hub name."""
     from lorank.cli.console import results_console
+    from lorank.speed.decoding import fast_decoding
     from lorank.train.generation import generate_text
     from lorank.train.saved import load_model
 
     results_console()
-    click.echo(generate_text(*load_model(model), **settings))
+    loaded, tokenizer = load_model(model)
+    click.echo(generate_text(fast_decoding(loaded), tokenizer, **settings))
