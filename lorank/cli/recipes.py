@@ -14,17 +14,15 @@ def recipes(name: str | None) -> None:
 
     `lorank pretrain NAME` trains it, and flags change it. To have a file to edit: lorank recipes NAME > mine.yaml
     """
-    from lorank.train.shipped import recipe_names, recipe_path
+    from lorank.train.shipped import recipe_names, shipped_recipe
 
-    texts = {one: recipe_path(one).read_text(encoding="utf-8") for one in recipe_names()}
-    if name is None:
-        width = max(map(len, texts)) + 2
-        for one, text in texts.items():
-            click.echo(f"{one:<{width}}{_headline(text)}")
-    elif name in texts:
-        click.echo(texts[name], nl=False)
-    else:
-        raise ValueError(f"NAME must be one of those that `lorank recipes` lists, got {name!r}")
+    if name is not None:
+        click.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
+        return
+    names = recipe_names()
+    width = max(map(len, names)) + 2
+    for one in names:
+        click.echo(f"{one:<{width}}{_headline(shipped_recipe(one).read_text(encoding='utf-8'))}")
 
 
 def _headline(recipe: str) -> str:

@@ -1,5 +1,6 @@
 """The recipes that come with lorank."""
 
+import difflib
 import functools
 from pathlib import Path
 
@@ -20,6 +21,22 @@ def recipe_path(name: str | Path) -> Path:
         (path for one in (name, f"{method}-{size}") if (path := recipes_folder() / f"{one}.yaml").is_file()), None
     )
     return Path(name) if ours is None or Path(name).exists() else ours
+
+
+def shipped_recipe(name: str) -> Path:
+    """The file of the recipe that comes with lorank under that name; 60m-cola is cola-60m.
+
+    Raises:
+        ValueError: there is none.
+    """
+    size, _, method = name.partition("-")
+    for one in (name, f"{method}-{size}"):
+        if one in recipe_names():
+            return recipes_folder() / f"{one}.yaml"
+    begun = [one for one in recipe_names() if one.startswith(f"{name}-")]
+    near = begun or difflib.get_close_matches(name, recipe_names(), n=1)
+    meant = f"; did you mean {' or '.join(near)}?" if near else ""
+    raise ValueError(f"NAME must be one of those that `lorank recipes` lists, got {name!r}{meant}")
 
 
 def recipe_names() -> list[str]:

@@ -232,8 +232,12 @@ def test_recipes_are_listed_and_printed(in_this_process: Callable[..., tuple[int
     assert [line.split()[0] for line in listed.splitlines()] == recipe_names()
     assert all(len(line.split(maxsplit=1)[1]) > 10 for line in listed.splitlines())
     assert in_this_process("recipes", "cola-60m") == (0, recipe_path("cola-60m").read_text(), "")
-    code, _, error = in_this_process("recipes", "cola")
-    assert (code, error) == (2, "lorank: NAME must be one of those that `lorank recipes` lists, got 'cola'\n")
+    assert in_this_process("recipes", "60m-cola")[1] == recipe_path("cola-60m").read_text(), "as pretrain takes it"
+    code, _, error = in_this_process("recipes", "sltrain")
+    meant = "sltrain-130m or sltrain-1b or sltrain-350m or sltrain-60m or sltrain-7b"
+    said = f"lorank: NAME must be one of those that `lorank recipes` lists, got 'sltrain'; did you mean {meant}?\n"
+    assert (code, error) == (2, said)
+    assert "did you mean cola-60m?" in in_this_process("recipes", "cola60m")[2]
 
 
 @pytest.mark.parametrize("command", ["pretrain", "compare", "plan", "bench"])
