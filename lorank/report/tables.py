@@ -50,6 +50,8 @@ def runs_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
 def evaluation_table(found: "Evaluation") -> Table:
     """The figures of an evaluation, each under its full name."""
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column()
+    table.add_column(overflow="fold")  # a long path is the text's name
     table.add_row("loss", f"{found.loss:.4f} nats per token")
     table.add_row("perplexity (unbiased)", f"{found.perplexity:.3f}")
     table.add_row("bits per byte", f"{found.bits_per_byte:.4f}" if found.bits_per_byte else "unknown")

@@ -41,6 +41,9 @@ def test_tables_show_each_figure_under_its_full_name() -> None:
     assert "perplexity (unbiased)" in text and "20.086" in text and "published-compatible perplexity" in text
     assert "18.916" in text  # exp(147 / 50)
     assert "published-compatible" not in render(evaluation_table(Evaluation(30.0, 10, 2, 6.0, 3.0)))  # exp(6 / 3) = 7.4
+    path = "/home/somebody/" + "folder/" * 20 + "english.jsonl"
+    text = render(evaluation_table(Evaluation(30.0, 10, 49, 147.0, 3.0, text=f"held-out part of {path}")))
+    assert path in "".join(text.split()), "a long name is whole"
 
 
 def test_results_of_tasks_stand_beside_their_standard_errors() -> None:
