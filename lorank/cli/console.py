@@ -4,9 +4,11 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.status import Status
+from rich.table import Table
 from transformers.utils import logging
 
 from lorank.report.progress import TerminalProgress
@@ -15,7 +17,25 @@ from lorank.train.watching import watched_by
 from lorank.train.world import is_first
 
 NARROWEST = 70
-"""Columns of results at least. In fewer, tables would have letters below each other; a narrower terminal breaks their lines itself."""
+"""Columns of tables at least. In fewer, they would have letters below each other; a narrower terminal breaks their lines itself."""
+
+
+class ResultsConsole(Console):
+    """A console whose tables of figures are not made for fewer than `NARROWEST` columns. Sentences and bars fit the terminal."""
+
+    def print(self, *objects: Any, **settings: Any) -> None:
+        width, given = self.width, self._width
+        if width < NARROWEST and any(isinstance(one, Group) or _is_wide(one) for one in objects):
+            self.width = NARROWEST
+        try:
+            super().print(*objects, **settings)
+        finally:
+            self._width = given
+
+
+def _is_wide(printed: Any) -> bool:
+    """A table of names and values can be broken."""
+    return isinstance(printed, Table) and len(printed.columns) > 2
 
 
 def results_console() -> Console:
@@ -24,9 +44,7 @@ def results_console() -> Console:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     warnings.formatwarning = lambda message, *args, **kwargs: f"lorank: {message}\n"  # without the line of the code
     logging.disable_progress_bar()
-    console = Console(quiet=not is_first())  # under torchrun the first process prints
-    console.width = max(console.width, NARROWEST)
-    return console
+    return ResultsConsole(quiet=not is_first())  # under torchrun the first process prints
 
 
 def errors_console() -> Console:

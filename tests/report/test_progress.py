@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
+from rich.table import Table
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
+from lorank.cli.console import ResultsConsole
 from lorank.report.progress import ComparisonProgress, TerminalProgress
 
 
@@ -36,7 +38,7 @@ def test_the_time_left_counts_steps_and_all_else(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("width", [44, 60])
 def test_a_narrow_terminal_keeps_the_time_left(tmp_path: Path, width: int) -> None:
-    console = Console(file=io.StringIO(), force_terminal=True, width=width)
+    console = ResultsConsole(file=io.StringIO(), force_terminal=True, width=width)
     progress = TerminalProgress("cola-m+galore 60m", console)
     arguments, state, control = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(), TrainerControl()
     state.max_steps, state.is_world_process_zero = 10_000, True
@@ -50,6 +52,16 @@ def test_a_narrow_terminal_keeps_the_time_left(tmp_path: Path, width: int) -> No
     progress.close()
     shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", console.file.getvalue())  # type: ignore[attr-defined]
     assert re.search(r"3/10000  .*left [\d:-]{7}\s", shown) and max(map(len, re.split(r"[\r\n]", shown))) <= width
+
+
+@pytest.mark.parametrize(("columns", "widest"), [(2, 50), (9, 70)])
+def test_only_tables_of_figures_are_wider_than_the_terminal(columns: int, widest: int) -> None:
+    console, table = ResultsConsole(file=io.StringIO(), width=50), Table(box=None)
+    for _ in range(columns):
+        table.add_column("a name of some words")
+    table.add_row(*["several words in a cell"] * columns)
+    console.print(table)
+    assert max(map(len, console.file.getvalue().splitlines())) <= widest and console.width == 50  # type: ignore[attr-defined]
 
 
 def test_progress_without_a_terminal_is_a_line_now_and_then(tmp_path: Path) -> None:
