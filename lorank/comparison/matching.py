@@ -33,6 +33,7 @@ from lorank.train.build import build_estimator
 from lorank.train.methods import methods_of, optimizer_groups, title_of, written_out
 from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe, settings_with
+from lorank.train.shape import uncounted
 
 Match = Literal["tokens", "flops", "time", "params", "memory"]
 CLOSE = 0.02
@@ -127,7 +128,11 @@ def _count(figure: Figure, recipe: Recipe, model: PreTrainedModel) -> float:
         if estimator is not None:
             passes = estimator.flops_per_token
         else:
-            passes = accounting.measure_flops(model, batch=batch, sequence_length=length).total / (batch * length)
+            try:
+                flops = accounting.measure_flops(model, batch=batch, sequence_length=length)
+            except ValueError as error:
+                raise uncounted(error, model.config, recipe.shape) from error
+            passes = flops.total / (batch * length)
         return passes + optimizer_flops(recipe, model) / (recipe.batch_size * length)
     return memory(recipe, model, batch, devices=1).total_bytes
 

@@ -21,7 +21,7 @@ from lorank.train.methods import (
     step_flops,
 )
 from lorank.train.recipe import Recipe
-from lorank.train.shape import described
+from lorank.train.shape import uncounted
 
 OPAQUE = {"adamw-8bit": AdamW()}
 """Rules whose kernels cannot be followed, and the rule that takes the same steps: theirs have the same temporary tensors,
@@ -69,7 +69,7 @@ def count(recipe: Recipe, model: PreTrainedModel, *, devices: int = 1) -> Counts
     try:
         flops = accounting.measure_flops(model, batch=batch, sequence_length=recipe.sequence_length)
     except ValueError as error:
-        raise ValueError(f"{error} (with {described(recipe.shape)})" if recipe.shape else str(error)) from error
+        raise uncounted(error, model.config, recipe.shape) from error
     return Counts(
         accounting.count_parameters(model),
         flops,

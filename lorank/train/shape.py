@@ -93,6 +93,15 @@ def described(shape: Mapping[str, Any]) -> str:
     return ", ".join(f"shape.{name}={value!r}" for name, value in shape.items())
 
 
+def uncounted(error: ValueError, config: PretrainedConfig, shape: Mapping[str, Any]) -> ValueError:
+    """The error of a model that could not be counted, with the entry it comes from if that is known, else the recipe's `shape`."""
+    cause = error.__cause__
+    reason = reason_of(cause, config) if isinstance(cause, Exception) else ""
+    if reason not in str(error):
+        return ValueError(f"the model cannot be run: {reason}")
+    return ValueError(f"{error} (with {described(shape)})" if shape else str(error))
+
+
 def reason_of(error: Exception, config: PretrainedConfig) -> str:
     """What an error of modelling code says, on one line. Of a key that it does not know, the entry that has this value."""
     if isinstance(error, KeyError) and error.args:

@@ -46,6 +46,10 @@ BAD = {
     "a setting of several values in compare": (["compare", "--seed", "3"], "no such option: --seed; use --seeds"),
     "a setting that plan asks for otherwise": ([*PLAN, "--set", "size=1b"], "use --size"),
     "an unknown setting": (["pretrain", "--set", "weight_dekay=1"], "did you mean 'weight_decay'"),
+    "heads that share no keys": (
+        [*PLAN, "--set", "shape.num_attention_heads=2"],
+        "the model cannot be run: num_attention_heads must be a multiple of num_key_value_heads=4, got 2",
+    ),
     "an unknown entry of the shape": (
         ["pretrain", "--set", "shape.hidden_sise=8", "--dry-run"],
         "did you mean 'hidden_size'",
