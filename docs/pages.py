@@ -268,7 +268,7 @@ def recipes(names: list[str]) -> str:
     if not found:
         return "No recipe here repeats a published run of this method, and no published figure of its quality is reproduced."
     head = "Perplexities are the papers'. None is reproduced here: that needs C4 and GPUs, and these commands are how it would be done."
-    commands = "\n".join(f"lorank pretrain recipes/{path.name}" for path in found)
+    commands = "\n".join(f"lorank pretrain {path.stem}" for path in found)
     said = "\n".join(f"- `{path.name}`: {recipe_head(path)}" for path in found)
     return f"{head}\n\n```sh\n{commands}\n```\n\n{said}"
 

@@ -254,7 +254,7 @@ def test_a_best_recipe_has_what_the_study_found(name: str) -> None:
     found = best_for(method, SIZES[size].hidden_size)
     assert found is not None and (r.method, r.size, r.optimizer, r.lr) == (method, size, found.optimizer, found.lr)
     assert Recipe(size=size, method=method, optimizer=r.optimizer, lr=r.lr, vocab_size=4096, warmup_steps=80) == r
-    assert f"Run: lorank pretrain recipes/{name}.yaml" in comment(name)
+    assert f"Run: lorank pretrain {name}" in comment(name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -263,7 +263,7 @@ def test_a_recipe_says_where_it_comes_from(name: str) -> None:
     method = r.method if r.optimizer.startswith("adamw") else r.optimizer
     assert name.rpartition("-")[::2] == (method.removesuffix("-m"), r.size)
     assert (r.data, r.tokenizer, r.vocab_size) == ("allenai/c4:en", "google-t5/t5-base", 32_000)
-    for part in ("arXiv 2", "erplexity", f"Run: lorank pretrain recipes/{name}.yaml"):
+    for part in ("arXiv 2", "erplexity", f"Run: lorank pretrain {name}"):
         assert part in comment(name)
 
 
