@@ -1,6 +1,6 @@
 """`lorank.TrainerMixin` in a Trainer of somebody else's: what it makes, and what it leaves to Trainer.
 
-That a stopped run goes on bit by bit is tested with examples/own_trainer.py in tests/test_documents.py.
+That a stopped run goes on bit by bit is tested with examples/own_trainer.py in tests/examples/test_loops.py.
 """
 
 from collections.abc import Callable
