@@ -153,7 +153,7 @@ def text_of(model: str, **asked: Any) -> Text:
             dataclasses.replace(found, trained_on=trained_on, **asked), [model, *_names(_bases(recipe, found))]
         )
     seed = asked.get("seed", own.seed)
-    if seed != own.seed:
+    if seed != own.seed and own.held_out:
         raise ValueError(
             f"--seed must be {own.seed}, with which {model} held out part of data={recipe.data!r}, got {seed}: the run was trained "
             "on the part that this seed holds out; leave --seed out"

@@ -192,4 +192,6 @@ def test_validation_text_of_its_own_is_read_whole(
     (tmp_path / "recipe.yaml").write_text(Recipe(data="t.txt", data_seed=5, **recipe_says).to_yaml())
     found = text_of(str(tmp_path))
     assert (found.data, found.held_out, found.seed) == (data, held_out, 5)
+    if not held_out:
+        assert text_of(str(tmp_path), seed=6).seed == 6, "the seed holds out nothing of this text"
     assert text_of(str(tmp_path), data="t.txt").held_out is held_out, "else all of it was trained on"
