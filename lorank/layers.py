@@ -41,6 +41,9 @@ class LowRankLinear(nn.Module):
     x [..., d_in]   A [r, d_in]   B [d_out, r]   b [d_out]
     """
 
+    at_once: Callable[[Tensor, nn.Module], Tensor] | None = None
+    """B σ(z) + b of z = A x and B as one operation (`lorank.speed.bottleneck`). It knows no layer, so that copies use their own B."""
+
     def __init__(
         self,
         d_in: int,
@@ -69,6 +72,8 @@ class LowRankLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.A(x)  # [..., r]: all that CoLA-M keeps
+        if self.at_once is not None:
+            return self.at_once(z, self.B)
         return self.B(z if self.activation is None else ACTIVATIONS[self.activation](z))
 
     def standalone(self) -> tuple[str, dict[str, Any]]:

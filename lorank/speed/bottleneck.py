@@ -11,8 +11,7 @@ Elsewhere torch's operations do that one after the other, and are what the kerne
 `fuse_bottlenecks` lets a model compute like this. Numbers are the same up to rounding.
 """
 
-import types
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -118,17 +117,17 @@ def fuse_bottlenecks(model: Model) -> Model:
             f"{type(model).__name__} must have bottlenecks with SiLU to be fused, as method cola gives them, but it has none"
         )
     for layer in found:
-        layer.forward = types.MethodType(_forward, layer)  # a deep copy of the layer has its own
+        layer.at_once = _bottleneck
     return model
 
 
-def _may_fuse(module: nn.Module) -> bool:
+def _may_fuse(module: nn.Module) -> TypeGuard[LowRankLinear]:
     plain = isinstance(module, LowRankLinear) and type(module).forward is LowRankLinear.forward
     return plain and module.activation == "silu"
 
 
-def _forward(layer: LowRankLinear, x: Tensor) -> Tensor:
-    z, B = layer.A(x), layer.B
+def _bottleneck(z: Tensor, B: nn.Module) -> Tensor:
+    """B σ(z), for what B is now."""
     hooks = B._forward_hooks or B._forward_pre_hooks or B._backward_hooks or B._backward_pre_hooks
     if type(B) is not nn.Linear or hooks or is_traceable_wrapper_subclass(B.weight):
         return B(F.silu(z))  # type: ignore[no-any-return]

@@ -4,6 +4,7 @@ interpreter."""
 import copy
 import importlib.util
 import os
+import pickle
 import subprocess
 import sys
 from typing import Any
@@ -125,6 +126,15 @@ def test_what_is_put_in_the_place_of_b_or_on_it_still_acts() -> None:
     torch.testing.assert_close(layer(x), layer.B[1](expected))
 
 
+def test_replicas_and_pickled_layers_have_weights_of_their_own() -> None:
+    layer, x = lorank.fuse_bottlenecks(LowRankLinear(8, 16, 4, activation="silu")), torch.randn(3, 8)
+    expected = layer(x)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(layer))(x), expected, rtol=0, atol=0)
+    replica = layer._replicate_for_data_parallel()  # what nn.DataParallel does for each GPU, before it gives it weights
+    replica.A, replica.B = layer.A, nn.Linear(4, 16)
+    torch.testing.assert_close(replica(x), replica.B(nn.functional.silu(layer.A(x))))
+
+
 def sharded() -> list[Any]:
     """Outputs and gradients of a fused layer in two processes that have the same tokens, by FSDP2."""
     torch.manual_seed(0)
@@ -155,7 +165,7 @@ def test_a_recipe_asks_for_it() -> None:
     recipe = Recipe().but({"size": "tiny", "vocab_size": 64, "shape.num_hidden_layers": 1, "fused": True})
     found = [m for m in empty_model(recipe).modules() if isinstance(m, LowRankLinear)]
     assert len(found) == 7
-    assert all("forward" in vars(layer) for layer in found)
+    assert all(layer.at_once for layer in found)
     assert empty_model(recipe.but({"method": "dense"})), "its dense twin in a comparison has nothing to fuse"
     with pytest.raises(ValueError, match="to be fused, as method cola gives them, but it has none"):
         empty_model(recipe.but({"method": "low-rank"}))
