@@ -23,7 +23,7 @@ def quantity(value: float) -> str:
 
 
 def runs_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
-    """One column per run: parameters, FLOPs per token, memory, speed, perplexity."""
+    """One column per run: parameters, FLOPs per token, memory, speed, perplexity. A row that no run has a value for is left out."""
     rows = {
         "parameters": lambda s: f"{s['parameters']:,}",
         "  in the blocks": lambda s: f"{s['block_parameters']:,}",
@@ -43,7 +43,9 @@ def runs_table(summaries: Mapping[str, Mapping[str, Any]]) -> Table:
     for name in summaries:
         table.add_column(name, justify="right")
     for label, cell in rows.items():
-        table.add_row(label, *(cell(summary) for summary in summaries.values()))
+        cells = [cell(summary) for summary in summaries.values()]
+        if any(one != "-" for one in cells):
+            table.add_row(label, *cells)
     return table
 
 

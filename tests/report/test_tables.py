@@ -37,6 +37,7 @@ def test_tables_show_each_figure_under_its_full_name() -> None:
     text = render(runs_table({"dense": run, "cola": run}))
     for words in ("1,000", "6 k", "512 MiB", "1,234", "50%", "20.09", "0.005", "dense", "cola"):
         assert words in text
+    assert "optimizer's too" not in text, "a row without values is left out"
     text = render(evaluation_table(Evaluation(30.0, 10, 49, 147.0, 3.0)))
     assert "perplexity (unbiased)" in text and "20.086" in text and "published-compatible perplexity" in text
     assert "18.916" in text  # exp(147 / 50)
