@@ -114,7 +114,7 @@ def at_equal_time(rows: Mapping[str, Row], seconds: Mapping[str, float]) -> str 
 
 
 def over_sizes(text: str, found: Mapping[str, Mapping[str, Row]]) -> str | None:
-    """Loss against compute of one text, over sizes -> rows; None for fewer than two sizes."""
+    """Loss against compute of one text, over sizes -> rows, of rows that have all seeds at each size; None if there are none."""
     rows: dict[str, dict[int, list[tuple[float, float]]]] = {}
     for of_size in found.values():
         for name, row in of_size.items():
@@ -122,7 +122,8 @@ def over_sizes(text: str, found: Mapping[str, Mapping[str, Row]]) -> str | None:
                 rows.setdefault(name, {}).setdefault(seed, []).append((row.flops, loss))
     whole: dict[str, Points] = {}
     for name, seeds in rows.items():
-        if kept := {seed: points for seed, points in seeds.items() if len(points) == len(found) > 1}:
+        kept = {seed: points for seed, points in seeds.items() if len(points) == len(found) > 1}
+        if len(kept) == len(SEEDS):
             whole[name] = kept
     if not whole:
         return None
