@@ -24,7 +24,7 @@ LONG = 1024
 def fast_decoding(model: Model) -> Model:
     """Store the weights of short rows column by column, in place, so that a low-rank model writes single texts faster on a CPU.
 
-    Values, shapes and saved files stay what they are. Weights that are quantised, sharded, shared with an embedding or on another device
+    Values, shapes and what `save_pretrained` writes stay the same; safetensors' own `save_file` asks for rows. Weights that are quantised, sharded, shared with an embedding or on another device
     are left as they are.
 
     Returns:
