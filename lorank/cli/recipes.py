@@ -14,7 +14,7 @@ def recipes(name: str | None) -> None:
 
     `lorank pretrain NAME` trains it, and flags change it. To have a file to edit: lorank recipes NAME > mine.yaml
     """
-    from lorank.train.shipped import recipe_names, shipped_recipe
+    from lorank.train.shipped import recipe_names, recipes_folder, shipped_recipe
 
     if name is not None:
         click.echo(shipped_recipe(name).read_text(encoding="utf-8"), nl=False)
@@ -22,7 +22,8 @@ def recipes(name: str | None) -> None:
     names = recipe_names()
     width = max(map(len, names)) + 2
     for one in names:
-        click.echo(f"{one:<{width}}{_headline(shipped_recipe(one).read_text(encoding='utf-8'))}")
+        text = (recipes_folder() / f"{one}.yaml").read_text(encoding="utf-8")
+        click.echo(f"{one:<{width}}{_headline(text)}")
 
 
 def _headline(recipe: str) -> str:

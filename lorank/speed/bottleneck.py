@@ -84,15 +84,18 @@ def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 silu_linear.register_autograd(_backward, setup_context=_keep)
 
 
-@register_flop_formula([torch.ops.lorank.silu_linear, torch.ops.lorank.silu_linear_dz])
-def _flops(first: Any, second: Any, third: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """Of z [..., r] or ∂y [..., d], and the B [d, r] that multiplies it."""
-    B = next(shape for shape in (third, second) if shape is not None and len(shape) == 2)
-    return 2 * torch.Size(first).numel() // first[-1] * torch.Size(B).numel()
+@register_flop_formula(torch.ops.lorank.silu_linear)
+def _flops(z: Any, B: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * torch.Size(z).numel() * B[0]
+
+
+@register_flop_formula(torch.ops.lorank.silu_linear_dz)
+def _flops_of_dz(dy: Any, z: Any, B: Any, *args: Any, **kwargs: Any) -> int:
+    return 2 * torch.Size(dy).numel() * B[1]
 
 
 @register_flop_formula(torch.ops.lorank.silu_linear_dB)
-def _flops_of_dB(dy: Any, z: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops_of_dB(dy: Any, z: Any, *args: Any, **kwargs: Any) -> int:
     return 2 * torch.Size(dy).numel() * z[-1]
 
 

@@ -6,7 +6,7 @@ Each number of W is read once, so that this takes as long as memory takes to del
 of a bottleneck has short ones: r numbers, of which the next row is no continuation. With the columns of B one after another, a row has
 d_out numbers. It is the same matrix with other strides.
 
-Only tokens that are computed one at a time gain by it (`benchmarks/decode.py`); in products of many tokens the order matters little.
+Only tokens that are computed one at a time gain by it; sixteen at a time lose (`benchmarks/decode.py`).
 """
 
 from typing import TypeVar
@@ -24,8 +24,8 @@ LONG = 1024
 def fast_decoding(model: Model) -> Model:
     """Store the weights of short rows column by column, in place, so that a low-rank model writes single texts faster on a CPU.
 
-    Values, shapes and what `save_pretrained` writes stay the same; safetensors' own `save_file` asks for rows. Weights that are quantised, sharded, shared with an embedding or on another device
-    are left as they are.
+    Values, shapes and what `save_pretrained` writes stay the same; safetensors' own `save_file` asks for rows. Weights that are
+    quantised, sharded, shared with an embedding or on another device are left as they are.
 
     Returns:
         The model.

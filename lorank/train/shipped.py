@@ -16,10 +16,8 @@ def recipes_folder() -> Path:
 
 def recipe_path(name: str | Path) -> Path:
     """The file of that path, or else the recipe of that name that comes with lorank, cola-60m; or 60m-cola, as 0.2 called its reproduction."""
-    size, _, method = str(name).partition("-")
-    ours = next(
-        (path for one in (name, f"{method}-{size}") if (path := recipes_folder() / f"{one}.yaml").is_file()), None
-    )
+    files = (recipes_folder() / f"{one}.yaml" for one in _spellings(str(name)))
+    ours = next((path for path in files if path.is_file()), None)
     return Path(name) if ours is None or Path(name).exists() else ours
 
 
@@ -29,14 +27,20 @@ def shipped_recipe(name: str) -> Path:
     Raises:
         ValueError: there is none.
     """
-    size, _, method = name.partition("-")
-    for one in (name, f"{method}-{size}"):
-        if one in recipe_names():
+    names = recipe_names()
+    for one in _spellings(name):
+        if one in names:
             return recipes_folder() / f"{one}.yaml"
-    begun = [one for one in recipe_names() if one.startswith(f"{name}-")]
-    near = begun or difflib.get_close_matches(name, recipe_names(), n=1)
+    begun = [one for one in names if one.startswith(f"{name}-")]
+    near = begun or difflib.get_close_matches(name, names, n=1)
     meant = f"; did you mean {' or '.join(near)}?" if near else ""
     raise ValueError(f"NAME must be one of those that `lorank recipes` lists, got {name!r}{meant}")
+
+
+def _spellings(name: str) -> tuple[str, str]:
+    """A name, and that in which its first part comes last."""
+    size, _, method = name.partition("-")
+    return name, f"{method}-{size}"
 
 
 def recipe_names() -> list[str]:
