@@ -5,14 +5,15 @@ whose result it is. What the functions decompose is r x r, after a QR of either 
 
     B = Q_B R_B    Aᵀ = Q_A R_A    R_B R_Aᵀ = U₀ Σ V₀ᵀ    so that    B A = (Q_B U₀) Σ (Q_A V₀)ᵀ
 
-The arithmetic is in single precision or better, and results have the pair's dtype. Factors may be DTensors; torch gathers what it
-decomposes.
+The arithmetic is in single precision or better, and results have the pair's dtype. Factors may be DTensors, on which all processes of
+their mesh call the function together; torch gathers what it decomposes.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 from lorank.layers import wide
 
@@ -68,23 +69,26 @@ def truncate(pair: Pair, rank: int) -> Pair:
 def prune(pair: Pair, keep: Tensor) -> Pair:
     """The ranks that `keep` names: indices, or one bool for each."""
     B, A = _checked(pair)
+    keep = keep.full_tensor() if isinstance(keep, DTensor) else keep
     if keep.dtype == torch.bool:
         if keep.shape != A.shape[-2:-1]:
             raise ValueError(f"keep must have one bool for each of the {A.shape[-2]} ranks, got {list(keep.shape)}")
         keep = keep.nonzero().flatten()
-    return B.index_select(-1, keep), A.index_select(-2, keep)
+    return B.index_select(-1, _beside(keep, B)), A.index_select(-2, _beside(keep, A))
 
 
 def grow(pair: Pair, ranks: int, *, generator: torch.Generator | None = None) -> Pair:
     """So many new ranks after the old ones, with the same product: rows of A Kaiming-uniform as LoRA's, columns of B zero.
 
     Args:
-        generator: of the device on which A is.
+        generator: of the device on which A is; of a DTensor's processes, the first one's counts.
     """
     B, A = _checked(pair)
     bound = A.shape[-1] ** -0.5
-    rows = torch.empty_like(A[..., :1, :].expand(*A.shape[:-2], ranks, -1)).uniform_(-bound, bound, generator=generator)
-    return torch.cat([B, torch.zeros_like(B[..., :1].expand(*B.shape[:-1], ranks))], -1), torch.cat([A, rows], -2)
+    rows = torch.empty(*A.shape[:-2], ranks, A.shape[-1], dtype=A.dtype, device=A.device)
+    rows.uniform_(-bound, bound, generator=generator)
+    columns = torch.zeros_like(B[..., :1].expand(*B.shape[:-1], ranks))
+    return torch.cat([B, columns], -1), torch.cat([A, _beside(rows, A)], -2)
 
 
 # ---- several pairs
@@ -174,6 +178,13 @@ def _weighted(pairs: Sequence[Pair], weights: Sequence[float]) -> tuple[Sequence
     if len(shapes) > 1:
         raise ValueError(f"pairs must have products of one shape, got {[[B.shape[-2], A.shape[-1]] for B, A in pairs]}")
     return pairs, weights
+
+
+def _beside(values: Tensor, of: Tensor) -> Tensor:
+    """The values, all of them on each process of `of` if that is a DTensor; those of the first process count."""
+    if not isinstance(of, DTensor):
+        return values
+    return distribute_tensor(values, of.device_mesh, [Replicate()] * of.device_mesh.ndim)
 
 
 def _as(pair: Pair, B: Tensor, A: Tensor) -> Pair:

@@ -160,7 +160,15 @@ def test_sharded_factors_give_the_same(mesh: object) -> None:
         lambda pairs: mean(pairs, (1, 3)),
         lambda pairs: truncate(pairs[0], 2),
         lambda pairs: orthogonalise(pairs[1]),
+        lambda pairs: balance(pairs[1]),
+        lambda pairs: prune(pairs[0], torch.tensor([True, False, True])),
+        lambda pairs: prune(grow(pairs[0], 2, generator=torch.Generator().manual_seed(3)), torch.tensor([4, 1])),
     ]
     for function in functions:
         found = function(sharded)
         torch.testing.assert_close(found[0].full_tensor() @ found[1].full_tensor(), product(function(pairs)), **EXACT)
+    grown = [grow(one[0], 2, generator=torch.Generator().manual_seed(3))[1] for one in (sharded, pairs)]
+    assert torch.equal(grown[0].full_tensor(), grown[1])
+    W = draw(8, 6, 6, 5)[0]
+    found = merge(distribute_tensor(W, mesh, [Shard(1)]), sharded[0], 0.5)
+    torch.testing.assert_close(found.full_tensor(), merge(W, pairs[0], 0.5), **EXACT)
