@@ -28,13 +28,13 @@ MISSING = "lorank federated runs in Flower's simulation engine: pip install 'lor
 
 
 def flower() -> Any:
-    """The package flwr, without its reports to its makers unless FLWR_TELEMETRY_ENABLED asks for them.
+    """The package flwr, without its reports to its makers unless FLWR_TELEMETRY_ENABLED asks for them, and without a tip of its engine.
 
     Raises:
         ValueError: it is not installed.
     """
-    os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    for name in ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"):
+        os.environ.setdefault(name, "0")
     try:
         import flwr.app
         import flwr.clientapp

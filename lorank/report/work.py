@@ -81,8 +81,9 @@ class WorkProgress:
         """How much is done, how fast, and the time left if it is known how much there is."""
         assert self.work is not None
         rate = (done - self.work.first) / max(now - self.work.begun, 1e-9)
-        parts = [amount(done, unit) if total is None else f"{amount(done, unit)} of {amount(total, unit)}"]
-        if rate == 0 or rate >= 0.95:  # of slow work the time left says more
+        short = amount(done, unit if total is None or unit == "B" else "").strip()
+        parts = [short if total is None else f"{short} of {amount(total, unit)}"]
+        if rate >= 0.95 or (done and not rate):  # of slow work the time left says more
             parts.append(f"{amount(rate, unit)}/s")
         if total is None or rate <= 0:
             return parts, ""

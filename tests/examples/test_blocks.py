@@ -72,6 +72,15 @@ def test_tokens_that_are_masked_weigh_nothing_in_lama() -> None:
     assert (W[0].amax(-1) / W[0].amin(-1) <= math.exp(2)).all(), "scores lie in [-1, 1]"
 
 
+def test_lama_pools_as_its_equations_say() -> None:
+    layer, H = lama.LAMA(6, 3), 4 * torch.randn(2, 5, 6)
+    found = layer(H, torch.ones(2, 5, dtype=torch.bool))
+    for y, states in zip(found, H, strict=True):
+        bent = [(layer.P.weight @ states.mean(0) * (layer.Q.weight @ h)).tanh() for h in states]
+        F = torch.stack([each / each.square().sum().sqrt() for each in bent], 1)  # [h, T]
+        torch.testing.assert_close(y, torch.cat([(row.exp() @ states) / row.exp().sum() for row in F]))
+
+
 # ---- BiPFT
 
 
@@ -103,6 +112,19 @@ def test_bipft_without_estimates_is_binary_attention_and_counts_five_maps() -> N
     assert (grad[2:].abs().amax(1) > 0).all() and (grad[:2] == 0).all(), "they leave zero in the first step"
 
 
+def test_bipft_attends_as_its_equations_say() -> None:
+    layer, X = bipft.Attention(8, 2, corrected=True), torch.randn(1, 5, 8)
+    with torch.no_grad():
+        layer.estimates.weight.normal_()
+    Q, K, V = (bit(part(X))[0] for bit, part in zip(layer.bits, (layer.q, layer.k, layer.v), strict=True))
+    m_q, m_k, p_q, p_k, p_v = (layer.estimates.weight @ X[0].T + layer.estimates.bias[:, None]).unbind()
+    extra = torch.outer(m_q, p_k) + torch.outer(p_q, m_k) + torch.outer(p_q, p_k)
+    heads = [
+        ((Q[:, at] @ K[:, at].T + extra) / 2).softmax(1) @ (V[:, at] + p_v[:, None]) for at in (slice(4), slice(4, 8))
+    ]
+    torch.testing.assert_close(layer(X)[0], layer.o(torch.cat(heads, 1)))
+
+
 def test_bits_are_bits_and_gradients_go_through_them() -> None:
     layer, x = (
         bipft.BinaryLinear(6, 4, bias=False),
@@ -114,6 +136,11 @@ def test_bits_are_bits_and_gradients_go_through_them() -> None:
     y.sum().backward()
     assert (x.grad[0] != 0).tolist() == [False, True, True, True, True, False]
     torch.testing.assert_close(layer.weight.grad, torch.where(x >= 0, 1.0, -1.0).detach().expand(4, 6))
+    scale = bipft.Sign()
+    scale(x).sum().backward()
+    assert scale.a.grad == pytest.approx(-1 + (-1 + 0.5) + 1 + (1 - 0.2) + (1 - 0.9) + 1), (
+        "sign(z) - z where |z| ≤ 1, else sign(z)"
+    )
 
 
 # ---- Hiformer
@@ -214,6 +241,20 @@ def test_a_learner_of_wings_is_attention_with_an_identity_and_low_rank() -> None
     torch.testing.assert_close(w.sum(-1), torch.ones(1, 4))
     with torch.device("meta"):
         assert size(wings.Learner(4096, 64, 1)) == 4 * 64 * 2 * 4096
+
+
+def test_wings_weigh_the_image_and_the_text_up_to_a_token() -> None:
+    wing, x, f = wings.Wings(6, 2, heads=2, features=3), torch.randn(1, 4, 6), torch.randn(1, 3, 6)
+    assert 0.01 < torch.cat([p.flatten() for n, p in wing.named_parameters() if "A." in n]).std() < 0.03
+    with torch.no_grad():
+        for p in wing.parameters():
+            p.normal_()
+    seen, a = wing.visual(x, f)
+    assert torch.equal(wing(x, f, 1), seen)
+    z = a @ wing.router.map.weight.T + wing.router.map.bias
+    w = (z * z.sigmoid()).exp()
+    read = torch.cat([wing.textual(x[:, i : i + 1], x[:, : i + 1])[0] for i in range(4)], 1)
+    torch.testing.assert_close(wing(x, f, 2), (w[..., :1] * seen + w[..., 1:] * read) / w.sum(-1, keepdim=True))
 
 
 # ---- DeiT-LT

@@ -12,8 +12,9 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from lorank.federated import sparse
 from lorank.federated.client import Client, base_of
-from lorank.federated.exchange import Memory, Package
+from lorank.federated.exchange import Memory, Package, tensors_of
 from lorank.federated.flower import _client
 from lorank.federated.local import Local, clients_of
 from lorank.federated.private import epsilon
@@ -91,6 +92,36 @@ def test_payloads_are_those_of_the_papers(settings: Any, tmp_path: Path) -> None
     assert rows[2]["down"] == 2 * 8 * (numbers // 4) and rows[2]["up"] == 2 * 8 * int(0.1 * numbers + 1e-9)
 
 
+def test_a_client_weighs_as_much_as_it_has_sequences(settings: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    chosen, answers = settings(method="average", steps=1, rounds=1), []
+    link = Local(clients_of(chosen))
+    ask = link.ask
+    monkeypatch.setattr(link, "ask", lambda *asked: answers.append(ask(*asked)) or answers[-1])
+    server = ran(chosen, tmp_path, link)
+    one, two = answers[1].values()  # after the greeting
+    n, k = (len(client._text(chosen)[0]) for client in link.clients)
+    assert server.factors is not None and n != k
+    for name, tensor in tensors_of(server.factors).items():
+        torch.testing.assert_close(tensor, (n * one.tensors[name] + k * two.tensors[name]) / (n + k))
+
+
+def test_sparse_changes_are_from_what_was_received_and_on_top_of_what_the_server_has(
+    settings: Any, tmp_path: Path
+) -> None:
+    server = Server(settings(method="average", clients=1, down=0.25, up=0.1), tmp_path)
+    link = Local(clients_of(server.settings))
+    server._round(link, train=True)
+    assert server.factors is not None
+    before = tensors_of(server.factors)
+    received = sparse.unpacked(sparse.packed(before, 0.25), before)
+    server._round(link, train=True)
+    after = tensors_of(server.base.factors())  # of the client, whose model this is
+    delta = {name: after[name] - received[name] for name in after}
+    largest = sparse.unpacked(sparse.packed(delta, 0.1), delta)
+    for name, tensor in tensors_of(server.factors).items():
+        torch.testing.assert_close(tensor, before[name] + largest[name])
+
+
 def test_ranks_may_differ(settings: Any, tmp_path: Path) -> None:
     server = ran(settings(method="flora", rank="2,4"), tmp_path)
     assert all(A.shape[0] == 6 for _, A in server.merged[0].values())
@@ -106,6 +137,13 @@ def test_privacy_is_counted_by_each_client(settings: Any, tmp_path: Path) -> Non
     last = server.rounds[-1]["epsilon"]
     assert all(7.9 < cost <= 8.0 for cost in last.values()) and len(last) == 2
     assert all(server.rounds[1]["epsilon"][name] < cost for name, cost in last.items())
+    clients = clients_of(server.settings)
+    lost = Odd(clients[1], raises)
+    parts = Server(server.settings, tmp_path / "parts")
+    parts._round(Local([clients[0], lost]), train=True)
+    went_on = ran(server.settings, tmp_path / "parts")
+    assert "client 1" in went_on.rounds[1]["left_out"]
+    assert went_on.rounds[2]["epsilon"] == last, "also of an answer that was not used, and of clients that forgot it"
     chosen = settings(method="ffa", noise=1.5)
     train, _ = clients_of(chosen)[0]._text(chosen)
     found = ran(chosen, tmp_path / "noise").rounds[1]["epsilon"]["client 0"]
@@ -114,16 +152,36 @@ def test_privacy_is_counted_by_each_client(settings: Any, tmp_path: Path) -> Non
         settings(epsilon=1.0, noise=1.0)
 
 
+def test_a_client_counts_for_itself_and_its_noise_is_not_that_of_the_seed(settings: Any) -> None:
+    """Of a deployment; in a simulation the noise can be repeated."""
+    chosen = settings(method="ffa", noise=1.5, steps=1)
+    simulated = clients_of(chosen)[0]
+    alice = Client(simulated.model, simulated.share, "alice", 0)
+    values = {"do": "train", "settings": chosen.to_dict(), "round": 0, "rounds": 0, "since": 0, "version": 0}
+    asked = Package({**values, "factors_seed": [0, 0]})
+    first, second = (alice.answer(asked, memory) for memory in (Memory(rounds=5), Memory()))
+    q = 4 / len(alice._text(chosen)[0])
+    assert first.values["epsilon"] == pytest.approx(epsilon(1.5, q, 6, 1e-5)), "whatever the server says"
+    again = [simulated.answer(asked, Memory()) for _ in range(2)]
+    for name, tensor in first.tensors.items():
+        assert not torch.equal(tensor, second.tensors[name])
+        assert torch.equal(again[0].tensors[name], again[1].tensors[name])
+
+
 def test_without_noise_and_bound_privacy_changes_nothing(settings: Any, base: Path) -> None:
     """One step of SGD on all samples: the gradient of each sample is the mean's part."""
     client, found = clients_of(settings())[0], []
     whole = len(client._text(settings())[0])
-    for noise in (None, 0.0):
-        chosen = settings(method="average", optimizer="sgd", batch_size=whole, steps=1, clip=1e6, noise=noise)
+    for noise, clip in ((None, 1e6), (0.0, 1e6), (None, 1e-3)):
+        chosen = settings(method="average", optimizer="sgd", batch_size=whole, steps=1, clip=clip, noise=noise)
         values = {"do": "train", "settings": chosen.to_dict(), "round": 0, "rounds": 0, "since": 0, "version": 0}
         found.append(client.answer(Package({**values, "factors_seed": [0, 0]}), Memory()).tensors)
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name], rtol=1e-4, atol=1e-7)
+    moved = torch.cat([tensor.flatten() for name, tensor in found[2].items() if name.endswith("B")]).norm()
+    assert moved == pytest.approx(16.0 / 4 * 2e-2 * 1e-3, rel=1e-4), (
+        "alpha / rank, lr, and the bound; A has no gradient yet"
+    )
 
 
 # ---- clients that cannot be used

@@ -161,6 +161,10 @@ def test_the_personal_term_has_low_rank_and_stays_with_its_client() -> None:
     for now, then in zip(after, clients, strict=True):
         torch.testing.assert_close(now.shared, wanted)
         assert now.U is then.U and now.V is then.V
+    without = begin(6, 10, 0, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(without.whole(), without.shared), "with rank 0 and without the contrast it is federated CoOp"
+    for part in begin(60, 80, 50, generator=torch.Generator().manual_seed(0)):
+        assert part.std() == pytest.approx(0.02, rel=0.05)
 
 
 def test_contrast_is_a_cross_entropy_of_two_cosines() -> None:

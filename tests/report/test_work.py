@@ -43,8 +43,8 @@ def test_without_a_terminal_it_is_a_line_every_half_minute(clock: list[float]) -
         clock[0] += 50
     assert out.getvalue().splitlines()[2:] == [
         "evaluating: 316 tokens, 10 tokens/s",
-        "fitting: 2 layers of 14 layers, about 10 min left",
-        "fitting: 3 layers of 14 layers, about 9.2 min left",
+        "fitting: 2 of 14 layers, about 10 min left",
+        "fitting: 3 of 14 layers, about 9.2 min left",
     ]
 
 
