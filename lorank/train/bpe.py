@@ -21,7 +21,7 @@ import lorank
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 SPACE = re.compile(r"(?<=[\S\x1c-\x1f])(?=[^\S\x1c-\x1f])")
-"""The beginning of white space as Unicode has it, see `lorank.train.tokens.ByWords`."""
+"""The beginning of white space as Unicode has it; Python alone also counts four separators."""
 
 
 def learnt(texts: Iterable[str], vocab_size: int) -> Tokenizer:

@@ -11,13 +11,13 @@ A worker starts in a tenth of a second and takes little memory, because it impor
 
 import dataclasses
 import json
-import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, TypeAlias
 
+import gigatoken
 import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
@@ -184,51 +184,48 @@ def encoder(tokenizer: str, cut: bool) -> Encode:
     def encode(texts: Sequence[str]) -> list[list[int]]:
         return [found.ids for found in made.encode_batch_fast(list(texts), add_special_tokens=cut)]
 
-    return encode if cut or not _splits_before_spaces(json.loads(tokenizer)) else ByWords(encode)
+    quick = None if cut else _quick(json.loads(tokenizer))
+    if quick is None or [ids.tolist() for ids in quick([ODD])] != encode([ODD]):
+        return encode
+    return quick
 
 
-def _splits_before_spaces(rules: dict[str, Any]) -> bool:
-    """Whether no token reaches from a character into the white space after it: byte-level BPE with GPT-2's expression, in which
-    white space is followed by other characters and never the reverse."""
-    first = rules["pre_tokenizer"] or {}
-    plain = rules["normalizer"] is None and all(token["special"] for token in rules["added_tokens"])
-    gpt2 = first.get("type") == "ByteLevel" and first.get("use_regex", True) and not first.get("add_prefix_space")
-    return plain and gpt2 and rules["model"]["type"] == "BPE" and not rules["model"].get("dropout")
+ODD = "It's  they'LL\n\n \tx.y ='re'[3:]#\r\n 12345 ²½ <|endoftext|> Ünïcodé e\u0301 ǅ ß ﬁ 日本語。한국어 ไทย हिन्दी العربية ١٢٣ \u00a0\u2028\u3000\u200d👩\u200d🚀 "
+"""Text on which tokenizers differ if they differ at all."""
 
 
-class ByWords:
-    """Tokenises each word, with the white space before it, once, and remembers its ids: some six times faster.
+def _quick(rules: dict[str, Any]) -> "Quick | None":
+    """None if gigatoken does not know these rules."""
+    if any(not token["special"] for token in rules["added_tokens"]) or rules["model"].get("dropout"):
+        return None  # it reads them, but otherwise
+    try:
+        return Quick(json.dumps({**rules, "added_tokens": [], "post_processor": None}))
+    except (RuntimeError, ValueError):
+        return None
 
-    Only for tokenizers of which each word's ids depend on nothing else. A word is what is between white space; in ASCII, it also ends where
-    letters, digits and signs meet, so that `self.x` in code is three words of which most have been seen. An apostrophe ends nothing, because
-    GPT-2's expression keeps 's together.
+
+class Quick:
+    """BPE by gigatoken, which has the same ids as `tokenizers` some thirty times faster.
+
+    Except for letters of the last years: gigatoken 0.10 knows the 4,657 that Unicode 17 added, and tokenizers 0.23 splits them from
+    their neighbours as it does signs.
     """
 
-    _SPACE, _SIGN = r"[^\S\x1c-\x1f]", r"!-&(-/:-@\[-`{-~"
-    WORD = re.compile(
-        rf"{_SPACE}*+(?:[A-Za-z]++(?=[0-9{_SIGN}]|{_SPACE}|\Z)|[0-9]++(?=[A-Za-z{_SIGN}]|{_SPACE}|\Z)"
-        rf"|[{_SIGN}]++(?=[A-Za-z0-9]|{_SPACE}|\Z)|[\S\x1c-\x1f]++)|{_SPACE}++"
-    )
-    """White space as Unicode has it. Python counts four separators, too, which GPT-2's expression does not."""
-    MOST = 1 << 23
-    """Characters of words that are remembered."""
+    MOST = 1 << 25
+    """Characters after which it begins anew, because it remembers each word it has seen, in some 90 bytes."""
 
-    def __init__(self, encode: Encode):
-        self.encode = encode
-        self.known: dict[str, bytes] = {}
-        """Words -> their ids, four bytes each."""
-        self.size = 0
+    def __init__(self, rules: str):
+        self.rules = rules
+        self._begin()
+
+    def _begin(self) -> None:
+        self.made, self.seen = gigatoken.Tokenizer.from_json(self.rules), 0
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        if self.size > self.MOST:
-            self.known, self.size = {}, 0
-        words = list(map(self.WORD.findall, texts))
-        if new := list(set().union(*words).difference(self.known)):
-            self.known.update(
-                (word, np.array(ids, np.int32).tobytes()) for word, ids in zip(new, self.encode(new), strict=True)
-            )
-            self.size += sum(map(len, new))
-        return [np.frombuffer(b"".join(map(self.known.__getitem__, one)), np.int32) for one in words]
+        self.seen += sum(map(len, texts))
+        if self.seen > self.MOST:
+            self._begin()
+        return [self.made.encode(text) for text in texts]
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@ from typing import Any, Literal, NamedTuple, Self, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from lorank.train.data.specials import encode, rows_of, rules_of
-from lorank.train.tokens import ByWords, Encode, encoder
-
-MANY = 4  # cores with which tokenising each word anew is faster than remembering words on one
-
+from lorank.train.tokens import Encode, encoder
 
 Documents: TypeAlias = Literal["packed", "separate", "padded"]
 """How documents share rows. Packed and separate rows are the same; they become different batches."""
@@ -64,8 +61,8 @@ class Form(NamedTuple):
             options = {"truncation": True, "max_length": self.cut}
         return encode(self.tokenizer, texts, **options)
 
-    def quick(self, cores: int) -> Encode:
-        """`encode`, in the way that is faster with that many cores."""
-        rules = self.rules if self.cut is None and cores < MANY else None
-        found = None if rules is None else encoder(rules, cut=False)
-        return found if isinstance(found, ByWords) else self.encode
+    @property
+    def quick(self) -> Encode:
+        """`encode`, in the fastest way there is."""
+        rules = self.rules if self.cut is None else None
+        return self.encode if rules is None else encoder(rules, cut=False)

@@ -154,7 +154,7 @@ class Work:
         if missing and self.plan.tokenizer is not None:
             self._by_workers(missing, min(workers, len(missing)))
         elif missing:
-            encode = self.form.quick(cores())
+            encode = self.form.quick
             for number in missing:
                 write_part(self.folder, self.plan, number, self.documents, encode, partial(self._say, number))
                 self._say(number, self.sizes[number])

@@ -170,7 +170,7 @@ def _measured(documents: Documents, form: Form) -> TextSize:
     packed, length = form.documents == "packed", form.sequence_length
     size = tokens = predicted = 0.0
     ends = []
-    for piece, ids in _tokens(documents, form, form.quick(1)):
+    for piece, ids in _tokens(documents, form, form.quick):
         if not packed and len(ids) < 2:  # which fills no row
             continue
         text = piece.text if packed or len(ids) < length else form.tokenizer.decode(ids, skip_special_tokens=True)

@@ -1,8 +1,6 @@
 """Rows made by several processes are those that one makes, and what was finished is not done again."""
 
-import json
 import os
-import random
 import subprocess
 
 import pytest
@@ -120,40 +118,6 @@ def test_a_worker_tokenises_as_transformers_does(tmp_path, t5_like, prose, token
         rules = specials.rules_of(one, cut)
         assert rules is not None
         assert [list(ids) for ids in tokens.encoder(rules, cut is not None)(texts)] == form.encode(texts)
-
-
-def test_words_that_are_remembered_give_the_same_tokens(tokenizer, prose):
-    """White space of all kinds, what Python alone takes for it, and marks and digits between."""
-    odd = " \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0\u1680\u180e\u2000\u200a\u200b\u2028\u2029\u202f\u3000\ufeff'a1é日_.,!²\u0301"
-    chosen = random.Random(0)
-    texts = ["".join(chosen.choices(odd, k=chosen.randint(0, 40))) for _ in range(2000)]
-    code = "'sretxZ09_=(.,!\" \né²\x1c"
-    texts += ["".join(chosen.choices(code, k=chosen.randint(0, 40))) for _ in range(2000)]
-    texts += ["it's  they'll\n\n  <|endoftext|> 12345", "self.x1 ='re'[3:]#²", prose(50)]
-    by_words = tokens.encoder(specials.rules_of(tokenizer, None), cut=False)
-    assert isinstance(by_words, tokens.ByWords)
-    for _ in range(2):  # forgotten and remembered
-        assert [ids.tolist() for ids in by_words(texts)] == Form(tokenizer, L, "packed").encode(texts)
-    by_words.size = by_words.MOST + 1
-    [ids] = by_words(["the cat"])
-    assert ids.tolist() == tokenizer("the cat")["input_ids"] and len(by_words.known) == 2
-
-
-def test_words_are_remembered_only_if_nothing_else_matters(tmp_path, tokenizer, t5_like):
-    rules = json.loads(specials.rules_of(tokenizer, None))
-    assert tokens._splits_before_spaces(rules)
-    word = {**rules["added_tokens"][0], "content": "New York", "special": False}
-    for change in (
-        {"normalizer": {"type": "NFC"}},
-        {"pre_tokenizer": None},
-        {"pre_tokenizer": {**rules["pre_tokenizer"], "add_prefix_space": True}},
-        {"pre_tokenizer": {**rules["pre_tokenizer"], "use_regex": False}},
-        {"added_tokens": [word]},
-        {"model": {**rules["model"], "dropout": 0.1}},
-    ):
-        assert not tokens._splits_before_spaces({**rules, **change})
-    for other in ("bytes", t5_like(tmp_path / "t5")):
-        assert not tokens._splits_before_spaces(json.loads(specials.rules_of(load_tokenizer(other), None)))
 
 
 def test_a_large_vocabulary_takes_four_bytes(tokenizer, monkeypatch):
