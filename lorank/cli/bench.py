@@ -28,12 +28,14 @@ OWN = {
     show_default="dense,cola,cola-m",
 )
 @recipe_flags(own=OWN, only={**TIMED, "precision": "fp32; bf16 on CUDA"})
-@click.option("--seconds", type=click.FloatRange(min=0), default=30.0, help="Time to spend, but three rounds at least.")
+@click.option(
+    "--seconds", type=click.FloatRange(min=0), default=25.0, help="Time to spend in all, but three rounds at least."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def bench(recipe: str | None, methods: tuple[str, ...], seconds: float, as_json: bool, **flags: Any) -> None:
     """Time methods and the dense model, step by step in turn, on this machine.
 
-    They take turns with forward and backward passes: through two blocks of the 1B shape, then through the whole model of
+    They take turns with forward and backward passes: through a block of the 1B shape, then through the whole model of
     RECIPE, a YAML file or the name of one that comes with lorank, or of --size or --model. Nothing is read or written.
     """
     import torch

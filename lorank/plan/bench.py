@@ -1,6 +1,6 @@
 """How fast methods train on this machine: in turns, in one process, on the same work, forward and backward.
 
-Two kinds of work: two blocks of the 1B shape without embeddings and head, where low rank is at home, and the model of a recipe.
+Two kinds of work: a block of the 1B shape without embeddings and head, where low rank is at home, and the model of a recipe.
 """
 
 import os
@@ -25,7 +25,7 @@ from lorank.train.recipe import Recipe
 METHODS = ("dense", "cola", "cola-m")
 ROUNDS = 3
 """At least that many are timed, after one that warms up."""
-BLOCKS, BLOCKS_SIZE, BLOCKS_TOKENS = 2, "1b", 256
+BLOCKS, BLOCKS_SIZE, BLOCKS_TOKENS = 1, "1b", 256
 Say = Callable[[str], object]
 
 
@@ -82,10 +82,10 @@ class Bench(NamedTuple):
 
 
 def bench(recipe: Recipe, names: Sequence[str], *, seconds: float, say: Say = lambda line: None) -> Bench:
-    """Time methods with two blocks of the 1B shape, then with the recipe's model.
+    """Time methods with a block of the 1B shape, then with the recipe's model.
 
     Args:
-        seconds: to spend on both; each takes at least three rounds, however long they are.
+        seconds: to spend in all, building and counting included; each takes at least three rounds, however long they are.
         say: gets what is going on.
 
     Raises:
@@ -96,12 +96,16 @@ def bench(recipe: Recipe, names: Sequence[str], *, seconds: float, say: Say = la
         if found.gradient.answers() or (found.method.name == "dense" and name != "dense"):
             raise ValueError(f"method must change forward and backward, which bench times; {name} does not")
     busy = os.getloadavg()[0] > (os.cpu_count() or 1) / 4
-    works = [(work, measure(work, names, seconds / 2, say)) for work in (_blocks(recipe), _whole(recipe))]
+    middle = time.perf_counter() + seconds / 2
+    works = [
+        (work, measure(work, names, end, say))
+        for work, end in ((_blocks(recipe), middle), (_whole(recipe), middle + seconds / 2))
+    ]
     return Bench(works, *achievable_flops(), busy)
 
 
-def measure(work: Work, names: Sequence[str], seconds: float, say: Say) -> list[Row]:
-    """Rounds in which each method takes one step, until the seconds are over."""
+def measure(work: Work, names: Sequence[str], end: float, say: Say) -> list[Row]:
+    """Rounds in which each method takes one step, until the clock (`time.perf_counter`) says `end`."""
 
     def once(model: PreTrainedModel) -> float:
         model.zero_grad(set_to_none=True)
@@ -119,7 +123,6 @@ def measure(work: Work, names: Sequence[str], seconds: float, say: Say) -> list[
             once(model)  # which warms up, too
         counted[name] = counter.get_total_flops(), saved_by(model, lambda: work.step(model)).bytes  # noqa: B023
     times: list[dict[str, float]] = []
-    end = time.perf_counter() + seconds
     while len(times) < ROUNDS or time.perf_counter() < end:
         say(f"{work.title}: round {len(times) + 1}")
         times.append({name: once(model) for name, model in models.items()})
@@ -151,7 +154,7 @@ def _blocks(recipe: Recipe) -> Work:
         with _bf16(recipe):
             return model.base_model(inputs_embeds=x.to(model.dtype)).last_hidden_state.float().square().mean()
 
-    return Work(f"{BLOCKS} blocks of the {BLOCKS_SIZE} shape", recipe, BLOCKS, sequences * BLOCKS_TOKENS, step)
+    return Work(f"a block of the {BLOCKS_SIZE} shape", recipe, BLOCKS, sequences * BLOCKS_TOKENS, step)
 
 
 def _whole(recipe: Recipe) -> Work:
