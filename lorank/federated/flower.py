@@ -47,8 +47,8 @@ def flower() -> Any:
 class Grid:
     """Clients that Flower reaches; a node is Flower's number of one."""
 
-    def __init__(self, grid: Any, settings: Settings):
-        self.grid, self.settings, self.begun = grid, settings, False
+    def __init__(self, grid: Any, settings: Settings, repeats: bool = False):
+        self.grid, self.settings, self.repeats, self.begun = grid, settings, repeats, False
 
     def nodes(self) -> Sequence[int]:
         """Before the first round, waits until all clients are there, or the timeout has passed."""
@@ -140,10 +140,11 @@ def apps(
         folder = out or Path(str(config.pop("out", "runs/federated")))
         chosen = settings or Settings.from_dict(config)
         server = Server(chosen, folder, say)
+        link = Grid(grid, chosen, repeatable)
         if run is not None:
-            run(server, Grid(grid, chosen))
+            run(server, link)
         else:
-            server.run(Grid(grid, chosen))
+            server.run(link)
             say(f"model: {server.save_model()}")
 
     def answer(message: Any, context: Any) -> Any:

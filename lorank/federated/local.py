@@ -12,6 +12,8 @@ from lorank.train.watching import tell
 class Local:
     """Clients of this process; a node is the index of one."""
 
+    repeats = True
+
     def __init__(self, clients: Sequence[Client]):
         self.clients = clients
         self.memories = [Memory() for _ in clients]

@@ -36,6 +36,9 @@ Node = Hashable
 class Link(Protocol):
     """How the server reaches its clients."""
 
+    repeats: bool
+    """Whether clients that are asked again answer with the same noise, as in a simulation. Then a round that is repeated costs no privacy."""
+
     def nodes(self) -> Sequence[Node]:
         """Those that are there now."""
 
@@ -125,6 +128,8 @@ class Server:
         for node in nodes if train else ():
             name = self.names[node]["name"]
             self.asked[name] = self.asked.get(name, 0) + 1
+        if train and self.settings.private and not link.repeats:
+            self._save()  # what is asked for now is spent, also if this server does not live to see the answers
         what = f"round {round + 1} of {self.settings.rounds}" if train else "last evaluation"
         answers = link.ask(packages, what)
         losses, good = {}, []
@@ -171,10 +176,10 @@ class Server:
         if not new:
             return
         answers = link.ask({node: Package(self._values("hello")) for node in new}, "greeting clients")
-        for number_, node in enumerate(new):
+        for node in new:
             answer = answers.get(node, "it did not answer")
             if isinstance(answer, str):
-                notes[f"node {number_}"] = answer
+                notes[f"node {node}"] = answer
                 continue
             said, taken = answer.values, {one["name"] for one in self.names.values()}
             name, index = str(said.get("name")), said.get("index")

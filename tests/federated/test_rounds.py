@@ -152,6 +152,26 @@ def test_privacy_is_counted_by_each_client(settings: Any, tmp_path: Path) -> Non
         settings(epsilon=1.0, noise=1.0)
 
 
+def test_a_round_that_no_server_saw_the_end_of_is_paid_for(settings: Any, tmp_path: Path) -> None:
+    """If its noise is new when it is repeated, as in a deployment."""
+    chosen = settings(method="ffa", noise=1.5, steps=1, rounds=1)
+    for repeats, rounds in ((False, 2), (True, 1)):
+        out, lost = tmp_path / str(repeats), Local(clients_of(chosen))
+        lost.repeats = repeats
+
+        def killed(packages: Any, what: str, link: Any = lost) -> Any:
+            if what.startswith("round"):
+                raise KeyboardInterrupt
+            return Local.ask(link, packages, what)
+
+        lost.ask = killed  # type: ignore[method-assign]
+        with pytest.raises(KeyboardInterrupt):
+            Server(chosen, out)._round(lost, train=True)
+        found = ran(chosen, out).rounds[1]["epsilon"]["client 0"]
+        q = 4 / len(lost.clients[0]._text(chosen)[0])
+        assert found == pytest.approx(epsilon(1.5, q, rounds, 1e-5))
+
+
 def test_a_client_counts_for_itself_and_its_noise_is_not_that_of_the_seed(settings: Any) -> None:
     """Of a deployment; in a simulation the noise can be repeated."""
     chosen = settings(method="ffa", noise=1.5, steps=1)
