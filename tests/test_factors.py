@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lorank.factors import Pair, balance, grow, mean, merge, nearest, orthogonalise, prune, stack, svd, truncate
 
@@ -94,6 +97,31 @@ def test_the_mean_of_factors_lacks_their_covariance() -> None:
     torch.testing.assert_close(B @ A + covariance, product(stack(pairs, p)), **EXACT)
     shared = [(b, pairs[0][1]) for b, _ in pairs]  # FFA: one A for all
     torch.testing.assert_close(product(mean(shared, counts)), product(stack(shared, p)), **EXACT)
+
+
+def test_only_merging_forms_the_product() -> None:
+    """Nothing else makes a tensor as large as what its pairs are."""
+    pairs = [draw(90, 3, 70, seed) for seed in range(2)]
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            made = [one.numel() for one in tree_leaves(found) if isinstance(one, Tensor)]
+            self.numbers = max(self.numbers, *made, 0)
+            return found
+
+    with Largest() as seen:
+        for function in (svd, orthogonalise, balance):
+            function(pairs[0])
+        truncate(pairs[0], 2)
+        prune(grow(pairs[0], 1), torch.tensor([0]))
+        truncate(stack(pairs), 4)
+        mean(pairs)
+        assert seen.numbers <= 2 * 3 * 90
+        merge(torch.zeros(90, 70), pairs[0])
+        assert seen.numbers == 90 * 70
 
 
 def test_pairs_that_do_not_fit_are_refused() -> None:
