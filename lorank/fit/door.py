@@ -25,7 +25,8 @@ from lorank.fit.structure import Found, Metric, Structure, as_matrix, spectrum
 from lorank.fit.svd import SVD
 from lorank.fit.vector_quantised import VectorQuantised
 from lorank.method import Method, Patterns, Site, rank_at
-from lorank.sites import places
+from lorank.rewriting import converted_with
+from lorank.sites import find_sites, places
 
 Model = TypeVar("Model", bound=nn.Module)
 STRUCTURES: dict[str, type[Structure]] = {
@@ -117,6 +118,7 @@ def fit(
     structure = as_structure(method)
     check_policy(structure, policy, budget)
     check_module(model)
+    _check_kind(model)
     sites = sites_to_convert(model, structure.method(1), targets, exclude)
     _check_sites(sites)
     if data is None and structure.needs_text:
@@ -169,6 +171,16 @@ def fit(
     if parent is not None and calibration is not None:
         structure.after(model, parent, calibration.batches)
     return model
+
+
+def _check_kind(model: nn.Module) -> None:
+    """Raises ValueError for a model of convolutions, and says what fits them."""
+    convolutions = sum(isinstance(module, nn.Conv1d | nn.Conv2d) for module in model.modules())
+    if convolutions and not find_sites(model) and not any(map(converted_with, model.modules())):
+        raise ValueError(
+            f"model must have linear layers in its blocks, got one with {convolutions} convolutions instead; use "
+            "lorank.fit.convolutions.fit_convolutions"
+        )
 
 
 def _check_sites(sites: list[Site]) -> None:

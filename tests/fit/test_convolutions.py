@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lorank.fit import SVD
+from lorank.fit import SVD, fit
 from lorank.fit.convolutions import break_even, factored, fit_convolutions
 from lorank.fit.nmf import nmf, semi_nmf
 from lorank.fit.structure import Metric
@@ -47,6 +47,8 @@ def test_only_what_saves_weights_is_replaced() -> None:
     assert after[0] < before[0] and after[2] <= before[2]
     with pytest.raises(ValueError, match="targets must match an nn.Conv1d or nn.Conv2d"):
         fit_convolutions(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match=r"got one with 1 convolutions? instead; use lorank.fit.convolutions"):
+        fit(nn.Sequential(nn.Conv2d(16, 32, 3)), "svd")
     with pytest.raises(ValueError, match="rank must be from 1 to 32"):
         factored(nn.Conv2d(16, 32, 3), 33)
 
