@@ -1,9 +1,10 @@
 """Rounds of a federated run: a row for each, and the losses of its clients."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.markup import escape
 from rich.table import Table
 
@@ -20,14 +21,35 @@ NOTE = (
 
 def federated_table(results: Mapping[str, Any]) -> RenderableType:
     """For the terminal, from what is in federated.json."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for number, column in enumerate(_columns(results)):
-        table.add_column(escape(column), justify="right" if number else "left")
-    for row in results["rounds"]:
-        table.add_row(*map(escape, _cells(results, row)))
-    parts: list[RenderableType] = [table, ""]
+    rows = [_cells(results, row) for row in results["rounds"]]
+    parts: list[RenderableType] = [_Columns(_columns(results), rows), ""]
     parts += [escape(f"round {number}: {name} was left out, {why}") for number, name, why in _left_out(results)]
     return Group(*parts, NOTE)
+
+
+class _Columns:
+    """A table; columns that have no room go into another one below it, next to the first column again."""
+
+    def __init__(self, columns: Sequence[str], rows: Sequence[Sequence[str]]):
+        self.columns, self.rows = columns, rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        first, *widths = (max(map(cell_len, cells)) for cells in zip(self.columns, *self.rows, strict=True))
+        groups: list[list[int]] = [[]]
+        left = options.max_width - first
+        for number, width in enumerate(widths, 1):
+            if groups[-1] and width + 2 > left:
+                groups.append([])
+                left = options.max_width - first
+            groups[-1].append(number)
+            left -= width + 2
+        for place, group in enumerate(groups):
+            table = Table(box=None, pad_edge=False, header_style="bold")
+            for number in (0, *group):
+                table.add_column(escape(self.columns[number]), justify="right" if number else "left")
+            for row in self.rows:
+                table.add_row(*(escape(row[number]) for number in (0, *group)))
+            yield from ("", table) if place else (table,)
 
 
 def federated_page(results: Mapping[str, Any], made_by: str) -> str:
@@ -85,7 +107,7 @@ def _clients(results: Mapping[str, Any]) -> list[str]:
 
 
 def _columns(results: Mapping[str, Any]) -> list[str]:
-    return ["round", "mean", *_clients(results), "down", "up", *(["epsilon"] if _is_private(results) else [])]
+    return ["round", "mean", *_clients(results), "down", "up", *(["ε"] if _is_private(results) else [])]
 
 
 def _cells(results: Mapping[str, Any], row: Mapping[str, Any]) -> list[str]:

@@ -310,7 +310,7 @@ def test_the_command(base: Path, tmp_path: Path, in_this_process: Callable[..., 
     flags += ["--sequence-length", 16, "--engine", "local", "--out", tmp_path / "out"]
     code, printed, error = in_this_process("federated", base / "base", "--noise", 2, *flags)
     assert code == 0, error
-    assert all(word in printed for word in ("client 1", "down", "epsilon", "after round 1 of 1", "report.html"))
+    assert all(word in printed for word in ("client 1", "down", "ε", "after round 1 of 1", "report.html"))
     page = (tmp_path / "out/report.html").read_text()
     assert page.count("<svg") == 2 * 2 and "MB sent" in page and "http" not in page.replace("http://www.w3.org", "")
     assert json.loads((tmp_path / "out" / FILE).read_text())["rounds"][1]["loss"] > 0

@@ -5,6 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
+from lorank.report.federated import federated_table
 from lorank.report.tables import evaluation_table, quantity, runs_table, tasks_table
 from lorank.train.evaluation import Evaluation
 
@@ -53,3 +54,15 @@ def test_results_of_tasks_stand_beside_their_standard_errors() -> None:
     console.print(tasks_table(found))
     lines = [line.split() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
     assert lines == [["arc_easy", "acc", "0.2500", "±", "0.0125"], ["gsm8k", "exact_match,strict", "0.5000"]]
+
+
+def test_columns_of_many_clients_go_into_tables_below() -> None:
+    rows = [
+        {"round": i, "loss": 4.0, "losses": {f"client {k}": 4.0 + k for k in range(9)}, "left_out": {}} for i in (0, 1)
+    ]
+    results = {"rounds": [{**row, "down": 10**6, "up": 254_976, "epsilon": {"client 0": 2.5}} for row in rows]}
+    console = Console(file=io.StringIO(), width=60)
+    console.print(federated_table(results))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "round  client 4" in text and "…" not in text
+    assert all(word in text for word in ("client 8", "12.000", "255.0 kB", "2.50"))
