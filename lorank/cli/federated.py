@@ -91,7 +91,7 @@ def federated(
     """
     from lorank.cli.console import results_console, shown_work
     from lorank.federated.local import Local, clients_of
-    from lorank.federated.server import FILE, Server
+    from lorank.federated.server import FILE, Server, is_done
     from lorank.federated.settings import Settings
     from lorank.report.federated import federated_page, federated_table
     from lorank.train.folder import absolute_name, read_json, write_whole
@@ -101,14 +101,16 @@ def federated(
         for name in ("model", "data", *settings)
         if context.get_parameter_source(name) is click.core.ParameterSource.COMMANDLINE
     ]
+    done = False
     if resume:
         if wrong := [name for name in given if name not in RESUME_WITH]:
             raise ValueError(
                 f"--resume goes on with the settings of {resume}; leave out {wrong[0]}, or begin another run"
             )
         folder = Path(resume)
-        saved = read_json(folder / FILE, settings=dict)["settings"]
-        chosen = Settings.from_dict({**saved, **{name: settings[name] for name in given}})
+        saved = read_json(folder / FILE, settings=dict, rounds=list)
+        chosen = Settings.from_dict({**saved["settings"], **{name: settings[name] for name in given}})
+        done = is_done(chosen, saved["rounds"])
     elif model is None or data is None:
         raise ValueError("a model and text must be given: lorank federated MODEL --data SHARDS, or --resume RUN")
     else:
@@ -128,9 +130,9 @@ def federated(
         if not as_json:
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    clients = clients_of(chosen)  # refuses text that cannot be dealt, before an engine starts
+    clients = [] if done else clients_of(chosen)  # refuses text that cannot be dealt, before an engine starts
     with shown_work():
-        if engine == "local":
+        if done or engine == "local":
             run(Server(chosen, folder, say), Local(clients))
         else:
             from lorank.federated.flower import simulate

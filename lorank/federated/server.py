@@ -94,7 +94,7 @@ class Server:
         """
         while self.done < self.settings.rounds:
             self._round(link, train=True)
-        if self.rounds[-1]["loss"] is None:
+        if not is_done(self.settings, self.rounds):
             self._round(link, train=False)
         return self.rounds
 
@@ -287,6 +287,8 @@ class Server:
 
     def _say(self, row: Mapping[str, Any]) -> None:
         cost = f", {row['down']:,} B down, {row['up']:,} B up" if row["round"] else ", as it came"
+        if spent := [one for one in row["epsilon"].values() if one is not None]:
+            cost += f", epsilon {max(spent):.2f}"
         each = ", ".join(f"{name} {loss:.3f}" for name, loss in row["losses"].items())
         self.say(f"after round {row['round']} of {self.settings.rounds}: loss {row['loss']:.3f} ({each}){cost}")
 
@@ -342,6 +344,11 @@ class Server:
         self.rounds, self.asked = saved["rounds"], saved["asked"]
         self.merged = [self._read(f"merged-{version + 1:04d}") for version in range(saved["merged"])]
         self.factors = self._read(f"factors-{self.done:04d}") if saved["has_factors"] else None
+
+
+def is_done(settings: Settings, rounds: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all rounds are trained, and the last state is evaluated."""
+    return len(rounds) > settings.rounds and rounds[-1]["loss"] is not None
 
 
 def _short(value: Any) -> str:

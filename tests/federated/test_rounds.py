@@ -318,6 +318,11 @@ def test_the_command(base: Path, tmp_path: Path, in_this_process: Callable[..., 
         "federated", "--resume", tmp_path / "out", "--rounds", 2, "--engine", "local", "--json"
     )
     assert code == 0 and len(json.loads(printed)["rounds"]) == 3
+    (tmp_path / "out/report.html").unlink()
+    (base / "text").rename(base / "away")  # a run that has ended, as one of Flower, asks no clients
+    code, printed, error = in_this_process("federated", "--resume", tmp_path / "out")
+    (base / "away").rename(base / "text")
+    assert code == 0 and (tmp_path / "out/report.html").exists(), error
     for more, words in (
         ([*flags], "has a run; go on with it by --resume"),
         (["--resume", tmp_path / "out", "--lr", 1], "goes on with the settings of .*; leave out lr"),
