@@ -63,20 +63,23 @@ class Grid:
     def ask(self, packages: Mapping[Any, Package], what: str) -> dict[Any, Package | str]:
         app = flower().app
         kinds = {"hello": app.MessageType.QUERY, "train": app.MessageType.TRAIN, "evaluate": app.MessageType.EVALUATE}
-        messages = [
-            app.Message(content=record_of(package), message_type=kinds[package.values["do"]], dst_node_id=node)
-            for node, package in packages.items()
-        ]
-        waiting, answers = {*self.grid.push_messages(messages)}, {}
-        until = time.monotonic() + self.settings.timeout
+        sent: dict[str, Any] = {}
+        answers: dict[Any, Package | str] = {}
+        for node, package in packages.items():
+            kind = kinds[package.values["do"]]
+            message = app.Message(content=record_of(package), message_type=kind, dst_node_id=node)
+            sent |= {id: node for id in self.grid.push_messages([message]) if id is not None}
+        waiting, until = {*sent}, time.monotonic() + self.settings.timeout
         while waiting and time.monotonic() < until:
-            for reply in self.grid.pull_messages(waiting):
+            for reply in self.grid.pull_messages(waiting):  # of a node that is gone, Flower's server is the sender
                 waiting.discard(reply.metadata.reply_to_message_id)
-                answers[reply.metadata.src_node_id] = _read(reply)
+                answers[sent[reply.metadata.reply_to_message_id]] = _read(reply)
             tell(what, len(answers), len(packages), "clients")
             time.sleep(LOOK if waiting else 0)
         late = f"it did not answer within {self.settings.timeout:g} seconds"
-        return {node: answers.get(node, late) for node in packages}
+        for node in packages.keys() - answers.keys():
+            answers[node] = late if node in sent.values() else "Flower could not send it the message"
+        return answers
 
 
 def _read(reply: Any) -> Package | str:

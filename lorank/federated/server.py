@@ -155,7 +155,8 @@ class Server:
         self._say(row)
         if not train:
             row["left_out"] |= {name: f"in the last evaluation, {why}" for name, why in notes.items()}
-            return self._save()
+            self._save()
+            return self._say_left_out("the last evaluation", notes)
         after = _row(round + 1)
         after |= {
             "down": sum(packages[node].bytes for node in nodes),
@@ -167,8 +168,7 @@ class Server:
         after["seconds"] = time.perf_counter() - began
         self.rounds.append(after)
         self._save()
-        for name, why in notes.items():
-            self.say(f"round {round + 1}: {name} was left out, {why}")
+        self._say_left_out(f"round {round + 1}", notes)
 
     def _greet(self, link: Link, notes: dict[str, str]) -> None:
         """Ask new nodes who they are, and refuse those that have another model."""
@@ -283,7 +283,7 @@ class Server:
             if density * numbers + 1e-9 < 1:
                 raise ValueError(f"{name} must be at least 1 / {numbers:,}, so that a number is sent, got {density:g}")
 
-    # ---- the folder
+    # ---- what is said, and the folder
 
     def _say(self, row: Mapping[str, Any]) -> None:
         cost = f", {row['down']:,} B down, {row['up']:,} B up" if row["round"] else ", as it came"
@@ -291,6 +291,10 @@ class Server:
             cost += f", epsilon {max(spent):.2f}"
         each = ", ".join(f"{name} {loss:.3f}" for name, loss in row["losses"].items())
         self.say(f"after round {row['round']} of {self.settings.rounds}: loss {row['loss']:.3f} ({each}){cost}")
+
+    def _say_left_out(self, when: str, notes: Mapping[str, str]) -> None:
+        for name, why in notes.items():
+            self.say(f"{when}: {name} was left out, {why}")
 
     def _save(self) -> None:
         self.out.mkdir(parents=True, exist_ok=True)

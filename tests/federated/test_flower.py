@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from lorank.federated.exchange import Package
-from lorank.federated.flower import apps, flower, package_of, record_of, simulate
+from lorank.federated.flower import Grid, apps, flower, package_of, record_of, simulate
 from lorank.federated.local import Local, clients_of
 from lorank.federated.server import Server
 from lorank.federated.settings import Settings
@@ -25,6 +26,25 @@ def test_packages_pass_through_flowers_records() -> None:
     assert found.values == package.values and found.bytes == package.bytes
     for name, tensor in tensors.items():
         assert torch.equal(found.tensors[name], tensor) and found.tensors[name].dtype == tensor.dtype
+
+
+def test_a_node_that_is_gone_is_told_from_one_that_is_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flower's server answers in its place, with its own number."""
+
+    class Fake:
+        def push_messages(self, messages: Any) -> list[str]:
+            return [f"to {one.dst_node_id}" for one in messages if one.dst_node_id != 9]
+
+        def pull_messages(self, waiting: Any) -> list[Any]:
+            about = SimpleNamespace(reply_to_message_id="to 7", src_node_id=1)
+            gone = SimpleNamespace(reason="Error: Node Unavailable - no heartbeat")
+            return [SimpleNamespace(metadata=about, has_error=lambda: True, error=gone)] if "to 7" in waiting else []
+
+    monkeypatch.setattr(flower().app, "Message", SimpleNamespace)  # Flower's own needs a run
+    settings = Settings(model="m", data="d", timeout=0.3)
+    found = Grid(Fake(), settings).ask({node: Package({"do": "train"}) for node in (7, 8, 9)}, "round 1")
+    assert found[7] == "Error: Node Unavailable - no heartbeat" and found[8] == "it did not answer within 0.3 seconds"
+    assert found[9] == "Flower could not send it the message"
 
 
 @pytest.mark.slow
