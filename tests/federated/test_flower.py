@@ -48,6 +48,7 @@ def test_a_node_that_is_gone_is_told_from_one_that_is_late(monkeypatch: pytest.M
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # files and processes that Ray leaves to Python's end
 def test_the_engine_computes_what_one_process_does_and_leaves_out_who_fails(tmp_path: Path) -> None:
     """Client 1 fails in the second round, and client 2's process ends in the third."""
     tokenizer = byte_tokenizer()
