@@ -80,7 +80,8 @@ def recall(found: Tensor, wanted: Tensor, k: int = 10) -> float:
 def picture(printed: str) -> str:
     """The curves of what an earlier call has printed, as an SVG file."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    for name, kept, cosine in re.findall(r"^(svd, [^\d]+?) +(0\.\d+) +(\d\.\d+)", printed, re.M):
+    rows = r"^(svd, [^\d]+?|dictionary, gram, \d+ sweeps|cola, gram) +(0\.\d+) +(\d\.\d+)"
+    for name, kept, cosine in re.findall(rows, printed, re.M):
         curves.setdefault(name, []).append((100 * float(kept), float(cosine)))
     chart = line_chart(
         [Series(name, f"s{k}", points) for k, (name, points) in enumerate(curves.items())],
@@ -127,23 +128,43 @@ def main() -> None:
         share = sum(one.parameters for one in rows) / sum(one.d_in * one.d_out for one in rows)
         print(f"{name:34} {share:6.3f} {cosine:8.4f} {recall(found, wanted):10.3f} {seconds:8.1f}", flush=True)
 
+    def error_row(name: str, method: Any, kept: float) -> None:
+        """|(W − W̃) Xᵀ| / |W Xᵀ|, the whitened error, at equal parameters."""
+        name = f"block 0, {name}, gram"
+        if not re.search(options.only, name):
+            return
+        started = time.perf_counter()
+        rows: list[Any] = []
+        lorank.fit(copy.deepcopy(dense), method, data, see=rows.append, budget=kept, targets=r"layer\.0\.")
+        seconds, errors = time.perf_counter() - started, [one.output_error for one in rows]
+        share = sum(one.parameters for one in rows) / sum(one.d_in * one.d_out for one in rows)
+        print(f"{name:34} {share:6.3f} {sum(errors) / len(errors):8.4f} {max(errors):10.4f} {seconds:8.1f}", flush=True)
+
     for policy in ("uniform", "energy"):
         for metric, text in (("identity", None), ("gram", data)):
             for kept in options.kept:
                 row(f"svd, {metric}, {policy}", "svd", text, budget=kept, policy=policy)
-    for groups in (None, 2):
-        name = f"dictionary, gram, {SWEEPS} sweeps" + (f", {groups} groups" if groups else "")
+    for metric, text, groups in (("gram", data, None), ("gram", data, 2), ("identity", None, None)):
+        name = f"dictionary, {metric}, {SWEEPS} sweeps" + (f", {groups} groups" if groups else "")
         for kept in options.kept:
-            row(name, SparseDictionary(sweeps=SWEEPS, groups=groups), data, budget=kept)
+            row(name, SparseDictionary(sweeps=SWEEPS, groups=groups), text, budget=kept)
     for kept in options.kept:
         row("cola, gram", "cola", data, budget=kept)
     print("attention alone, the rest dense; kept is of attention")
-    for kept in options.kept:
-        row("masa, gram", MatrixPCA(atoms=1 if kept <= 1 / 3 else 1 / 3), data, budget=kept)
-        row("svd of attention, gram", "svd", data, budget=kept, targets="attention")
+    for metric, text in (("identity", None), ("gram", data)):
+        for kept in options.kept:
+            row(f"masa, {metric}", MatrixPCA(atoms=1 if kept <= 1 / 3 else 1 / 3), text, budget=kept)
+            row(f"svd of attention, {metric}", "svd", text, budget=kept, targets="attention")
     print("codebooks; kept in numbers of 32 bits")
-    for kept in (1 / 32, 0.05):
-        row("codebook, gram", "codebook", data, budget=kept)
+    for metric, text in (("identity", None), ("gram", data)):
+        for kept in (1 / 32, 0.05):
+            row(f"codebook, {metric}", "codebook", text, budget=kept)
+    print(
+        "error of outputs of block 0 alone, whose inputs are those of the dense model: mean and worst of its six matrices"
+    )
+    for kept in options.kept:
+        for name, method in (("svd", "svd"), ("dictionary", SparseDictionary(sweeps=SWEEPS))):
+            error_row(name, method, kept)
     print("residuals of rounded or pruned matrices; kept counts residuals alone")
     for base in ("int4", "int3", "int2", "2:4"):
         for metric, text in (("identity", None), ("gram", data)):
