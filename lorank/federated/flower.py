@@ -49,13 +49,15 @@ class Grid:
 
     def __init__(self, grid: Any, settings: Settings, repeats: bool = False):
         self.grid, self.settings, self.repeats, self.begun = grid, settings, repeats, False
+        self.stopped = threading.Event()
+        """Set by whoever no longer waits for this thread, so that it ends, too."""
 
     def nodes(self) -> Sequence[int]:
         """Before the first round, waits until all clients are there, or the timeout has passed."""
         found, until = [*self.grid.get_node_ids()], time.monotonic() + self.settings.timeout
         while not self.begun and len(found) < self.settings.clients and time.monotonic() < until:
             tell("waiting for clients", len(found), self.settings.clients, "clients")
-            time.sleep(LOOK)
+            self._wait(LOOK)
             found = [*self.grid.get_node_ids()]
         self.begun = True
         return sorted(found)
@@ -75,11 +77,15 @@ class Grid:
                 waiting.discard(reply.metadata.reply_to_message_id)
                 answers[sent[reply.metadata.reply_to_message_id]] = _read(reply)
             tell(what, len(answers), len(packages), "clients")
-            time.sleep(LOOK if waiting else 0)
+            self._wait(LOOK if waiting else 0)
         late = f"it did not answer within {self.settings.timeout:g} seconds"
         for node in packages.keys() - answers.keys():
             answers[node] = late if node in sent.values() else "Flower could not send it the message"
         return answers
+
+    def _wait(self, seconds: float) -> None:
+        if self.stopped.wait(seconds):
+            raise KeyboardInterrupt
 
 
 def _read(reply: Any) -> Package | str:
@@ -225,25 +231,28 @@ def simulate(
         raise ValueError(MISSING) from None
     logging.getLogger("flwr").setLevel(logging.CRITICAL)
     failed: list[BaseException] = []
-    here, done = contextvars.copy_context(), threading.Event()
+    here, stopped = contextvars.copy_context(), threading.Event()
 
     def inside(server: Server, link: Any) -> None:
+        link.stopped = stopped
         try:
             here.run(run, server, link)
         except BaseException as error:
             failed.append(error)
-        finally:
-            done.set()
 
     server_app, client_app = apps(settings, out, repeatable=True, run=inside, say=say)
     cores = os.cpu_count() or 1
     resources = {"num_cpus": 1, "num_gpus": 1.0 / settings.clients if torch.cuda.is_available() else 0.0}
     init = {"num_cpus": min(cores, settings.clients), "include_dashboard": False, "log_to_driver": False}
-    run_simulation(
-        server_app,
-        clients or client_app,
-        settings.clients,
-        backend_config={"client_resources": resources, "init_args": init},
-    )
+    try:
+        run_simulation(
+            server_app,
+            clients or client_app,
+            settings.clients,
+            backend_config={"client_resources": resources, "init_args": init},
+        )
+    except BaseException:
+        stopped.set()  # its thread is not ended by an interrupt
+        raise
     if failed:
         raise failed[0]

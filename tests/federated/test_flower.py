@@ -42,9 +42,13 @@ def test_a_node_that_is_gone_is_told_from_one_that_is_late(monkeypatch: pytest.M
 
     monkeypatch.setattr(flower().app, "Message", SimpleNamespace)  # Flower's own needs a run
     settings = Settings(model="m", data="d", timeout=0.3)
-    found = Grid(Fake(), settings).ask({node: Package({"do": "train"}) for node in (7, 8, 9)}, "round 1")
+    link = Grid(Fake(), settings)
+    found = link.ask({node: Package({"do": "train"}) for node in (7, 8, 9)}, "round 1")
     assert found[7] == "Error: Node Unavailable - no heartbeat" and found[8] == "it did not answer within 0.3 seconds"
     assert found[9] == "Flower could not send it the message"
+    link.stopped.set()
+    with pytest.raises(KeyboardInterrupt):
+        link.ask({8: Package({"do": "train"})}, "round 2")
 
 
 @pytest.mark.slow
