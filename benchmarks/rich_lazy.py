@@ -5,7 +5,7 @@
 A network of 60 tanh units sees two noisy channels for 16 steps and says in the end which had the larger mean (two alternatives,
 forced choice). Its recurrent weights start as W₀, drawn from a normal distribution, or as W₀ cut to a rank and rescaled to the
 Frobenius or the spectral norm of W₀. All are trained by SGD with momentum for as many steps. "aligned" starts from the leading
-direction of what an earlier network learned, at W₀'s Frobenius norm. Given are means over seeds: the spectral radius at the start,
+direction of what an earlier network learned, at either norm. Given are means over seeds: the spectral radius at the start,
 accuracy, the change of the recurrent weights, and the alignment of hidden states and of tangent kernels with those at the start.
 """
 
@@ -92,11 +92,13 @@ def main() -> None:
                 if rank == UNITS:
                     learned = net.W.detach() - W
         aligned = low_rank_start(learned, 1)
-        aligned = aligned * torch.linalg.norm(W) / torch.linalg.norm(aligned)
-        rows.setdefault("aligned, rank 1", []).append(trained(aligned, seed)[1])
-    print(
-        f"{options.seeds} seeds, {STEPS} steps of {BATCH} trials; |W| is that of rank {UNITS} in rows 'frobenius' and 'aligned'"
-    )
+        for matching, norm in (
+            ("frobenius", torch.linalg.norm),
+            ("spectral", lambda one: torch.linalg.matrix_norm(one, 2)),
+        ):
+            start = aligned * norm(W) / norm(aligned)
+            rows.setdefault(f"aligned, {matching}", []).append(trained(start, seed)[1])
+    print(f"{options.seeds} seeds, {STEPS} steps of {BATCH} trials; |W| is that of rank {UNITS} in rows 'frobenius'")
     names = ("radius", "accuracy", "change", "states", "tangents", "signs")
     print(f"{'':22}" + "".join(f"{name:>10}" for name in names))
     for row, found in rows.items():
