@@ -14,11 +14,15 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "BLOCKS_SIZE", "tiny")
 
 
-def test_methods_take_turns_at_two_kinds_of_work(in_this_process: Callable[..., tuple[int, str, str]]) -> None:
+def test_methods_take_turns_at_two_kinds_of_work(
+    in_this_process: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "achievable_flops", lambda: (1.0, "slow product"))
     asked = ["--method", "dense,cola", "--method", "cola-m", "--seconds", 0, "--sequence-length", 32, "--batch-size", 2]
     code, out, _ = in_this_process("bench", *asked, "--json")
     assert code == 0
-    blocks, whole = json.loads(out)["works"]
+    found = json.loads(out)
+    blocks, whole = found["works"]
     n, d, ff, r = 256, 256, 688, 88
     attention = 2 * 2 * n * n * d  # scores, and values
     dense = 2 * n * (4 * d * d + 3 * d * ff) + attention
@@ -32,6 +36,8 @@ def test_methods_take_turns_at_two_kinds_of_work(in_this_process: Callable[..., 
         assert rows[2]["kept_bytes"] < rows[1]["kept_bytes"] / 2
         assert rows[2]["flops"] > rows[1]["flops"]
     assert whole["tokens"] == 2 * 32
+    rates = [row["flops"] / sorted(row["seconds"])[1] for work in (blocks, whole) for row in work["rows"]]
+    assert found["ceiling"] == pytest.approx(max(rates)) and "exceeds the slow product" in found["source"]
 
 
 def test_what_changes_no_pass_is_refused(in_this_process: Callable[..., tuple[int, str, str]]) -> None:
