@@ -194,10 +194,17 @@ ODD = "It's  they'LL\n\n \tx.y ='re'[3:]#\r\n 12345 ²½ <|endoftext|> Ünïcod�
 """Text on which tokenizers differ if they differ at all."""
 
 
+MOST_IDS = 1 << 20
+"""gigatoken has a table of all numbers up to the largest id."""
+
+
 def _quick(rules: dict[str, Any]) -> "Quick | None":
-    """None if gigatoken does not know these rules."""
-    if any(not token["special"] for token in rules["added_tokens"]) or rules["model"].get("dropout"):
-        return None  # it reads them, but otherwise
+    """None if gigatoken does not know these rules, or reads them otherwise."""
+    model = rules["model"]
+    if model["type"] != "BPE" or model.get("dropout") or max(model["vocab"].values(), default=0) >= MOST_IDS:
+        return None
+    if any(not token["special"] for token in rules["added_tokens"]):
+        return None
     try:
         return Quick(json.dumps({**rules, "added_tokens": [], "post_processor": None}))
     except (RuntimeError, ValueError):

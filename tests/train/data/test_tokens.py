@@ -88,3 +88,9 @@ def test_a_tokenizer_that_the_quick_one_reads_otherwise_is_run_as_it_is(tokenize
     load, letters = gigatoken.Tokenizer.from_json, rules_with(tokenizer, {"added_tokens": [], "model": {"merges": []}})
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda _: load(letters))
     assert not isinstance(tokens.encoder(rules_with(tokenizer, {}), cut=False), tokens.Quick)
+
+
+def test_a_table_of_all_ids_is_not_made_if_one_is_huge(tokenizer, monkeypatch):
+    rules = rules_with(tokenizer, {})
+    monkeypatch.setattr(tokens, "MOST_IDS", max(json.loads(rules)["model"]["vocab"].values()))
+    assert not isinstance(tokens.encoder(rules, cut=False), tokens.Quick)
