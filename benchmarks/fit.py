@@ -116,29 +116,29 @@ def main() -> None:
     print(f"all-MiniLM-L6-v2, metric on {seen:,} tokens, {len(wanted)} sentences judged")
     print(f"{'':34} {'kept':>6} {'cosine':>8} {'recall@10':>10} {'seconds':>8}", flush=True)
 
-    def row(name: str, method: Any, text: Any, **settings: Any) -> None:
-        if not re.search(options.only, name):
-            return
+    def fitted(method: Any, text: Any, **settings: Any) -> tuple[Any, list[Any], float, float]:
+        """The model, what is told of each matrix, which part of the parameters is kept, and the seconds it took."""
         started = time.perf_counter()
         rows: list[Any] = []
         model = lorank.fit(copy.deepcopy(dense), method, text, see=rows.append, **settings)
-        seconds = time.perf_counter() - started
-        found = embeddings(model.eval(), judged)
-        cosine = (found * wanted).sum(-1).mean().item()
         share = sum(one.parameters for one in rows) / sum(one.d_in * one.d_out for one in rows)
-        print(f"{name:34} {share:6.3f} {cosine:8.4f} {recall(found, wanted):10.3f} {seconds:8.1f}", flush=True)
+        return model, rows, share, time.perf_counter() - started
+
+    def row(name: str, method: Any, text: Any, **settings: Any) -> None:
+        if re.search(options.only, name):
+            model, _, share, seconds = fitted(method, text, **settings)
+            found = embeddings(model.eval(), judged)
+            cosine = (found * wanted).sum(-1).mean().item()
+            print(f"{name:34} {share:6.3f} {cosine:8.4f} {recall(found, wanted):10.3f} {seconds:8.1f}", flush=True)
 
     def error_row(name: str, method: Any, kept: float) -> None:
         """|(W − W̃) Xᵀ| / |W Xᵀ|, the whitened error, at equal parameters."""
         name = f"block 0, {name}, gram"
-        if not re.search(options.only, name):
-            return
-        started = time.perf_counter()
-        rows: list[Any] = []
-        lorank.fit(copy.deepcopy(dense), method, data, see=rows.append, budget=kept, targets=r"layer\.0\.")
-        seconds, errors = time.perf_counter() - started, [one.output_error for one in rows]
-        share = sum(one.parameters for one in rows) / sum(one.d_in * one.d_out for one in rows)
-        print(f"{name:34} {share:6.3f} {sum(errors) / len(errors):8.4f} {max(errors):10.4f} {seconds:8.1f}", flush=True)
+        if re.search(options.only, name):
+            _, rows, share, seconds = fitted(method, data, budget=kept, targets=r"layer\.0\.")
+            errors = [one.output_error for one in rows]
+            mean = sum(errors) / len(errors)
+            print(f"{name:34} {share:6.3f} {mean:8.4f} {max(errors):10.4f} {seconds:8.1f}", flush=True)
 
     for policy in ("uniform", "energy"):
         for metric, text in (("identity", None), ("gram", data)):

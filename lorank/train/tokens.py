@@ -6,7 +6,7 @@ is a worker (`lorank.train.workers`): it writes FOLDER/NUMBER.npy for each numbe
 has tokenised so far. FOLDER/plan.json says which documents, and by which tokenizer. A file has its final name only once it is
 whole, so what is there need not be done again.
 
-A worker starts in a tenth of a second and takes little memory, because it imports neither torch nor transformers.
+A worker starts soon and takes little memory, because it imports neither torch nor transformers.
 """
 
 import dataclasses
