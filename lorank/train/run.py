@@ -52,7 +52,7 @@ from lorank.train.generation import generate_text
 from lorank.train.hub import read_config
 from lorank.train.memory import PeakMemory
 from lorank.train.methods import methods_of, resolved, title_of, with_changed_defaults
-from lorank.train.model import build_config, build_model, check_causal, check_separate, warn_of_weights
+from lorank.train.model import build_config, build_model, check_causal, check_separate, empty_model, warn_of_weights
 from lorank.train.push import check_push, push
 from lorank.train.recipe import Recipe
 from lorank.train.saved import rehearse_saving, save_model
@@ -115,6 +115,8 @@ def pretrain(
     check_settings(recipe, engine)
     place = check_push(recipe.push_to_hub) if recipe.push_to_hub is not None and first else None
     check_apart(out, recipe.data, recipe.validation)
+    if recipe.start_from is None and not resume:
+        empty_model(recipe)  # what it refuses is refused before minutes of reading text
     prepare_folder(out, resume)
     torch.set_float32_matmul_precision("high")
     with locked(out):
