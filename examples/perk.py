@@ -56,7 +56,7 @@ def right() -> float:
 # A base that knows some facts, and both ways to say them.
 rows = torch.cat([text for _ in range(2) for text in text_and_questions(draw)])
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-for _ in range(60):
+for _ in range(30):
     optimizer.zero_grad()
     answer({}, rows)[0].backward()
     optimizer.step()

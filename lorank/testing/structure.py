@@ -170,7 +170,7 @@ def training_lowers_the_loss(subject: Subject) -> None:
     """What is added to frozen weights takes longer, as it begins at zero."""
     model = subject.model()
     first = loss_of(model).item()
-    steps = 20 if subject.method.adapts else 5
+    steps = 40 if subject.method.adapts else 5
     for _ in range(steps):
         a_step(model, lr=1e-2 if subject.method.adapts else 3e-3)
     last = loss_of(model.eval()).item()
