@@ -35,6 +35,8 @@ from lorank.fields import Bounds, check_value
 from lorank.optim.shards import processes
 
 Exponent = Annotated[int, Bounds(least=0, most=27)]
+COMPILED = 16
+"""The narrowest model to compile. With torch 2.13, GCC 12 and AVX-512 a compiled `score` of width 8 wrote past the end of its result."""
 
 
 class IntegerEggroll:
@@ -48,6 +50,9 @@ class IntegerEggroll:
             the last byte of a row predicts the first of the next.
         chunk: members in one forward pass, an even number.
         compile: let torch.compile fuse what lies between the products; the numbers are the same.
+
+    Raises:
+        ValueError: these numbers do not go together, a parameter is sharded, or `compile` with a model narrower than `COMPILED`.
     """
 
     def __init__(
@@ -67,6 +72,8 @@ class IntegerEggroll:
         check_value("carry", carry, bool)
         for name, p in model.named_parameters():
             check_whole(p, name)
+        if compile and (width := model.config.hidden_size) < COMPILED:
+            raise ValueError(f"hidden_size must be at least {COMPILED} if compile is true, got {width}")
         self.model, self.population, self.sig, self.group_size = model, population, sig, group_size
         self.carry, self.chunk, self.seed, self.epoch = carry, chunk, seed, 0
         self.score: Any = torch.compile(score, dynamic=False) if compile else score

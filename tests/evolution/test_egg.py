@@ -157,7 +157,7 @@ def test_compiled_it_is_the_same_to_the_last_bit(egg: Any) -> None:
     rows = torch.randint(0, 256, (2, 4), generator=torch.Generator().manual_seed(1))
     grads = []
     for compile in (False, True):
-        model = egg(8, layers=1, spread=3.0)
+        model = egg(16, layers=1, spread=3.0)
         estimate = IntegerEggroll(model, population=4, compile=compile)
         for _ in range(2):
             fitness = estimate(rows)
@@ -283,6 +283,11 @@ def test_the_auto_classes_build_it() -> None:
 def test_the_size_of_the_noise_is_a_power_of_two(egg: Any) -> None:
     with pytest.raises(ValueError, match="sig must be an integer from 0 to 27, got -1"):
         IntegerEggroll(egg(), population=4, sig=-1)
+
+
+def test_narrow_models_are_not_compiled(egg: Any) -> None:
+    with pytest.raises(ValueError, match="hidden_size must be at least 16 if compile is true, got 8"):
+        IntegerEggroll(egg(8), population=4, compile=True)
 
 
 def noise_key(estimate: IntegerEggroll, p: nn.Parameter) -> Tensor:

@@ -92,7 +92,7 @@ def test_words_for_egg(recipe: Any) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("asked", [False, True])
 def test_egg_is_compiled_where_the_recipe_says_so(asked: bool, recipe: Any) -> None:
-    estimator = estimator_of(recipe("egg", vocab_size=256, compile=asked))[1]
+    estimator = estimator_of(recipe("egg", vocab_size=256, compile=asked, options={"hidden_size": 16}))[1]
     assert (estimator.estimate.score is not egg_module.score) == asked
 
 
