@@ -39,8 +39,8 @@ from lorank.fit.structure import Found, Metric, Structure
 from lorank.method import Method, Site, by_role
 from lorank.methods.sparse_codes import SparseCodes, SparseCodesLinear, dense_codes, entries, packed
 
-AT_ONCE = 2**25
-"""Numbers that matching pursuit keeps for the rows that it codes together."""
+AT_ONCE, IN_CACHE = 2**25, 2**20
+"""Numbers that matching pursuit keeps for the rows that it codes together. On a CPU they stay in its cache: twice as fast."""
 
 
 def solved(T: Tensor, A: Tensor, places: Tensor) -> Tensor:
@@ -54,7 +54,8 @@ def solved(T: Tensor, A: Tensor, places: Tensor) -> Tensor:
 
 def pursue(T: Tensor, A: Tensor, s: int) -> Tensor:
     """Places [m, s] of the atoms, rows of A [k, n] of unit length, that orthogonal matching pursuit chooses for each row of T [m, n]."""
-    gram, rows = A @ A.mT, max(1, AT_ONCE // (s * len(A)))
+    gram, at_once = A @ A.mT, IN_CACHE if T.device.type == "cpu" else AT_ONCE
+    rows = max(1, at_once // (s * len(A)))
     return torch.cat([_pursue(part @ A.mT, gram, s) for part in T.split(rows)])
 
 
