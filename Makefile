@@ -9,7 +9,7 @@ help:
 	@echo "make demo     train CoLA and its dense twin on two CPU cores and compare them (eight to sixteen minutes)"
 	@echo "make test     run the test suite"
 	@echo "make docs     build the documentation into build/docs"
-	@echo "make table    write the tables of methods and of their combinations again"
+	@echo "make table    write the tables of methods, of their combinations and of engines again"
 	@echo "make check    lint, types, documentation, tests"
 	@echo "make bench    run the benchmarks"
 	@echo "make curves   record the first steps of all reproductions again, after a change that should move them"
@@ -48,6 +48,7 @@ docs: $(STAMP)
 table: $(STAMP)
 	$(BIN)/python docs/pages.py
 	PYTHONPATH=. $(BIN)/python tests/contract/test_pairs.py
+	PYTHONPATH=. $(BIN)/python tests/contract/engines.py
 
 check: lint types docs test
 

@@ -108,6 +108,24 @@ BLOCKS = [
     Row("DQ-LoRe", "2310.02954", ("examples/blocks/dq_lore.py",), "two-stage retrieval on sentence embeddings", "projects on columns, which the code does not; docstrings stand for thoughts"),
 ]
 # fmt: on
+def newcomers(rows: Sequence[Row]) -> list[Row]:
+    """Methods of the table that none of the rows names, in the words of their files."""
+    known, found = {one for row in rows for one in row.where}, []
+    for name in (one for one in METHODS if one not in known):
+        words = (ROOT / f"{find(name)().sources[0].replace('.', '/')}.py").read_text().partition('"""')[2]
+        source, saves = (re.search(rf"^{title}: (.+)", words, re.M) for title in ("Source", "Saves"))
+        paper = re.search(r"arXiv[: ]*(\d+\.\d+)", source[1]) if source else None
+        row = Row(
+            words.partition("\n")[0].rstrip("."),
+            paper[1] if paper else "",
+            (name,),
+            saves[1] if saves else "",
+            "see its file",
+        )
+        found.append(row)
+    return found
+
+
 SECTIONS = {
     "What the weights are": PRE_TRAINING,
     "How they move, and where the gradient comes from": MOVES,
@@ -118,6 +136,8 @@ SECTIONS = {
     "Blocks of models": BLOCKS,
 }
 """Headings of the page."""
+if others := newcomers([row for rows in SECTIONS.values() for row in rows]):
+    SECTIONS["Not in the listing"] = others
 
 
 def tables(pages: Mapping[str, Sequence[str]]) -> str:
@@ -132,7 +152,7 @@ def tables(pages: Mapping[str, Sequence[str]]) -> str:
 def line(row: Row, pages: Mapping[str, Sequence[str]]) -> str:
     """One row of a table."""
     address = row.source if row.source.startswith("http") else f"https://arxiv.org/abs/{row.source}"
-    paper = f"[{row.paper}]({address})"
+    paper = f"[{row.paper}]({address})" if row.source else row.paper
     if not (found := files(row)):
         return f"| {paper} | **not in the repository** | | | {row.reading} |"
     works = "; ".join(part for part in (*commands(row), row.works) if part)

@@ -150,9 +150,15 @@ def test_an_example_added_here_passes_its_contract(tmp_path: Path) -> None:
     with (tmp_path / "tests/methods/test_gained.py").open("a") as file:
         file.write(code("CONTRIBUTING.md", "python")[4])
     files, asked = ["tests/test_documents.py"], "every_page_ or everything_public or table_of_methods or gained-60m"
-    files += ["tests/test_recipes.py", "tests/comparison/test_first_steps.py"]
+    files += ["tests/test_recipes.py", "tests/comparison/test_first_steps.py", "tests/test_listing.py"]
+    asked += " or has_a_row or say_what_is_not"
     expected = ["test_documents.py::test_the_readme_has_the_table_of_methods", "test_the_recipe_is_that_of_the_paper"]
-    expected += [r"published_model\[gained-60m", r"as_recorded\[gained-60m"]
+    expected += [
+        r"published_model\[gained-60m",
+        r"as_recorded\[gained-60m",
+        "of_the_folders_has_a_row",
+        "say_what_is_not",
+    ]
     for name, (contract, part) in CONTRACTS.items():
         files += [f"tests/contract/{contract}", f"tests/{EXAMPLES[name].folder}/test_{name}.py"]
         asked += f" or ({name} and {part} and not example) or test_{name}"

@@ -114,7 +114,7 @@ def weights_in_float16_are_refused(mover: Mover) -> None:
 
 
 def a_changed_rank_begins_anew(mover: Mover) -> None:
-    """With the basis and moments of a fresh optimizer; but what has no rank, as Trion's momentum, stays."""
+    """With the basis and moments of a fresh optimizer; but a state whose shapes have no rank, as Trion's momentum, stays."""
     if not mover.projects:
         return
     for rank in (3, 12):
@@ -122,14 +122,37 @@ def a_changed_rank_begins_anew(mover: Mover) -> None:
         made, again = mover.make(model), mover.make(fresh)
         train(model, made, range(3))
         fresh.load_state_dict(model.state_dict())
+        (group, _), shapes = made.param_groups, mover.method.state_shapes
         for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
-            if mover.method.name == "trion" or all(p is not q for q in made.param_groups[0]["params"]):
+            has_rank = any(p is one for one in group["params"])
+            if not has_rank or shapes(p.shape, group) == shapes(p.shape, {**group, "rank": rank}):
                 again.state[q] = copy.deepcopy(made.state[p])
         for one in (made, again):
             one.param_groups[0]["rank"] = rank
         train(model, made, range(3, 6))
         train(fresh, again, range(3, 6))
         equal_models(model, fresh)
+
+
+def a_stack_of_experts_moves_and_costs_what_it_should(mover: Mover) -> None:
+    """A weight [3, 8, 6], as mixtures of experts have, next to one [8, 6]. What projects has at most a few numbers for all experts."""
+    if not mover.projects:
+        return
+    draw = torch.Generator().manual_seed(0)
+    stack, one = (nn.Parameter(torch.randn(*shape, generator=draw)) for shape in ((3, 8, 6), (8, 6)))
+    before = stack.detach().clone()
+    made = mover.over([{"params": [stack, one], **mover.chosen(2)}])
+    for _ in range(3):
+        for p in (stack, one):
+            p.grad = torch.randn(p.shape, generator=draw)
+        made.step()
+    [group] = made.param_groups
+    assert all(not torch.equal(*each) for each in zip(stack, before, strict=True)), "an expert has not moved"
+    said, found = mover.method.state_bytes(stack, group), bytes_kept(made.state[stack])
+    assert said == found, f"state_bytes says {said} for (3, 8, 6), but {found} are kept"
+    for cost in (mover.method.step_flops, mover.method.gathered_bytes):
+        said, single = cost(stack, group), cost(one, group)
+        assert 3 * single - 24 <= said <= 3.1 * single, f"{cost.__name__}: {said} of (3, 8, 6), {single} of (8, 6)"
 
 
 # ---- what it costs
@@ -202,6 +225,7 @@ DRIVEN: tuple[Callable[[Mover], None], ...] = (
     a_large_gradient_moves_weights_by_something_finite,
     weights_in_float16_are_refused,
     a_changed_rank_begins_anew,
+    a_stack_of_experts_moves_and_costs_what_it_should,
     bytes_are_those_that_are_kept,
     operations_of_a_step_are_those_of_the_counter,
     the_kept_gradient_has_the_shape_it_waits_in,
