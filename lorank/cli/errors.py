@@ -64,7 +64,11 @@ def _no_such_option(error: click.NoSuchOption) -> str:
     instead = MOVED.get((command.name or "", error.option_name))
     for assignments in (option for option in command.params if isinstance(option, Assignments)):
         instead = instead or assignments.instead_of(error.option_name)
-    return f"no such option: {error.option_name}; use {instead}" if instead else _with_help(error)
+    if not instead:
+        nearest = f"; did you mean {' or '.join(error.possibilities)}?" if error.possibilities else ";"
+        instead = f"see {error.ctx.command_path} --help"
+        return f"no such option: {error.option_name}{nearest} {instead}"
+    return f"no such option: {error.option_name}; use {instead}"
 
 
 def sentence(error: Exception) -> str:

@@ -133,7 +133,10 @@ resume_flag = click.option(
 
 
 def recipe_flags(
-    *, own: Mapping[str, str] | None = None, only: Mapping[str, Any] | None = None
+    *,
+    own: Mapping[str, str] | None = None,
+    only: Mapping[str, Any] | None = None,
+    shown: Mapping[str, str] | None = None,
 ) -> Callable[[Any], Any]:
     """Give a command a flag for each everyday setting of a recipe, and --set for all of them. The flags that version 0.1 had for
     the others work, but the help does not list them.
@@ -141,6 +144,7 @@ def recipe_flags(
     Args:
         own: {setting: flag} of settings that the command asks for by another flag.
         only: {setting: default that the help shows, or None}: flags for these settings alone.
+        shown: {setting: default that the help shows}.
     """
 
     def decorate(command: Any) -> Any:
@@ -164,7 +168,7 @@ def recipe_flags(
         for name in reversed([name for name in everyday if only is None or name in only]):
             if name == "steps":
                 command = budget_flags(command)
-            command = _flag(fields[name], (only or {}).get(name))(command)
+            command = _flag(fields[name], (only or shown or {}).get(name))(command)
         return command
 
     return decorate

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @click.command(cls=InGroups, context_settings=SETTINGS)
 @click.argument("recipe", required=False)
-@recipe_flags()
+@recipe_flags(shown=dict.fromkeys(("optimizer", "lr"), "the best known for the method"))
 @click.option("--out", type=Folder(), default=None, help="Folder of the run.", show_default="runs/METHOD-SIZE")
 @resume_flag
 @click.option(

@@ -188,15 +188,18 @@ def _gib(size: float) -> str:
 
 def _memory(found: "Sequence[Forecast]") -> Group:
     r, title = found[0].recipe, "Memory of one device in GiB"
+    several = not found[0].file and len({f.recipe.micro_batch_size for f in found}) > 1
     if not found[0].file:
-        title += f", {r.micro_batch_size} sequences of {r.sequence_length} at a time, {r.precision}"
+        title += (
+            f", {'' if several else f'{r.micro_batch_size} '}sequences of {r.sequence_length} at a time, {r.precision}"
+        )
     rules = {f.rule for f in found}
     moments = "optimizer" if found[0].file or len(rules) > 1 else rules.pop()
-    table = _table("weights", "gradients", moments, "activations", "peak", "when")
+    table = _table(*(["at a time"] if several else []), "weights", "gradients", moments, "activations", "peak", "when")
     for name, f in zip(_names(found), found, strict=True):
         m = f.counts.memory
         parts = (m.weights_bytes, m.gradients_bytes, m.optimizer_bytes, m.activations_bytes, m.peak_bytes)
-        table.add_row(name, *map(_gib, parts), m.peak_when)
+        table.add_row(name, *([f"{f.recipe.micro_batch_size}"] if several else []), *map(_gib, parts), m.peak_when)
     return _under(title, table)
 
 
