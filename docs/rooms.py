@@ -169,26 +169,32 @@ def read(root: Path = ROOT) -> dict[str, Module]:
 def _module(name: str, file: str, text: str, known: Container[str]) -> Module:
     tree = ast.parse(text)
     imports, borrowed, by_name = [], [], []
+    package, loaders = (
+        {"lorank"},
+        {"importlib.import_module", "import_module", "__import__"},
+    )  # and other names for them
     for node, in_function, for_types in _walk(tree):
         if isinstance(node, ast.Import):
             imports += [Import(name, file, alias.name, node.lineno, in_function, for_types) for alias in node.names]
+            package |= {alias.asname for alias in node.names if alias.asname and alias.name == "lorank"}
+            loaders |= {
+                f"{alias.asname}.import_module" for alias in node.names if alias.asname and alias.name == "importlib"
+            }
         elif isinstance(node, ast.ImportFrom):
             above = name.split(".")[: -node.level + file.endswith("__init__.py") or None] if node.level else []
             module = ".".join([*above, *([node.module] if node.module else [])])
+            if module == "importlib":
+                loaders |= {alias.asname for alias in node.names if alias.asname and alias.name == "import_module"}
             for alias in node.names:
                 whole = f"{module}.{alias.name}"
                 target = whole if whole in known else module
                 imports.append(Import(name, file, target, node.lineno, in_function, for_types))
                 if target == "lorank" and not alias.name.startswith("__"):
                     borrowed.append((whole, node.lineno))
-        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "lorank":
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in package:
             if not node.attr.startswith("__") and f"lorank.{node.attr}" not in known:
                 borrowed.append((f"lorank.{node.attr}", node.lineno))
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in (
-            "importlib.import_module",
-            "import_module",
-            "__import__",
-        ):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in loaders:
             by_name.append((ast.unparse(node.args[0]), node.lineno))
     lines = len(text.splitlines())
     unique = tuple(dict.fromkeys(imports))
@@ -198,7 +204,7 @@ def _module(name: str, file: str, text: str, known: Container[str]) -> Module:
 def _walk(node: ast.AST, in_function: bool = False, for_types: bool = False) -> Iterator[tuple[ast.AST, bool, bool]]:
     """Every node below, with whether it is in a function and whether it is there for type checkers alone."""
     inside = in_function or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-    typed = isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+    typed = isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "typing.TYPE_CHECKING")
     for field, value in ast.iter_fields(node):
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):

@@ -336,6 +336,7 @@ def test_a_page_includes_sections_with_their_links() -> None:
 def test_the_readme_has_the_table_of_methods() -> None:
     text = (ROOT / "README.md").read_text()
     assert pages.with_table(text) == text, "run: make table"
+    assert len(text.splitlines()) <= 130, "a stranger reads the README in three minutes; the rest goes into docs/"
 
 
 def test_files_and_functions_that_pages_name_exist() -> None:

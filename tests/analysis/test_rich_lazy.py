@@ -35,7 +35,7 @@ def test_alignments_are_those_of_the_kernels() -> None:
     assert alignment(H, torch.zeros(30, 7).index_fill_(1, torch.tensor(0), 1)) >= 0
 
 
-def test_a_model_that_is_linear_in_its_weights_keeps_its_tangents() -> None:
+def test_a_model_linear_in_its_weights_keeps_its_tangents() -> None:
     x, W = drawn(5, 4), drawn(3, 4, seed=1).requires_grad_()
     J = tangents(x @ W.T, W)
     torch.testing.assert_close(J.view(5, 3, 3, 4), torch.einsum("ij,na->nija", torch.eye(3).double(), x))

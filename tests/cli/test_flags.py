@@ -134,7 +134,7 @@ def test_flags_win_over_a_recipe_by_name() -> None:
     assert (recipe.lr, recipe.clip, recipe.batch_size) == (1.0, 0, Recipe.read("cola-60m").batch_size)
 
 
-def test_a_recipe_that_becomes_shorter_keeps_the_share_of_its_warm_up(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shorter_recipe_keeps_the_share_of_its_warm_up(caplog: pytest.LogCaptureFixture) -> None:
     full = Recipe.read("cola-60m")
     assert recipe_of("cola-60m", {}) == full == recipe_of("cola-60m", {"steps": full.steps})
     assert recipe_of("cola-60m", {"steps": 20_000}).warmup_steps == full.warmup_steps == 2000 and not caplog.text

@@ -46,7 +46,7 @@ def test_curves_are_in_order_and_end_with_the_run(finished, rows: list[dict[str,
             assert run["curve"]["flops"][-1] == pytest.approx(row["training_flops"])
 
 
-def test_the_baseline_reaches_its_own_loss_at_its_last_evaluation(finished, rows: list[dict[str, Any]]) -> None:
+def test_the_baseline_reaches_its_loss_at_its_last_evaluation(finished, rows: list[dict[str, Any]]) -> None:
     """Evaluations in training stop after 60 tokens, so their losses are not those of the whole text."""
     base = next(row for row in rows if row["name"] == finished.results["baseline"])
     curves = [run["curve"] for run in base["runs"]]

@@ -49,7 +49,7 @@ def of_rank(r: int, n: int, d: int) -> Tensor:
 # ---- LAMA
 
 
-def test_lama_has_two_vectors_per_head_where_bilinear_forms_have_a_matrix() -> None:
+def test_a_head_of_lama_has_two_vectors_instead_of_a_matrix() -> None:
     assert size(lama.LAMA(300, 8)) == 4_800 and size(lama.FullPooling(300, 8)) == 720_000
 
 
@@ -91,7 +91,7 @@ def test_the_correction_of_bipft_is_three_products_of_rank_two() -> None:
     assert torch.linalg.matrix_rank(found) == 2
 
 
-def test_the_correction_is_exact_for_a_residual_that_is_the_same_in_a_row() -> None:
+def test_the_correction_of_a_row_with_equal_residuals_is_exact() -> None:
     """(q̂ + p_q 1ᵀ)(k̂ + p_k 1ᵀ)ᵀ is q̂ k̂ᵀ and the three terms, if m are the sums of rows; of the last term d times p_q p_kᵀ."""
     Q, K, p_q, p_k = torch.randn(5, 4), torch.randn(5, 4), torch.randn(5), torch.randn(5)
     wanted = (Q + p_q[:, None]) @ (K + p_k[:, None]).T
@@ -99,7 +99,7 @@ def test_the_correction_is_exact_for_a_residual_that_is_the_same_in_a_row() -> N
     torch.testing.assert_close(found, wanted)
 
 
-def test_bipft_without_estimates_is_binary_attention_and_counts_five_maps() -> None:
+def test_bipft_without_estimates_is_binary_attention() -> None:
     torch.manual_seed(1)
     plain = bipft.Attention(8, 2, corrected=False)
     corrected = bipft.Attention(8, 2, corrected=True)
@@ -189,13 +189,13 @@ def test_hiformer_becomes_what_it_generalises(kind: str) -> None:
     torch.testing.assert_close(last(E), found[:, :1])
 
 
-def test_the_composite_maps_of_hiformer_cost_what_their_formula_says() -> None:
+def test_composite_maps_of_hiformer_cost_what_they_say() -> None:
     with torch.device("meta"):
         assert size(hiformer.Composite(62, 128, 16, None)) == (62 * 128) * (62 * 16) == 7_872_512
         assert size(hiformer.Composite(62, 128, 16, 128)) == 128 * (62 * 128 + 62 * 16) == 1_142_784
 
 
-def test_the_area_under_the_curve_is_the_chance_of_the_right_order() -> None:
+def test_the_area_is_the_chance_of_the_right_order() -> None:
     score, label = torch.randn(30), torch.arange(30) % 3 == 0
     pairs = score[label][:, None] > score[~label]
     assert hiformer.auc(score, label) == pytest.approx(pairs.double().mean().item())
@@ -224,7 +224,7 @@ def test_wings_start_as_the_model_alone_and_count_their_factors() -> None:
     )
 
 
-def test_a_learner_of_wings_is_attention_with_an_identity_and_low_rank() -> None:
+def test_a_learner_of_wings_is_attention_of_low_rank() -> None:
     learner = wings.Learner(6, 2, heads=1)
     with torch.no_grad():
         for p in learner.parameters():
@@ -260,7 +260,7 @@ def test_wings_weigh_the_image_and_the_text_up_to_a_token() -> None:
 # ---- DeiT-LT
 
 
-def test_the_rank_of_features_is_that_of_the_matrix_whatever_its_scale_and_rotation() -> None:
+def test_the_rank_of_features_is_that_of_any_scale_and_rotation() -> None:
     Z = of_rank(3, 20, 8) + torch.randn(8)
     turned = 7e3 * Z @ torch.linalg.qr(torch.randn(8, 8))[0]
     assert [feature_rank(one) for one in (Z, turned, Z.float(), torch.ones(5, 8))] == [3, 3, 3, 0]
@@ -275,7 +275,7 @@ def test_the_rank_of_features_is_that_of_the_matrix_whatever_its_scale_and_rotat
         feature_rank(Z, 1.5)
 
 
-def test_the_loss_of_deit_lt_is_half_of_each_head_and_weights_act_on_the_second() -> None:
+def test_the_loss_of_deit_lt_is_half_of_each_head() -> None:
     cls, dist, y, said = (
         torch.randn(5, 3),
         torch.randn(5, 3),
@@ -306,7 +306,7 @@ def test_a_flat_step_takes_the_gradient_where_the_loss_is_higher() -> None:
 # ---- DQ-LoRe
 
 
-def test_directions_of_dq_lore_are_orthonormal_and_all_of_them_keep_the_order() -> None:
+def test_all_directions_of_dq_lore_keep_the_order() -> None:
     bank = torch.nn.functional.normalize(torch.randn(40, 24), dim=1)
     query = bank[0] + 0.1 * torch.randn(24)
     near = dq_lore.retrieve(query, bank, 9)

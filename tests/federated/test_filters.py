@@ -17,7 +17,7 @@ TENSORS = {"b": torch.tensor([[3.0, -1.0], [0.0, 1.0]]), "a": torch.tensor([1.0,
 
 
 @pytest.mark.parametrize(("density", "places"), [(0.15, [1]), (3 / 7, [1, 2, 3]), (5 / 7, [0, 1, 2, 3, 4])])
-def test_the_largest_numbers_are_kept_and_first_ones_among_equals(density: float, places: list[int]) -> None:
+def test_the_largest_numbers_are_kept_the_first_of_equals(density: float, places: list[int]) -> None:
     numbers = torch.cat([TENSORS["a"], TENSORS["b"].flatten()])
     assert sparse.kept(numbers, density).tolist() == places
     payload = sparse.packed(TENSORS, density)

@@ -53,7 +53,7 @@ def test_a_node_that_is_gone_is_told_from_one_that_is_late(monkeypatch: pytest.M
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning")  # files and processes that Ray leaves to Python's end
-def test_the_engine_computes_what_one_process_does_and_leaves_out_who_fails(tmp_path: Path) -> None:
+def test_the_engine_computes_what_one_process_does(tmp_path: Path) -> None:
     """Client 1 fails in the second round, and client 2's process ends in the third."""
     tokenizer = byte_tokenizer()
     shape = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}

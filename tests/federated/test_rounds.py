@@ -111,9 +111,7 @@ def test_a_client_weighs_as_much_as_it_has_sequences(settings: Any, tmp_path: Pa
         torch.testing.assert_close(tensor, (n * one.tensors[name] + k * two.tensors[name]) / (n + k))
 
 
-def test_sparse_changes_are_from_what_was_received_and_on_top_of_what_the_server_has(
-    settings: Any, tmp_path: Path
-) -> None:
+def test_sparse_changes_are_from_what_was_received(settings: Any, tmp_path: Path) -> None:
     server = Server(settings(method="average", clients=1, down=0.25, up=0.1), tmp_path)
     link = Local(clients_of(server.settings))
     server._round(link, train=True)
@@ -183,7 +181,7 @@ def test_a_round_that_no_server_saw_the_end_of_is_paid_for(settings: Any, tmp_pa
         assert found == pytest.approx(epsilon(1.5, q, rounds, 1e-5))
 
 
-def test_a_client_counts_for_itself_and_its_noise_is_not_that_of_the_seed(settings: Any) -> None:
+def test_a_client_counts_for_itself_with_its_own_noise(settings: Any) -> None:
     """Of a deployment; in a simulation the noise can be repeated."""
     chosen = settings(method="ffa", noise=1.5, steps=1)
     simulated = clients_of(chosen)[0]

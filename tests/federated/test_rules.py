@@ -151,7 +151,7 @@ def test_new_factors_follow_from_the_seed_and_ranks_are_nested() -> None:
 # ---- FedPGP
 
 
-def test_the_personal_term_has_low_rank_and_stays_with_its_client() -> None:
+def test_the_personal_term_of_low_rank_stays_with_its_client() -> None:
     clients = [begin(6, 10, 2, generator=torch.Generator().manual_seed(i)) for i in range(3)]
     for one in clients:
         assert torch.linalg.matrix_rank(one.whole() - one.shared, atol=1e-6) == 2

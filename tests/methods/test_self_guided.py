@@ -172,7 +172,7 @@ def test_a_resumed_run_begins_with_its_guide() -> None:
         assert all(layer.W for layer in guided(build_model(recipe, config, model.config)))
 
 
-def test_weights_saved_after_the_guide_are_loaded_before_the_optimizer_is_made(tokens: Tensor) -> None:
+def test_weights_saved_after_the_guide_are_loaded_first(tokens: Tensor) -> None:
     """As Trainer does; the contract test resumes at every step in another order."""
     model = model_of()
     optimizer, hook = started(model)

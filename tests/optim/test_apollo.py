@@ -129,7 +129,7 @@ def test_a_transposed_problem_takes_the_transposed_step_exactly() -> None:
     assert torch.equal(wide, tall.T)
 
 
-def test_a_sketch_is_drawn_anew_at_each_refresh_by_seed_and_place() -> None:
+def test_each_refresh_draws_a_sketch_by_seed_and_place() -> None:
     parameters = matrices((12, 20), (12, 20))
     optimizer = made(APOLLO, [{"params": parameters, "rank": 4}], lr=0.1)
     run(optimizer, parameters, range(1))

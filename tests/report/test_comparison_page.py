@@ -145,7 +145,7 @@ def test_the_verdict_is_careful(results: dict[str, Any]) -> None:
     assert verdict(results, []) == "No run has finished."
 
 
-def test_methods_without_dense_rows_are_not_called_a_comparison_with_them(results: dict[str, Any]) -> None:
+def test_without_dense_rows_nothing_is_compared_with_dense(results: dict[str, Any]) -> None:
     results["rows"] = results["rows"][:2]
     assert "against dense" not in comparison_page(results)
     results.update(rows=results["rows"][:1], baseline="cola")

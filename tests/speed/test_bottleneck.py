@@ -82,7 +82,7 @@ def kept_by(model: nn.Module) -> int:
     return sum(t.untyped_storage().nbytes() // t.element_size() for t in seen.values())
 
 
-def test_a_model_has_the_same_gradients_and_keeps_one_tensor_less_of_each_bottleneck() -> None:
+def test_a_model_has_the_same_gradients_and_keeps_less() -> None:
     plain, fused = cola(fused=False), cola(fused=True)
     bottlenecks = [m for m in plain.modules() if isinstance(m, LowRankLinear)]
     assert kept_by(plain) - kept_by(fused) == sum(IDS.numel() * m.A.out_features for m in bottlenecks)
@@ -145,7 +145,7 @@ def sharded() -> list[Any]:
     return [t.detach().numpy() for t in (y, *(whole(p.grad) for p in layer.parameters()))]  # type: ignore[arg-type]
 
 
-def test_two_processes_that_share_the_weights_have_the_gradients_of_one() -> None:
+def test_two_processes_with_shared_weights_have_equal_gradients() -> None:
     torch.manual_seed(0)
     layer, x = LowRankLinear(8, 16, 4, activation="silu", bias=True), torch.randn(3, 8)
     y = layer(x)

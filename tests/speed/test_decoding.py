@@ -11,7 +11,7 @@ import lorank
 from lorank.layers import LowRankLinear
 
 
-def test_only_short_rows_are_stored_by_columns_and_nothing_else_changes(tmp_path: Path) -> None:
+def test_only_short_rows_are_stored_by_columns(tmp_path: Path) -> None:
     torch.manual_seed(0)
     shape: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "vocab_size": 64}
     dense = LlamaForCausalLM(LlamaConfig(**shape, num_hidden_layers=1, tie_word_embeddings=True))

@@ -16,7 +16,7 @@ from lorank.train.recipe import Recipe
 pytestmark = pytest.mark.usefixtures("quick")
 
 
-def test_a_stream_whose_files_vanish_ends_with_their_name_and_a_checkpoint(
+def test_a_stream_whose_files_vanish_ends_with_a_checkpoint(
     recipe: Callable[..., Recipe], before_step: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(streams, "OPEN", 1)

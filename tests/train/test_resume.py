@@ -303,7 +303,7 @@ def test_a_checkpoint_without_checksums_is_used(killed: Path) -> None:
     assert last_whole_checkpoint(killed) == killed / "checkpoint-6"
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(killed: Path) -> None:
+def test_a_run_with_only_damaged_checkpoints_does_not_restart(killed: Path) -> None:
     for folder in killed.glob("checkpoint-*"):
         (folder / "optimizer.pt").write_bytes(b"")
     before = sorted(killed.rglob("*"))

@@ -18,7 +18,7 @@ from lorank.train.text import text_of
 TEXTS = [f"row {i} says {i * i} in {'abc'[i % 3]} and {i % 7}" for i in range(200)]
 
 
-def test_a_sample_estimates_the_share_that_two_texts_have_in_common() -> None:
+def test_a_sample_estimates_what_two_texts_have_in_common() -> None:
     many = [f"document {i}" for i in range(30_000)]
     sample = seen.joined([seen.sample_of(many[:7000]), seen.sample_of(many[6000:])])
     assert len(sample) == seen.MOST and np.array_equal(sample, seen.sample_of(many[::-1]))

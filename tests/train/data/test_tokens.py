@@ -80,11 +80,11 @@ def test_the_quick_tokenizer_gives_the_same_tokens(tokenizer, prose, changes):
 
 
 @pytest.mark.parametrize("changes", OTHER.values(), ids=OTHER)
-def test_a_tokenizer_that_the_quick_one_does_not_know_is_run_as_it_is(tokenizer, changes):
+def test_a_tokenizer_unknown_to_the_quick_one_runs_as_it_is(tokenizer, changes):
     assert not isinstance(tokens.encoder(rules_with(tokenizer, changes), cut=False), tokens.Quick)
 
 
-def test_a_tokenizer_that_the_quick_one_reads_otherwise_is_run_as_it_is(tokenizer, monkeypatch):
+def test_a_tokenizer_that_is_quickly_read_wrong_runs_as_it_is(tokenizer, monkeypatch):
     load, letters = gigatoken.Tokenizer.from_json, rules_with(tokenizer, {"added_tokens": [], "model": {"merges": []}})
     monkeypatch.setattr(gigatoken.Tokenizer, "from_json", lambda _: load(letters))
     assert not isinstance(tokens.encoder(rules_with(tokenizer, {}), cut=False), tokens.Quick)
