@@ -1,6 +1,6 @@
 """Comp-LoRA: a LoRA whose factors stay out of the leading directions of the frozen weight.
 
-    y = W x + (α/r) B A x (+ b),   U_kᵀ B = 0,  A V_k = 0      A [r, d_in]   B [d_out, r]   W [d_out, d_in] = U S Vᵀ frozen
+    y = W x + (α/r) B A x (+ b), U_kᵀ B = 0, A V_k = 0      A [r, d_in]   B [d_out, r]   W [d_out, d_in] = U S Vᵀ frozen
 
 Saves: gradients, optimizer state.
 

@@ -1,7 +1,7 @@
 """ALLoRA: an adapter whose output rows learn the faster the smaller they are, without dropout and scale.
 
-    y = W x + B A x (+ b)      x [..., d_in]   A [r, d_in]   B [d_out, r]   W [d_out, d_in] frozen
-    backward:  ∂A, ∂B come from f ⊙ ∂y,  f_i = 1 / √(|(B A)_i| + 1/η²),  while ∂x comes from ∂y                  (1)
+    y = W x + B A x (+ b), ∂A and ∂B from f ⊙ ∂y      x [..., d_in]   A [r, d_in]   B [d_out, r]   W [d_out, d_in] frozen
+    backward:  f_i = 1 / √(|(B A)_i| + 1/η²) for ∂A and ∂B alone,  while ∂x comes from ∂y                          (1)
 
 Saves: gradients, optimizer state.
 

@@ -5,7 +5,7 @@
 
     Θ [a, b] int8     Z [a, b] int32: the votes of K pairs, see `lorank.evolution.integers`
 
-Saves: weights, gradients, optimizer state, activations: all are integers, and no pass goes back.
+Saves: weights, gradients, optimizer state, activations: all are integers, and there is no backward pass.
 
 α is the fraction of the weights that would move if fitness were noise. It takes the place of a learning rate and falls
 with the step t; the paper's best is lr = 1, fall = 4. At t = 0 it is then 1, q is 0 and all weights move.

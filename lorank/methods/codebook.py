@@ -1,6 +1,6 @@
 """A codebook after a linear map: every few neighbouring weights of a row are one of K vectors of a subspace.
 
-    y = W x (+ b)     W[i, v j : v (j + 1)] = C[q_ij] M     x [..., d_in]   W [d_out, d_in]   b [d_out]
+    y = W x (+ b), W[i, v j : v (j + 1)] = C[q_ij] M     x [..., d_in]   W [d_out, d_in]   b [d_out]
     C [K, e] codewords   M [e, v] the map, e ≤ v   q [d_out, ⌈d_in / v⌉] which codeword
 
 Saves: weights, gradients, optimizer state.

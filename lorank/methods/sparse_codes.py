@@ -1,6 +1,6 @@
 """A dictionary and sparse codes: two factors of which the second has few entries in each row, chosen row by row.
 
-    y = B A x (+ b)     x [..., d_in]   A [k, d_in]   B [d_out, k], s = ⌊k / ρ⌋ entries in each row, 0 elsewhere   b [d_out]
+    y = B A x (+ b), s of k entries in a row of B     x [..., d_in]   A [k, d_in]   B [d_out, k], s = ⌊k / ρ⌋, 0 elsewhere   b [d_out]
 
 Saves: weights, gradients, optimizer state.
 

@@ -11,7 +11,7 @@
 
     A, D_A [r, d_in]     B, D_B [d_out, r]     U, Y [d_out, r]     V [d_in, r]     X [r, d_in]     R_A, R_B [r, r]
 
-Saves: what `low-rank` does.
+Saves: nothing beyond `low-rank`.
 
 State: Adam's. An exact step costs two QR decompositions of 2 r columns and an SVD of 2 r x 2 r for each pair. lr has Adam's bias
 correction. The schedule begins again, with a few steps of warm-up, after each exact step.
