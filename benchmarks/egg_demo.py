@@ -83,7 +83,7 @@ def entropies(rows: torch.Tensor) -> tuple[float, float]:
     return bits(second), bits(pairs) - bits(first)
 
 
-def race(name: str) -> float:
+def in_turns_with(name: str) -> float:
     """Time of a step as written over that of a compiled one, in turns, at the demo's sizes: the least of five each."""
     recipe = Recipe.read("egg").but({**COMMON, **SETTINGS[name]})
     rows = torch.randint(1, 128, (recipe.batch_size, recipe.sequence_length))
@@ -151,7 +151,7 @@ def main() -> None:
             learn(name, arguments.steps, folder, compiled)
     if compiled:
         print(
-            f"a step as written takes {race(arguments.corpora[0]):.1f} times that of a compiled one, in turns in one process"
+            f"a step as written takes {in_turns_with(arguments.corpora[0]):.1f} times that of a compiled one, in turns in one process"
         )
 
 

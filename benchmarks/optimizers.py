@@ -211,7 +211,7 @@ def differences() -> None:
     """Print how far updates of our GaLore are from the original's: all of it together, and the largest of one weight."""
     same = {"basis": basis_as_the_original}
     cases: list[tuple[str, Any, int, dict[str, Any]]] = [
-        ("as it is raced, four steps in one basis, spectra with gaps", with_gaps, 4, {}),
+        ("as it is measured, four steps in one basis, spectra with gaps", with_gaps, 4, {}),
         ("by the original's call of LAPACK, two bases, spectra with gaps", with_gaps, 2, same),
         ("by the original's call of LAPACK, two bases, random gradients", without_gaps, 2, same),
     ]
@@ -241,7 +241,7 @@ def accuracy() -> None:
             )
 
 
-def race(groups: Groups, wanted: Callable[[str], bool], rounds: int, compile: bool = False) -> None:
+def measured(groups: Groups, wanted: Callable[[str], bool], rounds: int, compile: bool = False) -> None:
     """Step the wanted optimizers in turns, and print the table."""
     made = {name: make(groups) for name, make in optimizers(GAP, compile).items() if wanted(name)}
     refresh, plain = {}, {name: list[float]() for name in made}
@@ -287,10 +287,10 @@ def main() -> None:
     print(
         f"the 130M model, {options.layers} blocks, rank {RANK}, fp32, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    race(model_groups(options.layers), lambda name: name != "two products", options.rounds, options.compile)
+    measured(model_groups(options.layers), lambda name: name != "two products", options.rounds, options.compile)
     print("the matrices of two of its blocks alone")
     matrices = [group for group in model_groups(2) if group["rank"]]
-    race(matrices, lambda name: name.startswith(("AdamW", "GaLore", "two")), 3 * options.rounds)
+    measured(matrices, lambda name: name.startswith(("AdamW", "GaLore", "two")), 3 * options.rounds)
     accuracy()
     if original() is not None:
         differences()

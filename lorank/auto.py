@@ -123,8 +123,8 @@ def _check_same_model(name: str, given: Any, place: Any, base: Any, options: dic
     if kinds[0] != kinds[1] and any(kind.startswith(PREFIX) for kind, _ in kinds):
         said = [f"{kind!r}" + (f" (method {method!r})" if method else "") for kind, method in kinds]
         raise ValueError(
-            f"{name} must get the configuration of the weights in {place}, which is of type {said[0]}, got one of type {said[1]}, with "
-            "which layers would have random weights; leave out config and use an Auto class such as AutoModelForCausalLM"
+            f"{name} must get the configuration of the weights in {place}, which is of type {said[0]}, got one of type {said[1]}, which "
+            "would give layers random weights; leave out config and use an Auto class such as AutoModelForCausalLM"
         )
 
 

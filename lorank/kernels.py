@@ -38,7 +38,7 @@ def check_kernels(settings: Mapping[str, Any], where: str) -> None:
         known = implementations(key)
         if value is not None and value not in known:
             raise ValueError(
-                f"{path} in {where} must be one of {', '.join(known)}, got {value!r}, which is no part of the installed "
+                f"{path} in {where} must be one of {', '.join(known)}, got {value!r}, which is not in the installed "
                 "packages; lorank downloads no code"
             )
 

@@ -61,8 +61,8 @@ def _with_starts(optimizer: Optimizer, parameter: Tensor) -> list[tuple[Tensor, 
             found.append((value, 0.0))
         elif value.shape == parameter.shape:
             raise ValueError(
-                f"{kind} must keep entries that can begin anew when the parameter changes, but it keeps {name!r}, of which it is not "
-                "known where it begins; use another optimizer"
+                f"{kind} must keep entries that can begin anew when the parameter changes, but it keeps {name!r}, whose first value "
+                "lorank does not know; use another optimizer"
             )
     if not found and any(name not in COUNTERS for name in state):
         raise ValueError(

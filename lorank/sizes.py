@@ -1,4 +1,4 @@
-"""Model shapes by name: the Llama family on which CoLA and its rivals publish their tables."""
+"""Model shapes by name: the Llama family on which CoLA and the methods next to it publish their tables."""
 
 from typing import NamedTuple
 

@@ -118,7 +118,7 @@ class AdaptedConv2d(nn.Module):
             ValueError: its structure is "matrix".
         """
         if self.structure == "matrix":
-            raise ValueError("structure 'matrix' is no pair of convolutions; use 'cp' or 'conv'")
+            raise ValueError("structure must be 'cp' or 'conv' to give two convolutions, got 'matrix'")
         A = torch.einsum("iq,hq,wq->qihw", self.b, self.c, self.d) if self.structure == "cp" else self.A
         B = self.a if self.structure == "cp" else self.B
         return self.scale * B[:, :, None, None].detach(), A.detach()

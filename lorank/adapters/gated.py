@@ -178,7 +178,7 @@ class Adapter(Method):
             ValueError: it is none.
         """
         if not isinstance(module, GatedAdapter) or module.follows_input:
-            raise ValueError(f"{self.name} is no pair of factors: its gate depends on the input")
+            raise ValueError(f"{self.name} cannot be written as two factors: its gate depends on the input")
         B, A, gate = module.B.weight.detach(), module.A.weight.detach(), module.static_gate()
         if gate is None:
             return module.scale * B, A

@@ -58,14 +58,14 @@ def find_controls(
         matched: what is already equal for all rows, which nobody saves.
         folder: where the shapes are written.
     """
-    rivals = [(name, recipe) for name, recipe in methods if not estimates_gradient(recipe)]
-    if not rivals:
+    others = [(name, recipe) for name, recipe in methods if not estimates_gradient(recipe)]
+    if not others:
         return [], {CONTROL: "no method takes part that a narrower model could cost as much as"}
     found, missing = [], {}
     for name, rule, twin in _names(base, dense):
-        same = [(one, recipe) for one, recipe in rivals if methods_of(recipe).rule == rule]
+        same = [(one, recipe) for one, recipe in others if methods_of(recipe).rule == rule]
         try:
-            found.append(_narrowed(name, twin, same or rivals, costs, matched, folder / name))
+            found.append(_narrowed(name, twin, same or others, costs, matched, folder / name))
         except ValueError as error:
             missing[name] = str(error)
     if not found:  # one sentence for all
@@ -86,7 +86,7 @@ def _names(base: Recipe, dense: Sequence[Recipe]) -> Iterator[tuple[str, str, Re
 def _narrowed(
     name: str,
     dense: Recipe,
-    rivals: Sequence[tuple[str, Recipe]],
+    others: Sequence[tuple[str, Recipe]],
     costs: Costs,
     matched: Figure | None,
     folder: Path,
@@ -94,11 +94,11 @@ def _narrowed(
     for by, words in SAVINGS.items():
         if by == matched:
             continue
-        cheapest, rival = min(((costs.of(by, recipe), one) for one, recipe in rivals), key=lambda pair: pair[0])
+        cheapest, other = min(((costs.of(by, recipe), one) for one, recipe in others), key=lambda pair: pair[0])
         if cheapest < (1 - CLOSE) * costs.of(by, dense):
             recipe, shape = narrow_to_match(dense, costs, cheapest, by, folder)
             whole = build_config(dense, costs.tokenizer)
-            like = f"{words} of {rival}"
+            like = f"{words} of {other}"
             chosen = f"{shape} (the full dense model: hidden size {whole.hidden_size}), for the {like}"
             return Control(name, recipe, chosen, like)
     saved = " or ".join(words for by, words in SAVINGS.items() if by != matched)

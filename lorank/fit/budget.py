@@ -23,7 +23,7 @@ def check_policy(structure: Structure, policy: str, budget: float | str | None) 
         raise ValueError(f"policy must be 'uniform', 'energy' or 'break-even', got {policy!r}")
     if policy == "energy" and not structure.has_spectrum:
         raise ValueError(
-            f"policy must be 'uniform' or 'break-even' with {structure.name}, whose error no singular values tell, got 'energy'"
+            f"policy must be 'uniform' or 'break-even' with {structure.name}, because singular values do not give its error, got 'energy'"
         )
     if policy == "break-even" and budget is not None:
         raise ValueError(f"budget must be left out with policy 'break-even', which has none, got {budget}")

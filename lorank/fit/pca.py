@@ -184,13 +184,13 @@ def fit_masa(
     """
     method = MASA(**{"coefficients": "table", **fields})
     if method.coefficients != "table":
-        raise ValueError("coefficients must be 'table' with Matrix PCA, which finds no network, got 'network'")
+        raise ValueError("coefficients must be 'table' with Matrix PCA, which computes a table, got 'network'")
     to_group, to_whiten = isinstance(method.groups, int) and method.groups > 1, method.residual_rank is not None
     if (data is None) == (to_group or to_whiten):
         raise ValueError(
             "data must be batches of token ids [b, n] for a number of groups or for residuals, got None"
             if data is None
-            else "data must be left out without residual_rank or a number of groups, because nothing else needs them"
+            else "data must be left out without residual_rank or a number of groups, which alone need it"
         )
     dense = {site.name: site.linear for site in sites_to_convert(model, method, targets, exclude)}
     found = None if data is None else calibrate(model, data, dense, drift=to_group, inputs=to_whiten)

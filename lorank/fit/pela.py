@@ -60,7 +60,7 @@ def perturbation(model: nn.Module, parent: nn.Module, epsilon: float = EPSILON) 
     if not factors:
         raise ValueError("model must have factors, got one without; fit it with lorank.fit first")
     if missing := [name for name in factors if name not in dense]:
-        raise ValueError(f"parent must be the dense model of which the factors are, but it has no {missing[0]}")
+        raise ValueError(f"parent must be the dense model that was fitted, but it lacks {missing[0]}")
     terms = [
         ((layer.B.weight @ layer.A.weight - dense[name]).abs().max() - epsilon).square()
         for name, layer in factors.items()

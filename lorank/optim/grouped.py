@@ -79,7 +79,7 @@ class Grouped(Optimizer):
                 other = "without rank" if group["rank"] is not None else f"with another rule than {group['rule']!r}"
                 raise ValueError(
                     f"a parameter of shape {tuple(p.shape)} is neither a matrix nor a stack of matrices; put it in a group {other}, "
-                    "or shard by FSDP2 where DeepSpeed's ZeRO has made one vector of all weights"
+                    "or use FSDP2 instead of DeepSpeed's ZeRO, which flattens all weights into one vector"
                 )
             _check_type(p)
         rule.check(group["params"])

@@ -96,7 +96,7 @@ def _check_same(optimizer: "Grouped", index: int, ours: dict[str, Any], saved: d
         what = next((f"has {found}" for found in wrong if found), "")
     if what:
         raise ValueError(
-            f"group {index} of the saved state {what}, so another optimizer than this {optimizer.method.name} saved it; make the "
+            f"group {index} of the saved state {what}, so it was not saved by an optimizer like this {optimizer.method.name}; make the "
             "optimizer with the settings of the one that was saved"
         )
 

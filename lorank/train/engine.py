@@ -33,7 +33,7 @@ def in_company(out: Path) -> Iterator[None]:
         if processes() == 1 or not any(words in str(error) for words in LOST):
             raise
         raise ConnectionError(
-            f"another process of this run was killed or has failed, and says why if it could; continue with --resume {out}"
+            f"another process of this run was killed or has failed; its own output may say why; continue with --resume {out}"
         ) from error
 
 

@@ -48,8 +48,8 @@ class Guard:
             return None
         if not self.skips:
             raise FloatingPointError(
-                f"the gradient of step {step} is not finite; lower lr={self.lr}, warm up longer, or leave out what gives one with "
-                "--on-nan skip"
+                f"the gradient of step {step} is not finite; lower lr={self.lr}, warm up longer, or skip such steps with "
+                "--set on_nan=skip"
             )
         self.skipped += 1
         self._in_a_row += 1

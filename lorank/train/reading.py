@@ -311,7 +311,7 @@ def _json(file: Path, stream: BinaryIO, column: str, tally: Tally, start: int | 
     if not by_line and tally.invalid - before > INVALID_SHARE * count:
         raise UnreadableError(
             f"{file} is not readable as json (in {tally.invalid - before} of {count} rows, {column!r} has half a character, which is "
-            "no UTF-8); repair it or leave it out"
+            "not UTF-8); repair it or leave it out"
         )
 
 

@@ -84,7 +84,7 @@ def rehearse_saving(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         except Exception as error:  # each of these classes checks its settings in its own way
             if isinstance(error, OSError) and error.errno is not None:
                 raise  # of the disk
-            raise ValueError(f"{what} must be such that it can be saved in {out}: {last_line(error)}") from error
+            raise ValueError(f"{what} cannot be saved in {out}: {last_line(error)}") from error
 
 
 @contextlib.contextmanager
@@ -165,7 +165,9 @@ def _check_weights(folder: Path, config: PretrainedConfig) -> None:
         try:
             found = [folder / name for name in json.loads(found[0].read_text(encoding="utf-8"))["weight_map"].values()]
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _Unfit(f"{found[0]} is no index of weights: {type(error).__name__}: {error}") from None
+            raise _Unfit(
+                f"{found[0]} must be an index of weights, but cannot be read as one: {type(error).__name__}: {error}"
+            ) from None
     elif not found:
         found = [
             file for end in ("bin", "pt", "pth", "pkl", "ckpt", "h5", "msgpack") for file in folder.glob(f"*.{end}")

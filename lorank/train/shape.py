@@ -49,7 +49,7 @@ def set_shape(config: PretrainedConfig, shape: Mapping[str, Any]) -> None:
         if name in DECIDED:
             instead = f"; use {DECIDED[name]}" if DECIDED[name] else ""
             raise ValueError(
-                f"shape.{name} cannot be changed, because it is no part of a model's shape, got {value!r}{instead}"
+                f"shape.{name} cannot be changed, because it does not belong to a model's shape, got {value!r}{instead}"
             )
         if set_rotary(config, name, value):
             continue

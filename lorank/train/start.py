@@ -56,8 +56,8 @@ def started(recipe: Recipe) -> Recipe:
     if recorded is None:
         if method.name != "dense" and not method.keeps_outputs and structure_making(method) is None:
             raise ValueError(
-                f"method must keep the trained weights of start_from={recipe.start_from!r}, got {method.name} with settings for which "
-                "nothing finds factors of them; make factors with lorank compress, and start from the result"
+                f"method must keep the trained weights of start_from={recipe.start_from!r}, got {method.name} with settings that "
+                "lorank cannot fit to them; make factors with lorank compress, and start from the result"
             )
         return recipe
     saved = from_record(recorded)

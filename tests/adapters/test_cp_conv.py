@@ -181,5 +181,5 @@ def test_what_cannot_be_adapted_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model must have no adapted convolutions yet; name all in one call"):
         adapt_convolutions(model, structure="matrix")
     model = adapt_convolutions(merge_convolutions(model), targets="1", structure="matrix")
-    with pytest.raises(ValueError, match="structure 'matrix' is no pair of convolutions; use 'cp' or 'conv'"):
+    with pytest.raises(ValueError, match="structure must be 'cp' or 'conv' to give two convolutions, got 'matrix'"):
         lorank.export_peft(model, tmp_path)

@@ -164,7 +164,7 @@ def test_what_cannot_be_separated_is_refused(small: Any, tmp_path: Path) -> None
         lorank.save_adapter(osft, tmp_path / "a")
     with pytest.raises(ValueError, match="codyra cannot be saved alone, because what earlier tasks left is in W"):
         lorank.save_adapter(codyra, tmp_path / "a")
-    with pytest.raises(ValueError, match="smora is no pair of factors: its gate depends on the input"):
+    with pytest.raises(ValueError, match="smora cannot be written as two factors: its gate depends on the input"):
         lorank.export_peft(smora, tmp_path / "a")
     with pytest.raises(
         ValueError, match="model must be a model of transformers with an adapter such as lora, got one with cola"

@@ -176,5 +176,5 @@ def test_what_it_would_ruin_is_refused() -> None:
     theirs, ours = torch.optim.SGD(matrix, lr=0.1, momentum=0.9), VectorAdamW(matrix)
     for optimizer in (theirs, ours):
         optimizer.step()
-    with pytest.raises(ValueError, match="so another optimizer than this vector-adamw saved it"):
+    with pytest.raises(ValueError, match="so it was not saved by an optimizer like this vector-adamw"):
         ours.load_state_dict(theirs.state_dict())

@@ -68,7 +68,7 @@ def test_experts_move_as_matrices_of_their_own(method: ByGroups, shape: tuple[in
     assert method.kept_gradient(p, group) == (E, *method.kept_gradient(one, group))
     again: Any = method.optimizer([{"params": [p], "rank": 4}], lr=0.02, betas=(0.9, 0.99), eps=1e-8)
     again.load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match="so another optimizer than this .* saved it"):
+    with pytest.raises(ValueError, match="so it was not saved by an optimizer like this"):
         other: Any = method.optimizer([{"params": [nn.Parameter(W[:2])], "rank": 4}], lr=0.02)
         moved_once(other)
         other.load_state_dict(optimizer.state_dict())

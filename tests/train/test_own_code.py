@@ -100,7 +100,7 @@ def test_installed_implementations_may_be_named() -> None:
     check_kernels({"attn_implementation": dict(enumerate(names)), "experts_implementation": "grouped_mm"}, "mine")
     flash = torch.cuda.is_available()  # without a GPU its package does not count as installed
     if not flash:
-        with pytest.raises(ValueError, match="got 'flash_attention_2', which is no part of the installed packages"):
+        with pytest.raises(ValueError, match="got 'flash_attention_2', which is not in the installed packages"):
             check_kernels({"attn_implementation": "flash_attention_2"}, "mine")
 
 

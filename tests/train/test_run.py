@@ -267,7 +267,7 @@ def test_a_bad_step_is_left_out(settings: dict[str, Any], recipe: Any, tmp_path:
 def test_a_bad_step_ends_the_run_before_weights_move(recipe: Any, tmp_path: Path) -> None:
     asked = recipe(log_every=8, eval_every=0, save_every=3, steps=8)
     with pytest.raises(
-        FloatingPointError, match=r"^the gradient of step 5 is not finite; lower lr=0\.01, .*--on-nan skip"
+        FloatingPointError, match=r"^the gradient of step 5 is not finite; lower lr=0\.01, .*--set on_nan=skip"
     ):
         pretrain(asked, tmp_path / "run", callbacks=[Poison(*range(5, 9))])
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3"}
