@@ -4,12 +4,13 @@ another rank, and costs what it says."""
 import copy
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from lorank.optim.driver import Projected
 from lorank.testing.movement import Mover, net, train
 from lorank.testing.saying import equal_models, refused
 
@@ -122,10 +123,12 @@ def a_changed_rank_begins_anew(mover: Mover) -> None:
         made, again = mover.make(model), mover.make(fresh)
         train(model, made, range(3))
         fresh.load_state_dict(model.state_dict())
-        (group, _), shapes = made.param_groups, mover.method.state_shapes
+        (group, _), method = made.param_groups, cast(Projected, mover.method)
         for p, q in zip(model.parameters(), fresh.parameters(), strict=True):
             has_rank = any(p is one for one in group["params"])
-            if not has_rank or shapes(p.shape, group) == shapes(p.shape, {**group, "rank": rank}):
+            if not has_rank or method.state_shapes(p.shape, group) == method.state_shapes(
+                p.shape, {**group, "rank": rank}
+            ):
                 again.state[q] = copy.deepcopy(made.state[p])
         for one in (made, again):
             one.param_groups[0]["rank"] = rank
@@ -151,8 +154,8 @@ def a_stack_of_experts_moves_and_costs_what_it_should(mover: Mover) -> None:
     said, found = mover.method.state_bytes(stack, group), bytes_kept(made.state[stack])
     assert said == found, f"state_bytes says {said} for (3, 8, 6), but {found} are kept"
     for cost in (mover.method.step_flops, mover.method.gathered_bytes):
-        said, single = cost(stack, group), cost(one, group)
-        assert 3 * single - 24 <= said <= 3.1 * single, f"{cost.__name__}: {said} of (3, 8, 6), {single} of (8, 6)"
+        three, single = cost(stack, group), cost(one, group)
+        assert 3 * single - 24 <= three <= 3.1 * single, f"{cost.__name__}: {three} of (3, 8, 6), {single} of (8, 6)"
 
 
 # ---- what it costs
