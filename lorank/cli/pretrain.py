@@ -71,13 +71,14 @@ def pretrain(
     if resume:
         return resumed(resume, flags, {recipe or "": recipe, "--out": out, "--dry-run": dry_run}, engine)
     budget, flags = split_budget(flags)
-    if "start_from" in changes:
-        from lorank.train.start import method_of_start, started
+    if "start_from" in changes and recipe is None and "method" not in changes:
+        from lorank.train.start import method_of_start
 
-        if recipe is None and "method" not in changes:
-            flags = {**flags, "method": method_of_start(changes["start_from"])}
+        flags = {**flags, "method": method_of_start(changes["start_from"])}
     settings = recipe_of(recipe, flags)
     if settings.start_from is not None:
+        from lorank.train.start import started
+
         settings = started(settings)
     elif recipe is None:
         from lorank.cli.console import results_console

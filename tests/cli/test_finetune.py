@@ -55,6 +55,14 @@ def test_full_trains_all_weights_and_a_run_becomes_longer(lorank, base: Path, tm
     assert code == 0 and "2 steps: " in out, err
 
 
+def test_a_recipe_may_name_the_model_it_starts_from(lorank, base: Path, tmp_path: Path) -> None:
+    """Without a flag that does."""
+    recipe = {"start_from": str(base), "data": str(base.with_name("new.jsonl")), "method": "dense"}
+    (tmp_path / "start.yaml").write_text(yaml.safe_dump(recipe))
+    code, _, err = lorank("pretrain", "start.yaml", *QUICK, "--steps", 1, "--out", "run")
+    assert code == 0 and (tmp_path / "run/model.safetensors").exists(), err
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
