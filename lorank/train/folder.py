@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pickle
-import shutil
 import statistics
 import tempfile
 import zipfile
@@ -100,8 +99,6 @@ def prepare_folder(out: Path, resume: bool) -> None:
             probe.write(b"lorank")
     except OSError as error:
         raise OSError(f"cannot write to {out}: {error.strerror}") from None
-    if is_first():
-        shutil.rmtree(out / STAGING, ignore_errors=True)  # of a run that was killed while it saved
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import shlex
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from lorank.train.card import NAME, Card, write_card
 from lorank.train.engine import Engine, in_company
 from lorank.train.evaluation import Evaluation
 from lorank.train.folder import (
+    STAGING,
     absolute,
     check_apart,
     last_whole_checkpoint,
@@ -120,6 +122,8 @@ def pretrain(
     prepare_folder(out, resume)
     torch.set_float32_matmul_precision("high")
     with locked(out):
+        if first:
+            shutil.rmtree(out / STAGING, ignore_errors=True)  # of a run that was killed while it saved
         start_from = last_whole_checkpoint(out) if resume else None
         if finished and start_from is None:
             raise ValueError(
@@ -148,6 +152,7 @@ def pretrain(
             trainer = build_trainer(
                 recipe, out, model, corpus, [*callbacks, MetricsFile(out / "metrics.jsonl"), stop], on_cpu, engine
             )
+            trainer.create_optimizer()  # what it refuses is refused before the folder holds a run
             rehearse_saving(model, corpus.tokenizer, out)
             if trainer.is_world_process_zero() and not resume:
                 about = {
