@@ -9,6 +9,7 @@ optimizer.pt, is read too.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -137,16 +140,41 @@ def _straight(tensor: Tensor) -> Tensor:
 
 
 def _write(tensors: Mapping[str, Tensor], folder: Path) -> None:
-    straight = {name: _straight(tensor) for name, tensor in tensors.items()}
-    dcp.save(straight, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    """Raises OSError if the folder cannot be written."""
+    straight: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr() if not isinstance(tensor, DTensor) else 0
+        straight[name] = (
+            tensor.clone() if place in places and place else _straight(tensor)
+        )  # one table of several parameters
+        places.add(place)
+    try:
+        dcp.save(straight, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    except CheckpointException as error:
+        raise OSError(_reason(error)) from error
+
+
+def _reason(error: CheckpointException) -> str:
+    """What the first process that failed says. Torch's exception itself passes every ``except Exception``."""
+    first, _ = next(iter(error.failures.values()))
+    return f"{type(first).__name__}: {first}"
 
 
 def _read(tensors: Mapping[str, Tensor], folder: Path, *, alone: bool) -> None:
-    """Fill tensors from a folder; `alone` if other processes do not take part."""
+    """Fill tensors from a folder; `alone` if other processes do not take part. Raises ValueError if it is damaged."""
     straight = {name: _straight(tensor) for name, tensor in tensors.items()}
     if not straight:
         return
-    dcp.load(dict(straight), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    try:
+        for name, saved in _shapes(folder).items():
+            if name in straight and sum(math.prod(part.sizes) for part in saved.chunks) != math.prod(saved.size):
+                raise ValueError(
+                    f"{folder} must have all parts of {name}, but a file of it is missing; restore it, or remove the checkpoint"
+                )
+        dcp.load(dict(straight), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
+    except CheckpointException as error:
+        raise ValueError(f"{folder} must be readable, but is damaged: {_reason(error)}") from error
     for name, tensor in tensors.items():
         if (read := straight[name]) is not tensor:
             assert isinstance(tensor, DTensor) and isinstance(read, DTensor)
@@ -154,5 +182,8 @@ def _read(tensors: Mapping[str, Tensor], folder: Path, *, alone: bool) -> None:
 
 
 def _shapes(folder: Path) -> Mapping[str, Any]:
-    """Size and type of each tensor in a folder."""
-    return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    """Size, type and parts of each tensor in a folder; ValueError if a file of it is damaged."""
+    try:
+        return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except SafetensorError as error:
+        raise ValueError(f"{folder} must have whole files, but one is damaged: {error}") from error

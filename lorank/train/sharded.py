@@ -1,8 +1,10 @@
 """What transformers' Trainer does otherwise if processes share its model, and checkpoints that any number of processes resumes."""
 
+import contextlib
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,13 @@ class ShardedTrainer(Trainer):
             self.is_distributed_loading_by_transformers = True  # Trainer leaves the model as it is
             if TENSOR in (mesh.mesh_dim_names or ()):
                 self.accelerator.state.device_mesh = mesh  # by which it hands out rows
+                # of a stream: its dispatcher would give all groups of processes the same ones
+                self.accelerator.dataloader_config.dispatch_batches = False
+
+    @contextlib.contextmanager
+    def _defer_fsdp_gradient_reduction(self) -> Iterator[None]:
+        """Of a micro-batch. Nothing is deferred, so that a process keeps its part of the gradients alone."""
+        yield
 
     def whole_model(self) -> PreTrainedModel | None:
         """The model with whole weights, in the main memory of the first process if it is split; None in others. All processes must call this."""

@@ -26,6 +26,7 @@ from tests.distributed.together import together
 SHAPE = {"model_type": "llama", "hidden_size": 24, "intermediate_size": 45, "num_hidden_layers": 2}
 SHAPE |= {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True}  # type: ignore[dict-item]
 SETTINGS: dict[str, Any] = {"tokenizer": "bytes", "vocab_size": 300, "sequence_length": 16, "batch_size": 4, "rank": 6}
+SETTINGS |= {"micro_batch_size": 1}  # so that several processes sum micro-batches too
 SETTINGS |= {"steps": 6, "warmup_steps": 1, "lr": 1e-2, "log_every": 1, "eval_every": 0, "save_every": 2, "keep": 9}
 ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -33,6 +34,8 @@ ENGINES: dict[str, tuple[int, dict[str, Any]]] = {
     "two by tensor parallel": (2, {"tensor_parallel": 2}),
     "four by both": (4, {"fsdp": True, "tensor_parallel": 2}),
 }
+STREAMED = ("two, four, one",)
+"""Chains whose text is read while they train."""
 CHAINS: dict[str, Sequence[str]] = {
     "two, one, two": ("two by tensor parallel", "one", "two by fsdp"),
     "two, four, one": ("two by fsdp", "four by both", "one"),
@@ -108,9 +111,12 @@ def alone_in_this_process() -> None:
 
 
 def main(folder: Path, name: str) -> dict[str, Any]:
-    (folder / "text.txt").write_text("".join(f"line {i}: {i * i} lazy dogs\n" for i in range(100)))
+    lines = [f"line {i}: {i * i} lazy dogs\n" for i in range(100)]
+    (folder / "texts").mkdir()
+    for start in range(0, 100, 10):
+        (folder / f"texts/{start}.txt").write_text("".join(lines[start : start + 10]))
     (folder / "config.json").write_text(json.dumps(SHAPE))
-    recipe = Recipe(data=str(folder / "text.txt"), model=str(folder / "config.json"), **SETTINGS)
+    recipe = Recipe(data=str(folder / "texts"), model=str(folder / "config.json"), stream=name in STREAMED, **SETTINGS)
     run.pretrain(recipe, folder / "alone", on_cpu=True)  # in this process, so that others find everything imported
     ends, chain = {}, CHAINS[name]
     for i, engine in enumerate(chain):

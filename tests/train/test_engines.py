@@ -24,7 +24,7 @@ PROGRAM = Path(__file__).with_name("several_processes.py")
 @pytest.mark.parametrize("chain", ["two, one, two", pytest.param("two, four, one", marks=pytest.mark.slow)])
 def test_a_run_goes_from_engine_to_engine_without_a_trace(chain: str, tmp_path: Path) -> None:
     """By tensor parallelism in two processes, of which one is killed, then in one, then by FSDP2 in two; or by FSDP2 in two, by both in
-    four, and in one. Losses and weights are those of a run in one process, and so are the files."""
+    four, and in one, on text that is read while it trains. Losses and weights are those of one process, and so are the files."""
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", PROGRAM, tmp_path, chain], env=env, capture_output=True, text=True, timeout=600
