@@ -29,6 +29,8 @@ from lorank.whole import open_to_others
 
 ESTIMATOR_FILE = "estimator.safetensors"
 """File of a checkpoint with the state of a gradient that carries any between steps."""
+RECORDS = 1000
+"""Of the log that the state of a run remembers, and each checkpoint saves; all of them are in metrics.jsonl."""
 
 
 class PretrainTrainer(TrainerMixin, ShardedTrainer):
@@ -282,6 +284,7 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
             self._auxiliary.clear()
         logs["tokens"] = round(self.state.global_step * self.throughput.tokens_per_step)
         super().log(logs, *args, **kwargs)
+        del self.state.log_history[:-RECORDS]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         """Save in a separate folder first and move it when all is written, so that a checkpoint is never half written."""

@@ -98,6 +98,7 @@ def test_the_volumes_are_those_of_boost(size: Any, dense: float, between: float,
     gib = [n * 4 * 4096 * 2 / 2**30 for n in (found.dense, found.between, found.cut)]  # type: ignore[operator]
     assert gib == pytest.approx([dense, between, cut], abs=6e-4)
     assert found.pays == (size != "130m") and found.norms == 2
+    assert not found._replace(cut=found.dense).pays, "equal traffic is no gain"
 
 
 SMALL = {"vocab_size": 20, "hidden_size": 24, "intermediate_size": 30, "num_hidden_layers": 1, "num_attention_heads": 6}

@@ -273,3 +273,12 @@ def test_a_bad_step_ends_the_run_before_weights_move(recipe: Any, tmp_path: Path
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3"}
     with pytest.raises(FloatingPointError, match="^the gradients of steps 2 to 12 are not finite"):
         pretrain(recipe(steps=20, on_nan="skip", eval_every=0), tmp_path / "long", callbacks=[Poison(*range(2, 20))])
+
+
+def test_checkpoints_remember_the_last_records_alone(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lorank.train.trainer.RECORDS", 2)
+    pretrain(recipe(steps=4, log_every=1, save_every=4), tmp_path / "run", on_cpu=True)
+    state = json.loads((tmp_path / "run/checkpoint-4/trainer_state.json").read_text())
+    assert len(state["log_history"]) == 2 and len(history(tmp_path / "run")) > 3

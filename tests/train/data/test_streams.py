@@ -5,11 +5,12 @@ import itertools
 import json
 import re
 
+import numpy as np
 import pytest
 
 from lorank.train import reading
 from lorank.train.data import load_corpus, load_evaluation, streams
-from lorank.train.data.marks import Marks
+from lorank.train.data.marks import Mark, Marks
 
 NUMBER = re.compile(r"document (\d+)\n")
 
@@ -24,6 +25,14 @@ def small(monkeypatch):
 
 def numbers_of(stream):
     return [int(NUMBER.match(text)[1]) for block in stream.iter(7) for text in block["text"]]
+
+
+def test_the_last_mark_may_be_at_the_row_itself(tmp_path):
+    kept = Marks(tmp_path / "marks.jsonl", "a stream", writes=True)
+    for row in (0, 5, 9):
+        kept.add(Mark(row, [], streams.Place(0, np.random.default_rng(0).bit_generator.state, 0, [])))
+    again = Marks(tmp_path / "marks.jsonl", "a stream", writes=False)
+    assert [again.last(row).row for row in (0, 4, 5, 8, 9, 20)] == [0, 0, 5, 5, 9, 9]
 
 
 @pytest.fixture
