@@ -281,4 +281,4 @@ def test_checkpoints_remember_the_last_records_alone(
     monkeypatch.setattr("lorank.train.trainer.RECORDS", 2)
     pretrain(recipe(steps=4, log_every=1, save_every=4), tmp_path / "run", on_cpu=True)
     state = json.loads((tmp_path / "run/checkpoint-4/trainer_state.json").read_text())
-    assert len(state["log_history"]) == 2 and len(history(tmp_path / "run")) > 3
+    assert len(state["log_history"]) == 2 and len([*history(tmp_path / "run")]) > 3
