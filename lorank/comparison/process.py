@@ -21,6 +21,7 @@ import lorank
 from lorank.train.folder import write_whole
 from lorank.train.recipe import Recipe
 from lorank.train.signals import on_stop
+from lorank.whole import without_link
 
 POLL_SECONDS = 0.3
 
@@ -41,12 +42,12 @@ class PretrainProcess:
         if (folder / "recipe.yaml").exists():
             command += ["--resume", str(folder)]
         else:
-            asked = folder / "asked.yaml"
+            asked = without_link(folder / "asked.yaml")
             asked.write_text(recipe.to_yaml())
             command += [str(asked), "--out", str(folder)]
         root = str(Path(lorank.__file__).parents[1])
         path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        with (folder / "log.txt").open("ab") as log:
+        with without_link(folder / "log.txt").open("ab") as log:
             # in a new session, so that Ctrl-C reaches the process once, from us, and not a second time from the terminal
             process = psutil.Popen(
                 command,

@@ -16,7 +16,6 @@ comparison a second time continues it.
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -42,6 +41,7 @@ from lorank.train.recipe import Recipe
 from lorank.train.run import check_corpus, corpus_of
 from lorank.train.tasks import check_tasks, is_file
 from lorank.train.text import limits_of
+from lorank.whole import cleared, without_link
 
 PROBE_STEPS = 12
 PROBE_TEXT = "Enough text for one evaluation: the speed of a step does not depend on what the evaluation finds.\n"
@@ -335,12 +335,12 @@ def _check_free(out: Path) -> None:
 
 def _clear(out: Path) -> None:
     """Remove what a plan that did not end well has left, its short run included."""
-    for folder in (out / "probes").glob("*"):
+    for folder in without_link(out / "probes").glob("*"):
         if process := PretrainProcess.find(folder):
             process.kill()
     for name in ("models", "probes"):
-        shutil.rmtree(out / name, ignore_errors=True)
-    (out / ".comparison.json.part").unlink(missing_ok=True)
+        cleared(out / name)
+    cleared(out / ".comparison.json.part")
 
 
 def _same(found: Comparison, wanted: ComparisonSettings) -> Comparison:

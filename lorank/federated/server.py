@@ -27,7 +27,7 @@ from lorank.federated.settings import Settings
 from lorank.method import seeded_generator
 from lorank.train.folder import check_apart, read_json, write_whole
 from lorank.train.saved import save_model
-from lorank.whole import made_whole
+from lorank.whole import made_whole, without_link
 
 FILE = "federated.json"
 Node = Hashable
@@ -110,7 +110,7 @@ class Server:
 
     def save_model(self) -> Path:
         """Write the dense model to OUT/model."""
-        folder = self.out / "model"
+        folder = without_link(self.out / "model")
         folder.mkdir(parents=True, exist_ok=True)
         save_model(self.model(), self.base.tokenizer, folder)
         return folder

@@ -24,6 +24,7 @@ from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model
 from lorank.train.text import Text, recipe_of_run, text_of
+from lorank.whole import without_link
 
 
 def analyze_folder(
@@ -170,7 +171,8 @@ def _recipe_for(model: str, config: Any, out: Path, text: Text, tokenizer: str |
         return run.but({**methods, "targets": [], "exclude": [], "checkpoint": None, "checkpoint_every": 1})
     shape = model
     if getattr(config, "lorank", None) is not None:  # a recipe needs the dense shape
-        shape = str(out / "shape")
+        shape = str(without_link(out / "shape"))
+        without_link(out / "shape/config.json")
         settings = {name: value for name, value in config.to_dict().items() if name not in ("lorank", "model_type")}
         AutoConfig.for_model(config.model_type.removeprefix("lorank_"), **settings).save_pretrained(shape)
     attention = {"attention": kind} if (kind := config._attn_implementation) else {}

@@ -36,7 +36,7 @@ from lorank.train.saved import load_model, whole_files
 from lorank.train.text import keep_text, text_of
 from lorank.train.watching import tell
 from lorank.train.yamls import load
-from lorank.whole import made_whole
+from lorank.whole import made_whole, without_link
 
 RESULTS, UNFINISHED, PARTS = "compress.json", "unfinished.json", "projections"
 STATES = 4096
@@ -234,7 +234,7 @@ def _no_empty(out: Path) -> Iterator[None]:
 def _going_on(job: Job, out: Path) -> Iterator[Kept]:
     """What is finished in a folder. It stays if something stops the work, unless it is nothing."""
     write_whole(out / UNFINISHED, json.dumps(dataclasses.asdict(job), indent=1))
-    finished = Kept(out / PARTS)
+    finished = Kept(without_link(out / PARTS))
     done = False
     try:
         yield finished

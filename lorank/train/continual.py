@@ -44,6 +44,7 @@ from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model, save_model
 from lorank.train.text import write_text
 from lorank.train.watching import tell
+from lorank.whole import without_link
 
 FULL = "full"
 RATES = {FULL: 1e-4, "osft": 1e-4}
@@ -183,7 +184,7 @@ def continual(
             stream = run_stream(trained, name, made[name], corpora, lr, seed, settings, say)
             out.mkdir(parents=True, exist_ok=True)
             if save:
-                (out / f"{name}-{seed}").mkdir(exist_ok=True)
+                without_link(out / f"{name}-{seed}").mkdir(exist_ok=True)
                 save_model(trained, tokenizer, out / f"{name}-{seed}")
                 _write_text(model, tasks, settings, out / f"{name}-{seed}")
             done.append(stream)

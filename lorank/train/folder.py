@@ -27,6 +27,7 @@ from lorank.train.methods import schedule_of, with_changed_defaults
 from lorank.train.recipe import Recipe
 from lorank.train.world import is_first
 from lorank.train.yamls import load
+from lorank.whole import cleared
 
 logger = logging.getLogger(__name__)
 STAGING = ".saving"
@@ -40,8 +41,9 @@ LOCK = ".lock"
 def write_whole(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename it, so that it is never half written. Names of files that are not
     UTF-8 are written with escapes."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+    temporary = cleared(path.with_name(f".{path.name}.part"))
+    with temporary.open("x", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(text)
     os.replace(temporary, path)
 
 

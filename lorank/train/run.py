@@ -16,7 +16,6 @@ import json
 import logging
 import math
 import shlex
-import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -66,6 +65,7 @@ from lorank.train.text import DOCUMENTS, limits_of, with_split_of_start
 from lorank.train.trainer import PretrainTrainer
 from lorank.train.vocabulary import keep_vocabulary
 from lorank.train.world import is_first
+from lorank.whole import cleared, without_link
 
 logger = logging.getLogger(__name__)
 ADAPTER = "adapter"
@@ -123,7 +123,7 @@ def pretrain(
     torch.set_float32_matmul_precision("high")
     with locked(out):
         if first:
-            shutil.rmtree(out / STAGING, ignore_errors=True)  # of a run that was killed while it saved
+            cleared(out / STAGING)  # of a run that was killed while it saved
         start_from = last_whole_checkpoint(out) if resume else None
         if finished and start_from is None:
             raise ValueError(
@@ -178,7 +178,7 @@ def pretrain(
             if trained is not None and trainer.is_world_process_zero():
                 names = save_model(trained, corpus.tokenizer, out)  # before anything that may fail
                 if isinstance(method, Adapter) and method.inseparable(trained) is None:
-                    save_adapter(trained, out / ADAPTER)
+                    save_adapter(trained, without_link(out / ADAPTER))
             found = trainer.evaluation(limits_of(recipe)[1])
         summary = _summary(recipe, out, trainer, found, memory.gib, trained)
         if trained is not None and trainer.is_world_process_zero():

@@ -25,7 +25,7 @@ from lorank.train.finite import Guard
 from lorank.train.folder import STAGING, write_sums
 from lorank.train.sharded import ShardedTrainer
 from lorank.trainer import TrainerMixin
-from lorank.whole import open_to_others
+from lorank.whole import cleared, open_to_others
 
 ESTIMATOR_FILE = "estimator.safetensors"
 """File of a checkpoint with the state of a gradient that carries any between steps."""
@@ -296,7 +296,7 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
             if self.args.should_save:
                 open_to_others((self._staging / folder.name).iterdir())
                 write_sums(self._staging / folder.name)
-                shutil.rmtree(folder, ignore_errors=True)  # one that could not be read, or the same again
+                cleared(folder)  # one that could not be read, or the same again
                 os.replace(self._staging / folder.name, folder)
                 rotate_checkpoints(str(out), self.args.save_total_limit)
         except (OSError, SafetensorError, RuntimeError) as error:

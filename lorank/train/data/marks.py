@@ -18,6 +18,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lorank.train.data.streams import Place, Reached
+from lorank.whole import without_link
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Marks:
     def __init__(self, file: Path, stream: str, *, writes: bool):
         self.file, self.writes = file, writes
         self.title = json.dumps({"stream": hashlib.blake2b(stream.encode(), digest_size=16).hexdigest()})
-        self.known = list(_marks(file, self.title))
+        self.known = list(_marks(without_link(file) if writes else file, self.title))
 
     def last(self, row: int) -> Mark | None:
         """The last mark that is not behind a row; None, with a warning, if there is none."""
