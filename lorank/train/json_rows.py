@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 BUFFER = 1 << 20  # bytes read at once
+LONGEST = 1 << 29  # bytes or characters that a row may have
+TOO_LONG = "a row has more than 512 MiB"
 SPACE = re.compile(r"[\s,]*")
 JSON = json.JSONDecoder(
     parse_int=float
@@ -56,6 +58,8 @@ def values(stream: BinaryIO, column: str) -> Iterator[tuple[int, Any]]:
             except json.JSONDecodeError:
                 if at_end:
                     raise
+                if len(text) - at > LONGEST:
+                    raise ValueError(TOO_LONG) from None
             else:
                 number += 1
                 check_once(text[at:end], column)
@@ -66,7 +70,7 @@ def values(stream: BinaryIO, column: str) -> Iterator[tuple[int, Any]]:
             if is_list:
                 raise ValueError("its list has no end")
             return
-        more = reader.read(amount)
+        more = reader.read(min(amount, LONGEST + 1 - (len(text) - at)))
         text, at, amount, at_end = text[at:] + more, 0, 2 * amount, not more
 
 

@@ -16,7 +16,7 @@ import io
 import logging
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,8 +24,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from lorank.train.csv_rows import ROW, column_of
-from lorank.train.json_rows import BUFFER, JSON, check_once, is_json, is_utf8, values
+from lorank.train import csv_rows, parquet_rows
+from lorank.train.csv_rows import ROW
+from lorank.train.json_rows import BUFFER, JSON, LONGEST, TOO_LONG, check_once, is_json, is_utf8, values
 
 logger = logging.getLogger(__name__)
 KINDS = {
@@ -40,6 +41,7 @@ KINDS = {
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 SUFFIXES = f"{', '.join(KINDS)} (or these with {', '.join(COMPRESSED)})"
 BLOCK = 1 << 22  # characters of a block
+MOST = 1 << 31  # bytes of a file that is read as a whole: Arrow has no longer strings
 INVALID_SHARE = 0.01
 FEW = 10  # lines that cannot be read, however few lines there are so far
 CONTROLS = bytes(code for code in (*range(32), 127) if code not in b"\t\n\r\f\b\x1b")
@@ -214,19 +216,33 @@ def _refuse_control_characters(file: Path, data: bytes) -> None:
 
 def _text(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa.Array]:
     """The whole file, with ends of lines as "\\n"."""
-    data = stream.read()
+    data = _whole(stream)
+    if data is None:
+        raise UnreadableError(f"{file} must be smaller than 2 GiB, because a file of text is one document; split it")
     _refuse_other_encodings(file, data)
-    if len(data) >= 1 << 31:
-        raise UnreadableError(
-            f"{file} must be smaller than 2 GiB, because a file of text is one document, got {len(data):,} bytes; split it"
-        )
     text = data.decode()
     _refuse_control_characters(file, data)
     yield pa.array([text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text], pa.string())
 
 
+def _whole(stream: BinaryIO) -> bytes | None:
+    """All that is left of a stream, which may be any amount if it is decompressed; None if it is not below `MOST`."""
+    found = io.BytesIO()
+    while part := stream.read(BUFFER):
+        found.write(part)
+        if found.tell() >= MOST:
+            return None
+    return found.getvalue()
+
+
 def _parquet(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa.Array]:
-    source = file if file.suffix.lower() not in COMPRESSED else pa.BufferReader(stream.read())
+    source: Path | pa.BufferReader = file
+    if file.suffix.lower() in COMPRESSED:
+        if (data := _whole(stream)) is None:
+            raise UnreadableError(
+                f"{file} must be smaller than 2 GiB when it is decompressed; keep it as Parquet alone"
+            )
+        source = pa.BufferReader(data)
     with pq.ParquetFile(source) as table:
         schema = table.schema_arrow
         if not table.metadata.num_rows:
@@ -238,14 +254,7 @@ def _parquet(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterato
         kind = schema.field(column).type
         if not _holds_text(kind):
             raise UnreadableError(f"column {column!r} of {file} must contain text, got {kind}; set another text_column")
-        for batch in table.iter_batches(batch_size=1024, columns=[column]):
-            block = batch.column(batch.schema.get_field_index(column))  # a.b also selects b inside a
-            if isinstance(block, pa.ExtensionArray):
-                block = block.storage
-            if isinstance(block, pa.DictionaryArray):
-                block = block.dictionary_decode()
-            block.validate(full=True)  # UTF-8
-            yield block.cast(pa.string())
+        yield from parquet_rows.column_of(table, source, column)
 
 
 def _csv(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa.Array]:
@@ -257,7 +266,7 @@ def _csv(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa
         raise _no_column(file, column, names)
     if names.count(column) > 1:
         raise _several_columns(file, column)
-    yield from column_of(stream, column, names[-1])
+    yield from csv_rows.column_of(stream, column, names[-1])
 
 
 def _holds_text(kind: pa.DataType) -> bool:
@@ -323,13 +332,13 @@ def _several_columns(file: Path, column: str) -> UnreadableError:
     return UnreadableError(f"{file} must have one column {column!r}, got several of that name; rename them")
 
 
-def _lines(
-    file: Path, stream: Iterable[bytes], column: str, tally: Tally, start: int | None
-) -> Iterator[tuple[int, Any]]:
+def _lines(file: Path, stream: BinaryIO, column: str, tally: Tally, start: int | None) -> Iterator[tuple[int, Any]]:
     """A row for each line that is not empty. Few lines that are no object are left out; of a part of a file, `FEW` whatever its length."""
     count = invalid = 0
     first = ""
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST + 1), b""), 1):
+        if len(line) > LONGEST:
+            raise ValueError(f"line {number + _lines_before(file, start or 0)}: {TOO_LONG}")
         line = line.removeprefix(codecs.BOM_UTF8)
         if line.isspace() or not line:
             continue

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from lorank.train import reading
+from lorank.train import json_rows, parquet_rows, reading
 from lorank.train.reading import Tally, blocks
 
 ROWS = '{"text": "one", "n": 1}\n{"text": "two"}\n'
@@ -236,6 +236,46 @@ def test_large_values_are_read_piece_by_piece(read, monkeypatch):
         ("c.jsonl", "\n".join(json.dumps({"text": text}) for text in texts)),
     ):
         assert read(name, data)[0] == texts
+
+
+@pytest.mark.parametrize("end", ["", *COMPRESS])
+def test_no_more_is_decompressed_than_may_be_read(read, monkeypatch, end):
+    """A file of a few kB may hold many GB."""
+    for module in (reading, json_rows):
+        monkeypatch.setattr(module, "LONGEST", 1000)
+        monkeypatch.setattr(module, "BUFFER", 100)
+    monkeypatch.setattr(reading, "MOST", 1000)
+    text, whole = "x" * 100_000, "must be smaller than 2 GiB"
+    for name, data, message in (
+        ("a.txt", text, whole),
+        ("a.jsonl", f'{{"text": "a"}}\n{{"text": "{text}"}}\n', r"as json \(line 2: a row has more than 512 MiB\)"),
+        ("a.json", f'[{{"text": "{text}"}}]', r"as json \(a row has more than 512 MiB\); repair it"),
+        *([("a.parquet", text, whole)] if end else []),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(name + end, COMPRESS[end](data.encode()) if end else data)
+
+
+def test_long_rows_of_parquet_are_decoded_few_at_a_time(tmp_path, read, monkeypatch):
+    """In a dictionary, or as the beginning of the next ones, a value is stored once for any number of rows."""
+    monkeypatch.setattr(parquet_rows, "MOST", 10_000)
+    texts, file = ["z" * 3000] * 24 + ["y"], tmp_path / "a.parquet"
+    other = [{"text": "x" * 9}] * 25
+    for columns, options, rows in (
+        ({"other": other, "text": texts}, {}, 3),
+        ({"text": texts}, {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}, 1),
+        ({"text": ["a"] * 25}, {}, 1024),
+    ):
+        pq.write_table(pa.table(columns), file, row_group_size=13, **options)
+        assert parquet_rows.rows_at_once(file, pq.read_metadata(file), "text") == rows
+        assert read("a.parquet", None)[0] == columns["text"]
+
+
+def test_parquet_that_is_small_for_its_text_is_refused(tmp_path, read, monkeypatch):
+    monkeypatch.setattr(parquet_rows, "LARGE", 1_000_000)
+    pq.write_table(pa.table({"text": ["z" * 2_000_000]}), tmp_path / "a.parquet", compression="zstd")
+    with pytest.raises(ValueError, match=r"as parquet \(a group of its rows has 2,0.* as no text does\); repair it"):
+        read("a.parquet", None)
 
 
 @pytest.mark.parametrize(
