@@ -76,6 +76,7 @@ ROWS: tuple[dict[str, str], ...] = (
         "sizes": "the shapes of the papers' Llamas",
         "accelerators": "data sheets of devices",
         "whole": "files that are whole or not there",
+        "panics": "the errors of libraries in Rust that are no Exception",
     },
 )
 """From the top down, each room with what it is for. A room may import rooms of lower rows, and rooms of the same row if no

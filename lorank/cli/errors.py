@@ -9,6 +9,7 @@ import sys
 import click
 
 from lorank.cli.flags import Assignments
+from lorank.panics import is_panic
 
 MOVED = {
     ("plan", "--paper"): "lorank papers NAME",
@@ -44,6 +45,10 @@ def run(command: click.Command) -> None:
             raise
         hint = "LORANK_TRACEBACK=1 shows where; please report it"
         _exit(1, f"unexpected {type(error).__name__}: {sentence(error)} ({hint})")
+    except BaseException as error:
+        if not is_panic(error) or os.environ.get("LORANK_TRACEBACK"):
+            raise
+        _exit(2, f"a library failed at what it was given ({sentence(error)}); use another tokenizer, model or text")
 
 
 def _exit(code: int, message: str) -> None:
@@ -71,7 +76,7 @@ def _no_such_option(error: click.NoSuchOption) -> str:
     return f"no such option: {error.option_name}; use {instead}"
 
 
-def sentence(error: Exception) -> str:
+def sentence(error: BaseException) -> str:
     """What an error says, on one line. The error of a full disk names no file, so this says where to look."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None:
         return (

@@ -10,6 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from lorank.pretrained import positions_of
 from lorank.train.data.specials import encode
+from lorank.train.tokens import tokenizing
 
 
 def generate_text(
@@ -90,7 +91,8 @@ def generate_text(
         vars(model).pop("prepare_inputs_for_generation", None)
         model.generation_config = settings
         model.train(training)
-    return str(tokenizer.decode(output[0], skip_special_tokens=True))
+    with tokenizing(tokenizer.name_or_path):
+        return str(tokenizer.decode(output[0], skip_special_tokens=True))
 
 
 @torch.no_grad()

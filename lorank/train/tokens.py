@@ -9,6 +9,7 @@ whole, so what is there need not be done again.
 A worker starts soon and takes little memory, because it imports neither torch nor transformers.
 """
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -22,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 from tokenizers import Tokenizer
 
+from lorank.panics import no_panic
 from lorank.train.workers import answer
 from lorank.whole import made_whole
 
@@ -176,13 +178,19 @@ def arrow_chunks(files: Iterable[str]) -> list[pa.StringArray]:
     return [chunk for table in tables for chunk in table.column("text").chunks]
 
 
+def tokenizing(name: str = "") -> contextlib.AbstractContextManager[None]:
+    """Around a call of a tokenizer, the rules of which may be anybody's: an expression in them may take too many steps."""
+    return no_panic(f"the tokenizer{f' {name!r}' if name else ''} cannot read the text", "use another tokenizer")
+
+
 def encoder(tokenizer: str, cut: bool) -> Encode:
     """A tokenizer in JSON as a function. If it cuts texts, it also adds the special tokens of its template."""
     made = Tokenizer.from_str(tokenizer)
     made.encode_special_tokens = True  # their names are text
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
-        return [found.ids for found in made.encode_batch_fast(list(texts), add_special_tokens=cut)]
+        with tokenizing():
+            return [found.ids for found in made.encode_batch_fast(list(texts), add_special_tokens=cut)]
 
     quick = None if cut else _quick(json.loads(tokenizer))
     if quick is None or [ids.tolist() for ids in quick([ODD])] != encode([ODD]):
@@ -232,7 +240,8 @@ class Quick:
         self.seen += sum(map(len, texts))
         if self.seen > self.MOST:
             self._begin()
-        return [self.made.encode(text) for text in texts]
+        with tokenizing():
+            return [self.made.encode(text) for text in texts]
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from typing import Any
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lorank.train.tokens import tokenizing
+
 ROLES = ("bos", "eos", "unk", "sep", "cls")
 
 
@@ -36,7 +38,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: 
     """Token ids of each text. Names of special tokens in them are text; `options` are those of calling a tokenizer.
 
     Raises:
-        ValueError: a text has the name of a special token, and this tokenizer can read it in no other way.
+        ValueError: a text has the name of a special token, and this tokenizer can read it in no other way; or it fails.
     """
     reader, unreadable = _reader(tokenizer)
     for name in unreadable:
@@ -47,7 +49,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], **options: 
             )
     if hasattr(reader, "split_special_tokens"):
         options["split_special_tokens"] = True
-    found: list[list[int]] = reader(list(texts), verbose=False, **options)["input_ids"]
+    with tokenizing(tokenizer.name_or_path):
+        found: list[list[int]] = reader(list(texts), verbose=False, **options)["input_ids"]
     return found
 
 
@@ -108,7 +111,8 @@ def _read_as_special(tokenizer: PreTrainedTokenizerBase, names: dict[str, int]) 
     around = ("{}", " {}", "a{}a", "a {} a")
     wrong = []
     for name, index in names.items():
-        rows = tokenizer([a.format(name) for a in around], add_special_tokens=False, verbose=False, **options)
+        with tokenizing(tokenizer.name_or_path):
+            rows = tokenizer([a.format(name) for a in around], add_special_tokens=False, verbose=False, **options)
         if any(index in ids for ids in rows["input_ids"]):
             wrong.append(name)
     return wrong

@@ -13,6 +13,7 @@ from datasets.fingerprint import Hasher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lorank.panics import no_panic
 from lorank.train.bpe import END, PAD, at_spaces, learnt, learnt_apart
 from lorank.train.data.cache import use
 from lorank.train.data.sources import amount, cache_folder, first_line
@@ -54,7 +55,7 @@ def load_tokenizer(
         return byte_tokenizer()
     if name_or_path is not None:
         try:
-            with asked_if_reachable():
+            with asked_if_reachable(), no_panic("reading it failed", "use another one"):
                 found = _loaded(os.path.expanduser(name_or_path))
         except Exception as error:  # the hub, a file or its parser
             reason = (
