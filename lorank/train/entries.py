@@ -17,6 +17,8 @@ ROTARY = {
     "rotary_pct": "partial_rotary_factor",
 }
 """Older names of entries of `rope_parameters`."""
+MOST_LABELS = 1 << 20
+"""Of a classifier: its configuration class makes a name for each, and a number takes no space in a file."""
 
 
 def as_classes_take(settings: dict[str, Any]) -> dict[str, Any]:
@@ -38,7 +40,15 @@ def _taken_by(config: Any, settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def as_number(config: Any, name: str, value: Any) -> Any:
-    """A value, with floating-point numbers in place of integers where a configuration class takes only those."""
+    """A value, with floating-point numbers in place of integers where a configuration class takes only those.
+
+    Raises:
+        ValueError: more labels than `MOST_LABELS`.
+    """
+    if name == "num_labels" and isinstance(value, int | float) and value > MOST_LABELS:
+        raise ValueError(
+            f"num_labels must be at most {MOST_LABELS:,}, got {value:,}; set it to the number of the labels"
+        )
     name = getattr(config, "attribute_map", {}).get(name, name)
     for check in getattr(config, "__validators__", {}).get(name, [])[:1]:  # that of its type
         if not _passes(check, value) and _passes(check, number := _as_float(value)):
