@@ -115,6 +115,7 @@ def locked(out: Path, *, keep: bool = False) -> Iterator[None]:
             raise ValueError(
                 f"{out} is in use by another process; wait until it ends, or stop it and try again"
             ) from None
+        cleared(out / STAGING)  # of a process that was killed while it saved
     try:
         yield
     finally:

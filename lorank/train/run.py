@@ -35,7 +35,6 @@ from lorank.train.card import NAME, Card, write_card
 from lorank.train.engine import Engine, in_company
 from lorank.train.evaluation import Evaluation
 from lorank.train.folder import (
-    STAGING,
     absolute,
     check_apart,
     last_whole_checkpoint,
@@ -65,7 +64,7 @@ from lorank.train.text import DOCUMENTS, limits_of, with_split_of_start
 from lorank.train.trainer import PretrainTrainer
 from lorank.train.vocabulary import keep_vocabulary
 from lorank.train.world import is_first
-from lorank.whole import cleared, without_link
+from lorank.whole import without_link
 
 logger = logging.getLogger(__name__)
 ADAPTER = "adapter"
@@ -122,8 +121,6 @@ def pretrain(
     prepare_folder(out, resume)
     torch.set_float32_matmul_precision("high")
     with locked(out):
-        if first:
-            cleared(out / STAGING)  # of a run that was killed while it saved
         start_from = last_whole_checkpoint(out) if resume else None
         if finished and start_from is None:
             raise ValueError(

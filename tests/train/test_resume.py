@@ -98,9 +98,10 @@ def test_a_signal_saves_a_checkpoint(
 
 def test_two_runs_do_not_share_a_folder(recipe: Any, tmp_path: Path) -> None:
     being_saved = tmp_path / ".saving/checkpoint-1"  # by the first
-    being_saved.mkdir(parents=True)
-    with locked(tmp_path), pytest.raises(ValueError, match=f"^{tmp_path} is in use by another process; wait"):
-        pretrain(recipe(), tmp_path)
+    with locked(tmp_path):
+        being_saved.mkdir(parents=True)
+        with pytest.raises(ValueError, match=f"^{tmp_path} is in use by another process; wait"):
+            pretrain(recipe(), tmp_path)
     assert [*tmp_path.rglob("*")] == [being_saved.parent, being_saved]
 
 
