@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -122,7 +123,7 @@ def unfinished(out: Path) -> Job:
     except FileNotFoundError:
         done = "; it is finished" if (out / RESULTS).exists() else ""
         raise ValueError(f"--resume must be the folder of a compression that was stopped, got {out}{done}") from None
-    except (TypeError, OSError) as error:
+    except (TypeError, OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{out / UNFINISHED} cannot be read: {error}") from None
 
 

@@ -13,7 +13,7 @@ import lorank as library
 from lorank.cli import cli
 from lorank.conversion import method_of
 from lorank.fit.svd import SVD
-from lorank.train.compress import divided
+from lorank.train.compress import divided, unfinished
 from lorank.train.saved import load_model
 
 Run = Callable[..., tuple[int, str, str]]
@@ -125,3 +125,10 @@ def test_text_is_divided_and_no_batch_is_lost() -> None:
     for held, number in ((1, 1), (10, 1), (20, 2), (1000, 2)):
         first, last = divided(iter(batches), held)
         assert [*first, *last] == batches and len(last) == number
+
+
+@pytest.mark.parametrize("written", ["{", "[" * 3000, "[]", "3: 4"])
+def test_a_damaged_record_of_a_stopped_compression_is_named(written: str, tmp_path: Path) -> None:
+    (tmp_path / "unfinished.json").write_text(written)
+    with pytest.raises(ValueError, match=r"unfinished\.json cannot be read"):
+        unfinished(tmp_path)
