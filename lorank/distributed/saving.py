@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.optim import Optimizer
@@ -167,11 +168,6 @@ def _read(tensors: Mapping[str, Tensor], folder: Path, *, alone: bool) -> None:
     if not straight:
         return
     try:
-        for name, saved in _shapes(folder).items():
-            if name in straight and sum(math.prod(part.sizes) for part in saved.chunks) != math.prod(saved.size):
-                raise ValueError(
-                    f"{folder} must have all parts of {name}, but a file of it is missing; restore it, or remove the checkpoint"
-                )
         dcp.load(dict(straight), storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=alone)
     except CheckpointException as error:
         raise ValueError(f"{folder} must be readable, but is damaged: {_reason(error)}") from error
@@ -182,8 +178,13 @@ def _read(tensors: Mapping[str, Tensor], folder: Path, *, alone: bool) -> None:
 
 
 def _shapes(folder: Path) -> Mapping[str, Any]:
-    """Size, type and parts of each tensor in a folder; ValueError if a file of it is damaged."""
+    """Size, type and parts of each tensor in a folder; ValueError if a file of it is damaged or missing."""
     try:
-        return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except SafetensorError as error:
         raise ValueError(f"{folder} must have whole files, but one is damaged: {error}") from error
+    for name, saved in found.items():
+        assert isinstance(saved, TensorStorageMetadata)
+        if sum(math.prod(part.sizes) for part in saved.chunks) != math.prod(saved.size):  # the rest would stay as it is
+            raise ValueError(f"{folder} must have all parts of {name}, but a file of it is missing")
+    return found

@@ -24,13 +24,18 @@ LOST = ("closed by peer", "reset by peer", "Broken pipe", "Timed out waiting", "
 """What gloo and NCCL say of a process that does not answer."""
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that another process does not answer."""
+    return any(words in str(error) for words in LOST)
+
+
 @contextlib.contextmanager
 def in_company(out: Path) -> Iterator[None]:
     """Around training: ConnectionError in one sentence if another process of the run has ended."""
     try:
         yield
     except (RuntimeError, OSError) as error:
-        if processes() == 1 or not any(words in str(error) for words in LOST):
+        if processes() == 1 or not is_lost(error):
             raise
         raise ConnectionError(
             f"another process of this run was killed or has failed; its own output may say why; continue with --resume {out}"

@@ -107,6 +107,6 @@ def set_rotary(config: PretrainedConfig, name: str, value: Any) -> bool:
     return True
 
 
-def last_line(error: Exception) -> str:
+def last_line(error: BaseException) -> str:
     """The last line of an error, in which configuration classes say what is wrong."""
     return re.sub(r"^\w+Error: ", "", (str(error).strip() or type(error).__name__).splitlines()[-1].strip())

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
+from transformers import TrainerState
 from transformers.trainer_pt_utils import safe_globals
 
 from lorank.distributed.saving import OPTIMIZER, OPTIMIZER_FILE, WEIGHTS
@@ -34,6 +35,14 @@ STAGING = ".saving"
 """Folder of a run in which a checkpoint is written before it is moved to its name."""
 SUMS = "SHA256SUMS"
 """File of a checkpoint with the checksums of the others."""
+STATE: Mapping[str, Any] = {
+    "global_step": int,
+    "max_steps": int,
+    "train_batch_size": int,
+    "log_history": list,
+    "stateful_callbacks": dict,
+}
+"""What a run that goes on takes from trainer_state.json."""
 LOCK = ".lock"
 """File that the one process holds which writes into a folder."""
 
@@ -160,7 +169,7 @@ def last_whole_checkpoint(out: Path) -> Path | None:
     reasons = []
     for path in sorted(found, key=step_of, reverse=True):
         if damaged := _damaged_file(path):
-            reasons.append(f"{damaged.name} is missing or truncated")
+            reasons.append(f"{damaged.name} is missing or damaged")
         elif changed := _changed_file(path):
             reasons.append(f"{changed.name} is not as it was written")
         else:
@@ -225,11 +234,14 @@ def read_json(path: Path, **kinds: Any) -> dict[str, Any]:
 
 
 def _damaged_file(checkpoint: Path) -> Path | None:
-    """The first file of a checkpoint that is missing or truncated."""
+    """The first file of a checkpoint that is missing or truncated, or whose state is no state of this step."""
     state = checkpoint / "trainer_state.json"
     try:
-        json.loads(state.read_text())
-    except (OSError, ValueError):
+        read = TrainerState.load_from_json(str(state))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return state
+    proper = all(isinstance(getattr(read, name), kind) for name, kind in STATE.items())
+    if not proper or read.global_step != step_of(checkpoint) or "TrainerControl" not in read.stateful_callbacks:  # type: ignore[operator]
         return state
     tensors = [*checkpoint.rglob("*.safetensors")] or [checkpoint / "model.safetensors"]
     for file in tensors:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -16,8 +19,32 @@ from transformers import PreTrainedModel, Trainer
 
 from lorank.distributed import saving
 from lorank.distributed.sharding import TENSOR, filled, gathered
+from lorank.train.engine import is_lost
+from lorank.train.entries import last_line
 
-SCHEDULER = "scheduler.pt"
+SCHEDULER, WEIGHTS_FILE = "scheduler.pt", "model.safetensors"
+
+
+class LostWeights(ValueError):
+    """A checkpoint that can be read, but has not all weights of the model."""
+
+
+@contextlib.contextmanager
+def reading(file: Path) -> Iterator[None]:
+    """Around reading a file of a checkpoint: ValueError names the file if there is something else in it than a checkpoint has there. What
+    may be code is left to `lorank.train.folder.only_tensors`."""
+    try:
+        yield
+    except (LostWeights, pickle.UnpicklingError, MemoryError, torch.OutOfMemoryError, dist.DistError):
+        raise
+    except (Exception, CheckpointException) as error:  # each reader fails in its own way
+        if is_lost(error) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        reason = f"{type(error).__name__}: {last_line(error)}"
+        raise ValueError(
+            f"{file} must hold what a checkpoint has there, but reading it ends with {reason}; remove {file.parent} to continue from an "
+            "earlier checkpoint"
+        ) from error
 
 
 class ShardedTrainer(Trainer):
@@ -87,34 +114,43 @@ class ShardedTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not self._is_shared(Path(resume_from_checkpoint)):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with reading(Path(resume_from_checkpoint, WEIGHTS_FILE)):
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
         assert self.model is not None
-        self.check_lost(saving.load_weights(self.model, Path(resume_from_checkpoint)))
+        with reading(Path(resume_from_checkpoint, saving.WEIGHTS)):
+            self.check_lost(saving.load_weights(self.model, Path(resume_from_checkpoint)))
 
     def check_lost(self, names: list[str]) -> None:
         """Raises ValueError if there are weights that a checkpoint lacks, which would stay as they were drawn."""
         if names:
-            raise ValueError(
+            raise LostWeights(
                 f"the checkpoint must have all weights of the model, but it lacks {names[0]} and {len(names) - 1} more; it cannot be "
                 "resumed by this version of lorank, start another run"
             )
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self._is_shared(Path(checkpoint)):
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        assert self.model is not None
-        saving.load_optimizer(self.model, self._moving, Path(checkpoint))
-        state = torch.load(os.path.join(checkpoint, SCHEDULER), map_location="cpu", weights_only=True)
-        self.lr_scheduler.load_state_dict(state)  # type: ignore[union-attr]
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        several = (folder / saving.OPTIMIZER_FILE).exists()
+        with reading(folder / SCHEDULER):
+            state = torch.load(folder / SCHEDULER, map_location="cpu", weights_only=True)
+            self.lr_scheduler.load_state_dict(state)  # type: ignore[union-attr]
+        with reading(folder / (saving.OPTIMIZER_FILE if several else saving.WHOLE_OPTIMIZER)):
+            if not self._is_shared(folder):
+                return super()._load_optimizer_and_scheduler(checkpoint)
+            assert self.model is not None
+            saving.load_optimizer(self.model, self._moving, folder)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Of a run with fewer processes, that of the first one."""
         own = f"rng_state_{self.args.process_index}.pth" if self.args.world_size > 1 else "rng_state.pth"
         there = [] if checkpoint is None else sorted(Path(checkpoint).glob("rng_state*.pth"))
-        if not there or any(file.name == own for file in there):
+        if not there:
             return super()._load_rng_state(checkpoint)
-        with tempfile.TemporaryDirectory() as folder:
-            shutil.copy(there[0], os.path.join(folder, own))
+        [taken] = [file for file in there if file.name == own] or there[:1]
+        with reading(taken), tempfile.TemporaryDirectory() as folder:
+            shutil.copy(taken, os.path.join(folder, own))
             super()._load_rng_state(folder)
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:

@@ -23,7 +23,7 @@ from lorank.train.distil import Teacher
 from lorank.train.evaluation import Evaluation, evaluate
 from lorank.train.finite import Guard
 from lorank.train.folder import STAGING, write_sums
-from lorank.train.sharded import ShardedTrainer
+from lorank.train.sharded import ShardedTrainer, reading
 from lorank.trainer import TrainerMixin
 from lorank.whole import cleared, open_to_others
 
@@ -227,7 +227,8 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self.estimator is not None and self.estimator.carries and checkpoint is not None:
-            self.estimator.load_state_dict(load_file(os.path.join(checkpoint, ESTIMATOR_FILE)))
+            with reading(file := Path(checkpoint, ESTIMATOR_FILE)):
+                self.estimator.load_state_dict(load_file(file))
 
     def restore(self, checkpoint: Path) -> None:
         """Load model and history of a checkpoint of the last step."""

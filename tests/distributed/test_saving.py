@@ -33,7 +33,7 @@ def test_a_missing_or_damaged_file_of_a_tensor_is_named(tmp_path: Path) -> None:
     second = file.read_bytes().replace(b"[0, 0]", b"[2, 0]")  # now the last two rows of four, without the first
     file.write_bytes(second)
     with pytest.raises(ValueError, match="must have all parts of a, but a file of it is missing"):
-        saving._read({"a": torch.zeros(4, 3)}, tmp_path, alone=True)
+        saving._shapes(tmp_path)
     file.write_bytes(second[:60])
     with pytest.raises(ValueError, match="must have whole files, but one is damaged"):
-        saving._read({"a": torch.zeros(4, 3)}, tmp_path, alone=True)
+        saving._shapes(tmp_path)

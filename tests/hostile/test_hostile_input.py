@@ -16,7 +16,7 @@ pytest.importorskip("hypothesis")
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerState
 
 from lorank import CoLA, convert
 from lorank.cli.errors import sentence
@@ -274,7 +274,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, saved: Path) -> Path:
     shutil.copytree(saved, folder)
     for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
         torch.save({"state": {0: torch.ones(3)}, "lr": 0.1}, folder / name)
-    (folder / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": []}))
+    state = TrainerState(global_step=3, train_batch_size=4, stateful_callbacks=[TrainerControl()])  # type: ignore[list-item]
+    state.save_to_json(str(folder / "trainer_state.json"))
+    assert last_whole_checkpoint(folder.parent) == folder
     return folder
 
 

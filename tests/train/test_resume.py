@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from lorank.distributed.saving import load_weights
 from lorank.train.folder import last_whole_checkpoint, locked, read_run, write_sums, write_whole
 from lorank.train.run import pretrain
 from lorank.train.trainer import PretrainTrainer
@@ -265,6 +266,78 @@ def test_a_checkpoint_that_may_hold_code_is_refused(killed: Path, name: str, mon
     assert not (killed / "ran").exists()
 
 
+@pytest.mark.parametrize("held", [[1, 2], {}], ids=["a list", "nothing"])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_file_that_holds_something_else_is_named(killed: Path, name: str, held: Any) -> None:
+    torch.save(held, killed / "checkpoint-6" / name)
+    write_sums(killed / "checkpoint-6")
+    with pytest.raises(
+        ValueError, match=f"checkpoint-6/{name} must hold what a checkpoint has there.*; remove .*-6 to"
+    ):
+        resume(killed)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_what_several_processes_wrote_is_named_if_it_is_something_else(killed: Path) -> None:
+    for folder in ("weights", "optimizer"):
+        (killed / "checkpoint-6" / folder).mkdir()
+        shutil.copy(killed / "checkpoint-6/model.safetensors", killed / "checkpoint-6" / folder)
+    (killed / "checkpoint-6/optimizer.json").write_text("{}")
+    write_sums(killed / "checkpoint-6")
+    with pytest.raises(ValueError, match="checkpoint-6/optimizer.json must hold what a checkpoint has there"):
+        resume(killed)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_missing_part_of_a_weight_is_named(tmp_path: Path) -> None:
+    """Of the first process; the second one has written where its own begins. Read as they are, the first rows would stay as drawn."""
+    (tmp_path / "weights").mkdir()
+    about = {"DCP_SHARDING_INFO": json.dumps({"weight": {"saved_offsets": [4, 0]}})}
+    save_file({"weight": torch.ones(4, 3)}, tmp_path / "weights/shard-00002.safetensors", metadata=about)
+    with pytest.raises(ValueError, match=r"weights lacks a part of weight"):
+        load_weights(torch.nn.Linear(3, 8, bias=False), tmp_path)
+    about = {"DCP_SHARDING_INFO": json.dumps({"weight": {"saved_offsets": [0, 0]}})}
+    save_file({"weight": torch.ones(4, 3)}, tmp_path / "weights/shard-00001.safetensors", metadata=about)
+    assert load_weights(layer := torch.nn.Linear(3, 8, bias=False), tmp_path) == [] and layer.weight.eq(1).all()
+
+
+def test_weights_of_another_shape_are_named(killed: Path) -> None:
+    weights = {
+        name: tensor[:1].clone() for name, tensor in load_file(killed / "checkpoint-6/model.safetensors").items()
+    }
+    save_file(weights, killed / "checkpoint-6/model.safetensors", metadata={"format": "pt"})
+    write_sums(killed / "checkpoint-6")
+    with pytest.raises(ValueError, match="checkpoint-6/model.safetensors must hold what a checkpoint has there"):
+        resume(killed)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        [],
+        3,
+        {"global_step": "6"},
+        {"global_step": 6.5},
+        {"global_step": 5},
+        {"log_history": 3},
+        {"train_batch_size": None},
+        {"stateful_callbacks": {}},
+        {"unknown": 1},
+    ],
+    ids=str,
+)
+def test_a_state_that_is_none_is_skipped(killed: Path, wrong: Any) -> None:
+    file = killed / "checkpoint-6/trainer_state.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **wrong} if isinstance(wrong, dict) else wrong))
+    write_sums(killed / "checkpoint-6")
+    assert last_whole_checkpoint(killed) == killed / "checkpoint-3"
+
+
+def test_a_state_of_brackets_is_skipped(killed: Path) -> None:
+    (killed / "checkpoint-6/trainer_state.json").write_text("[" * 100_000)
+    assert last_whole_checkpoint(killed) == killed / "checkpoint-3"
+
+
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json", "SHA256SUMS"]
 )
@@ -311,7 +384,7 @@ def test_a_run_with_only_damaged_checkpoints_does_not_restart(killed: Path) -> N
         (folder / "optimizer.pt").write_bytes(b"")
     before = sorted(killed.rglob("*"))
     with pytest.raises(
-        ValueError, match="has no checkpoint that is whole .in the newest, optimizer.pt is missing or trunc"
+        ValueError, match="has no checkpoint that is whole .in the newest, optimizer.pt is missing or damaged"
     ):
         resume(killed)
     assert before == sorted(killed.rglob("*"))
