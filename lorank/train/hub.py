@@ -14,6 +14,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from lorank.auto import PREFIX
 from lorank.kernels import check_kernels, without_missing
 from lorank.train.entries import as_classes_take, last_line
 
@@ -83,9 +84,16 @@ def _read_config(place: str) -> PretrainedConfig:
         except ValueError as error:
             raise ForeignCode(str(error)) from None
         if json.dumps(wanted) == json.dumps(found):
-            return AutoConfig.from_pretrained(place, trust_remote_code=False)
+            return _checked(AutoConfig.from_pretrained(place, trust_remote_code=False))
         with tempfile.TemporaryDirectory() as folder:
             Path(folder, "config.json").write_text(json.dumps(wanted), encoding="utf-8")
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         config.name_or_path = place
-        return config
+        return _checked(config)
+
+
+def _checked(config: PretrainedConfig) -> PretrainedConfig:
+    """The configuration of a converted model, checked as that of the dense one is, which its class does not do of itself."""
+    if config.model_type.startswith(PREFIX):
+        config.validate()  # type: ignore[attr-defined]
+    return config

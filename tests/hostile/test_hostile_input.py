@@ -230,6 +230,37 @@ def test_a_saved_model(data: Any, saved: Path, tmp_path: Path) -> None:
     answered(lambda: load_model(str(place)), place)
 
 
+ODD = [
+    ({"layer_types": ["x"]}, "no model could be loaded from .*layer_types"),
+    (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}},
+        "must not be .* quantised weights",
+    ),
+]
+
+
+@pytest.mark.parametrize(("entries", "words"), ODD, ids=["layer types", "quantised"])
+def test_an_odd_entry_of_a_converted_model_is_named(entries: Any, words: str, saved: Path, tmp_path: Path) -> None:
+    """Before its first forward pass, which failed without a word about the entry."""
+    place = shutil.copytree(saved, tmp_path / "in")
+    (place / "config.json").write_text(json.dumps({**json.loads((place / "config.json").read_text()), **entries}))
+    with pytest.raises(ValueError, match=words):
+        load_model(str(place))
+
+
+def test_weights_that_are_not_quantised_as_their_configuration_says_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    small = LlamaConfig(
+        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=300
+    )
+    save_model(LlamaForCausalLM(small), load_tokenizer("bytes"), tmp_path)
+    config, quantised = json.loads((tmp_path / "config.json").read_text()), {"quant_method": "bitsandbytes"}
+    for kind in ("load_in_4bit", "load_in_8bit"):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {**quantised, kind: True}}))
+        with pytest.raises(ValueError, match="must have weights that are quantised as quantization_config"):
+            load_model(str(tmp_path))
+
+
 ASKED: dict[str, Any] = {"model": "m", "tasks": ["a", "b"], "weights": "w", "texts": ["x", "y"]}
 STREAM = {
     "method": "full",
