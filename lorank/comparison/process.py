@@ -18,7 +18,7 @@ from typing import Any, Self
 import psutil
 
 import lorank
-from lorank.train.folder import write_whole
+from lorank.train.folder import record_of, write_whole
 from lorank.train.recipe import Recipe
 from lorank.train.signals import on_stop
 from lorank.whole import without_link
@@ -126,8 +126,7 @@ class Tail:
             whole, newline, _ = file.read().rpartition(b"\n")
             self._read += len(whole) + len(newline)
             for line in whole.splitlines():
-                with contextlib.suppress(ValueError):
-                    self._found.update(json.loads(line))
+                self._found.update(record_of(line) or {})
         return self._found
 
 

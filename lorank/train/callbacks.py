@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from lorank.train.folder import write_whole
+from lorank.train.folder import record_of, write_whole
 
 
 class Throughput(TrainerCallback):
@@ -47,7 +47,7 @@ class Throughput(TrainerCallback):
 
 class MetricsFile(TrainerCallback):
     """Appends every log record to metrics.jsonl. The file exists from the first step on. When a run resumes, records of steps that
-    will run again are removed first."""
+    will run again, and half and damaged lines, are removed first."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -57,9 +57,9 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        records = [line for line in lines if _step(line) <= state.global_step]
-        write_whole(self.path, "".join(f"{record}\n" for record in records))
+        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
+        done = [line for line in lines if (record := record_of(line)) and record["step"] <= state.global_step]
+        write_whole(self.path, "".join(f"{line.decode()}\n" for line in done))
 
     def on_log(
         self,
@@ -75,13 +75,6 @@ class MetricsFile(TrainerCallback):
         record = {names.get(k, k): v for k, v in logs.items() if k not in ("epoch", "eval_loss")}
         with self.path.open("a") as file:
             file.write(json.dumps({"step": state.global_step, **record}) + "\n")
-
-
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):  # half a line: the process died while writing
-        return math.inf
 
 
 class StopOnSignal(TrainerCallback):

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import pickle
+import re
 import statistics
 import tempfile
 import zipfile
@@ -158,6 +159,12 @@ def _changed_file(checkpoint: Path) -> Path | None:
     return None
 
 
+def checkpoints(out: Path) -> list[Path]:
+    """Those of a run, the newest last. What has another name, as a copy that somebody keeps, is none."""
+    found = [path for path in out.glob("checkpoint-*") if re.fullmatch("checkpoint-[0-9]+", path.name)]
+    return sorted(found, key=step_of)
+
+
 def last_whole_checkpoint(out: Path) -> Path | None:
     """The newest checkpoint whose files can all be read and are as they were written; None if there is none at all. Those that are
     skipped are logged.
@@ -165,9 +172,8 @@ def last_whole_checkpoint(out: Path) -> Path | None:
     Raises:
         ValueError: there are checkpoints, but all are damaged.
     """
-    found = [path for path in out.glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
     reasons = []
-    for path in sorted(found, key=step_of, reverse=True):
+    for path in reversed(checkpoints(out)):
         if damaged := _damaged_file(path):
             reasons.append(f"{damaged.name} is missing or damaged")
         elif changed := _changed_file(path):
@@ -306,11 +312,15 @@ def longer(recipe: Recipe, steps: int) -> Recipe:
 
 
 def history(folder: str | Path) -> Iterator[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, without one that is half written, because the process died."""
-    with (Path(folder) / "metrics.jsonl").open(errors="replace") as file:
-        for line in file:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            yield record
+    """The records of a run's metrics.jsonl."""
+    with (Path(folder) / "metrics.jsonl").open("rb") as file:
+        yield from (record for line in file if (record := record_of(line)) is not None)
+
+
+def record_of(line: bytes) -> dict[str, Any] | None:
+    """What a line of metrics.jsonl holds; None for one that is half written, because the process died, or that was damaged since."""
+    try:
+        found = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None

@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
 from transformers import TrainerState
-from transformers.trainer_utils import rotate_checkpoints
 
 from lorank.loop import step_hook
 from lorank.loss import Loss, cross_entropy, gives_loss, next_token_loss, predicted_tokens
@@ -22,7 +21,7 @@ from lorank.train.callbacks import Throughput
 from lorank.train.distil import Teacher
 from lorank.train.evaluation import Evaluation, evaluate
 from lorank.train.finite import Guard
-from lorank.train.folder import STAGING, write_sums
+from lorank.train.folder import STAGING, checkpoints, step_of, write_sums
 from lorank.train.sharded import ShardedTrainer, reading
 from lorank.trainer import TrainerMixin
 from lorank.whole import cleared, open_to_others
@@ -299,7 +298,9 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
                 write_sums(self._staging / folder.name)
                 cleared(folder)  # one that could not be read, or the same again
                 os.replace(self._staging / folder.name, folder)
-                rotate_checkpoints(str(out), self.args.save_total_limit)
+                done = [one for one in checkpoints(out) if step_of(one) <= self.state.global_step]
+                for old in done[: -(self.args.save_total_limit or len(done))]:
+                    shutil.rmtree(old, ignore_errors=True)
         except (OSError, SafetensorError, RuntimeError) as error:
             reason = "the disk is full" if shutil.disk_usage(out).free < 1 << 20 else str(error).splitlines()[0]
             kept = "earlier checkpoints are intact" if any(out.glob("checkpoint-*")) else "there is no earlier one"

@@ -8,7 +8,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from lorank.train import callbacks
 from lorank.train.callbacks import MetricsFile, StopOnNonFinite, Throughput
-from lorank.train.folder import logged_rate
+from lorank.train.folder import history, logged_rate
 
 
 @pytest.fixture
@@ -54,6 +54,17 @@ def test_half_a_line_is_no_record(tmp_path: Any) -> None:
     """Of a run that was killed after its last checkpoint, which trains no further step that would remove it."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "tokens_per_second": 5.0}\n{"step": 2, "tokens_per')
     assert logged_rate(tmp_path) == 5.0
+
+
+def test_a_damaged_line_is_no_record_and_is_removed(tmp_path: Any) -> None:
+    """One flipped byte, which is no UTF-8 or no record, is no reason to refuse to go on."""
+    file, whole = tmp_path / "metrics.jsonl", [b'{"step": %d, "lr": 1.0}\n' % step for step in (1, 2, 3)]
+    damaged = [b'{"step": 2, "l\xf2": 1.0}\n', b"5\n", b"[]\n", b'{"step": "2"}\n', b"[" * 100_000 + b"\n"]
+    file.write_bytes(b"".join([*damaged, *whole, b'{"step": 2, "lr']))
+    assert [record["step"] for record in history(tmp_path)] == [1, 2, 3]
+    arguments: Any = None
+    MetricsFile(file).on_train_begin(arguments, TrainerState(global_step=2), TrainerControl())
+    assert file.read_bytes() == b"".join(whole[:2])
 
 
 @pytest.mark.parametrize("name", ["loss", "grad_norm"])
