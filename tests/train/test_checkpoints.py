@@ -1,14 +1,37 @@
-"""The folders of checkpoints: which of them are a run's own, and which of these are kept."""
+"""The folders of checkpoints: their checksums, which of them are a run's own, and which of these are kept."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lorank.train.folder import checkpoints, last_whole_checkpoint, read_run
+from lorank.train.folder import SUMS, checkpoints, last_whole_checkpoint, read_run
 from lorank.train.run import pretrain
 
 pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_a_checkpoint_has_its_checksums_when_it_gets_its_name(
+    recipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut right after the move leaves one whose files can be checked."""
+    move = os.replace
+
+    def cut(old: Any, new: Any) -> None:
+        move(old, new)
+        if Path(new).name == "checkpoint-2":
+            raise MemoryError("the lights went out")
+
+    monkeypatch.setattr(os, "replace", cut)
+    with pytest.raises(MemoryError):
+        pretrain(recipe(steps=3, save_every=2), tmp_path / "run")
+    folder = tmp_path / "run/checkpoint-2"
+    summed = {line.partition("  ")[2] for line in (folder / SUMS).read_text().splitlines()}
+    assert summed == {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - {SUMS}
+    (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="optimizer.pt is"):
+        last_whole_checkpoint(tmp_path / "run")
 
 
 def test_a_folder_with_another_name_is_no_checkpoint(recipe: Any, before_step: Any, tmp_path: Path) -> None:
