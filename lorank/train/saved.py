@@ -136,8 +136,6 @@ def load_model(
             if looks_local:
                 _check_weights(path, config)
             model = kind.from_pretrained(place, config=config, trust_remote_code=False, use_safetensors=True)
-            if getattr(config, "quantization_config", None):
-                _check_quantized(model, folder)
     except (_Unfit, ForeignCode):
         raise
     except Exception as error:  # whatever the modelling code makes of somebody's files
@@ -155,19 +153,6 @@ def load_model(
 
 class _Unfit(ValueError):
     """A model that was found, but cannot be used here."""
-
-
-@torch.no_grad()
-def _check_quantized(model: PreTrainedModel, folder: str) -> None:
-    """Raises _Unfit for weights that are not as the configuration says they are quantised, which the first forward pass finds."""
-    try:
-        model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device))
-    except Exception as error:  # each library has its own
-        reason = " ".join([f"{type(error).__name__}:", *str(error).splitlines()[:1]]).rstrip(":")
-        raise _Unfit(
-            f"{folder} must have weights that are quantised as quantization_config in its config.json says, but a forward pass ends with "
-            f"{reason}; save the weights with the library that quantised them, or remove this entry if they are not quantised"
-        ) from error
 
 
 def _check_weights(folder: Path, config: PretrainedConfig) -> None:

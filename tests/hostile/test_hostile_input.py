@@ -248,19 +248,6 @@ def test_an_odd_entry_of_a_converted_model_is_named(entries: Any, words: str, sa
         load_model(str(place))
 
 
-def test_weights_that_are_not_quantised_as_their_configuration_says_are_refused(tmp_path: Path) -> None:
-    pytest.importorskip("bitsandbytes")
-    small = LlamaConfig(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=300
-    )
-    save_model(LlamaForCausalLM(small), load_tokenizer("bytes"), tmp_path)
-    config, quantised = json.loads((tmp_path / "config.json").read_text()), {"quant_method": "bitsandbytes"}
-    for kind in ("load_in_4bit", "load_in_8bit"):
-        (tmp_path / "config.json").write_text(json.dumps({**config, "quantization_config": {**quantised, kind: True}}))
-        with pytest.raises(ValueError, match="must have weights that are quantised as quantization_config"):
-            load_model(str(tmp_path))
-
-
 ASKED: dict[str, Any] = {"model": "m", "tasks": ["a", "b"], "weights": "w", "texts": ["x", "y"]}
 STREAM = {
     "method": "full",
