@@ -303,7 +303,7 @@ def _read(folder: Path) -> dict[str, Any]:
         of_strings = [base["sha256"], base["architecture"], *trained_too]
         if isinstance(trained_too, list) and all(isinstance(one, str) for one in of_strings):
             return about if CONVOLUTIONS in about else {**{name: about[name] for name in RECORDED}, **about}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     raise ValueError(f"folder must be one that lorank.save_adapter wrote, got {folder}")
 

@@ -190,7 +190,7 @@ def judge(reproduction: Reproduction, out: Path) -> dict[str, Any]:
         loss, biased = math.log(end["validation_perplexity"]), math.log(end["published_compatible_perplexity"])
         batches = biased / (loss - biased)  # as loss · N / (N + 1) = biased
         perplexity = math.exp(biased) * _correction(math.exp(loss), batches, part)
-    except (OSError, ValueError, KeyError, TypeError, ArithmeticError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         name = getattr(error, "filename", None)
         reason = f"{Path(name).name} is missing" if isinstance(error, FileNotFoundError) and name else repr(error)
         raise ValueError(f"{out} cannot be judged: {reason}; restore it, or run again with another --out") from None

@@ -106,7 +106,7 @@ class Comparison:
             return cls(out.resolve(), settings, rows, facts)
         except FileNotFoundError:
             raise ValueError(f"{out} holds no comparison to continue: it has no comparison.json") from None
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{out}/comparison.json cannot be read ({error}); start another comparison with --out"
             ) from None

@@ -111,7 +111,7 @@ def recipe_of_text(model: str) -> Recipe | None:
     try:
         known = json.loads(kept.read_text(encoding="utf-8"))
         return Recipe.from_dict({name: value for name, value in known.items() if name not in (HASH, FILES, DOCUMENTS)})
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{kept} must say what the model was trained on, as lorank wrote it, but: {error}") from None
 
 
@@ -120,7 +120,7 @@ def _known_of(model: str, name: str) -> Any:
     folder = Path(model).expanduser()
     for file in (folder / "run.json", folder / TRAINED_ON, folder.parent / "run.json"):
         if file.exists() and (file.parent == folder or folder.name.startswith("checkpoint-")):
-            with contextlib.suppress(OSError, ValueError, AttributeError):
+            with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
                 return json.loads(file.read_text(encoding="utf-8")).get(name)
     return None
 

@@ -6,6 +6,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerControl, TrainerState
 
-from lorank import CoLA, convert
+from lorank import CoLA, convert, load_adapter
 from lorank.cli.errors import sentence
+from lorank.comparison.repro import find, judge
+from lorank.comparison.runner import Comparison
 from lorank.train import continual
+from lorank.train.compress import unfinished
 from lorank.train.data import load_corpus, load_tokenizer
-from lorank.train.folder import last_whole_checkpoint
+from lorank.train.folder import last_whole_checkpoint, read_json
 from lorank.train.model import empty_model
 from lorank.train.recipe import Recipe
 from lorank.train.saved import load_model, save_model
+from lorank.train.text import recipe_of_text
 
 EXAMPLES = int(os.environ.get("LORANK_HOSTILE", "12"))
 """For each test."""
@@ -89,6 +94,8 @@ CONFIG |= {
     "head_dim": 16,
     "layer_types": None,
 }
+TINY: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+TINY |= {"num_attention_heads": 2, "vocab_size": 300}
 KINDS = ("llama", "gpt2", "qwen3_moe", "bert", "mamba", "t5", "gemma3", "lorank_llama")
 
 
@@ -205,14 +212,7 @@ def read_some(source: str, **settings: Any) -> None:
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A converted model with its tokenizer."""
     out = tmp_path_factory.mktemp("saved")
-    small = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "vocab_size": 300,
-    }
-    save_model(convert(LlamaForCausalLM(LlamaConfig(**small)), CoLA(rank=4)), load_tokenizer("bytes"), out)
+    save_model(convert(LlamaForCausalLM(LlamaConfig(**TINY)), CoLA(rank=4)), load_tokenizer("bytes"), out)
     return out
 
 
@@ -283,6 +283,26 @@ def test_damaged_results_are_named(written: str, tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text(written)
     with pytest.raises(ValueError, match=r"results\.json (is damaged|must hold names)"):
         continual._earlier(tmp_path, ASKED)
+
+
+NESTED = {
+    "adapter.json": lambda folder: load_adapter(folder, LlamaForCausalLM(LlamaConfig(**TINY))),
+    "trained_on.json": lambda folder: recipe_of_text(str(folder)),
+    "comparison.json": Comparison.open,
+    "unfinished.json": unfinished,
+    "summary.json": lambda folder: judge(find("cola-60m"), folder),
+    "run.json": lambda folder: read_json(folder / "run.json"),
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+@pytest.mark.parametrize(
+    "written", [b"[" * 100_000, b'{"a": ' * 100_000, b"\xff", b"[]"], ids=["[", "{", "bytes", "list"]
+)
+def test_brackets_without_end_are_a_sentence(name: str, written: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(written)
+    with pytest.raises(ValueError, match=re.escape(str(tmp_path))):
+        NESTED[name](tmp_path)
 
 
 @pytest.fixture(scope="module")
