@@ -278,7 +278,7 @@ def test_a_file_that_holds_something_else_is_named(killed: Path, name: str, held
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-def test_what_several_processes_wrote_is_named_if_it_is_something_else(killed: Path) -> None:
+def test_what_several_processes_wrote_is_named_if_it_is_odd(killed: Path) -> None:
     for folder in ("weights", "optimizer"):
         (killed / "checkpoint-6" / folder).mkdir()
         shutil.copy(killed / "checkpoint-6/model.safetensors", killed / "checkpoint-6" / folder)
