@@ -57,6 +57,7 @@ from lorank.train.push import check_push, push
 from lorank.train.recipe import Recipe
 from lorank.train.saved import rehearse_saving, save_model
 from lorank.train.shape import reason_of
+from lorank.train.sharded import reading
 from lorank.train.signals import on_stop
 from lorank.train.start import Start, started
 from lorank.train.summary import Summary, environment
@@ -204,8 +205,10 @@ def _text_and_shape(
     done = step_of(start_from) * recipe.batch_size if start_from else 0
     corpus = corpus_of(recipe, marks=out / "stream.jsonl", begin=done)
     config = build_config(recipe, corpus.tokenizer)
-    saved = read_config(str(start_from)) if start_from else None
-    if saved is not None:
+    saved = None
+    if start_from is not None:
+        with reading(start_from / "config.json"):
+            saved = read_config(str(start_from))
         keep_vocabulary(config, saved)
     check_corpus(recipe, corpus, config.vocab_size)
     if not resume:

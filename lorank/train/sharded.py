@@ -38,7 +38,8 @@ def reading(file: Path) -> Iterator[None]:
     except (LostWeights, pickle.UnpicklingError, MemoryError, torch.OutOfMemoryError, dist.DistError):
         raise
     except (Exception, CheckpointException) as error:  # each reader fails in its own way
-        if is_lost(error) or (isinstance(error, OSError) and error.errno is not None):
+        named = isinstance(error, ValueError) and str(file) in str(error)
+        if named or is_lost(error) or (isinstance(error, OSError) and error.errno is not None):
             raise
         reason = f"{type(error).__name__}: {last_line(error)}"
         raise ValueError(

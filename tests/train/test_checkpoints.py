@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from lorank.train.folder import SUMS, checkpoints, last_whole_checkpoint, read_run
+from lorank.train.folder import SUMS, checkpoints, last_whole_checkpoint, read_run, write_sums
 from lorank.train.run import pretrain
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -46,3 +46,18 @@ def test_a_folder_with_another_name_is_no_checkpoint(recipe: Any, before_step: A
     assert last_whole_checkpoint(out) == out / "checkpoint-3"
     pretrain(read_run(out), out, resume=True)
     assert {path.name for path in out.glob("checkpoint-*")} == {*others, "checkpoint-8"}
+
+
+@pytest.mark.parametrize(
+    "written", ["[" * 100_000, "{}", '{"model_type": "lama"}', '{"model_type": ["llama"]}', "\xff"]
+)
+def test_a_configuration_that_cannot_be_read_is_named(
+    written: str, recipe: Any, before_step: Any, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(MemoryError):
+        pretrain(recipe(save_every=1, eval_every=0), out, callbacks=[before_step(1)])
+    (out / "checkpoint-1/config.json").write_text(written, encoding="latin-1")
+    write_sums(out / "checkpoint-1")
+    with pytest.raises(ValueError, match="checkpoint-1/config.json must hold what a checkpoint has there"):
+        pretrain(read_run(out), out, resume=True)
