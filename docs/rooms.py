@@ -33,6 +33,7 @@ ROWS: tuple[dict[str, str], ...] = (
     {
         "loop": "optimizer, step_hook, lr_schedule, next_task, set_context: what a training loop asks for",
         "adapter_files": "adapters saved without their model, and in peft's format",
+        "starts": "blocks that begin as the identity",
     },
     {"conversion": "convert, merge"},
     {"pretrained": "saved and loaded by transformers", "trial": "a conversion tried on shapes alone"},

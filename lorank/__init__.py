@@ -63,6 +63,7 @@ if TYPE_CHECKING:  # what type checkers and editors see
     from lorank.speed.bottleneck import fuse_bottlenecks
     from lorank.speed.decoding import fast_decoding
     from lorank.speed.linear_cross_entropy import loss_without_logits
+    from lorank.starts import zero_outputs
     from lorank.trainer import TrainerMixin
 
 __version__ = "0.3.0"
@@ -80,6 +81,7 @@ _HOME = {
     "fast_decoding": "lorank.speed.decoding",
     "merge": "lorank.conversion",
     "next_task": "lorank.loop",
+    "zero_outputs": "lorank.starts",
     "set_context": "lorank.loop",
     "optimizer": "lorank.loop",
     "step_hook": "lorank.loop",

@@ -18,6 +18,10 @@ GATE = re.compile(
     r"(gate_proj|(?:gate_up_proj|Wi|input_linear|fc1|fc1\.proj)\.gate|c_fc|fc1|fc_in|dense_h_to_4h|intermediate\.dense|lin1|wi_0|wi|w1)$"
 )
 """Names of the projection whose output is the input of a block's own activation."""
+OUTPUT = re.compile(
+    r"(?:^|[._])(o_proj|out_proj|out_lin|c_proj|down_proj|fc2|fc_out|lin2|wo|w2|dense_4h_to_h|(?:output|attention|attn|attn_output)\.dense)$"
+)
+"""Names of the projections that write to the residual stream: attention's last and the MLP's last."""
 ATTENTION = re.compile(
     r"(?:^|\.)(?:self_)?(?:attn|attention)\.(?:\w+\.)*"
     r"(?:(?P<query>q_proj|q_lin|query)|(?P<key>k_proj|k_lin|key)|(?P<value>v_proj|v_lin|value)"

@@ -57,6 +57,8 @@ class LowRankExperts(nn.Module):
     x [S, d_in]   A [E, r, d_in]   B [E, d_out, r]   b [E, d_out]
     """
 
+    silent: tuple[str, ...] = ("B", "bias")
+
     def __init__(
         self,
         experts: int,

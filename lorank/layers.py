@@ -41,6 +41,8 @@ class LowRankLinear(nn.Module):
     x [..., d_in]   A [r, d_in]   B [d_out, r]   b [d_out]
     """
 
+    silent: tuple[str, ...] = ("B",)
+    """Parts that are zero in a layer whose output starts at zero (`lorank.starts`); none if it cannot."""
     at_once: Callable[[Tensor, nn.Module], Tensor] | None = None
     """B σ(z) + b of z = A x and B as one operation (`lorank.speed.bottleneck`). It knows no layer, so that copies use their own B."""
 
@@ -112,6 +114,7 @@ class FrozenPlusLowRank(nn.Module):
     A subclass ends its ``__init__`` with ``reset_parameters()``.
     """
 
+    silent: tuple[str, ...] = ("W", "B")
     edits_W: ClassVar[bool] = False
     """Whether W changes in place between steps."""
 

@@ -95,8 +95,8 @@ STAGES = {
 
 RATES = (1.25e-3, 2.5e-3, 5e-3, 1e-2)
 """Tried with the first seed. A best rate at an edge extends the sweep, twice at most."""
-LARGER_RATES = {"sweep": {"lr": RATES[1:]}, "own": {row: {"lr": RATES[:3]} for row in ("dense", "dense-small")}}
-"""Of the larger sizes' core: three, around the best at tiny of Muon and, for `own`, of AdamW."""
+CORE_RATES = {"sweep": {"lr": RATES[1:]}, "own": {row: {"lr": RATES[:3]} for row in ("dense", "dense-small")}}
+"""Of the core: three, around the best that Muon and, for `own`, AdamW had with outputs as drawn."""
 EFFECT_RATES = (2.5e-3, 5e-3, 1e-2)
 """Around the best of cola+muon."""
 SPECTRON_RATES = (0.0125, 0.025, 0.05, 0.1)
@@ -118,9 +118,10 @@ def settings_of(size: str, text: str, stage: str, texts: Path) -> ComparisonSett
         rates: dict[str, Any] = {"sweep": {"lr": NANO_RATES}, "own": {"dense": {"lr": [1e-3]}}}
         return ComparisonSettings(base=base, seeds=NANO_SEEDS, tuned="all", **rates, **chosen)
     common = {"steps": STEPS, "eval_every": 50, "eval_tokens": 65_000, "eval_all_at_end": True, "save_every": 0}
+    common["zero_outputs"] = True
     base = Recipe().but({**common, **SIZES[size], "data": data})
-    if stage == "core" and size != "tiny":
-        return ComparisonSettings(base=base, seeds=SEEDS, tuned="all", **LARGER_RATES, **chosen)
+    if stage == "core":
+        return ComparisonSettings(base=base, seeds=SEEDS, tuned="all", **CORE_RATES, **chosen)
     own: dict[str, Any] = {name: {"lr": SPECTRON_RATES} for name in chosen["methods"] if name.endswith("+spectron")}
     if stage == "effects":
         own = {

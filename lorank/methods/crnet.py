@@ -92,6 +92,8 @@ def previous_output(y: Tensor, change: Tensor, b: Tensor) -> Tensor:
 class CRNetDense(nn.Module):
     """The first layer of a chain, y = W x + c."""
 
+    silent = ("W",)
+
     def __init__(self, d_in: int, d_out: int, *, tape: Tape, **options: Any):
         super().__init__()
         self.tape = tape

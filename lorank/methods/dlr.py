@@ -55,6 +55,7 @@ class Reusing(nn.Module):
     """Mixed into a `LowRankLinear` or `LowRankExperts`: its B starts at CoLA's plus `reuse`, and is B*."""
 
     alpha, drawn_for = 1.0, None
+    silent: tuple[str, ...] = ()
 
     def start(self, alpha: float, drawn_for: str | None) -> Self:
         """Add the reuse to B as it was drawn."""

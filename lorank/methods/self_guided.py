@@ -81,6 +81,7 @@ class Untouched(torch.autograd.Function):
 class GuidedLinear(LowRankLinear, PartTime):
     """y = a W x + (1 - a) B A x + b, and y = B A x + b once W is gone. `share` is a; until a hook sets it, it is 1/2."""
 
+    silent = ("B", "W")
     share: Tensor
 
     def __init__(self, d_in: int, d_out: int, rank: int, *, passes: float, **options: Any):
@@ -96,13 +97,12 @@ class GuidedLinear(LowRankLinear, PartTime):
     @torch.no_grad()
     def start(self) -> None:
         """Draw A and B, and set W to B A; values from a file stay."""
-        A, B = self.A.weight, self.B.weight
-        if not (loaded(A) and loaded(B)):
-            drawn = wide(A.new_empty(len(B), A.shape[1])).normal_(std=STD)
-            for factor, value in zip((A, B), factors_of(drawn, len(A)), strict=True):
+        if not (loaded(A := self.A.weight) and loaded(self.B.weight)):
+            drawn = wide(A.new_empty(self.B.out_features, A.shape[1])).normal_(std=STD)
+            for factor, value in zip((A, self.B.weight), factors_of(drawn, len(A)), strict=True):
                 factor.copy_(factor if loaded(factor) else value)
         if self.W is not None and not loaded(self.W.weight):
-            self.W.weight.copy_(wide(B) @ wide(A))
+            self.W.weight.copy_(wide(self.B.weight) @ wide(A))
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

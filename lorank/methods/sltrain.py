@@ -119,6 +119,7 @@ class SparsePlusLowRank(torch.autograd.Function):
 class SLTrainLinear(nn.Module):
     """y = x (s B A + S)ᵀ + b instead of a dense layer, with the support of S fixed by `seed`."""
 
+    silent = ("B", "values")
     support: Tensor
 
     def __init__(
@@ -160,6 +161,7 @@ class SLTrainLinear(nn.Module):
 class SLTrainExperts(LowRankExperts):
     """The same for each expert of a mixture: A [E, r, d_in], B [E, d_out, r], I [E nnz]; W is formed in forward and in backward."""
 
+    silent = ("B", "bias", "values")
     support: Tensor
 
     def __init__(self, *sizes: int, scale: float, nnz: int, seed: int, **options: Any):

@@ -24,6 +24,7 @@ from lorank.kernels import check_kernels, implementations
 from lorank.pretrained import positions_of
 from lorank.speed.bottleneck import fuse_bottlenecks
 from lorank.speed.linear_cross_entropy import loss_without_logits
+from lorank.starts import zero_outputs
 from lorank.table import from_record
 from lorank.train.data import load_tokenizer
 from lorank.train.hub import ForeignCode, read_config
@@ -45,6 +46,7 @@ INTEGERS = {
     "precision": "fp32",
     "checkpoint": None,
     "documents": "packed",
+    "zero_outputs": False,
 }
 """The only values that mean something to a model of integers."""
 
@@ -181,6 +183,8 @@ def build_model(
             fuse_bottlenecks(model)
     elif (recipe.targets or recipe.exclude) and not hasattr(found.mover, "rank"):
         raise ValueError(f"{found.title} converts no layer and projects no gradient; leave out targets and exclude")
+    if recipe.zero_outputs:
+        zero_outputs(model)
     policy = recipe.checkpoint or found.method.policy
     if recipe.checkpoint_every != 1 and policy in (None, "none"):
         raise ValueError(

@@ -110,6 +110,9 @@ class Recipe:
         "bf16: fp32 weights under autocast; bf16-pure: weights, gradients and moments in bf16 (as in the papers).",
         everyday=True,
     )
+    zero_outputs: bool = _setting(
+        False, "New blocks begin as the identity: what they add to the residual stream starts at zero.", free=True
+    )
     compile: bool = _setting(False, "Compile the model with torch.compile.")
     fused: bool = _setting(False, "Bottlenecks with SiLU keep A x alone: less memory; on GPUs σ inside the products.")
 
@@ -235,6 +238,10 @@ class Recipe:
             if value == "":
                 raise ValueError(f"{name} must not be empty; name something or leave it out")
         check_license(self.license)
+        if self.zero_outputs and self.start_from is not None:
+            raise ValueError(
+                "zero_outputs is for new weights, and start_from brings trained ones; leave one of them out"
+            )
         if len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers in [0, 1), got {self.betas}")
         if self.warmup >= self.scheduled:

@@ -12,7 +12,7 @@ from lorank.sizes import SIZES
 from lorank.train.best import RATES, best_for, with_best
 from lorank.train.recipe import Recipe
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "study" / "results"
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "study" / "results" / "drawn"
 Losses = dict[str, dict[tuple[str, float], dict[tuple[str, int], float]]]
 
 

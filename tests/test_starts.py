@@ -1,0 +1,116 @@
+"""Blocks that begin as the identity, whatever their architecture and method."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, MixtralConfig
+
+from lorank import CoLA, Method, SLTrain, convert, zero_outputs
+from lorank.sites import blocks
+from lorank.table import find, method_names
+from lorank.train.model import build_config, build_model
+from lorank.train.recipe import Recipe
+from tests.conftest import TOKENS, Architecture
+
+METHODS = [name for name in method_names("method") if name != "dense"]
+REFUSED = {"sst", "masa", "codebook", "sparse-codes"}
+"""Methods whose layers have no factor that alone decides whether their output is zero."""
+
+
+def moved(model: nn.Module) -> list[float]:
+    """How much each block changes what it reads, at most."""
+    changes: list[float] = []
+
+    def note(block: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+        before = args[0] if args else kwargs["hidden_states"]
+        after = out if isinstance(out, Tensor) else out[0]
+        changes.append((after - before).abs().max().item())
+
+    hooks = [block.register_forward_hook(note, with_kwargs=True) for _, _, block in blocks(model)]
+    with torch.no_grad():
+        model(TOKENS)
+    for hook in hooks:
+        hook.remove()
+    return changes
+
+
+def mixture() -> Any:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4}
+    return AutoModelForCausalLM.from_config(MixtralConfig(vocab_size=128, **shape, **heads))
+
+
+def test_blocks_of_every_architecture_begin_as_the_identity(architecture: Architecture) -> None:
+    """LayerNorm after the sum, as in BERT and OPT, leaves what a LayerNorm has left, to rounding."""
+    model = architecture.dense()
+    drawn = moved(model)
+    zero_outputs(model)
+    assert min(drawn) > 1e-3
+    assert max(moved(model)) < 1e-5
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_begins_as_the_identity_or_is_refused(name: str, small: Any) -> None:
+    method: Method = find(name)()
+    model = convert(small("llama"), method)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    if method.adapts or name in REFUSED:
+        with pytest.raises(
+            ValueError, match="for new weights" if method.adapts else f"o_proj of {name} cannot start at zero"
+        ):
+            zero_outputs(model)
+        assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    else:
+        zero_outputs(model)
+        assert moved(model) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("method", [None, CoLA(), SLTrain()], ids=["dense", "cola", "sltrain"])
+def test_blocks_with_experts_begin_as_the_identity(method: Method | None) -> None:
+    model = mixture()
+    if method is not None:
+        convert(model, method, targets=["self_attn", "experts"])
+    assert min(moved(model)) > 1e-3
+    zero_outputs(model)
+    assert moved(model) == [0.0, 0.0]
+
+
+def test_all_weights_of_a_cola_move_within_two_steps(small: Any) -> None:
+    """B of the outputs in the first step, all else from the second on."""
+    model = convert(small("llama"), CoLA()).train()
+    zero_outputs(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    first = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        optimizer.step()
+    assert [name for name, p in model.named_parameters() if torch.equal(p, first[name])] == []
+
+
+def test_dlr_whose_B_starts_elsewhere_is_refused(small: Any) -> None:
+    with pytest.raises(ValueError, match="o_proj of cola cannot start at zero"):
+        zero_outputs(convert(small("llama"), CoLA(init="dlr")))
+
+
+def test_blocks_without_a_known_output_are_refused() -> None:
+    model = nn.Sequential(nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]))
+    with pytest.raises(ValueError, match="a projection in 0.0 that writes to the residual stream"):
+        zero_outputs(model)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"method": "dense"}, {"method": "cola"}, {"method": "dense", "optimizer": "galore"}]
+)
+def test_a_recipe_asks_for_it(changes: dict[str, Any]) -> None:
+    recipe = Recipe(zero_outputs=True, vocab_size=128, **changes)
+    assert moved(build_model(recipe, build_config(recipe))) == [0.0, 0.0]
+
+
+def test_a_recipe_that_trains_weights_on_does_not(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="zero_outputs is for new weights, and start_from brings trained ones"):
+        Recipe(zero_outputs=True, start_from=str(tmp_path))
