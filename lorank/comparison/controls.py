@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lorank.comparison.matching import CLOSE, Costs, Figure, estimates_gradient, is_dense, narrow_to_match
-from lorank.train.methods import methods_of
+from lorank.train.methods import fitting, methods_of
 from lorank.train.model import build_config
 from lorank.train.recipe import Recipe
 
@@ -35,10 +35,11 @@ class Control(NamedTuple):
 
 
 def dense_twin(base: Recipe) -> Recipe:
-    """The recipe without a low-rank method: a plain model, autograd, an optimizer that projects nothing."""
-    plain: dict[str, Any] = {"rank": None, "options": {}, "targets": [], "exclude": []}
+    """The recipe without a low-rank method: a plain model, autograd, an optimizer that projects nothing, with those of the options
+    that it has."""
+    plain: dict[str, Any] = {"rank": None, "targets": [], "exclude": []}
     twin = dataclasses.replace(base, method="dense", gradient="autograd", **plain)
-    return twin if is_dense(twin) else dataclasses.replace(twin, optimizer="adamw")
+    return fitting(twin if is_dense(twin) else dataclasses.replace(twin, optimizer="adamw"))
 
 
 def find_controls(

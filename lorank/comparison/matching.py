@@ -277,7 +277,7 @@ def match_structure(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
     most = build_config(recipe, costs.tokenizer).get_text_config().hidden_size
 
     def at(rank: int) -> float:
-        return costs.of(by, dataclasses.replace(recipe, rank=rank))
+        return costs.of(by, recipe.but({"rank": rank}))
 
     ranked = any(hasattr(method, "rank") for method in methods_of(recipe))
     lowest, highest = (at(1), at(most)) if ranked else (0.0, 0.0)
@@ -292,7 +292,7 @@ def match_structure(recipe: Recipe, costs: Costs, target: float, by: Figure, fol
             f"no rank of {title_of(recipe)} has {by}={target:,.0f}: rank 1 has {lowest:,.0f} and rank {most} {highest:,.0f}; use "
             "--match tokens, or leave out the method"
         )
-    return dataclasses.replace(recipe, rank=rank), f"rank {rank}"
+    return recipe.but({"rank": rank}), f"rank {rank}"
 
 
 def with_steps(recipe: Recipe, steps: int) -> Recipe:

@@ -17,7 +17,16 @@ from lorank.comparison.controls import CONTROL, control_names, dense_twin, find_
 from lorank.comparison.matching import Costs, Figure, flops_of, is_dense, match_structure, with_steps
 from lorank.comparison.settings import LOW_RANK_ONLY, OF_COST, ComparisonSettings
 from lorank.evolution.egg_model import EggConfig
-from lorank.train.methods import check_used, fitting, methods_of, schedule_of, settings_of, title_of, written_out
+from lorank.train.methods import (
+    check_used,
+    fitting,
+    has_plain_rule,
+    methods_of,
+    schedule_of,
+    settings_of,
+    title_of,
+    written_out,
+)
 from lorank.train.recipe import Recipe, full_name
 from lorank.train.shipped import published_lr
 
@@ -64,7 +73,7 @@ class Row:
 def find_rows(settings: ComparisonSettings) -> dict[str, tuple[Recipe, str]]:
     """Name -> (recipe, kind) of all rows but the narrower dense models, in the user's order."""
     found: dict[str, tuple[Recipe, str]] = {}
-    dense, low_rank = dense_twin(settings.base), dict[str, Recipe]()
+    dense, asked = dense_twin(settings.base), dict[str, Recipe]()
     rule = methods_of(dense).optimizer.name
 
     def add(name: str, recipe: Recipe, kind: str) -> None:
@@ -76,27 +85,30 @@ def find_rows(settings: ComparisonSettings) -> dict[str, tuple[Recipe, str]]:
         add("dense", dense, "dense")
         for other in ("adamw", "muon"):
             if other != rule:
-                add(f"dense-{other}", dataclasses.replace(dense, optimizer=other), "dense")
+                add(f"dense-{other}", dense_twin(dataclasses.replace(settings.base, optimizer=other)), "dense")
 
     for text in settings.methods:
-        name, equals, method = text.partition("=")
-        recipe = fitting(dataclasses.replace(settings.base, method=method if equals else name))
+        name, _, method = text.partition("=")
+        method = method or name
+        recipe = fitting(dataclasses.replace(settings.base, method=method))
         if text == "dense" and not settings.only:
             add_dense()
         elif method == "dense":
             add(name, dense, "dense")
         elif is_dense(recipe):  # muon, adafactor
-            mover = methods_of(dataclasses.replace(dense, method=recipe.method, optimizer="adamw")).optimizer
-            add(name, dataclasses.replace(dense, optimizer=mover.name), "dense")
+            mover = methods_of(dataclasses.replace(dense, method=recipe.method, optimizer="adamw")).optimizer.name
+            given = recipe.optimizer if isinstance(recipe.optimizer, dict) and mover in recipe.optimizer else mover
+            add(name, dense_twin(dataclasses.replace(settings.base, optimizer=given)), "dense")
+            asked[name] = found[name][0]
         else:
             add(name, recipe, "method")
-            low_rank[name] = recipe
+            asked[name] = recipe
     if not (settings.only or "dense" in settings.methods or in_integers(settings.base)):
         add_dense()
-    if low_rank:
+    if asked:
         dotted = [full_name(name).partition(".") for name in settings.sweep]
         swept = {entry: None for head, _, entry in dotted if head == "options"}
-        check_used(dataclasses.replace(settings.base, options={**settings.base.options, **swept}), low_rank)
+        check_used(dataclasses.replace(settings.base, options={**settings.base.options, **swept}), asked)
     names = [*found, *([] if settings.only else control_names(found))]
     for name in settings.own:
         if name not in names:
@@ -141,8 +153,9 @@ def plan_rows(
             chosen, (recipes, rate) = "as it is", candidates_of(settings, name, recipe)
             if by and target is not None:
                 first, chosen = match_structure(recipes[0][1], costs, target, by, folder / name)
-                shape: dict[str, Any] = {"rank": first.rank, "model": first.model, "shape": first.shape}
-                recipes = [(values, dataclasses.replace(written_out(one), **shape)) for values, one in recipes]
+                shape: dict[str, Any] = {} if first.rank is None else {"rank": first.rank}
+                shape |= {"model": first.model, "shape": first.shape}
+                recipes = [(values, written_out(one).but(shape)) for values, one in recipes]
             elif by:
                 target = costs.of(by, recipes[0][1])
             rows.append(_row(settings, name, kind, chosen, recipes, rate, costs))
@@ -201,7 +214,7 @@ def candidates_of(
     if len(values.get("lr", ())) > 1:
         rate = "the best of its sweep"
     if is_dense(recipe):
-        values = {key: value for key, value in values.items() if not _is_low_rank(key)}
+        values = {key: value for key, value in values.items() if not _is_low_rank(key, recipe)}
     if name == f"dense-{recipe.optimizer}":
         values.pop("optimizer", None)
     found = []
@@ -219,9 +232,13 @@ def _has(recipe: Recipe, setting: str) -> bool:
     return (entry or head) in settings_of(recipe) if head in ("options", "rank") else True
 
 
-def _is_low_rank(setting: str) -> bool:
-    head, dot, _ = full_name(setting).partition(".")
-    return head in LOW_RANK_ONLY or (bool(dot) and head == "optimizer")
+def _is_low_rank(setting: str, recipe: Recipe) -> bool:
+    """Whether a setting means nothing to a dense model with the optimizer of this recipe."""
+    head, dot, entry = full_name(setting).partition(".")
+    if dot and head in ("options", "optimizer", "method"):
+        *named, own = entry.split(".")
+        return own not in settings_of(recipe) or named not in ([], [methods_of(recipe).optimizer.name])
+    return head in LOW_RANK_ONLY
 
 
 def _rates(settings: ComparisonSettings, recipe: Recipe) -> tuple[list[float], str]:
@@ -232,7 +249,10 @@ def _rates(settings: ComparisonSettings, recipe: Recipe) -> tuple[list[float], s
         return [], "the default of its rule"
     if settings.tuned == "dense":
         return [float(f"{recipe.lr * part:.4g}") for part in AROUND], ""
-    published = None if recipe.model or is_dense(recipe) else published_lr(title_of(recipe), recipe.size)
+    own = (
+        recipe.model is None and not is_dense(recipe) and not has_plain_rule(recipe)
+    )  # a paper's recipe has AdamW or its own
+    published = published_lr(title_of(recipe), recipe.size) if own else None
     return list(RATES if published is None else [published]), f"from its {recipe.size} recipe, not tuned here"
 
 

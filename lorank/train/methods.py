@@ -276,6 +276,9 @@ def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
             fields = dict.fromkeys(f for kind in own_first for f in _fields(kind))
             asked = "+".join(name for name in _named(recipe) if name not in DEFAULTS[1:]) or "dense"
             raise ValueError(f"{asked} has no setting {name!r}; its settings are: {', '.join(fields)}")
+        if name in kinds[owner]:
+            where = "rank" if name == "rank" and recipe.rank is not None else f"options.{name}"
+            raise ValueError(f"{name} of {owner.name} is given twice, as {where} and under {owner.name}; give it once")
         kinds[owner][name] = value
     for kind, given in kinds.items():
         for name in given:
@@ -283,6 +286,11 @@ def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
                 known = ", ".join(_fields(kind)) or "none"
                 raise ValueError(f"{kind.name} has no setting {name!r}; its settings are: {known}")
     return kinds
+
+
+def has_plain_rule(recipe: Recipe) -> bool:
+    """Whether the recipe's weights move by Muon, Adafactor or the like instead of AdamW or a method's own optimizer."""
+    return any(_is_plain_rule(kind) for kind in _kinds(recipe))
 
 
 def _is_plain_rule(kind: type[Method]) -> bool:

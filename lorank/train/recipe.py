@@ -25,16 +25,16 @@ from lorank.fields import (
     field_types,
     whole_steps,
 )
-from lorank.table import METHODS, find, method_names, names_joined
+from lorank.table import METHODS, find, method_names
 from lorank.train.earlier import as_today
+from lorank.train.places import KEYS as KEYS
+from lorank.train.places import entries, without
 from lorank.train.shipped import recipe_names, recipe_path
 from lorank.train.yamls import load
 
 Seed = Annotated[int, Bounds(least=0, below=2**32)]
 LONGEST = 2**32 - 1
 """Steps of a recipe whose budget has not been turned into steps yet."""
-KEYS = ("method", "optimizer", "gradient")
-"""The keys that name methods."""
 
 
 def _setting(default: Any, help: str, *, everyday: bool = False, shared: bool = False, free: bool = False) -> Any:
@@ -269,25 +269,26 @@ class Recipe:
 
     def but(self, changes: Mapping[str, Any]) -> Self:
         """The recipe with some settings changed. A dotted name is an entry of a mapping: "options.alpha",
-        "optimizer.update_gap", "method.cola.rank", "shape.hidden_size". A method's setting may be named alone: "alpha".
+        "optimizer.update_gap", "method.cola.rank", "shape.hidden_size". A method's setting may be named alone: "alpha". It replaces
+        what the recipe says of that setting in any of these places.
 
         Raises:
             ValueError: an unknown name, or the result is not a recipe.
         """
-        settings = self.to_dict()
+        settings = without(self.to_dict(), map(full_name, changes))
         for name, value in changes.items():
             head, dot, entry = full_name(name).partition(".")
             if not dot:
                 settings[name] = value
             elif head in KEYS:
                 method, dot, own = entry.partition(".")
-                named = {key: list(_entries(settings[key])) for key in KEYS}
+                named = {key: list(entries(settings[key])) for key in KEYS}
                 if dot:  # method.cola.rank, wherever cola is named
                     head, entry = next((key for key in KEYS if method in named[key]), ""), own
                     if not head:
                         names = ", ".join(f"{key}={'+'.join(named[key])}" for key in KEYS)
                         raise ValueError(f"{name} must be a setting of a named method, got {names}; name {method} too")
-                given = _entries(settings[head])
+                given = entries(settings[head])
                 method = method if dot else next(iter(given))
                 settings[head] = {**given, method: {**given[method], entry: value}}
             elif isinstance(settings.setdefault(head, {}), dict):
@@ -361,11 +362,6 @@ def full_name(setting: str) -> str:
         return f"options.{setting.removeprefix('option.')}"
     own = "." not in setting and setting not in field_types(Recipe)
     return f"options.{setting}" if own and any(setting in field_types(find(n)) for n in method_names()) else setting
-
-
-def _entries(value: Any) -> dict[str, dict[str, Any]]:
-    """{name: settings} of a key that names methods."""
-    return value if isinstance(value, dict) else {name: {} for name in names_joined(value)}
 
 
 def settings_with(mark: str) -> list[str]:

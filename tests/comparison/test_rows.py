@@ -15,7 +15,7 @@ from lorank.comparison.rows import Candidate, beyond, candidates_of, find_rows, 
 from lorank.comparison.runner import Comparison
 from lorank.comparison.settings import ComparisonSettings, slug
 from lorank.train.data import load_tokenizer
-from lorank.train.methods import title_of
+from lorank.train.methods import methods_of, title_of
 from lorank.train.model import build_config
 from lorank.train.recipe import Recipe
 
@@ -165,8 +165,41 @@ def test_several_methods_may_be_one_row(base: Recipe, costs: Costs, tmp_path: Pa
         "dense": ("dense", "adamw", "dense"),
         "dense-muon": ("dense", "muon", "dense"),
     }
-    [(recipe, kind), *_] = find_rows(ComparisonSettings(base=base, methods=["adafactor"])).values()
-    assert (title_of(recipe), recipe.rank, kind) == ("dense", None, "dense")
+    plain = dataclasses.replace(base, rank=None)
+    [(recipe, kind), *_] = find_rows(ComparisonSettings(base=plain, methods=["adafactor"])).values()
+    assert (title_of(recipe), recipe.optimizer, kind) == ("dense", "adafactor", "dense")
+    [(recipe, _)] = find_rows(
+        ComparisonSettings(base=dataclasses.replace(base, optimizer="muon"), methods=["dense"], only=True)
+    ).values()
+    assert recipe.optimizer == "muon"
+
+
+def test_dense_rows_have_the_settings_of_their_optimizer(base: Recipe) -> None:
+    """As the low-rank rows with that optimizer have them."""
+    given = dataclasses.replace(base, rank=None, options={"scaling": "dion"})
+    own, rows = {"muon": {"momentum": [0.5]}}, ["muon", "cola+muon", "dense"]
+    asked = ComparisonSettings(base=given, methods=rows, sweep={"optimizer.adamw_lr": [1e-3, 2e-3]}, own=own)
+    found = {}
+    for name, (recipe, _) in find_rows(dataclasses.replace(asked, sweep={})).items():
+        swept = candidates_of(asked, name, recipe)[0] if name != "dense" else [({}, recipe)]
+        movers = [methods_of(one).optimizer for _, one in swept]
+        found[name] = [[getattr(mover, f, None) for f in ("scaling", "momentum", "adamw_lr")] for mover in movers]
+    assert found == {
+        "muon": [["dion", 0.5, 1e-3], ["dion", 0.5, 2e-3]],
+        "cola+muon": [["dion", 0.95, 1e-3], ["dion", 0.95, 2e-3]],
+        "dense": [[None, None, None]],
+        "dense-muon": [["dion", 0.95, 1e-3], ["dion", 0.95, 2e-3]],
+    }
+    misspelt = dataclasses.replace(given, options={"scalling": "dion"})
+    with pytest.raises(ValueError, match="'scalling'; did you mean 'scaling'"):
+        find_rows(ComparisonSettings(base=misspelt, methods=["muon"]))
+
+
+@pytest.mark.parametrize(("method", "tried"), [("cola", 1), ("cola+muon", 3), ("cola+adafactor", 3), ("galore", 1)])
+def test_the_rate_of_a_paper_is_for_its_optimizer(method: str, tried: int) -> None:
+    asked = ComparisonSettings(base=Recipe(size="60m"), methods=[method], only=True, tuned="all")
+    [(name, (recipe, _))] = find_rows(asked).items()
+    assert len(candidates_of(asked, name, recipe)[0]) == tried
 
 
 def test_a_setting_goes_to_the_rows_that_have_it(base: Recipe) -> None:

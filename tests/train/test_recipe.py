@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lorank.train.methods import schedule_of
+from lorank.train.methods import methods_of, schedule_of
 from lorank.train.recipe import Recipe
 
 SHIPPED = sorted((Path(__file__).parents[2] / "recipes").glob("cola-*[mb].yaml"))
@@ -130,3 +130,38 @@ def test_shipped_recipes_hold_the_published_settings(path: Path) -> None:
 
 def test_every_setting_has_help() -> None:
     assert all(field.metadata["help"].endswith(".") for field in dataclasses.fields(Recipe))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change", "found"),
+    [
+        ("galore-60m", "optimizer.update_gap", 500),
+        ("galore-60m", "optimizer.galore.update_gap", 500),
+        ("galore-60m", "method.galore.update_gap", 500),
+        ("galore-60m", "update_gap", 500),
+        ("galore-60m", "optimizer.rank", 64),
+        ("cola-60m", "method.rank", 64),
+        ("cola-60m", "method.cola.rank", 64),
+        ("relora-60m", "method.alpha", 16),
+    ],
+)
+def test_a_change_of_a_methods_setting_is_what_the_method_gets(recipe: str, change: str, found: int) -> None:
+    """However the recipe and the change write it; and the next change, written otherwise, holds again."""
+    own, changed = change.rpartition(".")[2], Recipe.read(recipe).but({change: found})
+    for shorthand in ({}, {own: found + 1}):
+        again = changed.but(shorthand)
+        values = [getattr(method, own) for method in methods_of(again) if hasattr(method, own)]
+        assert values == [found + len(shorthand)]
+
+
+def test_a_setting_that_is_given_twice_at_once_is_refused() -> None:
+    with pytest.raises(ValueError, match="rank of cola is given twice, as rank and under cola; give it once"):
+        methods_of(Recipe.read("cola-60m").but({"rank": 16, "method.cola.rank": 8}))
+    twice = Recipe(method="galore").but({"options.update_gap": 5, "optimizer.update_gap": 500})
+    with pytest.raises(ValueError, match="update_gap of galore is given twice, as options.update_gap and under galore"):
+        methods_of(twice)
+
+
+def test_the_rank_of_another_method_stays() -> None:
+    found = methods_of(Recipe(method="cola+galore", rank=8).but({"optimizer.galore.rank": 4}))
+    assert (found.method.to_dict()["rank"], found.optimizer.to_dict()["rank"]) == (8, 4)
