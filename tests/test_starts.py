@@ -114,3 +114,25 @@ def test_a_recipe_asks_for_it(changes: dict[str, Any]) -> None:
 def test_a_recipe_that_trains_weights_on_does_not(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="zero_outputs is for new weights, and start_from brings trained ones"):
         Recipe(zero_outputs=True, start_from=str(tmp_path))
+
+
+def test_a_block_of_cola_makes_tokens_alike_unless_outputs_are_zero() -> None:
+    """The mean cosine between two tokens after one block, of docs/study.md."""
+
+    def alike(model: Any) -> float:
+        ids = torch.randint(4096, (4, 256), generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            states = nn.functional.normalize(
+                model(ids, output_hidden_states=True).hidden_states[1].flatten(0, 1), dim=-1
+            )
+        return ((states.sum(0).square().sum() - len(states)) / (len(states) * (len(states) - 1))).item()
+
+    found = {}
+    for method in ("dense", "cola"):
+        for zero in (False, True):
+            torch.manual_seed(0)
+            recipe = Recipe(size="20m", method=method, zero_outputs=zero, vocab_size=4096)
+            found[method, zero] = alike(build_model(recipe, build_config(recipe)))
+    assert found["dense", False] == pytest.approx(0.02, abs=0.01)
+    assert found["cola", False] == pytest.approx(0.83, abs=0.03)
+    assert max(found["dense", True], found["cola", True]) < 0.005

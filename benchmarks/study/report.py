@@ -1,8 +1,9 @@
-"""What the study found so far: docs/study.md and its pictures, made from results/*.jsonl alone.
+"""What the study found so far: docs/study.md and its pictures, made from the files in results/ alone.
 
 python benchmarks/study/report.py
 """
 
+import itertools
 import json
 import math
 import statistics
@@ -137,7 +138,7 @@ def over_sizes(text: str, found: Mapping[str, Mapping[str, Row]]) -> str | None:
         lines.append(f"| {name} | {len(points)} | {b.mean:.3f}{interval(b.low, b.high, '{:.3f}'.format)} | {shown} |")
     sizes = ", ".join(found)
     return (
-        f"## Loss against compute, {text}\n\nOver {sizes}, at equal tokens (`benchmarks/study/fits.py`).\n\n"
+        f"### Loss against compute, {text}\n\nOver {sizes}, at equal tokens (`benchmarks/study/fits.py`).\n\n"
         + "\n".join(lines)
         + "\n"
     )
@@ -165,7 +166,7 @@ def table(rows: Mapping[str, Row], seconds: Mapping[str, float]) -> str:
             str(len(row.runs)),
             f"{math.exp(loss):.2f}",
             "" if gap is None else said(gap),
-            "not reached" if share is None else f"{share:.2f}",
+            ("not reached" if dense else "") if share is None else f"{share:.2f}",
         ]
         if seconds:
             cells.append(time_to(row, dense, seconds))
@@ -245,21 +246,49 @@ context, 2,000 steps of 12 sequences. `dense` has these settings, `dense-tuned` 
 as many steps as give them the same training FLOPs. "Against dense" compares perplexities."""
 
 
+STARTS = {"": "Blocks that begin as the identity", "drawn": "Outputs as they are drawn"}
+"""Folder of results -> what its runs start from."""
+
+
+def both_starts() -> str:
+    """What zero outputs change, for each row and rate that was trained from both starts with the first seed."""
+    lines = ["| size, text | row | rate | as drawn | zero outputs | |", "|" + "---|" * 6]
+    for size, text in itertools.product(SIZES, TEXTS):
+        zero, drawn = (lines_of(RESULTS / folder / f"{size}-{text}.jsonl") for folder in STARTS)
+        for run in zero.values():
+            other = drawn.get(run["run"])
+            if other is None or run["seed"] != SEEDS[0] or run["shape"] != other["shape"]:
+                continue
+            losses = [one["validation_loss_nats_per_token"] for one in (other, run)]
+            change = said(mean_interval([losses[1] - losses[0]]))
+            cells = [
+                f"{size}, {text}",
+                run["row"],
+                f"{run['settings']['lr']:g}",
+                *(f"{math.exp(x):.2f}" for x in losses),
+                change,
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else ""
+
+
 def page() -> str:
     """docs/study.md."""
-    parts = [(Path(__file__).with_name("page.md")).read_text(encoding="utf-8")]
-    found: dict[str, dict[str, Mapping[str, Row]]] = {}
-    for size in SIZES:
-        seconds = seconds_of(size)
-        for text in TEXTS:
-            if rows := rows_of([*lines_of(RESULTS / f"{size}-{text}.jsonl").values()]):
+    parts = [(Path(__file__).with_name("page.md")).read_text(encoding="utf-8"), both_starts()]
+    for folder, title in STARTS.items():
+        found: dict[str, dict[str, Mapping[str, Row]]] = {}
+        parts.append(f"## {title}\n")
+        for size, text in itertools.product(SIZES, TEXTS):
+            if rows := rows_of([*lines_of(RESULTS / folder / f"{size}-{text}.jsonl").values()]):
+                seconds = seconds_of(size)
                 found.setdefault(text, {})[size] = rows
-                name = f"study-{size}-{text}.svg"
+                name = "-".join(filter(None, ["study", folder, size, text])) + ".svg"
                 write_whole(DOCS / name, picture(rows, f"{size}, {text}: validation loss against training FLOPs"))
-                parts.append(f"## {size}, {text}\n\n![Loss against FLOPs]({name})\n\n{table(rows, seconds)}\n")
+                heading = f"### {size}, {text}" + (", as drawn" if folder else "")
+                parts.append(f"{heading}\n\n![Loss against FLOPs]({name})\n\n{table(rows, seconds)}\n")
                 sentences = [*verdict(rows), *filter(None, [at_equal_time(rows, seconds)])]
                 parts += [" ".join(sentences) + "\n"] if sentences else []
-    parts += filter(None, (over_sizes(text, sizes) for text, sizes in found.items()))
+        parts += filter(None, (over_sizes(text, sizes) for text, sizes in found.items()))
     if nano := rows_of([*lines_of(RESULTS / "nano-shakespeare.jsonl").values()]):
         parts.append(published(nano))
     return "\n".join(parts)
