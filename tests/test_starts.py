@@ -116,7 +116,7 @@ def test_a_recipe_that_trains_weights_on_does_not(tmp_path: Path) -> None:
         Recipe(zero_outputs=True, start_from=str(tmp_path))
 
 
-def test_a_block_of_cola_makes_tokens_alike_unless_outputs_are_zero() -> None:
+def test_cola_makes_tokens_alike_unless_outputs_are_zero() -> None:
     """The mean cosine between two tokens after one block, of docs/study.md."""
 
     def alike(model: Any) -> float:

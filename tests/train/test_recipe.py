@@ -145,7 +145,7 @@ def test_every_setting_has_help() -> None:
         ("relora-60m", "method.alpha", 16),
     ],
 )
-def test_a_change_of_a_methods_setting_is_what_the_method_gets(recipe: str, change: str, found: int) -> None:
+def test_the_method_gets_what_a_change_says(recipe: str, change: str, found: int) -> None:
     """However the recipe and the change write it; and the next change, written otherwise, holds again."""
     own, changed = change.rpartition(".")[2], Recipe.read(recipe).but({change: found})
     for shorthand in ({}, {own: found + 1}):
@@ -154,7 +154,7 @@ def test_a_change_of_a_methods_setting_is_what_the_method_gets(recipe: str, chan
         assert values == [found + len(shorthand)]
 
 
-def test_a_setting_that_is_given_twice_at_once_is_refused() -> None:
+def test_a_setting_given_twice_at_once_is_refused() -> None:
     with pytest.raises(ValueError, match="rank of cola is given twice, as rank and under cola; give it once"):
         methods_of(Recipe.read("cola-60m").but({"rank": 16, "method.cola.rank": 8}))
     twice = Recipe(method="galore").but({"options.update_gap": 5, "optimizer.update_gap": 500})
