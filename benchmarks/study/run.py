@@ -81,6 +81,7 @@ def main() -> None:
     watcher = ComparisonProgress(Console())
     out, path = asked.out / f"{asked.size}-{asked.text}-{asked.stage}", RESULTS / f"{asked.size}-{asked.text}.jsonl"
     comparison = Comparison.plan(settings_of(asked.size, asked.text, asked.stage, asked.texts), out, watcher)
+    comparison.rows.sort(key=lambda row: "muon" not in row.name)  # what is compared first, first
     restore(comparison, path)
     with contextlib.suppress(KeyboardInterrupt):
         comparison.run(watcher, after_each=lambda one: collect(one, path))

@@ -6,7 +6,7 @@ Saves: compute, weights, gradients, optimizer state; as cola-m activations too.
 
 There is no dense weight W [d_out, d_in]. A and B are ordinary trainable parameters, drawn so that B A has entries of
 standard deviation τ = (d_in + d_out)^(-1/2). With σ in every layer, the block's own activation can be removed
-(`nonlinearity`).
+(`nonlinearity`). The mean of σ makes fresh blocks add nearly the same to every token; `lorank.zero_outputs` is the cure.
 
 Cost of one layer, r = rank, for n tokens: r (d_in + d_out) parameters instead of d_in d_out; 2 n r (d_in + d_out)
 floating-point operations forward and twice that backward. Its input and two [n, r] tensors are kept for the backward

@@ -11,6 +11,7 @@ galore`` and ``method: cola+galore`` mean the keys under which the table knows t
 
 import dataclasses
 import difflib
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from lorank.optim.groups import plain_groups
 from lorank.table import find, method_names, names_joined
 from lorank.train.recipe import KEYS, Recipe
 
+logger = logging.getLogger(__name__)
 DEFAULTS = ("dense", "adamw", "autograd")
 """What the three keys name where a recipe leaves the question to PyTorch."""
 
@@ -173,6 +175,14 @@ def build_optimizer(recipe: Recipe, model: nn.Module, found: Methods | None = No
     found = found or methods_of(recipe)
     beta1, beta2 = recipe.betas
     groups = optimizer_groups(recipe, model, found)
+    projected = [(p, group["rank"]) for group in groups if group.get("rank") for p in group["params"]]
+    if projected and all(min(p.shape[-2:]) <= rank for p, rank in projected):
+        logger.warning(
+            "%s projects nothing: its rank %s is not below the narrower side of any of its matrices; give it a lower one, for example "
+            "--set optimizer.%s.rank=%d",
+            *(found.mover.name, max(rank for _, rank in projected), found.mover.name),
+            max(1, min(rank for _, rank in projected) // 4),
+        )
     made: Any = found.mover.optimizer(groups, lr=recipe.lr, betas=(beta1, beta2), eps=recipe.eps)
     made.lorank_method = found.optimizer  # `step_hook` asks it too
     return made

@@ -1,45 +1,61 @@
 """Where a recipe says a method's setting: under the method's name, or in `rank` or `options`, whose entries go to the first method that
 has the setting."""
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from lorank.fields import field_types
 from lorank.table import find, names_joined
 
+if TYPE_CHECKING:
+    from lorank.method import Method
+
 KEYS = ("method", "optimizer", "gradient")
 """The keys that name methods."""
+Settings = dict[str, Any]
 
 
-def entries(value: Any) -> dict[str, dict[str, Any]]:
+def entries(value: Any) -> dict[str, Settings]:
     """{name: settings} of a key that names methods."""
     return value if isinstance(value, dict) else {name: {} for name in names_joined(value)}
 
 
-def without(settings: dict[str, Any], changes: Iterable[str]) -> dict[str, Any]:
-    """A recipe's settings without what these changes, by their full names, give anew in another place."""
-    for change in changes:
+def without(settings: Settings, changes: Mapping[str, Any]) -> Settings:
+    """A recipe's settings without what these changes, {full name: value}, give anew in another place."""
+    options = changes.get("options")
+    given = [f"options.{own}" for own in options] if isinstance(options, Mapping) else []
+    for change in [*given, *(name for name, value in changes.items() if value is not None)]:
         head, dot, entry = change.partition(".")
-        exact = bool(dot) and head in KEYS
-        if not (exact or change == "rank" or (dot and head == "options")):
-            continue
-        named, _, own = entry.rpartition(".") if exact else ("", "", entry or head)
-        kinds = [find(name) for key in KEYS for name in entries(settings[key])]
-        having = (kind for kind in sorted(kinds, key=lambda kind: KEYS.index(kind.key)) if own in field_types(kind))
-        if (owner := next(having, None)) is None:
-            continue
-        if exact and (owner.name == named if named else owner.key == head):
-            settings = {**settings, "rank": None} if own == "rank" else settings
-            settings = {**settings, "options": {name: v for name, v in settings["options"].items() if name != own}}
-        elif not exact:
-            for key in KEYS:
-                if isinstance(settings[key], dict):  # a default under the key passes its settings on to the method
-                    theirs = {m: key == owner.key and own not in field_types(find(m)) for m in settings[key]}
-                    left = {
-                        m: {name: v for name, v in given.items() if name != own}
-                        if m == owner.name or theirs[m]
-                        else given
-                        for m, given in settings[key].items()
-                    }
-                    settings = {**settings, key: left}
+        method, _, own = entry.rpartition(".")
+        if dot and head in KEYS:
+            owner = _owner(settings, own)
+            if owner is not None and (owner.name == method if method else owner.key == head):
+                settings = _without_shorthand(settings, own)
+        elif (dot and head == "options") or change == "rank":
+            owner = _owner(settings, entry or head)
+            settings = settings if owner is None else _without_exact(settings, owner, entry or head)
+    return settings
+
+
+def _owner(settings: Settings, own: str) -> "type[Method] | None":
+    """The method to which `rank` or an option of that name goes."""
+    kinds = [find(name) for key in KEYS for name in entries(settings[key])]
+    return next((k for k in sorted(kinds, key=lambda kind: KEYS.index(kind.key)) if own in field_types(k)), None)
+
+
+def _without_shorthand(settings: Settings, own: str) -> Settings:
+    options = {name: value for name, value in settings["options"].items() if name != own}
+    return {**settings, "options": options, **({"rank": None} if own == "rank" else {})}
+
+
+def _without_exact(settings: Settings, owner: "type[Method]", own: str) -> Settings:
+    """Neither under the method nor under what its key names by default, from where settings are passed on to it."""
+    for key in KEYS:
+        if isinstance(settings[key], dict):
+            left = {}
+            for name, given in settings[key].items():
+                passed_on = key == owner.key and own not in field_types(find(name))
+                own_place = name == owner.name or passed_on
+                left[name] = {one: value for one, value in given.items() if not (own_place and one == own)}
+            settings = {**settings, key: left}
     return settings

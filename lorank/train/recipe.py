@@ -275,7 +275,7 @@ class Recipe:
         Raises:
             ValueError: an unknown name, or the result is not a recipe.
         """
-        settings = without(self.to_dict(), map(full_name, changes))
+        settings = without(self.to_dict(), {full_name(name): value for name, value in changes.items()})
         for name, value in changes.items():
             head, dot, entry = full_name(name).partition(".")
             if not dot:

@@ -25,6 +25,7 @@ from lorank.train.methods import (
     with_changed_defaults,
     written_out,
 )
+from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
 
 ALL = [name for key in ("method", "optimizer", "gradient") for name in method_names(key)]
@@ -272,6 +273,15 @@ def test_state_and_waiting_gradients_of_a_combination() -> None:
     own = {p: 2 * p.numel() for p in model.parameters()}
     projected = {p: 2 * 2 * max(p.shape) + 2 * min(p.shape) for p in kept}
     assert state_bytes(recipe, model) == 4 * sum({**own, **projected}.values())
+
+
+@pytest.mark.parametrize(("rank", "said"), [(8, ["galore projects nothing: its rank 8"]), (7, [])])
+def test_a_rank_that_projects_nothing_is_told(rank: int, said: list[str], caplog: pytest.LogCaptureFixture) -> None:
+    """As in `--size 60m --method cola+galore`, where both papers have rank 128."""
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    recipe = Recipe(method={"cola": {"rank": 8}}, optimizer={"galore": {"rank": rank}}, shape=shape, vocab_size=64)
+    build_optimizer(recipe, build_model(recipe, build_config(recipe)))
+    assert [one.getMessage()[: len(said[0])] for one in caplog.records] == said
 
 
 def test_a_method_may_bring_its_schedule() -> None:
