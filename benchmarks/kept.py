@@ -12,6 +12,7 @@ import itertools
 import json
 import statistics
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,10 @@ def measure(rounds: int) -> dict[str, dict[str, float]]:
         model.zero_grad(set_to_none=True)
         forward().backward()
 
-    ways = {name: (lambda chosen=chosen: way(chosen)) for name, chosen in choices().items()}
+    chosen_by = choices()
+    ways = {name: partial(way, chosen) for name, chosen in chosen_by.items()}
     kept, flops = {}, {}
-    for name, chosen in choices().items():
+    for name, chosen in chosen_by.items():
         lorank.checkpoint(model, chosen)
         kept[name] = saved_by(model, forward, [given]).bytes / (4 * BATCH * LENGTH * BLOCKS)
         with FlopCounterMode(display=False, custom_mapping=MORE_FLOPS) as counter:

@@ -79,7 +79,13 @@ def _names(base: Recipe, dense: Sequence[Recipe]) -> Iterator[tuple[str, str, Re
     seen: list[str] = []
     for row in dense:
         if (rule := methods_of(row).rule) not in seen:
-            twin = dataclasses.replace(dense_twin(base), optimizer=row.optimizer, checkpoint=None, checkpoint_every=1)
+            like: dict[str, Any] = {
+                "optimizer": row.optimizer,
+                "options": row.options,
+                "checkpoint": None,
+                "checkpoint_every": 1,
+            }
+            twin = dense_twin(dataclasses.replace(base, **like))
             yield f"{CONTROL}-{rule}" if seen else CONTROL, rule, twin
             seen.append(rule)
 

@@ -249,10 +249,10 @@ def _rates(settings: ComparisonSettings, recipe: Recipe) -> tuple[list[float], s
         return [], "the default of its rule"
     if settings.tuned == "dense":
         return [float(f"{recipe.lr * part:.4g}") for part in AROUND], ""
-    own = (
-        recipe.model is None and not is_dense(recipe) and not has_plain_rule(recipe)
-    )  # a paper's recipe has AdamW or its own
-    published = published_lr(title_of(recipe), recipe.size) if own else None
+    elsewhere = (
+        recipe.model or is_dense(recipe) or has_plain_rule(recipe)
+    )  # papers' rates are for AdamW or their own optimizer
+    published = None if elsewhere else published_lr(title_of(recipe), recipe.size)
     return list(RATES if published is None else [published]), f"from its {recipe.size} recipe, not tuned here"
 
 

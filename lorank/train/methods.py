@@ -177,11 +177,10 @@ def build_optimizer(recipe: Recipe, model: nn.Module, found: Methods | None = No
     groups = optimizer_groups(recipe, model, found)
     projected = [(p, group["rank"]) for group in groups if group.get("rank") for p in group["params"]]
     if projected and all(min(p.shape[-2:]) <= rank for p, rank in projected):
+        name, lowest, highest = found.mover.name, min(r for _, r in projected), max(r for _, r in projected)
         logger.warning(
-            "%s projects nothing: its rank %s is not below the narrower side of any of its matrices; give it a lower one, for example "
-            "--set optimizer.%s.rank=%d",
-            *(found.mover.name, max(rank for _, rank in projected), found.mover.name),
-            max(1, min(rank for _, rank in projected) // 4),
+            f"{name} projects nothing: its rank {highest} is not below the narrower side of any of its matrices; give it a lower one, "
+            f"for example --set optimizer.{name}.rank={max(1, lowest // 4)}"
         )
     made: Any = found.mover.optimizer(groups, lr=recipe.lr, betas=(beta1, beta2), eps=recipe.eps)
     made.lorank_method = found.optimizer  # `step_hook` asks it too

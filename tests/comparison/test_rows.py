@@ -195,6 +195,15 @@ def test_dense_rows_have_the_settings_of_their_optimizer(base: Recipe) -> None:
         find_rows(ComparisonSettings(base=misspelt, methods=["muon"]))
 
 
+def test_a_control_has_the_settings_of_the_dense_row_it_narrows(base: Recipe, costs: Costs, tmp_path: Path) -> None:
+    given = dataclasses.replace(base, options={"scaling": "dion"})
+    asked = ComparisonSettings(base=given, methods=["cola", "cola+muon"], own={"dense-muon": {"momentum": [0.5]}})
+    rows = {row.name: row.candidates[0].recipe for row in plan_rows(asked, costs, tmp_path)[0]}
+    for name in ("dense-muon", "dense-small-muon"):
+        mover = methods_of(rows[name]).optimizer
+        assert (mover.to_dict()["scaling"], mover.to_dict()["momentum"]) == ("dion", 0.5)
+
+
 @pytest.mark.parametrize(("method", "tried"), [("cola", 1), ("cola+muon", 3), ("cola+adafactor", 3), ("galore", 1)])
 def test_the_rate_of_a_paper_is_for_its_optimizer(method: str, tried: int) -> None:
     asked = ComparisonSettings(base=Recipe(size="60m"), methods=[method], only=True, tuned="all")
