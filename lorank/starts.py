@@ -25,8 +25,8 @@ def zero_outputs(model: nn.Module) -> None:
     """Set the output projections of all blocks to zero. Call it on a model with fresh weights, after `lorank.convert`.
 
     Raises:
-        ValueError: the method trains weights that are there already, a block has no projection whose name lorank knows as an
-            output, or a layer there cannot start at zero. The model is then as it was.
+        ValueError: the method trains weights that are there already, lorank finds no repeated blocks, a block has no projection whose
+            name it knows as an output, or a layer there cannot start at zero. The model is then as it was.
     """
     method = method_of(model)
     if method is not None and method.adapts:
@@ -34,6 +34,10 @@ def zero_outputs(model: nn.Module) -> None:
             f"zero_outputs is for new weights, and {method.name} trains on those of the model; leave it out"
         )
     zeros: list[nn.Parameter] = []
+    if not any(blocks(model)):
+        raise ValueError(
+            f"zero_outputs needs repeated blocks in an nn.ModuleList, and {type(model).__name__} has none; leave it out"
+        )
     for stack, depth, block in blocks(model):
         found = _outputs(block)
         if not found:

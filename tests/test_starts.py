@@ -103,6 +103,11 @@ def test_blocks_without_a_known_output_are_refused() -> None:
         zero_outputs(model)
 
 
+def test_a_model_without_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs repeated blocks in an nn.ModuleList, and Sequential has none"):
+        zero_outputs(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)))
+
+
 @pytest.mark.parametrize(
     "changes", [{"method": "dense"}, {"method": "cola"}, {"method": "dense", "optimizer": "galore"}]
 )

@@ -24,6 +24,7 @@ from lorank.fields import field_types, fits
 from lorank.method import Method, check_combination, warmup_cosine
 from lorank.optim.groups import plain_groups
 from lorank.table import find, method_names, names_joined
+from lorank.train.places import receiver
 from lorank.train.recipe import KEYS, Recipe
 
 logger = logging.getLogger(__name__)
@@ -279,7 +280,7 @@ def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
         raise ValueError(f"rank is given twice, as rank={recipe.rank} and among the options; give it once")
     shorthand = {**recipe.options, **({} if recipe.rank is None else {"rank": recipe.rank})}
     for name, value in shorthand.items():
-        owner = next((kind for kind in kinds if name in _fields(kind)), None)
+        owner = receiver(kinds, name)
         if owner is None:
             own_first = sorted(kinds, key=lambda kind: kind.name in DEFAULTS)
             fields = dict.fromkeys(f for kind in own_first for f in _fields(kind))

@@ -1,7 +1,7 @@
 """Where a recipe says a method's setting: under the method's name, or in `rank` or `options`, whose entries go to the first method that
 has the setting."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lorank.fields import field_types
@@ -28,19 +28,22 @@ def without(settings: Settings, changes: Mapping[str, Any]) -> Settings:
         head, dot, entry = change.partition(".")
         method, _, own = entry.rpartition(".")
         if dot and head in KEYS:
-            owner = _owner(settings, own)
+            owner = _receiver(settings, own)
             if owner is not None and (owner.name == method if method else owner.key == head):
                 settings = _without_shorthand(settings, own)
         elif (dot and head == "options") or change == "rank":
-            owner = _owner(settings, entry or head)
+            owner = _receiver(settings, entry or head)
             settings = settings if owner is None else _without_exact(settings, owner, entry or head)
     return settings
 
 
-def _owner(settings: Settings, own: str) -> "type[Method] | None":
-    """The method to which `rank` or an option of that name goes."""
-    kinds = [find(name) for key in KEYS for name in entries(settings[key])]
+def receiver(kinds: "Iterable[type[Method]]", own: str) -> "type[Method] | None":
+    """The method of these to which `rank` or an option of that name goes: the first, in the order of the keys, that has it."""
     return next((k for k in sorted(kinds, key=lambda kind: KEYS.index(kind.key)) if own in field_types(k)), None)
+
+
+def _receiver(settings: Settings, own: str) -> "type[Method] | None":
+    return receiver((find(name) for key in KEYS for name in entries(settings[key])), own)
 
 
 def _without_shorthand(settings: Settings, own: str) -> Settings:
