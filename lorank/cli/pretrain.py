@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 @click.command(cls=InGroups, context_settings=SETTINGS)
 @click.argument("recipe", required=False)
 @recipe_flags(shown=dict.fromkeys(("optimizer", "lr"), "the best known for the method"))
-@click.option("--out", type=Folder(), default=None, help="Folder of the run.", show_default="runs/METHOD-SIZE")
+@click.option("--out", type=Folder(), default=None, help="Folder of the run.", show_default="runs/METHODS-SIZE")
 @resume_flag
 @click.option(
     "--fsdp",
@@ -142,14 +142,14 @@ def train(
     from lorank.train import run
     from lorank.train.engine import Engine
     from lorank.train.folder import read_json, read_run
-    from lorank.train.methods import title_of
+    from lorank.train.methods import run_title
 
     keep_freed_memory()
     console = results_console()
     settings = settings or read_run(resume or "")
     named = settings.start_from or settings.model
     shape = named.rstrip("/").split("/")[-1] if named else settings.size
-    title = title_of(settings)
+    title = run_title(settings)
     folder = Path(resume or out or f"runs/{title}-{shape}")
     with shown_run(f"{title} {shape}", console) as progress:
         summary = run.pretrain(

@@ -18,7 +18,7 @@ from lorank.plan.counts import Counts, count
 from lorank.sites import other_matrices
 from lorank.table import find, names_joined
 from lorank.train.budget import Budget, saved_parameters
-from lorank.train.methods import check_used, fitting, methods_of, rank_of, schedule_of, title_of
+from lorank.train.methods import check_used, fitting, methods_of, rank_of, run_title, schedule_of, title_of
 from lorank.train.model import empty_dense, empty_model
 from lorank.train.recipe import Recipe
 from lorank.train.run import corpus_of
@@ -62,8 +62,7 @@ class Forecast:
     @property
     def title(self) -> str:
         """What the recipe is called: "cola", "galore", "cola+galore", "cola+muon", "dense"."""
-        title, optimizer = title_of(self.recipe), methods_of(self.recipe).optimizer.name
-        return title if optimizer == "adamw" or optimizer in title.split("+") else f"{title}+{optimizer}"
+        return run_title(self.recipe)
 
     @property
     def rule(self) -> str:

@@ -85,6 +85,16 @@ def title_of(recipe: Recipe) -> str:
     return "+".join(named) or "dense"
 
 
+def run_title(recipe: Recipe) -> str:
+    """What a run is called: `title_of`, and its optimizer where that is another than AdamW.
+
+    >>> run_title(Recipe(method="cola", optimizer="muon"))
+    'cola+muon'
+    """
+    title, optimizer = title_of(recipe), methods_of(recipe).optimizer.name
+    return title if optimizer in ("adamw", *title.split("+")) else f"{title}+{optimizer}"
+
+
 def settings_of(recipe: Recipe) -> list[str]:
     """Names of the settings that the recipe's methods have."""
     return list(dict.fromkeys(field for kind in _kinds(recipe) for field in _fields(kind)))

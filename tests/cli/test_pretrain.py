@@ -37,6 +37,16 @@ def test_a_recipe_file_and_flags_have_the_same_names(lorank, text: Path, tmp_pat
     assert (config["lorank"]["method"], config["lorank"]["arguments"]["rank"]) == ("low-rank", 0.2)
 
 
+def test_a_run_is_called_by_its_method_and_its_optimizer(lorank, text: Path, tmp_path: Path) -> None:
+    """Muon is the best known for CoLA."""
+    for optimizer, title in (([], "cola+muon"), (["--optimizer", "adamw"], "cola")):
+        flags = [*optimizer, "--vocab-size", 300, "--sequence-length", 8, "--batch-size", 1]
+        code, out, err = lorank("pretrain", "--data", text, *flags, "--steps", 2, "--warmup-steps", 1)
+        assert code == 0, err
+        assert f"model, metrics and model card are in runs/{title}-tiny" in " ".join(out.split())
+        assert (tmp_path / f"runs/{title}-tiny/summary.json").exists()
+
+
 def test_a_run_may_be_at_home(lorank, text: Path, quick: list[str], tmp_path: Path, monkeypatch) -> None:
     """In --out=~/run the shell leaves the ~ as it is."""
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
