@@ -1,9 +1,8 @@
-"""The sweep behind `lorank demo`: CoLA and its dense twin with AdamW get the same grid of learning rates, and each keeps its best.
+"""CoLA and its dense twin with AdamW and weights as they are drawn: the same grid of learning rates for both, and each keeps its best.
 
     python benchmarks/demo_sweep.py [--rates 8e-4 1.3e-3 2e-3 3e-3 5e-3 8e-3] [--out runs/demo-sweep]
 
-Each run is the demo's own recipe (seed, tokens, order of data) but for the learning rate, in a process and on a thread
-of its own, two at a time. Finished runs are kept: started again, the sweep goes on where it was.
+Each run has the demo's seed, tokens and order of data. It has a process and a thread for itself, and two run at a time. Finished runs are kept: started again, the sweep goes on where it was.
 """
 
 import argparse
@@ -18,7 +17,8 @@ from pathlib import Path
 def run(out: Path, method: str, rate: str) -> dict:
     folder = out / f"{method}-{rate}"
     if not (folder / "summary.json").exists():
-        command = [sys.executable, "-m", "lorank", "pretrain", "--method", method, "--lr", rate]
+        command = [sys.executable, "-m", "lorank", "pretrain", "--method", method, "--optimizer", "adamw", "--lr", rate]
+        command += ["--set", "zero_outputs=false"]
         subprocess.run(
             [*command, "--save-every", "0", "--out", str(folder)],
             check=True,

@@ -18,16 +18,17 @@ STEPS = 400
 SIZES = {
     "tiny": {"size": "tiny"},
     "20m": {"size": "20m"},
-    "40m": {
+    "deep": {
         "size": "20m",
-        "rank": 96,
-        "shape.hidden_size": 384,
-        "shape.intermediate_size": 1024,
-        "shape.num_attention_heads": 6,
-        "shape.num_key_value_heads": 6,
+        "rank": 48,
+        "shape.num_hidden_layers": 6,
+        "shape.hidden_size": 192,
+        "shape.intermediate_size": 512,
+        "shape.num_attention_heads": 3,
+        "shape.num_key_value_heads": 3,
     },
 }
-"""Name -> changes of a recipe. All have the demo's vocabulary of 4,096; 40m is 20m with a width of 384."""
+"""Name -> changes of a recipe. All have the demo's vocabulary of 4,096. deep lies between tiny and 20m in FLOPs, and is deeper than both."""
 NANO = {
     "model": "gpt2",
     "tokenizer": "bytes",

@@ -81,10 +81,12 @@ def main() -> None:
     watcher = ComparisonProgress(Console())
     out, path = asked.out / f"{asked.size}-{asked.text}-{asked.stage}", RESULTS / f"{asked.size}-{asked.text}.jsonl"
     comparison = Comparison.plan(settings_of(asked.size, asked.text, asked.stage, asked.texts), out, watcher)
-    comparison.rows.sort(key=lambda row: "muon" not in row.name)  # what is compared first, first
     restore(comparison, path)
+    muon = [row for row in comparison.rows if "muon" in row.name]
     with contextlib.suppress(KeyboardInterrupt):
-        comparison.run(watcher, after_each=lambda one: collect(one, path))
+        for rows in (muon, comparison.rows):  # what is compared first, with all seeds
+            comparison.rows = rows
+            comparison.run(watcher, after_each=lambda one: collect(one, path))
 
 
 if __name__ == "__main__":

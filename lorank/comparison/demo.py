@@ -1,7 +1,6 @@
 """The demonstration: CoLA with Muon against its dense twin with AdamW and with Muon, on the embedded corpus.
 
-Each has its best learning rate: with AdamW of the six that benchmarks/demo_sweep.py tries, with Muon of the study's
-(benchmarks/study).
+Each has the learning rate and the start that ended lowest in the study (benchmarks/study), as `lorank pretrain` chooses them.
 """
 
 import json
@@ -13,21 +12,22 @@ from typing import Any
 from lorank.comparison.matching import Costs, flops_of
 from lorank.comparison.process import PretrainProcess, begun, stop_on_signal
 from lorank.comparison.runner import Watcher
+from lorank.train.best import with_best
 from lorank.train.data import load_tokenizer
 from lorank.train.folder import history
 from lorank.train.recipe import Recipe
 
 ROWS: dict[str, dict[str, Any]] = {
-    "dense": {"method": "dense", "lr": 1.3e-3},
-    "dense-muon": {"method": "dense", "optimizer": "muon", "lr": 5e-3},
-    "cola-muon": {"method": "cola", "optimizer": "muon", "lr": 5e-3},
+    "dense": {"method": "dense", "optimizer": "adamw"},
+    "dense-muon": {"method": "dense", "optimizer": "muon"},
+    "cola-muon": {"method": "cola", "optimizer": "muon"},
 }
 
 
 def demo_recipe(row: str, steps: int | None = None) -> Recipe:
-    """The recipe of one of `ROWS`, with the defaults of `Recipe` for everything else."""
+    """The recipe of one of `ROWS`: what is best for it, and the defaults of `Recipe` for everything else."""
     changes: dict[str, Any] = {} if steps is None else {"steps": steps}
-    return Recipe(**ROWS[row], **changes)
+    return with_best(Recipe(**ROWS[row], **changes), ROWS[row])[0]
 
 
 def run_demo(out: Path, steps: int | None, watcher: Watcher) -> dict[str, Any]:
@@ -74,9 +74,7 @@ def run_demo(out: Path, steps: int | None, watcher: Watcher) -> dict[str, Any]:
 
 def command(recipe: Recipe, out: Path, shortened: bool) -> str:
     """What a user would type for the same run."""
-    parts = ["lorank", "pretrain", "--method", str(recipe.method)]
-    parts += ["--optimizer", str(recipe.optimizer)] if recipe.optimizer != "adamw" else []
-    parts += ["--lr", f"{recipe.lr:g}"]
+    parts = ["lorank", "pretrain", "--method", str(recipe.method), "--optimizer", str(recipe.optimizer)]
     if shortened:
         parts += ["--steps", str(recipe.steps)]
     return shlex.join([*parts, "--out", str(out)])

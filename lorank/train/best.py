@@ -1,4 +1,4 @@
-"""The optimizer and learning rate of a run that names neither: what the study (docs/study.md) found best for its method.
+"""The optimizer, the learning rate and the start of a run that names none of them: what the study (docs/study.md) found best for its method.
 
     lr(d) = lr(d₀) (d₀ / d)^p        d width of the model   d₀ the nearest width of the study   p of `POWERS`
 
@@ -22,13 +22,16 @@ RATES: Mapping[str, Mapping[str, Mapping[int, float]]] = {
 }
 """Method -> optimizer, the best first -> width -> its best rate."""
 POWERS = {"adamw": 1.0, "muon": 0.5, "spectron": 0.0}
+ZERO_OUTPUTS = {("dense", "muon"), ("dense", "adamw"), ("cola", "muon"), ("cola-m", "muon")}
+"""(Method, optimizer) that end lower with blocks that begin as the identity (`lorank.zero_outputs`), at every rate tried from both starts."""
 
 
 class Best(NamedTuple):
-    """An optimizer with its rate, and where they come from."""
+    """An optimizer with its rate and the recipe's `zero_outputs`, and where they come from."""
 
     optimizer: str
     lr: float
+    zero_outputs: bool
     source: str
 
 
@@ -36,9 +39,9 @@ def best_for(method: str, width: int, optimizer: str | None = None) -> Best | No
     """What to train a method with at a width, with the best optimizer or the given one; None: the study says nothing about it.
 
     >>> best_for("cola", 256)
-    Best(optimizer='muon', lr=0.005, source='the best for cola in docs/study.md')
+    Best(optimizer='muon', lr=0.005, zero_outputs=True, source='the best for cola in docs/study.md')
     >>> best_for("cola", 1024, "adamw")
-    Best(optimizer='adamw', lr=0.000625, source='from the best for cola in docs/study.md, 0.0025 at a width of 256')
+    Best(optimizer='adamw', lr=0.000625, zero_outputs=False, source='from the best for cola in docs/study.md, 0.0025 at a width of 256')
     """
     rates = RATES.get(method, {})
     optimizer = optimizer or next(iter(rates), "")
@@ -46,14 +49,18 @@ def best_for(method: str, width: int, optimizer: str | None = None) -> Best | No
         return None
     near = min(rates[optimizer], key=lambda known: abs(known - width))
     found, source = rates[optimizer][near], f"the best for {method} in docs/study.md"
+    zero = (method, optimizer) in ZERO_OUTPUTS
     if near == width:
-        return Best(optimizer, found, source)
+        return Best(optimizer, found, zero, source)
     lr = float(f"{found * (near / width) ** POWERS[optimizer]:.3g}")
-    return Best(optimizer, lr, f"from {source}, {found:g} at a width of {near}")
+    return Best(optimizer, lr, zero, f"from {source}, {found:g} at a width of {near}")
 
 
 def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | None]:
-    """A recipe from flags alone with the optimizer and the rate that it does not name.
+    """A recipe from flags alone with the optimizer, the rate and the start that it does not name.
+
+    Blocks begin as the identity only in a Llama of a size of `lorank.sizes` whose method has its own start: with options or
+    another architecture, weights are drawn.
 
     Args:
         given: the settings that were named.
@@ -65,14 +72,19 @@ def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | N
         ValueError: the model has no such configuration.
     """
     named = {name.partition(".")[0] for name in given}
-    left = [name for name in ("optimizer", "lr") if name not in named]
     method, optimizer = recipe.method, recipe.optimizer if "optimizer" in named else None
-    if not left or recipe.start_from is not None or recipe.gradient != "autograd" or str(method) not in RATES:
+    if recipe.start_from is not None or recipe.gradient != "autograd" or str(method) not in RATES:
         return recipe, None
     width = getattr(build_config(recipe), "hidden_size", None)
     best = None if width is None or isinstance(optimizer, dict) else best_for(str(method), width, optimizer)
     if best is None:
         return recipe, None
-    chosen = {name: getattr(best, name) for name in left}
     words = {"optimizer": f"optimizer {best.optimizer}", "lr": f"learning rate {best.lr:g}"}
-    return recipe.but(chosen), f"{' and '.join(words[name] for name in left)}: {best.source}"
+    if best.zero_outputs and recipe.model is None and not recipe.options:
+        words["zero_outputs"] = "zero outputs at the start"
+    left = [name for name in words if name not in named]
+    if not left:
+        return recipe, None
+    chosen = {name: getattr(best, name) for name in left}
+    *first, last = (words[name] for name in left)
+    return recipe.but(chosen), f"{', '.join(first)}{' and ' * bool(first)}{last}: {best.source}"

@@ -40,8 +40,8 @@ def test_the_demo_leaves_its_runs_and_a_picture(
     out = tmp_path / "demo"
     code, said, err = in_this_process("demo", "--steps", "10", "--out", out)
     assert code == 0, err
-    commands = [line.partition(" --lr")[0] for line in said.splitlines() if line.startswith("$ ")]
-    asked = ("dense", "dense --optimizer muon", "cola --optimizer muon")
+    commands = [line.partition(" --steps")[0] for line in said.splitlines() if line.startswith("$ ")]
+    asked = ("dense --optimizer adamw", "dense --optimizer muon", "cola --optimizer muon")
     assert commands == [f"$ lorank pretrain --method {one}" for one in asked]
     summaries = {method: json.loads((out / method / "summary.json").read_text()) for method in ROWS}
     for method, summary in summaries.items():
