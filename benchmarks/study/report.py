@@ -219,10 +219,10 @@ def verdict(rows: Mapping[str, Row]) -> list[str]:
     for name, words in (("dense-muon", "equal tokens"), ("dense-small-muon", "equal tokens and FLOPs")):
         finished = name in rows and rows[name].inside and cola.inside
         if finished and (gap := difference(cola, rows[name])) is not None:
-            better = gap.high < 0 if len(cola.runs) > 1 else gap.mean < 0
-            worse = gap.low > 0 if len(cola.runs) > 1 else gap.mean > 0
+            alone = math.isnan(gap.high)
+            better, worse = (gap.mean < 0, gap.mean > 0) if alone else (gap.high < 0, gap.low > 0)
             judged = "better than" if better else "worse than" if worse else "not distinguishable from"
-            seeds = "" if len(cola.runs) > 1 else " (one seed)"
+            seeds = " (one seed)" if alone else ""
             found.append(f"At {words} cola+muon is {judged} {name}: {said(gap)} perplexity{seeds}.")
     if "dense" in rows and (share := reach(cola, rows["dense"])) is not None:
         found.append(f"It reaches the last loss of the tuned AdamW dense model with {share:.2f} of that model's FLOPs.")
