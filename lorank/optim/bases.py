@@ -101,3 +101,10 @@ def basis_flops(basis: str, m: int, n: int, rank: int) -> int:
         "svd": 0,
         "randomised": 5 * apply,
     }[basis]
+
+
+def basis_bytes(p: Tensor, basis: int, gap: int) -> float:
+    """What processes that share p gather in an average step for its basis of that many numbers, found anew every `gap` steps: the basis on
+    the way into the subspace and out of it, and each time it is found G and the sum of what each process has found."""
+    itemsize = p.element_size()
+    return 2 * basis * itemsize + (p.numel() * itemsize + 2 * basis * max(itemsize, 4)) / gap

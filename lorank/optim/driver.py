@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lorank.fields import Rank, joined_by_or
 from lorank.method import Method, Patterns
+from lorank.optim.bases import basis_bytes
 from lorank.optim.groups import ranks, split
 from lorank.optim.rule import Rule
 from lorank.optim.rules import RULES
@@ -113,3 +114,13 @@ class Projected(ByGroups):
         self, model: nn.Module, groups: Sequence[dict[str, Any]], targets: Patterns, exclude: Patterns
     ) -> list[dict[str, Any]]:
         return split(groups, ranks(model, self.rank, targets=targets, exclude=exclude, experts=self.expert_matrices))
+
+    def gathered_bytes(self, p: Tensor, group: Mapping[str, Any]) -> float:
+        """The gradient, once each matrix that is kept, and all that a basis takes which `Stack.refresh` keeps."""
+        found = super().gathered_bytes(p, group)
+        if group.get("rank") is None:
+            return found
+        group = self.settings(group)
+        kept = self.state_shapes(p.shape, group) or {}
+        basis = sum(math.prod(kept[side]) for side in ("left", "right") if side in kept)
+        return found - basis * p.element_size() + basis_bytes(p, basis, group["update_gap"]) if basis else found

@@ -33,7 +33,7 @@ from torch import Tensor
 from lorank import renamed
 from lorank.fields import Count, Positive
 from lorank.method import Published
-from lorank.optim.bases import BASES, Projection, basis_flops, basis_shapes, inside_shape, sides
+from lorank.optim.bases import BASES, Projection, basis_bytes, basis_flops, basis_shapes, inside_shape, sides
 from lorank.optim.driver import Projected
 from lorank.optim.rule import AdamW, Rule
 from lorank.optim.rules import RULES
@@ -141,15 +141,14 @@ class GaLore(Projected):
         return k * (into * (micro_batches if self.in_backward else 1) + inside + out + found / group["update_gap"])
 
     def gathered_bytes(self, p: Tensor, group: Mapping[str, Any]) -> float:
-        """G, and once more every T steps; the basis on the way in and out, and its sum every T steps; and what the rule needs of R."""
+        """G, what the basis takes, and what the rule needs of R."""
         if group.get("rank") is None:
             return super().gathered_bytes(p, group)
         (k, m, n), group, itemsize = as_stack(p.shape), self.settings(group), p.element_size()
         bases = basis_shapes(group["projection"], m, n, min(group["rank"], m, n)).values()
-        basis = k * sum(map(math.prod, bases))
+        basis = basis_bytes(p, k * sum(map(math.prod, bases)), group["update_gap"])
         inside = self.rules[group["rule"]].gathered_inside(_inside(p.shape, group), itemsize)
-        every = p.numel() * itemsize + 2 * basis * max(itemsize, 4)
-        return p.numel() * itemsize + 2 * basis * itemsize + inside + every / group["update_gap"]
+        return p.numel() * itemsize + basis + inside
 
     def kept_gradient(self, p: Tensor, group: Mapping[str, Any]) -> tuple[int, ...]:
         projected = group.get("rank") is not None and self.in_backward

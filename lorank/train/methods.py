@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -195,7 +196,16 @@ def build_optimizer(recipe: Recipe, model: nn.Module, found: Methods | None = No
         )
     made: Any = found.mover.optimizer(groups, lr=recipe.lr, betas=(beta1, beta2), eps=recipe.eps)
     made.lorank_method = found.optimizer  # `step_hook` asks it too
+    made.register_load_state_dict_pre_hook(partial(_with_settings, found.mover.once))
     return made
+
+
+def _with_settings(changed: Mapping[str, Any], made: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """A saved state whose groups have the recipe's settings where they name none of those whose default has changed: 0.1 saved none, and
+    `with_changed_defaults` has decided them."""
+    pairs = zip(made.param_groups, state["param_groups"], strict=False)
+    groups = [{**{name: ours[name] for name in changed if name in ours}, **saved} for ours, saved in pairs]
+    return {**state, "param_groups": groups}
 
 
 def state_bytes(recipe: Recipe, model: nn.Module, found: Methods | None = None) -> int:

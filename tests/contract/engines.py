@@ -132,7 +132,7 @@ def table(found: Mapping[str, Mapping[str, float | str]]) -> str:
             said = its.get(engine, 0.0)  # optimizers under DDP and FSDP2 are tested on other models
             assert isinstance(said, str) or said < (CLOSE if name in STRUCTURES else NEAR), f"{name}, {engine}: {said}"
             if isinstance(said, str):
-                reason = re.sub(r"(layers|model\.layers)\.\d+\.\S+ must|\w+ (changes whole)", _general, said)
+                reason = re.sub(r"(layers|model\.layers)\.\d+\.\S+ must|[\w-]+ (changes whole)", _general, said)
                 reason = re.sub(r", got \w+$|; use another optimizer.*", "", reason)
                 reasons += [reason] * (reason not in reasons)
                 cells.append(f"no [{reasons.index(reason) + 1}]")

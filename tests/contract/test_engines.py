@@ -18,6 +18,13 @@ def test_every_method_and_optimizer_has_a_row() -> None:
     assert rows[1:] == [*engines.STRUCTURES, *engines.OPTIMIZERS]
 
 
+def test_one_reason_stands_for_all_methods_that_have_it() -> None:
+    """Whatever their names."""
+    refused = "%s changes whole weights between steps"
+    found = {name: dict.fromkeys(engines.ENGINES, refused % name) for name in ("relora", "self-guided")}
+    assert engines.table(found).endswith("\n\n1. the method changes whole weights between steps\n")
+
+
 @pytest.mark.slow
 def test_the_table_is_what_two_processes_find() -> None:
     command = [sys.executable, "-W", "ignore", engines.__file__, "check"]

@@ -20,15 +20,20 @@ PROGRAM = Path(__file__).parent / "two_processes.py"
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `two_processes.py` says in each of two processes."""
+def found(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """What `two_processes.py` says in each of two processes, of the optimizers that are asked for."""
+    given: list[Any] = [getattr(item, "callspec", None) for item in request.session.items]
+    methods = [
+        one.params["method"] for one in given if one is not None and isinstance(one.params.get("method"), Method)
+    ]
+    asked = [*dict.fromkeys(map(named, methods))]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     shared["PYTHONPATH"] = str(Path(__file__).parents[2])
     both = [
-        subprocess.Popen([sys.executable, PROGRAM], env={**shared, "RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, PROGRAM, *asked], env={**shared, "RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         for r in "01"
     ]  # fmt: skip
     (said, error), (other, _) = (process.communicate(timeout=600) for process in both)

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -352,7 +353,7 @@ def main() -> None:
     with_bitsandbytes = importlib.util.find_spec("bitsandbytes") is not None
     for method in METHODS + OPTIONS[2:]:
         wide = named(method) in NEED_BITSANDBYTES
-        if wide and not with_bitsandbytes:
+        if named(method) not in sys.argv[1:] or (wide and not with_bitsandbytes):
             continue
         alone = train(net(wide), method, lambda x: x)
         replicated = train(DistributedDataParallel(net(wide)), method, half)

@@ -117,6 +117,18 @@ def test_the_limiter_may_be_left_out() -> None:
         APOLLO(growth=0.5)
 
 
+def test_a_gradient_of_zero_does_not_limit_the_next() -> None:
+    moved = []
+    for growth in (1.01, None):
+        [p] = matrices((12, 20))
+        optimizer = made(APOLLO, [{"params": [p], "rank": 4}], lr=1.0, growth=growth)
+        for size in (0.0, 1.0):
+            p.grad = size * gradients(0, [p])[0]
+            optimizer.step()
+        moved.append(p.detach())
+    torch.testing.assert_close(*moved, rtol=0.0, atol=0.0)
+
+
 def test_a_transposed_problem_takes_the_transposed_step_exactly() -> None:
     [wide] = matrices((12, 20))
     tall = nn.Parameter(wide.detach().T.contiguous())

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from lorank import Fira, GaLore
 from lorank.optim.fira import column_factors, limited
+from lorank.train.methods import build_optimizer, with_changed_defaults
+from lorank.train.model import build_config, build_model
+from lorank.train.recipe import Recipe
 from tests.optim.conftest import gradients, made, matrices, run
 
 
@@ -244,3 +247,17 @@ def test_a_state_of_version_0_1_goes_on_with_the_papers_form() -> None:
         optimizer = made(Fira, [{"params": p, "rank": 4}], lr=0.1)
         optimizer.load_state_dict(state)
         assert optimizer.param_groups[0]["residual"] == form
+
+
+@pytest.mark.parametrize("form", ["paper", "repo"])
+def test_a_run_of_version_0_1_keeps_the_form_of_its_recipe(form: str) -> None:
+    """Also the one that is the default today."""
+    recipe = Recipe(size="tiny", vocab_size=128, method="fira", rank=8, options={"residual": form})
+    model = build_model(recipe, build_config(recipe))
+    old: Any = build_optimizer(recipe, model).state_dict()
+    for group in old["param_groups"]:
+        for name in {"rule", "residual", "expert_matrices"} & group.keys():
+            del group[name]
+    optimizer = build_optimizer(with_changed_defaults(recipe, began=True), model)
+    optimizer.load_state_dict(old)
+    assert {group["residual"] for group in optimizer.param_groups if group["rank"]} == {form}

@@ -70,6 +70,7 @@ def test_matrices_in_one_product_are_those_one_by_one() -> None:
         ("std", 16, 16, (False, True)),
         ("reverse_std", 20, 12, (True, False)),
         ("reverse_std", 12, 20, (False, True)),
+        ("reverse_std", 16, 16, (True, False)),
         ("left", 20, 12, (True, False)),
         ("right", 12, 20, (False, True)),
         ("full", 12, 20, (True, True)),

@@ -152,6 +152,17 @@ def test_adams_steps_between_and_the_exact_one_after() -> None:
         torch.testing.assert_close(pair[1] @ pair[0], B @ A, rtol=1e-9, atol=1e-9)
 
 
+def test_weight_decay_does_not_know_the_scaler() -> None:
+    pair = factors(20, 12, 4)
+    before = [W.detach().clone() for W in pair]
+    optimizer = LORO().optimizer([{"params": pair, "rule": "loro", "scaler": 0.25, "weight_decay": 0.1}], lr=0.1)
+    for W in pair:
+        W.grad = torch.zeros_like(W)
+    optimizer.step()
+    for W, start in zip(pair, before, strict=True):
+        torch.testing.assert_close(W.detach(), (1 - 0.1 * 0.1) * start, rtol=1e-12, atol=0.0)
+
+
 @pytest.mark.parametrize("refresh", ["all", "factors", "none"])
 def test_moments_begin_anew_after_an_exact_step(refresh: Any) -> None:
     model = lorank.convert(ARCHITECTURES["llama"].dense(), "low-rank")

@@ -86,6 +86,21 @@ def test_a_kept_vector_finds_the_spectral_norm() -> None:
         assert first.item() == pytest.approx(norm(W), rel=1e-9)
 
 
+def test_the_norm_comes_from_the_kept_vector() -> None:
+    """A power iteration from the second singular vector finds the second singular value."""
+    pair = factors()
+    optimizer = made(pair, orthonormalise="polar")
+    step(optimizer, pair, 0)
+    before, second = [W.detach().clone() for W in pair], 0.0
+    for W in pair:
+        U, S, _ = torch.linalg.svd(W.detach() if W.shape[0] < W.shape[1] else W.detach().T, full_matrices=False)
+        optimizer.state[W]["u"] = U[:, 1].contiguous()
+        second += S[1].item()
+    step(optimizer, pair, 1)
+    for W, start in zip(pair, before, strict=True):
+        assert norm(W - start) == pytest.approx(0.3 / (second + 1), rel=1e-9)
+
+
 def test_a_cold_start_breaks_the_bound_and_an_exact_one_does_not() -> None:
     """One iteration from a random vector makes σ too small, and the step too long."""
     worst = {"random": 0.0, "exact": 0.0}
