@@ -1,7 +1,6 @@
 """Saved states of a `LowRankOptimizer`, and of the optimizers that lorank had before it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -60,16 +59,14 @@ def load(optimizer: "Grouped", state_dict: dict[str, Any]) -> None:
 
 
 def translated(optimizer: "Grouped", given: Mapping[str, Any]) -> dict[str, Any]:
-    """A saved state in today's layout: flat, and with a rule in each group. A setting that the state does not name, because 0.1 saved
-    none, is what it was by default in 0.1, unless the optimizer has another one than today's default."""
-    groups, defaults = list(given["param_groups"]), {one.name: one.default for one in fields(optimizer.method)}
+    """A saved state in today's layout: flat, and with a rule in each group."""
+    groups = list(given["param_groups"])
     for index, (ours, group) in enumerate(zip(optimizer.param_groups, groups, strict=False)):
         rule = "muon" if OF_MUON in group else "adamw" if ours["rule"] == "muon" else ours["rule"]
         needed = () if ours["rank"] is None else ("rank", *optimizer.method.per_group)
         added = {name: value for name, value in ours.items() if name not in needed or name in optimizer.method.once}
-        if "rule" not in group:  # of 0.1
-            once = optimizer.method.once.items()
-            added |= {name: old for name, old in once if name in needed and ours[name] == defaults[name]}
+        if "rule" not in group:  # of 0.1, with the defaults of then
+            added |= {name: old for name, old in optimizer.method.once.items() if name in needed}
         groups[index] = {**added, "rule": rule, **group}
     return {**given, "param_groups": groups, "state": {index: flat(state) for index, state in given["state"].items()}}
 
