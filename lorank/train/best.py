@@ -10,7 +10,9 @@ values of 0.2 lr √d. Spectron bounds the update of B A by lr.
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from lorank.table import find
 from lorank.train.model import build_config
+from lorank.train.places import entries
 from lorank.train.recipe import Recipe
 
 COLA = {"muon": {256: 5e-3}, "spectron": {256: 5e-2}, "adamw": {256: 2.5e-3}}
@@ -59,7 +61,7 @@ def best_for(method: str, width: int, optimizer: str | None = None) -> Best | No
 def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | None]:
     """A recipe from flags alone with the optimizer, the rate and the start that it does not name.
 
-    Blocks begin as the identity only in a Llama of a size of `lorank.sizes` whose method has its own start: with options or
+    Blocks begin as the identity only in a Llama of a size of `lorank.sizes` whose method has no other setting than a rank: with others, or in
     another architecture, weights are drawn.
 
     Args:
@@ -72,17 +74,24 @@ def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | N
         ValueError: the model has no such configuration.
     """
     named = {name.partition(".")[0] for name in given}
-    method, optimizer = recipe.method, recipe.optimizer if "optimizer" in named else None
-    if recipe.start_from is not None or recipe.gradient != "autograd" or str(method) not in RATES:
+    kinds = {name: find(name).key for name in entries(recipe.method)}
+    structures, movers = ([name for name, key in kinds.items() if key == one] for one in ("method", "optimizer"))
+    chosen_twice = len(structures) > 1 or len(movers) + ("optimizer" in named) > 1
+    if recipe.start_from is not None or recipe.gradient != "autograd" or "gradient" in kinds.values() or chosen_twice:
+        return recipe, None
+    method = next(iter(structures), "dense")
+    optimizer = next(iter(movers), recipe.optimizer if "optimizer" in named else None)
+    if method not in RATES or isinstance(optimizer, dict) or any(entries(recipe.method)[name] for name in movers):
         return recipe, None
     width = getattr(build_config(recipe), "hidden_size", None)
-    best = None if width is None or isinstance(optimizer, dict) else best_for(str(method), width, optimizer)
+    best = None if width is None else best_for(method, width, optimizer)
     if best is None:
         return recipe, None
     words = {"optimizer": f"optimizer {best.optimizer}", "lr": f"learning rate {best.lr:g}"}
-    if best.zero_outputs and recipe.model is None and not recipe.options:
+    plain = not recipe.options and entries(recipe.method).get(method, {}).keys() <= {"rank"}
+    if best.zero_outputs and recipe.model is None and plain:
         words["zero_outputs"] = "zero outputs at the start"
-    left = [name for name in words if name not in named]
+    left = [name for name in words if name not in named and not (name == "optimizer" and movers)]
     if not left:
         return recipe, None
     chosen = {name: getattr(best, name) for name in left}
