@@ -2,7 +2,8 @@
 
     python benchmarks/demo_sweep.py [--rates 8e-4 1.3e-3 2e-3 3e-3 5e-3 8e-3] [--out runs/demo-sweep]
 
-Each run has the demo's seed, tokens and order of data. It has a process and a thread for itself, and two run at a time. Finished runs are kept: started again, the sweep goes on where it was.
+Each run has the demo's seed, tokens and order of data. It has a process and a thread for itself, and two run at a time.
+Finished runs are kept: started again, the sweep goes on where it was.
 """
 
 import argparse

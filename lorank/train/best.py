@@ -7,10 +7,11 @@ arXiv 2310.17813). AdamW's update of a layer [d, d] has entries of size lr, whic
 values of 0.2 lr √d. Spectron bounds the update of B A by lr.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from lorank.table import find
+from lorank.train.methods import resolved
 from lorank.train.model import build_config
 from lorank.train.places import entries
 from lorank.train.recipe import Recipe
@@ -74,24 +75,21 @@ def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | N
         ValueError: the model has no such configuration.
     """
     named = {name.partition(".")[0] for name in given}
-    kinds = {name: find(name).key for name in entries(recipe.method)}
-    structures, movers = ([name for name, key in kinds.items() if key == one] for one in ("method", "optimizer"))
-    chosen_twice = len(structures) > 1 or len(movers) + ("optimizer" in named) > 1
-    if recipe.start_from is not None or recipe.gradient != "autograd" or "gradient" in kinds.values() or chosen_twice:
+    whole = resolved(dataclasses.replace(recipe, rank=None, options={}))  # which the optimizer that is chosen may need
+    method, optimizer = (next(iter(entries(value))) for value in (whole.method, whole.optimizer))
+    settings, own = entries(whole.method)[method], entries(whole.optimizer)[optimizer]
+    if recipe.start_from is not None or whole.gradient != "autograd" or method not in RATES or own:
         return recipe, None
-    method = next(iter(structures), "dense")
-    optimizer = next(iter(movers), recipe.optimizer if "optimizer" in named else None)
-    if method not in RATES or isinstance(optimizer, dict) or any(entries(recipe.method)[name] for name in movers):
-        return recipe, None
+    moved = "optimizer" in named or optimizer in entries(recipe.method)
     width = getattr(build_config(recipe), "hidden_size", None)
-    best = None if width is None else best_for(method, width, optimizer)
+    best = None if width is None else best_for(method, width, optimizer if moved else None)
     if best is None:
         return recipe, None
-    words = {"optimizer": f"optimizer {best.optimizer}", "lr": f"learning rate {best.lr:g}"}
-    plain = not recipe.options and entries(recipe.method).get(method, {}).keys() <= {"rank"}
-    if best.zero_outputs and recipe.model is None and plain:
+    words = {} if moved else {"optimizer": f"optimizer {best.optimizer}"}
+    words["lr"] = f"learning rate {best.lr:g}"
+    if best.zero_outputs and recipe.model is None and not recipe.options and settings.keys() <= {"rank"}:
         words["zero_outputs"] = "zero outputs at the start"
-    left = [name for name in words if name not in named and not (name == "optimizer" and movers)]
+    left = [name for name in words if name not in named]
     if not left:
         return recipe, None
     chosen = {name: getattr(best, name) for name in left}
