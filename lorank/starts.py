@@ -34,11 +34,11 @@ def zero_outputs(model: nn.Module) -> None:
             f"zero_outputs is for new weights, and {method.name} trains on those of the model; leave it out"
         )
     zeros: list[nn.Parameter] = []
-    if not any(blocks(model)):
+    if not (repeated := [*blocks(model)]):
         raise ValueError(
             f"zero_outputs needs repeated blocks in an nn.ModuleList, and {type(model).__name__} has none; leave it out"
         )
-    for stack, depth, block in blocks(model):
+    for stack, depth, block in repeated:
         found = _outputs(block)
         if not found:
             raise ValueError(

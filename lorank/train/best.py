@@ -72,7 +72,7 @@ def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | N
         The recipe, and what was chosen and why in a sentence; None if nothing was.
 
     Raises:
-        ValueError: the model has no such configuration.
+        ValueError: the model has no such configuration, or the methods or their settings do not fit.
     """
     named = {name.partition(".")[0] for name in given}
     whole = resolved(dataclasses.replace(recipe, rank=None, options={}))  # which the optimizer that is chosen may need
