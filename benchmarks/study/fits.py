@@ -42,9 +42,12 @@ def exponent(row: Points) -> Interval:
 
 
 def crossing(row: Points, other: Points) -> Interval | None:
-    """log C at which two rows would have the same loss, with its interval over the seeds of both; None if their lines are parallel for
-    one seed."""
+    """log C at which two rows would have the same loss, with its interval over the seeds of both.
+
+    None where the seeds do not tell the slopes apart, that is where the interval of the difference of b has zero in it: then any C may be.
+    """
     lines = [(line(row[seed]), line(other[seed])) for seed in row if seed in other]
-    if not lines or any(one.b == two.b for one, two in lines):
+    apart = mean_interval([one.b - two.b for one, two in lines])
+    if not (apart.low > 0 or apart.high < 0):
         return None
     return mean_interval([(one.a - two.a) / (one.b - two.b) for one, two in lines])

@@ -131,10 +131,12 @@ def over_sizes(text: str, found: Mapping[str, Mapping[str, Row]]) -> str | None:
     lines = ["| row | seeds | b in loss = exp(a) FLOPs^-b | crosses dense-muon at |", "|---|---|---|---|"]
     for name, points in whole.items():
         b = exponent(points)
-        at = crossing(points, whole["dense-muon"]) if name != "dense-muon" and "dense-muon" in whole else None
-        shown = (
-            "" if at is None else quantity(math.exp(at.mean)) + interval(math.exp(at.low), math.exp(at.high), quantity)
-        )
+        shown = ""
+        if name != "dense-muon" and "dense-muon" in whole:
+            at = crossing(points, whole["dense-muon"])
+            shown = "the slopes cannot be told apart"
+            if at is not None:
+                shown = quantity(math.exp(at.mean)) + interval(math.exp(at.low), math.exp(at.high), quantity)
         lines.append(f"| {name} | {len(points)} | {b.mean:.3f}{interval(b.low, b.high, '{:.3f}'.format)} | {shown} |")
     sizes = ", ".join(found)
     return (

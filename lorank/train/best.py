@@ -62,8 +62,8 @@ def best_for(method: str, width: int, optimizer: str | None = None) -> Best | No
 def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | None]:
     """A recipe from flags alone with the optimizer, the rate and the start that it does not name.
 
-    Blocks begin as the identity only in a Llama of a size of `lorank.sizes` whose method has no other setting than a rank: with others, or in
-    another architecture, weights are drawn.
+    Blocks begin as the identity only in a Llama of a size of `lorank.sizes` whose methods have no other setting than a rank: with others, or
+    in another architecture, weights are drawn.
 
     Args:
         given: the settings that were named.
@@ -78,7 +78,7 @@ def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | N
     whole = resolved(dataclasses.replace(recipe, rank=None, options={}))  # which the optimizer that is chosen may need
     method, optimizer = (next(iter(entries(value))) for value in (whole.method, whole.optimizer))
     settings, own = entries(whole.method)[method], entries(whole.optimizer)[optimizer]
-    if recipe.start_from is not None or whole.gradient != "autograd" or method not in RATES or own:
+    if recipe.start_from is not None or whole.gradient != "autograd" or method not in RATES:
         return recipe, None
     moved = "optimizer" in named or optimizer in entries(recipe.method)
     width = getattr(build_config(recipe), "hidden_size", None)
@@ -87,7 +87,7 @@ def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | N
         return recipe, None
     words = {} if moved else {"optimizer": f"optimizer {best.optimizer}"}
     words["lr"] = f"learning rate {best.lr:g}"
-    if best.zero_outputs and recipe.model is None and not recipe.options and settings.keys() <= {"rank"}:
+    if best.zero_outputs and recipe.model is None and not recipe.options and not own and settings.keys() <= {"rank"}:
         words["zero_outputs"] = "zero outputs at the start"
     left = [name for name in words if name not in named]
     if not left:

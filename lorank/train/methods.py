@@ -314,7 +314,9 @@ def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
         for name in given:
             if name not in _fields(kind):
                 known = ", ".join(_fields(kind)) or "none"
-                raise ValueError(f"{kind.name} has no setting {name!r}; its settings are: {known}")
+                others = ", ".join(other for other in method_names(kind.key) if name in _fields(find(other)))
+                hint = f"; {name} is a setting of {others}" if others else ""
+                raise ValueError(f"{kind.name} has no setting {name!r}; its settings are: {known}{hint}")
     return kinds
 
 

@@ -92,7 +92,11 @@ def test_other_widths_by_what_an_update_does_to_outputs() -> None:
         ({"gradient": "eggroll"}, {"optimizer": "adamw", "lr": 3e-3}),
         (
             {"optimizer.adamw.stochastic_rounding": True},
-            {"optimizer": {"adamw": {"stochastic_rounding": True}}, "lr": 3e-3},
+            {"optimizer": {"adamw": {"stochastic_rounding": True}}, "lr": 2.5e-3},
+        ),
+        (
+            {"optimizer": "muon", "optimizer.momentum": 0.9},
+            {"optimizer": {"muon": {"momentum": 0.9}}, "lr": 5e-3, "zero_outputs": False},
         ),
     ],
     ids=str,

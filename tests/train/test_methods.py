@@ -103,6 +103,7 @@ def test_written_out_it_means_the_same_at_any_size(name: str) -> None:
         ({"method": "dense", "rank": 3}, "dense has no setting 'rank'; its settings are: stochastic_rounding"),
         ({"options": {"sigma": 1}}, "cola has no setting 'sigma'; its settings are: rank, nonlinearity, activation"),
         ({"method": {"cola": {"sigma": 1}}}, "cola has no setting 'sigma'; its settings are: rank"),
+        ({"optimizer": {"adamw": {"momentum": 1}}}, "stochastic_rounding; momentum is a setting of muon, trion"),
         ({"method": {"cola": 3}}, r"method.cola must be settings \{NAME: VALUE\}, got 3"),
         ({"options": {"activation": "x"}}, "cola: activation must be 'silu', 'gelu' or 'relu', got 'x'"),
         ({"method": "galore", "options": {"update_gap": 0}}, "galore: update_gap must be a positive integer, got 0"),
