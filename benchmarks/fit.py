@@ -80,7 +80,7 @@ def recall(found: Tensor, wanted: Tensor, k: int = 10) -> float:
 def picture(printed: str) -> str:
     """The curves of what an earlier call has printed, as an SVG file."""
     curves: dict[str, list[tuple[float, float]]] = {}
-    rows = r"^(svd, [^\d]+?|dictionary, gram, \d+ sweeps|cola, gram) +(0\.\d+) +(\d\.\d+)"
+    rows = r"^(svd, [^\d]+?|dictionary, \w+, \d+ sweeps|cola, gram) +(0\.\d+) +(\d\.\d+)"
     for name, kept, cosine in re.findall(rows, printed, re.M):
         curves.setdefault(name, []).append((100 * float(kept), float(cosine)))
     chart = line_chart(
