@@ -152,6 +152,8 @@ def pretrain(
             )
             trainer.create_optimizer()  # what it refuses is refused before the folder holds a run
             rehearse_saving(model, corpus.tokenizer, out)
+            with in_company(out):
+                trainer.accelerator.wait_for_everyone()  # all have seen that the folder holds no run
             if trainer.is_world_process_zero() and not resume:
                 about = {
                     **environment(corpus),
