@@ -131,12 +131,7 @@ def over_sizes(text: str, found: Mapping[str, Mapping[str, Row]]) -> str | None:
     lines = ["| row | seeds | b in loss = exp(a) FLOPs^-b | crosses dense-muon at |", "|---|---|---|---|"]
     for name, points in whole.items():
         b = exponent(points)
-        shown = ""
-        if name != "dense-muon" and "dense-muon" in whole:
-            at = crossing(points, whole["dense-muon"])
-            shown = "the slopes cannot be told apart"
-            if at is not None:
-                shown = quantity(math.exp(at.mean)) + interval(math.exp(at.low), math.exp(at.high), quantity)
+        shown = crosses(points, whole["dense-muon"]) if name != "dense-muon" and "dense-muon" in whole else ""
         lines.append(f"| {name} | {len(points)} | {b.mean:.3f}{interval(b.low, b.high, '{:.3f}'.format)} | {shown} |")
     sizes = ", ".join(found)
     return (
@@ -144,6 +139,14 @@ def over_sizes(text: str, found: Mapping[str, Mapping[str, Row]]) -> str | None:
         + "\n".join(lines)
         + "\n"
     )
+
+
+def crosses(row: Points, other: Points) -> str:
+    """The FLOPs at which two rows have the same loss."""
+    at = crossing(row, other)
+    if at is None:
+        return "the slopes cannot be told apart"
+    return quantity(math.exp(at.mean)) + interval(math.exp(at.low), math.exp(at.high), quantity)
 
 
 def interval(low: float, high: float, form: Callable[[float], str]) -> str:

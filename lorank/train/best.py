@@ -87,7 +87,8 @@ def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | N
         return recipe, None
     words = {} if moved else {"optimizer": f"optimizer {best.optimizer}"}
     words["lr"] = f"learning rate {best.lr:g}"
-    if best.zero_outputs and recipe.model is None and not recipe.options and not own and settings.keys() <= {"rank"}:
+    as_measured = recipe.model is None and not recipe.options and settings.keys() | own.keys() <= {"rank"}
+    if best.zero_outputs and as_measured:
         words["zero_outputs"] = "zero outputs at the start"
     left = [name for name in words if name not in named]
     if not left:

@@ -31,7 +31,7 @@ def is_lost(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def in_company(out: Path) -> Iterator[None]:
-    """Around training: ConnectionError in one sentence if another process of the run has ended."""
+    """Around a run: ConnectionError in one sentence if another process of the run has ended."""
     try:
         yield
     except (RuntimeError, OSError) as error:

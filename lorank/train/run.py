@@ -129,7 +129,7 @@ def pretrain(
             )
         corpus, config, saved = _text_and_shape(recipe, out, start_from, resume=resume)
         stop = StopOnSignal()
-        with PeakMemory() as memory, on_stop(stop.receive):
+        with in_company(out), PeakMemory() as memory, on_stop(stop.receive):
             set_seed(recipe.seed)
             begins = recipe.start_from is not None and start_from is None and engine.draws
             start = Start(recipe, corpus.train) if begins else None
@@ -152,8 +152,7 @@ def pretrain(
             )
             trainer.create_optimizer()  # what it refuses is refused before the folder holds a run
             rehearse_saving(model, corpus.tokenizer, out)
-            with in_company(out):
-                trainer.accelerator.wait_for_everyone()  # all have seen that the folder holds no run
+            trainer.accelerator.wait_for_everyone()  # all have seen that the folder holds no run
             if trainer.is_world_process_zero() and not resume:
                 about = {
                     **environment(corpus),
@@ -168,7 +167,7 @@ def pretrain(
             if start_from and step_of(start_from) >= recipe.steps:  # the run died after its last step
                 trainer.restore(start_from)
             else:
-                with in_company(out), only_tensors(start_from):
+                with only_tensors(start_from):
                     trainer.train(resume_from_checkpoint=str(start_from) if start_from else None)
             if stop.received is not None:
                 return None
