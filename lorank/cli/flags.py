@@ -10,6 +10,7 @@ import click
 import yaml
 
 from lorank.fields import alternatives_of, field_types
+from lorank.train.places import as_typed
 from lorank.train.recipe import LONGEST, Recipe, full_name, settings_with
 from lorank.train.yamls import load
 
@@ -42,7 +43,7 @@ def name_and_value(text: str, flag: str) -> tuple[str, Any]:
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(f"{flag} must be NAME=VALUE, for example {_EXAMPLES[flag]}, got {text!r}")
-    return name.strip().replace("-", "_"), value_of(value)
+    return as_typed(name), value_of(value)
 
 
 _EXAMPLES = {"--option": "nonlinearity=low-rank", "--set": "weight_decay=0.1"}

@@ -9,6 +9,7 @@ from urllib.parse import quote
 import yaml
 
 from lorank.comparison.matching import Match
+from lorank.train.places import as_typed
 from lorank.train.recipe import KEYS, Recipe, full_name, settings_with
 from lorank.train.yamls import load
 
@@ -96,7 +97,7 @@ def parse_values(text: str) -> tuple[str, list[Any]]:
     name, equals, values = text.partition("=")
     if not equals or not name or not values:
         raise ValueError(f"a sweep must be NAME=VALUE,VALUE..., for example lr=1e-3,3e-3, got {text!r}")
-    return name.replace("-", "_"), [_value(value) for value in values.split(",")]
+    return as_typed(name), [_value(value) for value in values.split(",")]
 
 
 def _value(text: str) -> Any:

@@ -116,11 +116,10 @@ class Projected(ByGroups):
         return split(groups, ranks(model, self.rank, targets=targets, exclude=exclude, experts=self.expert_matrices))
 
     def gathered_bytes(self, p: Tensor, group: Mapping[str, Any]) -> float:
-        """The gradient, once each matrix that is kept, and all that a basis takes which `Stack.refresh` keeps."""
-        found = super().gathered_bytes(p, group)
-        if group.get("rank") is None:
+        """The gradient, once each matrix that is kept, and all that a basis takes which `Stack.refresh` keeps: one with an `update_gap`."""
+        found, group = super().gathered_bytes(p, group), self.settings(group)
+        if group.get("rank") is None or "update_gap" not in group:
             return found
-        group = self.settings(group)
         kept = self.state_shapes(p.shape, group) or {}
         basis = sum(math.prod(kept[side]) for side in ("left", "right") if side in kept)
         return found - basis * p.element_size() + basis_bytes(p, basis, group["update_gap"]) if basis else found

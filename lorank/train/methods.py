@@ -203,8 +203,13 @@ def build_optimizer(recipe: Recipe, model: nn.Module, found: Methods | None = No
 def _with_settings(changed: Mapping[str, Any], made: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
     """A saved state whose groups have the recipe's settings where they name none of those whose default has changed: 0.1 saved none, and
     `with_changed_defaults` has decided them."""
-    pairs = zip(made.param_groups, state["param_groups"], strict=False)
-    groups = [{**{name: ours[name] for name in changed if name in ours}, **saved} for ours, saved in pairs]
+    own, kept = made.param_groups, state["param_groups"]
+    if len(own) != len(kept):
+        return state  # which torch refuses
+    groups = [
+        {**{name: ours[name] for name in changed if name in ours}, **saved}
+        for ours, saved in zip(own, kept, strict=True)
+    ]
     return {**state, "param_groups": groups}
 
 

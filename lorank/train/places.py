@@ -20,6 +20,16 @@ def entries(value: Any) -> dict[str, Settings]:
     return value if isinstance(value, dict) else {name: {} for name in names_joined(value)}
 
 
+def as_typed(name: str) -> str:
+    """A setting's name with "_" where a flag would have "-". Methods between dots keep theirs.
+
+    >>> as_typed("update-gap"), as_typed("method.low-rank.rank")
+    ('update_gap', 'method.low-rank.rank')
+    """
+    *places, own = name.strip().split(".")
+    return ".".join([*places, own.replace("-", "_")])
+
+
 def without(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """A recipe's settings without what these changes, {full name: value}, give anew in another place."""
     options = changes.get("options")

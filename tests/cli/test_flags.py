@@ -16,6 +16,7 @@ import yaml
 
 from lorank.cli import PACKAGES, cli
 from lorank.cli.flags import BUDGETS, GROUPS, changes_of, recipe_of, split_budget, value_of
+from lorank.comparison.settings import parse_values
 from lorank.train.recipe import LONGEST, Recipe, settings_with
 from lorank.train.shipped import recipe_names, recipe_path
 
@@ -127,6 +128,11 @@ def test_dotted_names_are_entries_of_mappings() -> None:
     recipe = recipe_of(None, {"method": "cola+galore", "assignments": given})
     assert recipe.method == {"cola": {"rank": 2}, "galore": {"rank": 3}}
     assert recipe.options == {"nonlinearity": "low-rank"}, "a method's setting may be named alone"
+    given = ("method.low-rank.rank=2", "optimizer.dct-adamw.update-gap=3", "weight-decay=0.5")
+    recipe = recipe_of(None, {"method": "low-rank", "optimizer": "dct-adamw", "assignments": given})
+    assert recipe.method == {"low-rank": {"rank": 2}} and recipe.optimizer == {"dct-adamw": {"update_gap": 3}}
+    assert recipe.weight_decay == 0.5
+    assert parse_values("optimizer.dct-adamw.update-gap=1,2") == ("optimizer.dct-adamw.update_gap", [1, 2])
 
 
 def test_flags_win_over_a_recipe_by_name() -> None:

@@ -200,6 +200,18 @@ def test_eps_knows_how_many_steps_each_parameter_has_taken() -> None:
     torch.testing.assert_close(late[0], alone[0], rtol=1e-12, atol=1e-12)
 
 
+class OwnBasis(Trion):
+    """A basis that `move` finds by itself in each step, and keeps."""
+
+    def state_shapes(self, shape: Any, group: Any) -> Any:
+        return {"left": (shape[0], group["rank"])}
+
+
+def test_a_basis_without_a_gap_is_gathered_as_it_is_kept() -> None:
+    p = nn.Parameter(torch.zeros(20, 10))
+    assert OwnBasis().gathered_bytes(p, {"params": [p], "rank": 3}) == 4 * (20 * 10 + 20 * 3)
+
+
 def test_an_optimizer_that_is_gone_projects_nothing_any_more() -> None:
     model = net()
     optimizer = made(GaLore, groups(model), lr=0.05, in_backward=True)

@@ -285,6 +285,18 @@ def test_a_rank_that_projects_nothing_is_told(rank: int, said: list[str], caplog
     assert [one.getMessage()[: len(said[0])] for one in caplog.records] == said
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon", "fira"])
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_state_with_another_number_of_groups_is_refused(name: str, more: int) -> None:
+    recipe = Recipe(method="dense", optimizer=name, shape={"hidden_size": 32, "num_hidden_layers": 1}, vocab_size=64)
+    optimizer = build_optimizer(recipe, build_model(recipe, build_config(recipe)))
+    state = optimizer.state_dict()
+    groups = state["param_groups"]
+    state["param_groups"] = [*groups, {**groups[0], "params": []}] if more > 0 else groups[:-1]
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(state)
+
+
 def test_a_method_may_bring_its_schedule() -> None:
     plain = schedule_of(Recipe(steps=100, warmup_steps=10))
     assert [plain(step) for step in (0, 5, 10, 55, 100)] == pytest.approx([0.0, 0.5, 1.0, 0.55, 0.1])
