@@ -2,8 +2,7 @@
 
 Only the column that was asked for is read: a string in it is text, whatever it looks like, and other columns may hold
 anything. Left out and counted are documents without text, and lines of JSON that cannot be read if they are at most one in
-a hundred; beyond that the file is refused. A byte-order mark is no text. Refused are UTF-16, UTF-32 and binary data, known by
-NUL bytes or by many other control characters, and ISO-2022, known by the escape sequence before its two-byte characters.
+a hundred; beyond that the file is refused. A byte-order mark is no text. What is text at all is in `lorank.train.encodings`.
 """
 
 import bz2
@@ -26,6 +25,7 @@ import pyarrow.parquet as pq
 
 from lorank.train import csv_rows, parquet_rows
 from lorank.train.csv_rows import ROW
+from lorank.train.encodings import UnreadableError, decoded, refuse_control_characters, refuse_other_encodings
 from lorank.train.json_rows import BUFFER, JSON, LONGEST, TOO_LONG, check_once, is_json, is_utf8, values
 
 logger = logging.getLogger(__name__)
@@ -44,12 +44,6 @@ BLOCK = 1 << 22  # characters of a block
 MOST = 1 << 31  # bytes of a file that is read as a whole: Arrow has no longer strings
 INVALID_SHARE = 0.01
 FEW = 10  # lines that cannot be read, however few lines there are so far
-CONTROLS = bytes(code for code in (*range(32), 127) if code not in b"\t\n\r\f\b\x1b")
-"""Control characters that are rare in text. Terminals write escapes, and a backspace to print bold; form feeds divide pages."""
-CONTROL_SHARE = 0.01
-"""The largest share of them in a file, besides one. Of UTF-16 they are half in scripts whose high byte is one, and in Indian scripts a twentieth."""
-ISO_2022 = b"\x1b$"
-"""What comes before two-byte characters in ISO-2022-JP, -KR and -CN; terminals use no such sequence."""
 BROKEN = (pa.ArrowException, EOFError, OSError, RecursionError, ValueError, zlib.error, lzma.LZMAError)
 """What the readers of a damaged file raise."""
 NAMES = {bool: "true or false", float: "a number", list: "a list", dict: "an object"}
@@ -67,13 +61,11 @@ class Tally:
     """Documents without text."""
     invalid: int = 0
     """Lines that cannot be read."""
+    malformed: int = 0
+    """Pieces of bytes in files of text that are not UTF-8, which have become U+FFFD."""
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(*map(sum, zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
-
-
-class UnreadableError(ValueError):
-    """A file that holds no text, or not where it was looked for."""
 
 
 def kind_of(file: Path) -> str:
@@ -190,38 +182,17 @@ def _counted(block: pa.Array, tally: Tally) -> pa.Array:
     return block
 
 
-def _refuse_other_encodings(file: Path, data: bytes) -> None:
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        raise UnreadableError(f"{file} is not UTF-8 text but UTF-16 or UTF-32; convert it to UTF-8 or leave it out")
-    if (position := data.find(b"\0")) >= 0:
-        raise UnreadableError(
-            f"{file} is not UTF-8 text: byte {position} is NUL, as in UTF-16 or in binary data; convert it to UTF-8 or leave it out"
-        )
-
-
-def _refuse_control_characters(file: Path, data: bytes) -> None:
-    """Refuse what can be decoded as UTF-8 by chance."""
-    if ISO_2022 in data:
-        raise UnreadableError(
-            f"{file} is not UTF-8 text: byte {data.index(ISO_2022)} begins an escape sequence of ISO-2022; convert it to UTF-8 or leave it out"
-        )
-    data = data.rstrip(b"\x1a")  # the end of a file in DOS
-    count = len(data) - len(data.translate(None, CONTROLS))
-    if count > 1 + CONTROL_SHARE * len(data):
-        raise UnreadableError(
-            f"{file} is not UTF-8 text: {100 * count / len(data):.0f} % of it are control characters, as in UTF-16 or in binary data; "
-            "convert it to UTF-8 or leave it out"
-        )
-
-
 def _text(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa.Array]:
     """The whole file, with ends of lines as "\\n"."""
     data = _whole(stream)
     if data is None:
         raise UnreadableError(f"{file} must be smaller than 2 GiB, because a file of text is one document; split it")
-    _refuse_other_encodings(file, data)
-    text = data.decode()
-    _refuse_control_characters(file, data)
+    refuse_other_encodings(file, data)
+    text, malformed, first = decoded(file, data)
+    refuse_control_characters(file, data)
+    if malformed:
+        tally.malformed += malformed
+        warn_of(file, malformed, len(data), first)
     yield pa.array([text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text], pa.string())
 
 
@@ -260,7 +231,7 @@ def _parquet(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterato
 def _csv(file: Path, stream: BinaryIO, column: str, tally: Tally) -> Iterator[pa.Array]:
     """A column of rows with commas between their values and names in the first line."""
     head = stream.peek(BUFFER)  # type: ignore[attr-defined]
-    _refuse_other_encodings(file, head)
+    refuse_other_encodings(file, head)
     names = next(csv.reader(io.StringIO(head.decode("utf-8-sig", "replace"), newline="")), [])
     if column not in names:
         raise _no_column(file, column, names)
@@ -288,7 +259,7 @@ def _json(file: Path, stream: BinaryIO, column: str, tally: Tally, start: int | 
     """Rows of JSON: one a line, or a list of them, or in a .json file one after another over several lines each. `start` is where a
     part of a file begins."""
     head = stream.peek(BUFFER)  # type: ignore[attr-defined]
-    _refuse_other_encodings(file, head)
+    refuse_other_encodings(file, head)
     by_line = start is not None or _is_by_line(file, head)
     rows = _lines(file, stream, column, tally, start) if by_line else values(stream, column)
     texts: list[str | None] = []
@@ -314,9 +285,10 @@ def _json(file: Path, stream: BinaryIO, column: str, tally: Tally, start: int | 
         if size >= BLOCK:
             yield _string_array(texts, tally)
             texts, size = [], 0
-    if names is not None and not found:
+    if names is not None and not found and not start:  # a later part may have no row with the column
         raise _no_column(file, column, names)
-    yield _string_array(texts, tally)
+    if texts:
+        yield _string_array(texts, tally)
     if not by_line and tally.invalid - before > INVALID_SHARE * count:
         raise UnreadableError(
             f"{file} is not readable as json (in {tally.invalid - before} of {count} rows, {column!r} has half a character, which is "
@@ -351,7 +323,7 @@ def _lines(file: Path, stream: BinaryIO, column: str, tally: Tally, start: int |
             if "\\u" in text and not is_utf8(row.get(column)):
                 raise ValueError(f"{column!r} has half a character, which is no UTF-8")
         except (ValueError, RecursionError) as error:
-            _refuse_other_encodings(file, line)
+            refuse_other_encodings(file, line)
             invalid += 1
             first = first or f"line {number + _lines_before(file, start or 0)}: {error}"
             if invalid > FEW + INVALID_SHARE * count:
@@ -362,11 +334,15 @@ def _lines(file: Path, stream: BinaryIO, column: str, tally: Tally, start: int |
         raise UnreadableError(f"{file} is not readable as json ({first}); repair it or leave it out")
     if invalid:
         tally.invalid += invalid
-        warn_of_lines(file, invalid, count, first)
+        warn_of(file, invalid, count, first)
 
 
-def warn_of_lines(file: Path, invalid: int, count: int, first: str) -> None:
-    logger.warning("%s: left out %d of %d lines, which cannot be read (%s)", file, invalid, count, first)
+def warn_of(file: Path | str, found: int, count: int, first: str) -> None:
+    """Say how many of its lines, or of its bytes if it is a file of text, could not be read."""
+    if kind_of(Path(file)) == "text":
+        logger.warning("%s: %d of %d bytes are not UTF-8 and become U+FFFD (%s)", file, found, count, first)
+    else:
+        logger.warning("%s: left out %d of %d lines, which cannot be read (%s)", file, found, count, first)
 
 
 def _lines_before(file: Path, end: int) -> int:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from lorank.train import reading
+from lorank.train.encodings import UnreadableError
 from lorank.train.reading import Tally, blocks
 from lorank.train.seen import with_hashes, write_sample
 from lorank.train.workers import answer
@@ -53,7 +54,7 @@ class Found(NamedTuple):
 
     tally: Tally
     left_out: list[list[Any]]
-    """Lines that could not be read: the arguments of `lorank.train.reading.warn_of_lines`."""
+    """What could not be read: the arguments of `lorank.train.reading.warn_of`."""
 
 
 def state_of(file: Path) -> list[int]:
@@ -93,7 +94,7 @@ def attempted(unit: Unit, say: Callable[[int], object]) -> Found | None:
     """`write_unit`; None for a part of a file that cannot be read by itself, so that the file must be judged as a whole."""
     try:
         return write_unit(unit, say)
-    except reading.UnreadableError:
+    except UnreadableError:
         if unit.part is None:
             raise
         return None

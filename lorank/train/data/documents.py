@@ -25,7 +25,7 @@ from datasets import Dataset
 from filelock import FileLock
 
 from lorank.train.data.cache import use
-from lorank.train.reading import BUFFER, FEW, INVALID_SHARE, Tally, cuts_of, kind_of, warn_of_lines
+from lorank.train.reading import BUFFER, FEW, INVALID_SHARE, Tally, cuts_of, kind_of, warn_of
 from lorank.train.seen import joined, kept_sample
 from lorank.train.texts import Found, Unit, attempted, state_of, write_unit
 from lorank.train.watching import tell
@@ -238,7 +238,7 @@ def _accepted(units: Sequence[Unit], found: Mapping[str, Found | None]) -> bool:
 
 def _warn(left_out: Iterable[Sequence[Any]]) -> None:
     for one in left_out:
-        warn_of_lines(*one)
+        warn_of(*one)
 
 
 class _Progress:

@@ -1,10 +1,10 @@
 """Marks in a stream: which row of a run begins where, so that it is not read again from its beginning when the run resumes.
 
-RUN/stream.jsonl     {"stream": what is read, and into which rows}, then a line for each pool: {"row", "rest", "place"}
+RUN/stream.jsonl     {"stream": what is read, and into which rows}, then a line for each pool: {"row", "rest", "place", "sum"}
 
 A mark is a fact of the stream, not of the training: rows are made ahead of the steps that need them. A run that has done some rows
-goes on from the last mark before them; at most the rows of a pool are made again. Lines that a crash cut off, and marks of
-another stream, do not count.
+goes on from the last mark before them; at most the rows of a pool are made again. Lines that a crash cut off or a disk has changed,
+which their checksums show, and marks of another stream, do not count.
 """
 
 import contextlib
@@ -14,8 +14,6 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from lorank.train.data.streams import Place, Reached
 from lorank.whole import without_link
@@ -43,7 +41,7 @@ class Marks:
 
     def __init__(self, file: Path, stream: str, *, writes: bool):
         self.file, self.writes = file, writes
-        self.title = json.dumps({"stream": hashlib.blake2b(stream.encode(), digest_size=16).hexdigest()})
+        self.title = json.dumps({"stream": _digest(stream)})
         self.known = list(_marks(without_link(file) if writes else file, self.title))
 
     def last(self, row: int) -> Mark | None:
@@ -61,21 +59,29 @@ class Marks:
         """Keep a mark, if none of its row is there. Without it only time is lost, so a full disk ends nothing."""
         if not self.writes or any(mark.row == one.row for one in self.known):
             return
-        line = json.dumps(mark._asdict())
+        line = _line(mark)
         with contextlib.suppress(OSError), self.file.open("a" if self.known else "w", encoding="utf-8") as file:
             file.write(f"{'' if self.known else self.title}\n{line}")  # on another line than what a crash has left
             self.known.append(mark)
 
 
+def _digest(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def _line(mark: Mark) -> str:
+    return json.dumps({**mark._asdict(), "sum": _digest(json.dumps(mark))})
+
+
 def _marks(file: Path, title: str) -> Iterator[Mark]:
-    """Those of a file; none if they are of another stream, and without lines that are cut off."""
-    with contextlib.suppress(OSError, UnicodeDecodeError), file.open(encoding="utf-8") as lines:
+    """Those of a file; none if they are of another stream, and without lines that are not as they were written."""
+    with contextlib.suppress(OSError), file.open(encoding="utf-8", errors="replace") as lines:
         if next(lines, "").strip() != title:
             return
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError):
+            with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
                 one = json.loads(line)
                 epoch, random, opened, reading = one["place"]
-                np.random.default_rng().bit_generator.state = random  # refuses what is none
                 place = Place(epoch, random, opened, [(number, Reached(*reached)) for number, reached in reading])
-                yield Mark(one["row"], one["rest"], place)
+                if _line(mark := Mark(one["row"], one["rest"], place)) == line.strip():
+                    yield mark

@@ -186,11 +186,13 @@ def _as_often(documents: Documents, weight: float) -> Dataset:
 
 
 def _said(tally: Tally, left: int) -> str:
-    """How many files were read, if not one, and what was left out."""
+    """How many files were read, if not one, what was left out, and what was not text."""
     others = {"empty document": tally.empty, "unreadable line": tally.invalid, "other file": left}
     listed = ", ".join(_counted(number, what) for what, number in others.items() if number)
+    notes = [f"left out: {listed}"] * bool(listed)
+    notes += [f"not UTF-8: {_counted(tally.malformed, 'byte')}"] * bool(tally.malformed)
     read = f" from {tally.files:,} files" if tally.files > 1 else ""
-    return f"{read} (left out: {listed})" if listed else read
+    return f"{read} ({'; '.join(notes)})" if notes else read
 
 
 def _counted(number: int, what: str) -> str:

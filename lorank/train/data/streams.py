@@ -7,6 +7,7 @@ read without the rest, and is the same in each pass.
 """
 
 import dataclasses
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,7 +16,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow.compute as pc
 
-from lorank.train.reading import Tally, blocks, kind_of, rows_at_lines
+from lorank.train.encodings import UnreadableError
+from lorank.train.reading import INVALID_SHARE, Tally, blocks, kind_of, rows_at_lines
+
+logger = logging.getLogger(__name__)
 
 OPEN = 8
 """Files that are read at a time."""
@@ -71,10 +75,22 @@ class FileStream:
     seed: int
     side: Literal["whole", "train", "validation"] = "whole"
     epoch: int = 0
+    unreadable: set[Path] = dataclasses.field(default_factory=set, repr=False, compare=False)
+    """Files that could not be read, or not to their end."""
 
     def set_epoch(self, epoch: int) -> None:
         """Which pass comes next."""
         self.epoch = epoch
+
+    def leave_out(self, file: Path, error: UnreadableError) -> None:
+        """Go on without a file, or without its rest. Raises the error if too many files cannot be read, or the only one."""
+        if file in self.unreadable:
+            return
+        self.unreadable.add(file)
+        files = {part.file for part in self.parts}
+        if len(self.unreadable) > max(INVALID_SHARE * len(files), len(files) > 1):
+            raise error
+        logger.warning("%s is left out of the stream from where it cannot be read: %s", file, error)
 
     def iter(self, batch_size: int) -> Iterator[dict[str, list[str]]]:
         """Documents of one pass, so many at a time."""
@@ -124,7 +140,13 @@ class Reader:
 
     def __init__(self, stream: FileStream, number: int, reached: Reached, random: np.random.Generator):
         self.number, self.reached = number, reached
-        self.texts = self._texts(stream, stream.parts[number], random)
+        self.texts = self._readable(stream, stream.parts[number], random)
+
+    def _readable(self, stream: FileStream, part: Part, random: np.random.Generator) -> Iterator[list[str]]:
+        try:
+            yield from self._texts(stream, part, random)
+        except UnreadableError as error:
+            stream.leave_out(part.file, error)
 
     def _texts(self, stream: FileStream, part: Part, random: np.random.Generator) -> Iterator[list[str]]:
         """The documents that are on this side and not read yet, block by block."""

@@ -34,7 +34,7 @@ def read(tmp_path, write):
         file = tmp_path / name if data is None else write(tmp_path / name, data)
         texts = [text for block, _ in blocks(file, column, tally) for text in block.to_pylist()]
         assert (tally.files, tally.documents, tally.bytes) == (1, len(texts), len("".join(texts).encode()))
-        return texts, (tally.empty, tally.invalid)
+        return texts, (tally.empty, tally.malformed or tally.invalid)
 
     return read
 
@@ -129,6 +129,29 @@ def test_a_byte_order_mark_is_no_text(read, tmp_path):
 def test_utf_16_and_32_are_refused(read, name, text, encoding):
     with pytest.raises(ValueError, match=f"{name} is not UTF-8 text.*; convert it to UTF-8 or leave it out$"):
         read(name, text.encode(encoding))
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"), [(b"\xff", "invalid start byte"), (b"\xe2\x82", "invalid continuation byte"), (b"\xc3", "byte")]
+)
+def test_a_few_malformed_bytes_are_replaced_and_counted(read, caplog, bad, said):
+    """Each run of bytes that begins a character and does not end it is one, as Unicode recommends."""
+    data = b"the cat " * 200
+    texts, left = read("a.txt", data + bad + data + "\ufffd".encode() + bad)
+    assert texts == [f"{'the cat ' * 200}\ufffd{'the cat ' * 200}\ufffd\ufffd"] and left == (0, 2)
+    assert (
+        f"a.txt: 2 of {2 * len(data) + 3 + 2 * len(bad)} bytes are not UTF-8 and become U+FFFD (byte 1600: "
+        in caplog.text
+    )
+    assert said in caplog.text
+
+
+def test_text_in_latin_1_is_refused(read):
+    """One letter in a hundred, as in Dutch or Italian."""
+    with pytest.raises(
+        ValueError, match=r"a.txt is not UTF-8 text \('utf-8' codec can't decode byte 0xe9 in position 5"
+    ):
+        read("a.txt", ("perch\xe9 " + "no " * 30).encode("latin-1") * 50)
 
 
 @pytest.mark.parametrize(

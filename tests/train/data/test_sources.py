@@ -72,6 +72,17 @@ def test_every_suffix_gives_the_same_documents(tmp_path, suffix, documents, writ
     assert opened.description == f"{folder}: 20 documents, {size}{read} (left out: 1 other file)"
 
 
+def test_malformed_bytes_are_counted(tmp_path, write):
+    """Next to what is left out, also when the files come from the cache."""
+    write(tmp_path / "a/1.txt", b"the cat " * 500 + b"\xff\xfe")
+    write(tmp_path / "a/2.txt", "")
+    for _ in range(2):
+        opened = sources.open_source(str(tmp_path / "a"), "text", 0, tmp_path / "cache")
+        assert opened.description.endswith(
+            "1 document, 4.0 kB from 2 files (left out: 1 empty document; not UTF-8: 2 bytes)"
+        )
+
+
 def test_glob_mixed_kinds_and_columns_that_differ(tmp_path, write):
     write(tmp_path / "mix" / "a.txt", "from txt")
     write(tmp_path / "mix" / "empty.txt", "")

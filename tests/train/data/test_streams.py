@@ -35,6 +35,22 @@ def test_the_last_mark_may_be_at_the_row_itself(tmp_path):
     assert [again.last(row).row for row in (0, 4, 5, 8, 9, 20)] == [0, 0, 5, 5, 9, 9]
 
 
+@pytest.mark.parametrize("changed", ['"row": 9', '"opened": 0', "bit", "[[[["])
+def test_a_mark_that_has_changed_does_not_count(tmp_path, changed):
+    """Each would lead to other text; the mark before it leads to the same text later."""
+    file = tmp_path / "marks.jsonl"
+    kept = Marks(file, "a stream", writes=True)
+    for row in (0, 5):
+        generator = np.random.default_rng(row).bit_generator.state
+        kept.add(Mark(row, [7, 8], streams.Place(1, generator, 3, [(2, streams.Reached(1, 40, 30))])))
+    *before, last = file.read_text().split("\n")
+    other = {'"row": 9': last.replace('"row": 5', '"row": 9'), '"opened": 0': last.replace(", 3, [[2,", ", 0, [[2,")}
+    other |= {"bit": last.replace("[7, 8]", "[7, 9]"), "[[[[": "[" * 100_000}
+    assert other[changed] != last
+    file.write_text("\n".join([*before, other[changed]]))
+    assert [mark.row for mark in Marks(file, "a stream", writes=False).known] == [0]
+
+
 @pytest.fixture
 def corpus(documents, write, write_jsonl, tmp_path, small):
     """Two large files of rows, one of them compressed, a small one, and ten texts: documents 0 to 119."""
@@ -146,6 +162,62 @@ def test_a_stream_goes_on_from_its_marks(tmp_path, corpus, load, monkeypatch, do
     (tmp_path / "marks").unlink()
     again = load_corpus("c", **settings, marks=tmp_path / "marks", begin=880).train
     assert list(itertools.islice(again, 20)) == whole[880:], "without marks it is only slow"
+
+
+@pytest.mark.parametrize("sizes", [[60, 45, 15], [40] * 6])
+def test_a_stream_goes_on_where_files_have_ended(tmp_path, documents, write_jsonl, load, small, monkeypatch, sizes):
+    """From each mark, also where an open file has been read to its last byte."""
+    monkeypatch.setattr(reading, "BLOCK", 400)
+    texts = iter(documents(sum(sizes)))
+    files = {
+        write_jsonl(tmp_path / f"c/{number}.jsonl", itertools.islice(texts, size)).stat().st_size
+        for number, size in enumerate(sizes)
+    }
+    settings = {"vocab_size": 300, "sequence_length": 16, "stream": True, "documents": "padded"}
+    whole = list(itertools.islice(load("c", **settings, marks=tmp_path / "marks").train, 500))
+    marks = [json.loads(line) for line in (tmp_path / "marks").read_text().splitlines()[1:]]
+    assert any(reached[1] in files for mark in marks for _, reached in mark["place"][3])
+    for row in (mark["row"] for mark in marks):
+        later = load("c", **settings, marks=tmp_path / "marks", begin=row).train
+        assert list(itertools.islice(later, 500 - row)) == whole[row:], row
+
+
+def test_rows_without_the_column_may_end_a_file(tmp_path, documents, write, load, small, monkeypatch):
+    """Read from a byte on, they are passed over as they are when the file is read from its beginning."""
+    monkeypatch.setattr(reading, "BLOCK", 400)
+    for number in range(4):
+        rows = [{"text": text} for text in documents(20 * number + 20)[20 * number :]] + [{"other": "no text"}] * 30
+        write(tmp_path / f"c/{number}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"vocab_size": 300, "sequence_length": 16, "stream": True, "documents": "padded"}
+    whole = list(itertools.islice(load("c", **settings, marks=tmp_path / "marks").train, 300))
+    for line in (tmp_path / "marks").read_text().splitlines()[1:]:
+        row = json.loads(line)["row"]
+        later = load("c", **settings, marks=tmp_path / "marks", begin=row).train
+        assert list(itertools.islice(later, 300 - row)) == whole[row:], row
+
+
+def test_a_stream_leaves_out_what_it_cannot_read(tmp_path, documents, write, load, small, caplog):
+    """A file of two hundred, and the rest of a file that is cut; more end it, and so does the only one."""
+    texts = documents(260)
+    for number in range(259):
+        write(tmp_path / f"c/{number:03}.txt", texts[number])
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[200:])
+    packed = gzip.compress(rows.encode(), mtime=0)
+    write(tmp_path / "c/cut.jsonl.gz", packed[: len(packed) // 2])
+    write(tmp_path / "c/latin.txt", "caf\xe9".encode("latin-1"))
+    whole, *_ = streams.streams_of(sorted((tmp_path / "c").iterdir()), "text", 0, share=0.05)
+    first = numbers_of(whole)
+    assert {*range(259)} <= {*first} and len(first) < 259 + 60
+    assert numbers_of(whole) == first, "the next time too"
+    for name in ("latin.txt", "cut.jsonl.gz"):
+        assert caplog.text.count(f"{name} is left out of the stream from where it cannot be read") == 1
+    write(tmp_path / "c/other.txt", "\0")
+    whole, *_ = streams.streams_of(sorted((tmp_path / "c").iterdir()), "text", 0, share=0.05)
+    with pytest.raises(ValueError, match=r"is not (UTF-8 text|readable as json)"):
+        numbers_of(whole)
+    only, *_ = streams.streams_of([tmp_path / "c/cut.jsonl.gz"], "text", 0, share=0.05)
+    with pytest.raises(ValueError, match=r"cut.jsonl.gz is not readable as json"):
+        numbers_of(only)
 
 
 def test_one_text_cannot_be_a_stream(tmp_path, prose, write, load):
