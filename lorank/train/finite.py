@@ -22,7 +22,8 @@ class Guard:
         self.skips, self.lr = skips, lr
         self.skipped = 0
         """Steps that were left out since the last log line."""
-        self._in_a_row = 0
+        self.in_a_row = 0
+        """Steps that were left out one after another, up to now."""
         self._of_this_step: list[Tensor] = []
 
     def counted(self, loss: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ class Guard:
         """
         losses, self._of_this_step = self._of_this_step, []
         if torch.as_tensor(norm).isfinite():
-            self._in_a_row = 0
+            self.in_a_row = 0
             return None
         if not self.skips:
             raise FloatingPointError(
@@ -52,8 +53,8 @@ class Guard:
                 "--set on_nan=skip"
             )
         self.skipped += 1
-        self._in_a_row += 1
-        if self._in_a_row > MOST:
+        self.in_a_row += 1
+        if self.in_a_row > MOST:
             raise FloatingPointError(
                 f"the gradients of steps {step - MOST} to {step} are not finite; lower lr={self.lr} or look at the data"
             )

@@ -44,6 +44,8 @@ STATE: Mapping[str, Any] = {
     "stateful_callbacks": dict,
 }
 """What a run that goes on takes from trainer_state.json."""
+LOADED = (".safetensors", ".pt", ".pth")
+"""Ends of names of files with weights and states."""
 LOCK = ".lock"
 """File that the one process holds which writes into a folder."""
 
@@ -147,16 +149,20 @@ def _sha256(file: Path) -> str:
 
 
 def _changed_file(checkpoint: Path) -> Path | None:
-    """The first file of a checkpoint that is not as it was written; None also if no checksums were."""
+    """The first file of a checkpoint that is not as it was written; None also if no checksums were. Files that somebody has put there
+    have none, but what a run is continued from must have one."""
     sums = checkpoint / SUMS
     if not sums.exists():
         return None
+    summed = set()
     for line in sums.read_text(encoding="utf-8", errors="replace").splitlines():
         wanted, _, name = line.partition("  ")
         file, inside = checkpoint / name, Path(name)
         if inside.is_absolute() or ".." in inside.parts or not file.is_file() or _sha256(file) != wanted:
             return file if name else sums
-    return None
+        summed.add(file)
+    continued = {file for file in checkpoint.rglob("*") if file.suffix in LOADED or file.name == "trainer_state.json"}
+    return sums if continued - summed else None
 
 
 def checkpoints(out: Path) -> list[Path]:

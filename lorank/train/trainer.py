@@ -23,6 +23,7 @@ from lorank.train.evaluation import Evaluation, evaluate
 from lorank.train.finite import Guard
 from lorank.train.folder import STAGING, checkpoints, step_of, write_sums
 from lorank.train.sharded import ShardedTrainer, reading
+from lorank.train.unlogged import Unlogged
 from lorank.trainer import TrainerMixin
 from lorank.whole import cleared, open_to_others
 
@@ -70,7 +71,7 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
         self.teacher = teacher
         self.throughput = Throughput(tokens_per_step)
         self._last: Loss | None = None
-        self._auxiliary: list[torch.Tensor] = []
+        self.unlogged = Unlogged(self)
         self._staging: Path | None = None
         super().__init__(*args, **kwargs)
         if self.accelerator.ddp_handler is not None:
@@ -88,8 +89,8 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
         self.eval_tokens = eval_tokens
         self.bytes_per_token = bytes_per_token
         self.guard = Guard(skips=skips_nan, lr=self.args.learning_rate)
-        self._logged_at = 0
         self.add_callback(self.throughput)
+        self.add_callback(self.unlogged)
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
@@ -137,7 +138,7 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
             assert self._last is not None
             if self._last.auxiliary is None:
                 return total
-            self._auxiliary.append(self._last.auxiliary)
+            self.unlogged.auxiliary.append(self._last.auxiliary)
             return self._last.nats
         model.eval()  # with dropout, members would differ by their masks
         with self.compute_loss_context_manager():
@@ -181,7 +182,7 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
         if lost is None:
             return norm
         self._tr_loss -= lost.to(self._tr_loss.device)
-        self._auxiliary.clear()
+        self.unlogged.auxiliary.clear()
         for p in model.parameters():
             p.grad = None
         return None
@@ -273,15 +274,15 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            self.guard.logged(logs, self.state.global_step - self._logged_at)
-            self._logged_at = self.state.global_step
+            self.guard.logged(logs, self.state.global_step - self.unlogged.since)
+            self.unlogged.since = self.state.global_step
         if "loss" in logs and (rate := self.throughput.tokens_per_second()) is not None:
             logs["tokens_per_second"] = rate
             if (mfu := self.mfu(rate)) is not None:
                 logs["mfu"] = mfu
-        if "loss" in logs and self._auxiliary:
-            logs["auxiliary_loss"] = torch.stack(self._auxiliary).mean().item()
-            self._auxiliary.clear()
+        if "loss" in logs and self.unlogged.auxiliary:
+            logs["auxiliary_loss"] = torch.stack(self.unlogged.auxiliary).mean().item()
+            self.unlogged.auxiliary.clear()
         logs["tokens"] = round(self.state.global_step * self.throughput.tokens_per_step)
         super().log(logs, *args, **kwargs)
         del self.state.log_history[:-RECORDS]
@@ -291,6 +292,7 @@ class PretrainTrainer(TrainerMixin, ShardedTrainer):
         out = Path(str(self.args.output_dir))
         folder, self._staging = out / f"checkpoint-{self.state.global_step}", out / STAGING
         try:
+            self.unlogged.keep()
             super()._save_checkpoint(*args, **kwargs)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:

@@ -75,6 +75,26 @@ def before_step() -> Callable[..., TrainerCallback]:
     return Act
 
 
+@pytest.fixture(scope="session")
+def poison() -> Callable[..., TrainerCallback]:
+    """poison(4, 7): a callback with which the gradients of these steps are not finite, from the loss on."""
+
+    class Poison(TrainerCallback):
+        def __init__(self, *steps: int):
+            self.steps = steps
+
+        def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            head = model.get_output_embeddings()
+            if state.global_step + 1 in self.steps:
+                self.handle = head.register_forward_hook(lambda module, args, logits: logits * float("nan"))
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step + 1 in self.steps:
+                self.handle.remove()
+
+    return Poison
+
+
 @pytest.fixture(scope="module")
 def quick() -> Iterator[None]:
     """Runs count and measure no FLOPs and write no sample, which take half of the time of a short run."""

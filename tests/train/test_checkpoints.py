@@ -27,8 +27,16 @@ def test_a_checkpoint_has_its_checksums_when_it_gets_its_name(
     with pytest.raises(MemoryError):
         pretrain(recipe(steps=3, save_every=2), tmp_path / "run")
     folder = tmp_path / "run/checkpoint-2"
-    summed = {line.partition("  ")[2] for line in (folder / SUMS).read_text().splitlines()}
+    sums = (folder / SUMS).read_text()
+    summed = {line.partition("  ")[2] for line in sums.splitlines()}
     assert summed == {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()} - {SUMS}
+    (folder / "notes.txt").write_text("a copy for Ada")
+    for cut in ("", sums.partition("scheduler.pt")[0][:-66]):
+        (folder / SUMS).write_text(cut)
+        with pytest.raises(ValueError, match="SHA256SUMS is not as it was written"):
+            last_whole_checkpoint(tmp_path / "run")
+    (folder / SUMS).write_text(sums)
+    assert last_whole_checkpoint(tmp_path / "run") == folder, "a file of somebody's is no damage"
     (folder / "optimizer.pt").write_bytes((folder / "optimizer.pt").read_bytes()[:-1] + b"x")
     with pytest.raises(ValueError, match="optimizer.pt is"):
         last_whole_checkpoint(tmp_path / "run")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from lorank.distributed.saving import load_weights
-from lorank.train.folder import last_whole_checkpoint, locked, read_run, write_sums, write_whole
+from lorank.train.folder import history, last_whole_checkpoint, locked, read_run, write_sums, write_whole
 from lorank.train.run import pretrain
 from lorank.train.trainer import PretrainTrainer
 
@@ -81,6 +81,23 @@ def test_a_killed_run_resumes_with_the_same_losses(
     assert losses(out) == losses(tmp_path / "whole")
     assert torch.get_float32_matmul_precision() == "high", "`Accelerator.tf32_flops` is the rate of fp32 runs"
     assert whole is not None and resumed.validation_loss_nats_per_token == whole.validation_loss_nats_per_token
+
+
+def test_a_checkpoint_may_lie_between_two_lines(recipe: Any, before_step: Any, poison: Any, tmp_path: Path) -> None:
+    """The lines are the same: means of steps before and after it, auxiliary losses, and steps that were left out."""
+    mixture = {"method": "dense", "model": "qwen3_moe", "shape": MIXTURE | {"output_router_logits": True}}
+    asked = recipe(**mixture, log_every=3, save_every=5, eval_every=0, on_nan="skip")
+    pretrain(asked, tmp_path / "whole", callbacks=[poison(4)])
+    with pytest.raises(MemoryError):
+        pretrain(asked, tmp_path / "killed", callbacks=[poison(4), before_step(5)])
+    resume(tmp_path / "killed")
+    timed = ("tokens_per_second", "mfu")
+    whole, killed = (
+        [{name: value for name, value in one.items() if name not in timed} for one in history(tmp_path / run)]
+        for run in ("whole", "killed")
+    )
+    assert whole == killed and [one["step"] for one in whole] == [3, 6]
+    assert whole[1]["skipped_steps"] == 1 and "auxiliary_loss" in whole[1]
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGUSR1])

@@ -223,28 +223,13 @@ def test_padding_is_not_counted_as_tokens(recipe: Any, tmp_path: Path) -> None:
     assert summary is not None and summary.tokens == round(8 * 4 * real) < 8 * 4 * 32
 
 
-class Poison(TrainerCallback):
-    """The gradients of some steps are not finite, from the loss on."""
-
-    def __init__(self, *steps: int):
-        self.steps = steps
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        head = model.get_output_embeddings()
-        if state.global_step + 1 in self.steps:
-            handle = head.register_forward_hook(lambda module, args, logits: logits * float("nan"))
-            self.handle = handle
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step + 1 in self.steps:
-            self.handle.remove()
-
-
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     "settings", [{}, {"optimizer": "muon", "micro_batch_size": 2}, {"method": "galore", "clip": 0.0}], ids=str
 )
-def test_a_bad_step_is_left_out(settings: dict[str, Any], recipe: Any, tmp_path: Path, caplog: Any) -> None:
+def test_a_bad_step_is_left_out(
+    settings: dict[str, Any], recipe: Any, poison: Any, tmp_path: Path, caplog: Any
+) -> None:
     """Weights and moments stay, the next steps go on, and the mean of a log line is over the others."""
     asked = recipe(on_nan="skip", log_every=2, eval_every=0, save_every=0, **settings)
     seen: dict[int, Any] = {}
@@ -253,7 +238,7 @@ def test_a_bad_step_is_left_out(settings: dict[str, Any], recipe: Any, tmp_path:
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
             seen[state.global_step] = [p.detach().clone() for p in model.parameters()]
 
-    summary = pretrain(asked, tmp_path / "run", callbacks=[Poison(4, 7, 8), Keep()])
+    summary = pretrain(asked, tmp_path / "run", callbacks=[poison(4, 7, 8), Keep()])
     assert summary is not None and summary.validation_loss_nats_per_token < 6
     same = [all(map(torch.equal, seen[step - 1], seen[step])) for step in range(2, 9)]
     assert same == [False, False, True, False, False, True, True]
@@ -264,15 +249,15 @@ def test_a_bad_step_is_left_out(settings: dict[str, Any], recipe: Any, tmp_path:
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_bad_step_ends_the_run_before_weights_move(recipe: Any, tmp_path: Path) -> None:
+def test_a_bad_step_ends_the_run_before_weights_move(recipe: Any, poison: Any, tmp_path: Path) -> None:
     asked = recipe(log_every=8, eval_every=0, save_every=3, steps=8)
     with pytest.raises(
         FloatingPointError, match=r"^the gradient of step 5 is not finite; lower lr=0\.01, .*--set on_nan=skip"
     ):
-        pretrain(asked, tmp_path / "run", callbacks=[Poison(*range(5, 9))])
+        pretrain(asked, tmp_path / "run", callbacks=[poison(*range(5, 9))])
     assert {path.name for path in (tmp_path / "run").glob("checkpoint-*")} == {"checkpoint-3"}
     with pytest.raises(FloatingPointError, match="^the gradients of steps 2 to 12 are not finite"):
-        pretrain(recipe(steps=20, on_nan="skip", eval_every=0), tmp_path / "long", callbacks=[Poison(*range(2, 20))])
+        pretrain(recipe(steps=20, on_nan="skip", eval_every=0), tmp_path / "long", callbacks=[poison(*range(2, 20))])
 
 
 def test_checkpoints_remember_the_last_records_alone(
