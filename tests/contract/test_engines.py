@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from tests.contract import engines
+from tests.distributed.together import together
 
 pytestmark = pytest.mark.usefixtures("forked_processes")
 
@@ -25,9 +26,24 @@ def test_one_reason_stands_for_all_methods_that_have_it() -> None:
     assert engines.table(found).endswith("\n\n1. the method changes whole weights between steps\n")
 
 
+def test_four_processes_train_as_one() -> None:
+    """Each kind of structure, and an optimizer for each way to gather; all of them are in the slow test below."""
+    names = ("dense", "cola-m", "masa", "relora", "galore", "spectron")
+    found = together(lambda: engines.engines(names), 4)[0]
+    refused = {(name, engine) for name, its in found.items() for engine, said in its.items() if isinstance(said, str)}
+    assert refused == {
+        ("dense", "tensor parallel"),
+        ("masa", "tensor parallel"),
+        ("relora", "tensor parallel"),
+        ("relora", "fsdp"),
+    }
+    assert engines.table(found)  # which asserts that differences are small
+
+
 @pytest.mark.slow
-def test_the_table_is_what_two_processes_find() -> None:
-    command = [sys.executable, "-W", "ignore", engines.__file__, "check"]
+@pytest.mark.parametrize("processes", [2, 4])
+def test_the_table_is_what_processes_find(processes: int) -> None:
+    command = [sys.executable, "-W", "ignore", engines.__file__, "check", str(processes)]
     env = {**os.environ, "PYTHONPATH": str(engines.PAGE.parents[1])}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
