@@ -46,7 +46,7 @@ def bench(recipe: str | None, methods: tuple[str, ...], seconds: float, as_json:
     from lorank.report.bench import bench_json, bench_tables
 
     base = {"precision": "bf16"} if torch.cuda.is_available() else {}
-    chosen = recipe_of(recipe, flags, own=OWN, base=base)
+    chosen = recipe_of(recipe, flags, own=OWN, base=base, shared=True)
     names = split_names(methods) if methods else list(timing.METHODS)
     console = results_console()
     with errors_console().status("timing") as status:

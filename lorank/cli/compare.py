@@ -143,7 +143,7 @@ def _settings(
     from lorank.train.shipped import recipe_path
     from lorank.train.yamls import load
 
-    base = recipe_of(recipe, flags, own=OWN)
+    base = recipe_of(recipe, flags, own=OWN, shared=True)
     if not all(re.fullmatch(r"\s*[0-9]+\s*", seed) for seed in seeds.split(",")):
         raise ValueError(f"--seeds must be whole numbers such as 1,2,3, got {seeds}")
     settings: dict[str, list[Any]] = {}

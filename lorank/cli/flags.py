@@ -10,7 +10,7 @@ import click
 import yaml
 
 from lorank.fields import alternatives_of, field_types
-from lorank.train.places import as_typed
+from lorank.train.places import as_typed, shared_name
 from lorank.train.recipe import LONGEST, Recipe, full_name, settings_with
 from lorank.train.yamls import load
 
@@ -324,8 +324,10 @@ def recipe_of(
     *,
     own: Mapping[str, str] | None = None,
     base: Mapping[str, Any] | None = None,
+    shared: bool = False,
 ) -> Recipe:
-    """The recipe that a command line describes: a file or a name, else the settings of `base`, with the flags on top.
+    """The recipe that a command line describes: a file or a name, else the settings of `base`, with the flags on top. If it is `shared`
+    by several methods, a setting of a method is for those that have it.
 
     Raises:
         ValueError: a setting that is unknown, given twice or wrong, or that belongs to another flag (`own`).
@@ -334,6 +336,8 @@ def recipe_of(
     for name in changes:
         if name in (own or {}):
             raise ValueError(f"--set {name}=... is not possible here; use {(own or {})[name]}")
+    if shared:
+        changes = {shared_name(full_name(name)): value for name, value in changes.items()}
     if path:
         return _from_file(path, changes)
     entries = {name: value for name, value in changes.items() if "." in full_name(name)}

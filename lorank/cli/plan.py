@@ -177,4 +177,4 @@ def _shapes(sizes: list[str], models: tuple[str, ...], flags: dict[str, Any]) ->
     if changes_of(flags).get("tokenizer") is None:
         defaults["vocab_size"] = VOCAB_SIZE
     shapes = [{"size": size} for size in sizes] + [{"model": model} for model in models] or [{"size": "60m"}]
-    return [recipe_of(None, flags, own=OWN, base={**defaults, **shape}) for shape in shapes]
+    return [recipe_of(None, flags, own=OWN, base={**defaults, **shape}, shared=True) for shape in shapes]

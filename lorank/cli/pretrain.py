@@ -61,8 +61,8 @@ def pretrain(
 
     RECIPE is a YAML file, or the name of one that comes with lorank (cola-60m). Flags have the same names as its settings
     and override it; --set changes the settings that have no flag. Methods that answer different questions combine:
-    --method cola+galore, or --method cola --optimizer galore. Without RECIPE, the optimizer, the learning rate and
-    zero_outputs are the best known for the method, unless they are given.
+    --method cola+galore, or --method cola --optimizer galore. Without RECIPE, the optimizer and the learning rate are the
+    best known for the method, unless they are given; and zero_outputs is, for a --size whose methods have no setting but a rank.
 
     Without any argument a tiny CoLA model learns Python's standard library in a few minutes on a CPU.
     """

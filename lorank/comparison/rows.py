@@ -21,12 +21,13 @@ from lorank.train.methods import (
     check_used,
     fitting,
     has_plain_rule,
+    has_setting,
     methods_of,
     schedule_of,
-    settings_of,
     title_of,
     written_out,
 )
+from lorank.train.places import shared_name
 from lorank.train.recipe import Recipe, full_name
 from lorank.train.shipped import published_lr
 
@@ -106,7 +107,7 @@ def find_rows(settings: ComparisonSettings) -> dict[str, tuple[Recipe, str]]:
     if not (settings.only or "dense" in settings.methods or in_integers(settings.base)):
         add_dense()
     if asked:
-        dotted = [full_name(name).partition(".") for name in settings.sweep]
+        dotted = [shared_name(full_name(name)).partition(".") for name in settings.sweep]
         swept = {entry: None for head, _, entry in dotted if head == "options"}
         check_used(dataclasses.replace(settings.base, options={**settings.base.options, **swept}), asked)
     names = [*found, *([] if settings.only else control_names(found))]
@@ -228,17 +229,14 @@ def candidates_of(
 
 def _has(recipe: Recipe, setting: str) -> bool:
     """Whether the recipe's methods have a setting that is given to all rows."""
-    head, _, entry = full_name(setting).partition(".")
-    return (entry or head) in settings_of(recipe) if head in ("options", "rank") else True
+    head, _, entry = shared_name(full_name(setting)).partition(".")
+    return has_setting(recipe, entry or head) if head in ("options", "rank") else True
 
 
 def _is_low_rank(setting: str, recipe: Recipe) -> bool:
     """Whether a setting means nothing to a dense model with the optimizer of this recipe."""
-    head, dot, entry = full_name(setting).partition(".")
-    if dot and head in ("options", "optimizer", "method"):
-        *named, own = entry.split(".")
-        return own not in settings_of(recipe) or named not in ([], [methods_of(recipe).optimizer.name])
-    return head in LOW_RANK_ONLY
+    head, dot, entry = shared_name(full_name(setting)).partition(".")
+    return not has_setting(recipe, entry) if dot and head == "options" else head in LOW_RANK_ONLY
 
 
 def _rates(settings: ComparisonSettings, recipe: Recipe) -> tuple[list[float], str]:

@@ -16,7 +16,6 @@ from lorank.accelerators import Fleet, Run
 from lorank.distributed.traffic import Traffic, traffic
 from lorank.plan.counts import Counts, count
 from lorank.sites import other_matrices
-from lorank.table import find, names_joined
 from lorank.train.budget import Budget, saved_parameters
 from lorank.train.methods import check_used, fitting, methods_of, rank_of, run_title, schedule_of, title_of
 from lorank.train.model import empty_dense, empty_model
@@ -285,7 +284,7 @@ def _tokens_of(recipe: Recipe, model: PreTrainedModel, budget: Budget) -> int:
 
 def with_method(shape: Recipe, method: str) -> Recipe:
     """The recipe with another method; of the rank, the methods' settings and the patterns it keeps those that apply."""
-    recipe = fitting(dataclasses.replace(shape, method=method, **_kept_keys(shape, method)))
+    recipe = fitting(dataclasses.replace(shape, method=method))
     methods = methods_of(recipe)
     chooses = methods.method.name != "dense" or hasattr(methods.mover, "rank")
     return dataclasses.replace(
@@ -294,19 +293,6 @@ def with_method(shape: Recipe, method: str) -> Recipe:
         exclude=shape.exclude if chooses else [],
         micro_batch_size=shape.batch_size if methods.gradient.answers() else shape.micro_batch_size,
     )
-
-
-def _kept_keys(shape: Recipe, method: str) -> dict[str, Any]:
-    """The keys other than `method`. Settings under a default, such as optimizer.update_gap, stay if the method replaces it."""
-    replaced = {find(name).key for name in names_joined(method)}
-    defaults = {"optimizer": "adamw", "gradient": "autograd"}
-    given = {key: getattr(shape, key) for key in defaults}
-    return {
-        key: defaults[key]
-        if isinstance(value, dict) and set(value) == {defaults[key]} and key not in replaced
-        else value
-        for key, value in given.items()
-    }
 
 
 def built(recipe: Recipe, layers: int | None = None) -> PreTrainedModel:

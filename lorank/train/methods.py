@@ -87,13 +87,13 @@ def title_of(recipe: Recipe) -> str:
 
 
 def run_title(recipe: Recipe) -> str:
-    """What a run is called: `title_of`, and its optimizer where that is another than AdamW.
+    """What a run is called: `title_of`, and the rule by which its weights move where that is another than AdamW.
 
-    >>> run_title(Recipe(method="cola", optimizer="muon"))
-    'cola+muon'
+    >>> run_title(Recipe(method="cola", optimizer="muon")), run_title(Recipe(method="galore", optimizer="muon"))
+    ('cola+muon', 'galore+muon')
     """
-    title, optimizer = title_of(recipe), methods_of(recipe).optimizer.name
-    return title if optimizer in ("adamw", *title.split("+")) else f"{title}+{optimizer}"
+    title, rule = title_of(recipe), methods_of(recipe).rule
+    return title if rule in ("adamw", *title.split("+")) else f"{title}+{rule}"
 
 
 def settings_of(recipe: Recipe) -> list[str]:
@@ -101,11 +101,15 @@ def settings_of(recipe: Recipe) -> list[str]:
     return list(dict.fromkeys(field for kind in _kinds(recipe) for field in _fields(kind)))
 
 
+def has_setting(recipe: Recipe, name: str) -> bool:
+    """Whether one of the recipe's methods has a setting, by its name as an option."""
+    return receiver(_kinds(recipe), name) is not None
+
+
 def fitting(recipe: Recipe) -> Recipe:
     """The recipe without the rank and the options that none of its methods has."""
-    known = settings_of(recipe)
-    options = {name: value for name, value in recipe.options.items() if name in known}
-    return dataclasses.replace(recipe, rank=recipe.rank if "rank" in known else None, options=options)
+    options = {name: value for name, value in recipe.options.items() if has_setting(recipe, name)}
+    return dataclasses.replace(recipe, rank=recipe.rank if has_setting(recipe, "rank") else None, options=options)
 
 
 def check_used(asked: Recipe, rows: Mapping[str, Recipe]) -> None:
@@ -114,7 +118,7 @@ def check_used(asked: Recipe, rows: Mapping[str, Recipe]) -> None:
     known = sorted({name for recipe in recipes for name in settings_of(recipe)})
     for name in [*asked.options, *(name for name in ("rank", "targets", "exclude") if getattr(asked, name))]:
         patterns = name in ("targets", "exclude")
-        if not (any(getattr(recipe, name) for recipe in recipes) if patterns else name in known):
+        if not any(getattr(recipe, name) if patterns else has_setting(recipe, name) for recipe in recipes):
             near = difflib.get_close_matches(name, [] if patterns else known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "leave it out, or add a method that has it"
             raise ValueError(f"no method here ({', '.join(rows)}) has the setting {name!r}; {hint}")
@@ -311,10 +315,11 @@ def _settings(recipe: Recipe) -> dict[type[Method], dict[str, Any]]:
             fields = dict.fromkeys(f for kind in own_first for f in _fields(kind))
             asked = "+".join(name for name in _named(recipe) if name not in DEFAULTS[1:]) or "dense"
             raise ValueError(f"{asked} has no setting {name!r}; its settings are: {', '.join(fields)}")
-        if name in kinds[owner]:
+        own = name.rpartition(".")[2]
+        if own in kinds[owner]:
             where = "rank" if name == "rank" and recipe.rank is not None else f"options.{name}"
-            raise ValueError(f"{name} of {owner.name} is given twice, as {where} and under {owner.name}; give it once")
-        kinds[owner][name] = value
+            raise ValueError(f"{own} of {owner.name} is given twice, as {where} and under {owner.name}; give it once")
+        kinds[owner][own] = value
     for kind, given in kinds.items():
         for name in given:
             if name not in _fields(kind):

@@ -1,5 +1,5 @@
 """Where a recipe says a method's setting: under the method's name, or in `rank` or `options`, whose entries go to the first method that
-has the setting."""
+has the setting. "galore.rank" and "optimizer.rank" among the options go to that method, and to the first that answers that key."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,16 @@ def as_typed(name: str) -> str:
     return ".".join([*places, own.replace("-", "_")])
 
 
+def shared_name(name: str) -> str:
+    """A setting by its full name, where it is for whichever of several rows has it: a method's own is then an option.
+
+    >>> shared_name("optimizer.galore.update_gap"), shared_name("optimizer.update_gap"), shared_name("shape.hidden_size")
+    ('options.galore.update_gap', 'options.optimizer.update_gap', 'shape.hidden_size')
+    """
+    head, dot, entry = name.partition(".")
+    return f"options.{entry if '.' in entry else name}" if dot and head in KEYS else name
+
+
 def without(settings: Settings, changes: Mapping[str, Any]) -> Settings:
     """A recipe's settings without what these changes, {full name: value}, give anew in another place."""
     options = changes.get("options")
@@ -38,27 +48,32 @@ def without(settings: Settings, changes: Mapping[str, Any]) -> Settings:
         head, dot, entry = change.partition(".")
         method, _, own = entry.rpartition(".")
         if dot and head in KEYS:
-            owner = _receiver(settings, own)
-            if owner is not None and (owner.name == method if method else owner.key == head):
-                settings = _without_shorthand(settings, own)
+            owner = _receiver(settings, f"{method or head}.{own}")
+            settings = settings if owner is None else _without_shorthand(settings, owner, own)
         elif (dot and head == "options") or change == "rank":
             owner = _receiver(settings, entry or head)
-            settings = settings if owner is None else _without_exact(settings, owner, entry or head)
+            settings = settings if owner is None else _without_exact(settings, owner, own or head)
     return settings
 
 
 def receiver(kinds: "Iterable[type[Method]]", own: str) -> "type[Method] | None":
-    """The method of these to which `rank` or an option of that name goes: the first, in the order of the keys, that has it."""
-    return next((k for k in sorted(kinds, key=lambda kind: KEYS.index(kind.key)) if own in field_types(k)), None)
+    """The method of these to which `rank` or an option of that name goes: the first, in the order of the keys, that has it and is what the
+    name says before a dot, if there is one."""
+    where, _, own = own.rpartition(".")
+    those = (kind for kind in kinds if own in field_types(kind) and where in ("", kind.key, kind.name))
+    return min(those, key=lambda kind: KEYS.index(kind.key), default=None)
 
 
 def _receiver(settings: Settings, own: str) -> "type[Method] | None":
     return receiver((find(name) for key in KEYS for name in entries(settings[key])), own)
 
 
-def _without_shorthand(settings: Settings, own: str) -> Settings:
-    options = {name: value for name, value in settings["options"].items() if name != own}
-    return {**settings, "options": options, **({"rank": None} if own == "rank" else {})}
+def _without_shorthand(settings: Settings, owner: "type[Method]", own: str) -> Settings:
+    """Without the options, and the rank, that are this setting of this method."""
+    said = {name: f".{name}".endswith(f".{own}") and _receiver(settings, name) is owner for name in settings["options"]}
+    options = {name: value for name, value in settings["options"].items() if not said[name]}
+    is_rank = own == "rank" and _receiver(settings, own) is owner
+    return {**settings, "options": options, **({"rank": None} if is_rank else {})}
 
 
 def _without_exact(settings: Settings, owner: "type[Method]", own: str) -> Settings:

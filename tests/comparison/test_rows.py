@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from lorank.cli.flags import recipe_of
 from lorank.comparison.controls import CONTROL
 from lorank.comparison.matching import CLOSE, Costs
 from lorank.comparison.results import gather
@@ -228,6 +229,32 @@ def test_a_setting_goes_to_the_rows_that_have_it(base: Recipe) -> None:
     for wrong in ({"base": given, "sweep": {"fall": [1, 2]}}, {"base": dataclasses.replace(base, options={"fall": 1})}):
         with pytest.raises(ValueError, match=r"no method here \(cola, cola\+galore, low-rank\+eggroll\) has .* 'fall'"):
             find_rows(ComparisonSettings(**wrong, **rows))
+
+
+@pytest.mark.parametrize(
+    "text", ["optimizer.update_gap=7", "optimizer.galore.update_gap=7", "method.galore.update_gap=7", "update_gap=7"]
+)
+def test_a_method_may_be_named_for_the_rows_that_have_it(base: Recipe, text: str) -> None:
+    """By the flag that names it for one run; dense rows and CoLA alone have no such setting."""
+    given = recipe_of(None, {"assignments": (text,)}, shared=True)
+    found = find_rows(ComparisonSettings(base=given, methods=["cola", "galore", "cola+galore"]))
+    gaps = {name: getattr(methods_of(recipe).optimizer, "update_gap", None) for name, (recipe, _) in found.items()}
+    assert gaps == {"cola": None, "galore": 7, "cola+galore": 7, "dense": None, "dense-muon": None}
+    name, _, _ = text.partition("=")
+    asked = ComparisonSettings(base=base, methods=["cola", "galore"], sweep={name: [3, 4]}, tuned="dense")
+    tried = {name: len(candidates_of(asked, name, recipe)[0]) for name, (recipe, _) in find_rows(asked).items()}
+    assert tried == {"cola": 1, "galore": 2, "dense": 3, "dense-muon": 3}
+
+
+def test_each_answer_has_its_own_rank(base: Recipe) -> None:
+    given = recipe_of(None, {"assignments": ("method.rank=8", "optimizer.rank=4")}, shared=True)
+    [(_, (recipe, _))] = find_rows(ComparisonSettings(base=given, methods=["cola+galore"], only=True)).items()
+    assert (methods_of(recipe).method.rank, methods_of(recipe).optimizer.rank) == (8, 4)
+    again = recipe.but({"optimizer.galore.rank": 5})
+    assert (methods_of(again).method.rank, methods_of(again).optimizer.rank) == (8, 5), "in place of the option"
+    with pytest.raises(ValueError, match=r"no method here \(galore\) has the setting 'cola.rank'"):
+        wrong = recipe_of(None, {"assignments": ("method.cola.rank=4",)}, shared=True)
+        find_rows(ComparisonSettings(base=wrong, methods=["galore"], only=True))
 
 
 def test_an_estimated_gradient_is_compared_with_autograd(base: Recipe, costs: Costs, tmp_path: Path) -> None:

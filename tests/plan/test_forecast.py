@@ -170,14 +170,16 @@ def test_a_recipe_that_would_not_run_is_refused(changes: dict[str, Any], devices
         forecast.forecast_recipes({"r.yaml": recipe}, fleet=dataclasses.replace(FLEET, devices=devices))
 
 
-def test_settings_under_a_default_go_to_what_replaces_it() -> None:
+def test_settings_of_a_key_go_to_the_methods_that_have_them() -> None:
     """``--method dense,galore --set optimizer.update_gap=3``: dense is planned without it."""
-    shape = Recipe(optimizer={"adamw": {"update_gap": 3}}, gradient={"autograd": {"rank": 2}})
+    shape = Recipe(options={"optimizer.update_gap": 3, "gradient.rank": 2})
     built = {name: methods_of(forecast.with_method(shape, name)) for name in ("dense", "galore", "cola+eggroll")}
     assert built["galore"].optimizer.update_gap == 3
     assert built["cola+eggroll"].gradient.rank == 2
     assert built["dense"].optimizer.name == built["cola+eggroll"].optimizer.name == "adamw"
-    assert forecast.forecast_all([dataclasses.replace(shape, gradient="autograd", **TINY)], ["galore"], fleet=FLEET)
+    assert forecast.forecast_all(
+        [dataclasses.replace(shape, options={"galore.update_gap": 3}, **TINY)], ["galore"], fleet=FLEET
+    )
 
 
 def test_what_runs_in_one_process_is_planned_for_one_device(printed) -> None:
