@@ -19,7 +19,7 @@ GATE = re.compile(
 )
 """Names of the projection whose output is the input of a block's own activation."""
 OUTPUT = re.compile(
-    r"(?:^|[._])(o_proj|out_proj|out_lin|c_proj|down_proj|fc2|fc_out|lin2|wo|w2|dense_4h_to_h|(?:output|attention|attn|attn_output)\.dense)$"
+    r"(?:^|[._])(o_proj|out_proj|out_lin|c_proj|down_proj|fc2|fc_out|lin2|wo|w2|dense_4h_to_h|linear_out|(?:Self|EncDec)Attention\.o|(?:output|attention|attn|attn_output)\.dense)$"
 )
 """Names of the projections that write to the residual stream: attention's last and the MLP's last."""
 ATTENTION = re.compile(

@@ -12,8 +12,12 @@ Source: Goyal et al., "Accurate, Large Minibatch SGD", arXiv 1706.02677, section
 1901.09321, both for convolutional networks. B = 0 in low-rank layers is ours.
 """
 
+from typing import Any
+
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
 
 from lorank.architectures import OUTPUT, is_linear
 from lorank.conversion import method_of
@@ -26,7 +30,8 @@ def zero_outputs(model: nn.Module) -> None:
 
     Raises:
         ValueError: the method trains weights that are there already, lorank finds no repeated blocks, a block has no projection whose
-            name it knows as an output, or a layer there cannot start at zero. The model is then as it was.
+            name it knows as an output, a layer there cannot start at zero, or a block still changes what it reads, of a language model
+            whose weights are there. The model is then as it was.
     """
     method = method_of(model)
     if method is not None and method.adapts:
@@ -50,8 +55,48 @@ def zero_outputs(model: nn.Module) -> None:
                 kind = type(model).__name__ if method is None else method.name
                 raise ValueError(f"zero_outputs: {stack}.{depth}.{name} of {kind} cannot start at zero; leave it out")
             zeros += parts
+    drawn = [p.clone() for p in zeros]
     for parameter in zeros:
         parameter.zero_()
+    if (kept := _not_the_identity(model)) is not None:
+        for parameter, value in zip(zeros, drawn, strict=True):
+            parameter.copy_(value)
+        raise ValueError(
+            f"zero_outputs needs blocks x + f(x) whose outputs lorank knows by name, and {kept} of {type(model).__name__} is none: it "
+            "changes what it reads all the same; leave it out"
+        )
+
+
+def _not_the_identity(model: nn.Module) -> str | None:
+    """The name of a block that changes what it reads, by running a language model on a few tokens; None also of any other model. A LayerNorm
+    after the sum leaves what a LayerNorm has left, to rounding."""
+    held = next(model.parameters())
+    if not isinstance(model, PreTrainedModel) or model.main_input_name != "input_ids" or held.is_meta:
+        return None
+    changed: list[str] = []
+
+    def watch(name: str, block: nn.Module) -> RemovableHandle:
+        def compare(module: nn.Module, args: Any, given: Any, out: Any) -> None:
+            x, y = args[0] if args else given.get("hidden_states"), out if isinstance(out, Tensor) else out[0]
+            comparable = isinstance(x, Tensor) and x.shape == y.shape
+            if comparable and (y - x).abs().max() > torch.finfo(x.dtype).eps ** 0.5 * x.abs().max():
+                changed.append(name)
+
+        return block.register_forward_hook(compare, with_kwargs=True)
+
+    entries = model.get_input_embeddings().weight.shape[0]  # type: ignore
+    ids = (torch.arange(8, device=held.device)[None] + entries // 2) % entries
+    hooks = [watch(f"{stack}.{depth}", block) for stack, depth, block in blocks(model)]
+    training = model.training
+    try:
+        model.eval()(ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}))
+    except Exception:
+        return None
+    finally:
+        model.train(training)
+        for hook in hooks:
+            hook.remove()
+    return next(iter(changed), None)
 
 
 def _parts(output: nn.Module | nn.Parameter) -> list[nn.Parameter]:

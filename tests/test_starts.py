@@ -6,7 +6,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    CTRLConfig,
+    CTRLLMHeadModel,
+    MiniMaxConfig,
+    MiniMaxForCausalLM,
+    MixtralConfig,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from lorank import CoLA, Method, SLTrain, convert, zero_outputs
 from lorank.architectures import OUTPUT
@@ -104,6 +115,43 @@ def test_blocks_without_a_known_output_are_refused() -> None:
     model = nn.Sequential(nn.ModuleList([nn.Sequential(nn.Linear(4, 4)) for _ in range(2)]))
     with pytest.raises(ValueError, match="a projection in 0.0 that writes to the residual stream"):
         zero_outputs(model)
+
+
+def small_t5() -> Any:
+    return T5ForConditionalGeneration(T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4))
+
+
+def small_recurrent_gemma() -> Any:
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "lru_width": 32}
+    return RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**shape, num_attention_heads=4, attention_window_size=16))
+
+
+@pytest.mark.parametrize("make", [small_t5, small_recurrent_gemma])
+def test_outputs_that_other_families_have_are_known(make: Any) -> None:
+    model = make()
+    zero_outputs(model)
+    mixing = ("o", "wo", "o_proj", "linear_out", "down_proj")
+    written = [p for name, p in model.named_parameters() if name.split(".")[-2] in mixing]
+    assert len(written) >= 6 and not any(p.any() for p in written)
+
+
+def small_ctrl() -> Any:
+    return CTRLLMHeadModel(CTRLConfig(vocab_size=64, n_embd=32, dff=48, n_layer=2, n_head=4))
+
+
+def small_minimax() -> Any:
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    return MiniMaxForCausalLM(MiniMaxConfig(**shape, num_attention_heads=4, num_key_value_heads=4, num_local_experts=2))
+
+
+@pytest.mark.parametrize("make", [small_ctrl, small_minimax])
+def test_blocks_that_stay_no_identity_are_refused(make: Any) -> None:
+    """CTRL's second layer of the MLP has a number for a name; MiniMax adds to what a norm has made."""
+    model = make()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"h\.0 of CTRL|layers\.0 of MiniMax"):
+        zero_outputs(model)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 def test_a_model_without_blocks_is_refused() -> None:

@@ -82,8 +82,9 @@ def with_best(recipe: Recipe, given: Mapping[str, Any]) -> tuple[Recipe, str | N
         return recipe, None
     moved = "optimizer" in named or optimizer in entries(recipe.method)
     width = getattr(build_config(recipe), "hidden_size", None)
-    best = None if width is None else best_for(method, width, optimizer if moved else None)
-    if best is None:
+    if not isinstance(width, int) or width < 1:  # which is refused when the model is built
+        return recipe, None
+    if (best := best_for(method, width, optimizer if moved else None)) is None:
         return recipe, None
     words = {} if moved else {"optimizer": f"optimizer {best.optimizer}"}
     words["lr"] = f"learning rate {best.lr:g}"

@@ -105,3 +105,9 @@ def test_what_is_not_named_is_chosen(given: dict[str, Any], chosen: dict[str, An
     recipe, words = with_best(Recipe().but(given), given)
     assert {name: getattr(recipe, name) for name in chosen} == chosen
     assert (words is None) == (recipe == Recipe().but(given))
+
+
+@pytest.mark.parametrize("width", [0, -64])
+def test_a_width_that_cannot_be_is_left_to_who_builds_the_model(width: int) -> None:
+    recipe = Recipe(shape={"hidden_size": width})
+    assert with_best(recipe, {"shape.hidden_size": width}) == (recipe, None)
