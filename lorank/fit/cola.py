@@ -86,7 +86,7 @@ class FittedCoLA(Structure):
 
     @classmethod
     def making(cls, method: Method) -> Structure | None:
-        return cls() if type(method) is CoLA and method == CoLA(rank=method.rank) else None
+        return cls() if isinstance(method, CoLA) and method == type(method)(rank=method.rank) else None  # CoLA-M too
 
     def method(self, rank: int | dict[str, int]) -> Method:
         return CoLA(rank=rank)

@@ -52,10 +52,12 @@ def randomised(weight: Tensor, rank: int, R: Tensor | None = None) -> Pair:
 
 @torch.no_grad()
 def fill_factors(layer: nn.Module, found: Found, bias: Tensor | None) -> None:
-    """Copy A, B and the bias into a layer of two factors."""
+    """Copy A, B and the bias into a layer of two factors. A matrix has no more than min(m, n) of them: where the layer has more, the rest of A
+    is as it was drawn, and of B zero."""
     assert isinstance(layer, LowRankLinear)
-    layer.A.weight.copy_(found["A"])
-    layer.B.weight.copy_(found["B"])
+    k = len(found["A"])
+    layer.A.weight[:k] = found["A"]
+    layer.B.weight.zero_()[:, :k] = found["B"]
     if layer.B.bias is not None and bias is not None:
         layer.B.bias.copy_(bias)
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from lorank.loss import IGNORED
 from lorank.train.data.sources import weighted
 from lorank.train.recipe import Recipe
-from lorank.train.saved import load_model
+from lorank.train.saved import NoTokenizer, load_model
 
 
 def divergence(student: Tensor, teacher: Tensor, labels: Tensor, items: Tensor | int) -> Tensor:
@@ -42,7 +42,13 @@ class Teacher:
         name, self.weight = weighted(recipe.distil)
         if not self.weight > 0:
             raise ValueError(f"distil must be TEACHER or TEACHER:WEIGHT with a positive weight, got {recipe.distil!r}")
-        self.model, own = load_model(name)
+        try:
+            self.model, own = load_model(name)
+        except NoTokenizer:
+            raise ValueError(
+                f"distil must be a model with its tokenizer, by which it is known to read the student's tokens, and {name!r} has none that "
+                "can be read; save the run's tokenizer there, if it is the same"
+            ) from None
         rows: list[int] = [one.get_output_embeddings().weight.shape[0] for one in (student, self.model)]
         if own.get_vocab() != tokenizer.get_vocab() or rows[0] != rows[1]:
             raise ValueError(

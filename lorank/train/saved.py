@@ -151,6 +151,10 @@ def load_model(
     return model.eval(), _tokenizer_of(place, folder, tokenizer)
 
 
+class NoTokenizer(ValueError):
+    """A model whose tokenizer is elsewhere."""
+
+
 class _Unfit(ValueError):
     """A model that was found, but cannot be used here."""
 
@@ -202,7 +206,7 @@ def _tokenizer_of(place: str, folder: str, other: str | None) -> PreTrainedToken
         if other is not None:
             raise ValueError(str(error)) from None
         reason = str(error).partition(": ")[2]
-        raise ValueError(
+        raise NoTokenizer(
             f"{folder} has a model but no readable tokenizer: {reason}; give one with --tokenizer"
         ) from None
 

@@ -1,6 +1,7 @@
 """A CoLA fitted to a dense model: its linear start, its regression, and the model that comes out."""
 
 import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM
 
+from lorank import CoLA, LowRank
 from lorank.fit import FittedCoLA, fit
 from lorank.fit.cola import least_squares, linear_start, regress
 from lorank.fit.structure import Metric
@@ -76,3 +78,21 @@ def test_a_dense_model_becomes_a_cola(small: Callable[..., Any], tmp_path: Path,
     assert torch.equal(loaded(data[0]).logits, wanted) and loaded.config.lorank["method"] == "cola"
     with pytest.raises(ValueError, match="data must be given with cola"):
         fit(dense, "cola")
+
+
+@pytest.mark.parametrize("rank", [8, 32, 40])
+def test_more_factors_than_a_matrix_has_change_nothing(small: Callable[..., Any], rank: int) -> None:
+    """k and v have 16 rows here. Low-rank layers are then the dense ones; the rest of a CoLA's A stays as drawn, for training."""
+    dense = small("llama")
+    data = [torch.randint(3, 96, (8, 20), generator=torch.Generator().manual_seed(5))]
+    k = dense.model.layers[0].self_attn.k_proj.weight.detach().clone()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that factors are no smaller
+        model = fit(copy.deepcopy(dense), "svd", data, becomes=LowRank(rank=rank), targets=["k_proj"])
+        fitted = fit(copy.deepcopy(dense), "cola", data, becomes=CoLA(rank=rank), targets=["k_proj"])
+    layer = model.model.layers[0].self_attn.k_proj
+    found = layer.B.weight @ layer.A.weight
+    assert (found - k).norm() < 1e-5 * k.norm() if rank >= len(k) else (found - k).norm() > 0.1 * k.norm()
+    layer = fitted.model.layers[0].self_attn.k_proj
+    assert layer.A.weight.shape == (rank, 32) and bool(layer.A.weight.all(1).any())
+    assert not layer.B.weight[:, len(k) :].any() and layer.A.weight[len(k) :].abs().sum(1).gt(0).all()

@@ -70,10 +70,13 @@ def test_a_student_comes_nearer_to_its_teacher(
     assert apart["20.000000"] < 0.9 * apart["0.000001"]
 
 
-def test_what_teaches_nothing_is_refused(parent: Path) -> None:
+def test_what_teaches_nothing_is_refused(parent: Path, tmp_path: Path) -> None:
     student, tokenizer = load_model(str(parent))
     with pytest.raises(ValueError, match="with a positive weight, got"):
         Teacher(Recipe(distil=f"{parent}:0"), student, tokenizer)
+    student.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="distil must be a model with its tokenizer, .* has none"):
+        Teacher(Recipe(distil=str(tmp_path)), student, tokenizer)
     other, _ = load_model(str(parent))
     other.resize_token_embeddings(len(tokenizer) + 40)
     with pytest.raises(ValueError, match="must be a model with the student's vocabulary"):
