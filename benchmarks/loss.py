@@ -20,7 +20,7 @@ from lorank.architectures import llama_config
 from lorank.loss import next_token_loss
 
 TIMED = (2, 256)
-LARGER = ((2, 256), (8, 256), (16, 256))
+LARGER = ((2, 256), (8, 256), (16, 256), (64, 256))
 
 
 def build(method: str, without_logits: bool, device: str = "cpu") -> Any:

@@ -75,7 +75,7 @@ def next_token_loss(
     """
     labels, owner = batch["labels"], model if owner is None else owner
     if nats is None and gives_loss(owner) and not isinstance(model, nn.DataParallel):  # which joins logits, not losses
-        output = model(**batch, num_items_in_batch=items, **settings)
+        output = model(**batch, num_items_in_batch=items, next_token_alone=True, **settings)
         found = output.loss
     else:
         output = model(**{name: value for name, value in batch.items() if name != "labels"}, **settings)

@@ -10,8 +10,8 @@ G = p − onehot(y), so that the chunk also gives
 in the forward pass; the backward pass multiplies them by the gradient of the loss and 1/N. That is the same three products as with logits,
 and instead of the logits [n, V], their logarithms in fp32 and their gradient there are dW, which is needed anyway, and one chunk.
 
-`loss_without_logits` gives a model a head like this. It then takes ``labels`` and returns ``loss`` with ``logits=None``, as models with
-Liger's kernels do. Without labels it returns logits.
+`loss_without_logits` gives a model a head like this. In training it then takes ``labels`` and returns ``loss`` with ``logits=None``, as
+models with Liger's kernels do. Without labels, and in evaluation, it returns logits.
 
 The idea is that of Wijmans et al., "Cut Your Losses in Large-Vocabulary Language Models", arXiv 2411.09009, whose kernels also leave
 out entries of p that are nearly zero; here all are there.
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from lorank.loss import IGNORED, cross_entropy, has_z_loss, head_of
+from lorank.loss import IGNORED, auxiliary_loss, cross_entropy, has_z_loss, head_of
 from lorank.sites import body_of
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -39,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, W: Tensor, b: Tensor | None, labels: Tensor, items: Tensor) -> Tensor:
         number = torch.promote_types(x.dtype, torch.float32)
-        wanted, predicted = labels.clamp(min=0), (labels != IGNORED).to(x.dtype)[:, None]
+        wanted, predicted = labels.masked_fill(labels == IGNORED, 0), (labels != IGNORED).to(x.dtype)[:, None]
         for_x, for_W, for_b = ctx.needs_input_grad[:3]
         dx = torch.empty_like(x) if for_x else None
         dW = db = None
@@ -118,22 +118,24 @@ class LossHead(nn.Linear):
         return linear_cross_entropy(x, self.weight, self.bias, self.labels, self.items)
 
 
+ELSEWHERE = ("shift_labels", "ignore_index", "logits_to_keep")
+"""Arguments with which a model's own loss is another one."""
+
+
 def loss_without_logits(model: Model) -> Model:
-    """Let a causal language model compute the loss for ``labels`` without making its logits, in place.
+    """Let a causal language model that is trained compute the loss for ``labels`` without making its logits, in place. The term that balances
+    experts is part of it as ever.
 
     A model whose logits are more than its head's outputs (scaled, capped, cut) stays as it is, and so does one whose loss is more than
-    the cross-entropy of the next token.
+    the cross-entropy of the next token, or whose ``forward`` somebody has replaced. A loss or arguments that are set later have
+    logits again.
 
     Returns:
         The model.
     """
     head = head_of(model)
-    if (
-        type(head) is nn.Linear
-        and body_of(model) is not model
-        and not has_z_loss(model)
-        and _gives_the_logits(model, head)
-    ):
+    plain = type(head) is nn.Linear and "forward" not in model.__dict__ and body_of(model) is not model
+    if plain and not has_z_loss(model) and _is_next_token_loss(model, head):
         head.__class__ = LossHead
         model.forward = types.MethodType(_forward_of(type(model)), model)  # a deep copy of the model has its own
     return model
@@ -149,39 +151,51 @@ class _States(dict[str, Tensor]):
         return super().__getitem__("last_hidden_state") if key == 0 else super().__getitem__(key)
 
 
-def _gives_the_logits(model: Any, head: nn.Linear) -> bool:
-    """Whether the head's outputs are the model's logits, the same tensor: what follows the body is run on two tokens of zeros."""
-    body, seen = body_of(model), []
-    before = body.__dict__.get("forward")
-    zeros = torch.zeros(1, 2, head.in_features, dtype=head.weight.dtype, device=head.weight.device)
-    hook = head.register_forward_hook(lambda module, args, output: seen.append(output))
-    body.forward = lambda *args, **kwargs: _States(last_hidden_state=zeros)
+def _is_next_token_loss(model: Any, head: nn.Linear) -> bool:
+    """Whether the head's outputs are the model's logits, the same tensor, and its loss is that of the next token. What follows the body is run
+    on six tokens, with logits that are made up, so that no weights are needed."""
+    body = body_of(model)
+    before = {module: module.__dict__.get("forward") for module in (body, head)}
+    ids = torch.arange(6, device="cpu")[None]
+    labels = torch.where(ids == 2, IGNORED, (ids * ids + 1) % head.out_features)
+    made_up = torch.arange(6 * head.out_features, device="cpu").view(1, 6, -1).float().sin()
+    states = torch.ones(1, 6, head.in_features, device="cpu")
+    balances = getattr(model.config, "output_router_logits", False)  # by a term that `auxiliary_loss` knows
+    body.__dict__["forward"] = lambda *args, **kwargs: _States(last_hidden_state=states)
+    head.__dict__["forward"] = lambda x: made_up
     try:
-        with torch.no_grad():
-            logits = model(input_ids=torch.zeros(1, 2, dtype=torch.int64, device=zeros.device)).logits
+        with torch.no_grad(), torch.device("cpu"):
+            given = {"input_ids": ids, **({"output_router_logits": False} if balances else {})}
+            logits, loss = model(**given).logits, model(**given, labels=labels).loss
+            return logits is made_up and torch.allclose(loss, cross_entropy(made_up, labels))
     except Exception:  # modelling code that wants more of its body
         return False
     finally:
-        hook.remove()
-        del body.forward
-        if before is not None:
-            body.forward = before
-    return len(seen) == 1 and logits is seen[0] and logits.shape[:2] == (1, 2)
+        for module, own in before.items():
+            del module.__dict__["forward"]
+            if own is not None:
+                module.__dict__["forward"] = own
 
 
 def _forward_of(kind: type[nn.Module]) -> Callable[..., Any]:
-    """A class's forward, which hands labels to the head, and what comes from there on as the loss."""
+    """A class's forward, which hands labels to the head, and what comes from there on as the loss. `next_token_loss` wants the loss of the
+    next token alone, in evaluation too."""
 
     @functools.wraps(kind.forward)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("labels") is None or kwargs.get("return_dict") is False:
+    def forward(self: Any, *args: Any, next_token_alone: bool = False, **kwargs: Any) -> Any:
+        asked = kwargs.get("labels") is not None and kwargs.get("return_dict") is not False
+        others = any(kwargs.get(name) is not None for name in ELSEWHERE) or "_loss_function" in self.__dict__
+        if not asked or ((others or not self.training) and not next_token_alone):
             return kind.forward(self, *args, **kwargs)
-        head = head_of(self)
-        head.labels, head.items = kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
+        head, labels, items = head_of(self), kwargs.pop("labels"), kwargs.pop("num_items_in_batch", None)
+        head.labels, head.items = labels, items
         try:
             output = kind.forward(self, *args, **kwargs)
         finally:
             head.labels = head.items = None
-        return type(output)(**{**output, "loss": output.logits, "logits": None})
+        loss = output.logits
+        if not next_token_alone and (more := auxiliary_loss(self, output, labels, items)) is not None:
+            loss = loss + more
+        return type(output)(**{**output, "loss": loss, "logits": None})
 
     return forward

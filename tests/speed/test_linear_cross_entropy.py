@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BartConfig,
+    BartForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import lorank
 from lorank.accounting.meter import Meter
@@ -91,6 +102,61 @@ def test_a_model_that_does_more_with_its_logits_stays_as_it_is() -> None:
     assert not gives_loss(scaled)
 
 
+def test_the_balance_of_experts_stays_in_the_loss(ids: Tensor) -> None:
+    """As transformers adds it, with its gradient at the router; `next_token_loss` has it apart."""
+    shape = {**SHAPE, "num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 1.0}
+    model = MixtralForCausalLM(MixtralConfig(**shape))
+    found = []
+    for _ in range(2):
+        output = model(ids, labels=ids)
+        [gradient] = torch.autograd.grad(output.loss, model.model.layers[0].mlp.gate.weight)
+        found.append((output.loss.detach(), gradient))
+        lorank.loss_without_logits(model)
+    assert gives_loss(model)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+    apart = next_token_loss(model, {"input_ids": ids, "labels": ids})
+    assert apart.auxiliary is not None and apart.auxiliary > 1
+    torch.testing.assert_close(apart.total.detach(), found[0][0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", [BartForCausalLM, BertForMaskedLM, "own loss", "own forward"])
+def test_a_model_whose_loss_is_another_stays_as_it_is(kind: Any) -> None:
+    """Labels that are not shifted, a loss of the user's, and what a user has put around the model."""
+    if kind is BartForCausalLM:
+        model: Any = kind(BartConfig(vocab_size=50, d_model=32, decoder_layers=1, decoder_attention_heads=2))
+    elif kind is BertForMaskedLM:
+        model = kind(BertConfig(**SHAPE))
+    else:
+        model = llama()
+    if kind == "own loss":
+        model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.square().mean()
+    if kind == "own forward":
+        before = model.forward
+        model.forward = lambda *args, **kwargs: before(*args, **kwargs)
+    forward = model.__dict__.get("forward")
+    assert not gives_loss(lorank.loss_without_logits(model)) and model.__dict__.get("forward") is forward
+
+
+def test_what_is_asked_later_is_done_with_logits(ids: Tensor) -> None:
+    """Evaluation, labels that are shifted already, another index that is ignored, and another loss; -1 is no label."""
+    plain, model = llama(), lorank.loss_without_logits(llama())
+    other = ids.clone()
+    other[0, :4] = -1
+    for given in ({"labels": other, "ignore_index": -1}, {"labels": ids, "shift_labels": ids.flip(1)}):
+        assert torch.equal(model(ids, **given).loss, plain(ids, **given).loss)
+    with pytest.raises((IndexError, RuntimeError), match="-1"):
+        model(ids, labels=other)
+    assert torch.equal(model.eval()(ids, labels=ids).logits, plain(ids).logits)
+    model.train().loss_function = lambda logits, labels, vocab_size, **kwargs: logits.sum()
+    assert torch.equal(model(ids, labels=ids).loss, plain(ids).logits.sum())
+
+
+def test_a_model_without_weights_is_judged_alike() -> None:
+    with torch.device("meta"):
+        assert gives_loss(lorank.loss_without_logits(llama()))
+        assert not gives_loss(lorank.loss_without_logits(BertForMaskedLM(BertConfig(**SHAPE))))
+
+
 def test_a_call_that_failed_leaves_no_labels(ids: Tensor) -> None:
     model = lorank.loss_without_logits(llama())
     with pytest.raises(IndexError):
@@ -99,7 +165,7 @@ def test_a_call_that_failed_leaves_no_labels(ids: Tensor) -> None:
 
 
 def test_it_is_one_graph_for_the_compiler(ids: Tensor) -> None:
-    model = lorank.loss_without_logits(llama()).eval()
+    model = lorank.loss_without_logits(llama())
     compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(ids, labels=ids).loss, model(ids, labels=ids).loss)
 
