@@ -1,6 +1,6 @@
-"""How fast is every method, next to dense layers and to what the machine can do? Whole models at 60M, 130M and 350M, one block of 1B and of 7B.
+"""How fast is every method, next to dense layers and to what the machine can do? Whole models at 60M, 130M and 350M, two blocks of 1B and of 7B.
 
-    OMP_NUM_THREADS=1 python benchmarks/every.py [60m 130m 350m 1b-block 7b-block] [--methods cola,crnet]
+    OMP_NUM_THREADS=1 python benchmarks/every.py [60m 130m 350m 1b-blocks 7b-blocks] [--methods cola,crnet]
 
 A step is forward and backward of 512 tokens, fp32, at the papers' ranks where they have some. Each method takes turns with the dense model, in one
 process; speeds are ratios between medians. Utilisation is the FLOPs of a step, recomputation included, over what products of large matrices
@@ -27,15 +27,15 @@ from lorank.train.model import build_config, build_model
 from lorank.train.recipe import Recipe
 
 FILE = Path(__file__).with_name("results") / "every.json"
-SIZES = ("60m", "130m", "350m", "1b-block", "7b-block")
+SIZES = ("60m", "130m", "350m", "1b-blocks", "7b-blocks")
 METHODS = [name for name in method_names("method") if name != "dense" and not find(name).adapts]
 BATCH, LENGTH = 2, 256
 
 
 def work_of(size: str) -> Work:
-    block = size.endswith("-block")
+    block = size.endswith("-blocks")
     recipe = Recipe(
-        size=size.removesuffix("-block"), vocab_size=64 if block else 32_000, sequence_length=LENGTH, batch_size=BATCH
+        size=size.removesuffix("-blocks"), vocab_size=64 if block else 32_000, sequence_length=LENGTH, batch_size=BATCH
     )
     draw = torch.Generator().manual_seed(0)
     x = torch.randn(BATCH, LENGTH, build_config(recipe).hidden_size, generator=draw)
@@ -46,11 +46,11 @@ def work_of(size: str) -> Work:
             return model.base_model(inputs_embeds=x).last_hidden_state.square().mean()  # type: ignore[no-any-return]
         return next_token_loss(model, {"input_ids": ids, "labels": ids}).total
 
-    return Work(size, recipe, 1 if block else None, BATCH * LENGTH, step)
+    return Work(size, recipe, 2 if block else None, BATCH * LENGTH, step)
 
 
 def peak_of(work: Work, method: str) -> float | None:
-    """MiB of a step; None for a block."""
+    """MiB of a step; None for blocks."""
     if work.layers is not None:
         return None
     recipe = with_method(work.recipe, method)
