@@ -1,7 +1,6 @@
 """How methods and optimizers train in several processes under each engine, as in one; the table of docs/distributed.md.
 
-``python tests/contract/engines.py`` writes that table into docs/distributed.md, as two processes find it; ``check 4`` compares it with
-what four find.
+``python tests/contract/engines.py`` writes that table into docs/distributed.md, as four processes find it; ``check`` compares.
 """
 
 import copy
@@ -27,7 +26,8 @@ from lorank.table import find, method_names
 STRUCTURES = method_names("method")
 OPTIMIZERS = [name for name in method_names("optimizer") if name not in ("votes", "adamw-8bit")]
 """All but votes, which move integers, and the one that needs bitsandbytes."""
-ENGINES = ("ddp", "fsdp", "tensor parallel")
+ENGINES = ("ddp", "fsdp", "tensor parallel", "both")
+"""The last, FSDP2 over pairs of processes that share each matrix, needs four processes."""
 SMALL: Mapping[str, Mapping[str, Any]] = {
     "masa": {"residual_rank": 2, "atoms": 1},
     "relora": {"dropout": 0.0},  # whose masks depend on the number of processes
@@ -53,6 +53,24 @@ def own_part(ids: Tensor) -> Tensor:
 
 def all_rows(ids: Tensor) -> Tensor:
     return ids
+
+
+def rows_of_pair(ids: Tensor) -> Tensor:
+    return ids.chunk(dist.get_world_size() // 2)[dist.get_rank() // 2]
+
+
+PARTS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "ddp": own_part,
+    "fsdp": own_part,
+    "tensor parallel": all_rows,
+    "both": rows_of_pair,
+}
+
+
+def by_both(model: Any) -> Any:
+    check(model, 2)
+    pairs = dist.get_world_size() // 2
+    return shard(model, init_device_mesh("cpu", (pairs, 2), mesh_dim_names=(DATA, TENSOR)))
 
 
 def by_fsdp(model: Any) -> Any:
@@ -85,11 +103,12 @@ def trained(
 
 def compared(make: Callable[[], Any], mover: str | None) -> dict[str, float | str]:
     """For each engine the largest difference from one process, relative to the norm of each weight, or why it is refused."""
-    wraps = {"ddp": DistributedDataParallel, "fsdp": by_fsdp, "tensor parallel": by_tensor_parallel}
+    wraps: dict[str, Any] = {"ddp": DistributedDataParallel, "fsdp": by_fsdp, "tensor parallel": by_tensor_parallel}
+    wraps |= {"both": by_both} if dist.get_world_size() == 4 else {}
     alone, found = trained(make(), mover, lambda model: model, all_rows), dict[str, float | str]()
     for engine, wrap in wraps.items():
         try:
-            ends = trained(make(), mover, wrap, all_rows if engine == "tensor parallel" else own_part)
+            ends = trained(make(), mover, wrap, PARTS[engine])
         except ValueError as refusal:
             found[engine] = str(refusal)
         else:
@@ -134,12 +153,12 @@ def engines(names: Collection[str] = (*STRUCTURES, *OPTIMIZERS)) -> dict[str, An
 def table(found: Mapping[str, Mapping[str, float | str]]) -> str:
     """One row for each name, with the numbers of what is refused, and the reasons below."""
     reasons: list[str] = []
-    lines = ["| | DDP | FSDP2 | tensor parallel |", "|---|---|---|---|"]
+    lines = ["| | DDP | FSDP2 | tensor parallel | both |", "|---|---|---|---|---|"]
     for name, its in found.items():
         cells = []
         for engine in ENGINES:
             said = its[engine]
-            near = NEAR if name in OPTIMIZERS and engine == "tensor parallel" else CLOSE
+            near = NEAR if name in OPTIMIZERS and engine in ("tensor parallel", "both") else CLOSE
             assert isinstance(said, str) or said < near, f"{name}, {engine}: {said}"
             if isinstance(said, str):
                 reason = re.sub(r"(layers|model\.layers)\.\d+\.\S+ must|[\w-]+ (changes whole)", _general, said)
@@ -169,7 +188,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
     from tests.distributed.together import together
 
-    everything = together(engines, int(sys.argv[2]) if "check" in sys.argv else 2, 900)[0]
+    everything = together(engines, 4, 900)[0]
     written = page(before := PAGE.read_text(encoding="utf-8"), everything)
     if "check" in sys.argv:
         sys.exit(0 if written == before else f"{PAGE} should have this table:\n{table(everything)}")
